@@ -1,0 +1,51 @@
+"""The few kinds of error that whit raises.
+
+Every message is one sentence: *where: what is; what must be; what to do.* The command line prints it on
+standard error without a traceback and exits with the error's `exit_status`.
+"""
+
+from __future__ import annotations
+
+
+class WhitError(Exception):
+    """Anything that whit refuses to do, said in one sentence."""
+
+    exit_status = 1
+
+
+class FormatError(WhitError):
+    """A format that does not exist, or a tensor that the format cannot hold."""
+
+
+class NonFiniteError(FormatError):
+    """A NaN or an infinity in a tensor that should be quantized."""
+
+
+class CheckpointError(WhitError):
+    """A model folder or file that is missing, damaged, hostile or incomplete."""
+
+
+class OutputError(WhitError):
+    """An output place that cannot be used: it exists, lies inside the model, or the disk is full."""
+
+
+class RecipeError(WhitError):
+    """A recipe that contradicts itself or does not fit the model."""
+
+
+class UnsupportedModelError(WhitError):
+    """An architecture that transformers does not know, or whose linears cannot be accounted for."""
+
+
+class KernelError(WhitError):
+    """No kernel can run a packed weight where it lies."""
+
+
+class EvaluationError(WhitError):
+    """A text or a task that cannot be scored."""
+
+
+class QualityGateError(WhitError):
+    """The result was written and measured, and is worse than the user allowed."""
+
+    exit_status = 3

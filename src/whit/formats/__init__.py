@@ -1,0 +1,47 @@
+"""Which numbers exist. A new format is one file and one name in FORMATS."""
+
+from __future__ import annotations
+
+import difflib
+
+from whit.errors import FormatError
+from whit.formats.affine import Affine
+from whit.formats.codebook import FP4, NF4, Codebook
+from whit.formats.microfloat import BFloat16, Float8
+from whit.tensor import Format
+
+FORMATS = (Affine, Codebook, Float8, BFloat16)
+
+EXAMPLES = {
+    "int8": "8-bit integers, one float32 scale per row (the same as int8-channel)",
+    "int8-tensor": "one scale for the whole tensor",
+    "int8-g128": "one bfloat16 scale per 128 columns",
+    "int6-g64": "", "int5-g64": "", "int4-channel": "",
+    "int4-g128": "the usual 4-bit format: 4.125 bits per weight",
+    "int4-g64": "", "int4-g32": "",
+    "int4-g128-asym": "with a 4-bit zero point per group",
+    "int4-g64-asym-fz": "with a float16 zero point per group (what HQQ was made for)",
+    "int3-g64": "", "int3-g64-asym": "", "int2-g64": "", "int2-g32": "", "int2-g32-asym": "", "int1-g32": "",
+    "nf4": "QLoRA's 4-bit NormalFloat, groups of 64",
+    "nf4-dq": "with double quantization: 4.127 bits per weight",
+    "nf4-g128": "", "fp4": "4-bit floats, groups of 64", "fp4-dq": "",
+    "codebook(-1,-0.3,0.3,1)-g64": "any table of 2 to 256 levels, largest magnitude 1",
+    "fp8": "8-bit floats (E4M3), one scale per row",
+    "bf16": "keep in 16 bits",
+}  # fmt: skip
+
+
+def parse_format(spec: str | Format) -> Format:
+    """The format that a shorthand such as `int4-g128-asym` names; FormatError names the nearest right one."""
+    if not isinstance(spec, str):
+        return spec
+    text = spec.strip().lower()
+    for family in FORMATS:
+        if (found := family.parse(text)) is not None:
+            return found
+    near = difflib.get_close_matches(text, EXAMPLES, n=1, cutoff=0.3)
+    hint = f"did you mean {near[0]}?" if near else f"for example {', '.join(list(EXAMPLES)[:4])}."
+    raise FormatError(f"{spec!r} is not a format; {hint} `whit quantize --help` lists all")
+
+
+__all__ = ["EXAMPLES", "FORMATS", "FP4", "NF4", "Affine", "BFloat16", "Codebook", "Float8", "parse_format"]

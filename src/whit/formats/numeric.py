@@ -1,0 +1,47 @@
+"""Small facts about floating-point types that several formats need."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from whit.errors import FormatError, NonFiniteError
+
+DTYPE_NAMES = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32}
+
+
+def compute_dtype(weight: Tensor) -> torch.dtype:
+    """The type in which a weight is quantized: float32, or float64 where the weight has it."""
+    return torch.float64 if weight.dtype == torch.float64 else torch.float32
+
+
+def round_up_to(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """The smallest numbers of `dtype` that are not below the positive, finite `values`."""
+    rounded = values.to(dtype)
+    integer = torch.int32 if dtype == torch.float32 else torch.int16
+    too_low = rounded.to(values.dtype) < values
+    # Positive floats are ordered like their bit patterns.
+    return torch.where(too_low, (rounded.view(integer) + 1).view(dtype), rounded)
+
+
+def check_fits(values: Tensor, dtype: torch.dtype, where: str) -> None:
+    """Raise FormatError where a value is beyond the largest finite number of `dtype`."""
+    largest = torch.finfo(dtype).max
+    if values.numel() and not bool(values.max() <= largest):
+        name = str(dtype).removeprefix("torch.")
+        raise FormatError(f"{where} {values.max().item():.3g} is beyond {name}'s {largest:.3g}; use a wider scale type")
+
+
+def check_finite(weight: Tensor, where: str) -> None:
+    """Raise NonFiniteError naming `where` and the first position that holds a NaN or an infinity."""
+    if not weight.numel() or bool(torch.isfinite(weight.sum())):  # a finite sum has only finite terms
+        return
+    bad = ~torch.isfinite(weight)
+    if not bool(bad.any()):  # the sum overflowed
+        return
+    position = tuple(int(i) for i in bad.nonzero()[0])
+    value = weight[position].item()
+    raise NonFiniteError(
+        f"{where}: {value} at position {list(position)} ({int(bad.sum())} such values); "
+        "weights must be finite; repair the checkpoint"
+    )

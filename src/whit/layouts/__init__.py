@@ -1,0 +1,21 @@
+"""How the bytes lie. A new layout is one file and one name in LAYOUTS."""
+
+from __future__ import annotations
+
+from whit.errors import FormatError
+from whit.layouts.bits import Bits
+
+BITS = Bits()
+LAYOUTS = (BITS,)
+
+
+def layout_named(name: str) -> Bits:
+    """The layout of that name."""
+    for layout in LAYOUTS:
+        if layout.name == name:
+            return layout
+    known = ", ".join(layout.name for layout in LAYOUTS)
+    raise FormatError(f"layout {name!r} is not known; it must be one of {known}; update whit to read this file")
+
+
+__all__ = ["BITS", "LAYOUTS", "Bits", "layout_named"]

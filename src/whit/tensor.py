@@ -1,0 +1,160 @@
+"""The values that travel through whit: formats, quantized tensors and packed weights.
+
+A matrix is always (out_features, in_features) here; a tensor of more dimensions is quantized along its last one,
+its leading dimensions flattened into rows. `w ~ decode(codes, params)`, codes are integers, params are floats or
+integers that a group of `format.group_size` neighbouring columns shares.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from math import prod
+from typing import Protocol, TypeAlias, Union, runtime_checkable
+
+import torch
+from torch import Tensor
+
+Params: TypeAlias = Mapping[str, Union[Tensor, "QuantizedTensor"]]
+
+
+@dataclass(frozen=True)
+class ParamSpec:
+    """What one parameter of a format looks like for a matrix of a given shape.
+
+    `bits` is the stored width of an element: 32 for float32, 4 for a 4-bit zero point. A `format` says that the
+    parameter is itself a QuantizedTensor of `shape` in that format (double quantization).
+    """
+
+    shape: tuple[int, int]
+    dtype: torch.dtype
+    bits: int
+    format: Format | None = None
+
+
+@runtime_checkable
+class Format(Protocol):
+    """Which numbers exist. A frozen, hashable value; `parse_format(str(format)) == format`.
+
+    `group_size` counts the input columns that share parameters, 0 stands for the whole row. `vector_size` counts
+    columns coded jointly (1: scalar). Codes lie in [code_min, code_max] and take `bits` bits each when packed.
+    """
+
+    @property
+    def bits(self) -> int: ...
+    @property
+    def group_size(self) -> int: ...
+    @property
+    def vector_size(self) -> int: ...
+    @property
+    def code_min(self) -> int: ...
+    @property
+    def code_dtype(self) -> torch.dtype: ...
+    @property
+    def continuous(self) -> tuple[str, ...]:
+        """Names of the real-valued params, which `refit` can move."""
+        ...
+
+    def param_specs(self, rows: int, columns: int) -> Mapping[str, ParamSpec]:
+        """The params of a (rows, columns) matrix, in the order in which they are stored."""
+        ...
+
+    def fit(self, weight: Tensor, importance: Tensor | None = None) -> Params:
+        """Params for a whole float matrix (rows, columns); `importance` (columns,) weighs squared errors."""
+        ...
+
+    def refit(self, weight: Tensor, codes: Tensor, params: Params, free: tuple[str, ...]) -> Params:
+        """Params with the `free` ones moved to the least squared error for the given codes."""
+        ...
+
+    def seal(self, params: Params) -> Params:
+        """The params as they are stored (double quantization happens here); sealing twice changes nothing."""
+        ...
+
+    def encode(self, weight: Tensor, params: Params, column: int = 0) -> Tensor:
+        """Floats (rows, n), which are columns [column, column + n) of the matrix, to codes (rows, n)."""
+        ...
+
+    def decode(self, codes: Tensor, params: Params, column: int = 0) -> Tensor:
+        """Codes (rows, n), which are columns [column, column + n) of the matrix, to float32 (rows, n)."""
+        ...
+
+
+@dataclass(frozen=True)
+class QuantizedTensor:
+    """The logical value: integer codes and the params that turn them back into floats.
+
+    `shape` is the original tensor's; `codes` is (rows, columns) with rows the product of the leading dimensions.
+    """
+
+    format: Format
+    shape: tuple[int, ...]
+    codes: Tensor
+    params: Params = field(default_factory=dict)
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The floats that the codes stand for, in the original shape."""
+        return self.format.decode(self.codes, self.params).to(dtype).reshape(self.shape)
+
+    def to(self, device: torch.device | str) -> QuantizedTensor:
+        """The same value on another device."""
+        params = {name: value.to(device) for name, value in self.params.items()}
+        return QuantizedTensor(self.format, self.shape, self.codes.to(device), params)
+
+
+@dataclass(frozen=True)
+class PackedWeight:
+    """The physical value: named tensors as a module holds and a file stores them, in a named layout."""
+
+    layout: str
+    format: Format
+    shape: tuple[int, ...]
+    tensors: Mapping[str, Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in self.tensors.values())
+
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self.tensors.values())).device
+
+
+@dataclass(frozen=True)
+class LinearGroup:
+    """Linears fed by one activation; `source` is the module whose output that is, where a scale or rotation folds."""
+
+    source: str
+    linears: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class LayerStats:
+    """What calibration saw at the input of a linear: `hessian` (in, in) float32 is the sum of x x^T over tokens."""
+
+    hessian: Tensor
+    token_count: int
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Shape and dtype of a tensor that is not there yet."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
+
+
+def bits_per_weight(packed: PackedWeight) -> float:
+    """Every stored bit, scales and zero points included, divided by the number of weights."""
+    return 8 * packed.nbytes / max(prod(packed.shape), 1)
+
+
+def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
+    """(rows, columns) of a tensor seen as a matrix: leading dimensions flattened; a scalar is 1 x 1."""
+    if not shape:
+        return 1, 1
+    return prod(shape[:-1]), shape[-1]
