@@ -153,6 +153,12 @@ def bits_per_weight(packed: PackedWeight) -> float:
     return 8 * packed.nbytes / max(prod(packed.shape), 1)
 
 
+def tensor_param(params: Params, name: str) -> Tensor:
+    """A param that is a plain tensor; a nested one comes back dequantized."""
+    value = params[name]
+    return value.dequantize() if isinstance(value, QuantizedTensor) else value
+
+
 def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
     """(rows, columns) of a tensor seen as a matrix: leading dimensions flattened; a scalar is 1 x 1."""
     if not shape:

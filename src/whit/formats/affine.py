@@ -19,7 +19,7 @@ from torch import Tensor
 from whit.errors import FormatError
 from whit.formats.grouping import ROW, align, group_count, group_sums, to_groups
 from whit.formats.numeric import DTYPE_NAMES, check_fits, compute_dtype, round_up_to
-from whit.tensor import Params, ParamSpec
+from whit.tensor import Params, ParamSpec, tensor_param
 
 PATTERN = re.compile(
     r"int(?P<bits>[1-8])(?:-(?P<where>tensor|channel|g[1-9]\d*))?(?P<asym>-asym)?(?P<fz>-fz)?(?:-(?P<dtype>f16|f32|bf16))?"
@@ -117,13 +117,13 @@ class Affine:
     def refit(self, weight: Tensor, codes: Tensor, params: Params, free: tuple[str, ...]) -> Params:
         new = dict(params)
         if "zero_point" in free:  # w = S (q - Z)  =>  Z = mean(q - w / S)
-            zero = self._mean(codes - self._divide(weight, params["scale"]))
+            zero = self._mean(codes - self._divide(weight, tensor_param(params, "scale")))
             new["zero_point"] = self._store_zero(zero.clamp(self.code_min - self.code_max, 2 * self.code_max))
         if "scale" in free:  # S = <w, q - Z> / <q - Z, q - Z>
             steps = self._steps(codes, new, 0).reshape(weight.shape)
             best = self._sum(weight * steps) / self._sum(steps * steps).clamp(min=torch.finfo(steps.dtype).tiny)
-            old = params["scale"].to(best.dtype)
-            new["scale"] = torch.where(best > 0, best, old).to(params["scale"].dtype)
+            old = tensor_param(params, "scale").to(best.dtype)
+            new["scale"] = torch.where(best > 0, best, old).to(tensor_param(params, "scale").dtype)
         return new
 
     def seal(self, params: Params) -> Params:
@@ -153,8 +153,8 @@ class Affine:
         return steps.sub_(zero[0].to(torch.float32)) if zero else steps
 
     def _align(self, values: Tensor, params: Params, column: int) -> tuple[Tensor, ...]:
-        tensors = tuple(params[name] for name in ("scale", "zero_point") if name in params)
-        return align(values, tensors, column, self.group_size)  # type: ignore[arg-type]
+        tensors = tuple(tensor_param(params, name) for name in ("scale", "zero_point") if name in params)
+        return align(values, tensors, column, self.group_size)
 
     def _divide(self, weight: Tensor, scale: Tensor) -> Tensor:
         values, aligned = align(weight, (scale.to(weight.dtype),), 0, self.group_size)

@@ -18,7 +18,7 @@ from torch import Tensor
 from whit.errors import FormatError
 from whit.formats.grouping import ROW, align, group_count, group_sums, to_groups
 from whit.formats.numeric import check_fits, compute_dtype
-from whit.tensor import Format, Params, ParamSpec, QuantizedTensor
+from whit.tensor import Format, Params, ParamSpec, QuantizedTensor, tensor_param
 
 NF4 = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
@@ -132,12 +132,15 @@ class Codebook:
             return params
         row = absmax.reshape(1, -1)
         inner = self.nested.fit(row)
-        return {**params, "absmax": QuantizedTensor(self.nested, tuple(row.shape), self.nested.encode(row, inner), inner)}
+        return {
+            **params,
+            "absmax": QuantizedTensor(self.nested, tuple(row.shape), self.nested.encode(row, inner), inner),
+        }
 
     def encode(self, weight: Tensor, params: Params, column: int = 0) -> Tensor:
         dtype = compute_dtype(weight)
         reciprocal = 1.0 / self._absmax(params, len(weight)).clamp(min=TINY)
-        centred = weight.to(dtype) - params["offset"] if self.centered else weight.to(dtype)  # type: ignore[operator]
+        centred = weight.to(dtype) - tensor_param(params, "offset") if self.centered else weight.to(dtype)
         values, aligned = align(centred, (reciprocal.to(dtype),), column, self.group_size)
         bounds, order = self._bounds
         bounds = bounds.to(weight.device, dtype)
@@ -150,13 +153,10 @@ class Codebook:
         levels = self._table(codes.device)[codes.int()]
         values, absmax = align(levels, (self._absmax(params, len(codes)),), column, self.group_size)
         decoded = (values * absmax).reshape(codes.shape)
-        return decoded + params["offset"] if self.centered else decoded  # type: ignore[operator]
+        return decoded + params["offset"] if self.centered else decoded
 
     def _absmax(self, params: Params, rows: int) -> Tensor:
-        absmax = params["absmax"]
-        if isinstance(absmax, QuantizedTensor):
-            absmax = absmax.dequantize().reshape(rows, -1)
-        return absmax
+        return tensor_param(params, "absmax").reshape(rows, -1)
 
     def _table(self, device: torch.device) -> Tensor:
         return torch.tensor(self.levels, dtype=torch.float32, device=device)
@@ -178,4 +178,4 @@ def _mean(values: Tensor) -> Tensor:
         return flat.mean()
     padded = torch.nn.functional.pad(flat, (0, -flat.numel() % 4096))
     partial = padded.reshape(-1, 4096).sum(dim=1, dtype=torch.float64)
-    return sum(partial.tolist()) / torch.tensor(flat.numel(), dtype=torch.float64, device=values.device)
+    return torch.tensor(sum(partial.tolist()) / flat.numel(), dtype=torch.float64, device=values.device)

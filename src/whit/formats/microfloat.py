@@ -13,7 +13,7 @@ from torch import Tensor
 
 from whit.formats.grouping import ROW
 from whit.formats.numeric import compute_dtype
-from whit.tensor import Params, ParamSpec
+from whit.tensor import Params, ParamSpec, tensor_param
 
 E4M3_MAX = 448.0
 
@@ -86,15 +86,15 @@ class Float8:
             return params
         levels = codes.view(torch.float8_e4m3fn).to(torch.float32)  # S = <w, l> / <l, l>
         best = (weight * levels).sum(1, keepdim=True) / (levels * levels).sum(1, keepdim=True).clamp(min=1e-38)
-        return {"scale": torch.where(best > 0, best.to(torch.float32), params["scale"])}  # type: ignore[arg-type]
+        return {"scale": torch.where(best > 0, best.to(torch.float32), tensor_param(params, "scale"))}
 
     def seal(self, params: Params) -> Params:
         return params
 
     def encode(self, weight: Tensor, params: Params, column: int = 0) -> Tensor:
         dtype = compute_dtype(weight)
-        values = weight.to(dtype) / params["scale"].to(dtype)  # type: ignore[arg-type]
+        values = weight.to(dtype) / tensor_param(params, "scale").to(dtype)
         return values.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).view(torch.uint8)
 
     def decode(self, codes: Tensor, params: Params, column: int = 0) -> Tensor:
-        return codes.contiguous().view(torch.float8_e4m3fn).to(torch.float32) * params["scale"]  # type: ignore[operator]
+        return codes.contiguous().view(torch.float8_e4m3fn).to(torch.float32) * tensor_param(params, "scale")

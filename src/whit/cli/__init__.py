@@ -1,0 +1,44 @@
+"""The command line: one small file per command, and here what they share at the door."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from whit.cli import doctor
+from whit.cli.console import say_error
+from whit.errors import WhitError
+
+COMMANDS = (("doctor", doctor.doctor),)
+
+
+def build_app() -> typer.Typer:
+    """The whole command line as one typer application."""
+    app = typer.Typer(
+        name="whit", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+        help="Quantize any Hugging Face transformer, run it, and measure what was given up.",
+    )  # fmt: skip
+    app.callback()(_root)
+    for name, function in COMMANDS:
+        app.command(name)(function)
+    return app
+
+
+def _root() -> None:
+    """Quantize any Hugging Face transformer, run it, and measure what was given up."""
+
+
+def main() -> None:
+    """Entry point: 0 done, 1 a clear error in one sentence, 2 wrong usage, 3 a quality gate not met."""
+    try:
+        build_app()()
+    except WhitError as error:
+        say_error(str(error))
+        sys.exit(error.exit_status)
+    except OSError as error:
+        say_error(f"{error.filename or 'system'}: {error.strerror or error}; nothing was left half-written")
+        sys.exit(1)
+    except KeyboardInterrupt:
+        say_error("interrupted: run the same command again to go on from here")
+        sys.exit(130)

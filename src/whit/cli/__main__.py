@@ -1,0 +1,3 @@
+from whit.cli import main
+
+main()

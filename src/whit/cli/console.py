@@ -1,0 +1,24 @@
+"""Where words go: results to standard output, everything else to standard error."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+from rich.console import Console
+
+
+def console() -> Console:
+    """Standard error: progress, notes and tables that accompany a --json result."""
+    return Console(stderr=True)
+
+
+def say_error(message: str) -> None:
+    """One sentence on standard error."""
+    print(f"whit: {message}", file=sys.stderr)
+
+
+def print_json(result: Any) -> None:
+    """The result, and nothing else, on standard output."""
+    print(json.dumps(result, indent=2, allow_nan=False))
