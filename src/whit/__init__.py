@@ -1,3 +1,29 @@
 """whit: quantize any Hugging Face transformer, run it, and measure what was given up."""
 
+from whit.arrays import error, quantize_tensor
+from whit.errors import WhitError
+from whit.formats import Affine, BFloat16, Codebook, Float8, parse_format
+from whit.methods import HQQ, RTN, Clip
+from whit.recipe import Recipe
+from whit.tensor import Format, PackedWeight, QuantizedTensor, bits_per_weight
+
 __version__ = "0.1.0"
+
+__all__ = [
+    "HQQ",
+    "RTN",
+    "Affine",
+    "BFloat16",
+    "Clip",
+    "Codebook",
+    "Float8",
+    "Format",
+    "PackedWeight",
+    "QuantizedTensor",
+    "Recipe",
+    "WhitError",
+    "bits_per_weight",
+    "error",
+    "parse_format",
+    "quantize_tensor",
+]

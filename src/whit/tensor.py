@@ -55,6 +55,15 @@ class Format(Protocol):
         """Names of the real-valued params, which `refit` can move."""
         ...
 
+    @property
+    def row_independent(self) -> bool:
+        """Whether fitting some rows of a matrix gives those rows of the whole matrix's (unsealed) params."""
+        ...
+
+    def sums(self, values: Tensor) -> Tensor:
+        """(rows, columns) summed over the elements that share params, in the shape of the (unsealed) params."""
+        ...
+
     def param_specs(self, rows: int, columns: int) -> Mapping[str, ParamSpec]:
         """The params of a (rows, columns) matrix, in the order in which they are stored."""
         ...

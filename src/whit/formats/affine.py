@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -91,6 +91,14 @@ class Affine:
     def continuous(self) -> tuple[str, ...]:
         return ("scale", "zero_point") if self.float_zero else ("scale",)
 
+    @property
+    def row_independent(self) -> bool:
+        return not self.per_tensor
+
+    def sums(self, values: Tensor) -> Tensor:
+        sums = group_sums(values, self.group_size)
+        return sums.sum().reshape(1, 1) if self.per_tensor else sums
+
     def param_specs(self, rows: int, columns: int) -> Mapping[str, ParamSpec]:
         shape = (1, 1) if self.per_tensor else (rows, group_count(columns, self.group_size))
         dtype = DTYPE_NAMES[self.scale_type]
@@ -121,7 +129,7 @@ class Affine:
             new["zero_point"] = self._store_zero(zero.clamp(self.code_min - self.code_max, 2 * self.code_max))
         if "scale" in free:  # S = <w, q - Z> / <q - Z, q - Z>
             steps = self._steps(codes, new, 0).reshape(weight.shape)
-            best = self._sum(weight * steps) / self._sum(steps * steps).clamp(min=torch.finfo(steps.dtype).tiny)
+            best = self.sums(weight * steps) / self.sums(steps * steps).clamp(min=torch.finfo(steps.dtype).tiny)
             old = tensor_param(params, "scale").to(best.dtype)
             new["scale"] = torch.where(best > 0, best, old).to(tensor_param(params, "scale").dtype)
         return new
@@ -160,12 +168,8 @@ class Affine:
         values, aligned = align(weight, (scale.to(weight.dtype),), 0, self.group_size)
         return (values / aligned).reshape(weight.shape)
 
-    def _sum(self, values: Tensor) -> Tensor:
-        sums = group_sums(values, self.group_size)
-        return sums.sum().reshape(1, 1) if self.per_tensor else sums
-
     def _mean(self, values: Tensor) -> Tensor:
-        return self._sum(values) / self._sum(torch.ones_like(values[:1]).expand_as(values))
+        return self.sums(values) / self.sums(torch.ones_like(values[:1]).expand_as(values))
 
     def _store_scale(self, scale: Tensor, is_zero: Tensor) -> Tensor:
         """`scale` rounded up to the stored type; 1 where the group holds only zeros."""
@@ -177,7 +181,3 @@ class Affine:
         if self.float_zero:
             return zero.to(torch.float16)
         return zero.round().clamp(0, self.code_max).to(torch.uint8)
-
-    def with_group(self, group_size: int) -> Affine:
-        """The same numbers with another group size."""
-        return replace(self, group_size=group_size)

@@ -98,6 +98,13 @@ class Codebook:
         """The format of absmax under double quantization."""
         return Codebook(TABLES["dynamic8"], group_size=256, centered=True)
 
+    @property
+    def row_independent(self) -> bool:
+        return not self.centered
+
+    def sums(self, values: Tensor) -> Tensor:
+        return group_sums(values, self.group_size)
+
     def param_specs(self, rows: int, columns: int) -> Mapping[str, ParamSpec]:
         groups = group_count(columns, self.group_size)
         if self.double_quant:
@@ -153,7 +160,7 @@ class Codebook:
         levels = self._table(codes.device)[codes.int()]
         values, absmax = align(levels, (self._absmax(params, len(codes)),), column, self.group_size)
         decoded = (values * absmax).reshape(codes.shape)
-        return decoded + params["offset"] if self.centered else decoded
+        return decoded + tensor_param(params, "offset") if self.centered else decoded
 
     def _absmax(self, params: Params, rows: int) -> Tensor:
         return tensor_param(params, "absmax").reshape(rows, -1)

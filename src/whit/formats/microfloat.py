@@ -25,6 +25,7 @@ class BFloat16:
     bits = 16
     group_size = ROW
     vector_size = 1
+    row_independent = True
     code_min = -(1 << 15)
     code_dtype = torch.int16
     continuous: tuple[str, ...] = ()
@@ -35,6 +36,9 @@ class BFloat16:
     @classmethod
     def parse(cls, spec: str) -> BFloat16 | None:
         return cls() if spec == "bf16" else None
+
+    def sums(self, values: Tensor) -> Tensor:
+        return values.sum(dim=1, keepdim=True)
 
     def param_specs(self, rows: int, columns: int) -> Mapping[str, ParamSpec]:
         return {}
@@ -62,6 +66,7 @@ class Float8:
     bits = 8
     group_size = ROW
     vector_size = 1
+    row_independent = True
     code_min = 0
     code_dtype = torch.uint8
     continuous: tuple[str, ...] = ("scale",)
@@ -72,6 +77,9 @@ class Float8:
     @classmethod
     def parse(cls, spec: str) -> Float8 | None:
         return cls() if spec in ("fp8", "fp8-channel") else None
+
+    def sums(self, values: Tensor) -> Tensor:
+        return values.sum(dim=1, keepdim=True)
 
     def param_specs(self, rows: int, columns: int) -> Mapping[str, ParamSpec]:
         return {"scale": ParamSpec((rows, 1), torch.float32, 32)}

@@ -1,0 +1,30 @@
+"""Work on a matrix a few rows at a time, so that every intermediate stays in the processor's cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from whit.tensor import Format, Params, QuantizedTensor, tensor_param
+
+CHUNK = 1 << 19  # elements; fixed, so that results do not depend on the machine
+
+Solver = Callable[[Tensor, Format], tuple[Tensor, Params]]
+
+
+def solve_by_rows(solve: Solver, weight: Tensor, format: Format) -> QuantizedTensor:
+    """`solve(rows of weight, format) -> (codes, unsealed params)` over chunks of rows, joined and sealed."""
+    rows, columns = weight.shape
+    count = max(CHUNK // max(columns, 1), 1) if format.row_independent else max(rows, 1)
+    parts = [solve(weight[first : first + count], format) for first in range(0, max(rows, 1), count)]
+    codes = torch.cat([codes for codes, _ in parts])
+    names = parts[0][1]
+    params = {name: torch.cat([tensor_param(p, name) for _, p in parts]) for name in names}
+    return QuantizedTensor(format, tuple(weight.shape), codes, format.seal(params))
+
+
+def select(better: Tensor, new: Params, old: Params) -> Params:
+    """For each set of shared params the new ones where `better` (in the params' shape), else the old ones."""
+    return {name: torch.where(better, tensor_param(new, name), tensor_param(old, name)) for name in old}
