@@ -51,7 +51,8 @@ PATTERN = re.compile(
 class Codebook:
     """Any table of 2 to 256 levels, largest magnitude 1, in groups of columns.
 
-    `double_quant` stores absmax itself in 8 bits. `centered` subtracts the mean of the whole tensor first.
+    `double_quant` stores absmax itself in 8 bits. `centered` is for those: the mean of the whole tensor is subtracted,
+    and values are rounded to 65,536 points of [-1, 1] before the nearest level is sought, as bitsandbytes does on CPU.
     """
 
     levels: tuple[float, ...]
@@ -150,8 +151,10 @@ class Codebook:
         centred = weight.to(dtype) - tensor_param(params, "offset") if self.centered else weight.to(dtype)
         values, aligned = align(centred, (reciprocal.to(dtype),), column, self.group_size)
         bounds, order = self._bounds
-        bounds = bounds.to(weight.device, dtype)
-        codes = torch.bucketize(values * aligned, bounds, out_int32=True)
+        scaled = values * aligned
+        if self.centered:
+            scaled = torch.where(aligned > 0.5 / TINY, -1.0, torch.floor((scaled + 1) * 32767.5 + 0.5) / 32767.5 - 1)
+        codes = torch.bucketize(scaled, bounds.to(weight.device, dtype), out_int32=True)
         if order is not None:
             codes = order.to(weight.device)[codes]
         return codes.to(torch.uint8).reshape(weight.shape)

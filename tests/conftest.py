@@ -1,0 +1,38 @@
+"""What all tests share: where the large shared data lies, and the marker that skips without it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import settings
+
+settings.register_profile("whit", deadline=None, derandomize=True, max_examples=40)
+settings.load_profile("whit")
+
+
+def shared_folder() -> Path:
+    return Path(os.environ.get("WHIT_SHARED", Path.home() / ".cache" / "whit-shared"))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    have_shared, have_gpu = (shared_folder() / "whole").exists(), torch.cuda.is_available()
+    for item in items:
+        if "shared" in item.keywords and not have_shared:
+            item.add_marker(pytest.mark.skip(reason="the shared real model and data are not unpacked here"))
+        if "gpu" in item.keywords and not have_gpu:
+            item.add_marker(pytest.mark.skip(reason="no CUDA device here"))
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder that holds the real 135M model and the evaluation data."""
+    return shared_folder()
+
+
+@pytest.fixture
+def random() -> torch.Generator:
+    """A seeded generator, so that no test touches the global seed."""
+    return torch.Generator().manual_seed(0)

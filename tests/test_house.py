@@ -1,0 +1,60 @@
+"""Data flows one way: a stage imports only the stages before it."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import whit
+
+ROOT = Path(whit.__file__).parent
+# Each stage may import those to its left; the values of the first entry belong to all.
+STAGES = (
+    ("errors", "tensor", "data"), ("checkpoint",), ("model",), ("calibration",), ("transforms",), ("formats",),
+    ("methods",), ("arrays", "recipe"), ("layouts",), ("kernels",), ("modules",), ("export",), ("integrations",),
+    ("evaluation",), ("plan", "coverage"), ("pipeline",), ("report",), ("cli", "__main__"),
+)  # fmt: skip
+RANK = {name: rank for rank, stage in enumerate(STAGES) for name in stage}
+MOST_LINES = 400
+
+
+def imports(path: Path) -> set[str]:
+    """First component below `whit` of everything that a file imports from whit."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "whit":
+            names = [node.module] if node.module != "whit" else [f"whit.{a.name}" for a in node.names]
+            found |= {n.split(".")[1] for n in names if n}
+        elif isinstance(node, ast.Import):
+            found |= {a.name.split(".")[1] for a in node.names if a.name.startswith("whit.")}
+    return found
+
+
+def sources() -> list[Path]:
+    return [p for p in ROOT.rglob("*.py") if p != ROOT / "__init__.py"]
+
+
+def test_data_flows_one_way():
+    wrong = []
+    for path in sources():
+        stage = path.relative_to(ROOT).parts[0].removesuffix(".py")
+        assert stage in RANK, f"{stage} has no place in the house; give it one"
+        for other in imports(path):
+            if other in RANK and RANK[other] > RANK[stage]:
+                wrong.append(f"{path.relative_to(ROOT)} imports whit.{other}")
+    assert not wrong
+
+
+def test_files_stay_short():
+    assert not [str(p) for p in sources() if p.read_text().count("\n") > MOST_LINES]
+
+
+def test_no_environment_look_ups_outside_the_command_line():
+    found = [
+        p for p in sources() if "cli" not in p.parts and ("os.environ" in p.read_text() or "getenv(" in p.read_text())
+    ]
+    assert not found
+
+
+def test_no_pickles_are_read():
+    assert not [p for p in sources() if "torch.load(" in p.read_text() or "import pickle" in p.read_text()]

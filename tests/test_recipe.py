@@ -1,0 +1,53 @@
+"""Rules, their order, and the file they travel in."""
+
+from __future__ import annotations
+
+import pytest
+
+import whit
+from whit import HQQ, Recipe
+from whit.errors import FormatError, RecipeError
+
+
+def test_the_last_rule_that_matches_counts():
+    recipe = Recipe(rules=[("*", "int4-g128"), ("*.mlp.*", "int3-g64"), ("*.0.mlp.down_proj", "bf16")])
+    assert str(recipe.format_for("model.layers.1.self_attn.q_proj")) == "int4-g128"
+    assert str(recipe.format_for("model.layers.1.mlp.up_proj")) == "int3-g64"
+    assert recipe.format_for("model.layers.0.mlp.down_proj") is None
+
+
+def test_heads_and_embeddings_need_a_rule_that_names_them():
+    assert Recipe().format_for("lm_head", kept_by_default=True) is None
+    assert Recipe(rules=[("model.*", "int8")]).format_for("model.embed_tokens", True) is None
+    for pattern in ("lm_head", "lm_*", "*head"):
+        assert str(Recipe(rules=[(pattern, "int8")]).format_for("lm_head", True)) == "int8-channel"
+
+
+def test_a_recipe_survives_toml(tmp_path):
+    recipe = Recipe(HQQ(beta=2.5), [("*", "nf4-dq"), ('odd"name\\*', "codebook(-1,0.1,1)-g32")])
+    (tmp_path / "recipe.toml").write_text(recipe.to_toml())
+    assert Recipe.load(tmp_path / "recipe.toml") == recipe
+    assert Recipe.from_dict(recipe.to_dict()) == recipe
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("versoin = 1", "key 'versoin' does not exist"),
+        ("version = 7", "version 7"),
+        ("[[rules]]\nmatch = '*'", "just `match` and `format`"),
+        ("[[rules]]\nmatch = '*'\nformat = 'int44'", "did you mean int4"),
+        ("[method]\nname = 'hqq'\nbtea = 1", "option 'btea' does not exist"),
+        ("= 3", "not TOML"),
+    ],
+)
+def test_wrong_recipes_say_what_is_wrong(tmp_path, text: str, says: str):
+    path = tmp_path / "recipe.toml"
+    path.write_text(text)
+    with pytest.raises((RecipeError, FormatError), match=says):
+        Recipe.load(path)
+
+
+def test_rules_that_match_nothing_are_found():
+    assert Recipe(rules=[("*", "int8"), ("*.q_prj", "int4-g32")]).unmatched(["a.q_proj"]) == ("*.q_prj",)
+    assert issubclass(RecipeError, whit.WhitError)
