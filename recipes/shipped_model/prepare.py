@@ -60,6 +60,14 @@ def train_tokenizer(documents: list[str]) -> PreTrainedTokenizerFast:
     )
 
 
+def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"  # the name that transformers 4 knows as well as 5
+    path.write_text(json.dumps(config, indent=2) + "\n")
+
+
 def encode(tokenizer: PreTrainedTokenizerFast, documents: list[str], chunk: int = 256) -> np.ndarray:
     """documents -> uint16 stream; in chunks, since encodings take far more memory than their ids."""
     eos = np.array([tokenizer.eos_token_id], dtype=np.uint16)
@@ -106,7 +114,7 @@ def main() -> None:
             "\n\n\n\n".join(documents) + "\n", encoding="utf-8", newline="\n"
         )
 
-    train_tokenizer(train).save_pretrained(args.out / "tokenizer")
+    save_tokenizer(train_tokenizer(train), args.out / "tokenizer")
     tokenizer = AutoTokenizer.from_pretrained(args.out / "tokenizer")
     sizes = write_streams(tokenizer, {"train": train, "wiki_valid": valid, "heldout": held_out}, args.out)
     (args.out / "sizes.json").write_text(json.dumps(sizes, indent=2) + "\n")
