@@ -51,9 +51,7 @@ def smooth(keys: np.ndarray, counts: np.ndarray, prefixes: int, vocab_size: int)
 def train(stream: np.ndarray, length: int = 5, vocab_size: int = VOCAB_SIZE) -> list[Order]:
     """stream (n,) of tokens -> the orders 1 to `length`."""
     tokens = stream.astype(np.int64)
-    ids = np.zeros(
-        len(tokens) + 1, dtype=np.int64
-    )  # of the k-gram that starts at each token; all empty for k = 0
+    ids = np.zeros(len(tokens) + 1, dtype=np.int64)  # of the k-gram that starts at each token; all empty for k = 0
     orders: list[Order] = []
     keys, prefixes = np.zeros(1, dtype=np.int64), 0
     for k in range(length):
@@ -83,9 +81,7 @@ def token_losses(orders: list[Order], stream: np.ndarray, vocab_size: int = VOCA
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="what prepare.py wrote")
     parser.add_argument("--length", type=int, default=5)
     args = parser.parse_args()

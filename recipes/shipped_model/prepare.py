@@ -93,12 +93,8 @@ def write_streams(tokenizer: PreTrainedTokenizerFast, splits: dict[str, list[str
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--text", type=Path, required=True, help="folder of wiki_train.txt, novels_train.txt, ..."
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--text", type=Path, required=True, help="folder of wiki_train.txt, novels_train.txt, ...")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -110,9 +106,7 @@ def main() -> None:
     valid = read_documents(args.text / "wiki_valid.txt")
 
     for name, documents in (("heldout", held_out), ("calibration", calibration)):
-        (args.out / f"{name}.txt").write_text(
-            "\n\n\n\n".join(documents) + "\n", encoding="utf-8", newline="\n"
-        )
+        (args.out / f"{name}.txt").write_text("\n\n\n\n".join(documents) + "\n", encoding="utf-8", newline="\n")
 
     save_tokenizer(train_tokenizer(train), args.out / "tokenizer")
     tokenizer = AutoTokenizer.from_pretrained(args.out / "tokenizer")

@@ -56,17 +56,11 @@ def loss_curve(curve: list[dict], baselines: dict[str, float]) -> str:
     for step in range(0, last + 1, 1000):
         parts.append(f'<text x="{x(step):.1f}" y="{height - 26}" text-anchor="middle">{step}</text>')
     parts.append(f'<text x="{x(last / 2):.1f}" y="{height - 8}" text-anchor="middle">step</text>')
-    parts.append(
-        f'<text x="12" y="{height / 2}" transform="rotate(-90 12 {height / 2})">nats per token</text>'
-    )
+    parts.append(f'<text x="12" y="{height / 2}" transform="rotate(-90 12 {height / 2})">nats per token</text>')
     for row, (name, colour) in enumerate(COLOURS.items()):
-        points = " ".join(
-            f"{x(point['step']):.1f},{y(point[name]):.1f}" for point in curve if point[name] < high
-        )
+        points = " ".join(f"{x(point['step']):.1f},{y(point[name]):.1f}" for point in curve if point[name] < high)
         parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2"/>')
-        parts.append(
-            f'<text x="{x(last) + 12:.1f}" y="{top + 20 * row + 12}" fill="{colour}">{LABELS[name]}</text>'
-        )
+        parts.append(f'<text x="{x(last) + 12:.1f}" y="{top + 20 * row + 12}" fill="{colour}">{LABELS[name]}</text>')
         if name in baselines:
             level = f"M{x(0)} {y(baselines[name]):.1f}H{x(last)}"
             parts.append(f'<path d="{level}" stroke="{colour}" stroke-dasharray="6 4"/>')
@@ -75,9 +69,7 @@ def loss_curve(curve: list[dict], baselines: dict[str, float]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="what prepare.py and kneser_ney.py wrote")
     parser.add_argument("--model", type=Path, required=True, help="what train.py wrote")
     parser.add_argument("--package", type=Path, required=True, help="gets model/ and text/")

@@ -108,12 +108,7 @@ def test_texts_survive_the_tokenizer(tokenizer, heldout, calibration):
 
 def test_no_special_token_is_added(tokenizer):
     assert tokenizer.decode(tokenizer("Once").input_ids) == "Once"
-    assert (
-        tokenizer.convert_tokens_to_ids("<|endoftext|>")
-        == tokenizer.eos_token_id
-        == tokenizer.bos_token_id
-        == 0
-    )
+    assert tokenizer.convert_tokens_to_ids("<|endoftext|>") == tokenizer.eos_token_id == tokenizer.bos_token_id == 0
 
 
 def test_greedy_generation_is_text(model, tokenizer):

@@ -31,13 +31,8 @@ def stream() -> np.ndarray:
 
 
 def adjusted_counts(tokens: list[int], length: int) -> list[dict]:
-    grams = [
-        Counter(tuple(tokens[i : i + k]) for i in range(len(tokens) - k + 1)) for k in range(1, length + 1)
-    ]
-    lower = [
-        {gram: sum(wider[1:] == gram for wider in grams[k]) for gram in grams[k - 1]}
-        for k in range(1, length)
-    ]
+    grams = [Counter(tuple(tokens[i : i + k]) for i in range(len(tokens) - k + 1)) for k in range(1, length + 1)]
+    lower = [{gram: sum(wider[1:] == gram for wider in grams[k]) for gram in grams[k - 1]} for k in range(1, length)]
     return [*lower, grams[-1]]
 
 
