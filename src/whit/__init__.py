@@ -3,7 +3,9 @@
 from whit.arrays import error, quantize_tensor
 from whit.errors import WhitError
 from whit.formats import Affine, BFloat16, Codebook, Float8, parse_format
+from whit.job import Options
 from whit.methods import HQQ, RTN, Clip
+from whit.pipeline import quantize
 from whit.recipe import Recipe
 from whit.tensor import Format, PackedWeight, QuantizedTensor, bits_per_weight
 
@@ -18,6 +20,7 @@ __all__ = [
     "Codebook",
     "Float8",
     "Format",
+    "Options",
     "PackedWeight",
     "QuantizedTensor",
     "Recipe",
@@ -25,5 +28,6 @@ __all__ = [
     "bits_per_weight",
     "error",
     "parse_format",
+    "quantize",
     "quantize_tensor",
 ]

@@ -27,6 +27,7 @@ class Target:
     kind: Kind
     shape: tuple[int, ...]
     is_head: bool = False
+    is_gate: bool = False
 
     @property
     def transposed(self) -> bool:
@@ -35,28 +36,38 @@ class Target:
 
     @property
     def kept_by_default(self) -> bool:
-        """Embeddings and output heads are quantized only where a rule names them."""
-        return self.is_head or self.kind == "embedding"
+        """Embeddings, output heads and the gates of experts are quantized only where a rule names them."""
+        return self.is_head or self.is_gate or self.kind == "embedding"
 
 
 def find_targets(model: nn.Module) -> tuple[Target, ...]:
     """Every quantizable parameter of a transformers model, in module order."""
-    heads = _heads(model)
-    return tuple(t for name, module in model.named_modules() for t in _targets_of(name, module, heads))
+    heads, gates = _heads(model), _gates(model)
+    return tuple(t for name, module in model.named_modules() for t in _targets_of(name, module, heads, gates))
 
 
-def _targets_of(name: str, module: nn.Module, heads: set[int]) -> Iterator[Target]:
+def _targets_of(name: str, module: nn.Module, heads: set[int], gates: set[int]) -> Iterator[Target]:
     weight = f"{name}.weight"
     if isinstance(module, nn.Linear):
-        yield Target(weight, name, "linear", tuple(module.weight.shape), id(module) in heads)
+        yield Target(weight, name, "linear", tuple(module.weight.shape), id(module) in heads, id(module) in gates)
     elif isinstance(module, Conv1D):
         yield Target(weight, name, "conv1d", tuple(module.weight.shape[::-1]), id(module) in heads)
     elif isinstance(module, nn.Embedding):
         yield Target(weight, name, "embedding", tuple(module.weight.shape))
-    elif type(module).__name__.endswith("Experts"):
+    elif _is_experts(module):
         for key, parameter in module.named_parameters(recurse=False):
             if parameter.dim() == 3:
                 yield Target(f"{name}.{key}", f"{name}.{key}", "experts", tuple(parameter.shape))
+
+
+def _is_experts(module: nn.Module) -> bool:
+    return type(module).__name__.endswith("Experts")
+
+
+def _gates(model: nn.Module) -> set[int]:
+    """Linears beside experts: they weigh or choose among them, and are as small as they are sensitive."""
+    blocks = [module for module in model.modules() if any(_is_experts(child) for child in module.children())]
+    return {id(child) for block in blocks for child in block.children() if isinstance(child, nn.Linear)}
 
 
 def _heads(model: nn.Module) -> set[int]:

@@ -1,0 +1,35 @@
+"""The small files beside the weights: tokenizer, generation settings, chat template, licence."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from whit.checkpoint.reader import INDEX
+from whit.errors import CheckpointError
+
+SUFFIXES = {".json", ".txt", ".model", ".jinja"}
+REPLACED = {"config.json", "whit.json", INDEX}  # the result has its own
+
+
+def side_files(folder: Path, code: bool = False) -> Iterator[tuple[str, Path]]:
+    """(name, path) of what is copied from a model folder; Python files only where `code` says so."""
+    wanted = SUFFIXES | ({".py"} if code else set())
+    places = (folder, folder / "additional_chat_templates")
+    for path in sorted(path for place in places if place.is_dir() for path in place.iterdir()):
+        is_licence = path.name.upper().startswith(("LICENSE", "LICENCE", "NOTICE"))
+        if path.is_file() and path.name not in REPLACED and (path.suffix in wanted or is_licence):
+            _check_link(folder, path)
+            yield str(path.relative_to(folder)), path
+
+
+def _check_link(folder: Path, path: Path) -> None:
+    """A link may lead to another file of the model or, as in the hub's cache, to its blobs; never elsewhere."""
+    target = path.resolve()
+    allowed = [folder.resolve()]
+    if folder.resolve().parent.name == "snapshots":
+        allowed.append(folder.resolve().parent.parent / "blobs")
+    if not any(target.is_relative_to(place) for place in allowed):
+        raise CheckpointError(
+            f"{path}: links to {target}, outside of the model; it must be a file of its own; replace it"
+        )

@@ -1,0 +1,183 @@
+"""The work folder beside OUT: locked, journaled, resumed, and renamed to OUT in one step when all is there.
+
+`.{OUT}.partial/journal.jsonl` has the run's fingerprint in its first line and then one line per finished unit, each
+written after the unit's bytes are on the disk. A torn last line counts as not written.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from whit.errors import OutputError
+
+JOURNAL = "journal.jsonl"
+RECORD = "whit.json"
+
+
+class WorkFolder:
+    """The folder of one run. `finished` maps the units that earlier runs completed to what they recorded.
+
+    `complete` says that an earlier run was killed within `commit`: only that is left to do.
+    """
+
+    def __init__(self, out: Path, fingerprint: str, restart: bool = False) -> None:
+        self.out = out
+        self.path = out.parent / f".{out.name}.partial"
+        self.fingerprint = fingerprint
+        self.finished: dict[str, Any] = {}
+        out.parent.mkdir(parents=True, exist_ok=True)
+        self._lock = self._take_lock()
+        if restart:
+            for item in self.path.iterdir():
+                shutil.rmtree(item) if item.is_dir() else item.unlink()
+        self.complete = not (self.path / JOURNAL).exists() and recorded_fingerprint(self.path) == fingerprint
+        self._journal = -1 if self.complete else self._open_journal()
+
+    def _take_lock(self) -> int:
+        while True:
+            self.path.mkdir(exist_ok=True)
+            descriptor = os.open(self.path, os.O_RDONLY)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                os.close(descriptor)
+                raise OutputError(f"{self.out}: another run is writing it; one at a time must; wait for it") from None
+            try:  # the run that held the lock may have renamed the folder meanwhile
+                if os.path.samestat(os.fstat(descriptor), self.path.stat()):
+                    return descriptor
+            except FileNotFoundError:
+                pass
+            os.close(descriptor)
+
+    def _open_journal(self) -> int:
+        path = self.path / JOURNAL
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        content = path.read_bytes()
+        whole = content[: content.rfind(b"\n") + 1]
+        lines = [json.loads(line) for line in whole.splitlines()]
+        if lines and lines[0]["fingerprint"] != self.fingerprint:
+            os.close(descriptor)
+            os.close(self._lock)
+            raise OutputError(
+                f"{self.out}: an unfinished run with another model, recipe or version lies in {self.path}; "
+                "it must be finished with the same ones; or pass --restart to begin again"
+            )
+        self.finished = {line["unit"]: line["record"] for line in lines[1:]}
+        os.ftruncate(descriptor, len(whole))
+        os.lseek(descriptor, 0, os.SEEK_END)
+        if not lines:
+            _append(descriptor, {"fingerprint": self.fingerprint})
+        return descriptor
+
+    def record(self, unit: str, record: Any) -> None:
+        """Journal a unit whose bytes are on the disk."""
+        _append(self._journal, {"unit": unit, "record": record})
+        self.finished[unit] = record
+
+    def write_file(self, name: str, content: bytes) -> None:
+        """Write a small file, whole or not at all."""
+        target = self.path / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.with_name(f".{target.name}.tmp")
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+
+    def commit(self) -> None:
+        """Everything is written: the folder becomes OUT."""
+        (self.path / JOURNAL).unlink(missing_ok=True)
+        os.fsync(self._lock)
+        old = self.out.parent / f".{self.out.name}.old"
+        if self.out.is_dir() and any(self.out.iterdir()):  # --restart: what was there goes when its successor is there
+            os.rename(self.out, old)
+        os.rename(self.path, self.out)
+        parent = os.open(self.out.parent, os.O_RDONLY)
+        os.fsync(parent)
+        os.close(parent)
+        shutil.rmtree(old, ignore_errors=True)
+
+    def close(self) -> None:
+        """Give the lock back; what is there stays for the next run."""
+        for descriptor in (self._lock, self._journal):
+            if descriptor >= 0:
+                os.close(descriptor)
+        self._lock = self._journal = -1
+
+
+def _append(descriptor: int, line: dict[str, Any]) -> None:
+    os.write(descriptor, (json.dumps(line) + "\n").encode())
+    os.fsync(descriptor)
+
+
+def check_out(out: Path, model: Path) -> None:
+    """OutputError where OUT is MODEL, lies inside it, or holds it."""
+    ours, theirs = out.resolve(), model.resolve()
+    if ours == theirs or theirs in ours.parents:
+        raise OutputError(
+            f"{out}: lies inside MODEL {model}; it must lie elsewhere, as MODEL is never written; choose another"
+        )
+    if ours in theirs.parents:
+        raise OutputError(f"{out}: holds MODEL {model}; it must lie elsewhere; choose another folder")
+    if out.exists() and not out.is_dir():
+        raise OutputError(f"{out}: is a file; it must be a new folder; choose another name")
+
+
+def is_done(out: Path, fingerprint: str, restart: bool) -> bool:
+    """Whether OUT holds exactly this result already; OutputError where it holds something else."""
+    if not out.is_dir() or not any(out.iterdir()):
+        return False
+    found = recorded_fingerprint(out)
+    if found is None:
+        raise OutputError(f"{out}: exists and was not written by whit; it must be new or empty; choose another name")
+    if restart:
+        return False
+    if found == fingerprint:
+        return True
+    raise OutputError(
+        f"{out}: holds the result of another model, recipe or version; it must be new; "
+        "choose another name, or pass --restart to replace it"
+    )
+
+
+def recorded_fingerprint(folder: Path) -> str | None:
+    """The fingerprint in a folder's whit.json, None where there is none."""
+    try:
+        return str(json.loads((folder / RECORD).read_text())["source"]["fingerprint"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def check_space(folder: Path, needed: int) -> None:
+    """OutputError where the disk under `folder` has fewer than `needed` bytes free."""
+    place = folder
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if needed > free:
+        raise OutputError(
+            f"{folder}: {needed:,} bytes are needed and {free:,} are free; the disk must hold the result; make room"
+        )
+
+
+@contextmanager
+def disk_errors(out: Path) -> Iterator[None]:
+    """A full disk, said in one sentence."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise OutputError(
+            f"{out}: {os.strerror(error.errno).lower()}; the result must fit; "
+            "make room and run the same command again to go on from here"
+        ) from None

@@ -1,0 +1,76 @@
+"""The coverage account: what became of every parameter, as whit.json beside the weights holds it."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from whit.checkpoint.reader import read_json
+from whit.checkpoint.work import RECORD
+from whit.errors import CheckpointError
+
+Status = Literal["quantized", "kept", "tied", "dropped"]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One parameter. `relative_error` is ||W - W^|| / ||W||; `proxy_loss` needs calibration."""
+
+    name: str
+    status: Status
+    format: str | None = None
+    reason: str | None = None
+    bits_per_weight: float | None = None
+    relative_error: float | None = None
+    proxy_loss: float | None = None
+
+
+@dataclass(frozen=True)
+class Account:
+    """What was done to a model: the content of whit.json.
+
+    `bits_per_weight` counts every parameter and every byte of the weight files. `files` maps each of them to its
+    SHA-256. `source` names the model and holds the fingerprint by which a run knows its own result again.
+    """
+
+    version: str
+    recipe: Mapping[str, Any] | None
+    seed: int
+    bits_per_weight: float
+    size_bytes: int
+    parameters: tuple[Entry, ...]
+    seconds: float
+    peak_memory_bytes: int
+    libraries: Mapping[str, str]
+    source: Mapping[str, str]
+    files: Mapping[str, str]
+    calibration: Mapping[str, Any] | None = None
+
+    def counts(self) -> dict[str, int]:
+        """Number of parameters of each status."""
+        return dict(Counter(entry.status for entry in self.parameters))
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, as in whit.json."""
+        return asdict(self)
+
+
+def load_account(folder: Path) -> Account:
+    """The account that lies in a folder that whit wrote."""
+    raw = read_json(folder / RECORD)
+    try:
+        parameters = tuple(Entry(**entry) for entry in raw.pop("parameters"))
+        return Account(parameters=parameters, **raw)
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{folder / RECORD}: not an account of whit ({error}); it must be as whit wrote it; quantize again"
+        ) from None
+
+
+def account_bytes(account: Account) -> bytes:
+    """The content of whit.json."""
+    return (json.dumps(account.to_json(), indent=1, allow_nan=False) + "\n").encode()

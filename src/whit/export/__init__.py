@@ -1,0 +1,1 @@
+"""How a file names a quantized model."""

@@ -1,0 +1,98 @@
+"""A checkpoint of whit as a source of parameters: what is packed comes back dequantized, in float32."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from whit.checkpoint.header import Entry
+from whit.checkpoint.reader import Checkpoint, read_json
+from whit.errors import CheckpointError
+from whit.export.whit import QUANT_METHOD, packed_specs
+from whit.formats import parse_format
+from whit.layouts import layout_named
+from whit.model.source import NOT_STORED, Origin
+from whit.model.targets import Target, find_targets
+from whit.tensor import Format, PackedWeight, TensorSpec
+
+
+def whit_config(folder: Path) -> dict[str, Any] | None:
+    """The `quantization_config` of a folder that whit wrote, None of a plain one."""
+    found = read_json(folder / "config.json").get("quantization_config")
+    if found is None:
+        return None
+    if not isinstance(found, dict) or found.get("quant_method") != QUANT_METHOD:
+        method = found.get("quant_method") if isinstance(found, dict) else found
+        raise CheckpointError(
+            f"{folder}: already quantized, by {method}; it must have 16- or 32-bit weights or be whit's own; "
+            "use the original model"
+        )
+    return found
+
+
+class PackedSource:
+    """The same attributes as `ModelSource`, over a checkpoint of whit."""
+
+    def __init__(self, model: PreTrainedModel, checkpoint: Checkpoint, config: Mapping[str, Any]) -> None:
+        self.model = model
+        self.checkpoint = checkpoint
+        self.layout = layout_named(config["layout"])
+        self.tied: dict[str, str] = {}
+        self.dropped: dict[str, str] = {}
+        self.origins: dict[str, Origin] = {}
+        self.packed: dict[str, tuple[Target, Format]] = {}
+        by_parameter = {t.parameter: t for t in find_targets(model) if t.holder in config["formats"]}
+        state = model.state_dict()
+        for name, tensor in state.items():
+            if name in checkpoint:
+                self.origins[name] = Origin(checkpoint.entries[name].spec, (name,))
+            elif name in by_parameter:
+                target = by_parameter[name]
+                format = parse_format(config["formats"][target.holder])
+                self.packed[name] = target, format
+                specs = packed_specs(target, format)
+                self.origins[name] = Origin(TensorSpec(tuple(tensor.shape), torch.float32), tuple(specs), name)
+        self._account(state)
+
+    def read(self, name: str) -> Tensor:
+        """One parameter as the model holds it: float32 where it was packed, else its own dtype."""
+        if name not in self.packed:
+            return self.checkpoint[name]
+        target, format = self.packed[name]
+        keys = self.origins[name].keys
+        tensors = {key.removeprefix(f"{target.holder}."): self.checkpoint[key] for key in keys}
+        weight = self.layout.unpack(PackedWeight(self.layout.name, format, target.shape, tensors)).dequantize()
+        return weight.t().contiguous() if target.transposed else weight
+
+    def entry(self, name: str) -> Entry | None:
+        """Where a parameter that is not packed lies."""
+        return None if name in self.packed else self.checkpoint.entries[name]
+
+    def _account(self, state: Mapping[str, Tensor]) -> None:
+        for target, owner in (self.model.all_tied_weights_keys or {}).items():
+            if (target in self.origins) != (owner in self.origins):
+                absent, present = (target, owner) if owner in self.origins else (owner, target)
+                self.tied[absent] = present
+        specs: dict[str, TensorSpec] = {}
+        for target, format in self.packed.values():
+            specs |= packed_specs(target, format)
+        wrong = [k for k, s in specs.items() if k not in self.checkpoint or self.checkpoint.entries[k].spec != s]
+        parameters = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
+        for name in state.keys() - self.origins.keys() - self.tied.keys():
+            if name in parameters:
+                wrong.append(name)
+            else:
+                self.dropped[name] = NOT_STORED
+        used = {key for origin in self.origins.values() for key in origin.keys}
+        reason = f"{type(self.model).__name__} has no such parameter"
+        self.dropped |= {key: reason for key in self.checkpoint if key not in used}
+        if wrong:
+            raise CheckpointError(
+                f"{self.checkpoint.folder}: {', '.join(sorted(wrong)[:5])} and in all {len(wrong)} tensors are "
+                "missing or have another shape than their format; all must be there; quantize the model again"
+            )

@@ -1,0 +1,93 @@
+"""A run before it begins: what a user asked for, checked against the model and planned without reading a weight."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from hashlib import sha256
+from pathlib import Path
+
+import torch
+
+import whit
+from whit.checkpoint.hub import resolve_model
+from whit.checkpoint.reader import Checkpoint
+from whit.checkpoint.work import check_out
+from whit.errors import RecipeError
+from whit.export.packed import PackedSource, whit_config
+from whit.model.skeleton import load_skeleton
+from whit.model.source import ModelSource
+from whit.plan import SHARD_SIZE, Plan, Source, plan_dense, plan_quantization
+from whit.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a run is done; of these only the seed and the shard size change a byte of the result.
+
+    `device` is auto, cpu or cuda. `progress` is called with a unit's name, the number of units done and their total.
+    """
+
+    seed: int = 0
+    device: str = "auto"
+    restart: bool = False
+    trust_remote_code: bool = False
+    shard_size: int = SHARD_SIZE
+    progress: Callable[[str, int, int], None] | None = None
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run: from where, by which plan, to where. `recipe` is None where nothing is quantized."""
+
+    model: str
+    source: Source
+    plan: Plan
+    out: Path
+    recipe: Recipe | None
+    options: Options
+
+    @cached_property
+    def device(self) -> torch.device:
+        """Where the arithmetic is done."""
+        name = self.options.device
+        if name == "auto":
+            name = "cuda" if torch.cuda.is_available() else "cpu"
+        if name.startswith("cuda") and not torch.cuda.is_available():
+            raise RecipeError(f"device {name}: torch finds none here; it must be present; use --device cpu")
+        return torch.device(name)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Equal for runs that give the same bytes: model files, recipe, seed, plan and version."""
+        folder, checkpoint = self.source.checkpoint.folder, self.source.checkpoint
+        files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in checkpoint.shards]
+        config = sha256((folder / "config.json").read_bytes()).hexdigest()
+        recipe = self.recipe.to_dict() if self.recipe is not None else None
+        plan = sha256(b"".join(shard.header for shard in self.plan.shards)).hexdigest()
+        return sha256(
+            json.dumps([whit.__version__, files, config, recipe, self.options.seed, plan]).encode()
+        ).hexdigest()
+
+
+def prepare(model: str | Path, out: str | Path, recipe: Recipe | None, options: Options) -> Job:
+    """Check and plan everything without reading a weight; without a recipe the plan is bfloat16."""
+    folder = resolve_model(model, options.trust_remote_code)
+    check_out(Path(out), folder)
+    source = open_source(folder, options.trust_remote_code)
+    if recipe is None:
+        plan = plan_dense(source, torch.bfloat16, options.shard_size)
+    else:
+        plan = plan_quantization(source, recipe, options.shard_size)
+    name = folder.resolve().name if Path(model).is_dir() else str(model)
+    return Job(name, source, plan, Path(out), recipe, options)
+
+
+def open_source(folder: Path, trust_remote_code: bool = False) -> Source:
+    """The parameters of a model folder: a plain one, or one that whit quantized."""
+    config = whit_config(folder)
+    model = load_skeleton(folder, trust_remote_code)
+    checkpoint = Checkpoint(folder)
+    return ModelSource(model, checkpoint) if config is None else PackedSource(model, checkpoint, config)

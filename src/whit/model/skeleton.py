@@ -1,0 +1,64 @@
+"""A transformers model without weights: the class that config.json names, on the meta device."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+from whit.checkpoint.reader import read_json
+from whit.errors import UnsupportedModelError
+
+
+def load_skeleton(folder: Path, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The model of a folder with every parameter on the meta device; weights are not touched."""
+    raw = read_json(folder / "config.json")
+    config = _load_config(folder, raw, trust_remote_code)
+    model_class = _model_class(folder, raw, trust_remote_code)
+    with torch.device("meta"):
+        model: PreTrainedModel = model_class(config)
+    return model.eval()
+
+
+def _load_config(folder: Path, raw: dict[str, Any], trust_remote_code: bool) -> PretrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
+    except Exception as error:
+        if "auto_map" in raw and not trust_remote_code:
+            raise UnsupportedModelError(
+                f"{folder}: model type {raw.get('model_type')!r} comes with its own code; whit runs none unless told; "
+                "read it and pass --trust-remote-code"
+            ) from None
+        reason = str(error).strip().splitlines()[0]
+        raise UnsupportedModelError(
+            f"{folder}: transformers {transformers.__version__} cannot use its config.json, model type "
+            f"{raw.get('model_type')!r} ({reason}); it must know the model; update transformers"
+        ) from None
+
+
+def _model_class(folder: Path, raw: dict[str, Any], trust_remote_code: bool) -> Any:
+    names = raw.get("architectures")
+    if not isinstance(names, list) or not names:
+        raise UnsupportedModelError(
+            f'{folder}: config.json names no architecture; it must, as in "architectures": ["LlamaForCausalLM"]; add it'
+        )
+    name = str(names[0])
+    if trust_remote_code and (reference := _remote_reference(raw, name)):
+        return get_class_from_dynamic_module(reference, str(folder))
+    found = getattr(transformers, name, None)
+    if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
+        raise UnsupportedModelError(
+            f"{folder}: transformers {transformers.__version__} has no architecture {name!r}; it must have it; "
+            "update transformers, or correct config.json"
+        )
+    return found
+
+
+def _remote_reference(raw: dict[str, Any], name: str) -> str | None:
+    """The `module.Class` of the folder's own code for an architecture."""
+    references = raw.get("auto_map", {}).values()
+    return next((r for r in references if isinstance(r, str) and r.rpartition(".")[2] == name), None)

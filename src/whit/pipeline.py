@@ -1,0 +1,173 @@
+"""The only loop over a model's blocks: read -> quantize -> pack -> write, one parameter in memory at a time.
+
+While one parameter is quantized the next is read and the last is written. A unit (a block) is journaled once its
+bytes are on the disk, so that a killed run goes on where it was and ends with the same bytes.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from whit.checkpoint.work import WorkFolder, check_space, disk_errors, is_done
+from whit.checkpoint.writer import Writer
+from whit.coverage import Account, Entry, load_account
+from whit.export.whit import packed_tensors
+from whit.finish import finish
+from whit.formats.numeric import check_finite
+from whit.job import Job, Options, prepare
+from whit.plan import Item, Source, Unit
+from whit.recipe import Recipe
+
+
+def quantize(
+    model: str | Path, out: str | Path, recipe: Recipe | None = None, *, options: Options | None = None
+) -> Account:
+    """Quantize a model folder or hub id to the folder `out`; returns the coverage account, as in its whit.json.
+
+    Raises CheckpointError, RecipeError, UnsupportedModelError, OutputError or NonFiniteError, each one sentence.
+    """
+    return run(prepare(model, out, recipe or Recipe(), options or Options()))
+
+
+def dequantize(model: str | Path, out: str | Path, *, options: Options | None = None) -> Account:
+    """Write a model, quantized by whit or not, as a plain transformers checkpoint in bfloat16."""
+    return run(prepare(model, out, None, options or Options()))
+
+
+def run(job: Job) -> Account:
+    """Do a prepared job, or what a killed run left of it."""
+    if not is_done(job.out, job.fingerprint, job.options.restart):
+        with disk_errors(job.out):
+            work = WorkFolder(job.out, job.fingerprint, job.options.restart)
+            try:
+                if not work.complete:
+                    _fill(job, work)
+                work.commit()
+            finally:
+                work.close()
+    job.source.checkpoint.close()
+    return load_account(job.out)
+
+
+def _fill(job: Job, work: WorkFolder) -> None:
+    present = sum(path.stat().st_blocks * 512 for path in work.path.glob("*.safetensors"))
+    check_space(work.path, job.plan.size_bytes - present)
+    writer = Writer(work.path, job.plan.shards)
+    try:
+        with torch.no_grad(), ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as scribe:
+            try:
+                _write_units(job, Output(job.source, work, writer, scribe), reader)
+            finally:
+                for pool in (reader, scribe):
+                    pool.shutdown(cancel_futures=True)
+    finally:
+        writer.close()
+    finish(job, work)
+
+
+class Output:
+    """What is written, in order, by a thread of its own; at most one parameter waits."""
+
+    def __init__(self, source: Source, work: WorkFolder, writer: Writer, scribe: ThreadPoolExecutor) -> None:
+        self.source, self.work, self.writer, self.scribe = source, work, writer, scribe
+        self.pending: Future[None] | None = None
+
+    def write(self, item: Item, tensors: Mapping[str, Tensor] | None) -> None:
+        """Write an item's tensors, or copy it as it is."""
+        self._submit(self._write, item, tensors)
+
+    def record(self, unit: Unit, entries: Sequence[Entry], seconds: float) -> None:
+        """Journal a unit once its bytes are on the disk."""
+        self._submit(self._record, unit, entries, seconds)
+
+    def wait(self) -> None:
+        """Return when everything is done; raises what went wrong."""
+        if self.pending is not None:
+            self.pending.result()
+
+    def _submit(self, *call: object) -> None:
+        self.wait()
+        self.pending = self.scribe.submit(*call)  # type: ignore[arg-type]
+
+    def _write(self, item: Item, tensors: Mapping[str, Tensor] | None) -> None:
+        if tensors is None:
+            entry = self.source.entry(item.name)
+            assert entry is not None, item.name
+            self.writer.copy(item.name, self.source.checkpoint, entry)
+        else:
+            for name, tensor in tensors.items():
+                self.writer.write(name, tensor)
+
+    def _record(self, unit: Unit, entries: Sequence[Entry], seconds: float) -> None:
+        self.writer.sync()
+        self.work.record(unit.name, {"entries": [asdict(entry) for entry in entries], "seconds": seconds})
+
+
+def _write_units(job: Job, output: Output, reader: ThreadPoolExecutor) -> None:
+    """Every unit that is not finished, in order."""
+    total = len(job.plan.units)
+    todo = [unit for unit in job.plan.units if unit.name not in output.work.finished]
+    items = [item for unit in todo for item in unit.items if not _is_copy(job.source, item)]
+    weights = _read_ahead(job.source, items, reader)
+    for done, unit in enumerate(todo, total - len(todo) + 1):
+        start, entries = time.monotonic(), []
+        for item in unit.items:
+            if _is_copy(job.source, item):
+                output.write(item, None)
+                entries.append(_entry(item))
+            else:
+                tensors, error = _convert(job, item, next(weights))
+                output.write(item, tensors)
+                entries.append(_entry(item, error))
+        output.record(unit, entries, time.monotonic() - start)
+        if job.options.progress is not None:
+            job.options.progress(unit.name, done, total)
+    output.wait()
+
+
+def _is_copy(source: Source, item: Item) -> bool:
+    return item.is_copy and source.entry(item.name) is not None
+
+
+def _read_ahead(source: Source, items: Sequence[Item], reader: ThreadPoolExecutor) -> Iterator[Tensor]:
+    """The items' parameters in order; the next one is read while the last is worked on."""
+    futures = (reader.submit(source.read, item.name) for item in items)
+    ahead = next(futures, None)
+    while ahead is not None:
+        current, ahead = ahead, next(futures, None)
+        weight = current.result()
+        del current
+        yield weight
+
+
+def _convert(job: Job, item: Item, weight: Tensor) -> tuple[Mapping[str, Tensor], float]:
+    """The tensors that a parameter becomes, and the relative error that this makes."""
+    if item.format is None or item.target is None or job.recipe is None:
+        dense = weight.to(item.written[item.name].dtype)
+        return {item.name: dense}, relative_error(weight.reshape(1, -1), dense.reshape(1, -1))
+    check_finite(weight, item.name)
+    matrix = (weight.t() if item.target.transposed else weight).reshape(-1, item.target.shape[-1]).to(job.device)
+    quantized = job.recipe.method(matrix, None, item.format)
+    error = relative_error(matrix, quantized.dequantize())
+    return packed_tensors(item.target, quantized), error
+
+
+def relative_error(weight: Tensor, approximation: Tensor) -> float:
+    """||W - W^|| / ||W||, 0 where both are 0; six digits, so that it does not depend on the number of threads."""
+    exact = weight.to(torch.float32)
+    norm = torch.linalg.vector_norm(exact, dtype=torch.float64)
+    difference = torch.linalg.vector_norm(exact - approximation.to(torch.float32), dtype=torch.float64)
+    return float(f"{(difference / norm).item():.6g}") if norm > 0 else 0.0
+
+
+def _entry(item: Item, error: float | None = None) -> Entry:
+    status = "kept" if item.format is None else "quantized"
+    format = str(item.format) if item.format is not None else None
+    return Entry(item.name, status, format, item.reason, item.bits_per_weight, error if error is not None else 0.0)  # type: ignore[arg-type]

@@ -1,0 +1,169 @@
+"""The plan of a run: what becomes of every parameter and where each byte will lie, before a weight is read."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import cached_property
+from itertools import groupby
+from math import prod
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from whit.checkpoint.header import Entry, count_parameters
+from whit.checkpoint.reader import Checkpoint
+from whit.checkpoint.writer import Shard, plan_shards
+from whit.export.whit import packed_specs
+from whit.model.source import Origin
+from whit.model.targets import Target, find_targets
+from whit.preflight import check_recipe
+from whit.recipe import Recipe
+from whit.tensor import Format, TensorSpec
+
+SHARD_SIZE = 5_000_000_000  # bytes, as on the hub
+
+
+class Source(Protocol):
+    """Where parameters come from: a checkpoint of transformers, or one of whit's that is dequantized."""
+
+    model: PreTrainedModel
+    checkpoint: Checkpoint
+    tied: dict[str, str]
+    dropped: dict[str, str]
+
+    @property
+    def origins(self) -> Mapping[str, Origin]: ...
+    def read(self, name: str) -> Tensor: ...
+    def entry(self, name: str) -> Entry | None: ...
+
+
+@dataclass(frozen=True)
+class Item:
+    """One parameter: quantized to `format`, or kept because of `reason`. `written` are the tensors that it becomes."""
+
+    name: str
+    spec: TensorSpec
+    target: Target | None
+    format: Format | None
+    reason: str | None
+    written: Mapping[str, TensorSpec]
+
+    @property
+    def is_copy(self) -> bool:
+        """Kept as it is, in its own dtype."""
+        return self.format is None and self.written[self.name].dtype == self.spec.dtype
+
+    @property
+    def bits_per_weight(self) -> float:
+        return 8 * sum(spec.nbytes for spec in self.written.values()) / max(prod(self.spec.shape), 1)
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Parameters that are finished together: a decoder or encoder block, or what lies between them."""
+
+    name: str
+    items: tuple[Item, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All units in the order in which they are done, and the files that they fill."""
+
+    units: tuple[Unit, ...]
+    shards: tuple[Shard, ...]
+
+    @cached_property
+    def items(self) -> tuple[Item, ...]:
+        return tuple(item for unit in self.units for item in unit.items)
+
+    @property
+    def formats(self) -> dict[str, Format]:
+        """Holder to format, of everything quantized."""
+        return {i.target.holder: i.format for i in self.items if i.target is not None and i.format is not None}
+
+    @property
+    def size_bytes(self) -> int:
+        """Exact size of the weight files."""
+        return sum(shard.size for shard in self.shards)
+
+    @property
+    def parameters(self) -> int:
+        """Number of weights, tied ones counted once."""
+        return count_parameters({item.name: item.spec for item in self.items})
+
+    @property
+    def bits_per_weight(self) -> float:
+        return 8 * self.size_bytes / max(self.parameters, 1)
+
+
+def plan_quantization(source: Source, recipe: Recipe, shard_size: int = SHARD_SIZE) -> Plan:
+    """The plan of a recipe; RecipeError lists everything in the model that it does not fit."""
+    targets = {target.parameter: target for target in find_targets(source.model)}
+    groups = {p: _tied_group(targets, source.tied, p) for p in targets if p in source.origins}
+    formats = check_recipe(recipe, groups, [target.holder for target in targets.values()])
+    buffers = {name for name, _ in source.model.named_buffers()}
+    items = []
+    for name, origin in source.origins.items():
+        target, format = targets.get(name), formats.get(name)
+        if target is not None and format is not None:
+            items.append(Item(name, origin.spec, target, format, None, packed_specs(target, format)))
+        else:
+            items.append(_kept(name, origin.spec, origin.spec.dtype, _reason(recipe, name, target, buffers)))
+    return _assemble(source.model, items, shard_size)
+
+
+def plan_dense(source: Source, dtype: torch.dtype, shard_size: int = SHARD_SIZE) -> Plan:
+    """The plan that stores every floating-point parameter in `dtype`."""
+    items = [
+        _kept(name, o.spec, dtype if o.spec.dtype.is_floating_point else o.spec.dtype, "exported without quantization")
+        for name, o in source.origins.items()
+    ]
+    return _assemble(source.model, items, shard_size)
+
+
+def _kept(name: str, spec: TensorSpec, dtype: torch.dtype, reason: str) -> Item:
+    return Item(name, spec, None, None, reason, {name: TensorSpec(spec.shape, dtype)})
+
+
+def _tied_group(targets: Mapping[str, Target], tied: Mapping[str, str], parameter: str) -> tuple[Target, ...]:
+    """The targets that share one stored parameter, its owner first."""
+    partners = [name for name, owner in tied.items() if owner == parameter and name in targets]
+    return tuple(targets[name] for name in (parameter, *partners))
+
+
+def _reason(recipe: Recipe, name: str, target: Target | None, buffers: set[str]) -> str:
+    """Why a parameter is kept."""
+    if target is None:
+        return "a buffer" if name in buffers else "not the matrix of a linear or an embedding"
+    if any(fnmatchcase(target.holder, pattern) and format.bits == 16 for pattern, format in recipe.rules):
+        return "a rule keeps it"
+    if target.kept_by_default:
+        kind = "the gate of experts" if target.is_gate else "an output head" if target.is_head else "an embedding"
+        return f"{kind}; only a rule that names it quantizes it"
+    return "no rule matches"
+
+
+def _assemble(model: nn.Module, items: Iterable[Item], shard_size: int) -> Plan:
+    units = tuple(_units(model, items))
+    tensors = ((name, spec) for unit in units for item in unit.items for name, spec in item.written.items())
+    return Plan(units, plan_shards(tensors, shard_size))
+
+
+def _units(model: nn.Module, items: Iterable[Item]) -> Iterator[Unit]:
+    """Items cut by outermost ModuleList index; what lies between blocks is named after its first parameter."""
+    lists = [re.escape(name) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    block = re.compile(rf"(?:{'|'.join(lists)})\.\d+(?=\.)") if lists else re.compile(r"(?!)")
+
+    def key(item: Item) -> str:
+        found = block.match(item.name)
+        return found[0] if found else ""
+
+    for name, members in groupby(items, key):
+        unit = tuple(members)
+        yield Unit(name or unit[0].name, unit)

@@ -1,0 +1,71 @@
+"""Everything in a model that a recipe does not fit, found and said at once, before a weight is read."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+
+from whit.errors import RecipeError
+from whit.model.targets import Target
+from whit.recipe import Recipe
+from whit.tensor import Format
+
+
+def check_recipe(
+    recipe: Recipe, groups: Mapping[str, tuple[Target, ...]], holders: Sequence[str]
+) -> dict[str, Format | None]:
+    """The format of each parameter (None: kept). RecipeError with one sentence per problem.
+
+    `groups` maps a stored parameter to the targets that share it; a rule may name any of them.
+    """
+    problems = [_unmatched(pattern, holders) for pattern in recipe.unmatched(holders)]
+    if recipe.method.needs_stats:
+        problems.append(f"method {recipe.method.name}: needs calibration data; there is none; choose another method")
+    formats: dict[str, Format | None] = {}
+    for parameter, targets in groups.items():
+        named = [f for t in targets if (f := recipe.format_for(t.holder, t.kept_by_default)) is not None]
+        formats[parameter] = named[0] if named else None
+        if len(set(named)) > 1:
+            both = " and ".join(t.holder for t in targets)
+            problems.append(f"{both}: one tied weight with the formats {named[0]} and {named[1]}; give both the same")
+    problems += _misfits({groups[p][0]: f for p, f in formats.items() if f is not None})
+    if problems:
+        raise RecipeError("\n".join(problems))
+    return formats
+
+
+def _unmatched(pattern: str, holders: Sequence[str]) -> str:
+    if not holders:
+        return (
+            f"rule {pattern!r}: the model has no module that can be quantized; it must have one; choose another model"
+        )
+    short = {holder.rpartition(".")[2] for holder in holders}
+    near = difflib.get_close_matches(pattern, sorted({*holders, *short}), n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]}?" if near else f"names look like {holders[len(holders) // 2]}"
+    return f"rule {pattern!r}: matches no module of the model; it must match one; {hint}"
+
+
+def _misfits(formats: Mapping[Target, Format]) -> list[str]:
+    """Groups that do not divide in_features; modules that differ only in a block's number share a sentence."""
+    alike: dict[tuple[str, int, int], list[str]] = {}
+    for target, format in formats.items():
+        if format.group_size and target.shape[-1] % format.group_size:
+            key = (re.sub(r"\.\d+\.", ".*.", target.holder), target.shape[-1], format.group_size)
+            alike.setdefault(key, []).append(target.holder)
+    problems = []
+    for (pattern, columns, size), names in alike.items():
+        where = names[0] if len(names) == 1 else f"{pattern} ({len(names)} modules)"
+        fit = _fitting_group(columns, size)
+        advice = f"use {fit}, or add a rule for it" if fit > 1 else "use a format per channel, or add a rule for it"
+        problems.append(f"{where}: in_features {columns} is not divisible by group_size {size}; {advice}")
+    return problems
+
+
+def _fitting_group(columns: int, size: int) -> int:
+    """The largest group size up to `size` that divides `columns`, multiples of 32 or 8 preferred."""
+    divisors = [d for d in range(size, 1, -1) if columns % d == 0]
+    for multiple in (32, 8, 1):
+        if found := [d for d in divisors if d % multiple == 0]:
+            return found[0]
+    return 1
