@@ -12,7 +12,7 @@ ROOT = Path(whit.__file__).parent
 STAGES = (
     ("errors", "tensor", "data"), ("checkpoint",), ("model",), ("calibration",), ("transforms",), ("formats",),
     ("methods",), ("arrays", "recipe"), ("layouts",), ("kernels",), ("modules",), ("export",), ("integrations",),
-    ("evaluation",), ("preflight", "plan", "coverage", "job", "finish"), ("pipeline",), ("report",),
+    ("evaluation",), ("preflight", "plan", "coverage", "job", "finish", "estimate"), ("pipeline",), ("report",),
     ("cli", "__main__"),
 )  # fmt: skip
 RANK = {name: rank for rank, stage in enumerate(STAGES) for name in stage}

@@ -121,11 +121,11 @@ def _write_units(job: Job, output: Output, reader: ThreadPoolExecutor) -> None:
         for item in unit.items:
             if _is_copy(job.source, item):
                 output.write(item, None)
-                entries.append(_entry(item))
+                entries.append(entry_of(item))
             else:
                 tensors, error = _convert(job, item, next(weights))
                 output.write(item, tensors)
-                entries.append(_entry(item, error))
+                entries.append(entry_of(item, error))
         output.record(unit, entries, time.monotonic() - start)
         if job.options.progress is not None:
             job.options.progress(unit.name, done, total)
@@ -167,7 +167,8 @@ def relative_error(weight: Tensor, approximation: Tensor) -> float:
     return float(f"{(difference / norm).item():.6g}") if norm > 0 else 0.0
 
 
-def _entry(item: Item, error: float | None = None) -> Entry:
-    status = "kept" if item.format is None else "quantized"
-    format = str(item.format) if item.format is not None else None
-    return Entry(item.name, status, format, item.reason, item.bits_per_weight, error if error is not None else 0.0)  # type: ignore[arg-type]
+def entry_of(item: Item, relative_error: float = 0.0) -> Entry:
+    """The account of a planned parameter; the error is 0 where it is kept as it is."""
+    if item.format is None:
+        return Entry(item.name, "kept", None, item.reason, item.bits_per_weight, relative_error)
+    return Entry(item.name, "quantized", str(item.format), None, item.bits_per_weight, relative_error)

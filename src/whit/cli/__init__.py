@@ -6,11 +6,16 @@ import sys
 
 import typer
 
-from whit.cli import doctor
+from whit.cli import convert, doctor, inspect, quantize
 from whit.cli.console import say_error
 from whit.errors import WhitError
 
-COMMANDS = (("doctor", doctor.doctor),)
+COMMANDS = (
+    ("quantize", quantize.quantize),
+    ("convert", convert.convert),
+    ("inspect", inspect.inspect),
+    ("doctor", doctor.doctor),
+)
 
 
 def build_app() -> typer.Typer:

@@ -1,0 +1,116 @@
+"""`whit inspect`: what a model folder holds."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from whit.checkpoint.header import NAMES, count_parameters
+from whit.checkpoint.hub import resolve_model
+from whit.checkpoint.reader import Checkpoint, read_json
+from whit.checkpoint.work import RECORD
+from whit.checkpoint.writer import file_sha256
+from whit.cli.console import console, print_json
+from whit.cli.shown import account_table, reasons, size
+from whit.coverage import Account, load_account
+from whit.errors import CheckpointError
+
+
+def inspect(
+    model: Annotated[str, typer.Argument(help="A model folder or a hub id.")],
+    verify: Annotated[bool, typer.Option("--verify", help="Check the weight files against their SHA-256.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Show formats, bits per weight, size, coverage and provenance."""
+    folder = resolve_model(model)
+    with Checkpoint(folder) as checkpoint:  # checks every header
+        if (folder / RECORD).is_file():
+            account = load_account(folder)
+            if verify:
+                verify_files(folder, account)
+            print_json(account.to_json()) if as_json else show_account(account, verify)
+            return
+        if verify:
+            raise CheckpointError(
+                f"{folder}: no {RECORD} with checksums; --verify needs it; only whit's results have one"
+            )
+        facts = plain_facts(folder, checkpoint)
+        print_json(facts) if as_json else show_plain(facts)
+
+
+def verify_files(folder: Path, account: Account) -> None:
+    """CheckpointError naming every weight file that is not as it was written."""
+    wrong = [
+        name
+        for name, digest in account.files.items()
+        if not (folder / name).is_file() or file_sha256(folder / name) != digest
+    ]
+    if wrong:
+        raise CheckpointError(
+            f"{folder}: {', '.join(wrong)} changed since written; SHA-256 must be as in {RECORD}; "
+            "copy or quantize again"
+        )
+
+
+def show_account(account: Account, verified: bool) -> None:
+    """The account as tables and lines."""
+    screen = Console()
+    screen.print(account_table(account))
+    for line in reasons(account.parameters):
+        screen.print(line, highlight=False, soft_wrap=True)
+    libraries = ", ".join(f"{name} {version}" for name, version in account.libraries.items())
+    method = account.recipe["method"]["name"] if account.recipe is not None else "no quantization"
+    screen.print(
+        f"from {account.source['model']} by whit {account.version}, {method}, seed {account.seed}, "
+        f"in {account.seconds:.1f} s with {size(account.peak_memory_bytes)} of memory ({libraries})",
+        highlight=False, soft_wrap=True,
+    )  # fmt: skip
+    if verified:
+        console().print(f"{len(account.files)} weight files are as they were written", highlight=False)
+
+
+def plain_facts(folder: Path, checkpoint: Checkpoint) -> dict[str, Any]:
+    """What a folder without an account says of itself."""
+    config = read_json(folder / "config.json")
+    specs = {name: entry.spec for name, entry in checkpoint.entries.items()}
+    parameters = count_parameters(specs)
+    size_bytes = sum(path.stat().st_size for path in checkpoint.shards)
+    counts, elements, sizes = Counter[str](), Counter[str](), Counter[str]()
+    for spec in specs.values():
+        name = NAMES[spec.dtype]
+        counts[name] += 1
+        elements[name] += count_parameters({name: spec})
+        sizes[name] += spec.nbytes
+    quantization = config.get("quantization_config")
+    return {
+        "model": folder.name,
+        "architectures": config.get("architectures"),
+        "quant_method": quantization.get("quant_method") if isinstance(quantization, dict) else None,
+        "tensors": len(specs),
+        "elements": parameters,
+        "size_bytes": size_bytes,
+        "bits_per_element": 8 * size_bytes / max(parameters, 1),
+        "dtypes": {n: {"tensors": counts[n], "elements": elements[n], "bytes": sizes[n]} for n in counts},
+        "files": [path.name for path in checkpoint.shards],
+    }
+
+
+def show_plain(facts: dict[str, Any]) -> None:
+    """The same as a table."""
+    screen = Console()
+    table = Table(
+        "dtype", "tensors", "elements", "size", title=f"{facts['model']}: {', '.join(facts['architectures'] or ())}"
+    )
+    for name, row in facts["dtypes"].items():
+        table.add_row(name, str(row["tensors"]), f"{row['elements']:,}", size(row["bytes"]))
+    screen.print(table)
+    method = facts["quant_method"]
+    screen.print(
+        f"{facts['tensors']} tensors in {len(facts['files'])} files, {size(facts['size_bytes'])}, "
+        + (f"quantized by {method}" if method else "not quantized"), highlight=False,
+    )  # fmt: skip

@@ -1,0 +1,118 @@
+"""`whit quantize`: the main job."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from whit.cli.console import console, print_json
+from whit.cli.shown import account_table, pattern, progress, reasons, size
+from whit.coverage import Account
+from whit.estimate import estimate
+from whit.formats import EXAMPLES
+from whit.job import Job, Options, prepare
+from whit.methods import METHODS
+from whit.pipeline import entry_of, run
+from whit.recipe import Recipe
+
+DEFAULT_FORMAT = "int4-g128"
+FORMAT_HELP = "Format of every linear: " + ", ".join(EXAMPLES) + f". [default: {DEFAULT_FORMAT}]"
+METHOD_HELP = "How codes are chosen: " + ", ".join(method.name for method in METHODS) + ". [default: rtn]"
+RULE_HELP = (
+    "A format for the modules that a glob matches, such as 'lm_head=int8' or '*.0.*=bf16'; the last match counts."
+)
+
+
+def quantize(
+    model: Annotated[str, typer.Argument(help="A model folder or a hub id.")],
+    out: Annotated[Path, typer.Argument(help="The new folder; it appears when it is complete.")],
+    method: Annotated[str | None, typer.Option(help=METHOD_HELP)] = None,
+    format: Annotated[str | None, typer.Option(metavar="SPEC", help=FORMAT_HELP)] = None,
+    rule: Annotated[list[str] | None, typer.Option(metavar="GLOB=SPEC", help=RULE_HELP)] = None,
+    recipe: Annotated[Path | None, typer.Option(help="A TOML file with method and rules.")] = None,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same bytes.")] = 0,
+    device: Annotated[str, typer.Option(help="Where to compute: auto, cpu or cuda.")] = "auto",
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; no byte depends on them.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan; read no weights, write nothing.")] = False,
+    restart: Annotated[bool, typer.Option("--restart", help="Begin again, and replace an older result.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run the model's own code.")] = False,
+) -> None:
+    """Quantize a model, block by block from disk to disk; run it again after a kill and it goes on."""
+    if threads is not None:
+        torch.set_num_threads(threads)
+    options = Options(seed=seed, device=device, restart=restart, trust_remote_code=trust_remote_code)
+    job = prepare(model, out, build_recipe(method, format, rule, recipe), options)
+    if dry_run:
+        show_plan(job, as_json)
+    else:
+        run_and_show(job, as_json)
+
+
+def build_recipe(method: str | None, format: str | None, rules: list[str] | None, path: Path | None) -> Recipe:
+    """The recipe of a command line; --rule adds to the rules of --recipe and --format."""
+    more = []
+    for rule in rules or ():
+        glob, separator, spec = rule.rpartition("=")
+        if not (glob and separator and spec):
+            raise typer.BadParameter(f"{rule!r}: write GLOB=SPEC, for example 'lm_head=int8'", param_hint="--rule")
+        more.append((glob, spec))
+    if path is None:
+        return Recipe(method, [("*", format or DEFAULT_FORMAT), *more])
+    if method is not None or format is not None:
+        raise typer.BadParameter("holds method and formats itself; drop --method and --format", param_hint="--recipe")
+    loaded = Recipe.load(path)
+    return Recipe(loaded.method, [*loaded.rules, *more])
+
+
+def run_and_show(job: Job, as_json: bool) -> Account:
+    """Run with progress, then print the account."""
+    notes = console()
+    for name, reason in job.source.dropped.items():
+        notes.print(f"dropped {name}: {reason}", highlight=False, soft_wrap=True)
+    done_before = job.out.exists() and not job.options.restart
+    with progress(notes) as step:
+        account = run(replace(job, options=replace(job.options, progress=step)))
+    if as_json:
+        print_json(account.to_json())
+        return account
+    screen = Console()
+    screen.print(account_table(account))
+    took = f"{account.seconds:.1f} s, peak memory {size(account.peak_memory_bytes)}"
+    screen.print(f"{job.out}: {'was done already' if done_before else took}", highlight=False, soft_wrap=True)
+    return account
+
+
+def show_plan(job: Job, as_json: bool) -> None:
+    """The plan: formats, size, bits per weight, estimated time, memory and disk."""
+    expected = estimate(job)
+    entries = [entry_of(item) for item in job.plan.items]
+    if as_json:
+        parameters = [
+            {k: v for k, v in asdict(e).items() if k not in ("relative_error", "proxy_loss")} for e in entries
+        ]
+        totals = {"bits_per_weight": job.plan.bits_per_weight, "size_bytes": job.plan.size_bytes}
+        print_json({**totals, "parameters": parameters, "estimate": asdict(expected)})
+        return
+    table = Table("modules", "count", "shape", "format", "bits")
+    rows: dict[tuple[str, str, str], list[float]] = {}
+    for item in job.plan.items:
+        if item.target is not None:
+            shape = " x ".join(map(str, item.target.shape))
+            rows.setdefault((pattern(item.target.holder), shape, str(item.format)), []).append(item.bits_per_weight)
+    for (name, shape, form), bits in rows.items():
+        table.add_row(name, str(len(bits)), shape, form, f"{bits[0]:.3f}")
+    screen = Console()
+    screen.print(table)
+    for line in reasons(entries):
+        screen.print(line, highlight=False, soft_wrap=True)
+    screen.print(
+        f"{job.plan.bits_per_weight:.3f} bits per weight; {size(job.plan.size_bytes)} on disk; about "
+        f"{expected.seconds:.0f} s and {size(expected.memory_bytes)} of memory on {job.device}", highlight=False,
+    )  # fmt: skip

@@ -1,0 +1,74 @@
+"""Tables and progress that several commands share."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from whit.coverage import Account, Entry
+
+Step = Callable[[str, int, int], None]
+
+
+@contextmanager
+def progress(console: Console) -> Iterator[Step]:
+    """A bar on a terminal, one plain line per step otherwise."""
+    if not console.is_terminal:
+        yield lambda name, done, total: print(f"{done}/{total} {name}", file=sys.stderr, flush=True)
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=console) as bar:
+        task = bar.add_task("")
+        yield lambda name, done, total: bar.update(task, description=name, completed=done, total=total)
+
+
+def pattern(name: str) -> str:
+    """A name with the numbers of blocks as stars."""
+    return re.sub(r"\.\d+(?=\.|$)", ".*", name)
+
+
+def account_table(account: Account) -> Table:
+    """One row per status and format: how many, their bits per weight and their error."""
+    table = Table(title=f"{account.bits_per_weight:.3f} bits per weight, {account.size_bytes:,} bytes of weight files")
+    for column, justify in (("", "left"), ("parameters", "right"), ("bits", "right"), ("relative error", "right")):
+        table.add_column(column, justify=justify)  # type: ignore[arg-type]
+    groups: dict[str, list[Entry]] = {}
+    for entry in account.parameters:
+        groups.setdefault(entry.format or entry.status, []).append(entry)
+    for name, entries in groups.items():
+        bits = [e.bits_per_weight for e in entries if e.bits_per_weight is not None]
+        errors = [e.relative_error for e in entries if e.relative_error is not None]
+        table.add_row(name, str(len(entries)), _range(bits, ".3f"), _range(errors, ".4g") if any(errors) else "")
+    return table
+
+
+def reasons(entries: Iterable[Entry]) -> Iterator[str]:
+    """Why parameters were kept, tied or dropped: a line per reason and kind of name."""
+    groups: dict[tuple[str, str, str], int] = {}
+    for entry in entries:
+        if entry.status != "quantized":
+            key = (entry.status, pattern(entry.name), entry.reason or "")
+            groups[key] = groups.get(key, 0) + 1
+    for (status, name, reason), count in groups.items():
+        yield f"{status}: {name}" + (f" ({count})" if count > 1 else "") + f": {reason}"
+
+
+def _range(values: list[float], form: str) -> str:
+    if not values:
+        return ""
+    low, high = format(min(values), form), format(max(values), form)
+    return low if low == high else f"{low} to {high}"
+
+
+def size(count: float) -> str:
+    """Bytes for people: 1.20 GB."""
+    for power, unit in ((4, "TB"), (3, "GB"), (2, "MB"), (1, "kB")):
+        if count >= 1000**power:
+            return f"{count / 1000**power:.2f} {unit}"
+    return f"{count:.0f} bytes"
