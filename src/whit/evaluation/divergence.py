@@ -1,0 +1,85 @@
+"""How far a model's next-token distributions lie from its baseline's.
+
+    KL(p || q) = sum_v p(v) (log p(v) - log q(v)),   p the baseline, q the model, one figure a predicted token
+
+A baseline is anything that hands out its logits for a batch: a live model, or logits stored by an earlier pass.
+Stored logits keep the baseline's own dtype, so both ways give the same figures bit for bit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from whit.errors import EvaluationError
+from whit.evaluation.listener import Listener
+from whit.evaluation.perplexity import batches, next_token_logits, require_finite, row_chunks
+
+
+class Baseline(Protocol):
+    """Hands out the baseline's next-token logits for a batch of windows."""
+
+    def logits(self, index: int, batch: Tensor) -> Tensor:
+        """[windows * (context - 1), vocabulary] for batch number `index`, in the baseline's own dtype."""
+
+
+@dataclass(frozen=True)
+class LiveBaseline:
+    """A baseline model that is in memory beside the model under test."""
+
+    model: Any
+
+    def logits(self, index: int, batch: Tensor) -> Tensor:
+        """Run the baseline on the batch."""
+        return next_token_logits(self.model, batch)
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """Per-token figures, each [windows, context - 1] on the CPU: losses and kl float64, agreement bool."""
+
+    losses: Tensor
+    baseline_losses: Tensor
+    kl: Tensor
+    agreement: Tensor
+
+
+def compare_windows(model: Any, baseline: Baseline, windows: Tensor, listener: Listener) -> Divergence:
+    """Score the windows with both and compare. Raises EvaluationError on NaN or on other vocabularies."""
+    found = []
+    done = 0
+    for index, batch in enumerate(batches(windows)):
+        figures = _compare(next_token_logits(model, batch), baseline.logits(index, batch), batch[:, 1:].reshape(-1))
+        found.append(figures.reshape(4, batch.shape[0], -1))
+        require_finite(found[-1][0], "the model")
+        require_finite(found[-1][1], "the baseline")
+        require_finite(found[-1][2], "the model")
+        done += batch.shape[0]
+        listener.step("comparison", done, windows.shape[0], batch.numel())
+    losses, baseline_losses, kl, agreement = torch.cat(found, dim=1)
+    return Divergence(losses, baseline_losses, kl, agreement.bool())
+
+
+def _compare(logits: Tensor, reference: Tensor, targets: Tensor) -> Tensor:
+    """[4, rows] float64: loss, baseline loss, KL, agreement; logits and reference [rows, vocabulary]."""
+    if logits.shape[1] != reference.shape[1]:
+        raise EvaluationError(
+            f"baseline: its vocabulary is {reference.shape[1]} tokens and the model's is {logits.shape[1]}; "
+            "they must be equal; compare with the model that this one was made from"
+        )
+    targets = targets.to(logits.device)
+    parts = []
+    for rows in row_chunks(*logits.shape):
+        q = torch.log_softmax(logits[rows].float(), dim=-1)
+        p = torch.log_softmax(reference[rows].to(logits.device).float(), dim=-1)
+        target = targets[rows, None]
+        agree = (q.argmax(dim=-1) == p.argmax(dim=-1)).float()
+        loss, baseline_loss = -q.gather(1, target).squeeze(1), -p.gather(1, target).squeeze(1)
+        weight = p.exp()
+        # a token that the baseline rules out (-inf) has weight 0 and adds 0, where 0 * inf would be NaN
+        kl = (p.sub_(q).mul_(weight)).masked_fill_(weight == 0, 0.0).sum(dim=-1)
+        parts.append(torch.stack([loss, baseline_loss, kl, agree]))
+    return torch.cat(parts, dim=1).double().cpu()

@@ -1,0 +1,1 @@
+"""Where whit meets other libraries: transformers and its Auto classes."""

@@ -1,0 +1,174 @@
+"""A causal language model and its tokenizer, by local folder, GGUF file or hub id, through the plain Auto classes.
+
+Importing whit registers its quantizer with transformers, so whit's own checkpoints need nothing special here.
+Whatever transformers or the hub answers is said again as one sentence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError
+
+from whit.data import resolve_model
+from whit.errors import CheckpointError, EvaluationError, UnsupportedModelError
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+DEVICES = ("auto", "cpu", "cuda")
+_FOREIGN_ERRORS = (OSError, ValueError, KeyError, RuntimeError, ImportError, AttributeError, TypeError, SafetensorError)
+
+T = TypeVar("T")
+
+
+def load_causal_lm(
+    name: str, *, device: str = "auto", dtype: str = "auto", trust_remote_code: bool = False
+) -> Any:  # transformers.PreTrainedModel
+    """The model in evaluation mode, on `device`, in `dtype` ("auto": the dtype of the checkpoint).
+
+    Raises CheckpointError for a folder or id that cannot be read or lacks tensors, UnsupportedModelError for a model
+    that is no causal language model, EvaluationError for a device or dtype that is not there.
+    """
+    from transformers import AutoModelForCausalLM
+
+    placement = _placement(device)
+    if dtype not in DTYPES:
+        raise EvaluationError(f"dtype {dtype}: unknown; use one of {', '.join(DTYPES)}")
+    config = load_config(name, trust_remote_code=trust_remote_code)
+    _require_causal(name, config)
+    source, options = _source(name)
+    model, info = _translated(
+        name,
+        lambda: AutoModelForCausalLM.from_pretrained(
+            source,
+            dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+            **placement,
+            **options,
+        ),
+    )
+    missing = sorted(info["missing_keys"])
+    if missing:  # transformers fills them with random numbers and only warns
+        raise CheckpointError(
+            f"{name}: {len(missing)} tensors of the model are not in the checkpoint, {missing[0]} the first; "
+            "all must be; fetch or write the checkpoint again"
+        )
+    return model.eval()
+
+
+def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:  # transformers.PreTrainedTokenizerBase
+    """The tokenizer beside the model. Raises CheckpointError where there is none."""
+    from transformers import AutoTokenizer
+
+    source, options = _source(name)
+    folder = Path(source)
+    if folder.is_dir() and not options and not _has_tokenizer(folder):
+        raise CheckpointError(f"{name}: holds no tokenizer; a text needs one; copy its files beside the weights")
+    return _translated(
+        name, lambda: AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code, **options)
+    )
+
+
+def load_config(name: str, *, trust_remote_code: bool = False) -> Any:  # transformers.PretrainedConfig
+    """The configuration alone; no weights are read."""
+    from transformers import AutoConfig
+
+    source, options = _source(name)
+    return _translated(name, lambda: AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code, **options))
+
+
+def model_files(name: str) -> Path:
+    """The folder (or .gguf file) that holds the weights; for a hub id, its snapshot in the local cache."""
+    source, options = _source(name)
+    folder = Path(source)
+    if folder.is_dir():
+        return folder / options["gguf_file"] if options else folder
+    from huggingface_hub import snapshot_download
+
+    def cached() -> str:
+        patterns = ["*.json", "*.safetensors", "*.bin"]
+        return str(snapshot_download(source, local_files_only=True, allow_patterns=patterns))
+
+    return Path(_translated(name, cached))
+
+
+def maximum_context(config: Any) -> int | None:
+    """How many positions the model was built for; None where the architecture sets no limit."""
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    limit = getattr(text, "max_position_embeddings", None)
+    return int(limit) if limit else None
+
+
+def _source(name: str) -> tuple[str, dict[str, str]]:
+    """What to hand to from_pretrained, after the checks that tell a missing folder from a hub id."""
+    resolved = resolve_model(name)
+    path = Path(resolved).expanduser()
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise CheckpointError(f"{name}: is a file; MODEL must be a folder, a .gguf file or a hub id")
+        return str(path.parent), {"gguf_file": path.name}
+    if resolved and path.is_dir():
+        if not (path / "config.json").is_file():
+            raise CheckpointError(f"{name}: the folder holds no config.json; it must be a model folder; check the path")
+        return str(path), {}
+    if resolved.startswith((".", "/", "~")) or resolved.count("/") > 1 or "\\" in resolved or not resolved:
+        raise CheckpointError(f"{name or 'MODEL'}: no such folder; name a local model folder or a hub id")
+    return resolved, {}
+
+
+def _placement(device: str) -> dict[str, Any]:
+    if device not in DEVICES:
+        raise EvaluationError(f"device {device}: unknown; use one of {', '.join(DEVICES)}")
+    there = torch.cuda.is_available()
+    if device == "cuda" and not there:
+        raise EvaluationError("device cuda: this machine has no CUDA device that torch can use; use --device cpu")
+    if device == "cpu" or not there:
+        return {}
+    return {"device_map": "auto" if device == "auto" else {"": "cuda"}}
+
+
+def _require_causal(name: str, config: Any) -> None:
+    """BERT and T5 load as "causal" models with a warning, or not at all; the figures would mean nothing."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    if "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
+        return
+    mapped = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
+    architectures = getattr(config, "architectures", None) or ([mapped] if mapped else [])
+    known = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+    fits = mapped is not None and any(a in known or a.endswith("ForConditionalGeneration") for a in architectures)
+    if not fits or getattr(config, "is_encoder_decoder", False):
+        said = ", ".join(architectures) or config.model_type
+        raise UnsupportedModelError(
+            f"{name}: {said} is not a causal language model; next-token figures need one; name a decoder model"
+        )
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+    return any((folder / name).is_file() for name in names)
+
+
+def _translated(name: str, action: Callable[[], T]) -> T:
+    """Run `action`; whatever transformers, safetensors or the hub raises becomes one sentence."""
+    try:
+        return action()
+    except torch.OutOfMemoryError as error:
+        raise CheckpointError(f"{name}: does not fit into the device's memory; use --device cpu") from error
+    except _FOREIGN_ERRORS as error:
+        said = str(error)
+        if "trust_remote_code" in said:
+            message = "brings its own Python code, which runs only on demand; read it and pass --trust-remote-code"
+        elif not Path(resolve_model(name)).expanduser().exists():
+            message = f"is no folder here, and the hub gives none ({_first_line(said)}); check the name or go online"
+        else:
+            message = f"transformers cannot load it ({_first_line(said)}); check the folder or fetch it again"
+        raise CheckpointError(f"{name}: {message}") from error
+
+
+def _first_line(text: str) -> str:
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[0].rstrip(".:")[:200] if lines else "no reason given"
