@@ -6,12 +6,14 @@ import sys
 
 import typer
 
-from whit.cli import convert, doctor, inspect, quantize
+from whit.cli import convert, doctor, evaluate, generate, inspect, quantize
 from whit.cli.console import say_error
 from whit.errors import WhitError
 
 COMMANDS = (
     ("quantize", quantize.quantize),
+    ("evaluate", evaluate.evaluate),
+    ("generate", generate.generate),
     ("convert", convert.convert),
     ("inspect", inspect.inspect),
     ("doctor", doctor.doctor),

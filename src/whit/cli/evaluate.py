@@ -1,0 +1,124 @@
+"""`whit evaluate`: perplexity, divergence from a baseline, tasks, bits per weight."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from whit.cli.console import console, print_json
+from whit.cli.quiet import quiet_transformers
+from whit.cli.watching import Watching
+from whit.errors import QualityGateError
+from whit.evaluation.result import EvaluationResult
+
+
+def evaluate(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder, .gguf file, hub id or whit:model.")],
+    baseline: Annotated[str | None, typer.Option(help="Compare with this model: KL divergence, agreement.")] = None,
+    text: Annotated[str, typer.Option(help="UTF-8 file, whit:heldout or whit:text.")] = "whit:heldout",
+    context: Annotated[
+        int | None, typer.Option(help="Tokens in a window; default 2048, or the model's maximum if that is less.")
+    ] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Score only the first N tokens of the text.")] = None,
+    tasks: Annotated[str, typer.Option(help="Zero-shot tasks, with commas: piqa,arc_easy,hellaswag,...")] = "",
+    task_data: Annotated[Path | None, typer.Option(help="Folder with the tasks' local files.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Only the first N items of each task.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16 or float16.")] = "auto",
+    max_kl: Annotated[float | None, typer.Option(help="Exit with 3 if the mean KL divergence is above this.")] = None,
+    max_ppl_increase: Annotated[
+        float | None, typer.Option(help="Exit with 3 if perplexity is more than this per cent above the baseline's.")
+    ] = None,
+    two_pass: Annotated[bool, typer.Option("--two-pass", help="Never hold both models in memory.")] = False,
+    baseline_cache: Annotated[Path | None, typer.Option(help="Keep the baseline's logits here.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the bootstrap behind the confidence interval.")] = 0,
+    json: Annotated[bool, typer.Option("--json", help="Only JSON on standard output.")] = False,
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run the model's own code.")] = False,
+) -> None:
+    """Measure a model: perplexity, divergence from a baseline, zero-shot tasks, bits per weight."""
+    needs = {
+        "--max-kl": max_kl is not None,
+        "--max-ppl-increase": max_ppl_increase is not None,
+        "--two-pass": two_pass,
+        "--baseline-cache": baseline_cache is not None,
+    }
+    alone = [name for name, given in needs.items() if given and baseline is None]
+    if alone:
+        raise typer.BadParameter(f"{' and '.join(alone)} needs --baseline MODEL")
+    from whit.evaluation import EvaluationOptions
+    from whit.evaluation import evaluate as measure
+
+    quiet_transformers()
+    options = EvaluationOptions(
+        baseline=baseline, text=text, context=context, max_tokens=max_tokens,
+        tasks=tuple(dict.fromkeys(name.strip() for name in tasks.split(",") if name.strip())),
+        task_data=task_data, limit=limit, device=device, dtype=dtype, trust_remote_code=trust_remote_code,
+        two_pass=two_pass, baseline_cache=baseline_cache, seed=seed,
+    )  # fmt: skip
+    with Watching(console()) as watching:
+        result = measure(model, options, watching)
+    if json:
+        print_json(result.to_json())
+    else:
+        _show(result)
+    check_gates(result, max_kl, max_ppl_increase)
+
+
+def check_gates(result: EvaluationResult, max_kl: float | None, max_ppl_increase: float | None) -> None:
+    """Raise QualityGateError (exit status 3) with the measured values if a gate is not met."""
+    against = result.baseline
+    if against is None:
+        return
+    failed = []
+    if max_kl is not None and against.kl_mean > max_kl:
+        failed.append(f"mean KL divergence is {against.kl_mean:.6g}; --max-kl allows {max_kl:g}")
+    increase = 100.0 * (result.perplexity / against.perplexity - 1.0)
+    if max_ppl_increase is not None and increase > max_ppl_increase:
+        allowed = f"--max-ppl-increase allows {max_ppl_increase:g} %"
+        failed.append(f"perplexity is {increase:.3g} % above the baseline's; {allowed}")
+    if failed:
+        raise QualityGateError(f"{result.model}: {'; '.join(failed)}; use more bits or a better method")
+
+
+def _rows(result: EvaluationResult) -> list[tuple[str, str]]:
+    error = "" if result.perplexity_stderr is None else f" ± {result.perplexity_stderr:.3f}"
+    rows = [
+        ("perplexity", f"{result.perplexity:.4f}{error}"),
+        ("tokens", f"{result.tokens:,} in windows of {result.context:,}"),
+        ("bits per weight", f"{result.bits_per_weight:.3f}"),
+        ("size", f"{result.size_bytes / 1e6:,.1f} MB"),
+    ]
+    if result.baseline is not None:
+        against = result.baseline
+        low, high = against.kl_ci95
+        rows += [
+            ("baseline", against.name),
+            ("baseline perplexity", f"{against.perplexity:.4f}"),
+            ("mean KL divergence", f"{against.kl_mean:.6f} nats, 95 % in {low:.6f} .. {high:.6f}"),
+            ("99th percentile of KL", f"{against.kl_p99:.6f}"),
+            ("top-1 agreement", f"{100 * against.top1_agreement:.2f} %"),
+        ]
+    for name, task in result.tasks.items():
+        spread = "" if task.stderr is None else f" ± {100 * task.stderr:.2f}"
+        rows.append((name, f"{100 * task.accuracy:.2f}{spread} % {task.metric}, {task.items:,} items"))
+    return rows
+
+
+def _show(result: EvaluationResult) -> None:
+    """A table on a terminal, `name: value` lines otherwise."""
+    rows = [("model", result.model), *_rows(result)]
+    if not sys.stdout.isatty():
+        print("\n".join(f"{name}: {value}" for name, value in rows))
+        return
+    from rich.console import Console
+
+    table = Table(show_header=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)

@@ -1,0 +1,55 @@
+"""`whit generate`: continue a text."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from whit.cli.console import console, print_json
+from whit.cli.quiet import quiet_transformers
+
+
+def generate(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder, .gguf file, hub id or whit:model.")],
+    prompt: Annotated[str, typer.Option(help="The text to continue; - reads standard input.")],
+    max_new_tokens: Annotated[int, typer.Option(help="Stop after this many tokens.")] = 50,
+    temperature: Annotated[float, typer.Option(help="Above 0; lower is more predictable.")] = 0.7,
+    top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens that hold this share, (0, 1].")] = 0.9,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
+    greedy: Annotated[bool, typer.Option("--greedy", help="Always the likeliest token.")] = False,
+    chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16 or float16.")] = "auto",
+    json: Annotated[bool, typer.Option("--json", help="Only JSON on standard output.")] = False,
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run the model's own code.")] = False,
+) -> None:
+    """Continue a text with a model."""
+    from whit.integrations.generation import Sampling, chat_prompt
+    from whit.integrations.generation import generate as continue_text
+    from whit.integrations.loading import load_causal_lm, load_tokenizer
+
+    quiet_transformers()
+    sampling = Sampling(max_new_tokens, temperature, top_p, seed, greedy)
+    words = sys.stdin.read().rstrip("\n") if prompt == "-" else prompt
+    tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
+    network = load_causal_lm(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    asked = chat_prompt(tokenizer, words) if chat else words
+    streamer = None
+    if not json and sys.stdout.isatty():
+        from transformers import TextStreamer
+
+        streamer = TextStreamer(tokenizer, skip_prompt=chat, skip_special_tokens=True)
+    result = continue_text(network, tokenizer, asked, sampling, streamer)
+    if json:
+        print_json(
+            {
+                "model": model, "prompt": words, "text": result.text, "prompt_tokens": result.prompt_tokens,
+                "new_tokens": result.new_tokens, "seconds": result.seconds,
+            }
+        )  # fmt: skip
+    elif streamer is None:
+        print(result.text if chat else words + result.text)
+    said = f"{result.new_tokens} tokens in {result.seconds:.2f} s, {result.tokens_per_second:.1f} tokens/s"
+    console().print(said, highlight=False, soft_wrap=True)

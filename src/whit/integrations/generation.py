@@ -1,0 +1,89 @@
+"""Text from a causal language model, the same for a seed, without touching the caller's random numbers."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from whit.errors import EvaluationError
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn; `greedy` takes the likeliest and ignores temperature and top_p."""
+
+    max_new_tokens: int = 50
+    temperature: float = 0.7
+    top_p: float = 0.9
+    seed: int = 0
+    greedy: bool = False
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise EvaluationError(f"max_new_tokens {self.max_new_tokens}: too few; ask for at least one token")
+        if not self.greedy and not self.temperature > 0:
+            raise EvaluationError(f"temperature {self.temperature}: must be above 0; or use --greedy")
+        if not self.greedy and not 0 < self.top_p <= 1:
+            raise EvaluationError(f"top_p {self.top_p}: must lie in (0, 1]; use 1 to draw from all tokens")
+
+
+@dataclass(frozen=True)
+class Generated:
+    """The continuation without the prompt, and what it took; `seconds` counts the prompt's pass too."""
+
+    text: str
+    prompt_tokens: int
+    new_tokens: int
+    seconds: float
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.new_tokens / self.seconds
+
+
+def generate(model: Any, tokenizer: Any, prompt: str, sampling: Sampling, streamer: Any = None) -> Generated:
+    """Continue the prompt. Raises EvaluationError for an empty prompt or one that leaves the model no position."""
+    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
+    length = int(inputs["input_ids"].shape[1])
+    if length == 0:
+        raise EvaluationError("prompt: is empty; the model continues a text; give it at least one word")
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limit and length + sampling.max_new_tokens > limit:
+        raise EvaluationError(
+            f"prompt: {length} tokens and {sampling.max_new_tokens} new ones exceed the model's {limit} positions; "
+            "shorten the prompt or lower --max-new-tokens"
+        )
+    # the likeliest token needs neither; naming the neutral values keeps the model's own settings out of it
+    drawing = (
+        {"do_sample": False, "temperature": 1.0, "top_p": 1.0, "top_k": 50}
+        if sampling.greedy
+        else {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
+    )
+    stop = model.generation_config.eos_token_id
+    pad = model.generation_config.pad_token_id
+    first_stop = stop[0] if isinstance(stop, list) else stop
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
+    start = time.perf_counter()
+    with torch.random.fork_rng(devices=devices), torch.inference_mode():
+        torch.manual_seed(sampling.seed)
+        output = model.generate(
+            **inputs,
+            **drawing,
+            max_new_tokens=sampling.max_new_tokens,
+            pad_token_id=first_stop if pad is None else pad,
+            streamer=streamer,
+        )
+    seconds = time.perf_counter() - start
+    new = output[0, length:]
+    return Generated(tokenizer.decode(new, skip_special_tokens=True), length, int(new.numel()), seconds)
+
+
+def chat_prompt(tokenizer: Any, message: str) -> str:
+    """The message as one user turn in the model's chat template. Raises EvaluationError where there is no template."""
+    if not getattr(tokenizer, "chat_template", None):
+        raise EvaluationError("chat: the tokenizer has no chat template; leave --chat out, or use an instruction model")
+    turns = [{"role": "user", "content": message}]
+    return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
