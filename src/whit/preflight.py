@@ -63,9 +63,9 @@ def _misfits(formats: Mapping[Target, Format]) -> list[str]:
 
 
 def _fitting_group(columns: int, size: int) -> int:
-    """The largest group size up to `size` that divides `columns`, multiples of 32 or 8 preferred."""
+    """The largest group size up to `size` that divides `columns`, multiples of 64, 32 or 8 preferred."""
     divisors = [d for d in range(size, 1, -1) if columns % d == 0]
-    for multiple in (32, 8, 1):
+    for multiple in (64, 32, 8, 1):
         if found := [d for d in divisors if d % multiple == 0]:
             return found[0]
     return 1

@@ -8,6 +8,7 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, HTTPError
 
+from whit.data import resolve_model as shipped_model
 from whit.errors import CheckpointError
 
 PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
@@ -15,8 +16,11 @@ HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 def resolve_model(model: str | Path, trust_remote_code: bool = False) -> Path:
-    """The folder that holds MODEL; downloads it where it is a hub id (HF_HUB_OFFLINE is respected)."""
-    path = Path(model).expanduser()
+    """The folder that holds MODEL; downloads it where it is a hub id (HF_HUB_OFFLINE is respected).
+
+    `whit:model` is the model that ships with the package.
+    """
+    path = Path(shipped_model(str(model))).expanduser()
     if path.is_dir():
         return path
     if path.exists():

@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from whit.cli import convert, doctor, evaluate, generate, inspect, quantize
+from whit.cli import convert, demo, doctor, evaluate, generate, inspect, quantize
 from whit.cli.console import say_error
 from whit.errors import WhitError
 
@@ -17,6 +17,7 @@ COMMANDS = (
     ("convert", convert.convert),
     ("inspect", inspect.inspect),
     ("doctor", doctor.doctor),
+    ("demo", demo.demo),
 )
 
 

@@ -1,12 +1,94 @@
-"""`whit doctor`: what this machine has."""
+"""`whit doctor`: what this machine has: devices, instruction sets, kernels, and why one is not used."""
 
 from __future__ import annotations
 
-import torch
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Annotated, Any
 
-import whit
+import typer
+
+from whit.cli.console import print_json
+
+LIBRARIES = ("whit", "torch", "transformers", "accelerate", "safetensors", "huggingface_hub", "tokenizers", "numpy")
+EXTRAS = {"peft": "LoRA adapters", "lm-eval": "tasks beyond the built-in ones", "bitsandbytes": "comparisons"}
+FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16", "asimd", "sve")
 
 
-def doctor() -> None:
-    """Say what this machine has: versions, devices, kernels, and why one is not used."""
-    print(f"whit {whit.__version__}, torch {torch.__version__}")
+def doctor(json: Annotated[bool, typer.Option("--json", help="Only JSON on standard output.")] = False) -> None:
+    """Say what this machine has: libraries, devices, instruction sets, and which kernels run and why."""
+    found = examine()
+    if json:
+        print_json(found)
+        return
+    for title, facts in found.items():
+        print(title)
+        for name, value in facts.items():
+            print(f"  {name:<18} {', '.join(value) if isinstance(value, list) else value}")
+
+
+def examine() -> dict[str, dict[str, Any]]:
+    """All facts, by title."""
+    return {
+        "libraries": {name: _version(name) or "missing" for name in LIBRARIES},
+        "extras": {name: _version(name) or f"not installed (for {use})" for name, use in EXTRAS.items()},
+        "processor": _processor(),
+        "gpus": _gpus(),
+        "kernels": _kernels(),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _processor() -> dict[str, Any]:
+    import torch
+
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    flags = next((set(line.split()) for line in lines if line.startswith(("flags", "Features"))), set())
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    pages = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30 if hasattr(os, "sysconf") else None
+    return {
+        "name": names[0] if names else platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "torch threads": torch.get_num_threads(),
+        "torch uses": torch.backends.cpu.get_cpu_capability(),
+        "instructions": [flag for flag in FLAGS if flag in flags] or ["not known here"],
+        "huge pages": pages.read_text().strip() if pages.exists() else "not known here",
+        "memory": f"{memory:.1f} GiB" if memory else "not known here",
+    }
+
+
+def _gpus() -> dict[str, str]:
+    import torch
+
+    if not torch.cuda.is_available():
+        built = f"torch is built for CUDA {torch.version.cuda}" if torch.version.cuda else "torch is a CPU build"
+        return {"cuda": f"none ({built})"}
+    facts = {}
+    for index in range(torch.cuda.device_count()):
+        device = torch.cuda.get_device_properties(index)
+        facts[f"cuda:{index}"] = (
+            f"{device.name}, {device.total_memory / 2**30:.0f} GiB, sm_{device.major}{device.minor}"
+        )
+    return facts
+
+
+def _kernels() -> dict[str, str]:
+    """For one weight of a usual format, and one row of activations: which kernel runs, and why others do not."""
+    import torch
+
+    import whit
+    from whit.kernels import explain
+    from whit.layouts import BITS
+
+    packed = BITS.pack(whit.quantize_tensor(torch.ones(64, 128), "int4-g64"))
+    return dict(explain(packed, torch.ones(1, 128)))
