@@ -3,6 +3,7 @@
 from whit.arrays import error, quantize_tensor
 from whit.errors import WhitError
 from whit.formats import Affine, BFloat16, Codebook, Float8, parse_format
+from whit.integrations.transformers import QuantizationConfig, register
 from whit.job import Options
 from whit.methods import HQQ, RTN, Clip
 from whit.pipeline import quantize
@@ -10,6 +11,8 @@ from whit.recipe import Recipe
 from whit.tensor import Format, PackedWeight, QuantizedTensor, bits_per_weight
 
 __version__ = "0.1.0"
+
+register()
 
 __all__ = [
     "HQQ",
@@ -22,6 +25,7 @@ __all__ = [
     "Format",
     "Options",
     "PackedWeight",
+    "QuantizationConfig",
     "QuantizedTensor",
     "Recipe",
     "WhitError",

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeGuard
 
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 Kind = Literal["linear", "conv1d", "embedding", "experts"]
+HEADS = ("lm_head", "classifier", "score", "qa_outputs", "embed_out")
 
 
 @dataclass(frozen=True)
@@ -48,11 +50,11 @@ def find_targets(model: nn.Module) -> tuple[Target, ...]:
 
 def _targets_of(name: str, module: nn.Module, heads: set[int], gates: set[int]) -> Iterator[Target]:
     weight = f"{name}.weight"
-    if isinstance(module, nn.Linear):
+    if _is_plain_linear(module):
         yield Target(weight, name, "linear", tuple(module.weight.shape), id(module) in heads, id(module) in gates)
     elif isinstance(module, Conv1D):
         yield Target(weight, name, "conv1d", tuple(module.weight.shape[::-1]), id(module) in heads)
-    elif isinstance(module, nn.Embedding):
+    elif isinstance(module, nn.Embedding) and isinstance(module.weight, nn.Parameter):  # not packed already
         yield Target(weight, name, "embedding", tuple(module.weight.shape))
     elif _is_experts(module):
         for key, parameter in module.named_parameters(recurse=False):
@@ -70,9 +72,22 @@ def _gates(model: nn.Module) -> set[int]:
     return {id(child) for block in blocks for child in block.children() if isinstance(child, nn.Linear)}
 
 
+def _is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
+    """A linear that is only ever called: one with a forward of its own, or torch's attention, uses its weight."""
+    forward_is_plain = type(module).forward is nn.Linear.forward
+    return (
+        isinstance(module, nn.Linear) and forward_is_plain and not isinstance(module, NonDynamicallyQuantizableLinear)
+    )
+
+
 def _heads(model: nn.Module) -> set[int]:
-    """Modules that map to the vocabulary or to classes."""
-    output = getattr(model, "get_output_embeddings", lambda: None)()
-    names = ("lm_head", "classifier", "score", "qa_outputs", "embed_out")
-    found = {id(getattr(model, n)) for n in names if isinstance(getattr(model, n, None), nn.Module)}
-    return found | ({id(output)} if output is not None else set())
+    """Modules that map to the vocabulary or to classes, with all that is inside them."""
+    heads = [getattr(model, name, None) for name in HEADS]
+    heads.append(getattr(model, "get_output_embeddings", lambda: None)())
+    return {id(module) for head in heads if isinstance(head, nn.Module) for module in head.modules()}
+
+
+def tied_weights(model: nn.Module) -> dict[str, str]:
+    """For each weight that is stored under another name: that name (what transformers ties on loading)."""
+    ties: dict[str, str] = getattr(model, "all_tied_weights_keys", {})
+    return {name: source for name, source in ties.items() if name.endswith("weight")}

@@ -1,0 +1,192 @@
+"""The quantizer that transformers calls while it loads a model (transformers 5).
+
+On the fly: modules stay as they are until their weight arrives; it is quantized, and the module replaced by one that
+holds the packed tensors. What the checkpoint does not have (a fresh classification head) is never touched. A
+checkpoint of whit's own has the packed modules put in before loading, and its tensors go to them by name.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers.core_model_loading import ConversionOps
+from transformers.quantizers import HfQuantizer
+
+from whit.arrays import quantize_tensor
+from whit.errors import CheckpointError
+from whit.integrations.config import QuantizationConfig
+from whit.integrations.plan import check_absent, check_complete, check_method, match_formats, plan_formats
+from whit.layouts import BITS
+from whit.model.targets import Target, tied_weights
+from whit.modules import (
+    Dtypes,
+    PackedModule,
+    announce,
+    empty_packed,
+    install,
+    install_tied,
+    remove_packed,
+    withdraw,
+)
+from whit.tensor import Format
+
+
+class WhitQuantizer(HfQuantizer):  # type: ignore[misc]
+    """One per `from_pretrained`; afterwards it is the model's `hf_quantizer`."""
+
+    requires_calibration = False
+
+    def __init__(self, quantization_config: QuantizationConfig, **kwargs: Any) -> None:
+        # A copy: the formats of this model are written into it, and the user may load others with the same config.
+        super().__init__(copy.deepcopy(quantization_config), **kwargs)
+        self.plan: dict[str, tuple[Target, Format]] = {}
+        self.dtype = torch.float32
+        self.conversions: list[Any] = []
+
+    def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """transformers says here which dtype the model will have; it stays that way."""
+        self.dtype = dtype
+        return dtype
+
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: list[str] | None = None, device_map: Any = None, **_: Any
+    ) -> None:
+        formats = self._read_formats(model) if self.pre_quantized else self._choose_formats(model)
+        self.plan = {target.parameter: (target, format) for target, format in formats.items()}
+        ties = tied_weights(model)
+        for target, format in formats.items():
+            if self.pre_quantized:
+                install(model, target, empty_packed(format, target.shape), self.dtypes(model, target.holder))
+            elif device_map is not None:
+                announce(model, target, format)
+        if self.pre_quantized and checkpoint_files is not None:
+            check_complete(model, _packed_names(model), _names_in(checkpoint_files))
+        self._install_ties(model, ties)
+        if any(target.kind == "experts" for target in formats):
+            model.set_experts_implementation("eager")  # the one that takes expert after expert
+
+    def _read_formats(self, model: Any) -> dict[Target, Format]:
+        return match_formats(model, self.quantization_config.formats)
+
+    def _choose_formats(self, model: Any) -> dict[Target, Format]:
+        check_method(self.quantization_config.recipe)
+        plan = plan_formats(model, self.quantization_config.recipe)
+        self.quantization_config.formats = {target.holder: str(format) for target, format in plan.items()}
+        return plan
+
+    def _install_ties(self, model: Any, ties: dict[str, str]) -> None:
+        for name, source in ties.items():
+            if source in self.plan:
+                holder = name.removesuffix(".weight")
+                install_tied(model, holder, _owner(model, source), self.dtypes(model, holder))
+                del model.all_tied_weights_keys[name]
+
+    def dtypes(self, model: Any, holder: str) -> Dtypes:
+        """The model's dtype, but float32 for modules that the architecture keeps in it."""
+        names = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+        if self.dtype == torch.float16:
+            names |= set(getattr(model, "_keep_in_fp32_modules", None) or ())
+        wide = any(f".{name}." in f".{holder}." for name in names)
+        return Dtypes(torch.float32 if wide else self.dtype, self.quantization_config.compute_dtype)
+
+    def param_needs_quantization(self, model: Any, param_name: str, **_: Any) -> bool:
+        return not self.pre_quantized and param_name in self.plan
+
+    def param_element_size(self, model: Any, param_name: str, param: Tensor) -> float:
+        """Bytes per element, for device maps that are worked out before anything is loaded."""
+        waits = self.param_needs_quantization(model, param_name)
+        return 0.0 if waits else float(param.element_size())  # its packed tensors are announced beside it
+
+    def get_quantize_ops(self) -> QuantizeOnLoad:
+        return QuantizeOnLoad(self)
+
+    def quantize(self, model: Any, parameter: str, weight: Tensor) -> dict[str, Tensor]:
+        """Quantize a weight that has arrived, put the module for it into the model, and name its packed tensors."""
+        target, format = self.plan[parameter]
+        matrix = weight.T.contiguous() if target.transposed else weight
+        quantized = quantize_tensor(matrix, format, self.quantization_config.recipe.method)
+        packed = BITS.pack(quantized)
+        withdraw(model, target, format)
+        install(model, target, empty_packed(format, target.shape), self.dtypes(model, target.holder))
+        return {f"{target.holder}.{key}": tensor for key, tensor in packed.tensors.items()}
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
+        """whit's own files hold the names of the model as it runs: nothing is converted."""
+        return [] if self.pre_quantized else weight_conversions
+
+    def _process_model_after_weight_loading(self, model: Any, **_: Any) -> None:
+        conversions = getattr(model, "_weight_conversions", None) or []
+        for parameter, (target, format) in list(self.plan.items()):
+            if not isinstance(_holder(model, target), PackedModule):
+                check_absent(parameter, target, conversions, model)
+                withdraw(model, target, format)
+                del self.plan[parameter], self.quantization_config.formats[target.holder]
+        # Saving must not undo conversions (split experts, rename) on packed tensors.
+        self.conversions, model._weight_conversions = conversions, []
+
+    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        remove_packed(model, dtype or self.dtype)
+        model._weight_conversions = self.conversions
+        model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
+        return model
+
+    def is_serializable(self, **_: Any) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Adapters train on top of the packed weights, which stay as they are."""
+        return True
+
+
+class QuantizeOnLoad(ConversionOps):  # type: ignore[misc]
+    """The last step of loading a weight: transformers hands it over whole, converted, on its device."""
+
+    def __init__(self, quantizer: WhitQuantizer) -> None:
+        self.quantizer = quantizer
+
+    def convert(
+        self, input_dict: dict[str, Any], *, model: Any = None, missing_keys: set[str] | None = None, **_: Any
+    ) -> dict[str, Any]:
+        result: dict[str, Any] = {}
+        for name, value in input_dict.items():
+            tensor = value[0] if isinstance(value, list) else value
+            if self.quantizer.param_needs_quantization(model, name):
+                result |= self.quantizer.quantize(model, name, tensor)
+                if missing_keys is not None:
+                    missing_keys.discard(name)
+            else:
+                result[name] = tensor
+        return result
+
+
+def _owner(model: nn.Module, parameter: str) -> Any:
+    return model.get_submodule(parameter.rpartition(".")[0])
+
+
+def _holder(model: nn.Module, target: Target) -> Any:
+    """What has the holder's name now: a module, or the stacked parameter of experts."""
+    parent, _, name = target.holder.rpartition(".")
+    return getattr(model.get_submodule(parent), name)
+
+
+def _packed_names(model: nn.Module) -> Iterable[str]:
+    for name, module in model.named_modules():
+        if isinstance(module, PackedModule):
+            yield from (f"{name}.{key}" for key in module.packed.tensors)
+
+
+def _names_in(files: list[str]) -> set[str]:
+    names: set[str] = set()
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as handle:
+                names |= set(handle.keys())
+        except Exception as error:
+            raise CheckpointError(f"{file}: {error}; it must be a safetensors file; download it again") from None
+    return names

@@ -1,0 +1,10 @@
+"""How a packed weight is multiplied. A new kernel is one file and one row of dispatch.KERNELS."""
+
+from __future__ import annotations
+
+from whit.kernels.autograd import packed_linear
+from whit.kernels.base import Kernel
+from whit.kernels.dispatch import KERNELS, choice_key, explain, select
+from whit.kernels.reference import dequantize
+
+__all__ = ["KERNELS", "Kernel", "choice_key", "dequantize", "explain", "packed_linear", "select"]

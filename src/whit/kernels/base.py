@@ -1,0 +1,28 @@
+"""What a kernel is: it multiplies activations by a packed weight."""
+
+from __future__ import annotations
+
+from typing import Protocol, runtime_checkable
+
+from torch import Tensor
+
+from whit.tensor import PackedWeight
+
+
+@runtime_checkable
+class Kernel(Protocol):
+    """A stateless value; `supports` may look at the format, the layout, devices, dtypes and the number of rows.
+
+    Dispatch asks once per power of two of rows: a threshold on rows must be a power of two.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    def supports(self, packed: PackedWeight, x: Tensor) -> str | None:
+        """None if the kernel runs this, otherwise the reason why not, for `explain`."""
+        ...
+
+    def linear(self, x: Tensor, packed: PackedWeight, bias: Tensor | None) -> Tensor:
+        """x (..., in_features) @ weight (out_features, in_features)^T + bias (out_features,), in x.dtype."""
+        ...

@@ -1,0 +1,46 @@
+"""Which kernel runs: the first row of KERNELS that supports the packed weight and the activations.
+
+A new kernel is one file and one row here, above the slower ones.
+"""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from whit.errors import KernelError
+from whit.kernels.base import Kernel
+from whit.kernels.reference import Reference
+from whit.tensor import PackedWeight
+
+KERNELS: tuple[Kernel, ...] = (Reference(),)
+
+Choice: TypeAlias = tuple[torch.dtype, str, int]
+
+
+def choice_key(x: Tensor) -> Choice:
+    """What a choice of kernel depends on for a given weight: equal keys, equal kernels."""
+    rows = x.numel() // max(x.shape[-1], 1)
+    return x.dtype, x.device.type, max(rows - 1, 0).bit_length()
+
+
+def select(packed: PackedWeight, x: Tensor) -> Kernel:
+    """The kernel for `x @ weight^T`; KernelError lists why none of them can."""
+    for kernel in KERNELS:
+        if kernel.supports(packed, x) is None:
+            return kernel
+    reasons = "; ".join(f"{name}: {reason}" for name, reason in explain(packed, x))
+    raise KernelError(f"{packed.format} in layout {packed.layout}: no kernel runs it here ({reasons})")
+
+
+def explain(packed: PackedWeight, x: Tensor) -> tuple[tuple[str, str], ...]:
+    """For each kernel in order: its name and `used`, `slower than <the used one>`, or the reason why not."""
+    rows, used = [], ""
+    for kernel in KERNELS:
+        reason = kernel.supports(packed, x)
+        if reason is None:
+            reason, used = (f"slower than {used}", used) if used else ("used", kernel.name)
+        rows.append((kernel.name, reason))
+    return tuple(rows)

@@ -1,0 +1,26 @@
+"""The torch modules that hold packed weights."""
+
+from __future__ import annotations
+
+from whit.modules.embedding import QuantizedEmbedding, TiedEmbedding
+from whit.modules.experts import QuantizedExperts
+from whit.modules.linear import QuantizedLinear
+from whit.modules.packed import PackedModule
+from whit.modules.swap import Dtypes, announce, empty_packed, install, install_tied, remove_packed, withdraw
+from whit.modules.tied import TiedHead
+
+__all__ = [
+    "Dtypes",
+    "PackedModule",
+    "QuantizedEmbedding",
+    "QuantizedExperts",
+    "QuantizedLinear",
+    "TiedEmbedding",
+    "TiedHead",
+    "announce",
+    "empty_packed",
+    "install",
+    "install_tied",
+    "remove_packed",
+    "withdraw",
+]

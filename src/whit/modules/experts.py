@@ -1,0 +1,66 @@
+"""A stack of expert matrices, packed: stands where a mixture's 3-D Parameter (experts, out, in) stood.
+
+transformers' eager experts multiply by `self.gate_up_proj[expert]`: indexing decodes that one expert. Code that takes
+the stack whole (torch.bmm and the like) gets it dequantized whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from whit.layouts import layout_named
+from whit.modules.packed import PackedModule, resident
+from whit.tensor import PackedWeight
+
+
+class QuantizedExperts(PackedModule):
+    """Indexing gives floats in the module's dtype."""
+
+    def __init__(self, packed: PackedWeight, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.hold(packed, dtype)
+        self._is_hf_initialized = True  # transformers would draw normal numbers into what it takes for a tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size(self.weight_shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.weight.device
+
+    def __len__(self) -> int:
+        return self.weight_shape[0]
+
+    def __getitem__(self, index: int | Tensor) -> Tensor:
+        """The matrices (*index.shape, out, in) of one expert or of several."""
+        _, rows, columns = self.weight_shape
+        with resident(self) as packed:
+            chosen = torch.as_tensor(index, device=packed.device)
+            lines = chosen.reshape(-1, 1) * rows + torch.arange(rows, device=packed.device)
+            floats = layout_named(self.layout).rows(packed, lines.reshape(-1))
+        return floats.to(self.weight.dtype).reshape(*chosen.shape, rows, columns)
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        def floats(value: Any) -> Any:
+            return value.dequantize() if isinstance(value, cls) else value
+
+        return func(*map(floats, args), **{key: floats(value) for key, value in (kwargs or {}).items()})
+
+    def extra_repr(self) -> str:
+        return f"{'x'.join(map(str, self.weight_shape))}, format={self.format}"

@@ -1,0 +1,51 @@
+"""A linear whose weight is packed: x (..., in_features) -> x W^T + b, through the kernels' dispatch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from whit.kernels import choice_key, packed_linear, select
+from whit.layouts import BITS
+from whit.modules.packed import PackedModule
+from whit.tensor import PackedWeight, QuantizedTensor
+
+
+class QuantizedLinear(PackedModule, nn.Linear):
+    """Stands for nn.Linear, and for GPT-2's Conv1D, whose weight is held transposed to (out, in)."""
+
+    def __init__(
+        self,
+        packed: PackedWeight,
+        bias: nn.Parameter | None = None,
+        dtype: torch.dtype = torch.float32,
+        compute_dtype: torch.dtype | None = None,
+        transposed: bool = False,
+    ) -> None:
+        nn.Module.__init__(self)
+        self.out_features, self.in_features = packed.shape
+        self.nf = self.out_features  # what Conv1D calls it
+        self.compute_dtype, self.transposed = compute_dtype, transposed
+        self.hold(packed, dtype)
+        self.register_parameter("bias", bias)
+
+    @classmethod
+    def from_quantized(
+        cls, quantized: QuantizedTensor, bias: nn.Parameter | None = None, dtype: torch.dtype = torch.float32
+    ) -> QuantizedLinear:
+        """A module around a quantized matrix (out_features, in_features)."""
+        return cls(BITS.pack(quantized), bias, dtype)
+
+    def forward(self, input: Tensor) -> Tensor:
+        x = input if self.compute_dtype is None else input.to(self.compute_dtype)
+        packed, key = self.packed, choice_key(x)
+        kernel = self._kernels.get(key)
+        if kernel is None:
+            kernel = self._kernels[key] = select(packed, x)
+        return packed_linear(x, packed, self.bias, kernel).to(input.dtype)
+
+    def reset_parameters(self) -> None:
+        """Nothing to draw: the weight is what was quantized."""
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, format={self.format}"

@@ -1,0 +1,39 @@
+"""What the tests of the transformers integration share: an independent model to compare with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoModel, PreTrainedModel
+
+from tiny_models import tiny_inputs
+from whit import quantize_tensor
+from whit.model.targets import find_targets, tied_weights
+from whit.recipe import Recipe
+
+
+def logits(model: PreTrainedModel, architecture: str) -> Tensor:
+    with torch.no_grad():
+        output = model(**tiny_inputs(architecture))
+    return output.logits if "logits" in output else output.last_hidden_state
+
+
+def fake_quantized(
+    model_class: type[PreTrainedModel] | type[AutoModel], folder: Path, recipe: Recipe
+) -> PreTrainedModel:
+    """The original model in float32 whose weights are replaced by what their codes stand for."""
+    model = model_class.from_pretrained(folder, dtype=torch.float32, experts_implementation="eager")
+    ties = tied_weights(model)
+    targets = {target.parameter: target for target in find_targets(model)}
+    for parameter, target in targets.items():
+        sharing = [target, *(targets[n] for n, s in ties.items() if s == parameter and n in targets)]
+        formats = [f for t in sharing if (f := recipe.format_for(t.holder, t.kept_by_default)) is not None]
+        if parameter in ties or not formats:
+            continue
+        weight = model.get_parameter(parameter).data
+        matrix = weight.T.contiguous() if target.transposed else weight
+        floats = quantize_tensor(matrix, formats[0], recipe.method).dequantize()
+        weight.copy_(floats.T if target.transposed else floats)
+    return model

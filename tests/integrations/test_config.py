@@ -1,0 +1,83 @@
+"""whit.QuantizationConfig: what it takes, what it writes, what it refuses."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers.quantizers.auto import AutoHfQuantizer, AutoQuantizationConfig
+
+import whit
+from whit.errors import FormatError, RecipeError
+from whit.integrations.transformers import WhitQuantizer, register
+
+
+def test_what_config_json_holds():
+    config = whit.QuantizationConfig("nf4", double_quant=True, rules=[("lm_head", "int8")])
+    config.formats = {"model.layers.0.mlp.up_proj": "nf4-dq", "lm_head": "int8-channel"}
+    assert json.loads(config.to_json_string()) == {
+        "quant_method": "whit",
+        "version": 1,
+        "layout": "bits",
+        "method": {"name": "rtn"},
+        "rules": [{"match": "*", "format": "nf4-dq"}, {"match": "lm_head", "format": "int8-channel"}],
+        "formats": {"model.layers.0.mlp.up_proj": "nf4-dq", "lm_head": "int8-channel"},
+    }
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        whit.QuantizationConfig(),
+        whit.QuantizationConfig("int4-g64-asym-fz", method="hqq", compute_dtype=torch.bfloat16),
+        whit.QuantizationConfig(whit.Recipe("clip", [("*", "int3-g64"), ("*down_proj", "int8")])),
+        whit.QuantizationConfig("int8", modules_to_not_convert=["lm_head"], skip_modules=["mlp.gate"]),
+        whit.QuantizationConfig(whit.parse_format("nf4-dq")),
+    ],
+)
+def test_round_trips_through_json(config: whit.QuantizationConfig):
+    again = AutoQuantizationConfig.from_dict(json.loads(config.to_json_string()))
+    assert isinstance(again, whit.QuantizationConfig)
+    assert again.to_dict() == config.to_dict()
+    assert (again.recipe, again.compute_dtype) == (config.recipe, config.compute_dtype)
+
+
+def test_compute_dtype_is_a_type_or_its_name():
+    for given in (torch.bfloat16, "bfloat16", "torch.bfloat16"):
+        assert whit.QuantizationConfig("int8", compute_dtype=given).compute_dtype is torch.bfloat16
+    with pytest.raises(RecipeError, match=r"compute_dtype 'int8': not a floating-point type"):
+        whit.QuantizationConfig("int8", compute_dtype="int8")
+
+
+def test_skipped_modules_are_kept_with_all_inside_them():
+    recipe = whit.QuantizationConfig("int8", modules_to_not_convert=["lm_head", "mlp"]).recipe
+    kept = ["model.layers.0.mlp.up_proj", "mlp", "lm_head", "transformer.lm_head", "mlp.fc"]
+    assert [recipe.format_for(name) for name in kept] == [None] * len(kept)
+    assert recipe.format_for("model.layers.0.self_attn.q_proj") is not None
+    assert recipe.format_for("model.layers.0.mlp_extra.fc") is not None
+
+
+def test_refuses_what_contradicts_itself():
+    with pytest.raises(FormatError, match="did you mean nf4"):
+        whit.QuantizationConfig("nf44")
+    with pytest.raises(FormatError, match="it has no double quantization"):
+        whit.QuantizationConfig("int8", double_quant=True)
+    with pytest.raises(RecipeError, match="a Recipe has its own method"):
+        whit.QuantizationConfig(whit.Recipe(), method="hqq")
+    with pytest.raises(RecipeError, match=r"key 'bits' is not known; update whit"):
+        whit.QuantizationConfig.from_dict({"quant_method": "whit", "bits": 4})
+    with pytest.raises(RecipeError, match="version 2"):
+        whit.QuantizationConfig.from_dict({"quant_method": "whit", "version": 2})
+
+
+def test_importing_whit_registers_it_once():
+    register()
+    quantizer = AutoHfQuantizer.from_config(whit.QuantizationConfig("int8"), pre_quantized=False)
+    assert isinstance(quantizer, WhitQuantizer)
+    assert quantizer.is_serializable()
+    assert quantizer.is_trainable
+    code = "import whit; from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING as m; assert 'whit' in m"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,145 @@
+"""Modules with packed weights behave like the modules that they stand for."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from torch import Generator, Tensor, nn
+from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
+from transformers.models.opt.modeling_opt import OPTLearnedPositionalEmbedding
+
+import whit
+from whit.kernels import select
+from whit.layouts import BITS
+from whit.modules import QuantizedEmbedding, QuantizedExperts, QuantizedLinear, TiedEmbedding, TiedHead
+from whit.modules.embedding import original_class, pack_embedding, tie_embedding
+
+
+def linear(random: Generator, spec: str = "int4-g32", bias: bool = True) -> QuantizedLinear:
+    quantized = whit.quantize_tensor(torch.randn(48, 64, generator=random), spec)
+    return QuantizedLinear.from_quantized(quantized, nn.Parameter(torch.randn(48, generator=random)) if bias else None)
+
+
+def pack(embedding: nn.Embedding, spec: str = "int8") -> Tensor:
+    """Pack in place; the floats that it now holds."""
+    quantized = whit.quantize_tensor(embedding.weight, spec)
+    pack_embedding(embedding, BITS.pack(quantized), torch.float32)
+    return quantized.dequantize()
+
+
+def test_linear_is_a_linear_without_a_weight_parameter(random: Generator):
+    module = linear(random)
+    assert isinstance(module, nn.Linear)
+    assert [name for name, _ in module.named_parameters()] == ["bias"]
+    assert set(module.state_dict()) == {"codes", "scale", "bias"}
+    assert (module.in_features, module.out_features, module.weight.dtype) == (64, 48, torch.float32)
+    assert "in_features=64, out_features=48, bias=True, format=int4-g32" in repr(module)
+    x = torch.randn(2, 3, 64, generator=random)
+    torch.testing.assert_close(module(x), nn.functional.linear(x, module.dequantize(), module.bias))
+    with pytest.raises(RuntimeError):
+        module.weight.data += torch.zeros(48, 64)
+
+
+@pytest.mark.parametrize("spec", ["int4-g32", "int8", "int4-g32-asym-fz", "nf4-g32-dq"])
+def test_casting_leaves_the_packed_tensors_alone(spec: str, random: Generator):
+    module = linear(random, spec)
+    before = {key: tensor.clone() for key, tensor in module.packed.tensors.items()}
+    for cast in (module.half, module.bfloat16, module.double, module.float, lambda: module.to(torch.float16)):
+        cast()
+        assert all(torch.equal(before[k], t) and t.dtype == before[k].dtype for k, t in module.packed.tensors.items())
+    assert module.bias.dtype == module.weight.dtype == torch.float16
+    module.to("meta", torch.bfloat16)
+    assert all(t.is_meta and t.dtype == before[k].dtype for k, t in module.packed.tensors.items())
+
+
+def test_output_has_the_inputs_type_whatever_it_computes_in(random: Generator):
+    module = linear(random)
+    module.compute_dtype = torch.bfloat16
+    x = torch.randn(2, 64, generator=random)
+    wanted = nn.functional.linear(x.bfloat16(), module.dequantize(torch.bfloat16), module.bias.bfloat16())
+    assert torch.equal(module(x), wanted.float())
+
+
+def saved_and_loaded(module: nn.Module) -> nn.Module:
+    buffer = io.BytesIO()
+    torch.save(module, buffer)
+    return torch.load(io.BytesIO(buffer.getvalue()), weights_only=False)
+
+
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), saved_and_loaded])
+def test_copies_work(clone, random: Generator):
+    model = nn.ModuleDict({"embed": Gemma3TextScaledWordEmbedding(32, 64, 0, 8.0), "linear": linear(random)})
+    model["view"] = Gemma3TextScaledWordEmbedding(32, 64, 0, 2.0)
+    pack(model["embed"])
+    tie_embedding(model["view"], model["embed"], torch.float32)
+    model["head"] = TiedHead(model["embed"], None, torch.float32)
+    tokens, x = torch.arange(5), torch.randn(2, 64, generator=random)
+    model["linear"](x)
+    again = clone(model)
+    for name, inputs in [("linear", x), ("embed", tokens), ("view", tokens), ("head", x)]:
+        assert torch.equal(again[name](inputs), model[name](inputs))
+    assert again["head"].source is again["view"].source is again["embed"]
+    assert again["embed"] is not model["embed"]
+    assert original_class(again["embed"]) is Gemma3TextScaledWordEmbedding
+
+
+def test_state_dict_goes_from_one_to_another(random: Generator):
+    one, other = linear(random), linear(random)
+    assert not torch.equal(one.codes, other.codes)
+    other.load_state_dict(one.state_dict())
+    assert torch.equal(one.dequantize(), other.dequantize())
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        other.load_state_dict(linear(random, "int8").state_dict())
+
+
+def test_subclasses_of_embedding_keep_their_behaviour():
+    tokens = torch.tensor([[1, 2], [31, 0]])
+    scaled = Gemma3TextScaledWordEmbedding(32, 64, padding_idx=0, embed_scale=8.0)
+    floats = pack(scaled)
+    assert isinstance(scaled, QuantizedEmbedding)
+    assert torch.equal(scaled(tokens), floats[tokens] * 8)
+    assert "format=int8" in repr(scaled)
+    positions = OPTLearnedPositionalEmbedding(32, 64)
+    floats = pack(positions)
+    assert torch.equal(positions(torch.ones(1, 3)), floats[None, 2:5])
+
+
+def test_tied_modules_hold_nothing_of_their_own(random: Generator):
+    owner, view = nn.Embedding(32, 64), Gemma3TextScaledWordEmbedding(32, 64, 0, embed_scale=2.0)
+    bias = nn.Parameter(torch.randn(32, generator=random))
+    tie_embedding(view, owner, torch.float32)
+    head = TiedHead(owner, bias, torch.float32)
+    floats = pack(owner, "int4-g32")
+    assert isinstance(view, TiedEmbedding)
+    assert torch.equal(view(torch.tensor([3])), floats[[3]] * 2)
+    x = torch.randn(5, 64, generator=random)
+    torch.testing.assert_close(head(x), x @ floats.T + bias)
+    assert not view.state_dict()
+    assert set(head.state_dict()) == {"bias"}
+
+
+def test_experts_index_like_the_stack_they_replace(random: Generator):
+    stack = torch.randn(4, 24, 32, generator=random)
+    quantized = whit.quantize_tensor(stack, "int4-g32")
+    experts, floats = QuantizedExperts(BITS.pack(quantized)), quantized.dequantize()
+    assert experts.shape == stack.shape
+    assert (experts.dtype, experts.device.type, len(experts)) == (torch.float32, "cpu", 4)
+    assert torch.equal(experts[1], floats[1])
+    assert torch.equal(experts[torch.tensor(3)], floats[3])
+    assert torch.equal(experts[torch.tensor([2, 2, 0])], floats[[2, 2, 0]])
+    x = torch.randn(4, 5, 24, generator=random)
+    torch.testing.assert_close(torch.bmm(x, experts), torch.bmm(x, floats))
+    torch.testing.assert_close(torch.matmul(input=x, other=experts), torch.matmul(x, floats))
+
+
+def test_dispatch_is_asked_once_per_kind_of_input(random: Generator, monkeypatch):
+    asked = []
+    monkeypatch.setattr("whit.modules.linear.select", lambda p, x: asked.append(x.shape) or select(p, x))
+    module = linear(random)
+    for rows in (1, 1, 3, 4, 4, 1):
+        module(torch.ones(rows, 64))
+    assert len(asked) == 2
