@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
+from math import isfinite, sqrt
 from pathlib import Path
 
 import torch
@@ -24,6 +25,9 @@ from whit.formats.numeric import check_finite
 from whit.job import Job, Options, prepare
 from whit.plan import Item, Source, Unit
 from whit.recipe import Recipe
+from whit.tensor import matrix_shape
+
+CHUNK = 1 << 20  # weights whose error is measured at a time: about what a processor's cache holds
 
 
 def quantize(
@@ -151,7 +155,7 @@ def _convert(job: Job, item: Item, weight: Tensor) -> tuple[Mapping[str, Tensor]
     """The tensors that a parameter becomes, and the relative error that this makes."""
     if item.format is None or item.target is None or job.recipe is None:
         dense = weight.to(item.written[item.name].dtype)
-        return {item.name: dense}, relative_error(weight.reshape(1, -1), dense.reshape(1, -1))
+        return {item.name: dense}, relative_error(_rows(weight), _rows(dense))
     check_finite(weight, item.name)
     matrix = (weight.t() if item.target.transposed else weight).reshape(-1, item.target.shape[-1]).to(job.device)
     quantized = job.recipe.method(matrix, None, item.format)
@@ -159,12 +163,23 @@ def _convert(job: Job, item: Item, weight: Tensor) -> tuple[Mapping[str, Tensor]
     return packed_tensors(item.target, quantized), error
 
 
+def _rows(tensor: Tensor) -> Tensor:
+    return tensor.reshape(matrix_shape(tuple(tensor.shape)))
+
+
 def relative_error(weight: Tensor, approximation: Tensor) -> float:
-    """||W - W^|| / ||W||, 0 where both are 0; six digits, so that it does not depend on the number of threads."""
-    exact = weight.to(torch.float32)
-    norm = torch.linalg.vector_norm(exact, dtype=torch.float64)
-    difference = torch.linalg.vector_norm(exact - approximation.to(torch.float32), dtype=torch.float64)
-    return float(f"{(difference / norm).item():.6g}") if norm > 0 else 0.0
+    """||W - W^|| / ||W|| of two matrices, 0 where W is 0; in chunks that stay in the processor's cache."""
+    for dtype in (torch.float32, torch.float64):  # the second where squares leave the range of the first
+        norm = difference = 0.0
+        rows = max(CHUNK // max(weight.shape[1], 1), 1)
+        for exact, near in zip(torch.split(weight, rows), torch.split(approximation, rows), strict=True):
+            row = exact.to(dtype).reshape(-1)
+            norm += row.square().sum().item()
+            row = row - near.reshape(-1)
+            difference += row.square().sum().item()
+        if isfinite(norm) and norm > 0:
+            return float(f"{sqrt(difference / norm):.5g}")
+    return 0.0
 
 
 def entry_of(item: Item, relative_error: float = 0.0) -> Entry:
