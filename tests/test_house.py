@@ -11,9 +11,9 @@ ROOT = Path(whit.__file__).parent
 # Each stage may import those to its left; the values of the first entry belong to all.
 STAGES = (
     ("errors", "tensor", "data"), ("checkpoint",), ("model",), ("calibration",), ("transforms",), ("formats",),
-    ("methods",), ("arrays", "recipe"), ("layouts",), ("kernels",), ("modules",), ("export",), ("integrations",),
-    ("evaluation",), ("preflight", "plan", "coverage", "job", "finish", "estimate"), ("pipeline",), ("report",),
-    ("cli", "__main__"),
+    ("methods",), ("arrays", "recipe", "preflight"), ("layouts",), ("kernels",), ("modules",), ("export",),
+    ("integrations",), ("evaluation",), ("plan", "coverage", "job", "finish", "estimate"), ("pipeline",),
+    ("report",), ("cli", "__main__"),
 )  # fmt: skip
 RANK = {name: rank for rank, stage in enumerate(STAGES) for name in stage}
 MOST_LINES = 400

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModel, PreTrainedModel
 
-from tiny_models import tiny_inputs
+from tiny_models import tiny_inputs, tiny_model
 from whit import quantize_tensor
 from whit.model.targets import find_targets, tied_weights
 from whit.recipe import Recipe
@@ -37,3 +37,9 @@ def fake_quantized(
         floats = quantize_tensor(matrix, formats[0], recipe.method).dequantize()
         weight.copy_(floats.T if target.transposed else floats)
     return model
+
+
+def rules_for(architecture: str, format: str, everything: bool) -> list[tuple[str, str]]:
+    """One format for all linears, and int8 for embeddings and heads where `everything`."""
+    holders = [target.holder for target in find_targets(tiny_model(architecture)) if target.kept_by_default]
+    return [("*", format), *((holder, "int8") for holder in holders if everything)]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from loading_helpers import fake_quantized, logits
+from loading_helpers import fake_quantized, logits, rules_for
 
 import whit
 from tiny_models import ARCHITECTURES, save_tiny, tiny_inputs
@@ -23,10 +23,7 @@ def test_round_trip(architecture: str, what: str, tmp_path: Path):
     model_class = ARCHITECTURES[architecture][0]
     original = save_tiny(tmp_path / "original", architecture)
     format = FORMATS[list(ARCHITECTURES).index(architecture) % len(FORMATS)]
-    rules = [("*", format)]
-    if what == ALL:
-        rules += [(glob, "int8") for glob in ("*embed*", "*wte", "*shared", "*head*", "*decoder", "*embed_out")]
-    recipe = whit.Recipe("rtn", rules)
+    recipe = whit.Recipe("rtn", rules_for(architecture, format, what == ALL))
     model = model_class.from_pretrained(original, quantization_config=whit.QuantizationConfig(recipe))
     assert any(isinstance(m, PackedModule) for m in model.modules())
     if what == ALL:

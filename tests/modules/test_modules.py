@@ -76,7 +76,7 @@ def test_copies_work(clone, random: Generator):
     model["view"] = Gemma3TextScaledWordEmbedding(32, 64, 0, 2.0)
     pack(model["embed"])
     tie_embedding(model["view"], model["embed"], torch.float32)
-    model["head"] = TiedHead(model["embed"], None, torch.float32)
+    model["head"] = TiedHead(nn.Linear(64, 32, bias=False), model["embed"], torch.float32)
     tokens, x = torch.arange(5), torch.randn(2, 64, generator=random)
     model["linear"](x)
     again = clone(model)
@@ -110,14 +110,14 @@ def test_subclasses_of_embedding_keep_their_behaviour():
 
 def test_tied_modules_hold_nothing_of_their_own(random: Generator):
     owner, view = nn.Embedding(32, 64), Gemma3TextScaledWordEmbedding(32, 64, 0, embed_scale=2.0)
-    bias = nn.Parameter(torch.randn(32, generator=random))
+    plain = nn.Linear(64, 32)
     tie_embedding(view, owner, torch.float32)
-    head = TiedHead(owner, bias, torch.float32)
+    head = TiedHead(plain, owner, torch.float32)
     floats = pack(owner, "int4-g32")
     assert isinstance(view, TiedEmbedding)
     assert torch.equal(view(torch.tensor([3])), floats[[3]] * 2)
     x = torch.randn(5, 64, generator=random)
-    torch.testing.assert_close(head(x), x @ floats.T + bias)
+    torch.testing.assert_close(head(x), x @ floats.T + plain.bias)
     assert not view.state_dict()
     assert set(head.state_dict()) == {"bias"}
 

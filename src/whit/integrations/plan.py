@@ -3,60 +3,60 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
-from torch import nn
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
 
-from whit.errors import CheckpointError, FormatError, RecipeError
+from whit.errors import CheckpointError, RecipeError
 from whit.formats import parse_format
 from whit.model.targets import Target, find_targets, tied_weights
 from whit.modules import TiedEmbedding, TiedHead
+from whit.preflight import check_recipe
 from whit.recipe import Recipe
 from whit.tensor import Format
 
 
-def plan_formats(model: nn.Module, recipe: Recipe) -> dict[Target, Format]:
-    """The formats that a recipe gives; a matrix that several modules share is listed once, under its own name.
+def plan_formats(model: nn.Module, recipe: Recipe, ties: Mapping[str, str]) -> dict[Target, Format]:
+    """The formats that a recipe gives; a matrix that several modules share is listed once, under its owner.
 
-    A rule for any of the sharing modules counts, the owner's first. FormatError lists every target that does not fit.
+    RecipeError lists everything that does not fit.
+    """
+    targets = {target.parameter: target for target in find_targets(model)}
+    groups = {
+        parameter: (target, *(targets[name] for name, owner in ties.items() if owner == parameter and name in targets))
+        for parameter, target in targets.items()
+        if parameter not in ties
+    }
+    holders = [target.holder for target in targets.values()]
+    slips = set(recipe.unmatched(holders))
+    # Rules that keep something which is not there are no slips: skip lists are shared between models.
+    rules = [rule for rule in recipe.rules if rule[0] not in slips or rule[1].bits != 16]
+    formats = check_recipe(Recipe(recipe.method, rules), groups, holders)
+    return {targets[parameter]: format for parameter, format in formats.items() if format is not None}
+
+
+def shared_weights(model: nn.Module, stored: Mapping[str, str]) -> dict[str, str]:
+    """Of the weights that transformers would tie (name to owner), those of which no differing copy is stored.
+
+    `stored` maps the names in the weight files to the files; empty if the files cannot be listed.
     """
     ties = tied_weights(model)
-    targets = {target.parameter: target for target in find_targets(model)}
-    plan: dict[Target, Format] = {}
-    for parameter, target in targets.items():
-        sharing = [targets[name] for name, source in ties.items() if source == parameter and name in targets]
-        if parameter in ties or (sharing and target.kind != "embedding"):
-            continue
-        formats = [recipe.format_for(t.holder, t.kept_by_default) for t in (target, *sharing)]
-        if format := next((f for f in formats if f is not None), None):
-            plan[target] = format
-    check_plan(plan)
-    return plan
 
+    def tensor(name: str) -> Tensor | None:
+        found = next((n for n in _with_and_without_prefix(model, name) if n in stored), None)
+        if found is None:
+            return None
+        with torch.device("cpu"), safe_open(stored[found], framework="pt") as handle:  # transformers set "meta"
+            return handle.get_tensor(found)  # type: ignore[no-any-return]
 
-def check_plan(plan: Mapping[Target, Format]) -> None:
-    """Raise FormatError that lists every target whose in_features its group size does not divide."""
-    offenders = []
-    for target, format in plan.items():
-        columns, size = target.shape[-1], format.group_size
-        if size and columns % size:
-            fits = next(n for n in (256, 128, 64, 32, 16, 8, 4, 2, 1) if columns % n == 0 and n <= size)
-            offenders.append(
-                f"{target.holder}: in_features {columns} is not divisible by group_size {size}; "
-                f"use {fits}, or add a rule for it"
-            )
-    if offenders:
-        raise FormatError("\n".join(offenders))
+    def differs(name: str, owner: str) -> bool:
+        copy, original = tensor(name), tensor(owner)
+        return copy is not None and original is not None and not torch.equal(copy, original)
 
-
-def check_method(recipe: Recipe) -> None:
-    """Raise RecipeError for a method that cannot work while weights are loaded."""
-    if recipe.method.needs_stats:
-        raise RecipeError(
-            f"method {recipe.method.name}: it needs calibration, and loading has none; "
-            "use rtn, clip or hqq, or write a checkpoint with whit.quantize"
-        )
+    return {name: owner for name, owner in ties.items() if not differs(name, owner)}
 
 
 def match_formats(model: nn.Module, formats: Mapping[str, str]) -> dict[Target, Format]:
@@ -64,8 +64,7 @@ def match_formats(model: nn.Module, formats: Mapping[str, str]) -> dict[Target, 
 
     Names may lack or have the base model's prefix, and modules that this class of model does not have are left out.
     """
-    ties = tied_weights(model)
-    targets = {target.holder: target for target in find_targets(model) if target.parameter not in ties}
+    targets = {target.holder: target for target in find_targets(model)}
     plan = {}
     for holder, spec in formats.items():
         name = next((n for n in _with_and_without_prefix(model, holder) if n in targets), None)
@@ -79,9 +78,21 @@ def match_formats(model: nn.Module, formats: Mapping[str, str]) -> dict[Target, 
     return plan
 
 
-def check_complete(model: nn.Module, expected: Iterable[str], present: set[str]) -> None:
+def packed_ties(model: nn.Module, plan: Mapping[Target, Format], stored: Collection[str]) -> dict[str, str]:
+    """Which weights a checkpoint of whit shares: name to owner, the owner among the planned."""
+    planned = {target.parameter for target in plan}
+    result = {}
+    for name, owner in tied_weights(model).items():
+        if name in planned and owner not in planned and not _is_stored(model, owner, stored):
+            name, owner = owner, name  # only the other one of the two was stored
+        if owner in planned and name not in planned and not _is_stored(model, name, stored):
+            result[name] = owner
+    return result
+
+
+def check_complete(model: nn.Module, expected: Iterable[str], present: Collection[str]) -> None:
     """Raise CheckpointError where packed tensors that config.json promises are not in the weight files."""
-    missing = [n for n in expected if not any(name in present for name in _with_and_without_prefix(model, n))]
+    missing = [name for name in expected if not _is_stored(model, name, present)]
     if missing:
         raise CheckpointError(
             f"{missing[0]}: not in the weight files ({len(missing)} packed tensors missing); "
@@ -98,11 +109,15 @@ def check_absent(parameter: str, target: Target, conversions: Iterable[Any], mod
             "these must be quantized together; write one rule for all of them"
         )
     shared = [m.source for m in model.modules() if isinstance(m, TiedHead | TiedEmbedding)]
-    if target.kind == "embedding" and any(m is model.get_submodule(target.holder) for m in shared):
+    if target.kind != "experts" and any(m is model.get_submodule(target.holder) for m in shared):
         raise CheckpointError(
             f"{parameter}: not in the weight files, though other modules share it; "
             "it must be stored under this name to be quantized; save the model again with transformers"
         )
+
+
+def _is_stored(model: nn.Module, name: str, stored: Collection[str]) -> bool:
+    return any(n in stored for n in _with_and_without_prefix(model, name))
 
 
 def _with_and_without_prefix(model: Any, name: str) -> tuple[str, ...]:

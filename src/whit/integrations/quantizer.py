@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers.core_model_loading import ConversionOps
 from transformers.quantizers import HfQuantizer
@@ -20,9 +20,16 @@ from transformers.quantizers import HfQuantizer
 from whit.arrays import quantize_tensor
 from whit.errors import CheckpointError
 from whit.integrations.config import QuantizationConfig
-from whit.integrations.plan import check_absent, check_complete, check_method, match_formats, plan_formats
+from whit.integrations.plan import (
+    check_absent,
+    check_complete,
+    match_formats,
+    packed_ties,
+    plan_formats,
+    shared_weights,
+)
 from whit.layouts import BITS
-from whit.model.targets import Target, tied_weights
+from whit.model.targets import Target
 from whit.modules import (
     Dtypes,
     PackedModule,
@@ -56,35 +63,36 @@ class WhitQuantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: list[str] | None = None, device_map: Any = None, **_: Any
     ) -> None:
-        formats = self._read_formats(model) if self.pre_quantized else self._choose_formats(model)
-        self.plan = {target.parameter: (target, format) for target, format in formats.items()}
-        ties = tied_weights(model)
-        for target, format in formats.items():
-            if self.pre_quantized:
+        stored = _stored_in(checkpoint_files)
+        if self.pre_quantized:
+            formats = match_formats(model, self.quantization_config.formats)
+            ties = packed_ties(model, formats, stored)
+            for target, format in formats.items():
                 install(model, target, empty_packed(format, target.shape), self.dtypes(model, target.holder))
-            elif device_map is not None:
-                announce(model, target, format)
-        if self.pre_quantized and checkpoint_files is not None:
-            check_complete(model, _packed_names(model), _names_in(checkpoint_files))
+            if checkpoint_files is not None:
+                check_complete(model, _packed_names(model), stored)
+        else:
+            ties = shared_weights(model, stored)
+            formats = plan_formats(model, self.quantization_config.recipe, ties)
+            self.quantization_config.formats = {target.holder: str(format) for target, format in formats.items()}
+            for target, format in formats.items():
+                if device_map is not None:
+                    announce(model, target, format)
+        self.plan = {target.parameter: (target, format) for target, format in formats.items()}
         self._install_ties(model, ties)
         if any(target.kind == "experts" for target in formats):
             model.set_experts_implementation("eager")  # the one that takes expert after expert
 
-    def _read_formats(self, model: Any) -> dict[Target, Format]:
-        return match_formats(model, self.quantization_config.formats)
-
-    def _choose_formats(self, model: Any) -> dict[Target, Format]:
-        check_method(self.quantization_config.recipe)
-        plan = plan_formats(model, self.quantization_config.recipe)
-        self.quantization_config.formats = {target.holder: str(format) for target, format in plan.items()}
-        return plan
-
     def _install_ties(self, model: Any, ties: dict[str, str]) -> None:
-        for name, source in ties.items():
-            if source in self.plan:
+        """Sharing is settled here; transformers' own list keeps only the ties between parameters."""
+        for name, owner in ties.items():
+            if owner in self.plan:
                 holder = name.removesuffix(".weight")
-                install_tied(model, holder, _owner(model, source), self.dtypes(model, holder))
-                del model.all_tied_weights_keys[name]
+                source = model.get_submodule(owner.removesuffix(".weight"))
+                install_tied(model, holder, source, self.dtypes(model, holder))
+        settled = {*self.plan, *(name for name, owner in ties.items() if owner in self.plan)}
+        kept = {name: owner for name, owner in model.all_tied_weights_keys.items() if not settled & {name, owner}}
+        model.all_tied_weights_keys = kept
 
     def dtypes(self, model: Any, holder: str) -> Dtypes:
         """The model's dtype, but float32 for modules that the architecture keeps in it."""
@@ -165,10 +173,6 @@ class QuantizeOnLoad(ConversionOps):  # type: ignore[misc]
         return result
 
 
-def _owner(model: nn.Module, parameter: str) -> Any:
-    return model.get_submodule(parameter.rpartition(".")[0])
-
-
 def _holder(model: nn.Module, target: Target) -> Any:
     """What has the holder's name now: a module, or the stacked parameter of experts."""
     parent, _, name = target.holder.rpartition(".")
@@ -181,12 +185,15 @@ def _packed_names(model: nn.Module) -> Iterable[str]:
             yield from (f"{name}.{key}" for key in module.packed.tensors)
 
 
-def _names_in(files: list[str]) -> set[str]:
-    names: set[str] = set()
-    for file in files:
+def _stored_in(files: list[str] | None) -> dict[str, str]:
+    """Names of the tensors in safetensors files, and in which one each lies."""
+    stored: dict[str, str] = {}
+    for file in files or ():
+        if not file.endswith(".safetensors"):
+            continue
         try:
             with safe_open(file, framework="pt") as handle:
-                names |= set(handle.keys())
-        except Exception as error:
-            raise CheckpointError(f"{file}: {error}; it must be a safetensors file; download it again") from None
-    return names
+                stored |= dict.fromkeys(handle.keys(), file)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{file}: {error}; it must be a safetensors file; get it again") from None
+    return stored

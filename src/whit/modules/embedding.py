@@ -11,22 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from whit.layouts import layout_named
-from whit.modules.packed import PackedModule, resident
+from whit.modules.packed import PackedModule
 from whit.tensor import PackedWeight
 
 
 class QuantizedEmbedding(PackedModule, nn.Embedding):
     """Made from an existing embedding by `pack_embedding`."""
 
-    def look_up(self, index: Tensor) -> Tensor:
-        """Rows of the matrix, (*index.shape, embedding_dim), in the module's dtype."""
-        with resident(self) as packed:
-            rows = layout_named(self.layout).rows(packed, index.reshape(-1).to(packed.device))
-        return rows.to(self.weight.dtype).reshape(*index.shape, self.embedding_dim)
-
     def forward(self, input: Tensor) -> Tensor:
-        return self.look_up(input)
+        return self.rows(input).to(self.weight.dtype)
 
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}, format={self.format}"
@@ -36,16 +29,16 @@ class QuantizedEmbedding(PackedModule, nn.Embedding):
 
 
 class TiedEmbedding(nn.Embedding):
-    """An embedding that shares the packed matrix of another one; made by `tie_embedding`."""
+    """An embedding that shares the packed matrix of another module; made by `tie_embedding`."""
 
-    _source: tuple[QuantizedEmbedding]
+    _source: tuple[PackedModule]
 
     @property
-    def source(self) -> QuantizedEmbedding:
+    def source(self) -> PackedModule:
         return self._source[0]
 
     def forward(self, input: Tensor) -> Tensor:
-        return self.source.look_up(input)
+        return self.source.rows(input).to(self.weight.dtype)
 
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}, tied"
@@ -60,11 +53,11 @@ def pack_embedding(module: nn.Embedding, packed: PackedWeight, dtype: torch.dtyp
     module.hold(packed, dtype)  # type: ignore[operator]
 
 
-def tie_embedding(module: nn.Embedding, source: nn.Embedding, dtype: torch.dtype) -> None:
-    """Turn an embedding into a view of `source`, in place."""
+def tie_embedding(module: nn.Embedding, source: nn.Module, dtype: torch.dtype) -> None:
+    """Turn an embedding into a view of `source`, which is packed or will be, in place."""
     module.__class__ = _joined(original_class(module), TiedEmbedding)
+    empty = torch.empty(module.num_embeddings, 0, dtype=dtype, device=module.weight.device)
     module._parameters.pop("weight", None)
-    empty = torch.empty(module.num_embeddings, 0, dtype=dtype, device=source.weight.device)
     module.register_buffer("weight", empty, persistent=False)
     module._source = (source,)  # type: ignore[assignment]  # in a tuple, lest it become a submodule
 

@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from whit.layouts import layout_named
-from whit.modules.packed import PackedModule, resident
+from whit.modules.packed import PackedModule
 from whit.tensor import PackedWeight
 
 
@@ -42,12 +41,9 @@ class QuantizedExperts(PackedModule):
 
     def __getitem__(self, index: int | Tensor) -> Tensor:
         """The matrices (*index.shape, out, in) of one expert or of several."""
-        _, rows, columns = self.weight_shape
-        with resident(self) as packed:
-            chosen = torch.as_tensor(index, device=packed.device)
-            lines = chosen.reshape(-1, 1) * rows + torch.arange(rows, device=packed.device)
-            floats = layout_named(self.layout).rows(packed, lines.reshape(-1))
-        return floats.to(self.weight.dtype).reshape(*chosen.shape, rows, columns)
+        chosen = torch.as_tensor(index)
+        lines = torch.arange(self.weight_shape[1], device=chosen.device)
+        return self.rows(chosen[..., None] * self.weight_shape[1] + lines).to(self.weight.dtype)
 
     @classmethod
     def __torch_function__(

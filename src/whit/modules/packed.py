@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from whit.kernels import Kernel, dequantize
+from whit.layouts import layout_named
 from whit.tensor import Format, PackedWeight
 
 
@@ -46,6 +47,12 @@ class PackedModule(nn.Module):
         """The weight as floats, in the module's own dtype unless another is given."""
         with resident(self) as packed:
             return dequantize(packed, dtype or self.weight.dtype)
+
+    def rows(self, index: Tensor) -> Tensor:
+        """Decoded rows (*index.shape, in_features) of the weight seen as a matrix, in float32."""
+        with resident(self) as packed:
+            floats = layout_named(self.layout).rows(packed, index.reshape(-1).to(packed.device))
+        return floats.reshape(*index.shape, -1)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedModule:
         held = {id(self._buffers[key]) for key in self._keys}

@@ -71,20 +71,23 @@ def install(model: nn.Module, target: Target, packed: PackedWeight, dtypes: Dtyp
         del parent._parameters[name]
     else:
         new = QuantizedLinear(packed, old.bias, dtypes.model, dtypes.compute, target.transposed)
+        for module in model.modules():
+            if isinstance(module, TiedHead | TiedEmbedding) and module.source is old:
+                module._source = (new,)
     new.train(old.training if isinstance(old, nn.Module) else parent.training)
     setattr(parent, name, new)
     return new
 
 
-def install_tied(model: nn.Module, holder: str, source: nn.Embedding, dtypes: Dtypes) -> None:
-    """Replace an embedding or a head that is tied to the packed (or still to be packed) embedding `source`."""
+def install_tied(model: nn.Module, holder: str, source: nn.Module, dtypes: Dtypes) -> None:
+    """Replace an embedding or a head by one that uses the matrix of `source`, which is packed or will be."""
     parent_name, _, name = holder.rpartition(".")
     parent = model.get_submodule(parent_name)
     old = getattr(parent, name)
     if isinstance(old, nn.Embedding):
         tie_embedding(old, source, dtypes.model)
     else:
-        setattr(parent, name, TiedHead(source, getattr(old, "bias", None), dtypes.model).train(old.training))
+        setattr(parent, name, TiedHead(old, source, dtypes.model))
 
 
 def remove_packed(model: nn.Module, dtype: torch.dtype) -> None:

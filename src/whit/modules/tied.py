@@ -6,25 +6,26 @@ import torch
 from torch import Tensor, nn
 
 from whit.kernels import packed_linear
-from whit.modules.embedding import QuantizedEmbedding
-from whit.modules.packed import resident
+from whit.modules.packed import PackedModule, resident
 
 
 class TiedHead(nn.Module):
-    """x (..., embedding_dim) times the embedding's matrix (num_embeddings, embedding_dim)^T, plus its own bias."""
+    """x (..., in_features) times a matrix that another module holds, plus its own bias."""
 
     bias: nn.Parameter | None
 
-    def __init__(self, source: nn.Embedding, bias: nn.Parameter | None, dtype: torch.dtype) -> None:
+    def __init__(self, head: nn.Linear, source: nn.Module, dtype: torch.dtype) -> None:
+        """`source` is packed, or will be before the first call."""
         super().__init__()
         self._source = (source,)  # in a tuple, lest it become a submodule and be saved twice
-        self.in_features, self.out_features = source.embedding_dim, source.num_embeddings
-        empty = torch.empty(self.out_features, 0, dtype=dtype, device=source.weight.device)
+        self.in_features, self.out_features = head.in_features, head.out_features
+        empty = torch.empty(self.out_features, 0, dtype=dtype, device=head.weight.device)
         self.register_buffer("weight", empty, persistent=False)
-        self.register_parameter("bias", bias)
+        self.register_parameter("bias", head.bias)
+        self.train(head.training)
 
     @property
-    def source(self) -> QuantizedEmbedding:
+    def source(self) -> PackedModule:
         return self._source[0]  # type: ignore[return-value]
 
     def forward(self, input: Tensor) -> Tensor:
