@@ -12,6 +12,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from whit.errors import FormatError, RecipeError
 from whit.export.whit import QUANT_METHOD, quantization_config
 from whit.formats import parse_format
+from whit.layouts import layout_named
 from whit.methods import Method
 from whit.recipe import Recipe
 from whit.tensor import Format
@@ -61,12 +62,12 @@ class QuantizationConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
     @classmethod
     def from_dict(cls, config_dict: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        """Raises RecipeError for keys or versions that this whit does not know."""
+        """Raises RecipeError for keys or versions that this whit does not know, FormatError for a layout."""
         if unknown := sorted(set(config_dict) - KEYS):
             raise RecipeError(f"quantization_config: key {unknown[0]!r} is not known; update whit to read this model")
         recipe = {key: config_dict[key] for key in ("version", "method", "rules") if key in config_dict}
         config = cls(Recipe.from_dict(recipe, "quantization_config"), compute_dtype=config_dict.get("compute_dtype"))
-        config.layout = str(config_dict.get("layout", "bits"))
+        config.layout = layout_named(str(config_dict.get("layout", "bits"))).name
         config.formats = {str(name): str(spec) for name, spec in dict(config_dict.get("formats", {})).items()}
         return (config, kwargs) if return_unused_kwargs else config
 

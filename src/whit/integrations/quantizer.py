@@ -18,7 +18,8 @@ from transformers.core_model_loading import ConversionOps
 from transformers.quantizers import HfQuantizer
 
 from whit.arrays import quantize_tensor
-from whit.errors import CheckpointError
+from whit.errors import CheckpointError, WhitError
+from whit.formats.numeric import check_finite
 from whit.integrations.config import QuantizationConfig
 from whit.integrations.plan import (
     check_absent,
@@ -54,6 +55,7 @@ class WhitQuantizer(HfQuantizer):  # type: ignore[misc]
         self.plan: dict[str, tuple[Target, Format]] = {}
         self.dtype = torch.float32
         self.conversions: list[Any] = []
+        self.failures: list[WhitError] = []
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """transformers says here which dtype the model will have; it stays that way."""
@@ -116,6 +118,7 @@ class WhitQuantizer(HfQuantizer):  # type: ignore[misc]
     def quantize(self, model: Any, parameter: str, weight: Tensor) -> dict[str, Tensor]:
         """Quantize a weight that has arrived, put the module for it into the model, and name its packed tensors."""
         target, format = self.plan[parameter]
+        check_finite(weight, parameter)
         matrix = weight.T.contiguous() if target.transposed else weight
         quantized = quantize_tensor(matrix, format, self.quantization_config.recipe.method)
         packed = BITS.pack(quantized)
@@ -128,6 +131,8 @@ class WhitQuantizer(HfQuantizer):  # type: ignore[misc]
         return [] if self.pre_quantized else weight_conversions
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> None:
+        if self.failures:
+            raise type(self.failures[0])("\n".join(map(str, self.failures)))
         conversions = getattr(model, "_weight_conversions", None) or []
         for parameter, (target, format) in list(self.plan.items()):
             if not isinstance(_holder(model, target), PackedModule):
@@ -164,11 +169,15 @@ class QuantizeOnLoad(ConversionOps):  # type: ignore[misc]
         result: dict[str, Any] = {}
         for name, value in input_dict.items():
             tensor = value[0] if isinstance(value, list) else value
-            if self.quantizer.param_needs_quantization(model, name):
+            if not self.quantizer.param_needs_quantization(model, name):
+                result[name] = tensor
+                continue
+            try:
                 result |= self.quantizer.quantize(model, name, tensor)
                 if missing_keys is not None:
                     missing_keys.discard(name)
-            else:
+            except WhitError as error:  # transformers would bury it in a report: said when loading is over
+                self.quantizer.failures.append(error)
                 result[name] = tensor
         return result
 
