@@ -5,7 +5,7 @@ from whit.errors import WhitError
 from whit.formats import Affine, BFloat16, Codebook, Float8, parse_format
 from whit.integrations.transformers import QuantizationConfig, register
 from whit.job import Options
-from whit.methods import HQQ, RTN, Clip
+from whit.methods import GPTQ, HQQ, RTN, Clip
 from whit.pipeline import quantize
 from whit.recipe import Recipe
 from whit.tensor import Format, PackedWeight, QuantizedTensor, bits_per_weight
@@ -15,6 +15,7 @@ __version__ = "0.1.0"
 register()
 
 __all__ = [
+    "GPTQ",
     "HQQ",
     "RTN",
     "Affine",

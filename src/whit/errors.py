@@ -37,6 +37,10 @@ class UnsupportedModelError(WhitError):
     """An architecture that transformers does not know, or whose linears cannot be accounted for."""
 
 
+class CalibrationError(WhitError):
+    """A calibration text that cannot be used, or a linear whose inputs were not seen."""
+
+
 class KernelError(WhitError):
     """No kernel can run a packed weight where it lies."""
 

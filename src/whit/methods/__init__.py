@@ -9,10 +9,11 @@ from typing import Any
 from whit.errors import RecipeError
 from whit.methods.base import Method
 from whit.methods.clip import Clip
+from whit.methods.gptq import GPTQ
 from whit.methods.hqq import HQQ
 from whit.methods.rtn import RTN
 
-METHODS = (RTN, Clip, HQQ)
+METHODS = (RTN, Clip, HQQ, GPTQ)
 
 
 def parse_method(spec: str | Mapping[str, Any] | Method) -> Method:
@@ -36,4 +37,4 @@ def method_options(method: Method) -> dict[str, Any]:
     return {"name": method.name, **asdict(method)}  # type: ignore[call-overload]
 
 
-__all__ = ["HQQ", "METHODS", "RTN", "Clip", "Method", "method_options", "parse_method"]
+__all__ = ["GPTQ", "HQQ", "METHODS", "RTN", "Clip", "Method", "method_options", "parse_method"]

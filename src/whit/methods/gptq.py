@@ -1,0 +1,195 @@
+"""GPTQ: round the columns one after the other, each making up for the errors of those before it.
+
+Frantar et al. 2023, "GPTQ: accurate post-training quantization", in the Cholesky form. With X (tokens, in) the
+inputs of W (out, in), H = X^T X + damping (in, in) and U^T U = H^-1, U upper triangular, it lessens
+tr((W - Q) H (W - Q)^T):
+
+    q_j = decode(encode(w_j)),   w_k <- w_k - (w_j - q_j) U_jk / U_jj   for all columns k > j
+
+Params are fitted to a group when the walk reaches it, on weights that hold all earlier corrections; up front where
+the walk is out of order, where groups cross rows, and where params are quantized themselves (double quantization:
+the codes then answer to the params as stored). Options go further under the same loss: `sweeps` of coordinate
+descent, each code moved to its best value given all others, w_j + sum_{k != j} (W - Q)_k H_kj / H_jj; and `refit`,
+each scale moved to its best value given all codes and the other scales.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from whit.errors import CalibrationError, RecipeError
+from whit.methods.clip import Clip
+from whit.methods.feedback import prepare, walk
+from whit.methods.scales import refit_scales
+from whit.tensor import Format, LayerStats, Params, QuantizedTensor
+
+ROWS = 8192  # solved at a time; fixed, so that results do not depend on the machine
+
+
+@dataclass(frozen=True)
+class GPTQ:
+    """Second-order error feedback, for any format.
+
+    `damp`: share of the hessian's mean diagonal that is added to it. `act_order`: columns by decreasing activation
+    (groups stay those of the original order, so that nothing is permuted in a file). `clip`: search each group's
+    range, squared errors weighted by the hessian's diagonal. `refit`: refine the scales after the codes; params that
+    are quantized themselves stay. `sweeps`: passes of coordinate descent over the codes.
+    """
+
+    damp: float = 0.01
+    act_order: bool = False
+    clip: bool = True
+    refit: bool = False
+    sweeps: int = 0
+
+    name: ClassVar[str] = "gptq"
+    needs_stats: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if not (self.damp >= 0 and self.sweeps >= 0):
+            raise RecipeError(
+                f"gptq: damp {self.damp}, sweeps {self.sweeps}; neither may be negative; correct the recipe"
+            )
+
+    def __call__(self, weight: Tensor, stats: LayerStats | None, format: Format) -> QuantizedTensor:
+        """Quantize (out, in) for the inputs that `stats` describes; CalibrationError where they are not its own."""
+        hessian = _checked(stats, weight)
+        if self.sweeps and format.vector_size > 1:
+            raise RecipeError(f"gptq: sweeps with {format}; its codes must be one column wide; set sweeps = 0")
+        order = _by_activation(hessian, format.vector_size) if self.act_order else None
+        hessian, factor = prepare(hessian, self.damp, order)
+        feedback = factor.div_(factor.diagonal()[:, None].clone())
+        sealed = self._params_up_front(weight, hessian, format)
+        movable = self.refit and not _is_nested(format)
+        step = ROWS if format.row_independent else max(len(weight), 1)
+        done = []
+        for first in range(0, max(len(weight), 1), step):
+            params = None if sealed is None else _plain_rows(sealed, first, first + step, len(weight))
+            solver = _Columns(weight[first : first + step], hessian.diagonal(), format, self.clip, params)
+            solver.feed_back(feedback, order)
+            for _ in range(self.sweeps):
+                solver.descend(hessian)
+            if movable:
+                solver.params = refit_scales(solver.weight, solver.codes, solver.params, format, hessian)
+            done.append(solver)
+        codes = torch.cat([solver.codes for solver in done])
+        if sealed is None or movable:
+            sealed = {name: torch.cat([solver.params[name] for solver in done]) for name in done[0].params}
+        return QuantizedTensor(format, tuple(weight.shape), codes, format.seal(sealed))
+
+    def _params_up_front(self, weight: Tensor, hessian: Tensor, format: Format) -> Params | None:
+        """The params as stored, None where each group's are fitted when the walk reaches it."""
+        if format.row_independent and not self.act_order and not _is_nested(format):
+            return None
+        return format.seal(_fit(weight, hessian.diagonal(), format, self.clip))
+
+
+@dataclass
+class _Columns:
+    """Some rows of a matrix on their way: their codes and params so far."""
+
+    weight: Tensor  # (rows, columns)
+    importance: Tensor  # (columns,) diagonal of the hessian
+    format: Format
+    clip: bool
+    fixed: dict[str, Tensor] | None  # params that were fitted up front
+    params: dict[str, Tensor] = field(init=False)
+    codes: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.params = dict(self.fixed or {})
+        self.codes = torch.zeros(self.weight.shape, dtype=self.format.code_dtype, device=self.weight.device)
+
+    def feed_back(self, feedback: Tensor, order: Tensor | None) -> None:
+        """Choose all codes, the error of each column fed to those after it."""
+        target = self.weight.T.to(torch.float64, copy=True)
+        target = target.contiguous() if order is None else target[order]
+        columns = range(len(target)) if order is None else order.tolist()
+        unit = self.format.group_size or max(len(target), 1)
+
+        def choose(first: int, last: int) -> Tensor:
+            if self.fixed is None and first % unit == 0:
+                self._fit_group(target[first : first + unit].T, first)
+            error = target[first:last] - self._encode(target[first:last], columns[first])
+            if last - first == 1:
+                return error
+            # Jointly coded columns: what each would have added to the others is in `error` already.
+            spread: Tensor = torch.linalg.solve_triangular(feedback[first:last, first:last].T, error, upper=False)
+            return spread
+
+        walk(target, feedback, choose, self.format.vector_size, unit)
+
+    def descend(self, hessian: Tensor) -> None:
+        """Move each code to its best value given all others."""
+        error = self.weight.to(torch.float64) - self.format.decode(self.codes, self.params)
+        pull = hessian / hessian.diagonal()
+        target = (self.weight + error @ pull - error).T.contiguous()
+
+        def choose(first: int, last: int) -> Tensor:
+            before = self.format.decode(self.codes[:, first:last], self.params, first).T
+            return self._encode(target[first:last], first) - before
+
+        walk(target, pull, choose, 1, 1)
+
+    def _encode(self, target: Tensor, column: int) -> Tensor:
+        """Set the codes of columns `column`..., targets (n, rows); returns what they stand for (n, rows)."""
+        codes = self.format.encode(target.T, self.params, column)
+        self.codes[:, column : column + len(target)] = codes
+        return self.format.decode(codes, self.params, column).T.to(torch.float64)
+
+    def _fit_group(self, weight: Tensor, first: int) -> None:
+        """Fit the params of the group that begins at column `first`, and put them in their place."""
+        columns = self.weight.shape[1]
+        size = self.format.group_size or max(columns, 1)
+        params = _fit(weight, self.importance[first : first + size], self.format, self.clip)
+        for name, value in params.items():
+            rows, width = value.shape
+            if not first:
+                self.params[name] = value.new_empty(rows, width * -(-columns // size))
+            place = first // size * width
+            self.params[name][:, place : place + width] = value
+
+
+def _fit(weight: Tensor, importance: Tensor, format: Format, clip: bool) -> dict[str, Tensor]:
+    """Unsealed params for (rows, columns), in float32."""
+    weight, importance = weight.to(torch.float32).contiguous(), importance.to(torch.float32)
+    params = Clip().search(weight, format, importance) if clip else format.fit(weight, importance)
+    return {name: _plain(value, len(weight)) for name, value in params.items()}
+
+
+def _plain(value: Tensor | QuantizedTensor, rows: int) -> Tensor:
+    """A param as floats or integers per row; one that is quantized itself lies in a single long row."""
+    return value.dequantize().reshape(rows, -1) if isinstance(value, QuantizedTensor) else value
+
+
+def _plain_rows(params: Params, first: int, last: int, rows: int) -> dict[str, Tensor]:
+    plain = {name: _plain(value, rows) for name, value in params.items()}
+    return {name: value[first:last] if len(value) == rows else value for name, value in plain.items()}
+
+
+def _is_nested(format: Format) -> bool:
+    """Whether params of the format are quantized themselves."""
+    return any(spec.format is not None for spec in format.param_specs(1, 1).values())
+
+
+def _by_activation(hessian: Tensor, vector_size: int) -> Tensor:
+    """Columns (n,) by decreasing diagonal, those that are coded jointly kept together."""
+    size = torch.nn.functional.pad(hessian.diagonal(), (0, -len(hessian) % vector_size))
+    vectors = size.reshape(-1, vector_size).sum(dim=1).argsort(descending=True, stable=True)
+    columns = (vectors[:, None] * vector_size + torch.arange(vector_size, device=vectors.device)).flatten()
+    return columns[columns < len(hessian)]
+
+
+def _checked(stats: LayerStats | None, weight: Tensor) -> Tensor:
+    if stats is None or not stats.token_count:
+        raise CalibrationError("gptq: no token reached this weight; its statistics must hold some; calibrate the model")
+    if stats.hessian.shape != (weight.shape[1], weight.shape[1]):
+        raise CalibrationError(
+            f"gptq: hessian {list(stats.hessian.shape)} for a weight {list(weight.shape)}; "
+            "it must be square in the weight's columns; give the statistics of this linear"
+        )
+    return stats.hessian
