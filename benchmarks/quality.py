@@ -28,11 +28,13 @@ def worker(args: argparse.Namespace) -> None:
     import torch
 
     from whit.evaluation import EvaluationOptions
+    from whit.job import Options
     from whit.report.comparison import Candidate, measure
 
     torch.set_num_threads(2)
     options = EvaluationOptions(text=args.text, context=args.context, device=args.device, max_tokens=args.max_tokens)
-    row = measure(args.model, Candidate.parse(args.candidate), Path(args.scratch), options)
+    candidate, scratch = Candidate.parse(args.candidate), Path(args.scratch)
+    row = measure(args.model, candidate, scratch, options, quantizing=Options(device="cpu"))
     print(json.dumps(row.to_json()))
 
 
@@ -72,6 +74,7 @@ def main() -> None:
     with ThreadPoolExecutor(args.jobs) as pool:
         for candidate, row in zip(todo, pool.map(partial(run, args), todo), strict=True):
             rows[candidate] = row
+            path.write_text(json.dumps({"rows": rows}))
     kept = [rows[c] for c in wanted]
     note = f"\n{Path(args.model).name}, {Path(args.text).name}, context {args.context}; "
     note += "KL in nats per token against bf16; seconds to quantize with 2 threads."

@@ -63,14 +63,19 @@ class Row:
 
 
 def measure(
-    model: str, candidate: Candidate, folder: Path, options: EvaluationOptions, listener: Listener | None = None
+    model: str,
+    candidate: Candidate,
+    folder: Path,
+    options: EvaluationOptions,
+    listener: Listener | None = None,
+    quantizing: Options | None = None,
 ) -> Row:
     """Quantize `model` below `folder` (a finished result there is used again) and evaluate it against the original."""
     against = replace(options, baseline=model)
     if candidate.is_original:
         return _row(candidate, evaluate(model, against, listener or Silent()), 0.0, 0)
     out = folder / candidate.folder
-    account = quantize(model, out, Recipe(candidate.method, [("*", candidate.format)]), options=Options())
+    account = quantize(model, out, Recipe(candidate.method, [("*", candidate.format)]), options=quantizing or Options())
     result = evaluate(str(out), against, listener or Silent())
     return _row(candidate, result, account.seconds, account.peak_memory_bytes)
 
