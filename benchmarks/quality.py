@@ -68,6 +68,7 @@ def main() -> None:
     from whit.report.comparison import Row, markdown
 
     wanted = args.candidates.split(",") if args.candidates else candidates()
+    harness.RESULTS.mkdir(exist_ok=True)
     path = harness.RESULTS / f"{args.name}.json"
     rows = json.loads(path.read_text())["rows"] if path.exists() else {}
     todo = [c for c in wanted if c not in rows]
