@@ -19,11 +19,14 @@ DEFAULT_CONTEXT = 2048
 
 
 def read_text(path: Path) -> str:
-    """The file as UTF-8. Raises EvaluationError for a file that is missing, empty or in another encoding."""
+    """The file as UTF-8, every line end as a newline: a CRLF file scores like its LF copy.
+
+    Raises EvaluationError for a file that is missing, empty or in another encoding.
+    """
     if not path.is_file():
         raise EvaluationError(f"{path}: no such text file; name one with --text")
     try:
-        text = path.read_bytes().decode("utf-8")
+        text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise EvaluationError(f"{path}: byte {error.start} is not UTF-8; the text must be; convert the file") from error
     if not text.strip():

@@ -154,9 +154,9 @@ class Codebook:
         scaled = values * aligned
         if self.centered:
             scaled = torch.where(aligned > 0.5 / TINY, -1.0, torch.floor((scaled + 1) * 32767.5 + 0.5) / 32767.5 - 1)
-        codes = torch.bucketize(scaled, bounds.to(weight.device, dtype), out_int32=True)
+        codes = _count_below(scaled, bounds)
         if order is not None:
-            codes = order.to(weight.device)[codes]
+            codes = order.to(weight.device)[codes.int()]
         return codes.to(torch.uint8).reshape(weight.shape)
 
     def decode(self, codes: Tensor, params: Params, column: int = 0) -> Tensor:
@@ -179,6 +179,17 @@ class Codebook:
         midpoints = (table[order[:-1]] + table[order[1:]]) / 2
         is_sorted = bool((order[1:] > order[:-1]).all())
         return midpoints, None if is_sorted else order
+
+
+def _count_below(values: Tensor, bounds: Tensor) -> Tensor:
+    """How many of the sorted bounds lie below each value."""
+    if len(bounds) >= 16:
+        return torch.bucketize(values, bounds.to(values.device, values.dtype), out_int32=True)
+    # A handful of comparisons vectorises; the binary search of bucketize does not and takes three times as long.
+    counts = torch.zeros(values.shape, dtype=torch.uint8, device=values.device)
+    for bound in bounds.tolist():
+        counts += values > bound
+    return counts
 
 
 def _mean(values: Tensor) -> Tensor:

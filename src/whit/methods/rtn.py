@@ -7,7 +7,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from whit.tensor import Format, LayerStats, QuantizedTensor
+from whit.methods.rows import solve_by_rows
+from whit.tensor import Format, LayerStats, Params, QuantizedTensor
 
 
 @dataclass(frozen=True)
@@ -18,6 +19,9 @@ class RTN:
     needs_stats: ClassVar[bool] = False
 
     def __call__(self, weight: Tensor, stats: LayerStats | None, format: Format) -> QuantizedTensor:
-        params = format.fit(weight)
-        codes = format.encode(weight, params)
-        return QuantizedTensor(format, tuple(weight.shape), codes, format.seal(params))
+        return solve_by_rows(_round, weight, format)
+
+
+def _round(weight: Tensor, format: Format) -> tuple[Tensor, Params]:
+    params = format.fit(weight)
+    return format.encode(weight, params), params
