@@ -208,4 +208,4 @@ def test_the_real_model_knows_more_than_chance(shared, tmp_path):
     text.write_text("A short text to pass the time. " * 8)
     options = EvaluationOptions(text=str(text), tasks=("arc_easy",), task_data=shared / "data", limit=40)
     got = evaluate(str(shared / "models/smollm2-135m-fp"), options)
-    assert got.tasks["arc_easy"].accuracy > 0.4
+    assert got.tasks["arc_easy"].accuracy > 0.3

@@ -54,7 +54,7 @@ def run_harness(
                 num_fewshot=0,
                 limit=limit,
                 task_manager=manager,
-                bootstrap_iters=0,
+                bootstrap_iters=1000,  # 0 would leave out the standard error too
                 log_samples=False,
             )
     except Exception as error:  # the harness and its data sets raise of every kind

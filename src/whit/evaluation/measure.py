@@ -37,7 +37,7 @@ from whit.evaluation.storage import (
     store_baseline,
 )  # fmt: skip
 from whit.evaluation.tasks import TASKS, Item, Task, builtin
-from whit.evaluation.text import choose_context, cut_windows, read_text, tokenize
+from whit.evaluation.text import DEFAULT_CONTEXT, choose_context, cut_windows, read_text, tokenize
 from whit.evaluation.zeroshot import Scorer, run_task
 from whit.integrations.loading import load_causal_lm, load_config, load_tokenizer, maximum_context, model_files
 
@@ -140,7 +140,7 @@ def _plan_tasks(options: EvaluationOptions) -> tuple[list[tuple[Task, list[Item]
 def _windows(config: Any, tokenizer: Any, options: EvaluationOptions, notes: _Notes) -> Tensor:
     maximum = maximum_context(config)
     context = choose_context(options.context, maximum)
-    if options.context is None and context == maximum:
+    if options.context is None and context < DEFAULT_CONTEXT:
         notes.note(f"context {context}: the most that the model was built for; --context sets another")
     text = read_text(resolve_text(options.text))
     tokens = tokenize(text, tokenizer, options.max_tokens, options.text)
