@@ -92,7 +92,7 @@ def _entry(path: Path, name: str, value: Any, data: int) -> Entry:
         raise CheckpointError(
             f"{where} has no valid shape and data_offsets; both must be lists of counts; get another copy"
         )
-    if value.get("dtype") not in DTYPES:
+    if not isinstance(value.get("dtype"), str) or value["dtype"] not in DTYPES:
         raise CheckpointError(
             f"{where} has dtype {value.get('dtype')!r}; it must be one of {', '.join(DTYPES)}; convert it"
         )

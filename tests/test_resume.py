@@ -1,0 +1,201 @@
+"""Killed at any moment or out of disk: OUT is not there or is whole, and the next run ends with the same bytes."""
+
+from __future__ import annotations
+
+import errno
+import os
+import random as randomness
+import resource
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from forking import die_at_step, in_child
+from tiny_models import save_tiny
+from whit import RTN, Options, Recipe
+from whit.errors import OutputError
+from whit.pipeline import quantize
+from whit.tensor import Format, LayerStats, QuantizedTensor
+
+OPTIONS = Options(shard_size=40_000)
+RULES = [("*", "nf4-dq"), ("lm_head", "int4-g32-asym")]
+
+
+@dataclass(frozen=True)
+class SlowRTN(RTN):
+    """Round to nearest that takes its time, so that a kill falls between parameters."""
+
+    def __call__(self, weight: torch.Tensor, stats: LayerStats | None, format: Format) -> QuantizedTensor:
+        time.sleep(0.02)
+        return super().__call__(weight, stats, format)
+
+
+def result(folder: Path) -> dict[str, bytes]:
+    """Everything but whit.json, which holds times."""
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.name != "whit.json"}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("resume") / "model", "llama", torch.bfloat16, "50KB")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    out = tmp_path_factory.mktemp("undisturbed") / "out"
+    quantize(model, out, Recipe(RTN(), RULES), options=OPTIONS)
+    return result(out)
+
+
+def kill_at_random(model: Path, out: Path, kills: int) -> int:
+    """Kill `kills` runs at random moments, then let one finish; how many of them left units for the next."""
+    recipe, seeds, useful = Recipe(SlowRTN(), RULES), randomness.Random(0), 0
+    for _ in range(kills):
+        status = in_child(lambda: quantize(model, out, recipe, options=OPTIONS), kill_after=seeds.uniform(0.02, 0.35))
+        assert status in (0, -signal.SIGKILL)
+        journal = out.parent / f".{out.name}.partial/journal.jsonl"
+        useful += journal.exists() and journal.read_bytes().count(b"\n") > 1
+    assert in_child(lambda: quantize(model, out, recipe, options=OPTIONS)) == 0
+    return useful
+
+
+def test_kills_at_random_moments(model: Path, undisturbed: dict[str, bytes], tmp_path: Path):
+    assert kill_at_random(model, tmp_path / "out", 6) > 0
+    assert result(tmp_path / "out") == undisturbed
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.slow
+def test_twenty_kills_for_each_of_five_results(model: Path, undisturbed: dict[str, bytes], tmp_path: Path):
+    for round in range(5):
+        kill_at_random(model, tmp_path / str(round), 20)
+        assert result(tmp_path / str(round)) == undisturbed
+
+
+def kill_at_step(model: Path, out: Path, step: int, recipe: Recipe, options: Options = OPTIONS) -> int:
+    def run() -> None:
+        die_at_step(step)
+        quantize(model, out, recipe, options=options)
+
+    return in_child(run)
+
+
+@pytest.mark.parametrize("stride", [7, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_kill_before_any_change_to_a_file(stride: int, model: Path, undisturbed: dict[str, bytes], tmp_path: Path):
+    recipe, step = Recipe(RTN(), RULES), 1
+    while True:
+        out = tmp_path / str(step)
+        status = kill_at_step(model, out, step, recipe)
+        if status == 0:
+            break
+        assert status == -signal.SIGKILL
+        if out.exists():
+            assert result(out) == undisturbed
+        assert in_child(lambda out=out: quantize(model, out, recipe, options=OPTIONS)) == 0
+        assert result(out) == undisturbed
+        step += stride
+    assert step > 60  # the run has that many steps, or nothing was tested
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_kill_while_an_older_result_is_replaced(model: Path, undisturbed: dict[str, bytes], tmp_path: Path):
+    out, recipe = tmp_path / "out", Recipe(RTN(), RULES)
+    restart = Options(shard_size=OPTIONS.shard_size, restart=True)
+    quantize(model, out, Recipe(rules=[("*", "int8")]), options=OPTIONS)
+    old, step = result(out), 200
+    while (status := kill_at_step(model, out, step, recipe, restart)) != 0:
+        assert status == -signal.SIGKILL
+        if out.exists():
+            assert result(out) in (old, undisturbed)
+        step += 1 if step > 60 else 10
+        if result(out) == undisturbed if out.exists() else True:
+            break
+    quantize(model, out, recipe, options=OPTIONS if result(out) == undisturbed else restart)
+    assert result(out) == undisturbed
+
+
+def test_a_torn_line_in_the_journal_is_dropped(model: Path, undisturbed: dict[str, bytes], tmp_path: Path):
+    out, recipe = tmp_path / "out", Recipe(RTN(), RULES)
+    assert kill_at_step(model, out, 75, recipe) == -signal.SIGKILL
+    journal = tmp_path / ".out.partial/journal.jsonl"
+    lines = journal.read_bytes().splitlines(keepends=True)
+    assert len(lines) > 2
+    journal.write_bytes(b"".join(lines[:-1]) + lines[-1][:20])
+    quantize(model, out, recipe, options=OPTIONS)
+    assert result(out) == undisturbed
+
+
+def test_finished_units_are_not_done_again(model: Path, tmp_path: Path):
+    out, recipe, done = tmp_path / "out", Recipe(RTN(), RULES), []
+    assert kill_at_step(model, out, 75, recipe) == -signal.SIGKILL
+    finished = (tmp_path / ".out.partial/journal.jsonl").read_bytes().count(b"\n") - 1
+    options = Options(shard_size=OPTIONS.shard_size, progress=lambda name, n, total: done.append((name, n, total)))
+    account = quantize(model, out, recipe, options=options)
+    assert [n for _, n, _ in done] == list(range(finished + 1, done[0][2] + 1))
+    assert account.counts()["quantized"] == 15
+
+
+def test_an_unfinished_run_of_another_recipe(model: Path, undisturbed: dict[str, bytes], tmp_path: Path):
+    out, recipe = tmp_path / "out", Recipe(RTN(), RULES)
+    assert kill_at_step(model, out, 75, Recipe(rules=[("*", "int8")])) == -signal.SIGKILL
+    with pytest.raises(OutputError, match="unfinished run with another model, recipe or version"):
+        quantize(model, out, recipe, options=OPTIONS)
+    quantize(model, out, recipe, options=Options(shard_size=OPTIONS.shard_size, restart=True))
+    assert result(out) == undisturbed
+
+
+def test_two_runs_do_not_write_the_same_folder(model: Path, tmp_path: Path):
+    out, errors = tmp_path / "out", []
+
+    def progress(*_: object) -> None:
+        with pytest.raises(OutputError, match="another run is writing it") as caught:
+            quantize(model, out, Recipe(RTN(), RULES), options=OPTIONS)
+        errors.append(caught.value)
+
+    quantize(model, out, Recipe(RTN(), RULES), options=Options(shard_size=OPTIONS.shard_size, progress=progress))
+    assert errors
+
+
+@pytest.mark.parametrize("function", ["pwrite", "posix_fallocate", "fdatasync", "write"])
+def test_a_full_disk(
+    function: str, model: Path, undisturbed: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    original, calls = getattr(os, function), []
+
+    def full(*args: int) -> int:
+        calls.append(args)
+        if len(calls) > 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return int(original(*args) or 0)
+
+    out, recipe = tmp_path / "out", Recipe(RTN(), RULES)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, function, full)
+        with pytest.raises(OutputError, match=r"no space left on device; .* run the same command again") as caught:
+            quantize(model, out, recipe, options=OPTIONS)
+    assert "\n" not in str(caught.value)
+    assert not out.exists()
+    quantize(model, out, recipe, options=OPTIONS)
+    assert result(out) == undisturbed
+
+
+def test_a_limit_on_file_size(model: Path, tmp_path: Path):
+    def run() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))
+        with pytest.raises(OutputError, match="file too large"):
+            quantize(model, tmp_path / "out", Recipe(RTN(), RULES), options=OPTIONS)
+
+    assert in_child(run) == 0
+    assert not (tmp_path / "out").exists()
+
+
+def test_too_little_space_is_said_before_the_work(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    usage = type("Usage", (), {"free": 1000})
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
+    with pytest.raises(OutputError, match=r"bytes are needed and 1,000 are free"):
+        quantize(model, tmp_path / "out", Recipe(RTN(), RULES), options=OPTIONS)
+    assert not (tmp_path / "out").exists()
