@@ -9,6 +9,8 @@ import time
 import traceback
 from collections.abc import Callable
 
+import torch
+
 STEPS = ("pwrite", "write", "fsync", "fdatasync", "replace", "rename", "unlink", "posix_fallocate", "ftruncate")
 
 
@@ -17,6 +19,7 @@ def in_child(function: Callable[[], object], kill_after: float | None = None) ->
     child = os.fork()
     if child == 0:
         try:
+            torch.set_num_threads(1)  # OpenMP's threads did not survive the fork, and it would wait for them
             function()
             os._exit(0)
         except BaseException:

@@ -97,8 +97,9 @@ class WorkFolder:
         """Everything is written: the folder becomes OUT."""
         (self.path / JOURNAL).unlink(missing_ok=True)
         os.fsync(self._lock)
-        old = self.out.parent / f".{self.out.name}.old"
+        old = replaced_folder(self.out)
         if self.out.is_dir() and any(self.out.iterdir()):  # --restart: what was there goes when its successor is there
+            shutil.rmtree(old, ignore_errors=True)
             os.rename(self.out, old)
         os.rename(self.path, self.out)
         parent = os.open(self.out.parent, os.O_RDONLY)
@@ -112,6 +113,11 @@ class WorkFolder:
             if descriptor >= 0:
                 os.close(descriptor)
         self._lock = self._journal = -1
+
+
+def replaced_folder(out: Path) -> Path:
+    """Where an older result lies for the moment in which its successor takes its place."""
+    return out.parent / f".{out.name}.old"
 
 
 def _append(descriptor: int, line: dict[str, Any]) -> None:
@@ -142,6 +148,7 @@ def is_done(out: Path, fingerprint: str, restart: bool) -> bool:
     if restart:
         return False
     if found == fingerprint:
+        shutil.rmtree(replaced_folder(out), ignore_errors=True)
         return True
     raise OutputError(
         f"{out}: holds the result of another model, recipe or version; it must be new; "

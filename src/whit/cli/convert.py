@@ -21,8 +21,10 @@ class Export(str, Enum):
 
 
 def convert(
-    model: Annotated[str, typer.Argument(help="A model folder or a hub id, quantized by whit or not.")],
-    out: Annotated[Path, typer.Argument(help="The new folder; it appears when it is complete.")],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A model folder or a hub id, quantized by whit or not.")
+    ],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The new folder; it appears when it is complete.")],
     export: Annotated[Export, typer.Option(help="bf16: a plain transformers checkpoint; whit: packed, by rounding.")],
     format: Annotated[str | None, typer.Option(metavar="SPEC", help=FORMAT_HELP)] = None,
     rule: Annotated[list[str] | None, typer.Option(metavar="GLOB=SPEC", help=RULE_HELP)] = None,

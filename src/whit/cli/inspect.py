@@ -22,7 +22,7 @@ from whit.errors import CheckpointError
 
 
 def inspect(
-    model: Annotated[str, typer.Argument(help="A model folder or a hub id.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model folder or a hub id.")],
     verify: Annotated[bool, typer.Option("--verify", help="Check the weight files against their SHA-256.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:

@@ -30,8 +30,8 @@ RULE_HELP = (
 
 
 def quantize(
-    model: Annotated[str, typer.Argument(help="A model folder or a hub id.")],
-    out: Annotated[Path, typer.Argument(help="The new folder; it appears when it is complete.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model folder or a hub id.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The new folder; it appears when it is complete.")],
     method: Annotated[str | None, typer.Option(help=METHOD_HELP)] = None,
     format: Annotated[str | None, typer.Option(metavar="SPEC", help=FORMAT_HELP)] = None,
     rule: Annotated[list[str] | None, typer.Option(metavar="GLOB=SPEC", help=RULE_HELP)] = None,
@@ -114,5 +114,5 @@ def show_plan(job: Job, as_json: bool) -> None:
         screen.print(line, highlight=False, soft_wrap=True)
     screen.print(
         f"{job.plan.bits_per_weight:.3f} bits per weight; {size(job.plan.size_bytes)} on disk; about "
-        f"{expected.seconds:.0f} s and {size(expected.memory_bytes)} of memory on {job.device}", highlight=False,
+        f"{expected.seconds:.0f} s and {size(expected.memory_bytes)} of memory on {job.device}", highlight=False, soft_wrap=True,
     )  # fmt: skip

@@ -1,0 +1,193 @@
+"""Peak memory and time of quantizing a 3-billion-parameter checkpoint, beside what reading, arithmetic and writing cost.
+
+    python benchmarks/streaming.py [--folder DIR] [--layers 28] [--format int4-g128] [--threads 2]
+
+Makes a random bfloat16 Llama of 3.2 B parameters (6.4 GB, sharded) in DIR, measures, writes results/streaming.json
+and .md, and deletes DIR's content. The floor is measured in the same run, on the same files: reading every byte, the
+method's own arithmetic (quantize, pack, relative error) on matrices of the same shapes, writing the result's bytes
+with fsync. Each of the two is measured in a process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import transformers as hf
+
+from whit import Recipe
+from whit.checkpoint.header import file_order
+from whit.checkpoint.reader import Checkpoint
+from whit.checkpoint.writer import Writer, index_json, plan_shards
+from whit.job import Options, prepare
+from whit.layouts import BITS
+from whit.pipeline import relative_error
+from whit.tensor import TensorSpec
+
+RESULTS = Path(__file__).parent / "results"
+SHAPE = {"hidden_size": 3072, "intermediate_size": 8192, "num_attention_heads": 24, "num_key_value_heads": 8}
+
+
+def make_checkpoint(folder: Path, layers: int) -> None:
+    """A random Llama with untied head, shards of 1 GB, one tensor in memory at a time."""
+    config = hf.LlamaConfig(**SHAPE, num_hidden_layers=layers, vocab_size=32_000, max_position_embeddings=4096)
+    config.architectures, config.dtype = ["LlamaForCausalLM"], torch.bfloat16
+    config.save_pretrained(folder)
+    with torch.device("meta"):
+        state = hf.LlamaForCausalLM(config).state_dict()
+    specs = {name: TensorSpec(tuple(tensor.shape), torch.bfloat16) for name, tensor in state.items()}
+    shards = plan_shards(specs.items(), 1_000_000_000)
+    writer = Writer(folder, shards)
+    generator = torch.Generator().manual_seed(0)
+    for name in (name for shard in shards for name in file_order(shard.specs)):
+        writer.write(name, (0.02 * torch.randn(specs[name].shape, generator=generator)).to(torch.bfloat16))
+    writer.sync()
+    writer.close()
+    for name, content in index_json(shards).items():
+        (folder / name).write_bytes(content)
+
+
+def drop_caches(folder: Path) -> None:
+    """Make the next reads come from the disk."""
+    for path in folder.glob("*.safetensors"):
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
+
+
+def measure_floor(folder: Path, spec: str) -> dict[str, float]:
+    """Seconds of reading, arithmetic and writing, each alone."""
+    job = prepare(folder, folder.parent / "floor", Recipe(rules=[("*", spec)]), Options())
+    drop_caches(folder)
+    start = time.perf_counter()
+    with Checkpoint(folder) as checkpoint:
+        for name in checkpoint:
+            checkpoint[name]
+    reading = time.perf_counter() - start
+    seconds: dict[tuple[int, ...], float] = {}
+    arithmetic = 0.0
+    for item in job.plan.items:
+        if item.format is not None:
+            if item.spec.shape not in seconds:
+                seconds[item.spec.shape] = time_arithmetic(job.recipe.method, item.format, item.spec.shape)
+            arithmetic += seconds[item.spec.shape]
+    return {"reading": reading, "arithmetic": arithmetic, "writing": time_writing(folder.parent, job.plan.size_bytes)}
+
+
+def time_arithmetic(method, format, shape: tuple[int, ...], repeats: int = 3) -> float:
+    """Mean seconds of quantizing, packing and measuring one matrix."""
+    weight = (0.02 * torch.randn(shape, generator=torch.Generator().manual_seed(0))).to(torch.bfloat16)
+    total = 0.0
+    with torch.no_grad():
+        for repeat in range(repeats + 1):
+            start = time.perf_counter()
+            quantized = method(weight, None, format)
+            BITS.pack(quantized)
+            relative_error(weight, quantized.dequantize())
+            total += (time.perf_counter() - start) * (repeat > 0)
+    return total / repeats
+
+
+def time_writing(folder: Path, size: int) -> float:
+    """Seconds of writing and syncing `size` bytes."""
+    path, chunk = folder / "floor.bin", os.urandom(1 << 24)
+    start = time.perf_counter()
+    with path.open("wb") as file:
+        for _ in range(0, size, len(chunk)):
+            file.write(chunk)
+        os.fsync(file.fileno())
+    seconds = time.perf_counter() - start
+    path.unlink()
+    return seconds
+
+
+def measure_run(folder: Path, spec: str, threads: int) -> dict[str, float]:
+    """Wall seconds, the account's seconds and VmHWM of `whit quantize` in a process of its own."""
+    out = folder.parent / "out"
+    code = (
+        "import sys; from whit.cli import main\n"
+        "try: main()\n"
+        "finally: print([l for l in open('/proc/self/status') if l.startswith('VmHWM')][0], file=sys.stderr)"
+    )
+    drop_caches(folder)
+    command = [sys.executable, "-c", code, "quantize", str(folder), str(out), "--format", spec, "--json"]
+    start = time.perf_counter()
+    done = subprocess.run([*command, "--threads", str(threads)], capture_output=True, text=True, check=True)
+    wall = time.perf_counter() - start
+    peak = next(int(line.split()[1]) for line in done.stderr.splitlines() if line.startswith("VmHWM"))
+    account = json.loads(done.stdout)
+    return {
+        "wall": wall, "peak_memory_bytes": 1024 * peak, "size_bytes": account["size_bytes"],
+        "bits_per_weight": account["bits_per_weight"],
+    }  # fmt: skip
+
+
+def time_start() -> float:
+    """Seconds until python has imported whit."""
+    start = time.perf_counter()
+    subprocess.run([sys.executable, "-c", "import whit.cli"], check=True)
+    return time.perf_counter() - start
+
+
+def table(result: dict) -> str:
+    """The result as Markdown."""
+    floor, run = result["floor_seconds"], result["run"]
+    rows = [
+        ("reading the source", f"{floor['reading']:.1f} s"),
+        ("arithmetic: quantize, pack, measure the error", f"{floor['arithmetic']:.1f} s"),
+        ("writing and syncing the result", f"{floor['writing']:.1f} s"),
+        ("**sum**", f"**{sum(floor.values()):.1f} s**"),
+        ("python and imports", f"{result['start_seconds']:.1f} s"),
+        ("**`whit quantize`, imports included**", f"**{run['wall']:.1f} s**"),
+        ("ratio to the sum", f"{run['wall'] / sum(floor.values()):.2f}"),
+        ("peak resident memory", f"{run['peak_memory_bytes'] / 1e9:.2f} GB"),
+        ("bits per weight", f"{run['bits_per_weight']:.3f}"),
+    ]
+    head = f"`whit quantize --format {result['format']}` of a random Llama with {result['parameters']:,} parameters"
+    lines = [f"# {head}", "", result["machine"], "", "| | |", "|---|---|", *(f"| {a} | {b} |" for a, b in rows)]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, help="where 9 GB are free (a temporary folder by default)")
+    parser.add_argument("--layers", type=int, default=30)
+    parser.add_argument("--format", default="int4-g128")
+    parser.add_argument("--threads", type=int, default=2)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    work = Path(tempfile.mkdtemp(prefix="whit-streaming-", dir=arguments.folder))
+    try:
+        folder = work / "model"
+        folder.mkdir()
+        make_checkpoint(folder, arguments.layers)
+        with Checkpoint(folder) as checkpoint:
+            parameters = sum(e.spec.nbytes // 2 for e in checkpoint.entries.values())
+        run = measure_run(folder, arguments.format, arguments.threads)
+        floor = measure_floor(folder, arguments.format)
+        load = os.getloadavg()[1]
+        machine = f"{os.cpu_count()} CPU cores ({platform.machine()}), {arguments.threads} threads, load {load:.1f}, torch {torch.__version__}"
+        result = {
+            "machine": machine, "format": arguments.format, "parameters": parameters, "run": run,
+            "floor_seconds": floor, "start_seconds": time_start(),
+        }  # fmt: skip
+        RESULTS.mkdir(exist_ok=True)
+        (RESULTS / "streaming.json").write_text(json.dumps(result, indent=2) + "\n")
+        (RESULTS / "streaming.md").write_text(table(result))
+        print(table(result))
+    finally:
+        shutil.rmtree(work)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,121 @@
+"""quantize, convert and inspect as a user types them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tiny_models import save_tiny
+from whit.cli import main
+from whit.formats import EXAMPLES
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("cli") / "model", "llama", torch.bfloat16)
+
+
+@pytest.fixture
+def whit(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["whit", *map(str, arguments)])
+        status = 0
+        try:
+            main()
+        except SystemExit as leave:
+            status = int(leave.code or 0)
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return run
+
+
+def test_quantize_inspect_and_back(whit, model: Path, tmp_path: Path):
+    out = tmp_path / "out"
+    status, screen, notes = whit("quantize", model, out, "--format", "int4-g32", "--rule", "lm_head=int8")
+    assert status == 0
+    assert "bits per weight" in screen
+    assert "int8-channel" in screen
+    assert notes.splitlines()[0].startswith("1/")  # plain lines where there is no terminal
+    assert "was done already" in whit("quantize", model, out, "--format", "int4-g32", "--rule", "lm_head=int8")[1]
+    status, screen, notes = whit("inspect", out, "--verify")
+    assert status == 0
+    assert "rtn, seed 0" in screen
+    assert "kept: model.layers.*.input_layernorm.weight (2)" in screen
+    assert "as they were written" in notes
+    status, screen, _ = whit("convert", out, tmp_path / "plain", "--export", "bf16")
+    assert status == 0
+    assert "largest relative error" in screen
+    assert "lossless" in whit("convert", model, tmp_path / "same", "--export", "bf16")[1]
+    assert "not quantized" in whit("inspect", model)[1]
+    assert whit("convert", tmp_path / "plain", tmp_path / "again", "--export", "whit", "--format", "int8")[0] == 0
+
+
+def test_json_and_nothing_else(whit, model: Path, tmp_path: Path):
+    status, screen, _ = whit("quantize", model, tmp_path / "out", "--format", "nf4", "--json", "--threads", "1")
+    assert status == 0
+    account = json.loads(screen)
+    assert account == json.loads((tmp_path / "out/whit.json").read_text())
+    assert json.loads(whit("inspect", tmp_path / "out", "--json")[1]) == account
+    facts = json.loads(whit("inspect", model, "--json")[1])
+    assert facts["dtypes"]["BF16"]["tensors"] == facts["tensors"] == 21
+    assert facts["quant_method"] is None
+    torch.set_num_threads(2)
+
+
+def test_a_dry_run_prints_the_plan_and_writes_nothing(whit, model: Path, tmp_path: Path):
+    status, screen, _ = whit("quantize", model, tmp_path / "out", "--format", "int4-g32", "--dry-run")
+    assert status == 0
+    for part in ("model.layers.*.mlp.up_proj", "int4-g32", "kept: lm_head.weight: an output head", "of memory on cpu"):
+        assert part in screen
+    plan = json.loads(whit("quantize", model, tmp_path / "out", "--format", "int4-g32", "--dry-run", "--json")[1])
+    assert not list(tmp_path.iterdir())
+    account = json.loads(whit("quantize", model, tmp_path / "out", "--format", "int4-g32", "--json")[1])
+    assert plan["size_bytes"] == account["size_bytes"]
+    assert [e["name"] for e in plan["parameters"]] == [e["name"] for e in account["parameters"]]
+
+
+def test_a_recipe_file(whit, model: Path, tmp_path: Path):
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text('[method]\nname = "hqq"\n[[rules]]\nmatch = "*"\nformat = "int4-g32-asym-fz"\n')
+    status, screen, _ = whit("quantize", model, tmp_path / "out", "--recipe", recipe, "--rule", "*.0.*=nf4", "--json")
+    assert status == 0
+    account = json.loads(screen)
+    assert account["recipe"]["method"]["name"] == "hqq"
+    assert {e["format"] for e in account["parameters"] if e["format"]} == {"int4-g32-asym-fz", "nf4"}
+    assert whit("quantize", model, tmp_path / "out2", "--recipe", recipe, "--format", "nf4")[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "said"),
+    [
+        (("quantize", "/no/such/model", "{out}"), 1, "no such folder"),
+        (("quantize", "{model}", "{model}/out"), 1, "lies inside MODEL"),
+        (("quantize", "{model}", "{out}", "--format", "int3-g65x"), 1, "is not a format"),
+        (("quantize", "{model}", "{out}", "--format", "int4-g48"), 1, "not divisible by group_size 48"),
+        (("quantize", "{model}", "{out}", "--method", "magic"), 1, "is not a method"),
+        (("quantize", "{model}", "{out}", "--rule", "lm_head"), 2, "GLOB=SPEC"),
+        (("quantize", "{model}", "{out}", "--rule", "nothing=int8"), 1, "matches no module"),
+        (("quantize", "{model}"), 2, "OUT"),
+        (("convert", "{model}", "{out}", "--export", "bf16", "--format", "int8"), 2, "bf16"),
+        (("convert", "{model}", "{out}", "--export", "whit"), 2, "whit needs a format"),
+        (("inspect", "{model}", "--verify"), 1, "no whit.json"),
+    ],
+)
+def test_mistakes_are_said_in_a_sentence(whit, model: Path, tmp_path: Path, arguments, status: int, said: str):
+    typed = [a.format(model=model, out=tmp_path / "out") for a in arguments]
+    found, screen, notes = whit(*typed)
+    assert found == status
+    assert said in " ".join(notes.replace("│", " ").split())
+    assert "Traceback" not in notes + screen
+    assert not list(tmp_path.iterdir())
+
+
+def test_help_lists_all_formats(whit, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    text = " ".join(whit("quantize", "--help")[1].replace("│", " ").split())
+    assert all(spec in text for spec in EXAMPLES if "(" not in spec)
