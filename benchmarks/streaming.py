@@ -1,6 +1,6 @@
-"""Peak memory and time of quantizing a 3-billion-parameter checkpoint, beside what reading, arithmetic and writing cost.
+"""Peak memory and time of quantizing a 3-billion-parameter checkpoint, beside their floor.
 
-    python benchmarks/streaming.py [--folder DIR] [--layers 28] [--format int4-g128] [--threads 2]
+    python benchmarks/streaming.py [--folder DIR] [--layers 30] [--format int4-g128] [--threads 2]
 
 Makes a random bfloat16 Llama of 3.2 B parameters (6.4 GB, sharded) in DIR, measures, writes results/streaming.json
 and .md, and deletes DIR's content. The floor is measured in the same run, on the same files: reading every byte, the
@@ -176,7 +176,8 @@ def main() -> None:
         run = measure_run(folder, arguments.format, arguments.threads)
         floor = measure_floor(folder, arguments.format)
         load = os.getloadavg()[1]
-        machine = f"{os.cpu_count()} CPU cores ({platform.machine()}), {arguments.threads} threads, load {load:.1f}, torch {torch.__version__}"
+        machine = f"{os.cpu_count()} CPU cores ({platform.machine()}), {arguments.threads} threads, "
+        machine += f"load {load:.1f}, torch {torch.__version__}"
         result = {
             "machine": machine, "format": arguments.format, "parameters": parameters, "run": run,
             "floor_seconds": floor, "start_seconds": time_start(),

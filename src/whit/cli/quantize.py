@@ -114,5 +114,7 @@ def show_plan(job: Job, as_json: bool) -> None:
         screen.print(line, highlight=False, soft_wrap=True)
     screen.print(
         f"{job.plan.bits_per_weight:.3f} bits per weight; {size(job.plan.size_bytes)} on disk; about "
-        f"{expected.seconds:.0f} s and {size(expected.memory_bytes)} of memory on {job.device}", highlight=False, soft_wrap=True,
-    )  # fmt: skip
+        f"{expected.seconds:.0f} s and {size(expected.memory_bytes)} of memory on {job.device}",
+        highlight=False,
+        soft_wrap=True,
+    )
