@@ -1,0 +1,59 @@
+"""What counts as quantizable, and what is kept unless a rule names it."""
+
+from __future__ import annotations
+
+import torch
+import transformers as hf
+from torch import nn
+
+import whit
+from tiny_models import tiny_config, tiny_model
+from whit.layouts import BITS
+from whit.model.targets import find_targets, tied_weights
+from whit.modules.embedding import pack_embedding
+
+
+def kept(model: nn.Module) -> set[str]:
+    return {target.holder for target in find_targets(model) if target.kept_by_default}
+
+
+def test_heads_are_kept_with_all_that_is_inside_them():
+    classifier = hf.RobertaForSequenceClassification(tiny_config("roberta"))
+    heads = {name for name in kept(classifier) if "embeddings" not in name}
+    assert heads == {"classifier.dense", "classifier.out_proj"}
+    assert {"lm_head", "model.embed_tokens"} <= kept(tiny_model("llama"))
+
+
+def test_the_gates_of_experts_are_kept():
+    assert "model.layers.0.mlp.shared_expert_gate" in kept(tiny_model("qwen2_moe"))
+
+
+def test_shapes_are_as_quantized():
+    shapes = {t.holder: (t.kind, t.shape) for t in find_targets(tiny_model("gpt2"))}
+    assert shapes["transformer.h.0.attn.c_attn"] == ("conv1d", (192, 64))
+    shapes = {t.holder: (t.kind, t.shape) for t in find_targets(tiny_model("mixtral"))}
+    assert shapes["model.layers.0.mlp.experts.gate_up_proj"] == ("experts", (4, 256, 64))
+
+
+def test_linears_whose_weight_is_used_directly_are_left_alone():
+    class Scaled(nn.Linear):
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            return nn.functional.linear(input, 2 * self.weight)
+
+    model = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2), "scaled": Scaled(8, 8), "plain": nn.Linear(8, 8)})
+    assert [target.holder for target in find_targets(model)] == ["plain"]
+
+
+def test_what_is_packed_is_no_target_any_more():
+    model = nn.ModuleDict({"embed": nn.Embedding(8, 8)})
+    assert find_targets(model)
+    pack_embedding(model["embed"], BITS.pack(whit.quantize_tensor(model["embed"].weight, "int8")), torch.float32)
+    assert not find_targets(model)
+
+
+def test_ties_are_those_of_weights():
+    assert tied_weights(tiny_model("bert")) == {
+        "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight"
+    }
+    assert set(tied_weights(tiny_model("t5")).values()) == {"shared.weight"}
+    assert not tied_weights(nn.Linear(2, 2))
