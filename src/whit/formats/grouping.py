@@ -48,5 +48,8 @@ def align(values: Tensor, params: tuple[Tensor, ...], column: int, group_size: i
     if column % group_size == 0 and count % group_size == 0 and count:
         first, last = column // group_size, (column + count) // group_size
         return (values.reshape(rows, -1, group_size), *(p[:, first:last, None] for p in params))
+    group = column // group_size
+    if count and (column + count - 1) // group_size == group:  # a view: column by column, a gather would cost more
+        return (values, *(p[:, group : group + 1] for p in params))
     index = torch.arange(column, column + count, device=values.device) // group_size
     return (values, *(p[:, index] for p in params))
