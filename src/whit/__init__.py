@@ -1,6 +1,7 @@
 """whit: quantize any Hugging Face transformer, run it, and measure what was given up."""
 
 from whit.arrays import error, quantize_tensor
+from whit.calibration import Calibration
 from whit.errors import WhitError
 from whit.formats import Affine, BFloat16, Codebook, Float8, parse_format
 from whit.integrations.transformers import QuantizationConfig, register
@@ -20,6 +21,7 @@ __all__ = [
     "RTN",
     "Affine",
     "BFloat16",
+    "Calibration",
     "Clip",
     "Codebook",
     "Float8",

@@ -1,0 +1,121 @@
+"""What the linears of a block see: H = sum x x^T over all tokens, one H for linears that share an input.
+
+A mode that torch asks at every call looks on while the block runs: a product whose matrix lies in a watched
+parameter's memory is that parameter's, and where in it says which expert of a stack. So nothing depends on how a
+module is written, and a parameter whose products were not seen is an error.
+
+Every sample adds its x^T x in float32, in order: the same bits for any number of threads.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from whit.errors import CalibrationError
+from whit.tensor import LayerStats
+
+EXPERT_TOKENS = 128  # an expert that saw fewer is quantized with the statistics of all experts together
+
+Place = tuple[str, int]  # a parameter and the matrix in it: 0, or an expert
+
+
+@dataclass(frozen=True)
+class BlockStats:
+    """Statistics by parameter, one per matrix; `groups` are the parameters that share their input."""
+
+    stats: Mapping[str, tuple[LayerStats, ...]]
+    groups: tuple[tuple[str, ...], ...]
+
+    def of(self, parameter: str) -> tuple[LayerStats, ...]:
+        """One LayerStats per expert, or a single one; experts that saw too little get the pooled statistics."""
+        found = self.stats[parameter]
+        if len(found) == 1 or all(s.token_count >= EXPERT_TOKENS for s in found):
+            return found
+        pooled = LayerStats(torch.stack([s.hessian for s in found]).sum(0), sum(s.token_count for s in found))
+        return tuple(s if s.token_count >= EXPERT_TOKENS else pooled for s in found)
+
+    def starved(self, parameter: str) -> tuple[int, ...]:
+        """The experts that saw fewer than EXPERT_TOKENS tokens."""
+        found = self.stats[parameter]
+        return tuple(i for i, s in enumerate(found) if len(found) > 1 and s.token_count < EXPERT_TOKENS)
+
+
+def capture(run: Callable[[], None], parameters: Mapping[str, Tensor]) -> BlockStats:
+    """Watch `parameters`, (out, in), (in, out) of a Conv1D, or (experts, out, in), while `run` runs their block.
+
+    CalibrationError names a parameter that no token reached.
+    """
+    watch = _Watch(parameters)
+    with watch:
+        run()
+    stats, members = {}, defaultdict(list)
+    for name, parameter in parameters.items():
+        experts = len(parameter) if parameter.dim() == 3 else 1
+        leaders = [watch.leaders.get((name, i), (name, i)) for i in range(experts)]
+        if not any(watch.tokens[place] for place in leaders):
+            raise CalibrationError(
+                f"{name}: no token reached it; all that is quantized must be used; "
+                "use another text, or keep it with a rule"
+            )
+        columns = next(len(watch.hessians[place]) for place in leaders if place in watch.hessians)
+        empty = torch.zeros(1, 1, device=parameter.device).expand(columns, columns)
+        stats[name] = tuple(LayerStats(watch.hessians.get(place, empty), watch.tokens[place]) for place in leaders)
+        members[leaders[0]].append(name)
+    return BlockStats(stats, tuple(tuple(names) for names in members.values()))
+
+
+class _Watch(TorchFunctionMode):
+    """Sums x^T x for every product of an activation with a watched parameter."""
+
+    def __init__(self, parameters: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.hessians: dict[Place, Tensor] = {}
+        self.tokens: dict[Place, int] = defaultdict(int)
+        self.leaders: dict[Place, Place] = {}  # whose statistics a place shares
+        self._names = {p.untyped_storage().data_ptr(): name for name, p in parameters.items()}
+        self._inputs: dict[tuple[int, ...], tuple[Tensor, Place]] = {}  # of this sample, kept so that none is reused
+        self._seen: set[Place] = set()
+        self._matrix = {name: p[0].numel() if p.dim() == 3 else p.numel() for name, p in parameters.items()}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.nn.functional.linear:
+            self._see(*_arguments(args, kwargs, ("input", "weight")))
+        elif func is torch.addmm:  # Conv1D
+            self._see(*_arguments(args[1:], kwargs, ("mat1", "mat2")))
+        return func(*args, **kwargs)
+
+    def _see(self, x: Tensor, weight: Tensor) -> None:
+        name = self._names.get(weight.untyped_storage().data_ptr())
+        if name is None:
+            return
+        place = (name, weight.storage_offset() // self._matrix[name])
+        if self._leader(x, place) != place:
+            return
+        rows = x.reshape(-1, x.shape[-1]).to(torch.float32)
+        if place not in self.hessians:
+            self.hessians[place] = torch.zeros(rows.shape[1], rows.shape[1], device=rows.device)
+        self.hessians[place].addmm_(rows.T, rows)
+        self.tokens[place] += len(rows)
+
+    def _leader(self, x: Tensor, place: Place) -> Place:
+        """The first place of the block whose input lies in the very same memory."""
+        if place in self._seen:  # the next sample
+            self._seen.clear()
+            self._inputs.clear()
+        self._seen.add(place)
+        key = (x.data_ptr(), x._version, x.numel(), x.shape[-1])
+        _, first = self._inputs.setdefault(key, (x, place))
+        return self.leaders.setdefault(place, first)
+
+
+def _arguments(args: tuple[Any, ...], kwargs: Mapping[str, Any], names: tuple[str, str]) -> tuple[Tensor, Tensor]:
+    first, second = (args[i] if i < len(args) else kwargs[name] for i, name in enumerate(names))
+    return first, second

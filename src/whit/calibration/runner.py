@@ -1,0 +1,200 @@
+"""One block at a time: its weights come and go, what flows between the blocks is kept.
+
+The parts before the blocks run once, with the blocks replaced by stubs that note their arguments; from then on a
+block is called directly, with one sample at a time, so that no result depends on how samples are batched. What a
+block says of its other arguments (rotary embeddings, masks) is noted once: all samples have the same length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from whit.errors import UnsupportedModelError
+from whit.model.graph import find_blocks
+
+BUDGET = 3 << 30  # bytes of block inputs that stay in memory; beyond it they lie in a file
+
+Read = Callable[[str], Tensor]
+
+
+class _Stop(Exception):
+    """Raised by a stub: what comes after the blocks is not needed."""
+
+
+class Runner:
+    """The blocks of a model and the inputs of the next one to run.
+
+    `model` may be on the meta device; `read` gives any of its parameters by name. `tokens` is int64 (samples,
+    context). `inputs` is (samples, context, hidden), in the dtype in which the model computes.
+    """
+
+    def __init__(self, model: PreTrainedModel, read: Read, tokens: Tensor, device: torch.device, scratch: Path) -> None:
+        with init_empty_weights(include_buffers=False):  # buffers that no checkpoint holds are computed
+            self.model = type(model)(model.config).eval()
+        self.model.config.use_cache = False
+        self.model.config._experts_implementation = "eager"  # one product per expert, which can be watched
+        blocks = find_blocks(self.model)
+        self.names, self.blocks = blocks.names, blocks.modules
+        self.device = device
+        self._calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        self._read = read
+        self.inputs = self._embed(tokens, scratch)
+
+    @contextmanager
+    def loaded(self, index: int, weights: Mapping[str, Tensor] | None = None) -> Iterator[dict[str, nn.Parameter]]:
+        """The block with its weights, from `weights` by name or else read; yields its parameters by name."""
+        block, prefix = self.blocks[index], f"{self.names[index]}."
+        names = [f"{prefix}{name}" for name in _state(block)]
+        with self._filled(names, weights or {}):
+            yield {f"{prefix}{name}": p for name, p in block.named_parameters()}
+
+    def run(self, index: int, keep: bool) -> None:
+        """Run a loaded block over all samples; `keep` puts its outputs in place of the inputs."""
+        args, kwargs = self._calls[index]
+        for sample in self.inputs:
+            output = _hidden(self.blocks[index](sample[None].to(self.device), *args, **kwargs))
+            if keep:
+                sample.copy_(output[0])
+
+    def _embed(self, tokens: Tensor, scratch: Path) -> Tensor:
+        base = self.model.base_model
+        inside = tuple(f"{name}." for name in self.names)
+        prefix = next((f"{name}." for name, module in self.model.named_modules() if name and module is base), "")
+        names = [f"{prefix}{name}" for name in _state(base)]
+        inputs: Tensor | None = None
+        with self._filled([name for name in names if not name.startswith(inside)], {}):
+            self._calls = self._note_calls(base, tokens[:1])
+            for number, row in enumerate(tokens):
+                hidden = self._first_input(base, row[None])
+                if inputs is None:
+                    inputs = _room((len(tokens), *hidden.shape[1:]), hidden.dtype, scratch)
+                inputs[number].copy_(hidden[0])
+        assert inputs is not None
+        return inputs
+
+    def _note_calls(self, base: nn.Module, row: Tensor) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+        """The arguments of every block beside the hidden states."""
+        calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        wrapped = self._returns_tuple(base, row)
+
+        def note(*args: Any, **kwargs: Any) -> Any:
+            hidden, args, kwargs = _split(args, kwargs)
+            calls.append((args, kwargs))
+            if len(calls) == len(self.blocks):
+                raise _Stop
+            return (hidden,) if wrapped else hidden
+
+        with _replaced(self.blocks, note):
+            _until_stopped(base, row.to(self.device))
+        if len(calls) != len(self.blocks):
+            raise UnsupportedModelError(
+                f"{type(self.model).__name__}: {len(calls)} of {len(self.blocks)} blocks run on a text; "
+                "calibration needs all in turn; choose a method that needs no data, such as hqq"
+            )
+        return calls
+
+    def _returns_tuple(self, base: nn.Module, row: Tensor) -> bool:
+        """What the model expects of a block: hidden states, or a tuple that holds only them."""
+        call: list[Any] = []
+
+        def note(*args: Any, **kwargs: Any) -> Any:
+            call.append((args, kwargs))
+            raise _Stop
+
+        with _replaced(self.blocks[:1], note):
+            _until_stopped(base, row.to(self.device))
+        with self.loaded(0):
+            output = self.blocks[0](*call[0][0], **call[0][1])
+        if isinstance(output, tuple) and len([part for part in output if part is not None]) > 1:
+            raise UnsupportedModelError(
+                f"{type(self.blocks[0]).__name__}: hands more than hidden states to the next block; "
+                "calibration carries only those; choose a method that needs no data, such as hqq"
+            )
+        return isinstance(output, tuple)
+
+    def _first_input(self, base: nn.Module, row: Tensor) -> Tensor:
+        found: list[Tensor] = []
+
+        def note(*args: Any, **kwargs: Any) -> Any:
+            found.append(_split(args, kwargs)[0])
+            raise _Stop
+
+        with _replaced(self.blocks[:1], note):
+            _until_stopped(base, row.to(self.device))
+        return found[0]
+
+    @contextmanager
+    def _filled(self, names: list[str], weights: Mapping[str, Tensor]) -> Iterator[None]:
+        """Give parameters and stored buffers their values, and take them back."""
+        before = []
+        for name in names:
+            path, _, key = name.rpartition(".")
+            module = self.model.get_submodule(path)
+            store = module._parameters if key in module._parameters else module._buffers
+            old = store[key]
+            value = self._value(weights[name] if name in weights else self._read(name))
+            before.append((store, key, old))
+            store[key] = nn.Parameter(value, requires_grad=False) if isinstance(old, nn.Parameter) else value
+        try:
+            yield
+        finally:
+            for store, key, old in before:
+                store[key] = old
+
+    def _value(self, tensor: Tensor) -> Tensor:
+        """On the device, in memory of its own; float16 becomes float32 where the processor does not compute in it."""
+        if tensor.dtype == torch.float16 and self.device.type == "cpu":
+            tensor = tensor.to(torch.float32)
+        tensor = tensor.to(self.device).contiguous()
+        return tensor.clone() if tensor.untyped_storage().nbytes() != tensor.nbytes else tensor
+
+
+def _state(module: nn.Module) -> list[str]:
+    """Names of what a checkpoint holds."""
+    return list(module.state_dict())
+
+
+def _room(shape: tuple[int, ...], dtype: torch.dtype, scratch: Path) -> Tensor:
+    """Memory, or a file in `scratch` that is mapped into it."""
+    count = torch.Size(shape).numel()
+    if count * dtype.itemsize <= BUDGET:
+        return torch.empty(shape, dtype=dtype)
+    return torch.from_file(str(scratch / "block-inputs.tmp"), shared=True, size=count, dtype=dtype).reshape(shape)
+
+
+def _split(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
+    """Hidden states, and the other arguments of a block."""
+    if args:
+        return args[0], args[1:], dict(kwargs)
+    return kwargs["hidden_states"], (), {key: value for key, value in kwargs.items() if key != "hidden_states"}
+
+
+def _hidden(output: Any) -> Tensor:
+    hidden: Tensor = output[0] if isinstance(output, tuple) else output
+    return hidden
+
+
+@contextmanager
+def _replaced(blocks: tuple[nn.Module, ...], forward: Callable[..., Any]) -> Iterator[None]:
+    for block in blocks:
+        block.forward = forward
+    try:
+        yield
+    finally:
+        for block in blocks:
+            del block.forward
+
+
+def _until_stopped(base: nn.Module, row: Tensor) -> None:
+    try:
+        base(input_ids=row)
+    except _Stop:
+        return

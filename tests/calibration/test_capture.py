@@ -1,0 +1,156 @@
+"""Blocks that run one at a time see what they see in the whole model, in every architecture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import whit
+from tiny_models import ARCHITECTURES, tiny_model
+from whit.calibration.capture import EXPERT_TOKENS, BlockStats, capture
+from whit.calibration.runner import Runner
+from whit.model.graph import GROUPS, folding_groups
+from whit.model.targets import find_targets
+from whit.tensor import LayerStats
+
+CPU = torch.device("cpu")
+SINGLE = [name for name in ARCHITECTURES if name != "t5"]
+
+
+def windows(samples: int = 3, seed: int = 0) -> torch.Tensor:
+    return torch.randint(3, 128, (samples, 32), generator=torch.Generator().manual_seed(seed))
+
+
+def runner_of(model, tokens: torch.Tensor, folder: Path) -> Runner:
+    state = model.state_dict()
+    return Runner(model, lambda name: state[name].clone(), tokens, CPU, folder)
+
+
+def stats_of(runner: Runner, index: int, names: set[str]) -> BlockStats:
+    with runner.loaded(index) as parameters:
+        watched = {name: p for name, p in parameters.items() if name in names}
+        return capture(lambda: runner.run(index, keep=False), watched)
+
+
+def block_targets(model) -> set[str]:
+    return {t.parameter for t in find_targets(model) if not t.kept_by_default}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("architecture", SINGLE)
+def test_blocks_one_at_a_time_are_the_whole_model(architecture: str, tmp_path: Path):
+    model, tokens = tiny_model(architecture), windows()
+    runner = runner_of(model, tokens, tmp_path)
+    whole: list[torch.Tensor] = []
+    last = model.get_submodule(runner.names[-1])
+    last.register_forward_hook(lambda _m, _a, out: whole.append(out[0] if isinstance(out, tuple) else out))
+    for row in tokens:
+        model.base_model(input_ids=row[None])
+    for index in range(len(runner.names)):
+        with runner.loaded(index):
+            runner.run(index, keep=True)
+    assert torch.equal(runner.inputs, torch.cat(whole))
+    assert all(p.is_meta for p in runner.model.parameters())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("architecture", SINGLE)
+def test_hessians_are_those_of_each_linears_inputs(architecture: str, tmp_path: Path):
+    model, tokens = tiny_model(architecture), windows()
+    runner, names = runner_of(model, tokens, tmp_path), block_targets(model)
+    stats = stats_of(runner, 0, names)
+    seen: dict[str, list[torch.Tensor]] = {}
+    for name, module in model.named_modules():
+        if f"{name}.weight" in stats.stats:
+            module.register_forward_hook(lambda _m, args, _o, name=name: seen.setdefault(name, []).append(args[0]))
+    for row in tokens:
+        model.base_model(input_ids=row[None])
+    assert seen
+    for name, inputs in seen.items():
+        x = torch.cat(inputs).reshape(-1, inputs[0].shape[-1]).double()
+        (found,) = stats.of(f"{name}.weight")
+        assert found.token_count == tokens.numel()
+        assert torch.allclose(found.hessian.double(), x.T @ x, rtol=1e-5, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("architecture", [name for name in SINGLE if tiny_model(name).config.model_type in GROUPS])
+def test_the_table_of_groups_is_what_a_running_block_shows(architecture: str, tmp_path: Path):
+    model = tiny_model(architecture)
+    runner = runner_of(model, windows(), tmp_path)
+    with runner.loaded(0) as parameters:
+        watched = {n: p for n, p in parameters.items() if p.dim() > 1}
+        observed = capture(lambda: runner.run(0, keep=False), watched).groups
+    short = {frozenset(n.removeprefix(f"{runner.names[0]}.").removesuffix(".weight") for n in g) for g in observed}
+    for group in folding_groups(model.config.model_type):
+        # Each expert sees tokens of its own, so that experts stand alone when observed.
+        linears = frozenset(name for name in group.linears if ".experts." not in name)
+        assert linears in short, f"{group.source} feeds {sorted(map(sorted, short))}"
+
+
+@torch.no_grad()
+def test_experts_have_statistics_of_their_own(tmp_path: Path):
+    model, tokens = tiny_model("mixtral"), windows(40)
+    runner = runner_of(model, tokens, tmp_path)
+    stats = stats_of(runner, 0, block_targets(model))
+    name = f"{runner.names[0]}.mlp.experts.gate_up_proj"
+    routed: list[tuple[torch.Tensor, torch.Tensor]] = []
+    experts = model.get_submodule(f"{runner.names[0]}.mlp.experts")
+    experts.register_forward_pre_hook(lambda _m, args: routed.append(args[:2]))
+    for row in tokens:
+        model.base_model(input_ids=row[None])
+    x, chosen = torch.cat([r[0] for r in routed]).double(), torch.cat([r[1] for r in routed])
+    for i, found in enumerate(stats.stats[name]):
+        mine = x[(chosen == i).any(dim=1)]
+        assert found.token_count == len(mine)
+        assert torch.allclose(found.hessian.double(), mine.T @ mine, rtol=1e-5, atol=1e-4)
+    assert sum(s.token_count for s in stats.stats[name]) == 2 * tokens.numel()
+
+
+def test_an_expert_that_saw_too_little_gets_the_statistics_of_all():
+    rich = LayerStats(torch.eye(4), EXPERT_TOKENS)
+    poor = LayerStats(3 * torch.eye(4), EXPERT_TOKENS - 1)
+    stats = BlockStats({"e": (rich, poor), "one": (poor,)}, (("e",), ("one",)))
+    first, second = stats.of("e")
+    assert first is rich
+    assert torch.equal(second.hessian, 4 * torch.eye(4))
+    assert second.token_count == 2 * EXPERT_TOKENS - 1
+    assert stats.starved("e") == (1,)
+    assert stats.of("one") == (poor,)
+    assert not stats.starved("one")
+
+
+@torch.no_grad()
+def test_a_parameter_that_no_token_reached_is_named(tmp_path: Path):
+    runner = runner_of(tiny_model("llama"), windows(), tmp_path)
+    with (
+        runner.loaded(0) as parameters,
+        pytest.raises(whit.WhitError, match=r"layers\.0\.self_attn\.q_proj\.weight: no token"),
+    ):
+        capture(lambda: None, parameters)
+
+
+@torch.no_grad()
+def test_statistics_do_not_depend_on_threads_or_on_where_inputs_lie(tmp_path: Path, monkeypatch):
+    model, tokens = tiny_model("llama"), windows(8)
+    names, found = block_targets(model), []
+    before = torch.get_num_threads()
+    try:
+        for threads, budget in ((1, 1 << 30), (2, 0)):
+            torch.set_num_threads(threads)
+            monkeypatch.setattr("whit.calibration.runner.BUDGET", budget)
+            runner = runner_of(model, tokens, tmp_path)
+            with runner.loaded(0):
+                runner.run(0, keep=True)
+            found.append(stats_of(runner, 1, names))
+    finally:
+        torch.set_num_threads(before)
+    for name in found[0].stats:
+        assert torch.equal(found[0].of(name)[0].hessian, found[1].of(name)[0].hessian)
+
+
+def test_models_whose_blocks_cannot_run_alone_are_refused(tmp_path: Path):
+    with pytest.raises(whit.WhitError, match=r"T5.*encoder\.block, decoder\.block"):
+        runner_of(tiny_model("t5"), windows(), tmp_path)
