@@ -51,7 +51,7 @@ def compare_windows(model: Any, baseline: Baseline, windows: Tensor, listener: L
     """Score the windows with both and compare. Raises EvaluationError on NaN or on other vocabularies."""
     found = []
     done = 0
-    for index, batch in enumerate(batches(windows)):
+    for index, batch in enumerate(batches(windows, model.device.type == "cuda")):
         figures = _compare(next_token_logits(model, batch), baseline.logits(index, batch), batch[:, 1:].reshape(-1))
         found.append(figures.reshape(4, batch.shape[0], -1))
         require_finite(found[-1][0], "the model")

@@ -196,7 +196,8 @@ def _baseline(model: str, windows: Tensor, options: EvaluationOptions, notes: _N
         key = baseline_key(model_files(name), windows, options.dtype, options.device)
         folder = place / key
         folder.mkdir(parents=True, exist_ok=True)
-        if is_complete(folder, windows):
+        on_gpu = options.device != "cpu" and torch.cuda.is_available()
+        if is_complete(folder, windows, on_gpu):
             notes.note(f"baseline: its logits are read from {folder}")
         else:
             _store(name, windows, folder, options, notes)

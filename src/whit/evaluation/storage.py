@@ -57,9 +57,9 @@ def baseline_key(model_files: Path, windows: Tensor, dtype: str, device: str) ->
     return digest.hexdigest()[:32]
 
 
-def is_complete(folder: Path, windows: Tensor) -> bool:
+def is_complete(folder: Path, windows: Tensor, on_gpu: bool) -> bool:
     """Whether every batch is stored; each file appears whole or not at all."""
-    return all((folder / _file_name(index)).is_file() for index in range(len(batches(windows))))
+    return all((folder / _file_name(index)).is_file() for index in range(len(batches(windows, on_gpu))))
 
 
 def bytes_needed(windows: Tensor, vocabulary: int, element_size: int) -> int:
@@ -80,7 +80,7 @@ def require_space(folder: Path, needed: int) -> None:
 def store_baseline(model: Any, windows: Tensor, folder: Path, listener: Listener) -> None:
     """Run the baseline over all windows; batches already stored are not run again."""
     done = 0
-    for index, batch in enumerate(batches(windows)):
+    for index, batch in enumerate(batches(windows, model.device.type == "cuda")):
         path = folder / _file_name(index)
         if not path.is_file():
             logits = next_token_logits(model, batch).contiguous().cpu()

@@ -1,0 +1,54 @@
+"""The main paths on a CUDA device."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import whit
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from whit.data import resolve_model
+
+pytestmark = pytest.mark.gpu
+SPECS = ["int8", "int4-g64", "int4-g64-asym-fz", "int3-g64-asym", "nf4-dq", "fp4", "fp8", "int2-g32"]
+
+
+@pytest.mark.parametrize("method", ["rtn", "clip", "hqq"])
+@pytest.mark.parametrize("spec", SPECS)
+def test_tensors_quantize_alike_on_both_devices(spec: str, method: str):
+    weight = torch.randn(256, 512, generator=torch.Generator().manual_seed(0))
+    here, there = whit.quantize_tensor(weight, spec, method), whit.quantize_tensor(weight.cuda(), spec, method)
+    assert there.codes.device.type == "cuda"
+    different = (here.codes != there.codes.cpu()).float().mean()
+    assert different < 1e-3  # sums are added in another order there
+    assert whit.error(weight.cuda(), there).mse == pytest.approx(whit.error(weight, here).mse, rel=1e-3)
+
+
+@pytest.mark.parametrize("spec", ["int8", "nf4-dq", "int4-g64"])
+def test_loading_on_the_fly_and_again(spec: str, tmp_path):
+    folder = resolve_model("whit:model")
+    config = whit.QuantizationConfig(spec, compute_dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, device_map="auto")
+    assert {b.device.type for b in model.buffers()} == {"cuda"}
+    ids = AutoTokenizer.from_pretrained(folder)("It was late", return_tensors="pt").input_ids.cuda()
+    expected = model(ids).logits
+    assert model.generate(ids, max_new_tokens=8, do_sample=False).shape[1] == ids.shape[1] + 8
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, device_map="cuda")
+    assert torch.equal(again(ids).logits, expected)
+
+
+def test_part_of_the_model_on_the_cpu():
+    folder = resolve_model("whit:model")
+    places = {"model.embed_tokens": 0, "model.rotary_emb": 0, "model.norm": 0, "lm_head": 0}
+    places |= {f"model.layers.{i}": 0 if i < 4 else "cpu" for i in range(8)}
+    config = whit.QuantizationConfig("int4-g64")
+    split = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, device_map=places)
+    whole = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, device_map={"": 0})
+    ids = torch.arange(10, 30)[None].cuda()
+    assert torch.allclose(split(ids).logits.float(), whole(ids).logits.float(), atol=0.1)
+
+
+def test_the_pipeline_quantizes_on_the_device(tmp_path):
+    options = whit.Options(device="cuda")
+    account = whit.quantize("whit:model", tmp_path / "out", whit.Recipe("hqq", [("*", "int4-g64")]), options=options)
+    assert account.counts()["quantized"] == 56
