@@ -11,9 +11,10 @@ from collections.abc import Callable
 
 import torch
 
-import harness
 import whit
 from whit.methods import METHODS
+
+import harness
 
 SPECS = ("int8", "int4-g128", "int4-g64-asym-fz", "int3-g64", "int2-g32", "nf4", "nf4-dq", "fp8")
 

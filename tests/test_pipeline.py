@@ -12,7 +12,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import whit
-from tiny_models import ARCHITECTURES, save_tiny, tiny_model
 from whit import Recipe
 from whit.cli.inspect import verify_files
 from whit.coverage import load_account
@@ -22,6 +21,8 @@ from whit.export.packed import PackedSource
 from whit.job import Options, open_source, prepare
 from whit.model.targets import find_targets
 from whit.pipeline import dequantize, quantize, relative_error
+
+from tiny_models import ARCHITECTURES, save_tiny, tiny_model
 
 INT4 = Recipe(rules=[("*", "int4-g32")])
 

@@ -16,11 +16,12 @@ import pytest
 import torch
 
 from forking import die_at_step, in_child
-from tiny_models import save_tiny
 from whit import RTN, Options, Recipe
 from whit.errors import OutputError
 from whit.pipeline import quantize
 from whit.tensor import Format, LayerStats, QuantizedTensor
+
+from tiny_models import save_tiny
 
 OPTIONS = Options(shard_size=40_000)
 RULES = [("*", "nf4-dq"), ("lm_head", "int4-g32-asym")]

@@ -8,12 +8,13 @@ import pytest
 import torch
 
 import whit
-from tiny_models import ARCHITECTURES, tiny_model
 from whit.calibration.capture import EXPERT_TOKENS, BlockStats, capture
 from whit.calibration.runner import Runner
 from whit.model.graph import GROUPS, folding_groups
 from whit.model.targets import find_targets
 from whit.tensor import LayerStats
+
+from tiny_models import ARCHITECTURES, tiny_model
 
 CPU = torch.device("cpu")
 SINGLE = [name for name in ARCHITECTURES if name != "t5"]

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from tiny_models import save_tiny
 from whit.cli import main
 from whit.formats import EXAMPLES
+
+from tiny_models import save_tiny
 
 
 @pytest.fixture(scope="module")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-import whit
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import whit
 from whit.data import resolve_model
 
 pytestmark = pytest.mark.gpu

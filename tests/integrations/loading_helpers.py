@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 from transformers import AutoModel, PreTrainedModel
 
-from tiny_models import tiny_inputs, tiny_model
 from whit import quantize_tensor
 from whit.model.targets import find_targets, tied_weights
 from whit.recipe import Recipe
+
+from tiny_models import tiny_inputs, tiny_model
 
 
 def logits(model: PreTrainedModel, architecture: str) -> Tensor:

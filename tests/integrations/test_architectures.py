@@ -9,8 +9,9 @@ import torch
 from loading_helpers import fake_quantized, logits, rules_for
 
 import whit
-from tiny_models import ARCHITECTURES, save_tiny, tiny_inputs
 from whit.modules import PackedModule, QuantizedEmbedding, QuantizedExperts
+
+from tiny_models import ARCHITECTURES, save_tiny, tiny_inputs
 
 FORMATS = ("int8", "int4-g32", "int4-g32-asym", "nf4-g32-dq", "fp8", "int3-g32")
 ALL = "everything: embeddings and heads too"

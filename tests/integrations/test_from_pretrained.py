@@ -20,9 +20,10 @@ from transformers import (
 )
 
 import whit
-from tiny_models import ARCHITECTURES, save_tiny, tiny_inputs
 from whit.errors import CheckpointError, FormatError, NonFiniteError, RecipeError
 from whit.modules import PackedModule, QuantizedEmbedding, QuantizedLinear, TiedHead
+
+from tiny_models import ARCHITECTURES, save_tiny, tiny_inputs
 
 INT4 = whit.QuantizationConfig("int4-g32")
 

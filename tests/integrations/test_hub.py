@@ -17,6 +17,7 @@ import torch
 from loading_helpers import logits
 
 import whit
+
 from tiny_models import ARCHITECTURES, save_tiny
 
 PUSH = """

@@ -9,8 +9,9 @@ import torch
 from loading_helpers import fake_quantized, logits, rules_for
 
 import whit
-from tiny_models import ARCHITECTURES, save_tiny
 from whit.modules import PackedModule
+
+from tiny_models import ARCHITECTURES, save_tiny
 
 FORMATS = ("int4-g32-asym", "nf4-g32-dq", "int8", "int3-g32", "fp8", "int4-g32")
 

@@ -7,10 +7,11 @@ import transformers as hf
 from torch import nn
 
 import whit
-from tiny_models import tiny_config, tiny_model
 from whit.layouts import BITS
 from whit.model.targets import find_targets, tied_weights
 from whit.modules.embedding import pack_embedding
+
+from tiny_models import tiny_config, tiny_model
 
 
 def kept(model: nn.Module) -> set[str]:
