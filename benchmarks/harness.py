@@ -29,7 +29,7 @@ def machine() -> dict[str, Any]:
     }
     if torch.cuda.is_available():
         found["gpu"] = torch.cuda.get_device_name()
-    return found | {f"{name} version": installed(name) for name in ("torch", "transformers", "whit")}
+    return found | {f"{name} version": installed(name) for name in ("torch", "transformers")}
 
 
 def installed(package: str) -> str:

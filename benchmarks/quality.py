@@ -70,7 +70,8 @@ def main() -> None:
     wanted = args.candidates.split(",") if args.candidates else candidates()
     harness.RESULTS.mkdir(exist_ok=True)
     path = harness.RESULTS / f"{args.name}.json"
-    rows = json.loads(path.read_text())["rows"] if path.exists() else {}
+    before = json.loads(path.read_text()) if path.exists() else {}
+    rows = before.get("rows", {})
     todo = [c for c in wanted if c not in rows]
     with ThreadPoolExecutor(args.jobs) as pool:
         for candidate, row in zip(todo, pool.map(partial(run, args), todo), strict=True):
@@ -79,7 +80,8 @@ def main() -> None:
     kept = [rows[c] for c in wanted]
     note = f"\n{Path(args.model).name}, {Path(args.text).name}, context {args.context}; "
     note += "KL in nats per token against bf16; seconds to quantize with 2 threads."
-    result = {"machine": harness.machine(), "text": Path(args.text).name, "context": args.context, "rows": rows}
+    machine = harness.machine() if todo else before["machine"]
+    result = {"machine": machine, "text": Path(args.text).name, "context": args.context, "rows": rows}
     harness.save(args.name, result, markdown([Row(**row) for row in kept]) + "\n" + note)
 
 

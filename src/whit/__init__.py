@@ -2,6 +2,7 @@
 
 from whit.arrays import error, quantize_tensor
 from whit.calibration import Calibration
+from whit.data import resolve_model
 from whit.errors import WhitError
 from whit.formats import Affine, BFloat16, Codebook, Float8, parse_format
 from whit.integrations.transformers import QuantizationConfig, register
@@ -37,4 +38,5 @@ __all__ = [
     "parse_format",
     "quantize",
     "quantize_tensor",
+    "resolve_model",
 ]

@@ -89,18 +89,18 @@ def _row(candidate: Candidate, result: EvaluationResult, seconds: float, memory:
     )  # fmt: skip
 
 
-HEADER = ("format", "method", "bits/weight", "MB", "perplexity", "KL", "95 %", "top-1", "seconds")
+HEADER = ("format", "method", "bits/weight", "MB", "perplexity", "KL", "95 %", "KL p99", "top-1", "s", "peak MB")
 
 
 def cells(row: Row) -> tuple[str, ...]:
     """A row as text, in the order of HEADER."""
     half = (row.kl_ci95[1] - row.kl_ci95[0]) / 2
-    original = row.format == "bf16"
-    return (
-        row.format, "" if original else row.method, f"{row.bits_per_weight:.2f}", f"{row.size_bytes / 1e6:.1f}",
-        f"{row.perplexity:.2f}", "" if original else f"{row.kl_mean:.5f}", "" if original else f"±{half:.5f}",
-        f"{100 * row.top1_agreement:.2f} %", "" if original else f"{row.seconds:.1f}",
-    )  # fmt: skip
+    size = (f"{row.bits_per_weight:.2f}", f"{row.size_bytes / 1e6:.1f}", f"{row.perplexity:.2f}")
+    if row.format == "bf16":  # the original differs from itself by nothing
+        return (row.format, "", *size, *("" for _ in HEADER[5:]))
+    divergence = (f"{row.kl_mean:.5f}", f"±{half:.5f}", f"{row.kl_p99:.4f}", f"{100 * row.top1_agreement:.2f} %")
+    cost = (f"{row.seconds:.1f}", f"{row.peak_memory_bytes / 1e6:.0f}")
+    return (row.format, row.method, *size, *divergence, *cost)
 
 
 def markdown(rows: Sequence[Row]) -> str:
