@@ -18,7 +18,11 @@ Status = Literal["quantized", "kept", "tied", "dropped"]
 
 @dataclass(frozen=True)
 class Entry:
-    """One parameter. `relative_error` is ||W - W^|| / ||W||; `proxy_loss` needs calibration."""
+    """One parameter. `relative_error` is ||W - W^|| / ||W||.
+
+    With calibration, `proxy_loss` is tr(dW H dW^T) / tr(W H W^T), and `tokens` counts what each expert saw. The
+    `reason` of a quantized one says where it was not done as the recipe's method does it.
+    """
 
     name: str
     status: Status
@@ -27,6 +31,7 @@ class Entry:
     bits_per_weight: float | None = None
     relative_error: float | None = None
     proxy_loss: float | None = None
+    tokens: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)

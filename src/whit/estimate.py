@@ -9,15 +9,17 @@ from math import prod
 
 import torch
 
+from whit.calibration.runner import BUDGET
 from whit.finish import peak_memory
 from whit.job import Job
 from whit.layouts import BITS
 from whit.methods import Method
-from whit.tensor import Format
+from whit.tensor import Format, LayerStats
 
 READ_RATE, WRITE_RATE = 1.0e9, 0.5e9  # bytes per second of an ordinary solid-state disk
 TRIAL = 1 << 20  # weights
 WORKING_BYTES = 24  # per weight of the parameter in work: float32 copies, codes, and the next one being read
+SQUARES = 28  # bytes per element of the widest hessian: one in float32, three in float64
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,29 @@ def estimate(job: Job) -> Estimate:
     if job.recipe is not None:
         method = job.recipe.method
         seconds += sum(n * _trial(method, f, columns, job.device) for (f, columns), n in weights.items())
-    return Estimate(seconds, peak_memory() + WORKING_BYTES * largest, job.plan.size_bytes)
+    memory = peak_memory() + WORKING_BYTES * largest
+    if job.calibration is not None:
+        more_seconds, more_memory = _calibration(job, largest)
+        return Estimate(seconds + more_seconds, memory + more_memory, job.plan.size_bytes)
+    return Estimate(seconds, memory, job.plan.size_bytes)
+
+
+def _calibration(job: Job, largest: int) -> tuple[float, int]:
+    """Seconds and bytes of running the blocks twice and of summing x x^T, by the rate of a product of this size."""
+    assert job.calibration is not None
+    tokens = job.calibration.tokens.numel()
+    shapes = [item.target.shape for item in job.plan.items if item.format is not None and item.target is not None]
+    hidden = min((shape[-1] for shape in shapes), default=0)
+    x = torch.ones(job.calibration.tokens.shape[1], hidden, device=job.device)
+    x.T @ x
+    start = time.perf_counter()
+    float((x.T @ x).sum())
+    rate = 2 * len(x) * hidden**2 / (time.perf_counter() - start)
+    # Of linears that share an input one is summed: about half of all.
+    work = sum(4 * tokens * prod(shape) + tokens * shape[-1] ** 2 for shape in shapes)
+    inputs = min(tokens * hidden * 2, BUDGET)
+    square = max((shape[-1] for shape in shapes), default=0) ** 2
+    return work / max(rate, 1), inputs + SQUARES * square + WORKING_BYTES * largest
 
 
 def _trial(method: Method, format: Format, columns: int, device: torch.device) -> float:
@@ -52,7 +76,8 @@ def _trial(method: Method, format: Format, columns: int, device: torch.device) -
     rows = max(TRIAL // columns, 1)
     weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16).to(device)
     start = time.perf_counter()
-    quantized = method(weight, None, format)
+    stats = LayerStats(torch.eye(columns, device=device), 1) if method.needs_stats else None
+    quantized = method(weight, stats, format)
     BITS.pack(quantized)
     (quantized.dequantize() - weight).norm().item()
     return (time.perf_counter() - start) / (rows * columns)

@@ -17,7 +17,7 @@ import whit
 from whit.checkpoint.files import side_files
 from whit.checkpoint.reader import read_json
 from whit.checkpoint.work import RECORD, WorkFolder
-from whit.checkpoint.writer import file_sha256, index_json
+from whit.checkpoint.writer import file_sha256
 from whit.coverage import Account, Entry, account_bytes
 from whit.export.whit import CARD, quantization_config
 from whit.job import Job
@@ -33,8 +33,6 @@ def finish(job: Job, work: WorkFolder) -> None:
     folder = job.source.checkpoint.folder
     for name, path in side_files(folder, job.options.trust_remote_code):
         work.write_file(name, path.read_bytes())
-    for name, content in index_json(job.plan.shards).items():
-        work.write_file(name, content)
     work.write_file("config.json", _json(_config(job)))
     work.write_file("README.md", _card(job).encode())
     files = {shard.name: file_sha256(work.path / shard.name) for shard in job.plan.shards}
@@ -75,6 +73,7 @@ def _account(job: Job, finished: dict[str, Any], files: dict[str, str]) -> Accou
         },
         source={"model": job.model, "fingerprint": job.fingerprint},
         files=files,
+        calibration=job.calibration.to_json() if job.calibration is not None else None,
     )  # fmt: skip
 
 

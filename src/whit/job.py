@@ -12,11 +12,14 @@ from pathlib import Path
 import torch
 
 import whit
+from whit.calibration import Calibration, CalibrationTokens
 from whit.checkpoint.hub import resolve_model
 from whit.checkpoint.reader import Checkpoint
 from whit.checkpoint.work import check_out
 from whit.errors import RecipeError
 from whit.export.packed import PackedSource, whit_config
+from whit.integrations.loading import load_tokenizer, maximum_context
+from whit.model.graph import find_blocks
 from whit.model.skeleton import load_skeleton
 from whit.model.source import ModelSource
 from whit.plan import SHARD_SIZE, Plan, Source, plan_dense, plan_quantization
@@ -40,7 +43,10 @@ class Options:
 
 @dataclass(frozen=True)
 class Job:
-    """One run: from where, by which plan, to where. `recipe` is None where nothing is quantized."""
+    """One run: from where, by which plan, to where. `recipe` is None where nothing is quantized.
+
+    `calibration` is there where the recipe's method needs it.
+    """
 
     model: str
     source: Source
@@ -48,6 +54,7 @@ class Job:
     out: Path
     recipe: Recipe | None
     options: Options
+    calibration: CalibrationTokens | None = None
 
     @cached_property
     def device(self) -> torch.device:
@@ -67,13 +74,19 @@ class Job:
         config = sha256((folder / "config.json").read_bytes()).hexdigest()
         recipe = self.recipe.to_dict() if self.recipe is not None else None
         plan = sha256(b"".join(shard.header for shard in self.plan.shards)).hexdigest()
+        text = self.calibration.sha256 if self.calibration is not None else None
         return sha256(
-            json.dumps([whit.__version__, files, config, recipe, self.options.seed, plan]).encode()
+            json.dumps([whit.__version__, files, config, recipe, self.options.seed, plan, text]).encode()
         ).hexdigest()
 
 
-def prepare(model: str | Path, out: str | Path, recipe: Recipe | None, options: Options) -> Job:
-    """Check and plan everything without reading a weight; without a recipe the plan is bfloat16."""
+def prepare(
+    model: str | Path, out: str | Path, recipe: Recipe | None, options: Options, calibration: Calibration | None = None
+) -> Job:
+    """Check and plan everything without reading a weight; without a recipe the plan is bfloat16.
+
+    A method that needs statistics and is given no `calibration` uses `whit:text`.
+    """
     folder = resolve_model(model, options.trust_remote_code)
     check_out(Path(out), folder)
     source = open_source(folder, options.trust_remote_code)
@@ -82,7 +95,17 @@ def prepare(model: str | Path, out: str | Path, recipe: Recipe | None, options: 
     else:
         plan = plan_quantization(source, recipe, options.shard_size)
     name = folder.resolve().name if Path(model).is_dir() else str(model)
-    return Job(name, source, plan, Path(out), recipe, options)
+    tokens = None
+    if calibration is not None and recipe is not None and not recipe.method.needs_stats:
+        raise RecipeError(
+            f"calibration: method {recipe.method.name} uses no data; one that does must be chosen; use gptq, or drop it"
+        )
+    if recipe is not None and recipe.method.needs_stats:
+        find_blocks(source.model)
+        text = calibration or Calibration(seed=options.seed)
+        tokenizer = load_tokenizer(str(folder), trust_remote_code=options.trust_remote_code)
+        tokens = text.tokens(tokenizer, maximum_context(source.model.config))
+    return Job(name, source, plan, Path(out), recipe, options, tokens)
 
 
 def open_source(folder: Path, trust_remote_code: bool = False) -> Source:

@@ -1,28 +1,34 @@
-"""The only loop over a model's blocks: read -> quantize -> pack -> write, one parameter in memory at a time.
+"""The only loop over a model's blocks: read -> (calibrate) -> quantize -> pack -> write.
 
-While one parameter is quantized the next is read and the last is written. A unit (a block) is journaled once its
-bytes are on the disk, so that a killed run goes on where it was and ends with the same bytes.
+Without calibration one parameter is in memory at a time: while it is quantized the next is read and the last is
+written. With calibration it is one block, its statistics and its inputs (`feed.BlockFeed`). A unit (a block) is
+journaled once its bytes are on the disk, so that a killed run goes on where it was and ends with the same bytes.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from math import isfinite, sqrt
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from whit.calibration import Calibration
+from whit.calibration.capture import EXPERT_TOKENS
 from whit.checkpoint.work import WorkFolder, check_space, disk_errors, is_done
-from whit.checkpoint.writer import Writer
+from whit.checkpoint.writer import Writer, index_json
 from whit.coverage import Account, Entry, load_account
 from whit.export.whit import packed_tensors
+from whit.feed import BlockFeed, Feed, Given, ReadAhead
 from whit.finish import finish
 from whit.formats.numeric import check_finite
 from whit.job import Job, Options, prepare
+from whit.methods import Clip
+from whit.methods.stack import proxy_loss, quantize_stack
 from whit.plan import Item, Source, Unit
 from whit.recipe import Recipe
 from whit.tensor import matrix_shape
@@ -31,13 +37,20 @@ CHUNK = 1 << 20  # weights whose error is measured at a time: about what a proce
 
 
 def quantize(
-    model: str | Path, out: str | Path, recipe: Recipe | None = None, *, options: Options | None = None
+    model: str | Path,
+    out: str | Path,
+    recipe: Recipe | None = None,
+    *,
+    calibration: Calibration | None = None,
+    options: Options | None = None,
 ) -> Account:
     """Quantize a model folder or hub id to the folder `out`; returns the coverage account, as in its whit.json.
 
-    Raises CheckpointError, RecipeError, UnsupportedModelError, OutputError or NonFiniteError, each one sentence.
+    `calibration` is for methods that need it, such as GPTQ; without one they use 128 samples of `whit:text`. Raises
+    CalibrationError, CheckpointError, RecipeError, UnsupportedModelError, OutputError or NonFiniteError, each one
+    sentence.
     """
-    return run(prepare(model, out, recipe or Recipe(), options or Options()))
+    return run(prepare(model, out, recipe or Recipe(), options or Options(), calibration))
 
 
 def dequantize(model: str | Path, out: str | Path, *, options: Options | None = None) -> Account:
@@ -63,17 +76,27 @@ def run(job: Job) -> Account:
 def _fill(job: Job, work: WorkFolder) -> None:
     present = sum(path.stat().st_blocks * 512 for path in work.path.glob("*.safetensors"))
     check_space(work.path, job.plan.size_bytes - present)
+    for name, content in index_json(job.plan.shards).items():
+        work.write_file(name, content)
     writer = Writer(work.path, job.plan.shards)
     try:
         with torch.no_grad(), ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as scribe:
             try:
-                _write_units(job, Output(job.source, work, writer, scribe), reader)
+                todo = [unit for unit in job.plan.units if unit.name not in work.finished]
+                _write_units(job, Output(job.source, work, writer, scribe), _feed(job, todo, work, reader), todo)
             finally:
                 for pool in (reader, scribe):
                     pool.shutdown(cancel_futures=True)
     finally:
         writer.close()
     finish(job, work)
+
+
+def _feed(job: Job, todo: Sequence[Unit], work: WorkFolder, reader: ThreadPoolExecutor) -> Feed:
+    if job.calibration is not None:
+        return BlockFeed(job, job.calibration, work.path)
+    items = [item for unit in todo for item in unit.items if not _is_copy(job.source, item)]
+    return ReadAhead(job.source, items, reader)
 
 
 class Output:
@@ -114,22 +137,21 @@ class Output:
         self.work.record(unit.name, {"entries": [asdict(entry) for entry in entries], "seconds": seconds})
 
 
-def _write_units(job: Job, output: Output, reader: ThreadPoolExecutor) -> None:
+def _write_units(job: Job, output: Output, feed: Feed, todo: Sequence[Unit]) -> None:
     """Every unit that is not finished, in order."""
     total = len(job.plan.units)
-    todo = [unit for unit in job.plan.units if unit.name not in output.work.finished]
-    items = [item for unit in todo for item in unit.items if not _is_copy(job.source, item)]
-    weights = _read_ahead(job.source, items, reader)
     for done, unit in enumerate(todo, total - len(todo) + 1):
         start, entries = time.monotonic(), []
-        for item in unit.items:
-            if _is_copy(job.source, item):
-                output.write(item, None)
-                entries.append(entry_of(item))
-            else:
-                tensors, error = _convert(job, item, next(weights))
-                output.write(item, tensors)
-                entries.append(entry_of(item, error))
+        with feed.unit(unit):
+            for item in unit.items:
+                if _is_copy(job.source, item):
+                    output.write(item, None)
+                    entries.append(entry_of(item))
+                else:
+                    tensors, entry, approximation = _convert(job, item, feed.give(item))
+                    output.write(item, tensors)
+                    entries.append(entry)
+                    feed.take_back(item, approximation)
         output.record(unit, entries, time.monotonic() - start)
         if job.options.progress is not None:
             job.options.progress(unit.name, done, total)
@@ -140,27 +162,35 @@ def _is_copy(source: Source, item: Item) -> bool:
     return item.is_copy and source.entry(item.name) is not None
 
 
-def _read_ahead(source: Source, items: Sequence[Item], reader: ThreadPoolExecutor) -> Iterator[Tensor]:
-    """The items' parameters in order; the next one is read while the last is worked on."""
-    futures = (reader.submit(source.read, item.name) for item in items)
-    ahead = next(futures, None)
-    while ahead is not None:
-        current, ahead = ahead, next(futures, None)
-        weight = current.result()
-        del current
-        yield weight
-
-
-def _convert(job: Job, item: Item, weight: Tensor) -> tuple[Mapping[str, Tensor], float]:
-    """The tensors that a parameter becomes, and the relative error that this makes."""
+def _convert(job: Job, item: Item, given: Given) -> tuple[Mapping[str, Tensor], Entry, Tensor]:
+    """The tensors that a parameter becomes, its account, and what they stand for in the parameter's own shape."""
+    weight = given.weight
     if item.format is None or item.target is None or job.recipe is None:
         dense = weight.to(item.written[item.name].dtype)
-        return {item.name: dense}, relative_error(_rows(weight), _rows(dense))
+        return {item.name: dense}, entry_of(item, relative_error(_rows(weight), _rows(dense))), dense
     check_finite(weight, item.name)
     matrix = (weight.t() if item.target.transposed else weight).reshape(-1, item.target.shape[-1]).to(job.device)
-    quantized = job.recipe.method(matrix, None, item.format)
-    error = relative_error(matrix, quantized.dequantize())
-    return packed_tensors(item.target, quantized), error
+    method, reason, loss = job.recipe.method, _note(given), None
+    if given.stats is not None:
+        quantized = quantize_stack(method, matrix, given.stats, item.format)
+    else:
+        if method.needs_stats:
+            method, reason = Clip(), "by clip: calibration reaches the linears of blocks alone"
+        quantized = method(matrix, None, item.format)
+    near = quantized.dequantize()
+    if given.stats is not None:
+        loss = float(f"{proxy_loss(matrix, near, given.stats):.5g}")
+    entry = replace(entry_of(item, relative_error(matrix, near)), reason=reason, proxy_loss=loss, tokens=given.tokens)
+    near = near.t() if item.target.transposed else near.reshape(item.spec.shape)
+    return packed_tensors(item.target, quantized), entry, near
+
+
+def _note(given: Given) -> str | None:
+    """Which experts saw too little of the calibration text."""
+    if not given.starved:
+        return None
+    names = ", ".join(map(str, given.starved))
+    return f"experts {names} saw fewer than {EXPERT_TOKENS} tokens and were given the statistics of all experts"
 
 
 def _rows(tensor: Tensor) -> Tensor:

@@ -106,7 +106,7 @@ def plan_quantization(source: Source, recipe: Recipe, shard_size: int = SHARD_SI
     """The plan of a recipe; RecipeError lists everything in the model that it does not fit."""
     targets = {target.parameter: target for target in find_targets(source.model)}
     groups = {p: _tied_group(targets, source.tied, p) for p in targets if p in source.origins}
-    formats = check_recipe(recipe, groups, [target.holder for target in targets.values()])
+    formats = check_recipe(recipe, groups, [target.holder for target in targets.values()], calibrated=True)
     buffers = {name for name, _ in source.model.named_buffers()}
     items = []
     for name, origin in source.origins.items():

@@ -7,20 +7,22 @@ import re
 from collections.abc import Mapping, Sequence
 
 from whit.errors import RecipeError
+from whit.methods.stack import can_stack
 from whit.model.targets import Target
 from whit.recipe import Recipe
 from whit.tensor import Format
 
 
 def check_recipe(
-    recipe: Recipe, groups: Mapping[str, tuple[Target, ...]], holders: Sequence[str]
+    recipe: Recipe, groups: Mapping[str, tuple[Target, ...]], holders: Sequence[str], calibrated: bool = False
 ) -> dict[str, Format | None]:
     """The format of each parameter (None: kept). RecipeError with one sentence per problem.
 
     `groups` maps a stored parameter to the targets that share it; a rule may name any of them.
+    `calibrated` says that statistics will be there.
     """
     problems = [_unmatched(pattern, holders) for pattern in recipe.unmatched(holders)]
-    if recipe.method.needs_stats:
+    if recipe.method.needs_stats and not calibrated:
         problems.append(f"method {recipe.method.name}: needs calibration data; there is none; choose another method")
     formats: dict[str, Format | None] = {}
     for parameter, targets in groups.items():
@@ -29,7 +31,10 @@ def check_recipe(
         if len(set(named)) > 1:
             both = " and ".join(t.holder for t in targets)
             problems.append(f"{both}: one tied weight with the formats {named[0]} and {named[1]}; give both the same")
-    problems += _misfits({groups[p][0]: f for p, f in formats.items() if f is not None})
+    chosen = {groups[p][0]: f for p, f in formats.items() if f is not None}
+    problems += _misfits(chosen)
+    if recipe.method.needs_stats:
+        problems += _unstackable(chosen)
     if problems:
         raise RecipeError("\n".join(problems))
     return formats
@@ -60,6 +65,16 @@ def _misfits(formats: Mapping[Target, Format]) -> list[str]:
         advice = f"use {fit}, or add a rule for it" if fit > 1 else "use a format per channel, or add a rule for it"
         problems.append(f"{where}: in_features {columns} is not divisible by group_size {size}; {advice}")
     return problems
+
+
+def _unstackable(formats: Mapping[Target, Format]) -> list[str]:
+    """Stacks of experts, each with statistics of its own, in a format whose params span experts."""
+    wrong = {f: t.holder for t, f in formats.items() if t.kind == "experts" and not can_stack(f)}
+    return [
+        f"{holder}: {format} has params that span experts, which calibration treats one by one; "
+        "every expert must have its own; use a format without -dq or -tensor"
+        for format, holder in wrong.items()
+    ]
 
 
 def _fitting_group(columns: int, size: int) -> int:

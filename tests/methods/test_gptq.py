@@ -9,7 +9,8 @@ import torch
 
 import whit
 from whit import GPTQ, RTN, Clip
-from whit.methods.feedback import energy, invert_root_, proxy_loss
+from whit.methods.feedback import invert_root_
+from whit.methods.stack import energy, proxy_loss
 from whit.tensor import Format, LayerStats, tensor_param
 
 SPECS = [f"int{bits}-{kind}" for bits in range(2, 9) for kind in ("g32", "g32-asym", "channel", "g40")]
@@ -34,7 +35,7 @@ def correlated(random: torch.Generator, columns: int = 128, tokens: int = 300) -
 
 
 def loss(weight: torch.Tensor, quantized: whit.QuantizedTensor, stats: LayerStats) -> float:
-    return proxy_loss(weight, quantized.dequantize(), stats.hessian)
+    return proxy_loss(weight, quantized.dequantize(), (stats,))
 
 
 def optimal_brain(weight: torch.Tensor, hessian: torch.Tensor, format: Format, act_order: bool) -> torch.Tensor:
@@ -134,7 +135,7 @@ def test_a_sweep_finds_the_best_code_of_each_column(random: torch.Generator):
         tried = []
         for code in range(-2, 2):
             codes[:, j] = code
-            tried.append(energy(weight - format.decode(codes, q.params).double(), hessian))
+            tried.append(energy(weight.double() - format.decode(codes, q.params).double(), hessian))
         codes[:, j] = torch.stack(tried).argmin(0).to(torch.int8) - 2
     assert torch.equal(GPTQ(damp=0.01, sweeps=1)(weight, stats, format).codes, codes)
 

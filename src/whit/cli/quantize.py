@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from whit.calibration import Calibration
 from whit.cli.console import console, print_json
 from whit.cli.shown import account_table, pattern, progress, reasons, size
 from whit.coverage import Account
@@ -21,6 +22,7 @@ from whit.methods import METHODS
 from whit.pipeline import entry_of, run
 from whit.recipe import Recipe
 
+CALIBRATION_HELP = "Text or .jsonl file for methods that need data. [default: whit:text]"
 DEFAULT_FORMAT = "int4-g128"
 FORMAT_HELP = "Format of every linear: " + ", ".join(EXAMPLES) + f". [default: {DEFAULT_FORMAT}]"
 METHOD_HELP = "How codes are chosen: " + ", ".join(method.name for method in METHODS) + ". [default: rtn]"
@@ -36,6 +38,9 @@ def quantize(
     format: Annotated[str | None, typer.Option(metavar="SPEC", help=FORMAT_HELP)] = None,
     rule: Annotated[list[str] | None, typer.Option(metavar="GLOB=SPEC", help=RULE_HELP)] = None,
     recipe: Annotated[Path | None, typer.Option(help="A TOML file with method and rules.")] = None,
+    calibration: Annotated[str | None, typer.Option(metavar="FILE|whit:text", help=CALIBRATION_HELP)] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="Calibration windows. [default: 128]")] = None,
+    context: Annotated[int | None, typer.Option(min=2, help="Tokens in each. [default: 2048, or the model's]")] = None,
     seed: Annotated[int, typer.Option(help="The same seed gives the same bytes.")] = 0,
     device: Annotated[str, typer.Option(help="Where to compute: auto, cpu or cuda.")] = "auto",
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; no byte depends on them.")] = None,
@@ -48,11 +53,19 @@ def quantize(
     if threads is not None:
         torch.set_num_threads(threads)
     options = Options(seed=seed, device=device, restart=restart, trust_remote_code=trust_remote_code)
-    job = prepare(model, out, build_recipe(method, format, rule, recipe), options)
+    text = build_calibration(calibration, samples, context, seed)
+    job = prepare(model, out, build_recipe(method, format, rule, recipe), options, text)
     if dry_run:
         show_plan(job, as_json)
     else:
         run_and_show(job, as_json)
+
+
+def build_calibration(text: str | None, samples: int | None, context: int | None, seed: int) -> Calibration | None:
+    """The calibration of a command line; None where nothing is said of it."""
+    if text is None and samples is None and context is None:
+        return None
+    return Calibration(text or "whit:text", samples or 128, context, seed)
 
 
 def build_recipe(method: str | None, format: str | None, rules: list[str] | None, path: Path | None) -> Recipe:

@@ -10,7 +10,8 @@ threads; LAPACK's Cholesky is not beyond 128 columns (its blocks depend on the t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -18,33 +19,57 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from whit.errors import CalibrationError
 
+Choose = Callable[[int, int], Tensor]
+Enter = Callable[[int], None]
+
+ONE_THREAD = 128  # columns that are walked on one thread: their products are too small to share, and sharing waits
 SINGLE_THREADED = 64  # columns up to which LAPACK factors on one thread
 GROWTH = 10.0  # of the damping, each time that the Cholesky factor does not exist
 SMALLEST_DAMP = 1e-6
 
 
-def walk(target: Tensor, feedback: Tensor, choose: Callable[[int, int], Tensor], leaf: int, unit: int) -> None:
+def _pass_by(first: int) -> None:
+    """Nothing is to be done at the beginning of a unit."""
+
+
+def walk(target: Tensor, feedback: Tensor, choose: Choose, leaf: int, unit: int, enter: Enter = _pass_by) -> None:
     """`choose(first, last)` for every leaf of columns in order, with its change fed to the later rows of `target`.
 
     `target` (columns, rows) holds a column of the matrix per row, and is changed in place; `feedback` is
-    (columns, columns); `choose` returns the change (last - first, rows). A leaf has `leaf` columns, and `choose` is
-    called on it when all changes before its unit of `unit` columns (a multiple of `leaf`) have arrived there.
+    (columns, columns); `choose` returns the change (last - first, rows) of `leaf` columns. `enter(first)` is called
+    at the beginning of every `unit` columns (a multiple of `leaf`), when all earlier changes have arrived there.
     """
     change = torch.empty_like(target)
 
-    def descend(first: int, last: int) -> None:
+    def descend(first: int, last: int, in_unit: bool) -> None:
         count = last - first
-        if count <= leaf:
+        if not in_unit and count <= unit:
+            enter(first)
+            in_unit = True
+        if in_unit and count <= leaf:
             change[first:last] = choose(first, last)
-            return
-        step = unit if count > unit else leaf
-        middle = first + step * ((count // step + 1) // 2 if count >= 2 * step else 1)
-        descend(first, middle)
-        target[middle:last].addmm_(feedback[first:middle, middle:last].T, change[first:middle], alpha=-1)
-        descend(middle, last)
+        elif in_unit and count <= ONE_THREAD and torch.get_num_threads() > 1:
+            with _one_thread():
+                descend(first, last, in_unit)
+        else:
+            step = leaf if in_unit else unit
+            middle = first + step * ((count // step + 1) // 2 if count >= 2 * step else 1)
+            descend(first, middle, in_unit)
+            target[middle:last].addmm_(feedback[first:middle, middle:last].T, change[first:middle], alpha=-1)
+            descend(middle, last, in_unit)
 
     if len(target):
-        descend(0, len(target))
+        descend(0, len(target), False)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def prepare(hessian: Tensor, damp: float, order: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -93,16 +118,3 @@ def invert_root_(matrix: Tensor) -> None:
     torch.mm(top @ root, bottom, out=root)
     side.copy_(root.neg_())
     matrix[half:, :half] = 0
-
-
-def proxy_loss(weight: Tensor, quantized: Tensor, hessian: Tensor) -> float:
-    """tr(dW H dW^T) / tr(W H W^T) in float64: the share of the output's energy that was lost."""
-    hessian, exact = hessian.to(torch.float64), weight.to(torch.float64)
-    error = exact - quantized.to(torch.float64)
-    whole = energy(exact, hessian).sum()
-    return float(energy(error, hessian).sum() / whole) if bool(whole > 0) else 0.0
-
-
-def energy(matrix: Tensor, hessian: Tensor) -> Tensor:
-    """diag(M H M^T) (rows,): the squared size of each row's outputs, summed over the tokens."""
-    return ((matrix @ hessian) * matrix).sum(dim=1)

@@ -111,9 +111,11 @@ class _Columns:
         columns = range(len(target)) if order is None else order.tolist()
         unit = self.format.group_size or max(len(target), 1)
 
-        def choose(first: int, last: int) -> Tensor:
-            if self.fixed is None and first % unit == 0:
+        def enter(first: int) -> None:
+            if self.fixed is None:
                 self._fit_group(target[first : first + unit].T, first)
+
+        def choose(first: int, last: int) -> Tensor:
             error = target[first:last] - self._encode(target[first:last], columns[first])
             if last - first == 1:
                 return error
@@ -121,7 +123,7 @@ class _Columns:
             spread: Tensor = torch.linalg.solve_triangular(feedback[first:last, first:last].T, error, upper=False)
             return spread
 
-        walk(target, feedback, choose, self.format.vector_size, unit)
+        walk(target, feedback, choose, self.format.vector_size, unit, enter)
 
     def descend(self, hessian: Tensor) -> None:
         """Move each code to its best value given all others."""

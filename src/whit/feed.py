@@ -1,0 +1,143 @@
+"""Where the weights of a run come from: read ahead one by one, or block by block with the statistics of their inputs.
+
+Calibrated blocks are done in sequence: a block's statistics are taken with its own weights unquantized and all
+blocks before it quantized; then it runs once more, quantized, and gives the next block its inputs. A run that goes
+on after a kill finds those inputs again by running the finished blocks as they lie in the file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from whit.calibration import CalibrationTokens
+from whit.calibration.capture import BlockStats, capture
+from whit.calibration.runner import Runner
+from whit.checkpoint.reader import Checkpoint
+from whit.export.packed import PackedSource
+from whit.job import Job
+from whit.layouts import BITS
+from whit.plan import Item, Source, Unit
+from whit.tensor import LayerStats
+
+
+@dataclass(frozen=True)
+class Given:
+    """A parameter and, where calibration reached it, one LayerStats per matrix; `tokens` counts what each expert saw,
+    `starved` are the experts that saw too few and have the statistics of all."""
+
+    weight: Tensor
+    stats: tuple[LayerStats, ...] | None = None
+    tokens: tuple[int, ...] | None = None
+    starved: tuple[int, ...] = ()
+
+
+class Feed(Protocol):
+    """Hands out the parameters of one unit after the other."""
+
+    def unit(self, unit: Unit) -> AbstractContextManager[None]:
+        """To be open while the unit's parameters are handed out."""
+        ...
+
+    def give(self, item: Item) -> Given:
+        """A parameter that is not copied as it is; asked for in the plan's order."""
+        ...
+
+    def take_back(self, item: Item, approximation: Tensor) -> None:
+        """What the parameter has become, in the shape of the model's own."""
+        ...
+
+
+class ReadAhead:
+    """For methods without data: while one parameter is worked on, the next is read."""
+
+    def __init__(self, source: Source, items: Sequence[Item], reader: ThreadPoolExecutor) -> None:
+        self._weights = _read_ahead(source, items, reader)
+
+    def unit(self, unit: Unit) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def give(self, item: Item) -> Given:
+        return Given(next(self._weights))
+
+    def take_back(self, item: Item, approximation: Tensor) -> None:
+        """Nothing runs, so nothing needs it."""
+
+
+def _read_ahead(source: Source, items: Sequence[Item], reader: ThreadPoolExecutor) -> Iterator[Tensor]:
+    """The items' parameters in order; the next one is read while the last is worked on."""
+    futures = (reader.submit(source.read, item.name) for item in items)
+    ahead = next(futures, None)
+    while ahead is not None:
+        current, ahead = ahead, next(futures, None)
+        weight = current.result()
+        del current
+        yield weight
+
+
+class BlockFeed:
+    """For methods with calibration. `written` is the folder in which finished blocks lie."""
+
+    def __init__(self, job: Job, tokens: CalibrationTokens, written: Path) -> None:
+        self._job, self._tokens, self._written = job, tokens, written
+        self._next = 0  # the block whose inputs the runner holds
+        self._parameters: dict[str, nn.Parameter] = {}
+        self._stats: BlockStats | None = None
+
+    @contextmanager
+    def unit(self, unit: Unit) -> Iterator[None]:
+        if unit.name not in self._runner.names:
+            yield
+            return
+        index = self._runner.names.index(unit.name)
+        while self._next < index:
+            self._pass_over(self._next)
+        with self._runner.loaded(index) as self._parameters:
+            targets = {i.name: self._parameters[i.name] for i in unit.items if i.format is not None}
+            self._stats = capture(lambda: self._runner.run(index, keep=False), targets) if targets else None
+            yield
+            if index + 1 < len(self._runner.names):
+                self._runner.run(index, keep=True)
+        self._next, self._parameters, self._stats = index + 1, {}, None
+
+    def give(self, item: Item) -> Given:
+        if item.name not in self._parameters:
+            return Given(self._read(item.name))
+        weight = self._parameters[item.name].data
+        if self._stats is None or item.format is None:
+            return Given(weight)
+        seen = tuple(s.token_count for s in self._stats.stats[item.name])
+        tokens = seen if len(seen) > 1 else None
+        return Given(weight, self._stats.of(item.name), tokens, self._stats.starved(item.name))
+
+    def take_back(self, item: Item, approximation: Tensor) -> None:
+        if item.name in self._parameters:
+            self._parameters[item.name].data.copy_(approximation.to(item.spec.dtype))
+
+    @cached_property
+    def _runner(self) -> Runner:
+        job = self._job
+        return Runner(job.source.model, self._read, self._tokens.tokens, job.device, self._written)
+
+    def _read(self, name: str) -> Tensor:
+        source = self._job.source
+        return source.read(source.tied.get(name, name))
+
+    def _pass_over(self, index: int) -> None:
+        """Run a block that an earlier run finished, to have the next one's inputs."""
+        prefix = f"{self._runner.names[index]}."
+        items = {i.name: i for i in self._job.plan.items if i.name.startswith(prefix)}
+        formats = {holder: str(format) for holder, format in self._job.plan.formats.items()}
+        with Checkpoint(self._written) as checkpoint:
+            written = PackedSource(self._job.source.model, checkpoint, {"layout": BITS.name, "formats": formats})
+            weights = {name: written.read(name).to(item.spec.dtype) for name, item in items.items()}
+        with self._runner.loaded(index, weights):
+            self._runner.run(index, keep=True)
+        self._next = index + 1
