@@ -9,7 +9,10 @@ BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-slow lint setup clean
+# Tests that touch transformers, for another release of it.
+LOADING_TESTS := tests/integrations tests/modules tests/evaluation/test_loading.py tests/test_pipeline.py
+
+.PHONY: demo test test-slow test-transformers test-wheel lint setup clean
 
 demo: $(VENV)/runtime
 	$(BIN)/whit demo
@@ -19,6 +22,20 @@ test: $(VENV)/dev
 
 test-slow: $(VENV)/dev
 	$(BIN)/python -m pytest -m slow
+
+test-transformers: $(VENV)/dev
+	$(BIN)/python -m pip install -q --no-deps --upgrade --target $(VENV)/transformers-$(VERSION) \
+		"transformers==$(VERSION)" "huggingface_hub>=1.5,<2"
+	$(BIN)/python -m pip install -q --upgrade --target $(VENV)/transformers-$(VERSION) "httpx>=0.23,<1"
+	PYTHONPATH=$(VENV)/transformers-$(VERSION) $(BIN)/python -c \
+		"import transformers; assert transformers.__version__ == '$(VERSION)', transformers.__version__"
+	PYTHONPATH=$(VENV)/transformers-$(VERSION) $(BIN)/python -m pytest -m "not slow" $(LOADING_TESTS)
+
+test-wheel: $(VENV)/dev
+	rm -rf $(VENV)/wheel && $(BIN)/python -m pip wheel -q --no-deps -w $(VENV)/wheel .
+	$(BIN)/python -m pip install -q --no-deps --upgrade --target $(VENV)/wheel/site $(VENV)/wheel/*.whl
+	cd $(VENV)/wheel && PYTHONPATH=site ../bin/python -m whit evaluate whit:model --max-tokens 512
+	cd $(VENV)/wheel && PYTHONPATH=site ../bin/python -c "import whit; assert 'site' in whit.__file__, whit.__file__"
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .
