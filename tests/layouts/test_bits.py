@@ -7,7 +7,7 @@ import torch
 
 import whit
 from whit.layouts import BITS
-from whit.layouts.bits import pack_stream, unpack_stream
+from whit.layouts.stream import pack_stream, unpack_stream
 
 
 @pytest.mark.parametrize("bits", range(1, 9))

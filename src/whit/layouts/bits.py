@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from whit.layouts.stream import pack_stream, unpack_stream
 from whit.tensor import (
     Format,
     PackedWeight,
@@ -99,46 +100,3 @@ def _stream_spec(rows: int, columns: int, bits: int) -> TensorSpec:
     if bits == 16:
         return TensorSpec((rows, columns), torch.int16)
     return TensorSpec((rows, -(-columns * bits // 8)), torch.uint8)
-
-
-def pack_stream(codes: Tensor, bits: int, code_min: int) -> Tensor:
-    """Integers (rows, columns) in [code_min, code_min + 2^bits) to uint8 (rows, ceil(columns * bits / 8))."""
-    if bits == 16:
-        return codes.contiguous()
-    rows, columns = codes.shape
-    unsigned = codes.view(torch.uint8) - torch.tensor(code_min, dtype=torch.int16).to(torch.uint8)  # wraps
-    if bits == 8:
-        return unsigned
-    if missing := -columns % 8:
-        unsigned = torch.nn.functional.pad(unsigned, (0, missing))
-    octets = unsigned.reshape(rows, unsigned.shape[1] // 8, 8)
-    # Eight codes fill `bits` bytes; byte b gathers every code that overlaps bits [8b, 8b + 8).
-    out = torch.zeros(rows, octets.shape[1], bits, dtype=torch.uint8, device=codes.device)
-    for i in range(8):
-        first, shift = divmod(i * bits, 8)
-        out[..., first] |= octets[..., i] << shift
-        if shift + bits > 8:
-            out[..., first + 1] |= octets[..., i] >> (8 - shift)
-    return out.reshape(rows, out.shape[1] * bits)[:, : -(-columns * bits // 8)].contiguous()
-
-
-def unpack_stream(stream: Tensor, columns: int, bits: int, code_min: int) -> Tensor:
-    """The inverse of `pack_stream`: integers of the stream's width (uint8, or int8 where code_min < 0)."""
-    if bits == 16:
-        return stream
-    rows = stream.shape[0]
-    if bits < 8:
-        if missing := -stream.shape[1] % bits:
-            stream = torch.nn.functional.pad(stream, (0, missing))
-        chunks = stream.reshape(rows, stream.shape[1] // bits, bits)
-        octets = torch.empty(rows, chunks.shape[1], 8, dtype=torch.uint8, device=stream.device)
-        for i in range(8):
-            first, shift = divmod(i * bits, 8)
-            code = chunks[..., first] >> shift
-            if shift + bits > 8:
-                code = code | (chunks[..., first + 1] << (8 - shift))
-            octets[..., i] = code & ((1 << bits) - 1)
-        stream = octets.reshape(rows, octets.shape[1] * 8)[:, :columns]
-    if not code_min:
-        return stream
-    return (stream + torch.tensor(code_min, dtype=torch.int16).to(torch.uint8).to(stream.device)).view(torch.int8)
