@@ -1,0 +1,173 @@
+"""Calibrated quantization of whole checkpoints: the account, resuming, and that no byte depends on threads."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+import whit
+from whit import GPTQ, Calibration, Options, Recipe
+from whit.coverage import Account
+from whit.job import open_source
+from whit.methods.stack import energy
+from whit.pipeline import quantize
+
+from tiny_models import ARCHITECTURES, save_tiny, tiny_model
+
+RULES = [("*", "int4-g32")]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    generator = torch.Generator().manual_seed(1)
+    words = torch.randint(3, 128, (6000,), generator=generator).tolist()
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(" ".join(f"w{i}" for i in words))
+    return path
+
+
+@pytest.fixture(autouse=True)
+def _words(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tokenizer whose words are w0 to w127, for every model."""
+    monkeypatch.setattr("whit.job.load_tokenizer", lambda *_, **__: tokenizer())
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(128)}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0")
+
+
+def checkpoint(folder: Path, architecture: str, dtype: torch.dtype = torch.float32) -> Path:
+    return save_tiny(folder, architecture, dtype, "50KB")
+
+
+def run(model: Path, out: Path, text: Path, recipe: Recipe | None = None, **options) -> Account:
+    calibration = Calibration(text, samples=24, context=48)
+    recipe = recipe or Recipe(GPTQ(), RULES)
+    return quantize(model, out, recipe, calibration=calibration, options=Options(shard_size=40_000, **options))
+
+
+def result(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.name != "whit.json"}
+
+
+@pytest.mark.parametrize("architecture", [name for name in ARCHITECTURES if name != "t5"])
+def test_every_architecture_is_calibrated(architecture: str, text: Path, tmp_path: Path):
+    account = run(checkpoint(tmp_path / "model", architecture), tmp_path / "out", text)
+    entries = {entry.name: entry for entry in account.parameters if entry.status == "quantized"}
+    assert entries
+    for entry in entries.values():
+        if entry.reason is None:
+            assert entry.proxy_loss is not None
+            assert 0 < entry.proxy_loss < 0.05
+        if "experts" in entry.name:
+            assert entry.tokens is not None
+            assert sum(entry.tokens) == 2 * 24 * 48
+    assert account.calibration is not None
+    assert account.calibration["tokens"] == 24 * 48
+
+
+def test_the_proxy_loss_is_that_of_the_written_file(text: Path, tmp_path: Path):
+    model = checkpoint(tmp_path / "model", "llama")
+    account = run(model, tmp_path / "out", text)
+    name = "model.layers.0.mlp.down_proj.weight"
+    (entry,) = [e for e in account.parameters if e.name == name]
+    whole, inputs = tiny_model("llama"), []
+    whole.model.layers[0].mlp.down_proj.register_forward_pre_hook(lambda _m, args: inputs.append(args[0][0]))
+    tokens = Calibration(text, samples=24, context=48).tokens(tokenizer()).tokens
+    with torch.no_grad():
+        for row in tokens:
+            whole.model(input_ids=row[None])
+    x = torch.cat(inputs).double()
+    before, after = (open_source(folder).read(name).double() for folder in (model, tmp_path / "out"))
+    lost = energy(before - after, x.T @ x).sum() / energy(before, x.T @ x).sum()
+    assert entry.proxy_loss == pytest.approx(float(lost), rel=1e-3)
+
+
+def test_gptq_is_nearer_to_the_model_than_rounding(text: Path, tmp_path: Path):
+    model = checkpoint(tmp_path / "model", "llama")
+    run(model, tmp_path / "gptq", text, Recipe(GPTQ(), [("*", "int3-g32")]))
+    quantize(model, tmp_path / "rtn", Recipe("rtn", [("*", "int3-g32")]))
+    tokens = torch.randint(3, 128, (8, 48), generator=torch.Generator().manual_seed(5))
+
+    def logits(folder: Path) -> torch.Tensor:
+        with torch.no_grad():
+            return AutoModelForCausalLM.from_pretrained(folder)(tokens).logits
+
+    exact = logits(model)
+    ours, plain = ((logits(tmp_path / name) - exact).square().mean() for name in ("gptq", "rtn"))
+    assert ours < 0.8 * plain
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "qwen3_moe"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_stopped_run_ends_with_the_same_bytes_on_other_threads(
+    architecture: str, dtype: torch.dtype, text: Path, tmp_path: Path
+):
+    model = checkpoint(tmp_path / "model", architecture, dtype)
+    run(model, tmp_path / "whole", text)
+
+    def stop(unit: str, done: int, total: int) -> None:
+        if unit.endswith(".0"):
+            raise KeyboardInterrupt
+
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        with pytest.raises(KeyboardInterrupt):
+            run(model, tmp_path / "parts", text, progress=stop)
+        torch.set_num_threads(2)
+        run(model, tmp_path / "parts", text)
+    finally:
+        torch.set_num_threads(before)
+    assert result(tmp_path / "parts") == result(tmp_path / "whole")
+    losses = [
+        [e["proxy_loss"] for e in json.loads((tmp_path / name / "whit.json").read_text())["parameters"]]
+        for name in ("whole", "parts")
+    ]
+    assert losses[0] == losses[1]
+
+
+def test_another_text_is_another_run(text: Path, tmp_path: Path):
+    model = checkpoint(tmp_path / "model", "llama")
+    run(model, tmp_path / "out", text)
+    with pytest.raises(whit.WhitError, match="another model, recipe"):
+        quantize(model, tmp_path / "out", Recipe(GPTQ(), RULES), calibration=Calibration(text, 4, 16))
+
+
+def test_what_calibration_does_not_reach_is_said(text: Path, tmp_path: Path):
+    model = checkpoint(tmp_path / "model", "llama")
+    account = run(model, tmp_path / "out", text, Recipe(GPTQ(), [*RULES, ("lm_head", "int8")]))
+    (head,) = [e for e in account.parameters if e.name == "lm_head.weight"]
+    assert head.reason == "by clip: calibration reaches the linears of blocks alone"
+    assert head.proxy_loss is None
+
+
+def test_experts_that_saw_too_little_are_listed(text: Path, tmp_path: Path):
+    model = checkpoint(tmp_path / "model", "qwen3_moe")
+    calibration = Calibration(text, samples=2, context=48)
+    account = quantize(model, tmp_path / "out", Recipe(GPTQ(), RULES), calibration=calibration)
+    experts = [e for e in account.parameters if "experts" in e.name]
+    assert experts
+    for entry in experts:
+        assert entry.reason is not None
+        assert entry.reason.startswith("experts ")
+        assert entry.tokens is not None
+        assert min(entry.tokens) < 128
+
+
+def test_requests_that_cannot_be_met_are_refused_before_anything_is_read(text: Path, tmp_path: Path):
+    moe, t5 = checkpoint(tmp_path / "moe", "mixtral"), checkpoint(tmp_path / "t5", "t5")
+    with pytest.raises(whit.WhitError, match="params that span experts"):
+        run(moe, tmp_path / "out", text, Recipe(GPTQ(), [("*", "nf4-dq")]))
+    with pytest.raises(whit.WhitError, match="lists of blocks"):
+        run(t5, tmp_path / "out", text)
+    with pytest.raises(whit.WhitError, match="method rtn uses no data"):
+        run(moe, tmp_path / "out", text, Recipe("rtn", RULES))
+    assert not (tmp_path / "out").exists()
