@@ -5,7 +5,7 @@
 Makes a random bfloat16 Llama of 3.2 B parameters (6.4 GB, sharded) in DIR, measures, writes results/streaming.json
 and .md, and deletes DIR's content. The floor is measured in the same run, on the same files: reading every byte, the
 method's own arithmetic (quantize, pack, relative error) on matrices of the same shapes, writing the result's bytes
-with fsync. Each of the two is measured in a process of its own.
+with fsync. Seconds are wall time, which other work on the machine stretches, and, more robust, processor time.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import platform
+import resource
 import shutil
 import subprocess
 import sys
@@ -74,28 +75,32 @@ def measure_floor(folder: Path, spec: str) -> dict[str, float]:
         for name in checkpoint:
             checkpoint[name]
     reading = time.perf_counter() - start
-    seconds: dict[tuple[int, ...], float] = {}
-    arithmetic = 0.0
+    seconds: dict[tuple[int, ...], tuple[float, float]] = {}
+    arithmetic = busy = 0.0
     for item in job.plan.items:
         if item.format is not None:
             if item.spec.shape not in seconds:
                 seconds[item.spec.shape] = time_arithmetic(job.recipe.method, item.format, item.spec.shape)
-            arithmetic += seconds[item.spec.shape]
-    return {"reading": reading, "arithmetic": arithmetic, "writing": time_writing(folder.parent, job.plan.size_bytes)}
+            wall, processor = seconds[item.spec.shape]
+            arithmetic += wall
+            busy += processor
+    writing = time_writing(folder.parent, job.plan.size_bytes)
+    return {"reading": reading, "arithmetic": arithmetic, "writing": writing, "arithmetic_processor": busy}
 
 
-def time_arithmetic(method, format, shape: tuple[int, ...], repeats: int = 3) -> float:
-    """Mean seconds of quantizing, packing and measuring one matrix."""
+def time_arithmetic(method, format, shape: tuple[int, ...], repeats: int = 3) -> tuple[float, float]:
+    """Mean wall and processor seconds of quantizing, packing and measuring one matrix."""
     weight = (0.02 * torch.randn(shape, generator=torch.Generator().manual_seed(0))).to(torch.bfloat16)
-    total = 0.0
+    total = busy = 0.0
     with torch.no_grad():
         for repeat in range(repeats + 1):
-            start = time.perf_counter()
+            start, processor = time.perf_counter(), time.process_time()
             quantized = method(weight, None, format)
             BITS.pack(quantized)
             relative_error(weight, quantized.dequantize())
             total += (time.perf_counter() - start) * (repeat > 0)
-    return total / repeats
+            busy += (time.process_time() - processor) * (repeat > 0)
+    return total / repeats, busy / repeats
 
 
 def time_writing(folder: Path, size: int) -> float:
@@ -120,14 +125,17 @@ def measure_run(folder: Path, spec: str, threads: int) -> dict[str, float]:
         "finally: print([l for l in open('/proc/self/status') if l.startswith('VmHWM')][0], file=sys.stderr)"
     )
     drop_caches(folder)
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     command = [sys.executable, "-c", code, "quantize", str(folder), str(out), "--format", spec, "--json"]
     start = time.perf_counter()
     done = subprocess.run([*command, "--threads", str(threads)], capture_output=True, text=True, check=True)
     wall = time.perf_counter() - start
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
     peak = next(int(line.split()[1]) for line in done.stderr.splitlines() if line.startswith("VmHWM"))
     account = json.loads(done.stdout)
     return {
-        "wall": wall, "peak_memory_bytes": 1024 * peak, "size_bytes": account["size_bytes"],
+        "wall": wall, "processor": after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime,
+        "peak_memory_bytes": 1024 * peak, "size_bytes": account["size_bytes"],
         "bits_per_weight": account["bits_per_weight"],
     }  # fmt: skip
 
@@ -142,14 +150,17 @@ def time_start() -> float:
 def table(result: dict) -> str:
     """The result as Markdown."""
     floor, run = result["floor_seconds"], result["run"]
+    total = floor["reading"] + floor["arithmetic"] + floor["writing"]
     rows = [
         ("reading the source", f"{floor['reading']:.1f} s"),
         ("arithmetic: quantize, pack, measure the error", f"{floor['arithmetic']:.1f} s"),
         ("writing and syncing the result", f"{floor['writing']:.1f} s"),
-        ("**sum**", f"**{sum(floor.values()):.1f} s**"),
+        ("**sum**", f"**{total:.1f} s**"),
         ("python and imports", f"{result['start_seconds']:.1f} s"),
         ("**`whit quantize`, imports included**", f"**{run['wall']:.1f} s**"),
-        ("ratio to the sum", f"{run['wall'] / sum(floor.values()):.2f}"),
+        ("ratio to the sum", f"{run['wall'] / total:.2f}"),
+        ("processor time of the arithmetic alone", f"{floor['arithmetic_processor']:.1f} s"),
+        ("processor time of all of `whit quantize`", f"{run['processor']:.1f} s"),
         ("peak resident memory", f"{run['peak_memory_bytes'] / 1e9:.2f} GB"),
         ("bits per weight", f"{run['bits_per_weight']:.3f}"),
     ]
