@@ -27,14 +27,19 @@ def worker(args: argparse.Namespace) -> None:
     """Measure one candidate and print its row."""
     import torch
 
+    from whit.calibration import Calibration
     from whit.evaluation import EvaluationOptions
     from whit.job import Options
+    from whit.methods import parse_method
     from whit.report.comparison import Candidate, measure
 
     torch.set_num_threads(2)
     options = EvaluationOptions(text=args.text, context=args.context, device=args.device, max_tokens=args.max_tokens)
     candidate, scratch = Candidate.parse(args.candidate), Path(args.scratch)
-    row = measure(args.model, candidate, scratch, options, quantizing=Options(device="cpu"))
+    needs_stats = parse_method(candidate.method).needs_stats
+    quantizing = Options(device=args.device if needs_stats else "cpu")
+    calibration = Calibration(args.calibration, samples=128, context=args.context, seed=0)
+    row = measure(args.model, candidate, scratch, options, quantizing=quantizing, calibration=calibration)
     print(json.dumps(row.to_json()))
 
 
@@ -53,6 +58,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model")
     parser.add_argument("text")
+    parser.add_argument("--calibration", default="whit:text")
     parser.add_argument("--name", default="quality")
     parser.add_argument("--context", type=int, default=2048)
     parser.add_argument("--max-tokens", type=int)

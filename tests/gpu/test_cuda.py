@@ -51,7 +51,9 @@ def test_part_of_the_model_on_the_cpu():
     assert (split(ids).logits.float() - expected).norm() < 0.03 * expected.norm()  # bfloat16, on two devices
 
 
-def test_the_pipeline_quantizes_on_the_device(tmp_path):
-    options = whit.Options(device="cuda")
-    account = whit.quantize("whit:model", tmp_path / "out", whit.Recipe("hqq", [("*", "int4-g64")]), options=options)
+@pytest.mark.parametrize("method", ["hqq", "gptq"])
+def test_the_pipeline_quantizes_on_the_device(method: str, tmp_path):
+    recipe, options = whit.Recipe(method, [("*", "int4-g64")]), whit.Options(device="cuda")
+    calibration = whit.Calibration("whit:text", samples=8, context=512) if method == "gptq" else None
+    account = whit.quantize("whit:model", tmp_path / "out", recipe, calibration=calibration, options=options)
     assert account.counts()["quantized"] == 56

@@ -22,7 +22,7 @@ PROMPT = "It was late in the evening when"
 
 def demo(
     out: Annotated[Path | None, typer.Option(help="Keep the quantized models here.")] = None,
-    max_tokens: Annotated[int | None, typer.Option(help="Score only the first N tokens of the held-out text.")] = None,
+    max_tokens: Annotated[int, typer.Option(help="Score the first N tokens of the held-out text.")] = 16384,
     json: Annotated[bool, typer.Option("--json", help="Only JSON on standard output.")] = False,
 ) -> None:
     """Quantize the model that ships with whit in several ways, measure each one, and let one speak."""
@@ -46,7 +46,7 @@ def demo(
 def _show(rows: list) -> None:  # type: ignore[type-arg]
     from whit.report.comparison import HEADER, cells, markdown
 
-    print("\nThe held-out text under the shipped model, quantized; KL and top-1 agreement against bf16:\n")
+    print("\nA held-out novel under the shipped model, quantized; KL and top-1 agreement against bf16:\n")
     if not sys.stdout.isatty():
         print(markdown(rows))
         return

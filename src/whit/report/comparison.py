@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from whit.calibration import Calibration
 from whit.errors import RecipeError
 from whit.evaluation import EvaluationOptions, EvaluationResult, evaluate
 from whit.evaluation.listener import Listener, Silent
@@ -69,13 +70,19 @@ def measure(
     options: EvaluationOptions,
     listener: Listener | None = None,
     quantizing: Options | None = None,
+    calibration: Calibration | None = None,
 ) -> Row:
-    """Quantize `model` below `folder` (a finished result there is used again) and evaluate it against the original."""
+    """Quantize `model` below `folder` (a finished result there is used again) and evaluate it against the original.
+
+    `calibration` is for the methods that need data.
+    """
     against = replace(options, baseline=model)
     if candidate.is_original:
         return _row(candidate, evaluate(model, against, listener or Silent()), 0.0, 0)
     out = folder / candidate.folder
-    account = quantize(model, out, Recipe(candidate.method, [("*", candidate.format)]), options=quantizing or Options())
+    recipe = Recipe(candidate.method, [("*", candidate.format)])
+    data = calibration if recipe.method.needs_stats else None
+    account = quantize(model, out, recipe, calibration=data, options=quantizing or Options())
     result = evaluate(str(out), against, listener or Silent())
     return _row(candidate, result, account.seconds, account.peak_memory_bytes)
 
