@@ -127,8 +127,8 @@ def test_whit_json_has_the_promised_keys(llama: Path, tmp_path: Path):
     }  # fmt: skip
     assert promised <= set(found)
     assert found["seed"] == 3
-    keys = {"name", "status", "format", "reason", "bits_per_weight", "relative_error", "proxy_loss"}
-    assert all(keys <= set(entry) for entry in found["parameters"])
+    keys = {"name", "status", "format", "reason", "bits_per_weight", "relative_error", "proxy_loss", "tokens"}
+    assert all(set(entry) == keys for entry in found["parameters"])
     assert load_account(tmp_path / "out") == account
 
 
@@ -377,6 +377,14 @@ def test_a_method_that_needs_data_is_refused_without_it():
 
     with pytest.raises(RecipeError, match="needy: needs calibration data"):
         check_recipe(Recipe(Needy(), [("*", "int8")]), {}, ["lm_head"])
+
+
+def test_a_method_that_needs_data_needs_a_tokenizer(llama: Path, tmp_path: Path):
+    class Needy(whit.RTN):
+        name, needs_stats = "needy", True
+
+    with pytest.raises(CheckpointError, match="holds no tokenizer"):
+        prepare(llama, tmp_path / "out", Recipe(Needy(), [("*", "int8")]), Options())
 
 
 def test_a_missing_device_is_said(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
