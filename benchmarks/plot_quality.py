@@ -16,7 +16,12 @@ mpl.use("svg")
 import matplotlib.pyplot as plt
 
 OUT = Path(__file__).parents[1] / "docs" / "quality.svg"
-STYLES = {"rtn": ("#0072B2", "o"), "clip": ("#E69F00", "s"), "hqq": ("#009E73", "^")}  # Okabe and Ito's palette
+STYLES = {  # Okabe and Ito's palette
+    "rtn": ("#0072B2", "o"),
+    "clip": ("#E69F00", "s"),
+    "hqq": ("#009E73", "^"),
+    "gptq": ("#CC79A7", "D"),
+}
 WORST = 3.0  # nats; beyond it a model is of no use
 
 

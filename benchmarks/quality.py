@@ -21,6 +21,7 @@ PLAIN = ("int8", "int6-g64", "int5-g64", "nf4", "nf4-dq", "fp4", "int4-channel",
 LOW = ("int3-g64", "int2-g32", "int4-g64-asym", "int4-g64-asym-fz", "int3-g64-asym", "int3-g64-asym-fz")
 LOWEST = ("int2-g32-asym", "int2-g32-asym-fz", "fp8")
 METHODS = ("rtn", "clip", "hqq")
+CALIBRATED = ("nf4-dq", "int4-channel", "int4-g64", "int4-g64-asym", "int3-g64", "int3-g64-asym", "int2-g32-asym")
 
 
 def worker(args: argparse.Namespace) -> None:
@@ -85,7 +86,8 @@ def main() -> None:
             path.write_text(json.dumps({"rows": rows}))
     kept = [rows[c] for c in wanted]
     note = f"\n{Path(args.model).name}, {Path(args.text).name}, context {args.context}; "
-    note += "KL in nats per token against bf16; seconds to quantize with 2 threads."
+    note += "KL in nats per token against bf16; seconds to quantize with 2 threads. gptq: calibrated on 128 windows "
+    note += "of 2048 tokens of other Wikipedia articles, with its defaults, quantized on the GPU, six runs at once."
     machine = harness.machine() if todo else before["machine"]
     result = {"machine": machine, "text": Path(args.text).name, "context": args.context, "rows": rows}
     harness.save(args.name, result, markdown([Row(**row) for row in kept]) + "\n" + note)
@@ -93,7 +95,8 @@ def main() -> None:
 
 def candidates() -> list[str]:
     """All rows of the table, in its order."""
-    return ["rtn:bf16", *(f"{m}:{f}" for f in (*PLAIN, *LOW, *LOWEST) for m in METHODS)]
+    free = [f"{m}:{f}" for f in (*PLAIN, *LOW, *LOWEST) for m in METHODS]
+    return ["rtn:bf16", *free, *(f"gptq:{f}" for f in CALIBRATED)]
 
 
 if __name__ == "__main__":
