@@ -41,7 +41,8 @@ def test_quantize_inspect_and_back(whit, model: Path, tmp_path: Path):
     assert status == 0
     assert "bits per weight" in screen
     assert "int8-channel" in screen
-    assert notes.splitlines()[0].startswith("1/")  # plain lines where there is no terminal
+    assert "on disk; about" in notes.splitlines()[0]  # what it will take, before it starts
+    assert notes.splitlines()[1].startswith("1/")  # plain lines where there is no terminal
     assert "was done already" in whit("quantize", model, out, "--format", "int4-g32", "--rule", "lm_head=int8")[1]
     status, screen, notes = whit("inspect", out, "--verify")
     assert status == 0

@@ -15,7 +15,7 @@ from whit.calibration import Calibration
 from whit.cli.console import console, print_json
 from whit.cli.shown import account_table, pattern, progress, reasons, size
 from whit.coverage import Account
-from whit.estimate import estimate
+from whit.estimate import Estimate, estimate
 from whit.formats import EXAMPLES
 from whit.job import Job, Options, prepare
 from whit.methods import METHODS
@@ -90,6 +90,8 @@ def run_and_show(job: Job, as_json: bool) -> Account:
     for name, reason in job.source.dropped.items():
         notes.print(f"dropped {name}: {reason}", highlight=False, soft_wrap=True)
     done_before = job.out.exists() and not job.options.restart
+    if not done_before:
+        notes.print(cost(job, estimate(job)), highlight=False, soft_wrap=True)
     with progress(notes) as step:
         account = run(replace(job, options=replace(job.options, progress=step)))
     if as_json:
@@ -125,9 +127,12 @@ def show_plan(job: Job, as_json: bool) -> None:
     screen.print(table)
     for line in reasons(entries):
         screen.print(line, highlight=False, soft_wrap=True)
-    screen.print(
+    screen.print(cost(job, expected), highlight=False, soft_wrap=True)
+
+
+def cost(job: Job, expected: Estimate) -> str:
+    """What a run is going to take and give, in one line."""
+    return (
         f"{job.plan.bits_per_weight:.3f} bits per weight; {size(job.plan.size_bytes)} on disk; about "
-        f"{expected.seconds:.0f} s and {size(expected.memory_bytes)} of memory on {job.device}",
-        highlight=False,
-        soft_wrap=True,
+        f"{expected.seconds:.0f} s and {size(expected.memory_bytes)} of memory on {job.device}"
     )
