@@ -115,5 +115,5 @@ def test_the_callers_seed_and_dtype_are_left_alone(tiny, text_file):
 def test_the_real_model_reads_wikitext_as_published(shared):
     options = EvaluationOptions(text=str(shared / "data/wikitext2/wiki.test.raw"), context=2048, max_tokens=8192)
     got = evaluate(str(shared / "models/smollm2-135m-fp"), options)
-    assert got.perplexity == pytest.approx(22.55, abs=0.1)
+    assert got.perplexity == pytest.approx(23.26, abs=0.1)
     assert got.tokens == 4 * 2047
