@@ -19,12 +19,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from whit.checkpoint.writer import file_sha256
 from whit.errors import EvaluationError, OutputError
 from whit.evaluation.listener import Listener
 from whit.evaluation.perplexity import batches, next_token_logits
 from whit.evaluation.size import weight_files
-
-_READ_BYTES = 2**24
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,7 @@ def baseline_key(model_files: Path, windows: Tensor, dtype: str, device: str) ->
     digest = hashlib.sha256()
     config = model_files / "config.json"
     for path in [*weight_files(model_files), *([config] if config.is_file() else [])]:
-        digest.update(f"{path.name}\0{_file_hash(path)}\0".encode())
+        digest.update(f"{path.name}\0{file_sha256(path)}\0".encode())
     digest.update(f"{tuple(windows.shape)}\0{dtype}\0{device}\0{torch.__version__}\0".encode())
     digest.update(windows.contiguous().numpy().tobytes())
     return digest.hexdigest()[:32]
@@ -93,11 +92,3 @@ def store_baseline(model: Any, windows: Tensor, folder: Path, listener: Listener
 
 def _file_name(index: int) -> str:
     return f"{index:06d}.safetensors"
-
-
-def _file_hash(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_READ_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
