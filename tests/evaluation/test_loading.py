@@ -51,6 +51,16 @@ def test_folders_that_are_no_models(tmp_path, make_model):
         load_tokenizer(str(tmp_path))
 
 
+def test_a_pickled_checkpoint_is_never_opened(make_model, tmp_path):
+    state = load_causal_lm(str(make_model(tmp_path))).state_dict()
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match="cannot load it"):
+        load_causal_lm(str(tmp_path))
+    with pytest.raises(CheckpointError, match="no weight file"):
+        weight_files(tmp_path)
+
+
 def test_damaged_and_incomplete_weights(make_model, tmp_path):
     make_model(tmp_path)
     path = tmp_path / "model.safetensors"

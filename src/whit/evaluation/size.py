@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from whit.checkpoint.reader import INDEX
 from whit.errors import CheckpointError
 
 
@@ -52,10 +53,9 @@ def weight_files(path: Path) -> list[Path]:
     """The files that hold the weights, in name order: those of the index, else all of the first kind that is there."""
     if path.is_file():
         return [path]
-    for index in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
-        if (path / index).is_file():
-            return _indexed(path, index)
-    for pattern in ("model*.safetensors", "*.safetensors", "pytorch_model*.bin", "*.gguf"):
+    if (path / INDEX).is_file():
+        return _indexed(path, INDEX)
+    for pattern in ("model*.safetensors", "*.safetensors", "*.gguf"):
         if found := sorted(path.glob(pattern)):
             return found
     raise CheckpointError(f"{path}: no weight file (*.safetensors); a model folder must hold one; check the path")

@@ -46,6 +46,7 @@ def load_causal_lm(
             dtype=dtype if dtype == "auto" else getattr(torch, dtype),
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
+            use_safetensors=None if "gguf_file" in options else True,  # never a pickle
             **placement,
             **options,
         ),
