@@ -171,3 +171,19 @@ def test_requests_that_cannot_be_met_are_refused_before_anything_is_read(text: P
     with pytest.raises(whit.WhitError, match="method rtn uses no data"):
         run(moe, tmp_path / "out", text, Recipe("rtn", RULES))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen3_moe"])
+def test_asymmetric_calibration_resumes_with_the_same_bytes(architecture: str, text: Path, tmp_path: Path):
+    model, recipe = checkpoint(tmp_path / "model", architecture), Recipe(GPTQ(asymmetric=0.5), [("*", "int3-g32")])
+    run(model, tmp_path / "whole", text, recipe)
+    run(model, tmp_path / "plain", text, Recipe(GPTQ(), [("*", "int3-g32")]))
+
+    def stop(unit: str, done: int, total: int) -> None:
+        if unit.endswith(".0"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(model, tmp_path / "parts", text, recipe, progress=stop)
+    run(model, tmp_path / "parts", text, recipe)
+    assert result(tmp_path / "parts") == result(tmp_path / "whole") != result(tmp_path / "plain")

@@ -7,7 +7,7 @@ on after a kill finds those inputs again by running the finished blocks as they 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -18,23 +18,28 @@ from typing import Protocol
 from torch import Tensor, nn
 
 from whit.calibration import CalibrationTokens
-from whit.calibration.capture import BlockStats, capture
+from whit.calibration.capture import BlockStats, Watch
 from whit.calibration.runner import Runner
 from whit.checkpoint.reader import Checkpoint
 from whit.export.packed import PackedSource
 from whit.job import Job
 from whit.layouts import BITS
+from whit.methods import Method
+from whit.methods.base import Block, BlockMethod
+from whit.methods.stack import quantize_stack
 from whit.plan import Item, Source, Unit
-from whit.tensor import LayerStats
+from whit.tensor import LayerStats, QuantizedTensor
 
 
 @dataclass(frozen=True)
 class Given:
     """A parameter and, where calibration reached it, one LayerStats per matrix; `tokens` counts what each expert saw,
-    `starved` are the experts that saw too few and have the statistics of all."""
+    `starved` are the experts that saw too few and have the statistics of all. `quantized` is there where the method
+    has chosen the codes of the whole block already."""
 
     weight: Tensor
     stats: tuple[LayerStats, ...] | None = None
+    quantized: QuantizedTensor | None = None
     tokens: tuple[int, ...] | None = None
     starved: tuple[int, ...] = ()
 
@@ -85,11 +90,12 @@ def _read_ahead(source: Source, items: Sequence[Item], reader: ThreadPoolExecuto
 class BlockFeed:
     """For methods with calibration. `written` is the folder in which finished blocks lie."""
 
-    def __init__(self, job: Job, tokens: CalibrationTokens, written: Path) -> None:
-        self._job, self._tokens, self._written = job, tokens, written
+    def __init__(self, job: Job, method: Method, tokens: CalibrationTokens, written: Path) -> None:
+        self._job, self._method, self._tokens, self._written = job, method, tokens, written
         self._next = 0  # the block whose inputs the runner holds
         self._parameters: dict[str, nn.Parameter] = {}
         self._stats: BlockStats | None = None
+        self._quantized: Mapping[str, QuantizedTensor] = {}
 
     @contextmanager
     def unit(self, unit: Unit) -> Iterator[None]:
@@ -99,13 +105,17 @@ class BlockFeed:
         index = self._runner.names.index(unit.name)
         while self._next < index:
             self._pass_over(self._next)
+        items = [item for item in unit.items if item.format is not None]
         with self._runner.loaded(index) as self._parameters:
-            targets = {i.name: self._parameters[i.name] for i in unit.items if i.format is not None}
-            self._stats = capture(lambda: self._runner.run(index, keep=False), targets) if targets else None
+            self._stats = self._watch(index, items) if items else None
+            if not items:
+                self._runner.run_exact(index)
+            elif isinstance(self._method, BlockMethod):
+                self._quantized = self._refined(self._method, index, items)
             yield
             if index + 1 < len(self._runner.names):
-                self._runner.run(index, keep=True)
-        self._next, self._parameters, self._stats = index + 1, {}, None
+                self._runner.run(index)
+        self._next, self._parameters, self._stats, self._quantized = index + 1, {}, None, {}
 
     def give(self, item: Item) -> Given:
         if item.name not in self._parameters:
@@ -114,17 +124,53 @@ class BlockFeed:
         if self._stats is None or item.format is None:
             return Given(weight)
         seen = tuple(s.token_count for s in self._stats.stats[item.name])
-        tokens = seen if len(seen) > 1 else None
-        return Given(weight, self._stats.of(item.name), tokens, self._stats.starved(item.name))
+        return Given(
+            weight,
+            self._stats.of(item.name),
+            self._quantized.get(item.name),
+            seen if len(seen) > 1 else None,
+            self._stats.starved(item.name),
+        )
 
     def take_back(self, item: Item, approximation: Tensor) -> None:
         if item.name in self._parameters:
             self._parameters[item.name].data.copy_(approximation.to(item.spec.dtype))
 
+    def _watch(self, index: int, items: Sequence[Item]) -> BlockStats:
+        """The statistics of a block's inputs; the unquantized model's samples go one block on."""
+        runner = self._runner
+        watch = Watch({item.name: self._parameters[item.name] for item in items})
+        with watch:
+            for number, sample in enumerate(runner.inputs):
+                if runner.exact is not None:
+                    with watch.exact():
+                        output = runner.forward(index, runner.exact[number][None])
+                    runner.exact[number].copy_(output[0])
+                runner.forward(index, sample[None])
+        return watch.stats()
+
+    def _refined(self, method: BlockMethod, index: int, items: Sequence[Item]) -> Mapping[str, QuantizedTensor]:
+        """All codes of a block, chosen together."""
+        runner, stats = self._runner, self._stats
+        assert runner.exact is not None
+        assert stats is not None
+        weights, start = {}, {}
+        for item in items:
+            assert item.format is not None
+            weights[item.name] = item.matrix(self._parameters[item.name].data)
+            start[item.name] = quantize_stack(method, weights[item.name], stats.of(item.name), item.format)
+        block = Block(
+            runner.blocks[index],
+            lambda numbers: runner.forward(index, runner.inputs[numbers]),
+            runner.exact,
+            {item.name: self._parameters[item.name] for item in items},
+        )
+        return method.refine(block, weights, start)
+
     @cached_property
     def _runner(self) -> Runner:
-        job = self._job
-        return Runner(job.source.model, self._read, self._tokens.tokens, job.device, self._written)
+        job, twice = self._job, self._method.needs_exact
+        return Runner(job.source.model, self._read, self._tokens.tokens, job.device, self._written, twice)
 
     def _read(self, name: str) -> Tensor:
         source = self._job.source
@@ -138,6 +184,9 @@ class BlockFeed:
         with Checkpoint(self._written) as checkpoint:
             written = PackedSource(self._job.source.model, checkpoint, {"layout": BITS.name, "formats": formats})
             weights = {name: written.read(name).to(item.spec.dtype) for name, item in items.items()}
+        if self._runner.exact is not None:
+            with self._runner.loaded(index):
+                self._runner.run_exact(index)
         with self._runner.loaded(index, weights):
-            self._runner.run(index, keep=True)
+            self._runner.run(index)
         self._next = index + 1

@@ -93,8 +93,8 @@ def _fill(job: Job, work: WorkFolder) -> None:
 
 
 def _feed(job: Job, todo: Sequence[Unit], work: WorkFolder, reader: ThreadPoolExecutor) -> Feed:
-    if job.calibration is not None:
-        return BlockFeed(job, job.calibration, work.path)
+    if job.calibration is not None and job.recipe is not None:
+        return BlockFeed(job, job.recipe.method, job.calibration, work.path)
     items = [item for unit in todo for item in unit.items if not _is_copy(job.source, item)]
     return ReadAhead(job.source, items, reader)
 
@@ -169,9 +169,11 @@ def _convert(job: Job, item: Item, given: Given) -> tuple[Mapping[str, Tensor], 
         dense = weight.to(item.written[item.name].dtype)
         return {item.name: dense}, entry_of(item, relative_error(_rows(weight), _rows(dense))), dense
     check_finite(weight, item.name)
-    matrix = (weight.t() if item.target.transposed else weight).reshape(-1, item.target.shape[-1]).to(job.device)
+    matrix = item.matrix(weight).to(job.device)
     method, reason, loss = job.recipe.method, _note(given), None
-    if given.stats is not None:
+    if given.quantized is not None:
+        quantized = given.quantized
+    elif given.stats is not None:
         quantized = quantize_stack(method, matrix, given.stats, item.format)
     else:
         if method.needs_stats:
@@ -181,8 +183,7 @@ def _convert(job: Job, item: Item, given: Given) -> tuple[Mapping[str, Tensor], 
     if given.stats is not None:
         loss = float(f"{proxy_loss(matrix, near, given.stats):.5g}")
     entry = replace(entry_of(item, relative_error(matrix, near)), reason=reason, proxy_loss=loss, tokens=given.tokens)
-    near = near.t() if item.target.transposed else near.reshape(item.spec.shape)
-    return packed_tensors(item.target, quantized), entry, near
+    return packed_tensors(item.target, quantized), entry, item.parameter(near)
 
 
 def _note(given: Given) -> str | None:

@@ -62,6 +62,16 @@ class Item:
     def bits_per_weight(self) -> float:
         return 8 * sum(spec.nbytes for spec in self.written.values()) / max(prod(self.spec.shape), 1)
 
+    def matrix(self, parameter: Tensor) -> Tensor:
+        """A target's parameter as it is quantized: (rows, in_features), experts below each other."""
+        assert self.target is not None
+        return (parameter.t() if self.target.transposed else parameter).reshape(-1, self.target.shape[-1])
+
+    def parameter(self, matrix: Tensor) -> Tensor:
+        """The inverse of `matrix`."""
+        assert self.target is not None
+        return matrix.t() if self.target.transposed else matrix.reshape(self.spec.shape)
+
 
 @dataclass(frozen=True)
 class Unit:

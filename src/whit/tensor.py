@@ -139,10 +139,15 @@ class LinearGroup:
 
 @dataclass(frozen=True)
 class LayerStats:
-    """What calibration saw at the input of a linear: `hessian` (in, in) float32 is the sum of x x^T over tokens."""
+    """What calibration saw at the input of a linear: `hessian` (in, in) float32 is the sum of x x^T over tokens.
+
+    `drift` (in, in) is the sum of (x~ - x) x^T, where x~ is what the linear would see had nothing before it been
+    quantized; None where that was not watched.
+    """
 
     hessian: Tensor
     token_count: int
+    drift: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import whit
-from whit.calibration.capture import EXPERT_TOKENS, BlockStats, capture
+from whit.calibration.capture import EXPERT_TOKENS, BlockStats, Watch, capture
 from whit.calibration.runner import Runner
 from whit.model.graph import GROUPS, folding_groups
 from whit.model.targets import find_targets
@@ -26,13 +26,18 @@ def windows(samples: int = 3, seed: int = 0) -> torch.Tensor:
 
 def runner_of(model, tokens: torch.Tensor, folder: Path) -> Runner:
     state = model.state_dict()
-    return Runner(model, lambda name: state[name].clone(), tokens, CPU, folder)
+    return Runner(model, lambda name: state[name].clone(), tokens, CPU, folder, twice=False)
+
+
+def look(runner: Runner, index: int) -> None:
+    for sample in runner.inputs:
+        runner.forward(index, sample[None])
 
 
 def stats_of(runner: Runner, index: int, names: set[str]) -> BlockStats:
     with runner.loaded(index) as parameters:
         watched = {name: p for name, p in parameters.items() if name in names}
-        return capture(lambda: runner.run(index, keep=False), watched)
+        return capture(lambda: look(runner, index), watched)
 
 
 def block_targets(model) -> set[str]:
@@ -51,7 +56,7 @@ def test_blocks_one_at_a_time_are_the_whole_model(architecture: str, tmp_path: P
         model.base_model(input_ids=row[None])
     for index in range(len(runner.names)):
         with runner.loaded(index):
-            runner.run(index, keep=True)
+            runner.run(index)
     assert torch.equal(runner.inputs, torch.cat(whole))
     assert all(p.is_meta for p in runner.model.parameters())
 
@@ -83,7 +88,7 @@ def test_the_table_of_groups_is_what_a_running_block_shows(architecture: str, tm
     runner = runner_of(model, windows(), tmp_path)
     with runner.loaded(0) as parameters:
         watched = {n: p for n, p in parameters.items() if p.dim() > 1}
-        observed = capture(lambda: runner.run(0, keep=False), watched).groups
+        observed = capture(lambda: look(runner, 0), watched).groups
     short = {frozenset(n.removeprefix(f"{runner.names[0]}.").removesuffix(".weight") for n in g) for g in observed}
     for group in folding_groups(model.config.model_type):
         # Each expert sees tokens of its own, so that experts stand alone when observed.
@@ -144,7 +149,7 @@ def test_statistics_do_not_depend_on_threads_or_on_where_inputs_lie(tmp_path: Pa
             monkeypatch.setattr("whit.calibration.runner.BUDGET", budget)
             runner = runner_of(model, tokens, tmp_path)
             with runner.loaded(0):
-                runner.run(0, keep=True)
+                runner.run(0)
             found.append(stats_of(runner, 1, names))
     finally:
         torch.set_num_threads(before)
@@ -155,3 +160,34 @@ def test_statistics_do_not_depend_on_threads_or_on_where_inputs_lie(tmp_path: Pa
 def test_models_whose_blocks_cannot_run_alone_are_refused(tmp_path: Path):
     with pytest.raises(whit.WhitError, match=r"T5.*encoder\.block, decoder\.block"):
         runner_of(tiny_model("t5"), windows(), tmp_path)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "qwen3_moe"])
+def test_drift_pairs_each_input_with_the_unquantized_models(architecture: str, tmp_path: Path):
+    model, tokens = tiny_model(architecture), windows()
+    state = model.state_dict()
+    runner = Runner(model, lambda name: state[name].clone(), tokens, CPU, tmp_path, twice=True)
+    assert runner.exact is not None
+    noise = 0.1 * torch.randn(runner.inputs.shape, generator=torch.Generator().manual_seed(3))
+    runner.inputs += noise
+    with runner.loaded(0) as parameters:
+        names = [name for name in parameters if name in block_targets(model)]
+        watch, seen = Watch({name: parameters[name] for name in names}), []
+        holder = names[0].rpartition(".")[0]
+        runner.model.get_submodule(holder).register_forward_pre_hook(
+            lambda _m, args: seen.append(args[0].flatten(0, -2))
+        )
+        with watch:
+            for number, sample in enumerate(runner.inputs):
+                with watch.exact():
+                    runner.forward(0, runner.exact[number][None])
+                runner.forward(0, sample[None])
+    stats = watch.stats()
+    exact, own = torch.cat(seen[::2]), torch.cat(seen[1::2])
+    for name in names:
+        (drifts,) = {s.drift is None for s in stats.stats[name]}
+        assert drifts == ("experts" in name)
+    (first,) = stats.stats[names[0]]
+    torch.testing.assert_close(first.drift, (exact - own).T @ own, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(first.hessian, own.T @ own, rtol=1e-4, atol=1e-4)

@@ -205,3 +205,22 @@ def test_codes_do_not_depend_on_threads(spec: str, random: torch.Generator):
         torch.set_num_threads(before)
     assert torch.equal(one.codes, two.codes)
     assert torch.equal(one.dequantize(), two.dequantize())
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+def test_asymmetric_walks_towards_what_best_meets_the_unquantized_outputs(act_order: bool, random: torch.Generator):
+    exact = torch.randn(400, 64, generator=random) @ torch.randn(64, 64, generator=random)
+    seen = exact + 0.3 * exact.roll(1, dims=1)
+    weight = torch.randn(16, 64, generator=random)
+    stats = LayerStats(seen.T @ seen, 400, (exact - seen).T @ seen)
+    best = torch.linalg.lstsq(seen.double(), (exact @ weight.T).double()).solution.T
+
+    def lost(near: torch.Tensor) -> float:
+        return float((seen.double() @ near.double().T - exact.double() @ weight.double().T).square().sum())
+
+    def of(asymmetric: float, spec: str) -> float:
+        method = GPTQ(damp=1e-6, asymmetric=asymmetric, act_order=act_order)
+        return lost(method(weight, stats, whit.parse_format(spec)).dequantize())
+
+    assert of(1, "int8-g32") - lost(best) < 0.1 * (lost(weight) - lost(best))
+    assert of(1, "int4-g32") < 0.5 * of(0, "int4-g32")

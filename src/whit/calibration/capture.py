@@ -10,7 +10,8 @@ Every sample adds its x^T x in float32, in order: the same bits for any number o
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,41 +49,63 @@ class BlockStats:
 
 
 def capture(run: Callable[[], None], parameters: Mapping[str, Tensor]) -> BlockStats:
-    """Watch `parameters`, (out, in), (in, out) of a Conv1D, or (experts, out, in), while `run` runs their block.
-
-    CalibrationError names a parameter that no token reached.
-    """
-    watch = _Watch(parameters)
+    """The statistics of `parameters` while `run` runs their block; see `Watch`."""
+    watch = Watch(parameters)
     with watch:
         run()
-    stats, members = {}, defaultdict(list)
-    for name, parameter in parameters.items():
-        experts = len(parameter) if parameter.dim() == 3 else 1
-        leaders = [watch.leaders.get((name, i), (name, i)) for i in range(experts)]
-        if not any(watch.tokens[place] for place in leaders):
-            raise CalibrationError(
-                f"{name}: no token reached it; all that is quantized must be used; "
-                "use another text, or keep it with a rule"
-            )
-        columns = next(len(watch.hessians[place]) for place in leaders if place in watch.hessians)
-        empty = torch.zeros(1, 1, device=parameter.device).expand(columns, columns)
-        stats[name] = tuple(LayerStats(watch.hessians.get(place, empty), watch.tokens[place]) for place in leaders)
-        members[leaders[0]].append(name)
-    return BlockStats(stats, tuple(tuple(names) for names in members.values()))
+    return watch.stats()
 
 
-class _Watch(TorchFunctionMode):
-    """Sums x^T x for every product of an activation with a watched parameter."""
+class Watch(TorchFunctionMode):
+    """Sums x^T x for every product of an activation with a watched parameter, while it is entered.
+
+    The parameters are (out, in), (in, out) of a Conv1D, or (experts, out, in). What is run inside `exact()` is the
+    same sample as the unquantized model sees it: it comes first, and gives the pairs of which `drift` is summed.
+    """
 
     def __init__(self, parameters: Mapping[str, Tensor]) -> None:
         super().__init__()
         self.hessians: dict[Place, Tensor] = {}
+        self.drifts: dict[Place, Tensor] = {}
         self.tokens: dict[Place, int] = defaultdict(int)
         self.leaders: dict[Place, Place] = {}  # whose statistics a place shares
+        self._parameters = parameters
         self._names = {p.untyped_storage().data_ptr(): name for name, p in parameters.items()}
         self._inputs: dict[tuple[int, ...], tuple[Tensor, Place]] = {}  # of this sample, kept so that none is reused
         self._seen: set[Place] = set()
+        self._exact: dict[Place, Tensor] = {}  # of this sample, by the unquantized model
+        self._is_exact = False
         self._matrix = {name: p[0].numel() if p.dim() == 3 else p.numel() for name, p in parameters.items()}
+
+    @contextmanager
+    def exact(self) -> Iterator[None]:
+        """What runs in here is the unquantized model's own view of the next sample."""
+        self._is_exact = True
+        self._exact.clear()
+        try:
+            yield
+        finally:
+            self._is_exact = False
+
+    def stats(self) -> BlockStats:
+        """What was seen; CalibrationError names a parameter that no token reached."""
+        stats, members = {}, defaultdict(list)
+        for name, parameter in self._parameters.items():
+            experts = len(parameter) if parameter.dim() == 3 else 1
+            leaders = [self.leaders.get((name, i), (name, i)) for i in range(experts)]
+            if not any(self.tokens[place] for place in leaders):
+                raise CalibrationError(
+                    f"{name}: no token reached it; all that is quantized must be used; "
+                    "use another text, or keep it with a rule"
+                )
+            columns = next(len(self.hessians[place]) for place in leaders if place in self.hessians)
+            empty = torch.zeros(1, 1, device=parameter.device).expand(columns, columns)
+            stats[name] = tuple(
+                LayerStats(self.hessians.get(place, empty), self.tokens[place], self.drifts.get(place))
+                for place in leaders
+            )
+            members[leaders[0]].append(name)
+        return BlockStats(stats, tuple(tuple(names) for names in members.values()))
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -97,12 +120,19 @@ class _Watch(TorchFunctionMode):
         if name is None:
             return
         place = (name, weight.storage_offset() // self._matrix[name])
+        if self._is_exact:
+            if self._parameters[name].dim() == 2:  # which tokens an expert sees may differ
+                self._exact[place] = x
+            return
         if self._leader(x, place) != place:
             return
         rows = x.reshape(-1, x.shape[-1]).to(torch.float32)
         if place not in self.hessians:
             self.hessians[place] = torch.zeros(rows.shape[1], rows.shape[1], device=rows.device)
         self.hessians[place].addmm_(rows.T, rows)
+        if place in self._exact:
+            drift = self._exact.pop(place).reshape(-1, x.shape[-1]).to(torch.float32) - rows
+            self.drifts.setdefault(place, torch.zeros_like(self.hessians[place])).addmm_(drift.T, rows)
         self.tokens[place] += len(rows)
 
     def _leader(self, x: Tensor, place: Place) -> Place:

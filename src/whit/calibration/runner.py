@@ -33,10 +33,13 @@ class Runner:
     """The blocks of a model and the inputs of the next one to run.
 
     `model` may be on the meta device; `read` gives any of its parameters by name. `tokens` is int64 (samples,
-    context). `inputs` is (samples, context, hidden), in the dtype in which the model computes.
+    context). `inputs` is (samples, context, hidden), in the dtype in which the model computes; where `twice`, `exact`
+    holds beside it what the unquantized model has there.
     """
 
-    def __init__(self, model: PreTrainedModel, read: Read, tokens: Tensor, device: torch.device, scratch: Path) -> None:
+    def __init__(
+        self, model: PreTrainedModel, read: Read, tokens: Tensor, device: torch.device, scratch: Path, twice: bool
+    ) -> None:
         with init_empty_weights(include_buffers=False):  # buffers that no checkpoint holds are computed
             self.model = type(model)(model.config).eval()
         self.model.config.use_cache = False
@@ -46,7 +49,11 @@ class Runner:
         self.device = device
         self._calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         self._read = read
-        self.inputs = self._embed(tokens, scratch)
+        self.inputs = self._embed(tokens, scratch / "block-inputs.tmp")
+        self.exact: Tensor | None = None
+        if twice:
+            self.exact = _room(tuple(self.inputs.shape), self.inputs.dtype, scratch / "exact-inputs.tmp")
+            self.exact.copy_(self.inputs)
 
     @contextmanager
     def loaded(self, index: int, weights: Mapping[str, Tensor] | None = None) -> Iterator[dict[str, nn.Parameter]]:
@@ -56,15 +63,23 @@ class Runner:
         with self._filled(names, weights or {}):
             yield {f"{prefix}{name}": p for name, p in block.named_parameters()}
 
-    def run(self, index: int, keep: bool) -> None:
-        """Run a loaded block over all samples; `keep` puts its outputs in place of the inputs."""
-        args, kwargs = self._calls[index]
+    def run(self, index: int) -> None:
+        """Run a loaded block over all samples; its outputs take the place of the inputs."""
         for sample in self.inputs:
-            output = _hidden(self.blocks[index](sample[None].to(self.device), *args, **kwargs))
-            if keep:
-                sample.copy_(output[0])
+            sample.copy_(self.forward(index, sample[None])[0])
 
-    def _embed(self, tokens: Tensor, scratch: Path) -> Tensor:
+    def run_exact(self, index: int) -> None:
+        """The same for what the unquantized model has there; the block must hold its own weights."""
+        if self.exact is not None:
+            for sample in self.exact:
+                sample.copy_(self.forward(index, sample[None])[0])
+
+    def forward(self, index: int, samples: Tensor) -> Tensor:
+        """A loaded block's outputs (n, context, hidden) for inputs of that shape."""
+        args, kwargs = self._calls[index]
+        return _hidden(self.blocks[index](samples.to(self.device), *args, **kwargs))
+
+    def _embed(self, tokens: Tensor, file: Path) -> Tensor:
         base = self.model.base_model
         inside = tuple(f"{name}." for name in self.names)
         prefix = next((f"{name}." for name, module in self.model.named_modules() if name and module is base), "")
@@ -75,7 +90,7 @@ class Runner:
             for number, row in enumerate(tokens):
                 hidden = self._first_input(base, row[None])
                 if inputs is None:
-                    inputs = _room((len(tokens), *hidden.shape[1:]), hidden.dtype, scratch)
+                    inputs = _room((len(tokens), *hidden.shape[1:]), hidden.dtype, file)
                 inputs[number].copy_(hidden[0])
         assert inputs is not None
         return inputs
@@ -162,12 +177,12 @@ def _state(module: nn.Module) -> list[str]:
     return list(module.state_dict())
 
 
-def _room(shape: tuple[int, ...], dtype: torch.dtype, scratch: Path) -> Tensor:
-    """Memory, or a file in `scratch` that is mapped into it."""
+def _room(shape: tuple[int, ...], dtype: torch.dtype, file: Path) -> Tensor:
+    """Memory, or a file that is mapped into it."""
     count = torch.Size(shape).numel()
     if count * dtype.itemsize <= BUDGET:
         return torch.empty(shape, dtype=dtype)
-    return torch.from_file(str(scratch / "block-inputs.tmp"), shared=True, size=count, dtype=dtype).reshape(shape)
+    return torch.from_file(str(file), shared=True, size=count, dtype=dtype).reshape(shape)
 
 
 def _split(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:

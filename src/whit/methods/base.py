@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from whit.tensor import Format, LayerStats, QuantizedTensor
 
@@ -17,7 +19,38 @@ class Method(Protocol):
     def name(self) -> str: ...
     @property
     def needs_stats(self) -> bool: ...
+    @property
+    def needs_exact(self) -> bool:
+        """Whether it also wants to know what the unquantized model computes: `LayerStats.drift`, `Block.targets`."""
+        ...
 
     def __call__(self, weight: Tensor, stats: LayerStats | None, format: Format) -> QuantizedTensor:
         """Quantize a finite float matrix (out_features, in_features)."""
+        ...
+
+
+@dataclass(frozen=True)
+class Block:
+    """A block of the model at work, for methods that choose the codes of all its matrices together.
+
+    `forward(numbers)` runs the block, with the parameters that it has at that moment, on the samples of these
+    numbers, (n,) int64 -> (n, context, hidden); its inputs are those of the quantized model so far. `targets`
+    (samples, context, hidden) is what the unquantized model has behind this block. `parameters` are those to be
+    quantized, in their own shapes, by name.
+    """
+
+    module: nn.Module
+    forward: Callable[[Tensor], Tensor]
+    targets: Tensor
+    parameters: Mapping[str, nn.Parameter]
+
+
+@runtime_checkable
+class BlockMethod(Method, Protocol):
+    """A method whose call gives a start, and which then refines a block's matrices together."""
+
+    def refine(
+        self, block: Block, weights: Mapping[str, Tensor], quantized: Mapping[str, QuantizedTensor]
+    ) -> Mapping[str, QuantizedTensor]:
+        """Better codes and params; `weights` are the matrices (out, in) that `quantized` approximates, by name."""
         ...

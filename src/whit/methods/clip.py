@@ -25,6 +25,7 @@ class Clip:
 
     name: ClassVar[str] = "clip"
     needs_stats: ClassVar[bool] = False
+    needs_exact: ClassVar[bool] = False
 
     def __call__(self, weight: Tensor, stats: LayerStats | None, format: Format) -> QuantizedTensor:
         importance = None if stats is None else stats.hessian.diagonal()

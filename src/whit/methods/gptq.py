@@ -11,6 +11,10 @@ the walk is out of order, where groups cross rows, and where params are quantize
 the codes then answer to the params as stored). Options go further under the same loss: `sweeps` of coordinate
 descent, each code moved to its best value given all others, w_j + sum_{k != j} (W - Q)_k H_kj / H_jj; and `refit`,
 each scale moved to its best value given all codes and the other scales.
+
+`asymmetric` is GPTAQ (Li et al. 2025): the inputs X of the quantized model so far are not those X~ of the model as it
+was, and what should be met is W X~. ||Q X - W X~||^2 is least at W* = W + W (X~ - X) X^T H^-1, and is but for a
+constant tr((W* - Q) H (W* - Q)^T): the same walk, towards W*.
 """
 
 from __future__ import annotations
@@ -37,7 +41,8 @@ class GPTQ:
     `damp`: share of the hessian's mean diagonal that is added to it. `act_order`: columns by decreasing activation
     (groups stay those of the original order, so that nothing is permuted in a file). `clip`: search each group's
     range, squared errors weighted by the hessian's diagonal. `refit`: refine the scales after the codes; params that
-    are quantized themselves stay. `sweeps`: passes of coordinate descent over the codes.
+    are quantized themselves stay. `sweeps`: passes of coordinate descent over the codes. `asymmetric`: the share of
+    the way towards W*, 0 for the symmetric loss.
     """
 
     damp: float = 0.01
@@ -45,15 +50,19 @@ class GPTQ:
     clip: bool = True
     refit: bool = False
     sweeps: int = 0
+    asymmetric: float = 0.0
 
     name: ClassVar[str] = "gptq"
     needs_stats: ClassVar[bool] = True
 
+    @property
+    def needs_exact(self) -> bool:
+        return self.asymmetric > 0
+
     def __post_init__(self) -> None:
-        if not (self.damp >= 0 and self.sweeps >= 0):
-            raise RecipeError(
-                f"gptq: damp {self.damp}, sweeps {self.sweeps}; neither may be negative; correct the recipe"
-            )
+        for key in ("damp", "sweeps", "asymmetric"):
+            if not getattr(self, key) >= 0:
+                raise RecipeError(f"gptq: {key} {getattr(self, key)}; it may not be negative; correct the recipe")
 
     def __call__(self, weight: Tensor, stats: LayerStats | None, format: Format) -> QuantizedTensor:
         """Quantize (out, in) for the inputs that `stats` describes; CalibrationError where they are not its own."""
@@ -62,6 +71,8 @@ class GPTQ:
             raise RecipeError(f"gptq: sweeps with {format}; its codes must be one column wide; set sweeps = 0")
         order = _by_activation(hessian, format.vector_size) if self.act_order else None
         hessian, factor = prepare(hessian, self.damp, order)
+        if self.asymmetric:
+            weight = weight + self.asymmetric * _pull(weight, stats, factor, order)
         feedback = factor.div_(factor.diagonal()[:, None].clone())
         sealed = self._params_up_front(weight, hessian, format)
         movable = self.refit and not _is_nested(format)
@@ -176,6 +187,16 @@ def _plain_rows(params: Params, first: int, last: int, rows: int) -> dict[str, T
 def _is_nested(format: Format) -> bool:
     """Whether params of the format are quantized themselves."""
     return any(spec.format is not None for spec in format.param_specs(1, 1).values())
+
+
+def _pull(weight: Tensor, stats: LayerStats | None, factor: Tensor, order: Tensor | None) -> Tensor:
+    """W (X~ - X) X^T H^-1 in float64; H^-1 is U^T U of the `factor` U, its columns in `order`."""
+    if stats is None or stats.drift is None:  # what an expert sees is chosen by its gate: there are no pairs
+        return torch.zeros(1, 1, dtype=torch.float64, device=weight.device)
+    moment = weight.to(torch.float64) @ stats.drift.to(torch.float64)
+    if order is None:
+        return moment @ factor.T @ factor
+    return (moment[:, order] @ factor.T @ factor)[:, order.argsort()]
 
 
 def _by_activation(hessian: Tensor, vector_size: int) -> Tensor:

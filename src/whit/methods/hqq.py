@@ -35,6 +35,7 @@ class HQQ:
 
     name: ClassVar[str] = "hqq"
     needs_stats: ClassVar[bool] = False
+    needs_exact: ClassVar[bool] = False
 
     def __call__(self, weight: Tensor, stats: LayerStats | None, format: Format) -> QuantizedTensor:
         return solve_by_rows(self.solve, weight, format)

@@ -17,6 +17,7 @@ class RTN:
 
     name: ClassVar[str] = "rtn"
     needs_stats: ClassVar[bool] = False
+    needs_exact: ClassVar[bool] = False
 
     def __call__(self, weight: Tensor, stats: LayerStats | None, format: Format) -> QuantizedTensor:
         return solve_by_rows(_round, weight, format)
