@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import whit
 from whit.data import resolve_model
+from whit.tensor import LayerStats
 
 pytestmark = pytest.mark.gpu
 SPECS = ["int8", "int4-g64", "int4-g64-asym-fz", "int3-g64-asym", "nf4-dq", "fp4", "fp8", "int2-g32"]
@@ -57,3 +58,21 @@ def test_the_pipeline_quantizes_on_the_device(method: str, tmp_path):
     calibration = whit.Calibration("whit:text", samples=8, context=512) if method == "gptq" else None
     account = whit.quantize("whit:model", tmp_path / "out", recipe, calibration=calibration, options=options)
     assert account.counts()["quantized"] == 56
+
+
+@pytest.mark.parametrize("spec", ["int4-g64", "int3-g128-asym", "int4-channel", "nf4-g64", "nf4-dq", "int2-g32"])
+@pytest.mark.parametrize("sweeps", [0, 1])
+def test_recorded_walks_choose_the_codes_of_plain_ones(spec: str, sweeps: int, monkeypatch: pytest.MonkeyPatch):
+    generator = torch.Generator("cuda").manual_seed(0)
+    weight = torch.randn(96, 320, generator=generator, device="cuda")
+    x = torch.randn(900, 320, generator=generator, device="cuda") @ torch.randn(
+        320, 320, generator=generator, device="cuda"
+    )
+    stats, format, method = LayerStats(x.T @ x, 900), whit.parse_format(spec), whit.GPTQ(sweeps=sweeps)
+    recorded = [method(weight, stats, format) for _ in range(2)]
+    monkeypatch.setattr("whit.methods.columns.Columns._is_recorded", False)
+    ours = method(weight, stats, format)
+    for other in recorded:
+        assert (other.codes != ours.codes).float().mean() < 1e-3  # the order of sums differs in float64
+        torch.testing.assert_close(other.dequantize(), ours.dequantize(), rtol=1e-2, atol=1e-1)
+    assert torch.equal(recorded[0].codes, recorded[1].codes)

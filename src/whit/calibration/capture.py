@@ -66,7 +66,7 @@ class Watch(TorchFunctionMode):
     def __init__(self, parameters: Mapping[str, Tensor]) -> None:
         super().__init__()
         self.hessians: dict[Place, Tensor] = {}
-        self.drifts: dict[Place, Tensor] = {}
+        self.crosses: dict[Place, Tensor] = {}
         self.tokens: dict[Place, int] = defaultdict(int)
         self.leaders: dict[Place, Place] = {}  # whose statistics a place shares
         self._parameters = parameters
@@ -101,11 +101,13 @@ class Watch(TorchFunctionMode):
             columns = next(len(self.hessians[place]) for place in leaders if place in self.hessians)
             empty = torch.zeros(1, 1, device=parameter.device).expand(columns, columns)
             stats[name] = tuple(
-                LayerStats(self.hessians.get(place, empty), self.tokens[place], self.drifts.get(place))
-                for place in leaders
+                LayerStats(self.hessians.get(place, empty), self.tokens[place], self._drift(place)) for place in leaders
             )
             members[leaders[0]].append(name)
         return BlockStats(stats, tuple(tuple(names) for names in members.values()))
+
+    def _drift(self, place: Place) -> Tensor | None:
+        return self.crosses[place] - self.hessians[place] if place in self.crosses else None
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -126,13 +128,10 @@ class Watch(TorchFunctionMode):
             return
         if self._leader(x, place) != place:
             return
-        rows = x.reshape(-1, x.shape[-1]).to(torch.float32)
-        if place not in self.hessians:
-            self.hessians[place] = torch.zeros(rows.shape[1], rows.shape[1], device=rows.device)
-        self.hessians[place].addmm_(rows.T, rows)
+        rows = x.reshape(-1, x.shape[-1])
+        _add(self.hessians, place, rows, rows)
         if place in self._exact:
-            drift = self._exact.pop(place).reshape(-1, x.shape[-1]).to(torch.float32) - rows
-            self.drifts.setdefault(place, torch.zeros_like(self.hessians[place])).addmm_(drift.T, rows)
+            _add(self.crosses, place, self._exact.pop(place).reshape(rows.shape), rows)
         self.tokens[place] += len(rows)
 
     def _leader(self, x: Tensor, place: Place) -> Place:
@@ -144,6 +143,18 @@ class Watch(TorchFunctionMode):
         key = (x.data_ptr(), x._version, x.numel(), x.shape[-1])
         _, first = self._inputs.setdefault(key, (x, place))
         return self.leaders.setdefault(place, first)
+
+
+def _add(sums: dict[Place, Tensor], place: Place, x: Tensor, y: Tensor) -> None:
+    """Add x^T y, in float32; on a GPU by its matrix units, whose products of 16-bit floats are exact."""
+    if x.is_cuda and x.dtype == y.dtype and x.dtype.itemsize == 2:
+        product = torch.mm(x.T, y, out_dtype=torch.float32)
+    else:
+        product = x.to(torch.float32).T @ y.to(torch.float32)
+    if place in sums:
+        sums[place] += product
+    else:
+        sums[place] = product
 
 
 def _arguments(args: tuple[Any, ...], kwargs: Mapping[str, Any], names: tuple[str, str]) -> tuple[Tensor, Tensor]:

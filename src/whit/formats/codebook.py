@@ -17,7 +17,7 @@ from torch import Tensor
 
 from whit.errors import FormatError
 from whit.formats.grouping import ROW, align, group_count, group_sums, to_groups
-from whit.formats.numeric import check_fits, compute_dtype
+from whit.formats.numeric import check_fits, compute_dtype, constant
 from whit.tensor import Format, Params, ParamSpec, QuantizedTensor, tensor_param
 
 NF4 = (
@@ -156,7 +156,7 @@ class Codebook:
             scaled = torch.where(aligned > 0.5 / TINY, -1.0, torch.floor((scaled + 1) * 32767.5 + 0.5) / 32767.5 - 1)
         codes = _count_below(scaled, bounds)
         if order is not None:
-            codes = order.to(weight.device)[codes.int()]
+            codes = constant(order, torch.uint8, weight.device)[codes.int()]
         return codes.to(torch.uint8).reshape(weight.shape)
 
     def decode(self, codes: Tensor, params: Params, column: int = 0) -> Tensor:
@@ -169,25 +169,25 @@ class Codebook:
         return tensor_param(params, "absmax").reshape(rows, -1)
 
     def _table(self, device: torch.device) -> Tensor:
-        return torch.tensor(self.levels, dtype=torch.float32, device=device)
+        return constant(self.levels, torch.float32, device)
 
     @cached_property
-    def _bounds(self) -> tuple[Tensor, Tensor | None]:
+    def _bounds(self) -> tuple[tuple[float, ...], tuple[int, ...] | None]:
         """Midpoints between neighbouring levels, and the code of each interval where codes are not in level order."""
-        table = self._table(torch.device("cpu"))
+        table = torch.tensor(self.levels, dtype=torch.float32)
         order = torch.argsort(table, stable=True)
-        midpoints = (table[order[:-1]] + table[order[1:]]) / 2
+        midpoints = tuple(((table[order[:-1]] + table[order[1:]]) / 2).tolist())
         is_sorted = bool((order[1:] > order[:-1]).all())
-        return midpoints, None if is_sorted else order
+        return midpoints, None if is_sorted else tuple(order.tolist())
 
 
-def _count_below(values: Tensor, bounds: Tensor) -> Tensor:
+def _count_below(values: Tensor, bounds: tuple[float, ...]) -> Tensor:
     """How many of the sorted bounds lie below each value."""
     if len(bounds) >= 16:
-        return torch.bucketize(values, bounds.to(values.device, values.dtype), out_int32=True)
+        return torch.bucketize(values, constant(bounds, values.dtype, values.device), out_int32=True)
     # A handful of comparisons vectorises; the binary search of bucketize does not and takes three times as long.
     counts = torch.zeros(values.shape, dtype=torch.uint8, device=values.device)
-    for bound in bounds.tolist():
+    for bound in bounds:
         counts += values > bound
     return counts
 

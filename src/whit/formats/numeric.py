@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -15,6 +17,12 @@ def compute_dtype(weight: Tensor) -> torch.dtype:
     return torch.float64 if weight.dtype == torch.float64 else torch.float32
 
 
+@lru_cache(maxsize=64)
+def constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A small table on a device, made once: each copy to a device would wait for it. Not to be changed."""
+    return torch.tensor(values, dtype=dtype, device=device)
+
+
 def round_up_to(values: Tensor, dtype: torch.dtype) -> Tensor:
     """The smallest numbers of `dtype` that are not below the positive, finite `values`."""
     rounded = values.to(dtype)
@@ -25,7 +33,12 @@ def round_up_to(values: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def check_fits(values: Tensor, dtype: torch.dtype, where: str) -> None:
-    """Raise FormatError where a value is beyond the largest finite number of `dtype`."""
+    """Raise FormatError where a value is beyond the largest finite number of `dtype`.
+
+    Nothing can be asked of a device whose work is being captured: who captures checks the result.
+    """
+    if values.is_cuda and torch.cuda.is_current_stream_capturing():
+        return
     largest = torch.finfo(dtype).max
     if values.numel() and not bool(values.max() <= largest):
         name = str(dtype).removeprefix("torch.")

@@ -32,12 +32,12 @@ def _pass_by(first: int) -> None:
     """Nothing is to be done at the beginning of a unit."""
 
 
-def walk(target: Tensor, feedback: Tensor, choose: Choose, leaf: int, unit: int, enter: Enter = _pass_by) -> None:
+def walk(target: Tensor, feedback: Tensor, choose: Choose, leaf: int, unit: int, enter: Enter = _pass_by) -> Tensor:
     """`choose(first, last)` for every leaf of columns in order, with its change fed to the later rows of `target`.
 
     `target` (columns, rows) holds a column of the matrix per row, and is changed in place; `feedback` is
-    (columns, columns); `choose` returns the change (last - first, rows) of `leaf` columns. `enter(first)` is called
-    at the beginning of every `unit` columns (a multiple of `leaf`), when all earlier changes have arrived there.
+    (columns, columns); `choose` returns the change (last - first, rows) of at most `leaf` columns. `enter(first)` is
+    called at the beginning of every `unit` columns, when all earlier changes have arrived there. Returns all changes.
     """
     change = torch.empty_like(target)
 
@@ -48,7 +48,7 @@ def walk(target: Tensor, feedback: Tensor, choose: Choose, leaf: int, unit: int,
             in_unit = True
         if in_unit and count <= leaf:
             change[first:last] = choose(first, last)
-        elif in_unit and count <= ONE_THREAD and torch.get_num_threads() > 1:
+        elif in_unit and count <= ONE_THREAD and target.is_cpu and torch.get_num_threads() > 1:
             with _one_thread():
                 descend(first, last, in_unit)
         else:
@@ -60,6 +60,7 @@ def walk(target: Tensor, feedback: Tensor, choose: Choose, leaf: int, unit: int,
 
     if len(target):
         descend(0, len(target), False)
+    return change
 
 
 @contextmanager

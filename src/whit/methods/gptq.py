@@ -19,15 +19,16 @@ constant tr((W* - Q) H (W* - Q)^T): the same walk, towards W*.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from whit.errors import CalibrationError, RecipeError
-from whit.methods.clip import Clip
-from whit.methods.feedback import prepare, walk
+from whit.formats.numeric import check_finite
+from whit.methods.columns import Columns, fit_params, plain, plain_rows
+from whit.methods.feedback import prepare
 from whit.methods.scales import refit_scales
 from whit.tensor import Format, LayerStats, Params, QuantizedTensor
 
@@ -79,114 +80,27 @@ class GPTQ:
         step = ROWS if format.row_independent else max(len(weight), 1)
         done = []
         for first in range(0, max(len(weight), 1), step):
-            params = None if sealed is None else _plain_rows(sealed, first, first + step, len(weight))
-            solver = _Columns(weight[first : first + step], hessian.diagonal(), format, self.clip, params)
-            solver.feed_back(feedback, order)
+            rows = weight[first : first + step]
+            params = None if sealed is None else plain_rows(sealed, first, first + step, len(weight))
+            solver = Columns((len(rows), weight.shape[1]), hessian.diagonal(), format, self.clip, params)
+            solver.feed_back(rows, feedback, order)
             for _ in range(self.sweeps):
-                solver.descend(hessian)
+                solver.descend(rows, hessian)
             if movable:
-                solver.params = refit_scales(solver.weight, solver.codes, solver.params, format, hessian)
+                solver.params = refit_scales(rows, solver.codes, solver.params, format, hessian)
             done.append(solver)
         codes = torch.cat([solver.codes for solver in done])
         if sealed is None or movable:
             sealed = {name: torch.cat([solver.params[name] for solver in done]) for name in done[0].params}
+        for name in format.continuous:
+            check_finite(plain(sealed[name], len(weight)), f"gptq: {name}")
         return QuantizedTensor(format, tuple(weight.shape), codes, format.seal(sealed))
 
     def _params_up_front(self, weight: Tensor, hessian: Tensor, format: Format) -> Params | None:
         """The params as stored, None where each group's are fitted when the walk reaches it."""
         if format.row_independent and not self.act_order and not _is_nested(format):
             return None
-        return format.seal(_fit(weight, hessian.diagonal(), format, self.clip))
-
-
-@dataclass
-class _Columns:
-    """Some rows of a matrix on their way: their codes and params so far."""
-
-    weight: Tensor  # (rows, columns)
-    importance: Tensor  # (columns,) diagonal of the hessian
-    format: Format
-    clip: bool
-    fixed: dict[str, Tensor] | None  # params that were fitted up front
-    params: dict[str, Tensor] = field(init=False)
-    codes: Tensor = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.params = dict(self.fixed or {})
-        self.codes = torch.zeros(self.weight.shape, dtype=self.format.code_dtype, device=self.weight.device)
-
-    def feed_back(self, feedback: Tensor, order: Tensor | None) -> None:
-        """Choose all codes, the error of each column fed to those after it."""
-        target = self.weight.T.to(torch.float64, copy=True)
-        target = target.contiguous() if order is None else target[order]
-        columns = range(len(target)) if order is None else order.tolist()
-        unit = self.format.group_size or max(len(target), 1)
-
-        def enter(first: int) -> None:
-            if self.fixed is None:
-                self._fit_group(target[first : first + unit].T, first)
-
-        def choose(first: int, last: int) -> Tensor:
-            error = target[first:last] - self._encode(target[first:last], columns[first])
-            if last - first == 1:
-                return error
-            # Jointly coded columns: what each would have added to the others is in `error` already.
-            spread: Tensor = torch.linalg.solve_triangular(feedback[first:last, first:last].T, error, upper=False)
-            return spread
-
-        walk(target, feedback, choose, self.format.vector_size, unit, enter)
-
-    def descend(self, hessian: Tensor) -> None:
-        """Move each code to its best value given all others."""
-        error = self.weight.to(torch.float64) - self.format.decode(self.codes, self.params)
-        pull = hessian / hessian.diagonal()
-        target = (self.weight + error @ pull - error).T.contiguous()
-
-        def choose(first: int, last: int) -> Tensor:
-            before = self.format.decode(self.codes[:, first:last], self.params, first).T
-            return self._encode(target[first:last], first) - before
-
-        walk(target, pull, choose, 1, 1)
-
-    def _encode(self, target: Tensor, column: int) -> Tensor:
-        """Set the codes of columns `column`..., targets (n, rows); returns what they stand for (n, rows)."""
-        codes = self.format.encode(target.T, self.params, column)
-        self.codes[:, column : column + len(target)] = codes
-        return self.format.decode(codes, self.params, column).T.to(torch.float64)
-
-    def _fit_group(self, weight: Tensor, first: int) -> None:
-        """Fit the params of the group that begins at column `first`, and put them in their place."""
-        columns = self.weight.shape[1]
-        size = self.format.group_size or max(columns, 1)
-        params = _fit(weight, self.importance[first : first + size], self.format, self.clip)
-        for name, value in params.items():
-            rows, width = value.shape
-            if not first:
-                self.params[name] = value.new_empty(rows, width * -(-columns // size))
-            place = first // size * width
-            self.params[name][:, place : place + width] = value
-
-
-def _fit(weight: Tensor, importance: Tensor, format: Format, clip: bool) -> dict[str, Tensor]:
-    """Unsealed params for (rows, columns), in float32."""
-    weight, importance = weight.to(torch.float32).contiguous(), importance.to(torch.float32)
-    params = Clip().search(weight, format, importance) if clip else format.fit(weight, importance)
-    return {name: _plain(value, len(weight)) for name, value in params.items()}
-
-
-def _plain(value: Tensor | QuantizedTensor, rows: int) -> Tensor:
-    """A param as floats or integers per row; one that is quantized itself lies in a single long row."""
-    return value.dequantize().reshape(rows, -1) if isinstance(value, QuantizedTensor) else value
-
-
-def _plain_rows(params: Params, first: int, last: int, rows: int) -> dict[str, Tensor]:
-    plain = {name: _plain(value, rows) for name, value in params.items()}
-    return {name: value[first:last] if len(value) == rows else value for name, value in plain.items()}
-
-
-def _is_nested(format: Format) -> bool:
-    """Whether params of the format are quantized themselves."""
-    return any(spec.format is not None for spec in format.param_specs(1, 1).values())
+        return format.seal(fit_params(weight, hessian.diagonal(), format, self.clip))
 
 
 def _pull(weight: Tensor, stats: LayerStats | None, factor: Tensor, order: Tensor | None) -> Tensor:
@@ -197,6 +111,11 @@ def _pull(weight: Tensor, stats: LayerStats | None, factor: Tensor, order: Tenso
     if order is None:
         return moment @ factor.T @ factor
     return (moment[:, order] @ factor.T @ factor)[:, order.argsort()]
+
+
+def _is_nested(format: Format) -> bool:
+    """Whether params of the format are quantized themselves."""
+    return any(spec.format is not None for spec in format.param_specs(1, 1).values())
 
 
 def _by_activation(hessian: Tensor, vector_size: int) -> Tensor:
