@@ -149,7 +149,9 @@ def run(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     least = (count["model"] + count["x^T x"]) / bf16 / 1e12 + count["float64"] / float64 / 1e12
     return {
         "machine": machine(), "format": arguments.format, "samples": arguments.samples, "context": CONTEXT,
-        "blocks": arguments.blocks, "seconds": seconds, "block_seconds": blocks, "block_median": block,
+        "blocks": arguments.blocks, "seconds": seconds,
+        "other_units": {k: v for k, v in clock.times.items() if ".layers." not in k},
+        "block_seconds": blocks, "block_median": block,
         "whole_model_seconds": seconds - sum(blocks) + blocks[0] + (BLOCKS - 1) * block,
         "gpu_memory_bytes": torch.cuda.max_memory_allocated(), "reserved_bytes": torch.cuda.max_memory_reserved(),
         "peak_memory_bytes": account.peak_memory_bytes,

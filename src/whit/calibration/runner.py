@@ -52,7 +52,7 @@ class Runner:
         self.inputs = self._embed(tokens, scratch / "block-inputs.tmp")
         self.exact: Tensor | None = None
         if twice:
-            self.exact = _room(tuple(self.inputs.shape), self.inputs.dtype, scratch / "exact-inputs.tmp")
+            self.exact = self._room(tuple(self.inputs.shape), self.inputs.dtype, scratch / "exact-inputs.tmp")
             self.exact.copy_(self.inputs)
 
     @contextmanager
@@ -77,7 +77,7 @@ class Runner:
     def forward(self, index: int, samples: Tensor) -> Tensor:
         """A loaded block's outputs (n, context, hidden) for inputs of that shape."""
         args, kwargs = self._calls[index]
-        return _hidden(self.blocks[index](samples.to(self.device), *args, **kwargs))
+        return _hidden(self.blocks[index](samples.to(self.device, non_blocking=True), *args, **kwargs))
 
     def _embed(self, tokens: Tensor, file: Path) -> Tensor:
         base = self.model.base_model
@@ -90,10 +90,17 @@ class Runner:
             for number, row in enumerate(tokens):
                 hidden = self._first_input(base, row[None])
                 if inputs is None:
-                    inputs = _room((len(tokens), *hidden.shape[1:]), hidden.dtype, file)
+                    inputs = self._room((len(tokens), *hidden.shape[1:]), hidden.dtype, file)
                 inputs[number].copy_(hidden[0])
         assert inputs is not None
         return inputs
+
+    def _room(self, shape: tuple[int, ...], dtype: torch.dtype, file: Path) -> Tensor:
+        """Memory, from which a GPU copies at full speed, or a file that is mapped into it."""
+        count = torch.Size(shape).numel()
+        if count * dtype.itemsize <= BUDGET:
+            return torch.empty(shape, dtype=dtype, pin_memory=self.device.type == "cuda")
+        return torch.from_file(str(file), shared=True, size=count, dtype=dtype).reshape(shape)
 
     def _note_calls(self, base: nn.Module, row: Tensor) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
         """The arguments of every block beside the hidden states."""
@@ -175,14 +182,6 @@ class Runner:
 def _state(module: nn.Module) -> list[str]:
     """Names of what a checkpoint holds."""
     return list(module.state_dict())
-
-
-def _room(shape: tuple[int, ...], dtype: torch.dtype, file: Path) -> Tensor:
-    """Memory, or a file that is mapped into it."""
-    count = torch.Size(shape).numel()
-    if count * dtype.itemsize <= BUDGET:
-        return torch.empty(shape, dtype=dtype)
-    return torch.from_file(str(file), shared=True, size=count, dtype=dtype).reshape(shape)
 
 
 def _split(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
