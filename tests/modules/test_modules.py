@@ -13,10 +13,11 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbed
 from transformers.models.opt.modeling_opt import OPTLearnedPositionalEmbedding
 
 import whit
-from whit.kernels import select
+from whit.kernels import dequantize, select
 from whit.layouts import BITS
-from whit.modules import QuantizedEmbedding, QuantizedExperts, QuantizedLinear, TiedEmbedding, TiedHead
+from whit.modules import QuantizedEmbedding, QuantizedExperts, QuantizedLinear, TiedEmbedding, TiedHead, prepare
 from whit.modules.embedding import original_class, pack_embedding, tie_embedding
+from whit.tensor import PackedWeight
 
 
 def linear(random: Generator, spec: str = "int4-g32", bias: bool = True) -> QuantizedLinear:
@@ -138,8 +139,55 @@ def test_experts_index_like_the_stack_they_replace(random: Generator):
 
 def test_dispatch_is_asked_once_per_kind_of_input(random: Generator, monkeypatch):
     asked = []
-    monkeypatch.setattr("whit.modules.linear.select", lambda p, x: asked.append(x.shape) or select(p, x))
+    monkeypatch.setattr("whit.modules.packed.select", lambda p, x: asked.append(x.shape) or select(p, x))
     module = linear(random)
     for rows in (1, 1, 3, 4, 4, 1):
         module(torch.ones(rows, 64))
     assert len(asked) == 2
+
+
+class Rehoming:
+    """A kernel that moves the codes to columns first and derives a table, and counts how often."""
+
+    name = "rehoming"
+
+    def __init__(self) -> None:
+        self.prepared = 0
+
+    def supports(self, packed: PackedWeight, x: Tensor) -> str | None:
+        return None
+
+    def prepare(self, packed: PackedWeight) -> PackedWeight:
+        self.prepared += 1
+        tensors = {**packed.tensors, "codes": packed.tensors["codes"].T.contiguous().T, "table": torch.ones(3)}
+        return PackedWeight(packed.layout, packed.format, packed.shape, tensors)
+
+    def linear(self, x: Tensor, packed: PackedWeight, bias: Tensor | None) -> Tensor:
+        assert packed.tensors["codes"].stride(0) == 1
+        return nn.functional.linear(x, dequantize(packed, x.dtype), bias) * packed.tensors["table"].mean()
+
+
+def test_a_kernels_own_form_of_the_weight_is_made_once_and_never_saved(random: Generator, monkeypatch):
+    kernel = Rehoming()
+    monkeypatch.setattr("whit.modules.packed.select", lambda packed, x: kernel)
+    module, x = linear(random), torch.randn(3, 64, generator=random)
+    stored = {key: tensor.clone() for key, tensor in module.state_dict().items()}
+    wanted = nn.functional.linear(x, module.dequantize(), module.bias)
+    for rows in (3, 1, 3):
+        torch.testing.assert_close(module(x[:rows]), wanted[:rows])
+    assert kernel.prepared == 1
+    assert module.codes.stride(0) == 1, "the stored codes are still held"
+    assert all(tensor.is_contiguous() for tensor in module.state_dict().values())
+    assert stored.keys() == module.state_dict().keys() == {"codes", "scale", "bias"}
+    assert all(torch.equal(module.state_dict()[key], tensor) for key, tensor in stored.items())
+    other = linear(random)
+    prepare(nn.Sequential(module, other), torch.float32)
+    assert kernel.prepared == 2
+    other.load_state_dict(module.state_dict())
+    assert torch.equal(other(x), module(x))
+    assert kernel.prepared == 3
+    module.to(torch.float64)
+    assert module(x.double()).dtype == torch.float64
+    module.codes = module.codes.clone()
+    module(x.double())
+    assert kernel.prepared == 5

@@ -23,6 +23,19 @@ class Kernel(Protocol):
         """None if the kernel runs this, otherwise the reason why not, for `explain`."""
         ...
 
+    def prepare(self, packed: PackedWeight) -> PackedWeight:
+        """The weight as `linear` reads it best; most kernels give back `packed` itself.
+
+        A module asks once, at its first use, and holds the answer in place of its own tensors. So the answer is still
+        a weight in its layout: under the layout's keys it has equal values, shapes and dtypes, though they may lie in
+        other memory or in another order of strides. Tensors under further keys are derived ones, small, and never
+        saved; a subclass of PackedWeight may carry more. What is prepared already comes back as it is.
+        """
+        ...
+
     def linear(self, x: Tensor, packed: PackedWeight, bias: Tensor | None) -> Tensor:
-        """x (..., in_features) @ weight (out_features, in_features)^T + bias (out_features,), in x.dtype."""
+        """x (..., in_features) @ weight (out_features, in_features)^T + bias (out_features,), in x.dtype.
+
+        `packed` is what `prepare` gave, or a weight as it is stored.
+        """
         ...

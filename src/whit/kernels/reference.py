@@ -40,5 +40,8 @@ class Reference:
             return f"layout {packed.layout} is not known"
         return None if x.is_floating_point() else f"activations are {x.dtype}, not floats"
 
+    def prepare(self, packed: PackedWeight) -> PackedWeight:
+        return packed
+
     def linear(self, x: Tensor, packed: PackedWeight, bias: Tensor | None) -> Tensor:
         return torch.nn.functional.linear(x, dequantize(packed, x.dtype), bias)

@@ -33,6 +33,7 @@ def unpack_stream(stream: Tensor, columns: int, bits: int, code_min: int) -> Ten
     if bits == 16:
         return stream
     if bits < 8:
+        stream = stream.contiguous()  # a kernel may hold it in another order of strides
         stream = (_spread(stream, bits) if bits in SPREADS else _split(stream, bits))[:, :columns]
     return (stream + (code_min & 0xFF)).view(torch.int8) if code_min else stream
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from whit.modules.embedding import QuantizedEmbedding, TiedEmbedding
 from whit.modules.experts import QuantizedExperts
 from whit.modules.linear import QuantizedLinear
-from whit.modules.packed import PackedModule
+from whit.modules.packed import PackedModule, prepare
 from whit.modules.swap import Dtypes, announce, empty_packed, install, install_tied, remove_packed, withdraw
 from whit.modules.tied import TiedHead
 
@@ -21,6 +21,7 @@ __all__ = [
     "empty_packed",
     "install",
     "install_tied",
+    "prepare",
     "remove_packed",
     "withdraw",
 ]

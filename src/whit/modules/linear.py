@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from whit.kernels import choice_key, packed_linear, select
+from whit.kernels import packed_linear
 from whit.layouts import BITS
 from whit.modules.packed import PackedModule
 from whit.tensor import PackedWeight, QuantizedTensor
@@ -38,10 +38,7 @@ class QuantizedLinear(PackedModule, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         x = input if self.compute_dtype is None else input.to(self.compute_dtype)
-        packed, key = self.packed, choice_key(x)
-        kernel = self._kernels.get(key)
-        if kernel is None:
-            kernel = self._kernels[key] = select(packed, x)
+        kernel, packed = self.ready(x)
         return packed_linear(x, packed, self.bias, kernel).to(input.dtype)
 
     def reset_parameters(self) -> None:

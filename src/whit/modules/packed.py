@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from whit.kernels import Kernel, dequantize
+from whit.kernels import Choice, Kernel, choice_key, dequantize, select
 from whit.layouts import layout_named
 from whit.tensor import Format, PackedWeight
 
@@ -30,7 +30,7 @@ class PackedModule(nn.Module):
         """Take the packed tensors as buffers; `dtype` is the type in which the module stands in for floats."""
         self.format, self.layout, self.weight_shape = packed.format, packed.layout, tuple(packed.shape)
         self._keys = tuple(packed.tensors)
-        self._kernels: dict[Any, Kernel] = {}
+        self._ready: dict[Choice, tuple[Kernel, PackedWeight]] = {}
         self._parameters.pop("weight", None)
         for key, tensor in packed.tensors.items():
             self.register_buffer(key, tensor)
@@ -42,6 +42,30 @@ class PackedModule(nn.Module):
         """The packed weight as it lies now."""
         tensors = {key: self._buffers[key] for key in self._keys}
         return PackedWeight(self.layout, self.format, self.weight_shape, tensors)  # type: ignore[arg-type]
+
+    def ready(self, x: Tensor) -> tuple[Kernel, PackedWeight]:
+        """The kernel that multiplies activations such as `x`, and the weight as this kernel prepared it, once."""
+        found = self._ready.get(key := choice_key(x))
+        if found is not None and found[1].tensors[self._keys[0]] is self._buffers[self._keys[0]]:
+            return found
+        stored = self.packed
+        kernel = select(stored, x)
+        prepared = next((p for k, p in self._ready.values() if k is kernel and self._holds(p)), None)
+        if prepared is None:
+            with torch.inference_mode(False):  # what the module holds from now on must not be tied to such a mode
+                prepared = kernel.prepare(stored)
+            self._adopt(prepared)
+        self._ready[key] = kernel, prepared
+        return kernel, prepared
+
+    def _holds(self, prepared: PackedWeight) -> bool:
+        return all(prepared.tensors[key] is self._buffers[key] for key in self._keys)
+
+    def _adopt(self, prepared: PackedWeight) -> None:
+        """Hold the prepared tensors in place of the stored ones, lest there be two copies."""
+        for key in self._keys:
+            self._buffers[key] = prepared.tensors[key]
+        self._ready = {key: found for key, found in self._ready.items() if self._holds(found[1])}
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight as floats, in the module's own dtype unless another is given."""
@@ -61,10 +85,30 @@ class PackedModule(nn.Module):
             moved = fn(tensor)
             return moved if id(tensor) not in held or moved.dtype == tensor.dtype else tensor.to(moved.device)
 
+        self._ready.clear()
         return super()._apply(move_only, recurse)  # type: ignore[no-any-return, no-untyped-call]
 
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._ready.clear()  # new values come into the same tensors
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for key in self._keys:  # as stored, whatever order of strides a kernel holds them in
+            destination[prefix + key] = destination[prefix + key].contiguous()
+
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_kernels": {}}
+        return {**self.__dict__, "_ready": {}}
+
+
+def prepare(model: nn.Module, dtype: torch.dtype, rows: int = 1) -> None:
+    """Do now what the first call with `rows` rows of `dtype` activations would do to every packed linear of a model.
+
+    One module at a time, each in place of the stored tensors: the peak is one weight above what the model holds.
+    """
+    for module in model.modules():
+        if isinstance(module, PackedModule) and isinstance(module, nn.Linear):
+            module.ready(torch.empty(rows, module.in_features, dtype=dtype, device=module.weight.device))
 
 
 @contextmanager

@@ -30,7 +30,9 @@ class TiedHead(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         with resident(self.source) as packed:
-            return packed_linear(input.to(packed.device), packed, self.bias)
+            x = input.to(packed.device)
+            kernel, prepared = self.source.ready(x)
+            return packed_linear(x, prepared, self.bias, kernel)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, tied"
