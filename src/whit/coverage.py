@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from whit.checkpoint.reader import read_json
-from whit.checkpoint.work import RECORD
+from whit.checkpoint.work import record_of
 from whit.errors import CheckpointError
 
 Status = Literal["quantized", "kept", "tied", "dropped"]
@@ -39,7 +39,9 @@ class Account:
     """What was done to a model: the content of whit.json.
 
     `bits_per_weight` counts every parameter and every byte of the weight files. `files` maps each of them to its
-    SHA-256. `source` names the model and holds the fingerprint by which a run knows its own result again.
+    SHA-256. `source` names the model and holds the fingerprint by which a run knows its own result again. `export` is
+    the kind of file; `decoded` says how many parameters a decoder that shares nothing with the writer read back, and
+    by how much (relative error) they differ at most from what was meant.
     """
 
     version: str
@@ -54,6 +56,8 @@ class Account:
     source: Mapping[str, str]
     files: Mapping[str, str]
     calibration: Mapping[str, Any] | None = None
+    export: str = "whit"
+    decoded: Mapping[str, Any] | None = None
 
     def counts(self) -> dict[str, int]:
         """Number of parameters of each status."""
@@ -64,15 +68,15 @@ class Account:
         return asdict(self)
 
 
-def load_account(folder: Path) -> Account:
-    """The account that lies in a folder that whit wrote."""
-    raw = read_json(folder / RECORD)
+def load_account(out: Path) -> Account:
+    """The account of a folder, or of a single file, that whit wrote."""
+    raw = read_json(record_of(out))
     try:
         parameters = tuple(Entry(**entry) for entry in raw.pop("parameters"))
         return Account(parameters=parameters, **raw)
     except (KeyError, TypeError) as error:
         raise CheckpointError(
-            f"{folder / RECORD}: not an account of whit ({error}); it must be as whit wrote it; quantize again"
+            f"{record_of(out)}: not an account of whit ({error}); it must be as whit wrote it; quantize again"
         ) from None
 
 

@@ -20,14 +20,12 @@ from torch import Tensor, nn
 from whit.calibration import CalibrationTokens
 from whit.calibration.capture import BlockStats, Watch
 from whit.calibration.runner import Runner
-from whit.checkpoint.reader import Checkpoint
-from whit.export.packed import PackedSource
+from whit.checkpoint.writer import Written
 from whit.job import Job
-from whit.layouts import BITS
 from whit.methods import Method
 from whit.methods.base import Block, BlockMethod
 from whit.methods.stack import quantize_stack
-from whit.plan import Item, Source, Unit
+from whit.plan import Item, Source, Unit, floats
 from whit.tensor import LayerStats, QuantizedTensor
 
 
@@ -180,10 +178,12 @@ class BlockFeed:
         """Run a block that an earlier run finished, to have the next one's inputs."""
         prefix = f"{self._runner.names[index]}."
         items = {i.name: i for i in self._job.plan.items if i.name.startswith(prefix)}
-        formats = {holder: str(format) for holder, format in self._job.plan.formats.items()}
-        with Checkpoint(self._written) as checkpoint:
-            written = PackedSource(self._job.source.model, checkpoint, {"layout": BITS.name, "formats": formats})
-            weights = {name: written.read(name).to(item.spec.dtype) for name, item in items.items()}
+        with Written(self._written, self._job.plan.shards) as written:
+            restore = self._job.exporter.restore
+            weights = {
+                name: floats(item, restore(item, {key: written.read(key) for key in item.written})).to(item.spec.dtype)
+                for name, item in items.items()
+            }
         if self._runner.exact is not None:
             with self._runner.loaded(index):
                 self._runner.run_exact(index)

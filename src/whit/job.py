@@ -17,6 +17,7 @@ from whit.checkpoint.hub import resolve_model
 from whit.checkpoint.reader import Checkpoint
 from whit.checkpoint.work import check_out
 from whit.errors import RecipeError
+from whit.export import Exporter, exporter_named
 from whit.export.packed import PackedSource, whit_config
 from whit.integrations.loading import load_tokenizer, maximum_context
 from whit.model.graph import find_blocks
@@ -45,7 +46,7 @@ class Options:
 class Job:
     """One run: from where, by which plan, to where. `recipe` is None where nothing is quantized.
 
-    `calibration` is there where the recipe's method needs it.
+    `calibration` is there where the recipe's method needs it. `notes` are sentences that a user should read.
     """
 
     model: str
@@ -54,7 +55,9 @@ class Job:
     out: Path
     recipe: Recipe | None
     options: Options
+    exporter: Exporter
     calibration: CalibrationTokens | None = None
+    notes: tuple[str, ...] = ()
 
     @cached_property
     def device(self) -> torch.device:
@@ -66,46 +69,78 @@ class Job:
             raise RecipeError(f"device {name}: torch finds none here; it must be present; use --device cpu")
         return torch.device(name)
 
+    @property
+    def single(self) -> str | None:
+        """The one file that OUT is to be, where it is not a folder."""
+        suffix = self.exporter.suffix
+        return self.plan.shards[0].name if suffix and self.out.name.endswith(suffix) else None
+
     @cached_property
     def fingerprint(self) -> str:
-        """Equal for runs that give the same bytes: model files, recipe, seed, plan and version."""
+        """Equal for runs that give the same bytes: model files, recipe, seed, kind of file, plan and version."""
         folder, checkpoint = self.source.checkpoint.folder, self.source.checkpoint
         files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in checkpoint.shards]
         config = sha256((folder / "config.json").read_bytes()).hexdigest()
         recipe = self.recipe.to_dict() if self.recipe is not None else None
         plan = sha256(b"".join(shard.header for shard in self.plan.shards)).hexdigest()
         text = self.calibration.sha256 if self.calibration is not None else None
-        return sha256(
-            json.dumps([whit.__version__, files, config, recipe, self.options.seed, plan, text]).encode()
-        ).hexdigest()
+        parts = [whit.__version__, files, config, recipe, self.options.seed, self.exporter.name, plan, text]
+        return sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def prepare(
-    model: str | Path, out: str | Path, recipe: Recipe | None, options: Options, calibration: Calibration | None = None
+    model: str | Path,
+    out: str | Path,
+    recipe: Recipe | None,
+    options: Options,
+    calibration: Calibration | None = None,
+    export: str | None = None,
 ) -> Job:
-    """Check and plan everything without reading a weight; without a recipe the plan is bfloat16.
+    """Check and plan everything without reading a weight.
 
-    A method that needs statistics and is given no `calibration` uses `whit:text`.
+    `export` names the kind of file: whit's own unless given, bf16 where there is no recipe. A method that needs
+    statistics and is given no `calibration` uses `whit:text`.
     """
     folder = resolve_model(model, options.trust_remote_code)
-    check_out(Path(out), folder)
+    kind = exporter_named(export or ("whit" if recipe is not None else "bf16"))
+    check_out(Path(out), folder, kind.suffix)
     source = open_source(folder, options.trust_remote_code)
+    exporter = kind(source.model, folder)
+    notes: tuple[str, ...] = ()
     if recipe is None:
-        plan = plan_dense(source, torch.bfloat16, options.shard_size)
+        plan = plan_dense(source, exporter, options.shard_size)
     else:
-        plan = plan_quantization(source, recipe, options.shard_size)
+        recipe, notes = _fit(recipe, kind)
+        plan = plan_quantization(source, recipe, exporter, options.shard_size)
     name = folder.resolve().name if Path(model).is_dir() else str(model)
-    tokens = None
-    if calibration is not None and recipe is not None and not recipe.method.needs_stats:
-        raise RecipeError(
-            f"calibration: method {recipe.method.name} uses no data; one that does must be chosen; use gptq, or drop it"
-        )
-    if recipe is not None and recipe.method.needs_stats:
-        find_blocks(source.model)
-        text = calibration or Calibration(seed=options.seed)
-        tokenizer = load_tokenizer(str(folder), trust_remote_code=options.trust_remote_code)
-        tokens = text.tokens(tokenizer, maximum_context(source.model.config))
-    return Job(name, source, plan, Path(out), recipe, options, tokens)
+    tokens = _tokens(source, folder, recipe, options, calibration)
+    return Job(name, source, plan, Path(out), recipe, options, exporter, tokens, notes)
+
+
+def _fit(recipe: Recipe, kind: type[Exporter]) -> tuple[Recipe, tuple[str, ...]]:
+    """The recipe in formats that the file can hold, and a sentence for each that had to change."""
+    rules = [(pattern, kind.fitted(format)) for pattern, format in recipe.rules]
+    changes = zip(recipe.rules, rules, strict=True)
+    changed = {str(old): str(new) for (_, old), (_, new) in changes if old != new}
+    notes = tuple(f"{old}: a {kind.name} file holds it as {new}; that is written" for old, new in changed.items())
+    return Recipe(recipe.method, rules), notes
+
+
+def _tokens(
+    source: Source, folder: Path, recipe: Recipe | None, options: Options, calibration: Calibration | None
+) -> CalibrationTokens | None:
+    """The calibration text as tokens, where the method needs it."""
+    if recipe is None or not recipe.method.needs_stats:
+        if calibration is not None and recipe is not None:
+            raise RecipeError(
+                f"calibration: method {recipe.method.name} uses no data; one that does must be chosen; "
+                "use gptq, or drop it"
+            )
+        return None
+    find_blocks(source.model)
+    text = calibration or Calibration(seed=options.seed)
+    tokenizer = load_tokenizer(str(folder), trust_remote_code=options.trust_remote_code)
+    return text.tokens(tokenizer, maximum_context(source.model.config))
 
 
 def open_source(folder: Path, trust_remote_code: bool = False) -> Source:

@@ -22,14 +22,13 @@ from whit.calibration.capture import EXPERT_TOKENS
 from whit.checkpoint.work import WorkFolder, check_space, disk_errors, is_done
 from whit.checkpoint.writer import Writer, index_json
 from whit.coverage import Account, Entry, load_account
-from whit.export.whit import packed_tensors
 from whit.feed import BlockFeed, Feed, Given, ReadAhead
 from whit.finish import finish
 from whit.formats.numeric import check_finite
 from whit.job import Job, Options, prepare
 from whit.methods import Clip
 from whit.methods.stack import proxy_loss, quantize_stack
-from whit.plan import Item, Source, Unit
+from whit.plan import Item, Source, Unit, floats
 from whit.recipe import Recipe
 from whit.tensor import matrix_shape
 
@@ -43,14 +42,16 @@ def quantize(
     *,
     calibration: Calibration | None = None,
     options: Options | None = None,
+    export: str = "whit",
 ) -> Account:
     """Quantize a model folder or hub id to the folder `out`; returns the coverage account, as in its whit.json.
 
+    `export` names the kind of file, one of `whit.export.EXPORTERS`.
     `calibration` is for methods that need it, such as GPTQ; without one they use 128 samples of `whit:text`. Raises
     CalibrationError, CheckpointError, RecipeError, UnsupportedModelError, OutputError or NonFiniteError, each one
     sentence.
     """
-    return run(prepare(model, out, recipe or Recipe(), options or Options(), calibration))
+    return run(prepare(model, out, recipe or Recipe(), options or Options(), calibration, export))
 
 
 def dequantize(model: str | Path, out: str | Path, *, options: Options | None = None) -> Account:
@@ -66,7 +67,7 @@ def run(job: Job) -> Account:
             try:
                 if not work.complete:
                     _fill(job, work)
-                work.commit()
+                work.commit(job.single)
             finally:
                 work.close()
     job.source.checkpoint.close()
@@ -83,7 +84,7 @@ def _fill(job: Job, work: WorkFolder) -> None:
         with torch.no_grad(), ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as scribe:
             try:
                 todo = [unit for unit in job.plan.units if unit.name not in work.finished]
-                _write_units(job, Output(job.source, work, writer, scribe), _feed(job, todo, work, reader), todo)
+                _write_units(job, Output(job, work, writer, scribe), _feed(job, todo, work, reader), todo)
             finally:
                 for pool in (reader, scribe):
                     pool.shutdown(cancel_futures=True)
@@ -102,13 +103,18 @@ def _feed(job: Job, todo: Sequence[Unit], work: WorkFolder, reader: ThreadPoolEx
 class Output:
     """What is written, in order, by a thread of its own; at most one parameter waits."""
 
-    def __init__(self, source: Source, work: WorkFolder, writer: Writer, scribe: ThreadPoolExecutor) -> None:
-        self.source, self.work, self.writer, self.scribe = source, work, writer, scribe
+    def __init__(self, job: Job, work: WorkFolder, writer: Writer, scribe: ThreadPoolExecutor) -> None:
+        self.source, self.exporter = job.source, job.exporter
+        self.work, self.writer, self.scribe = work, writer, scribe
         self.pending: Future[None] | None = None
+        self.decoded: list[float] = []
 
-    def write(self, item: Item, tensors: Mapping[str, Tensor] | None) -> None:
-        """Write an item's tensors, or copy it as it is."""
-        self._submit(self._write, item, tensors)
+    def write(self, item: Item, tensors: Mapping[str, Tensor] | None, meant: Tensor | None = None) -> None:
+        """Write an item's tensors and decode them again, as a reader will, to compare with what was `meant`.
+
+        Without tensors it is copied as it is.
+        """
+        self._submit(self._write, item, tensors, meant)
 
     def record(self, unit: Unit, entries: Sequence[Entry], seconds: float) -> None:
         """Journal a unit once its bytes are on the disk."""
@@ -123,18 +129,24 @@ class Output:
         self.wait()
         self.pending = self.scribe.submit(*call)  # type: ignore[arg-type]
 
-    def _write(self, item: Item, tensors: Mapping[str, Tensor] | None) -> None:
+    def _write(self, item: Item, tensors: Mapping[str, Tensor] | None, meant: Tensor | None) -> None:
         if tensors is None:
             entry = self.source.entry(item.name)
             assert entry is not None, item.name
-            self.writer.copy(item.name, self.source.checkpoint, entry)
+            self.writer.copy(next(iter(item.written)), self.source.checkpoint, entry)
         else:
             for name, tensor in tensors.items():
                 self.writer.write(name, tensor)
+        if item.target is not None and item.format is not None and meant is not None:
+            found = self.exporter.decode(item, {name: self.writer.read(name) for name in item.written})
+            if found is not None:
+                self.decoded.append(_difference(found.t() if item.target.transposed else found, meant.cpu()))
 
     def _record(self, unit: Unit, entries: Sequence[Entry], seconds: float) -> None:
         self.writer.sync()
-        self.work.record(unit.name, {"entries": [asdict(entry) for entry in entries], "seconds": seconds})
+        record = {"entries": [asdict(entry) for entry in entries], "seconds": seconds, "decoded": self.decoded}
+        self.work.record(unit.name, record)
+        self.decoded = []
 
 
 def _write_units(job: Job, output: Output, feed: Feed, todo: Sequence[Unit]) -> None:
@@ -149,7 +161,7 @@ def _write_units(job: Job, output: Output, feed: Feed, todo: Sequence[Unit]) -> 
                     entries.append(entry_of(item))
                 else:
                     tensors, entry, approximation = _convert(job, item, feed.give(item))
-                    output.write(item, tensors)
+                    output.write(item, tensors, approximation)
                     entries.append(entry)
                     feed.take_back(item, approximation)
         output.record(unit, entries, time.monotonic() - start)
@@ -166,8 +178,9 @@ def _convert(job: Job, item: Item, given: Given) -> tuple[Mapping[str, Tensor], 
     """The tensors that a parameter becomes, its account, and what they stand for in the parameter's own shape."""
     weight = given.weight
     if item.format is None or item.target is None or job.recipe is None:
-        dense = weight.to(item.written[item.name].dtype)
-        return {item.name: dense}, entry_of(item, relative_error(_rows(weight), _rows(dense))), dense
+        tensors = job.exporter.tensors(item, weight)
+        dense = floats(item, job.exporter.restore(item, tensors))
+        return tensors, entry_of(item, relative_error(_rows(weight), _rows(dense))), dense
     check_finite(weight, item.name)
     matrix = item.matrix(weight).to(job.device)
     method, reason, loss = job.recipe.method, _note(given), None
@@ -183,7 +196,7 @@ def _convert(job: Job, item: Item, given: Given) -> tuple[Mapping[str, Tensor], 
     if given.stats is not None:
         loss = float(f"{proxy_loss(matrix, near, given.stats):.5g}")
     entry = replace(entry_of(item, relative_error(matrix, near)), reason=reason, proxy_loss=loss, tokens=given.tokens)
-    return packed_tensors(item.target, quantized), entry, item.parameter(near)
+    return job.exporter.tensors(item, quantized), entry, item.parameter(near)
 
 
 def _note(given: Given) -> str | None:
@@ -192,6 +205,11 @@ def _note(given: Given) -> str | None:
         return None
     names = ", ".join(map(str, given.starved))
     return f"experts {names} saw fewer than {EXPERT_TOKENS} tokens and were given the statistics of all experts"
+
+
+def _difference(found: Tensor, meant: Tensor) -> float:
+    """0 where two tensors are the same, bit for bit, else the relative error."""
+    return 0.0 if torch.equal(found, meant) else max(relative_error(_rows(meant), _rows(found)), 1e-12)
 
 
 def _rows(tensor: Tensor) -> Tensor:

@@ -9,21 +9,20 @@ from fnmatch import fnmatchcase
 from functools import cached_property
 from itertools import groupby
 from math import prod
-from typing import Protocol
+from typing import Any, Protocol
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from whit.checkpoint.header import Entry, count_parameters
 from whit.checkpoint.reader import Checkpoint
-from whit.checkpoint.writer import Shard, plan_shards
-from whit.export.whit import packed_specs
+from whit.checkpoint.writer import Shard
+from whit.export.base import Exporter, Parameter, Value
 from whit.model.source import Origin
 from whit.model.targets import Target, find_targets
 from whit.preflight import check_recipe
 from whit.recipe import Recipe
-from whit.tensor import Format, TensorSpec
+from whit.tensor import Format, QuantizedTensor, TensorSpec
 
 SHARD_SIZE = 5_000_000_000  # bytes, as on the hub
 
@@ -37,26 +36,26 @@ class Source(Protocol):
     dropped: dict[str, str]
 
     @property
+    def config(self) -> Mapping[str, Any]:
+        """The model's config.json."""
+        ...
+
+    @property
     def origins(self) -> Mapping[str, Origin]: ...
     def read(self, name: str) -> Tensor: ...
     def entry(self, name: str) -> Entry | None: ...
 
 
 @dataclass(frozen=True)
-class Item:
-    """One parameter: quantized to `format`, or kept because of `reason`. `written` are the tensors that it becomes."""
+class Item(Parameter):
+    """One parameter: quantized to `format`, or kept because of `reason`. `written` are the tensors that it becomes.
 
-    name: str
-    spec: TensorSpec
-    target: Target | None
-    format: Format | None
+    `is_copy`: kept, and its bytes go into the file as they are.
+    """
+
     reason: str | None
     written: Mapping[str, TensorSpec]
-
-    @property
-    def is_copy(self) -> bool:
-        """Kept as it is, in its own dtype."""
-        return self.format is None and self.written[self.name].dtype == self.spec.dtype
+    is_copy: bool
 
     @property
     def bits_per_weight(self) -> float:
@@ -112,33 +111,40 @@ class Plan:
         return 8 * self.size_bytes / max(self.parameters, 1)
 
 
-def plan_quantization(source: Source, recipe: Recipe, shard_size: int = SHARD_SIZE) -> Plan:
-    """The plan of a recipe; RecipeError lists everything in the model that it does not fit."""
+def floats(item: Item, value: Value) -> Tensor:
+    """What a parameter has become as floats, in the running model's own shape."""
+    return item.parameter(value.dequantize()) if isinstance(value, QuantizedTensor) else value
+
+
+def plan_quantization(source: Source, recipe: Recipe, exporter: Exporter, shard_size: int = SHARD_SIZE) -> Plan:
+    """The plan of a recipe; RecipeError lists everything in the model and in the file that it does not fit."""
     targets = {target.parameter: target for target in find_targets(source.model)}
     groups = {p: _tied_group(targets, source.tied, p) for p in targets if p in source.origins}
-    formats = check_recipe(recipe, groups, [target.holder for target in targets.values()], calibrated=True)
+    holders = [target.holder for target in targets.values()]
+    formats = check_recipe(recipe, groups, holders, calibrated=True, fits=exporter.problems)
     buffers = {name for name, _ in source.model.named_buffers()}
     items = []
     for name, origin in source.origins.items():
         target, format = targets.get(name), formats.get(name)
-        if target is not None and format is not None:
-            items.append(Item(name, origin.spec, target, format, None, packed_specs(target, format)))
-        else:
-            items.append(_kept(name, origin.spec, origin.spec.dtype, _reason(recipe, name, target, buffers)))
-    return _assemble(source.model, items, shard_size)
+        reason = None if format is not None else _reason(recipe, name, target, buffers)
+        items.append(_item(exporter, Parameter(name, origin.spec, target, format), reason))
+    return _assemble(source.model, items, exporter, shard_size)
 
 
-def plan_dense(source: Source, dtype: torch.dtype, shard_size: int = SHARD_SIZE) -> Plan:
-    """The plan that stores every floating-point parameter in `dtype`."""
+def plan_dense(source: Source, exporter: Exporter, shard_size: int = SHARD_SIZE) -> Plan:
+    """The plan that quantizes nothing."""
+    targets = {target.parameter: target for target in find_targets(source.model)}
     items = [
-        _kept(name, o.spec, dtype if o.spec.dtype.is_floating_point else o.spec.dtype, "exported without quantization")
-        for name, o in source.origins.items()
+        _item(exporter, Parameter(name, origin.spec, targets.get(name), None), "exported without quantization")
+        for name, origin in source.origins.items()
     ]
-    return _assemble(source.model, items, shard_size)
+    return _assemble(source.model, items, exporter, shard_size)
 
 
-def _kept(name: str, spec: TensorSpec, dtype: torch.dtype, reason: str) -> Item:
-    return Item(name, spec, None, None, reason, {name: TensorSpec(spec.shape, dtype)})
+def _item(exporter: Exporter, parameter: Parameter, reason: str | None) -> Item:
+    written = exporter.specs(parameter)
+    is_copy = parameter.format is None and exporter.verbatim(parameter)
+    return Item(parameter.name, parameter.spec, parameter.target, parameter.format, reason, written, is_copy)
 
 
 def _tied_group(targets: Mapping[str, Target], tied: Mapping[str, str], parameter: str) -> tuple[Target, ...]:
@@ -159,10 +165,9 @@ def _reason(recipe: Recipe, name: str, target: Target | None, buffers: set[str])
     return "no rule matches"
 
 
-def _assemble(model: nn.Module, items: Iterable[Item], shard_size: int) -> Plan:
+def _assemble(model: nn.Module, items: Iterable[Item], exporter: Exporter, shard_size: int) -> Plan:
     units = tuple(_units(model, items))
-    tensors = ((name, spec) for unit in units for item in unit.items for name, spec in item.written.items())
-    return Plan(units, plan_shards(tensors, shard_size))
+    return Plan(units, exporter.shards([item for unit in units for item in unit.items], shard_size))
 
 
 def _units(model: nn.Module, items: Iterable[Item]) -> Iterator[Unit]:

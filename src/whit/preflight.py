@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from whit.errors import RecipeError
 from whit.methods.stack import can_stack
@@ -14,12 +14,16 @@ from whit.tensor import Format
 
 
 def check_recipe(
-    recipe: Recipe, groups: Mapping[str, tuple[Target, ...]], holders: Sequence[str], calibrated: bool = False
+    recipe: Recipe,
+    groups: Mapping[str, tuple[Target, ...]],
+    holders: Sequence[str],
+    calibrated: bool = False,
+    fits: Callable[[Mapping[Target, Format]], list[str]] | None = None,
 ) -> dict[str, Format | None]:
     """The format of each parameter (None: kept). RecipeError with one sentence per problem.
 
     `groups` maps a stored parameter to the targets that share it; a rule may name any of them.
-    `calibrated` says that statistics will be there.
+    `calibrated` says that statistics will be there; `fits` lists what the file to be written cannot hold.
     """
     problems = [_unmatched(pattern, holders) for pattern in recipe.unmatched(holders)]
     if recipe.method.needs_stats and not calibrated:
@@ -35,6 +39,8 @@ def check_recipe(
     problems += _misfits(chosen)
     if recipe.method.needs_stats:
         problems += _unstackable(chosen)
+    if fits is not None:
+        problems += fits(chosen)
     if problems:
         raise RecipeError("\n".join(problems))
     return formats

@@ -2,6 +2,8 @@
 
 `.{OUT}.partial/journal.jsonl` has the run's fingerprint in its first line and then one line per finished unit, each
 written after the unit's bytes are on the disk. A torn last line counts as not written.
+
+OUT is a folder, or one file (GGUF) with its account beside it, `OUT.whit.json`.
 """
 
 from __future__ import annotations
@@ -93,19 +95,27 @@ class WorkFolder:
             os.fsync(file.fileno())
         os.replace(temporary, target)
 
-    def commit(self) -> None:
-        """Everything is written: the folder becomes OUT."""
+    def commit(self, single: str | None = None) -> None:
+        """Everything is written: the folder becomes OUT, or the file named `single` in it does."""
         (self.path / JOURNAL).unlink(missing_ok=True)
         os.fsync(self._lock)
+        if single is not None:
+            self._commit_file(single)
+            return
         old = replaced_folder(self.out)
         if self.out.is_dir() and any(self.out.iterdir()):  # --restart: what was there goes when its successor is there
             shutil.rmtree(old, ignore_errors=True)
             os.rename(self.out, old)
         os.rename(self.path, self.out)
-        parent = os.open(self.out.parent, os.O_RDONLY)
-        os.fsync(parent)
-        os.close(parent)
+        _sync_folder(self.out.parent)
         shutil.rmtree(old, ignore_errors=True)
+
+    def _commit_file(self, single: str) -> None:
+        """The account first: until the file is there too, the next run finds the work folder complete."""
+        shutil.copyfile(self.path / RECORD, beside(self.out))
+        os.replace(self.path / single, self.out)
+        _sync_folder(self.out.parent)
+        shutil.rmtree(self.path)
 
     def close(self) -> None:
         """Give the lock back; what is there stays for the next run."""
@@ -120,13 +130,29 @@ def replaced_folder(out: Path) -> Path:
     return out.parent / f".{out.name}.old"
 
 
+def beside(file: Path) -> Path:
+    """Where the account of a result that is one file lies."""
+    return file.with_name(f"{file.name}.{RECORD}")
+
+
+def record_of(out: Path) -> Path:
+    """Where the account of a result lies."""
+    return beside(out) if out.is_file() else out / RECORD
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
 def _append(descriptor: int, line: dict[str, Any]) -> None:
     os.write(descriptor, (json.dumps(line) + "\n").encode())
     os.fsync(descriptor)
 
 
-def check_out(out: Path, model: Path) -> None:
-    """OutputError where OUT is MODEL, lies inside it, or holds it."""
+def check_out(out: Path, model: Path, suffix: str = "") -> None:
+    """OutputError where OUT is MODEL, lies inside it, or holds it, or is a file that does not end with `suffix`."""
     ours, theirs = out.resolve(), model.resolve()
     if ours == theirs or theirs in ours.parents:
         raise OutputError(
@@ -134,13 +160,13 @@ def check_out(out: Path, model: Path) -> None:
         )
     if ours in theirs.parents:
         raise OutputError(f"{out}: holds MODEL {model}; it must lie elsewhere; choose another folder")
-    if out.exists() and not out.is_dir():
+    if out.exists() and not out.is_dir() and not (suffix and out.name.endswith(suffix)):
         raise OutputError(f"{out}: is a file; it must be a new folder; choose another name")
 
 
 def is_done(out: Path, fingerprint: str, restart: bool) -> bool:
     """Whether OUT holds exactly this result already; OutputError where it holds something else."""
-    if not out.is_dir() or not any(out.iterdir()):
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return False
     found = recorded_fingerprint(out)
     if found is None:
@@ -156,10 +182,10 @@ def is_done(out: Path, fingerprint: str, restart: bool) -> bool:
     )
 
 
-def recorded_fingerprint(folder: Path) -> str | None:
-    """The fingerprint in a folder's whit.json, None where there is none."""
+def recorded_fingerprint(out: Path) -> str | None:
+    """The fingerprint in a result's whit.json, None where there is none."""
     try:
-        return str(json.loads((folder / RECORD).read_text())["source"]["fingerprint"])
+        return str(json.loads(record_of(out).read_text())["source"]["fingerprint"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

@@ -1,7 +1,7 @@
-"""Safetensors shards whose tensors are all known before the first is there.
+"""Files whose tensors are all known before the first is there.
 
 Headers are written first and files get their full size at once (so that a full disk shows before the work); every
-tensor then goes straight to its place, in any order. The files are those that the safetensors library would write.
+tensor then goes straight to its place, in any order. Safetensors files are those that its library would write.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
 
@@ -26,28 +25,20 @@ CHUNK = 8 << 20  # bytes copied or hashed at a time
 
 @dataclass(frozen=True)
 class Shard:
-    """One file to be written."""
+    """One file to be written: what stands before the tensors, where in the file each begins, and its whole size."""
 
     name: str
+    header: bytes
+    starts: Mapping[str, int]
     specs: Mapping[str, TensorSpec]
+    size: int
 
-    @cached_property
-    def _layout(self) -> tuple[bytes, dict[str, int]]:
-        return encode_header(self.specs)
 
-    @property
-    def header(self) -> bytes:
-        return self._layout[0]
-
-    @property
-    def starts(self) -> Mapping[str, int]:
-        """Where in the file each tensor begins."""
-        return self._layout[1]
-
-    @property
-    def size(self) -> int:
-        """Bytes of the whole file."""
-        return len(self.header) + sum(spec.nbytes for spec in self.specs.values())
+def safetensors_shard(name: str, specs: Mapping[str, TensorSpec]) -> Shard:
+    """A file as the safetensors library would write it."""
+    ordered = file_order(specs)
+    header, starts = encode_header(ordered)
+    return Shard(name, header, starts, ordered, len(header) + sum(spec.nbytes for spec in ordered.values()))
 
 
 def plan_shards(tensors: Iterable[tuple[str, TensorSpec]], limit: int) -> tuple[Shard, ...]:
@@ -61,9 +52,9 @@ def plan_shards(tensors: Iterable[tuple[str, TensorSpec]], limit: int) -> tuple[
         groups[-1][name] = spec
         size += spec.nbytes
     if len(groups) == 1:
-        return (Shard(SINGLE, file_order(groups[0])),)
+        return (safetensors_shard(SINGLE, groups[0]),)
     names = [f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors" for i in range(len(groups))]
-    return tuple(Shard(name, file_order(group)) for name, group in zip(names, groups, strict=True))
+    return tuple(safetensors_shard(name, group) for name, group in zip(names, groups, strict=True))
 
 
 def index_json(shards: tuple[Shard, ...]) -> dict[str, bytes]:
@@ -77,19 +68,49 @@ def index_json(shards: tuple[Shard, ...]) -> dict[str, bytes]:
     return {INDEX: (json.dumps(index, indent=2, sort_keys=True) + "\n").encode()}
 
 
-class Writer:
-    """Open shards in a folder. `write` and `copy` may be called in any order and again after a restart."""
+class Written:
+    """Planned shards in a folder, as far as they are written: `read` gives a tensor as it lies in the file now."""
+
+    flags = os.O_RDONLY
 
     def __init__(self, folder: Path, shards: tuple[Shard, ...]) -> None:
         self._places: dict[str, tuple[int, int, int]] = {}
+        self._specs: dict[str, TensorSpec] = {}
         self._descriptors: list[int] = []
         for shard in shards:
-            descriptor = os.open(folder / shard.name, os.O_RDWR | os.O_CREAT, 0o644)
-            self._descriptors.append(descriptor)
+            self._descriptors.append(os.open(folder / shard.name, self.flags, 0o644))
+            for name, start in shard.starts.items():
+                self._places[name] = (self._descriptors[-1], start, shard.specs[name].nbytes)
+            self._specs |= shard.specs
+
+    def read(self, name: str) -> Tensor:
+        """A tensor, read into fresh memory."""
+        descriptor, start, size = self._places[name]
+        data = torch.empty(size, dtype=torch.uint8)
+        read_bytes(descriptor, byte_view(data), start, Path(name))
+        return data.view(self._specs[name].dtype).reshape(self._specs[name].shape)
+
+    def close(self) -> None:
+        while self._descriptors:
+            os.close(self._descriptors.pop())
+
+    def __enter__(self) -> Written:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+class Writer(Written):
+    """`write` and `copy` may be called in any order and again after a restart."""
+
+    flags = os.O_RDWR | os.O_CREAT
+
+    def __init__(self, folder: Path, shards: tuple[Shard, ...]) -> None:
+        super().__init__(folder, shards)
+        for descriptor, shard in zip(self._descriptors, shards, strict=True):
             os.posix_fallocate(descriptor, 0, shard.size)
             _write_bytes(descriptor, memoryview(shard.header), 0)
-            for name, start in shard.starts.items():
-                self._places[name] = (descriptor, start, shard.specs[name].nbytes)
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Put a tensor into its place."""
@@ -112,10 +133,6 @@ class Writer:
         """Return once everything written is on the disk."""
         for descriptor in self._descriptors:
             os.fdatasync(descriptor)
-
-    def close(self) -> None:
-        while self._descriptors:
-            os.close(self._descriptors.pop())
 
 
 def _write_bytes(descriptor: int, view: memoryview, offset: int) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -16,6 +17,7 @@ from whit.cli.console import console, print_json
 from whit.cli.shown import account_table, pattern, progress, reasons, size
 from whit.coverage import Account
 from whit.estimate import Estimate, estimate
+from whit.export import EXPORTERS
 from whit.formats import EXAMPLES
 from whit.job import Job, Options, prepare
 from whit.methods import METHODS
@@ -26,6 +28,7 @@ CALIBRATION_HELP = "Text or .jsonl file for methods that need data. [default: wh
 DEFAULT_FORMAT = "int4-g128"
 FORMAT_HELP = "Format of every linear: " + ", ".join(EXAMPLES) + f". [default: {DEFAULT_FORMAT}]"
 METHOD_HELP = "How codes are chosen: " + ", ".join(method.name for method in METHODS) + ". [default: rtn]"
+EXPORT_HELP = "What kind of file is written: " + "; ".join(f"{e.name}: {e.summary}" for e in EXPORTERS) + "."
 RULE_HELP = (
     "A format for the modules that a glob matches, such as 'lm_head=int8' or '*.0.*=bf16'; the last match counts."
 )
@@ -42,6 +45,7 @@ def quantize(
     samples: Annotated[int | None, typer.Option(min=1, help="Calibration windows. [default: 128]")] = None,
     context: Annotated[int | None, typer.Option(min=2, help="Tokens in each. [default: 2048, or the model's]")] = None,
     seed: Annotated[int, typer.Option(help="The same seed gives the same bytes.")] = 0,
+    export: Annotated[str, typer.Option(metavar="NAME", help=EXPORT_HELP)] = "whit",
     device: Annotated[str, typer.Option(help="Where to compute: auto, cpu or cuda.")] = "auto",
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; no byte depends on them.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan; read no weights, write nothing.")] = False,
@@ -54,7 +58,7 @@ def quantize(
         torch.set_num_threads(threads)
     options = Options(seed=seed, device=device, restart=restart, trust_remote_code=trust_remote_code)
     text = build_calibration(calibration, samples, context, seed)
-    job = prepare(model, out, build_recipe(method, format, rule, recipe), options, text)
+    job = prepare(model, out, build_recipe(method, format, rule, recipe), options, text, export)
     if dry_run:
         show_plan(job, as_json)
     else:
@@ -87,6 +91,8 @@ def build_recipe(method: str | None, format: str | None, rules: list[str] | None
 def run_and_show(job: Job, as_json: bool) -> Account:
     """Run with progress, then print the account."""
     notes = console()
+    for note in job.notes:
+        notes.print(note, highlight=False, soft_wrap=True)
     for name, reason in job.source.dropped.items():
         notes.print(f"dropped {name}: {reason}", highlight=False, soft_wrap=True)
     done_before = job.out.exists() and not job.options.restart
@@ -100,8 +106,17 @@ def run_and_show(job: Job, as_json: bool) -> Account:
     screen = Console()
     screen.print(account_table(account))
     took = f"{account.seconds:.1f} s, peak memory {size(account.peak_memory_bytes)}"
+    if account.decoded is not None:
+        screen.print(read_back(account.decoded), highlight=False, soft_wrap=True)
     screen.print(f"{job.out}: {'was done already' if done_before else took}", highlight=False, soft_wrap=True)
     return account
+
+
+def read_back(decoded: Mapping[str, Any]) -> str:
+    """What a second decoder made of the file."""
+    worst = decoded["largest_error"]
+    said = "bit-exact" if worst == 0 else f"not exact, relative error up to {worst:.2g}"
+    return f"read back by an independent decoder: {decoded['parameters']} parameters, {said}"
 
 
 def show_plan(job: Job, as_json: bool) -> None:

@@ -1,1 +1,26 @@
-"""How a file names a quantized model."""
+"""How a file names a quantized model. A new kind of file is one class in one file, and one name in EXPORTERS."""
+
+from __future__ import annotations
+
+import difflib
+
+from whit.errors import RecipeError
+from whit.export.base import Exporter, Outcome, Parameter, Value
+from whit.export.dense import Dense
+from whit.export.whit import Whit
+
+EXPORTERS: tuple[type[Exporter], ...] = (Whit, Dense)
+
+
+def exporter_named(name: str) -> type[Exporter]:
+    """The exporter of that name; RecipeError names the nearest right one."""
+    for exporter in EXPORTERS:
+        if exporter.name == name:
+            return exporter
+    known = [exporter.name for exporter in EXPORTERS]
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+    hint = f"did you mean {near[0]}?" if near else "choose one of them"
+    raise RecipeError(f"export {name!r}: not known; it must be one of {', '.join(known)}; {hint}")
+
+
+__all__ = ["EXPORTERS", "Exporter", "Outcome", "Parameter", "Value", "exporter_named"]

@@ -38,22 +38,23 @@ def whit_config(folder: Path) -> dict[str, Any] | None:
 class PackedSource:
     """The same attributes as `ModelSource`, over a checkpoint of whit."""
 
-    def __init__(self, model: PreTrainedModel, checkpoint: Checkpoint, config: Mapping[str, Any]) -> None:
+    def __init__(self, model: PreTrainedModel, checkpoint: Checkpoint, packed: Mapping[str, Any]) -> None:
         self.model = model
         self.checkpoint = checkpoint
-        self.layout = layout_named(config["layout"])
+        self.config = read_json(checkpoint.folder / "config.json")
+        self.layout = layout_named(packed["layout"])
         self.tied: dict[str, str] = {}
         self.dropped: dict[str, str] = {}
         self.origins: dict[str, Origin] = {}
         self.packed: dict[str, tuple[Target, Format]] = {}
-        by_parameter = {t.parameter: t for t in find_targets(model) if t.holder in config["formats"]}
+        by_parameter = {t.parameter: t for t in find_targets(model) if t.holder in packed["formats"]}
         state = model.state_dict()
         for name, tensor in state.items():
             if name in checkpoint:
                 self.origins[name] = Origin(checkpoint.entries[name].spec, (name,))
             elif name in by_parameter:
                 target = by_parameter[name]
-                format = parse_format(config["formats"][target.holder])
+                format = parse_format(packed["formats"][target.holder])
                 self.packed[name] = target, format
                 specs = packed_specs(target, format)
                 self.origins[name] = Origin(TensorSpec(tuple(tensor.shape), torch.float32), tuple(specs), name)

@@ -7,14 +7,16 @@ not quantized lies under its own name. `quantization_config` maps each holder to
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
+from whit.export.base import Outcome, Parameter, Value
+from whit.export.folder import FolderExport, short_name
 from whit.layouts import BITS
 from whit.model.targets import Target
 from whit.recipe import Recipe
-from whit.tensor import Format, QuantizedTensor, TensorSpec
+from whit.tensor import Format, PackedWeight, QuantizedTensor, TensorSpec
 
 QUANT_METHOD = "whit"
 
@@ -39,14 +41,40 @@ model = AutoModelForCausalLM.from_pretrained("PATH")
 """
 
 
+class Whit(FolderExport):
+    """The layout `bits`, every format."""
+
+    name: ClassVar[str] = "whit"
+    summary: ClassVar[str] = "whit's own: every format, read by transformers after `import whit`"
+
+    def specs(self, parameter: Parameter) -> Mapping[str, TensorSpec]:
+        if parameter.target is None or parameter.format is None:
+            return super().specs(parameter)
+        return packed_specs(parameter.target, parameter.format)
+
+    def tensors(self, parameter: Parameter, value: Value) -> Mapping[str, Tensor]:
+        if parameter.target is None or not isinstance(value, QuantizedTensor):
+            return super().tensors(parameter, value)
+        return {f"{parameter.target.holder}.{key}": tensor for key, tensor in BITS.pack(value).tensors.items()}
+
+    def restore(self, parameter: Parameter, tensors: Mapping[str, Tensor]) -> Value:
+        if parameter.target is None or parameter.format is None:
+            return super().restore(parameter, tensors)
+        plain = {name.removeprefix(f"{parameter.target.holder}."): tensor for name, tensor in tensors.items()}
+        return BITS.unpack(PackedWeight(BITS.name, parameter.format, parameter.target.shape, plain))
+
+    def config(self, outcome: Outcome) -> dict[str, Any]:
+        assert outcome.recipe is not None
+        return {"quantization_config": quantization_config(outcome.recipe, outcome.formats)}
+
+    def card(self, outcome: Outcome) -> str:
+        name = short_name(outcome.model)
+        return CARD.format(name=name, bits_per_weight=outcome.bits_per_weight, size_bytes=outcome.size_bytes)
+
+
 def packed_specs(target: Target, format: Format) -> dict[str, TensorSpec]:
     """Names, shapes and dtypes of the tensors that hold a target in a format."""
     return {f"{target.holder}.{key}": spec for key, spec in BITS.specs(format, target.shape).items()}
-
-
-def packed_tensors(target: Target, quantized: QuantizedTensor) -> dict[str, Tensor]:
-    """The tensors themselves."""
-    return {f"{target.holder}.{key}": tensor for key, tensor in BITS.pack(quantized).tensors.items()}
 
 
 def quantization_config(recipe: Recipe, formats: Mapping[str, Format]) -> dict[str, Any]:

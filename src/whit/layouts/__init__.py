@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from whit.errors import FormatError
+from whit.layouts.base import Layout
 from whit.layouts.bits import Bits
 
 BITS = Bits()
-LAYOUTS = (BITS,)
+LAYOUTS: tuple[Layout, ...] = (BITS,)
 
 
-def layout_named(name: str) -> Bits:
+def layout_named(name: str) -> Layout:
     """The layout of that name."""
     for layout in LAYOUTS:
         if layout.name == name:
@@ -18,4 +19,4 @@ def layout_named(name: str) -> Bits:
     raise FormatError(f"layout {name!r} is not known; it must be one of {known}; update whit to read this file")
 
 
-__all__ = ["BITS", "LAYOUTS", "Bits", "layout_named"]
+__all__ = ["BITS", "LAYOUTS", "Bits", "Layout", "layout_named"]

@@ -31,6 +31,10 @@ class Bits:
 
     name = "bits"
 
+    def refuses(self, format: Format, shape: tuple[int, ...]) -> str | None:
+        """Nothing: every format and shape lies so."""
+        return None
+
     def specs(self, format: Format, shape: tuple[int, ...]) -> Mapping[str, TensorSpec]:
         """Names, shapes and dtypes of the tensors that `pack` makes, in their order."""
         rows, columns = matrix_shape(shape)
