@@ -13,7 +13,7 @@ STAGES = (
     ("errors", "tensor", "data"), ("checkpoint",), ("model",), ("calibration",), ("transforms",), ("formats",),
     ("methods",), ("arrays", "recipe", "preflight"), ("layouts",), ("kernels",), ("modules",), ("export",),
     ("integrations",), ("evaluation",), ("plan", "coverage", "job", "finish", "estimate", "feed"), ("pipeline",),
-    ("report",), ("cli", "__main__"),
+    ("report", "memory"), ("cli", "__main__"),
 )  # fmt: skip
 RANK = {name: rank for rank, stage in enumerate(STAGES) for name in stage}
 MOST_LINES = 400

@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from whit.cli import convert, demo, doctor, evaluate, generate, inspect, quantize
+from whit.cli import convert, demo, doctor, evaluate, generate, inspect, memory, quantize
 from whit.cli.console import say_error
 from whit.errors import WhitError
 
@@ -16,6 +16,7 @@ COMMANDS = (
     ("generate", generate.generate),
     ("convert", convert.convert),
     ("inspect", inspect.inspect),
+    ("memory", memory.memory),
     ("doctor", doctor.doctor),
     ("demo", demo.demo),
 )

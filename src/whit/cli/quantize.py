@@ -74,18 +74,24 @@ def build_calibration(text: str | None, samples: int | None, context: int | None
 
 def build_recipe(method: str | None, format: str | None, rules: list[str] | None, path: Path | None) -> Recipe:
     """The recipe of a command line; --rule adds to the rules of --recipe and --format."""
-    more = []
-    for rule in rules or ():
-        glob, separator, spec = rule.rpartition("=")
-        if not (glob and separator and spec):
-            raise typer.BadParameter(f"{rule!r}: write GLOB=SPEC, for example 'lm_head=int8'", param_hint="--rule")
-        more.append((glob, spec))
+    more = parse_rules(rules)
     if path is None:
         return Recipe(method, [("*", format or DEFAULT_FORMAT), *more])
     if method is not None or format is not None:
         raise typer.BadParameter("holds method and formats itself; drop --method and --format", param_hint="--recipe")
     loaded = Recipe.load(path)
     return Recipe(loaded.method, [*loaded.rules, *more])
+
+
+def parse_rules(rules: list[str] | None) -> list[tuple[str, str]]:
+    """Pairs of a glob and a format from GLOB=SPEC."""
+    found = []
+    for rule in rules or ():
+        glob, separator, spec = rule.rpartition("=")
+        if not (glob and separator and spec):
+            raise typer.BadParameter(f"{rule!r}: write GLOB=SPEC, for example 'lm_head=int8'", param_hint="--rule")
+        found.append((glob, spec))
+    return found
 
 
 def run_and_show(job: Job, as_json: bool) -> Account:

@@ -24,6 +24,21 @@ def load_skeleton(folder: Path, trust_remote_code: bool = False) -> PreTrainedMo
     return model.eval()
 
 
+def build_skeleton(raw: dict[str, Any], where: str) -> PreTrainedModel:
+    """The model that the content of a config.json describes, without a folder; `where` names it in errors."""
+    values = {key: value for key, value in raw.items() if key != "model_type"}
+    try:
+        config = AutoConfig.for_model(raw["model_type"], **values)
+    except (KeyError, ValueError) as error:
+        raise UnsupportedModelError(
+            f"{where}: transformers {transformers.__version__} does not know model type {raw.get('model_type')!r} "
+            f"({str(error).strip().splitlines()[0]}); it must; update transformers"
+        ) from None
+    with torch.device("meta"):
+        model: PreTrainedModel = _model_class(where, raw, False)(config)
+    return model.eval()
+
+
 def _load_config(folder: Path, raw: dict[str, Any], trust_remote_code: bool) -> PretrainedConfig:
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
@@ -40,7 +55,7 @@ def _load_config(folder: Path, raw: dict[str, Any], trust_remote_code: bool) -> 
         ) from None
 
 
-def _model_class(folder: Path, raw: dict[str, Any], trust_remote_code: bool) -> Any:
+def _model_class(folder: Path | str, raw: dict[str, Any], trust_remote_code: bool) -> Any:
     names = raw.get("architectures")
     if not isinstance(names, list) or not names:
         raise UnsupportedModelError(

@@ -1,0 +1,143 @@
+"""What is asked about: a model's skeleton and where its parameters would come from, without a byte of its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HFValidationError, HTTPError
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from whit.checkpoint.header import Entry, count_parameters
+from whit.checkpoint.hub import HUB_ID
+from whit.checkpoint.reader import Checkpoint, read_json
+from whit.data import resolve_model
+from whit.errors import CheckpointError
+from whit.evaluation.size import weight_files
+from whit.job import open_source
+from whit.memory.shapes import Shape, find_shape
+from whit.model.skeleton import build_skeleton, load_skeleton
+from whit.model.source import Origin
+from whit.plan import Source
+from whit.tensor import TensorSpec
+
+
+class ConfigSource:
+    """The parameters that a checkpoint of this skeleton holds, as `save_pretrained` writes it, in one dtype."""
+
+    checkpoint: Checkpoint  # there is none: nothing can be read
+
+    def __init__(self, model: PreTrainedModel, dtype: torch.dtype) -> None:
+        self.model = model
+        state = model.state_dict()
+        self.tied = {n: o for n, o in (model.all_tied_weights_keys or {}).items() if n in state and o in state}
+        skipped = set(model._keys_to_ignore_on_save or ()) | set(self.tied)
+        self.dropped = {name: "not stored by transformers" for name in skipped - set(self.tied) if name in state}
+        self.origins: Mapping[str, Origin] = {
+            name: Origin(TensorSpec(tuple(t.shape), dtype if t.dtype.is_floating_point else t.dtype), (name,))
+            for name, t in state.items()
+            if name not in skipped
+        }
+
+    def read(self, name: str) -> Tensor:
+        """Refused: there are no weights behind a config.json."""
+        raise CheckpointError(f"{name}: only config.json is known; weights must be there to be read; fetch the model")
+
+    def entry(self, name: str) -> Entry | None:
+        """No parameter lies anywhere."""
+        return None
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model that memory is planned for. `nominal` is the number of parameters that its name says."""
+
+    name: str
+    source: Source
+    nominal: float
+    stored_bytes: int | None = None  # of weight files that are quantized already
+    notes: tuple[str, ...] = ()
+
+    @property
+    def model(self) -> PreTrainedModel:
+        return self.source.model
+
+    @property
+    def config(self) -> Any:
+        """The part of the configuration that describes the (decoder) transformer."""
+        return self.model.config.get_text_config(decoder=True)
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        """The dtype of most weights, in which activations and the cache are computed."""
+        sizes: dict[torch.dtype, int] = {}
+        for origin in self.source.origins.values():
+            if origin.spec.dtype.is_floating_point:
+                sizes[origin.spec.dtype] = sizes.get(origin.spec.dtype, 0) + origin.spec.nbytes
+        return max(sizes, key=sizes.__getitem__) if sizes else torch.float32
+
+    @cached_property
+    def parameters(self) -> int:
+        """Number of weights, tied ones counted once."""
+        return count_parameters({name: origin.spec for name, origin in self.source.origins.items()})
+
+
+def find_subject(model: str, trust_remote_code: bool = False) -> Subject:
+    """A model folder, a hub id (only its config.json is fetched), a well-known name, or a number of parameters."""
+    folder = Path(resolve_model(model)).expanduser()
+    if folder.is_dir():
+        return _of_folder(model, folder, trust_remote_code)
+    shape = find_shape(model)
+    if shape is not None:
+        return of_shape(shape)
+    return _of_folder(model, _config_folder(model), trust_remote_code)
+
+
+def of_shape(shape: Shape) -> Subject:
+    """A model of the table of well-known shapes."""
+    source = ConfigSource(build_skeleton(shape.config, shape.name), torch.bfloat16)
+    subject = Subject(shape.name, source, shape.nominal)
+    if not shape.name.endswith("parameters"):
+        return subject
+    text = f"{shape.name}: taken as a Llama of {subject.parameters / 1e9:.3g}B; a folder or a model's name is exact"
+    return replace(subject, notes=(text,))
+
+
+def _of_folder(name: str, folder: Path, trust_remote_code: bool) -> Subject:
+    """By the headers of the weight files where there are some, else by config.json alone."""
+    raw = read_json(folder / "config.json")
+    quantization = raw.get("quantization_config")
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+    stored = None
+    if any(folder.glob("*.safetensors")):
+        stored = sum(file.stat().st_size for file in weight_files(folder)) if method else None
+        if method in (None, "whit"):
+            return _sized(Subject(name, open_source(folder, trust_remote_code), 0, stored))
+    model = load_skeleton(folder, trust_remote_code)
+    dtype = getattr(model.config, "dtype", None) or torch.float32
+    return _sized(Subject(name, ConfigSource(model, dtype), 0, stored))
+
+
+def _sized(subject: Subject) -> Subject:
+    return replace(subject, nominal=float(subject.parameters))
+
+
+def _config_folder(model: str) -> Path:
+    if not HUB_ID.fullmatch(model) or model.startswith("."):
+        raise CheckpointError(
+            f"{model}: neither a folder, a known model nor a number of parameters; it must be one; try 7B or a path"
+        )
+    try:
+        return Path(hf_hub_download(model, "config.json")).parent
+    except (HFValidationError, HTTPError, OSError) as error:
+        reason = str(error).strip().splitlines()[0].rstrip(".")
+        raise CheckpointError(
+            f"{model}: no folder, no well-known model, and the hub gives no config.json ({reason}); "
+            "give a folder, a name such as Llama-3-8B, or a number such as 7B"
+        ) from None
