@@ -60,8 +60,16 @@ class Format(Protocol):
         """Whether fitting some rows of a matrix gives those rows of the whole matrix's (unsealed) params."""
         ...
 
+    @property
+    def searches(self) -> bool:
+        """Whether `fit` itself looks for the least (weighted) squared error: no other search need go around it."""
+        ...
+
     def sums(self, values: Tensor) -> Tensor:
-        """(rows, columns) summed over the elements that share params, in the shape of the (unsealed) params."""
+        """(rows, columns) summed over the elements that share params, in the shape of the (unsealed) params.
+
+        Where params are finer than `group_size` (sub-scales) that is the shape of the coarsest.
+        """
         ...
 
     def param_specs(self, rows: int, columns: int) -> Mapping[str, ParamSpec]:

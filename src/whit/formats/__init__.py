@@ -7,10 +7,11 @@ import difflib
 from whit.errors import FormatError
 from whit.formats.affine import Affine
 from whit.formats.codebook import FP4, NF4, Codebook
+from whit.formats.ggml import Ggml
 from whit.formats.microfloat import BFloat16, Float8
 from whit.tensor import Format
 
-FORMATS = (Affine, Codebook, Float8, BFloat16)
+FORMATS = (Affine, Codebook, Ggml, Float8, BFloat16)
 
 EXAMPLES = {
     "int8": "8-bit integers, one float32 scale per row (the same as int8-channel)",
@@ -26,6 +27,12 @@ EXAMPLES = {
     "nf4-dq": "with double quantization: 4.127 bits per weight",
     "nf4-g128": "", "fp4": "4-bit floats, groups of 64", "fp4-dq": "",
     "codebook(-1,-0.3,0.3,1)-g64": "any table of 2 to 256 levels, largest magnitude 1",
+    "q4_k": "llama.cpp's 4-bit k-quant: superblocks of 256 columns, 4.5 bits per weight",
+    "q2_k": "", "q3_k": "", "q5_k": "", "q6_k": "",
+    "q4_0": "llama.cpp's simple types: groups of 32 columns", "q4_1": "", "q5_0": "", "q5_1": "", "q8_0": "",
+    "iq4_nl": "llama.cpp's 4-bit tables", "iq4_xs": "",
+    "tq1_0": "llama.cpp's ternary types: 1.69 and 2.06 bits per weight", "tq2_0": "",
+    "mxfp4": "4-bit floats in groups of 32 with a power of two as their scale",
     "fp8": "8-bit floats (E4M3), one scale per row",
     "bf16": "keep in 16 bits",
 }  # fmt: skip
@@ -44,4 +51,4 @@ def parse_format(spec: str | Format) -> Format:
     raise FormatError(f"{spec!r} is not a format; {hint} `whit quantize --help` lists all")
 
 
-__all__ = ["EXAMPLES", "FORMATS", "FP4", "NF4", "Affine", "BFloat16", "Codebook", "Float8", "parse_format"]
+__all__ = ["EXAMPLES", "FORMATS", "FP4", "NF4", "Affine", "BFloat16", "Codebook", "Float8", "Ggml", "parse_format"]

@@ -39,6 +39,7 @@ class Affine:
     scale_type: str = ""
 
     vector_size = 1
+    searches = False
 
     def __post_init__(self) -> None:
         if not self.scale_type:

@@ -61,6 +61,7 @@ class Codebook:
     centered: bool = False
 
     vector_size = 1
+    searches = False
     code_min = 0
     code_dtype = torch.uint8
     continuous = ("absmax",)

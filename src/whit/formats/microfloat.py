@@ -25,6 +25,7 @@ class BFloat16:
     bits = 16
     group_size = ROW
     vector_size = 1
+    searches = False
     row_independent = True
     code_min = -(1 << 15)
     code_dtype = torch.int16
@@ -66,6 +67,7 @@ class Float8:
     bits = 8
     group_size = ROW
     vector_size = 1
+    searches = False
     row_independent = True
     code_min = 0
     code_dtype = torch.uint8

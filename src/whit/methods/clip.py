@@ -1,7 +1,8 @@
 """Round to nearest after clipping: the range of each group that gives the least weighted squared error.
 
 For every group the params of the weights shrunk by beta are tried, beta = 1, 0.975, ..., 0.1, and the one kept
-that minimises sum_j h_j (w_j - w^_j)^2. h is the diagonal of the hessian where there is one, otherwise 1.
+that minimises sum_j h_j (w_j - w^_j)^2. h is the diagonal of the hessian where there is one, otherwise 1. Formats
+whose own fit is such a search (ggml's) are given h and left to it.
 """
 
 from __future__ import annotations
@@ -39,6 +40,8 @@ class Clip:
     def search(self, weight: Tensor, format: Format, importance: Tensor | None) -> Params:
         """The unsealed params with the least weighted squared error."""
         weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        if format.searches:
+            return format.fit(weight, importance)
         best = format.fit(weight)
         least = _error(weight, format, best, importance)
         for beta in torch.linspace(1, self.smallest, self.steps, dtype=torch.float64).tolist()[1:]:

@@ -26,5 +26,10 @@ def solve_by_rows(solve: Solver, weight: Tensor, format: Format) -> QuantizedTen
 
 
 def select(better: Tensor, new: Params, old: Params) -> Params:
-    """For each set of shared params the new ones where `better` (in the params' shape), else the old ones."""
-    return {name: torch.where(better, tensor_param(new, name), tensor_param(old, name)) for name in old}
+    """For each set of shared params the new ones where `better` (in the shape of `Format.sums`), else the old ones."""
+
+    def choose(new: Tensor, old: Tensor) -> Tensor:
+        finer = old.shape[1] // better.shape[1]
+        return torch.where(better if finer == 1 else better.repeat_interleave(finer, dim=1), new, old)
+
+    return {name: choose(tensor_param(new, name), tensor_param(old, name)) for name in old}
