@@ -7,7 +7,7 @@ from whit.errors import WhitError
 from whit.formats import Affine, BFloat16, Codebook, Float8, parse_format
 from whit.integrations.transformers import QuantizationConfig, register
 from whit.job import Options
-from whit.methods import GPTQ, HQQ, RTN, Clip
+from whit.methods import GPTQ, HQQ, RTN, Clip, Refine
 from whit.pipeline import quantize
 from whit.recipe import Recipe
 from whit.tensor import Format, PackedWeight, QuantizedTensor, bits_per_weight
@@ -32,6 +32,7 @@ __all__ = [
     "QuantizationConfig",
     "QuantizedTensor",
     "Recipe",
+    "Refine",
     "WhitError",
     "bits_per_weight",
     "error",

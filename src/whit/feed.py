@@ -159,9 +159,11 @@ class BlockFeed:
             start[item.name] = quantize_stack(method, weights[item.name], stats.of(item.name), item.format)
         block = Block(
             runner.blocks[index],
-            lambda numbers: runner.forward(index, runner.inputs[numbers]),
+            lambda samples: runner.forward(index, samples),
+            runner.inputs,
             runner.exact,
             {item.name: self._parameters[item.name] for item in items},
+            {item.name: item.parameter for item in items},
         )
         return method.refine(block, weights, start)
 

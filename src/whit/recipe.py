@@ -112,7 +112,9 @@ class Recipe:
         return "\n".join(lines) + "\n"
 
 
-def _toml(value: str | bool | int | float) -> str:
+def _toml(value: str | bool | int | float | Mapping[str, Any]) -> str:
+    if isinstance(value, Mapping):
+        return "{ " + ", ".join(f"{key} = {_toml(inner)}" for key, inner in value.items()) + " }"
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, str):

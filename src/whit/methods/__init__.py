@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, fields
+from dataclasses import fields
 from typing import Any
 
 from whit.errors import RecipeError
@@ -11,13 +11,17 @@ from whit.methods.base import Method
 from whit.methods.clip import Clip
 from whit.methods.gptq import GPTQ
 from whit.methods.hqq import HQQ
+from whit.methods.refine import Refine
 from whit.methods.rtn import RTN
 
-METHODS = (RTN, Clip, HQQ, GPTQ)
+METHODS = (RTN, Clip, HQQ, GPTQ, Refine)
 
 
 def parse_method(spec: str | Mapping[str, Any] | Method) -> Method:
-    """A method from its name, from `{"name": ..., option: value}`, or as it is; RecipeError names what is wrong."""
+    """A method from its name, from `{"name": ..., option: value}`, or as it is; RecipeError names what is wrong.
+
+    An option that is a method itself is given in the same way, but by name alone only as `{"name": ...}`.
+    """
     if not isinstance(spec, str | Mapping):
         return spec
     options = {"name": spec} if isinstance(spec, str) else dict(spec)
@@ -28,13 +32,15 @@ def parse_method(spec: str | Mapping[str, Any] | Method) -> Method:
             if unknown := sorted(set(options) - known):
                 has = ", ".join(sorted(known)) or "none"
                 raise RecipeError(f"method {name}: option {unknown[0]!r} does not exist; its options are: {has}")
-            return method(**options)
+            values: dict[str, Any] = {k: parse_method(v) if isinstance(v, Mapping) else v for k, v in options.items()}
+            return method(**values)
     raise RecipeError(f"{name!r} is not a method; it must be one of {', '.join(m.name for m in METHODS)}")
 
 
 def method_options(method: Method) -> dict[str, Any]:
     """The inverse of `parse_method`: `{"name": ..., option: value}`."""
-    return {"name": method.name, **asdict(method)}  # type: ignore[call-overload]
+    values = {field.name: getattr(method, field.name) for field in fields(method)}  # type: ignore[arg-type]
+    return {"name": method.name, **{k: method_options(v) if isinstance(v, Method) else v for k, v in values.items()}}
 
 
-__all__ = ["GPTQ", "HQQ", "METHODS", "RTN", "Clip", "Method", "method_options", "parse_method"]
+__all__ = ["GPTQ", "HQQ", "METHODS", "RTN", "Clip", "Method", "Refine", "method_options", "parse_method"]

@@ -33,16 +33,18 @@ class Method(Protocol):
 class Block:
     """A block of the model at work, for methods that choose the codes of all its matrices together.
 
-    `forward(numbers)` runs the block, with the parameters that it has at that moment, on the samples of these
-    numbers, (n,) int64 -> (n, context, hidden); its inputs are those of the quantized model so far. `targets`
-    (samples, context, hidden) is what the unquantized model has behind this block. `parameters` are those to be
-    quantized, in their own shapes, by name.
+    `forward` runs the block, with the parameters that it has at that moment, (n, context, hidden) to the same shape.
+    `inputs` (samples, context, hidden) are those of the quantized model so far, `targets` what the unquantized model
+    has behind this block. `parameters` are those to be quantized, by name; `shaped` gives their matrices (out, in)
+    the shapes that they have in the module.
     """
 
     module: nn.Module
     forward: Callable[[Tensor], Tensor]
+    inputs: Tensor
     targets: Tensor
     parameters: Mapping[str, nn.Parameter]
+    shaped: Mapping[str, Callable[[Tensor], Tensor]]
 
 
 @runtime_checkable
