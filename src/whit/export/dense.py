@@ -24,6 +24,7 @@ class Dense(FolderExport):
 
     name: ClassVar[str] = "bf16"
     summary: ClassVar[str] = "a plain transformers checkpoint"
+    dtype: ClassVar[torch.dtype] = torch.bfloat16
 
     def problems(self, formats: Mapping[Target, Format]) -> list[str]:
         return [
@@ -33,10 +34,10 @@ class Dense(FolderExport):
 
     def specs(self, parameter: Parameter) -> Mapping[str, TensorSpec]:
         spec = parameter.spec
-        return {parameter.name: TensorSpec(spec.shape, torch.bfloat16 if spec.dtype.is_floating_point else spec.dtype)}
+        return {parameter.name: TensorSpec(spec.shape, self.dtype if spec.dtype.is_floating_point else spec.dtype)}
 
     def config(self, outcome: Outcome) -> dict[str, Any]:
-        return {"dtype": "bfloat16"}
+        return {"dtype": str(self.dtype).removeprefix("torch.")}
 
     def files(self, outcome: Outcome) -> Mapping[str, bytes]:
         config = {key: value for key, value in outcome.config.items() if key != "torch_dtype"}  # dtype's older name
@@ -44,3 +45,17 @@ class Dense(FolderExport):
 
     def card(self, outcome: Outcome) -> str:
         return CARD.format(name=short_name(outcome.model))
+
+
+class Float16(Dense):
+    """The same in float16."""
+
+    name: ClassVar[str] = "fp16"
+    dtype: ClassVar[torch.dtype] = torch.float16
+
+
+class Float32(Dense):
+    """The same in float32."""
+
+    name: ClassVar[str] = "fp32"
+    dtype: ClassVar[torch.dtype] = torch.float32

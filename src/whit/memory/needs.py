@@ -9,11 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from whit.errors import RecipeError
+from whit.export.dense import Dense, Float16, Float32
+from whit.export.whit import Whit
 from whit.formats import parse_format
 from whit.memory.activations import Widths, logits_bytes, prefill_bytes, training_bytes, widths, workspace_bytes
 from whit.memory.cache import DENSE, CacheLayer, cache_bytes, cache_layers, check_precision
@@ -31,6 +34,7 @@ OVERHEAD = {"cpu": 430_000_000, "cuda": 600_000_000}
 RUN = ("fp32", "bf16", "int8", "int6-g64", "nf4-dq", "int4-g128", "int3-g64", "int2-g32")
 LADDER = ("bf16", "int8", "int6-g64", "int5-g64", "nf4-dq", "int4-g64", "int3-g64", "int2-g32")  # best first
 TRAINED = {"full": ("fp32", "bf16"), "lora": ("bf16", "int8", "nf4-dq"), "qlora": ("nf4-dq", "int4-g64")}
+DENSE_FILES = {file.dtype: file for file in (Dense, Float16, Float32)}
 TEXTBOOK = (("FP32", 32), ("FP16", 16), ("INT8", 8), ("INT4", 4))
 FAR = 1 << 24  # tokens: a search for the longest context ends here
 PROMPT = 64  # rows that every kernel takes for a prompt
@@ -121,10 +125,10 @@ class Planner:
         """The weights in a format; RecipeError where it does not fit the model."""
         source = self.subject.source
         if spec in DENSE and not self.situation.rules:
-            plan = plan_dense(source, DENSE[spec])
+            plan = plan_dense(source, DENSE_FILES[DENSE[spec]](source.model, Path()))
             return Weights(spec, plan.size_bytes, plan.bits_per_weight)
         recipe = Recipe(None, [("*", spec), *self.situation.rules])
-        plan = plan_quantization(source, recipe)
+        plan = plan_quantization(source, recipe, Whit(source.model, Path()))
         packed = {i.target: i.format for i in plan.items if i.target is not None and i.format is not None}
         return Weights(str(parse_format(spec)), plan.size_bytes, plan.bits_per_weight, packed)
 

@@ -32,9 +32,10 @@ class ConfigSource:
     """The parameters that a checkpoint of this skeleton holds, as `save_pretrained` writes it, in one dtype."""
 
     checkpoint: Checkpoint  # there is none: nothing can be read
+    config: Mapping[str, Any]
 
     def __init__(self, model: PreTrainedModel, dtype: torch.dtype) -> None:
-        self.model = model
+        self.model, self.config = model, model.config.to_dict()
         state = model.state_dict()
         self.tied = {n: o for n, o in (model.all_tied_weights_keys or {}).items() if n in state and o in state}
         skipped = set(model._keys_to_ignore_on_save or ()) | set(self.tied)
