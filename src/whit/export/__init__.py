@@ -5,11 +5,17 @@ from __future__ import annotations
 import difflib
 
 from whit.errors import RecipeError
+from whit.export.awq import AWQ
 from whit.export.base import Exporter, Outcome, Parameter, Value
+from whit.export.bitsandbytes import BitsAndBytes
+from whit.export.compressed_tensors import CompressedTensors, CompressedTensorsInt8
 from whit.export.dense import Dense
+from whit.export.gptq import GPTQ, GPTQv2
 from whit.export.whit import Whit
 
-EXPORTERS: tuple[type[Exporter], ...] = (Whit, Dense)
+EXPORTERS: tuple[type[Exporter], ...] = (
+    Whit, Dense, GPTQ, GPTQv2, AWQ, BitsAndBytes, CompressedTensors, CompressedTensorsInt8,
+)  # fmt: skip
 
 
 def exporter_named(name: str) -> type[Exporter]:

@@ -5,16 +5,18 @@ from __future__ import annotations
 import difflib
 
 from whit.errors import FormatError
+from whit.formats.absmax import Absmax8
 from whit.formats.affine import Affine
 from whit.formats.codebook import FP4, NF4, Codebook
 from whit.formats.ggml import Ggml
 from whit.formats.microfloat import BFloat16, Float8
 from whit.tensor import Format
 
-FORMATS = (Affine, Codebook, Ggml, Float8, BFloat16)
+FORMATS = (Affine, Codebook, Ggml, Float8, BFloat16, Absmax8)
 
 EXAMPLES = {
     "int8": "8-bit integers, one float32 scale per row (the same as int8-channel)",
+    "int8-absmax": "as bitsandbytes rounds to 8 bits: w = code max|w| / 127",
     "int8-tensor": "one scale for the whole tensor",
     "int8-g128": "one bfloat16 scale per 128 columns",
     "int6-g64": "", "int5-g64": "", "int4-channel": "",

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 from whit.errors import FormatError
+from whit.layouts.awq import AWQLayout
 from whit.layouts.base import Layout
 from whit.layouts.bits import Bits
+from whit.layouts.bitsandbytes import Bnb4Bit, Bnb8Bit
+from whit.layouts.compressed_tensors import FloatQuantized, IntQuantized, PackQuantized
+from whit.layouts.gptq import GPTQLayout
 
 BITS = Bits()
-LAYOUTS: tuple[Layout, ...] = (BITS,)
+LAYOUTS: tuple[Layout, ...] = (
+    BITS, GPTQLayout(1), GPTQLayout(2), AWQLayout(), Bnb4Bit(), Bnb8Bit(), PackQuantized(), IntQuantized(),
+    FloatQuantized(),
+)  # fmt: skip
 
 
 def layout_named(name: str) -> Layout:
