@@ -294,7 +294,7 @@ def test_architectures_that_nobody_knows(tmp_path: Path):
             prepare(tmp_path / "model", tmp_path / "out", INT4, Options())
         assert "\n" not in str(caught.value)
     path.write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))
-    with pytest.raises(CheckpointError, match="already quantized, by gptq"):
+    with pytest.raises(CheckpointError, match="says quantized by gptq, and no tensor is"):
         prepare(tmp_path / "model", tmp_path / "out", INT4, Options())
     path.unlink()
     with pytest.raises(CheckpointError, match=r"config.json: no such file"):

@@ -35,7 +35,7 @@ def finish(job: Job, work: WorkFolder) -> None:
 
 def _outcome(job: Job) -> Outcome:
     plan, source = job.plan, job.source
-    config = {key: value for key, value in source.config.items() if key != "quantization_config"}
+    config = {key: value for key, value in source.config.items() if key not in ("quantization_config", "quantization")}
     return Outcome(job.model, config, job.recipe, plan.items, source.tied, plan.bits_per_weight, plan.size_bytes)
 
 

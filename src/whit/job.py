@@ -14,11 +14,14 @@ import torch
 import whit
 from whit.calibration import Calibration, CalibrationTokens
 from whit.checkpoint.hub import resolve_model
-from whit.checkpoint.reader import Checkpoint
+from whit.checkpoint.reader import Checkpoint, read_json
 from whit.checkpoint.work import check_out
 from whit.errors import RecipeError
 from whit.export import Exporter, exporter_named
-from whit.export.packed import PackedSource, whit_config
+from whit.export.foreign import ForeignSource
+from whit.export.packed import PackedSource
+from whit.export.readers import quant_method, read_foreign
+from whit.export.whit import QUANT_METHOD
 from whit.integrations.loading import load_tokenizer, maximum_context
 from whit.model.graph import find_blocks
 from whit.model.skeleton import load_skeleton
@@ -144,8 +147,12 @@ def _tokens(
 
 
 def open_source(folder: Path, trust_remote_code: bool = False) -> Source:
-    """The parameters of a model folder: a plain one, or one that whit quantized."""
-    config = whit_config(folder)
+    """The parameters of a model folder: a plain one, or one that whit or another program quantized."""
+    config = read_json(folder / "config.json")
     model = load_skeleton(folder, trust_remote_code)
-    checkpoint = Checkpoint(folder)
-    return ModelSource(model, checkpoint) if config is None else PackedSource(model, checkpoint, config)
+    checkpoint, method = Checkpoint(folder), quant_method(config)
+    if method is None:
+        return ModelSource(model, checkpoint)
+    if method == QUANT_METHOD:
+        return PackedSource(model, checkpoint, config["quantization_config"])
+    return ForeignSource(model, read_foreign(config, checkpoint))

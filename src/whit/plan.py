@@ -45,6 +45,18 @@ class Source(Protocol):
     def read(self, name: str) -> Tensor: ...
     def entry(self, name: str) -> Entry | None: ...
 
+    def format(self, name: str) -> Format | None:
+        """The format in which a parameter is stored and can be had exactly; None where there is none."""
+        ...
+
+    def quantized(self, name: str) -> QuantizedTensor:
+        """A parameter in its `format`, codes and params as they are in the file."""
+        ...
+
+    def note(self, name: str) -> str | None:
+        """Why a parameter that is quantized in the file has no format."""
+        ...
+
 
 @dataclass(frozen=True)
 class Item(Parameter):

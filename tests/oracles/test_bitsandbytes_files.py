@@ -31,9 +31,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         save_tiny(folder / architecture, architecture)
         for kind in KINDS:
             out = folder / f"{architecture}-{kind}"
-            account = whit.quantize(
-                folder / architecture, out, whit.Recipe(rules=[("*", kind)]), export="bitsandbytes"
-            )
+            account = whit.quantize(folder / architecture, out, whit.Recipe(rules=[("*", kind)]), export="bitsandbytes")
             assert account.decoded is not None
             assert account.decoded["largest_error"] == 0
             assert account.decoded["parameters"] == {"llama": 14, "gpt2": 8}[architecture]

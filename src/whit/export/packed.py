@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,26 +12,12 @@ from transformers import PreTrainedModel
 from whit.checkpoint.header import Entry
 from whit.checkpoint.reader import Checkpoint, read_json
 from whit.errors import CheckpointError
-from whit.export.whit import QUANT_METHOD, packed_specs
+from whit.export.whit import packed_specs
 from whit.formats import parse_format
 from whit.layouts import layout_named
 from whit.model.source import NOT_STORED, Origin
 from whit.model.targets import Target, find_targets
-from whit.tensor import Format, PackedWeight, TensorSpec
-
-
-def whit_config(folder: Path) -> dict[str, Any] | None:
-    """The `quantization_config` of a folder that whit wrote, None of a plain one."""
-    found = read_json(folder / "config.json").get("quantization_config")
-    if found is None:
-        return None
-    if not isinstance(found, dict) or found.get("quant_method") != QUANT_METHOD:
-        method = found.get("quant_method") if isinstance(found, dict) else found
-        raise CheckpointError(
-            f"{folder}: already quantized, by {method}; it must have 16- or 32-bit weights or be whit's own; "
-            "use the original model"
-        )
-    return found
+from whit.tensor import Format, PackedWeight, QuantizedTensor, TensorSpec
 
 
 class PackedSource:
@@ -64,15 +49,27 @@ class PackedSource:
         """One parameter as the model holds it: float32 where it was packed, else its own dtype."""
         if name not in self.packed:
             return self.checkpoint[name]
-        target, format = self.packed[name]
-        keys = self.origins[name].keys
-        tensors = {key.removeprefix(f"{target.holder}."): self.checkpoint[key] for key in keys}
-        weight = self.layout.unpack(PackedWeight(self.layout.name, format, target.shape, tensors)).dequantize()
-        return weight.t().contiguous() if target.transposed else weight
+        weight = self.quantized(name).dequantize()
+        return weight.t().contiguous() if self.packed[name][0].transposed else weight
 
     def entry(self, name: str) -> Entry | None:
         """Where a parameter that is not packed lies."""
         return None if name in self.packed else self.checkpoint.entries[name]
+
+    def format(self, name: str) -> Format | None:
+        """The format of a parameter, None of one that is not packed."""
+        return self.packed[name][1] if name in self.packed else None
+
+    def quantized(self, name: str) -> QuantizedTensor:
+        """A packed parameter as it is in the file."""
+        target, format = self.packed[name]
+        keys = self.origins[name].keys
+        tensors = {key.removeprefix(f"{target.holder}."): self.checkpoint[key] for key in keys}
+        return self.layout.unpack(PackedWeight(self.layout.name, format, target.shape, tensors))
+
+    def note(self, name: str) -> str | None:
+        """Nothing: every parameter has its format."""
+        return None
 
     def _account(self, state: Mapping[str, Tensor]) -> None:
         for target, owner in (self.model.all_tied_weights_keys or {}).items():

@@ -1,0 +1,51 @@
+"""Checkpoints that other programs quantized. A new kind is one file and one row in READERS."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from whit.checkpoint.reader import Checkpoint
+from whit.errors import CheckpointError
+from whit.export.readers.awq import read_awq
+from whit.export.readers.base import Foreign, Packed, Reader
+from whit.export.readers.bitsandbytes import read_bitsandbytes
+from whit.export.readers.compressed_tensors import read_compressed_tensors
+from whit.export.readers.gptq import read_gptq
+
+READERS: tuple[tuple[str, Reader], ...] = (
+    ("gptq", read_gptq),
+    ("awq", read_awq),
+    ("bitsandbytes", read_bitsandbytes),
+    ("compressed-tensors", read_compressed_tensors),
+)
+
+
+def quant_method(config: Mapping[str, Any]) -> str | None:
+    """How config.json says that a model is quantized; None where it says nothing."""
+    found = config.get("quantization_config") or config.get("quantization")
+    if not found:
+        return None
+    if not isinstance(found, dict):
+        return str(found)
+    return str(found.get("quant_method", "mlx" if "group_size" in found and "bits" in found else "unknown"))
+
+
+def read_foreign(config: Mapping[str, Any], checkpoint: Checkpoint) -> Foreign:
+    """A foreign checkpoint as if it were not quantized. CheckpointError where it is of no known kind, or damaged."""
+    method = quant_method(config)
+    found = config.get("quantization_config") or config.get("quantization")
+    for name, reader in READERS:
+        if name == method and isinstance(found, dict):
+            packed = reader(found, checkpoint)
+            if not packed:
+                raise CheckpointError(
+                    f"{checkpoint.folder}: config.json says quantized by {method}, and no tensor is; "
+                    "both must agree; correct config.json"
+                )
+            return Foreign(checkpoint, packed)
+    known = ", ".join(["whit", *(name for name, _ in READERS)])
+    raise CheckpointError(f"{checkpoint.folder}: quantized by {method}; whit reads {known}; use the original model")
+
+
+__all__ = ["READERS", "Foreign", "Packed", "Reader", "quant_method", "read_foreign"]

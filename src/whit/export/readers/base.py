@@ -1,0 +1,110 @@
+"""A foreign checkpoint seen as a plain one: each quantized linear shows the `weight` that it stands for, dequantized.
+
+What reads plain checkpoints (`model.source`) then finds names, conversions, ties and missing parameters as always;
+`packed` keeps what is behind each such weight, for whoever wants the codes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from whit.checkpoint.header import Entry
+from whit.checkpoint.reader import Checkpoint
+from whit.errors import CheckpointError
+from whit.tensor import Format, QuantizedTensor, TensorSpec
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A quantized matrix in a file. `keys` are its tensors; `format` is None where no format of whit holds it exactly,
+    for the reason in `note`; `read` gives the value, floats in that case."""
+
+    keys: tuple[str, ...]
+    shape: tuple[int, ...]
+    format: Format | None
+    read: Callable[[], QuantizedTensor | Tensor]
+    note: str | None = None
+
+    def floats(self) -> Tensor:
+        """The float32 weight."""
+        value = self.read()
+        return value.dequantize() if isinstance(value, QuantizedTensor) else value
+
+
+Reader: TypeAlias = Callable[[Mapping[str, Any], Checkpoint], dict[str, Packed]]
+"""(quantization_config, tensors) to weight name and what is behind it; reads no codes."""
+
+
+class Foreign(Mapping[str, Tensor]):
+    """The attributes of a Checkpoint that sources use."""
+
+    def __init__(self, checkpoint: Checkpoint, packed: dict[str, Packed]) -> None:
+        self.checkpoint, self.packed = checkpoint, packed
+        self.folder, self.shards = checkpoint.folder, checkpoint.shards
+        hidden = {key for item in packed.values() for key in item.keys}
+        self.entries = {name: entry for name, entry in checkpoint.entries.items() if name not in hidden}
+        for name, item in packed.items():
+            spec = TensorSpec(item.shape, torch.float32)
+            self.entries[name] = Entry(checkpoint.entries[item.keys[0]].path, spec, 0, 0)
+        self._transposed: set[str] = set()
+
+    def transpose(self, name: str) -> None:
+        """Show a quantized weight (out, in) as (in, out), as a Conv1D holds it."""
+        entry = self.entries[name]
+        self.entries[name] = replace(entry, spec=TensorSpec(entry.spec.shape[::-1], entry.spec.dtype))
+        self._transposed.add(name)
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self.packed:
+            return self.checkpoint[name]
+        floats = self.packed[name].floats()
+        return floats.t().contiguous() if name in self._transposed else floats
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.entries)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def descriptor(self, path: Path) -> int:
+        """Of a file with tensors that are not quantized."""
+        return self.checkpoint.descriptor(path)
+
+    def close(self) -> None:
+        """Close the files."""
+        self.checkpoint.close()
+
+
+def modules_with(checkpoint: Checkpoint, suffix: str) -> list[str]:
+    """Modules that have a tensor of that name."""
+    return [name.removesuffix(f".{suffix}") for name in checkpoint if name.endswith(f".{suffix}")]
+
+
+def shape_of(checkpoint: Checkpoint, key: str, dimensions: int, dtypes: tuple[torch.dtype, ...]) -> tuple[int, ...]:
+    """The shape of a tensor that must be there, or CheckpointError."""
+    entry = checkpoint.entries.get(key)
+    kinds = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+    if entry is None:
+        raise CheckpointError(f"{checkpoint.folder}: {key} is missing; a quantized linear has it; get the file again")
+    if len(entry.spec.shape) != dimensions or entry.spec.dtype not in dtypes:
+        raise CheckpointError(
+            f"{checkpoint.folder}: {key} is {entry.spec.dtype} {list(entry.spec.shape)}; it must be {kinds} with "
+            f"{dimensions} dimensions; get the file again"
+        )
+    return entry.spec.shape
+
+
+def group_size_of(columns: int, groups: int, where: str) -> int:
+    """Columns per group, 0 for the whole row; CheckpointError where they do not divide."""
+    if groups < 1 or columns % groups:
+        raise CheckpointError(f"{where}: {columns} columns in {groups} groups; they must divide; get the file again")
+    return 0 if groups == 1 else columns // groups
+
+
+SCALE_TYPES = {torch.float16: "f16", torch.bfloat16: "bf16", torch.float32: "f32"}

@@ -1,0 +1,153 @@
+"""compressed-tensors: pack-quantized (dense words of 0.18 and padded ones before), int-, float- and naive-quantized."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from whit.checkpoint.reader import Checkpoint
+from whit.errors import CheckpointError
+from whit.export.readers.base import SCALE_TYPES, Packed, group_size_of, modules_with, shape_of
+from whit.export.readers.gptq import FLOATS
+from whit.formats.affine import Affine
+from whit.formats.microfloat import Float8
+from whit.layouts.affine import signed
+from whit.layouts.gptq import plain_groups
+from whit.layouts.words import unpack_padded, unpack_words, word_count
+from whit.tensor import QuantizedTensor
+
+UNREAD = ("nvfp4-pack-quantized", "mxfp4-pack-quantized", "mxfp8-quantized")
+
+
+def read_compressed_tensors(config: Mapping[str, Any], checkpoint: Checkpoint) -> dict[str, Packed]:
+    """Linears with a `weight_packed`, and those with a `weight` of 8 bits and a `weight_scale`."""
+    groups = [g for g in dict(config.get("config_groups") or {}).values() if isinstance(g, dict)]
+    kinds = {str(config.get("format")), *(str(g.get("format")) for g in groups)}
+    if unread := sorted(kinds & set(UNREAD)):
+        raise CheckpointError(
+            f"{checkpoint.folder}: compressed-tensors format {unread[0]}; whit reads pack-, int- and float-quantized; "
+            "use the original model"
+        )
+    weights = [g["weights"] for g in groups if isinstance(g.get("weights"), dict)]
+    claimed = [int(w["num_bits"]) for w in weights if isinstance(w.get("num_bits"), int)]
+    packed = {f"{m}.weight": _packed(checkpoint, m, claimed) for m in modules_with(checkpoint, "weight_packed")}
+    for module in modules_with(checkpoint, "weight_scale"):
+        if f"{module}.weight" in checkpoint:
+            packed[f"{module}.weight"] = _bytes(checkpoint, module)
+    return packed
+
+
+def packing(columns: int, words: int, claimed: list[int]) -> tuple[int, bool] | None:
+    """(bits, dense) that put `columns` integers into `words`; the claimed widths only. None where none does."""
+    for bits in claimed:
+        if 1 <= bits <= 8 and word_count(columns, bits) == words:
+            return bits, True
+        if 1 <= bits <= 8 and -(-columns // (32 // bits)) == words:
+            return bits, False
+    return None
+
+
+def _packed(checkpoint: Checkpoint, module: str, claimed: list[int]) -> Packed:
+    where = f"{checkpoint.folder}: {module}"
+    rows, words = shape_of(checkpoint, f"{module}.weight_packed", 2, (torch.int32,))
+    shape_of(checkpoint, f"{module}.weight_shape", 1, (torch.int64, torch.int32))
+    said = checkpoint[f"{module}.weight_shape"].tolist()
+    scales = shape_of(checkpoint, f"{module}.weight_scale", 2, FLOATS)
+    found = packing(said[1], words, claimed) if len(said) == 2 and 0 < said[1] <= 32 * words else None
+    if found is None or said[0] != rows or scales[0] != rows:
+        raise CheckpointError(
+            f"{where}: weight_packed {[rows, words]} and weight_scale {list(scales)} do not fit weight_shape {said} in "
+            f"{' or '.join(map(str, claimed)) or 'no'} bits; they must; correct config.json or get the file again"
+        )
+    (bits, dense), columns = found, said[1]
+    unpack = unpack_words if dense else unpack_padded
+    keys = ["weight_packed", "weight_scale", "weight_shape"]
+    keys += [key for key in ("weight_zero_point", "weight_g_idx") if f"{module}.{key}" in checkpoint]
+    names = tuple(f"{module}.{key}" for key in keys)
+    size = group_size_of(columns, scales[1], where)
+    index = checkpoint[f"{module}.weight_g_idx"] if "weight_g_idx" in keys else None
+    plain = index is None or bool((index < 0).all()) or torch.equal(index.int(), plain_groups(columns, size))
+    dtype = checkpoint.entries[f"{module}.weight_scale"].spec.dtype
+    format = Affine(bits, size, "weight_zero_point" not in keys, scale_type=SCALE_TYPES[dtype])
+    read = partial(_read, checkpoint, module, format, (rows, columns), unpack)
+    if plain or index is None:
+        return Packed(names, (rows, columns), format, read)
+    note = "act-order: its groups are no runs of neighbouring columns"
+    return Packed(names, (rows, columns), None, partial(_by_index, read, index), note)
+
+
+def _read(
+    checkpoint: Checkpoint,
+    module: str,
+    format: Affine,
+    shape: tuple[int, int],
+    unpack: Callable[[Tensor, int, int], Tensor],
+) -> QuantizedTensor:
+    codes = unpack(checkpoint[f"{module}.weight_packed"], shape[1], format.bits)
+    scale, zero = checkpoint[f"{module}.weight_scale"], None
+    if not format.symmetric:
+        stored = checkpoint[f"{module}.weight_zero_point"]
+        if stored.dtype == torch.int32 and stored.shape != scale.shape:
+            zero = unpack(stored.t().contiguous(), shape[0], format.bits).t().contiguous()
+        else:  # older files: signed, one an element
+            zero = (stored.to(torch.int16) + (1 << (format.bits - 1))).to(torch.uint8)
+        if zero.shape != scale.shape:
+            raise CheckpointError(f"{module}.weight_zero_point: {list(zero.shape)} for {list(scale.shape)} scales")
+    return signed(format, shape, codes, scale, zero)
+
+
+def _by_index(read: Callable[[], QuantizedTensor], index: Tensor) -> Tensor:
+    """The weight where columns of a group lie apart: a column's scale is its group's."""
+    value = read()
+    assert isinstance(value.format, Affine)
+    params = {name: param[:, index.long()] for name, param in value.params.items() if isinstance(param, Tensor)}
+    wide = Affine(value.format.bits, 1, value.format.symmetric, scale_type=value.format.scale_type)
+    return wide.decode(value.codes, params)
+
+
+def _bytes(checkpoint: Checkpoint, module: str) -> Packed:
+    rows, columns = shape_of(checkpoint, f"{module}.weight", 2, (torch.int8, torch.float8_e4m3fn))
+    entry = checkpoint.entries[f"{module}.weight_scale"]
+    keys = ["weight", "weight_scale"]
+    keys += [k for k in ("weight_zero_point", "input_scale", "input_zero_point") if f"{module}.{k}" in checkpoint]
+    names = tuple(f"{module}.{key}" for key in keys)
+    shape, count = (rows, columns), entry.spec.nbytes // entry.spec.dtype.itemsize
+    is_float = checkpoint.entries[f"{module}.weight"].spec.dtype == torch.float8_e4m3fn
+    shifted = "weight_zero_point" in keys and bool(checkpoint[f"{module}.weight_zero_point"].any())
+    if count not in (1, rows) or shifted or entry.spec.dtype not in SCALE_TYPES:
+        note = "scales per group or tile, or zero points, with a byte a weight"
+        return Packed(names, shape, None, partial(_dense, checkpoint, module, shifted), note)
+    kind = SCALE_TYPES[entry.spec.dtype]
+    format = Float8() if is_float else Affine(8, 0, True, count == 1 and rows > 1, scale_type=kind)
+
+    def read() -> QuantizedTensor:
+        weight, scale = checkpoint[f"{module}.weight"], checkpoint[f"{module}.weight_scale"].reshape(-1, 1)
+        if is_float:
+            return QuantizedTensor(
+                format, shape, weight.view(torch.uint8), {"scale": scale.float().expand(rows, 1).contiguous()}
+            )
+        return QuantizedTensor(format, shape, weight, {"scale": scale})
+
+    return Packed(names, shape, format, read)
+
+
+def _dense(checkpoint: Checkpoint, module: str, shifted: bool) -> Tensor:
+    """Scales (n, m) each stand for a tile of (rows / n, columns / m)."""
+    weight, scale = checkpoint[f"{module}.weight"].float(), checkpoint[f"{module}.weight_scale"].float()
+    scale = scale.reshape(-1, 1) if scale.dim() < 2 else scale
+    if shifted:
+        weight = weight - _tiled(checkpoint[f"{module}.weight_zero_point"].float().reshape(scale.shape), weight.shape)
+    return weight * _tiled(scale, weight.shape)
+
+
+def _tiled(values: Tensor, shape: torch.Size) -> Tensor:
+    for dimension in (0, 1):
+        step, rest = divmod(shape[dimension], values.shape[dimension])
+        if rest:
+            raise CheckpointError(f"weight_scale {list(values.shape)}: tiles do not divide {list(shape)}; they must")
+        values = values.repeat_interleave(step, dim=dimension)
+    return values
