@@ -47,3 +47,95 @@ def quantize_chunk(
     )
     assert written == out.size
     return torch.from_numpy(out)
+
+
+class Opaque(ctypes.Structure):
+    """Parameters passed by value whose fields differ between versions: more room than any needs."""
+
+    _fields_ = (("words", ctypes.c_uint32 * 128),)
+
+
+class Batch(ctypes.Structure):
+    """llama_batch."""
+
+    _fields_ = (
+        ("n_tokens", ctypes.c_int32),
+        ("token", ctypes.POINTER(ctypes.c_int32)),
+        ("embd", ctypes.c_void_p),
+        ("pos", ctypes.POINTER(ctypes.c_int32)),
+        ("n_seq_id", ctypes.POINTER(ctypes.c_int32)),
+        ("seq_id", ctypes.POINTER(ctypes.POINTER(ctypes.c_int32))),
+        ("logits", ctypes.POINTER(ctypes.c_int8)),
+    )
+
+
+@cache
+def _quiet(_: None = None) -> object:
+    """llama.cpp's log, swallowed."""
+    loaded = library()
+    assert loaded is not None
+    callback = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(lambda *_: None)
+    loaded.llama_log_set(callback, None)
+    loaded.llama_backend_init()
+    return callback
+
+
+class LlamaCpp:
+    """A GGUF file as llama.cpp runs it, on the CPU with one thread."""
+
+    def __init__(self, path: Path) -> None:
+        loaded = library()
+        assert loaded is not None
+        self._keep, self._c = _quiet(), loaded
+        for name in ("llama_model_load_from_file", "llama_init_from_model", "llama_model_get_vocab"):
+            getattr(loaded, name).restype = ctypes.c_void_p
+        loaded.llama_model_default_params.restype = Opaque
+        loaded.llama_context_default_params.restype = Opaque
+        loaded.llama_batch_init.restype = Batch
+        loaded.llama_get_logits.restype = ctypes.POINTER(ctypes.c_float)
+        loaded.llama_get_logits.argtypes = [ctypes.c_void_p]
+        loaded.llama_decode.argtypes = [ctypes.c_void_p, Batch]
+        loaded.llama_model_load_from_file.argtypes = [ctypes.c_char_p, Opaque]
+        loaded.llama_init_from_model.argtypes = [ctypes.c_void_p, Opaque]
+        loaded.llama_model_get_vocab.argtypes = [ctypes.c_void_p]
+        loaded.llama_vocab_n_tokens.argtypes = [ctypes.c_void_p]
+        for name in ("llama_model_free", "llama_free"):
+            getattr(loaded, name).argtypes = [ctypes.c_void_p]
+        self._model = loaded.llama_model_load_from_file(str(path).encode(), loaded.llama_model_default_params())
+        assert self._model, f"llama.cpp does not load {path}"
+        self._vocab = loaded.llama_model_get_vocab(self._model)
+        self.size = loaded.llama_vocab_n_tokens(self._vocab)
+
+    def tokens(self, text: str, special: bool = False) -> list[int]:
+        """What its own tokenizer makes of a text."""
+        data = text.encode()
+        room = (ctypes.c_int32 * (len(data) + 8))()
+        call = self._c.llama_tokenize
+        call.argtypes = [
+            ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int32, ctypes.c_void_p, ctypes.c_int32,
+            ctypes.c_bool, ctypes.c_bool,
+        ]  # fmt: skip
+        count = call(self._vocab, data, len(data), room, len(room), special, True)
+        assert count >= 0
+        return list(room[:count])
+
+    def logits(self, tokens: torch.Tensor) -> torch.Tensor:
+        """(tokens,) to logits (tokens, vocabulary), in a context of its own."""
+        count = len(tokens)
+        params = self._c.llama_context_default_params()
+        for field in range(3):  # n_ctx, n_batch, n_ubatch
+            params.words[field] = max(count, 32)
+        context = self._c.llama_init_from_model(self._model, params)
+        assert context
+        batch = self._c.llama_batch_init(count, 0, 1)
+        batch.n_tokens = count
+        for i, token in enumerate(tokens.tolist()):
+            batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.logits[i] = token, i, 1, 1
+            batch.seq_id[i][0] = 0
+        assert self._c.llama_decode(context, batch) == 0
+        found = np.ctypeslib.as_array(self._c.llama_get_logits(context), (count, self.size)).copy()
+        self._c.llama_free(context)
+        return torch.from_numpy(found)
+
+    def close(self) -> None:
+        self._c.llama_model_free(self._model)

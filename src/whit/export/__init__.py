@@ -10,11 +10,12 @@ from whit.export.base import Exporter, Outcome, Parameter, Value
 from whit.export.bitsandbytes import BitsAndBytes
 from whit.export.compressed_tensors import CompressedTensors, CompressedTensorsInt8
 from whit.export.dense import Dense
+from whit.export.gguf import Gguf
 from whit.export.gptq import GPTQ, GPTQv2
 from whit.export.whit import Whit
 
 EXPORTERS: tuple[type[Exporter], ...] = (
-    Whit, Dense, GPTQ, GPTQv2, AWQ, BitsAndBytes, CompressedTensors, CompressedTensorsInt8,
+    Whit, Dense, Gguf, GPTQ, GPTQv2, AWQ, BitsAndBytes, CompressedTensors, CompressedTensorsInt8,
 )  # fmt: skip
 
 

@@ -8,11 +8,13 @@ from whit.layouts.base import Layout
 from whit.layouts.bits import Bits
 from whit.layouts.bitsandbytes import Bnb4Bit, Bnb8Bit
 from whit.layouts.compressed_tensors import FloatQuantized, IntQuantized, PackQuantized
+from whit.layouts.ggml import GgmlBlocks
 from whit.layouts.gptq import GPTQLayout
 
 BITS = Bits()
+GGML = GgmlBlocks()
 LAYOUTS: tuple[Layout, ...] = (
-    BITS, GPTQLayout(1), GPTQLayout(2), AWQLayout(), Bnb4Bit(), Bnb8Bit(), PackQuantized(), IntQuantized(),
+    BITS, GGML, GPTQLayout(1), GPTQLayout(2), AWQLayout(), Bnb4Bit(), Bnb8Bit(), PackQuantized(), IntQuantized(),
     FloatQuantized(),
 )  # fmt: skip
 
@@ -26,4 +28,4 @@ def layout_named(name: str) -> Layout:
     raise FormatError(f"layout {name!r} is not known; it must be one of {known}; update whit to read this file")
 
 
-__all__ = ["BITS", "LAYOUTS", "Bits", "Layout", "layout_named"]
+__all__ = ["BITS", "GGML", "LAYOUTS", "Bits", "GgmlBlocks", "Layout", "layout_named"]

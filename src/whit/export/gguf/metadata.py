@@ -1,0 +1,125 @@
+"""What a GGUF file says of a model's shape: the key-values under `<architecture>.`."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from whit.errors import UnsupportedModelError
+from whit.export.gguf.architectures import Architecture
+from whit.export.gguf.header import Info, Value
+from whit.tensor import TensorSpec
+
+F32 = 0
+QUANTIZATION_VERSION = 2  # of ggml's formats
+
+
+def metadata_of(config: Any, architecture: Architecture, folder: Path) -> dict[str, Value]:
+    """All key-values but the tokenizer's and the file type."""
+    shape = _gpt2(config) if architecture.name == "gpt2" else _llama_like(config, architecture, str(folder))
+    return {
+        "general.architecture": architecture.name,
+        "general.type": "model",
+        "general.name": folder.resolve().name,
+        "general.quantization_version": QUANTIZATION_VERSION,
+        **{f"{architecture.name}.{key}": value for key, value in shape.items()},
+    }
+
+
+def _gpt2(config: Any) -> dict[str, Value]:
+    return {
+        "vocab_size": config.vocab_size, "context_length": config.n_positions, "embedding_length": config.n_embd,
+        "block_count": config.n_layer, "feed_forward_length": config.n_inner or 4 * config.n_embd,
+        "attention.head_count": config.n_head, "attention.layer_norm_epsilon": float(config.layer_norm_epsilon),
+    }  # fmt: skip
+
+
+def _llama_like(config: Any, architecture: Architecture, where: str) -> dict[str, Value]:
+    heads = config.num_attention_heads
+    width = head_width(config)
+    rope = rope_parameters(config)
+    shape: dict[str, Value] = {
+        "vocab_size": config.vocab_size, "context_length": config.max_position_embeddings,
+        "embedding_length": config.hidden_size, "block_count": config.num_hidden_layers,
+        "feed_forward_length": config.intermediate_size, "attention.head_count": heads,
+        "attention.head_count_kv": getattr(config, "num_key_value_heads", None) or heads,
+        "attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
+        "attention.key_length": width, "attention.value_length": width,
+        "rope.dimension_count": int(width * rope.get("partial_rotary_factor", 1.0)),
+        "rope.freq_base": float(rope.get("rope_theta", 10000.0)),
+    }  # fmt: skip
+    shape |= _scaling(rope, where)
+    if architecture.name.startswith("gemma"):
+        shape |= _gemma(config, width, where)
+    elif architecture.name == "phi3":
+        shape["attention.sliding_window"] = config.sliding_window or 0
+        shape["rope.scaling.original_context_length"] = config.original_max_position_embeddings
+    return shape
+
+
+def _gemma(config: Any, width: int, where: str) -> dict[str, Value]:
+    """llama.cpp knows the scale of the attention by the size of the model: only 27B differs from the head's width."""
+    large = config.num_hidden_layers in (46, 62)
+    scale = config.hidden_size // config.num_attention_heads if large else width
+    if config.query_pre_attn_scalar != scale:
+        raise UnsupportedModelError(
+            f"{where}: query_pre_attn_scalar {config.query_pre_attn_scalar}; llama.cpp computes with {scale} here; "
+            "choose another --export"
+        )
+    shape: dict[str, Value] = {"attention.sliding_window": config.sliding_window}
+    for key, value in (
+        ("attn_logit_softcapping", config.attn_logit_softcapping),
+        ("final_logit_softcapping", config.final_logit_softcapping),
+    ):
+        if value is not None:
+            shape[key] = float(value)
+    return shape
+
+
+def head_width(config: Any) -> int:
+    """Columns of an attention head."""
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
+def rope_parameters(config: Any) -> dict[str, Any]:
+    """Of the layers that attend to everything."""
+    rope = dict(config.rope_parameters or {})
+    return dict(rope.get("full_attention", rope))
+
+
+def _scaling(rope: dict[str, Any], where: str) -> dict[str, Value]:
+    kind = rope.get("rope_type", "default")
+    if kind in ("default", "llama3"):
+        return {}
+    if kind == "linear":
+        return {"rope.scaling.type": "linear", "rope.scaling.factor": float(rope["factor"])}
+    if kind == "yarn":
+        original = int(rope["original_max_position_embeddings"])
+        return {
+            "rope.scaling.type": "yarn", "rope.scaling.factor": float(rope["factor"]),
+            "rope.scaling.original_context_length": original,
+        }  # fmt: skip
+    raise UnsupportedModelError(
+        f"{where}: rope type {kind!r} in a gguf file; it must be default, linear, yarn or llama3; "
+        "choose another --export"
+    )
+
+
+def constants_of(config: Any) -> dict[Info, bytes]:
+    """Tensors that are facts of the config: Llama 3's divisors of the rotary frequencies."""
+    rope = rope_parameters(config) if getattr(config, "rope_parameters", None) else {}
+    if rope.get("rope_type") != "llama3":
+        return {}
+    width = head_width(config)
+    low, high = rope.get("low_freq_factor", 1.0), rope.get("high_freq_factor", 4.0)
+    original, divisors = rope["original_max_position_embeddings"], []
+    for i in range(0, width, 2):
+        turns = original * rope["rope_theta"] ** (-i / width) / (2 * math.pi)  # within the original context
+        smooth = min(max((turns - low) / (high - low), 0.0), 1.0)
+        divisors.append(1 / ((1 - smooth) / rope["factor"] + smooth))
+    values = torch.tensor(divisors, dtype=torch.float32)
+    info = Info("rope_freqs.weight", (width // 2,), F32, TensorSpec((width // 2,), torch.float32))
+    return {info: values.numpy().tobytes()}

@@ -1,0 +1,136 @@
+"""GGUF files: what llama.cpp computes from them, and what gguf-py reads in them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import whit
+from whit.errors import RecipeError, UnsupportedModelError
+from whit.export.gguf.architectures import ARCHITECTURES
+from whit.job import Options, prepare
+from whit.pipeline import dequantize, run
+
+from llama_cpp import LlamaCpp, needs_llama_cpp
+from tiny_models import tiny_inputs, tiny_model
+
+gguf = pytest.importorskip("gguf", reason="gguf-py is not installed here")
+NAMES = ("llama", "llama-tied", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "gpt2")
+
+
+def save(folder: Path, name: str, dtype: torch.dtype = torch.float32) -> Path:
+    """A tiny model whose attention is scaled as llama.cpp scales it."""
+    model = tiny_model(name, dtype=dtype)
+    for config in (model.config, *(m.config for m in model.modules() if hasattr(m, "config"))):
+        if hasattr(config, "query_pre_attn_scalar"):
+            config.query_pre_attn_scalar = config.head_dim
+    model.save_pretrained(folder)
+    return folder
+
+
+def expected(folder: Path, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    tokens = tiny_inputs(name)["input_ids"][:1]
+    with torch.no_grad():
+        return tokens[0], model(tokens).logits[0]
+
+
+@needs_llama_cpp()
+@pytest.mark.parametrize("name", NAMES)
+def test_llama_cpp_computes_transformers_logits(name: str, tmp_path: Path):
+    folder = save(tmp_path / "model", name)
+    run(prepare(folder, tmp_path / "m.gguf", None, Options(), export="gguf"))
+    tokens, logits = expected(folder, name)
+    theirs = LlamaCpp(tmp_path / "m.gguf")
+    found = theirs.logits(tokens)
+    theirs.close()
+    assert torch.allclose(found, logits, atol=2e-3 * float(logits.abs().max()))
+
+
+@needs_llama_cpp()
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2"])
+@pytest.mark.parametrize("spec", ["q8_0", "q5_1", "iq4_nl", "mxfp4"])
+def test_llama_cpp_runs_quantized_weights(name: str, spec: str, tmp_path: Path):
+    """The logits are those of the dequantized weights, but for the 8 bits in which llama.cpp rounds activations."""
+    folder = save(tmp_path / "model", name)
+    whit.quantize(folder, tmp_path / "m.gguf", whit.Recipe(rules=[("*", spec)]), export="gguf")
+    whit.quantize(folder, tmp_path / "packed", whit.Recipe(rules=[("*", spec)]))
+    dequantize(tmp_path / "packed", tmp_path / "dense")
+    tokens, logits = expected(tmp_path / "dense", name)
+    theirs = LlamaCpp(tmp_path / "m.gguf")
+    found = theirs.logits(tokens)
+    theirs.close()
+    assert (found - logits).norm() < 0.02 * logits.norm()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_names_are_llama_cpps(name: str, tmp_path: Path):
+    """Against gguf-py's own map of names."""
+    folder = save(tmp_path / "model", name)
+    whit.quantize(folder, tmp_path / "m.gguf", whit.Recipe(rules=[("*", "q4_0")]), export="gguf")
+    reader = gguf.GGUFReader(tmp_path / "m.gguf")
+    ours = ARCHITECTURES[tiny_model(name).config.model_type]
+    number = {v: k for k, v in gguf.MODEL_ARCH_NAMES.items()}[ours.name]
+    names = gguf.get_tensor_name_map(number, 2)
+    for parameter, tensor in tiny_model(name).state_dict().items():
+        found = ours.tensor_name(parameter)
+        if not (parameter == "lm_head.weight" and name.startswith("gemma")):  # always tied there
+            assert found == names.get_name(parameter, try_suffixes=(".weight", ".bias"))
+        assert found is not None
+        assert ours.parameter_name(found) == parameter
+        written = [t for t in reader.tensors if t.name == found]
+        if found != "output.weight" or written:
+            assert len(written) == 1
+            assert sorted(written[0].shape.tolist()) == sorted(tensor.shape)
+            is_vector = tensor.dim() == 1 or found.startswith("position_embd")
+            assert (written[0].tensor_type == gguf.GGMLQuantizationType.F32) or not is_vector
+    assert len({t.name for t in reader.tensors}) == len(reader.tensors)
+
+
+def test_rows_of_q_and_k_are_interleaved_and_gemmas_norms_are_whole(tmp_path: Path):
+    folder = save(tmp_path / "model", "llama")
+    run(prepare(folder, tmp_path / "m.gguf", None, Options(), export="gguf"))
+    tensors = {t.name: np.array(t.data) for t in gguf.GGUFReader(tmp_path / "m.gguf").tensors}
+    state = tiny_model("llama").state_dict()
+    q = state["model.layers.1.self_attn.q_proj.weight"].numpy()
+    head = q[16:32]  # the second of four
+    assert np.array_equal(tensors["blk.1.attn_q.weight"][16:20], head[[0, 8, 1, 9]])
+    assert np.array_equal(tensors["blk.1.attn_v.weight"], state["model.layers.1.self_attn.v_proj.weight"].numpy())
+    save(tmp_path / "gemma", "gemma2")
+    run(prepare(tmp_path / "gemma", tmp_path / "g.gguf", None, Options(), export="gguf"))
+    tensors = {t.name: np.array(t.data) for t in gguf.GGUFReader(tmp_path / "g.gguf").tensors}
+    norm = tiny_model("gemma2").state_dict()["model.layers.0.input_layernorm.weight"].numpy()
+    assert np.array_equal(tensors["blk.0.attn_norm.weight"], norm + 1)
+
+
+def test_account_lies_beside_the_file_and_the_run_is_known_again(tmp_path: Path):
+    folder = save(tmp_path / "model", "llama", torch.bfloat16)
+    recipe = whit.Recipe(rules=[("*", "q4_0")])
+    account = whit.quantize(folder, tmp_path / "m.gguf", recipe, export="gguf")
+    assert account.decoded == {"parameters": 14, "largest_error": 0.0}
+    stored = json.loads((tmp_path / "m.gguf.whit.json").read_text())
+    assert stored["export"] == "gguf"
+    assert account.size_bytes == (tmp_path / "m.gguf").stat().st_size
+    before = (tmp_path / "m.gguf").stat().st_mtime_ns
+    again = whit.quantize(folder, tmp_path / "m.gguf", recipe, export="gguf")
+    assert again == account
+    assert (tmp_path / "m.gguf").stat().st_mtime_ns == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["m.gguf", "m.gguf.whit.json", "model"]
+
+
+def test_what_a_gguf_cannot_hold_is_said(tmp_path: Path):
+    with pytest.raises(RecipeError, match=r"q_proj: int4-g32 is not a type of ggml.*choose one, such as q4_k"):
+        whit.quantize(save(tmp_path / "a", "llama"), tmp_path / "m.gguf", whit.Recipe(rules=[("*", "int4-g32")]),
+                      export="gguf")  # fmt: skip
+    tiny_model("bert").save_pretrained(tmp_path / "b")
+    with pytest.raises(UnsupportedModelError, match="model type 'bert' in a gguf file; it must be one of llama"):
+        whit.quantize(tmp_path / "b", tmp_path / "m.gguf", export="gguf")
+    tiny_model("gemma2").save_pretrained(tmp_path / "c")  # its attention is scaled by 256 ** -0.5 for heads of 16
+    with pytest.raises(UnsupportedModelError, match="query_pre_attn_scalar 256"):
+        whit.quantize(tmp_path / "c", tmp_path / "m.gguf", export="gguf")
+    assert not (tmp_path / "m.gguf").exists()
