@@ -6,13 +6,14 @@ import sys
 
 import typer
 
-from whit.cli import convert, demo, doctor, evaluate, generate, inspect, memory, quantize
+from whit.cli import compare, convert, demo, doctor, evaluate, generate, inspect, memory, quantize
 from whit.cli.console import say_error
 from whit.errors import WhitError
 
 COMMANDS = (
     ("quantize", quantize.quantize),
     ("evaluate", evaluate.evaluate),
+    ("compare", compare.compare),
     ("generate", generate.generate),
     ("convert", convert.convert),
     ("inspect", inspect.inspect),

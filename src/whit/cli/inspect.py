@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,18 +17,22 @@ from whit.checkpoint.reader import Checkpoint, read_json
 from whit.checkpoint.work import RECORD
 from whit.checkpoint.writer import file_sha256
 from whit.cli.console import console, print_json
+from whit.cli.quiet import quiet_transformers
 from whit.cli.shown import account_table, reasons, size
 from whit.coverage import Account, load_account
-from whit.errors import CheckpointError
+from whit.errors import CheckpointError, OutputError
 
 
 def inspect(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A model folder or a hub id.")],
     verify: Annotated[bool, typer.Option("--verify", help="Check the weight files against their SHA-256.")] = False,
+    plots: Annotated[Path | None, typer.Option(metavar="DIR", help="Draw pictures of the model into DIR.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Show formats, bits per weight, size, coverage and provenance."""
     folder = resolve_model(model)
+    if plots is not None:
+        draw(folder, plots)
     with Checkpoint(folder) as checkpoint:  # checks every header
         if (folder / RECORD).is_file():
             account = load_account(folder)
@@ -41,6 +46,17 @@ def inspect(
             )
         facts = plain_facts(folder, checkpoint)
         print_json(facts) if as_json else show_plain(facts)
+
+
+def draw(folder: Path, out: Path) -> None:
+    """The pictures that this checkpoint has; their names on standard error."""
+    if find_spec("matplotlib") is None:
+        raise OutputError("plots: matplotlib is not installed; it must be; pip install 'whit[report]'")
+    from whit.report.pictures import draw_checkpoint
+
+    quiet_transformers()
+    for file in draw_checkpoint(str(folder), folder, out):
+        console().print(str(file), highlight=False, markup=False, soft_wrap=True)
 
 
 def verify_files(folder: Path, account: Account) -> None:

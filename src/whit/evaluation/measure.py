@@ -67,9 +67,12 @@ class EvaluationOptions:
 
 
 def evaluate(
-    model: str, options: EvaluationOptions | None = None, listener: Listener | None = None
+    model: str, options: EvaluationOptions | None = None, listener: Listener | None = None, network: Any = None
 ) -> EvaluationResult:
-    """Measure the model (local folder, .gguf file or hub id). Every refusal is a WhitError of one sentence."""
+    """Measure the model (local folder, .gguf file or hub id). Every refusal is a WhitError of one sentence.
+
+    `network` is the model where it is loaded already, by whatever library; `model` then names its files.
+    """
     options = options or EvaluationOptions()
     notes = _Notes(listener or Silent())
     local, foreign = _plan_tasks(options)
@@ -78,7 +81,7 @@ def evaluate(
     windows = _windows(config, tokenizer, options, notes)
     if options.baseline is not None:
         _require_same_tokens(options.baseline, tokenizer, options)
-    with _measured(model, windows, options, notes) as (network, losses, divergence):
+    with _measured(model, windows, options, notes, network) as (network, losses, divergence):
         scorer = Scorer(network, tokenizer, maximum_context(config))
         tasks = {task.name: run_task(task, items, scorer, notes) for task, items in local}
         if foreign:
@@ -166,14 +169,14 @@ def _require_same_tokens(baseline: str, tokenizer: Any, options: EvaluationOptio
 
 @contextmanager
 def _measured(
-    model: str, windows: Tensor, options: EvaluationOptions, notes: _Notes
+    model: str, windows: Tensor, options: EvaluationOptions, notes: _Notes, network: Any = None
 ) -> Iterator[tuple[Any, Tensor, Divergence | None]]:
     """The loaded model with its losses and, where there is a baseline, the divergence."""
     if options.baseline is None:
-        network = _load(model, options)
+        network = network or _load(model, options)
         yield network, score_windows(network, windows, notes), None
         return
-    with _baseline(model, windows, options, notes) as (baseline, network):
+    with _baseline(model, windows, options, notes, network) as (baseline, network):
         divergence = compare_windows(network, baseline, windows, notes)
     del baseline
     _release()
@@ -181,14 +184,16 @@ def _measured(
 
 
 @contextmanager
-def _baseline(model: str, windows: Tensor, options: EvaluationOptions, notes: _Notes) -> Iterator[tuple[Baseline, Any]]:
+def _baseline(
+    model: str, windows: Tensor, options: EvaluationOptions, notes: _Notes, network: Any = None
+) -> Iterator[tuple[Baseline, Any]]:
     """The baseline's logits, live or stored, and the loaded model."""
     name = str(options.baseline)
     cache = options.baseline_cache
     if cache is None and not options.two_pass:
         sizes = [sum(f.stat().st_size for f in weight_files(model_files(each))) for each in (model, name)]
         if fit_together(sizes, available_bytes(options.device)):
-            yield LiveBaseline(_load(name, options)), _load(model, options)
+            yield LiveBaseline(_load(name, options)), network or _load(model, options)
             return
         notes.note("baseline: the two models do not fit in memory together; its logits go through temporary files")
     with tempfile.TemporaryDirectory(prefix="whit-baseline-") as temporary:
@@ -201,7 +206,7 @@ def _baseline(model: str, windows: Tensor, options: EvaluationOptions, notes: _N
             notes.note(f"baseline: its logits are read from {folder}")
         else:
             _store(name, windows, folder, options, notes)
-        yield StoredBaseline(folder), _load(model, options)
+        yield StoredBaseline(folder), network or _load(model, options)
 
 
 def _store(name: str, windows: Tensor, folder: Path, options: EvaluationOptions, notes: _Notes) -> None:

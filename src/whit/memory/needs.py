@@ -29,7 +29,7 @@ from whit.tensor import Format
 
 Training = Literal["full", "lora", "qlora"]
 # Bytes of a process that has imported torch, transformers and whit and built a model's code; on a GPU, those of the
-# driver's context and the libraries' handles. Measured by tests/memory/test_measured.py and benchmarks/memory_peak.py.
+# driver's context and the libraries' handles. Measured by benchmarks/memory_peak.py.
 OVERHEAD = {"cpu": 430_000_000, "cuda": 600_000_000}
 RUN = ("fp32", "bf16", "int8", "int6-g64", "nf4-dq", "int4-g128", "int3-g64", "int2-g32")
 LADDER = ("bf16", "int8", "int6-g64", "int5-g64", "nf4-dq", "int4-g64", "int3-g64", "int2-g32")  # best first

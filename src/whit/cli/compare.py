@@ -1,0 +1,96 @@
+"""`whit compare`: candidates measured side by side, as a table, JSON, pictures and a page."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from whit.cli.console import console, print_json
+from whit.cli.quiet import quiet_transformers
+from whit.report.peers import PEERS
+
+DEFAULT = "int8,nf4-dq,int4-g64,gptq:int4-g64,gptq:int3-g64-asym"
+CANDIDATES_HELP = (
+    "With commas: FORMAT or METHOD:FORMAT, a checkpoint's folder or .gguf file, or an installed peer: "
+    + ", ".join(peer.name for peer in PEERS)
+    + ". bf16, the original, is always the first."
+)
+
+
+def compare(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model folder, a hub id or whit:model.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT_DIR", help="For the report, the rows and the models.")],
+    candidates: Annotated[str, typer.Option(help=CANDIDATES_HELP)] = DEFAULT,
+    text: Annotated[str, typer.Option(help="UTF-8 file, whit:heldout or whit:text.")] = "whit:heldout",
+    context: Annotated[int | None, typer.Option(help="Tokens in a window. [default: 2048, or the model's]")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Score only the first N tokens of the text.")] = None,
+    tasks: Annotated[str, typer.Option(help="Zero-shot tasks, with commas: piqa,arc_easy,hellaswag,...")] = "",
+    task_data: Annotated[Path | None, typer.Option(help="Folder with the tasks' local files.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Only the first N items of each task.")] = None,
+    calibration: Annotated[str, typer.Option(help="Text for methods that need data.")] = "whit:text",
+    samples: Annotated[int, typer.Option(min=1, help="Calibration windows.")] = 128,
+    calibration_context: Annotated[int | None, typer.Option(min=2, help="Tokens in each.")] = None,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Of the prompt whose speed is measured.")] = 256,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens written after it.")] = 32,
+    repeats: Annotated[int, typer.Option(min=1, help="How often speed is measured.")] = 3,
+    no_speed: Annotated[bool, typer.Option("--no-speed", help="Measure quality and size alone.")] = False,
+    no_pictures: Annotated[bool, typer.Option("--no-pictures", help="Write no PNG files.")] = False,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16 or float16.")] = "auto",
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
+    seed: Annotated[int, typer.Option(help="Of quantization, calibration and bootstrap.")] = 0,
+    json: Annotated[bool, typer.Option("--json", help="Only JSON on standard output.")] = False,
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run the model's own code.")] = False,
+) -> None:
+    """Measure what each precision costs on this model and machine; run again after a kill, and it goes on."""
+    from whit.calibration import Calibration
+    from whit.evaluation import EvaluationOptions
+    from whit.report.candidates import parse_entrants
+    from whit.report.page import write_report
+    from whit.report.runs import Settings
+    from whit.report.runs import compare as measure
+    from whit.report.speed import SpeedOptions
+
+    quiet_transformers()
+    entrants = parse_entrants(candidates)
+    evaluation = EvaluationOptions(
+        text=text, context=context, max_tokens=max_tokens, task_data=task_data, limit=limit, device=device,
+        dtype=dtype, tasks=tuple(dict.fromkeys(name.strip() for name in tasks.split(",") if name.strip())),
+        trust_remote_code=trust_remote_code, seed=seed,
+    )  # fmt: skip
+    settings = Settings(
+        evaluation, None if no_speed else SpeedOptions(prompt_tokens, new_tokens, repeats),
+        Calibration(calibration, samples, calibration_context, seed), seed, threads,
+    )  # fmt: skip
+    notes = console()
+    found = measure(
+        model, out, entrants, settings,
+        lambda line: notes.print(line, highlight=False, markup=False, soft_wrap=True),
+    )  # fmt: skip
+    files = write_report(found, out, pictures=not no_pictures)
+    if json:
+        print_json(found.to_json())
+        return
+    _show(found.rows)
+    for file in files:
+        print(file)
+
+
+def _show(rows: tuple[dict, ...]) -> None:  # type: ignore[type-arg]
+    from whit.report.tables import columns, markdown
+
+    if not sys.stdout.isatty():
+        print(markdown(rows))
+        return
+    table = Table()
+    wanted = columns(rows)
+    for column in wanted:
+        table.add_column(column.title, justify="left" if column.is_text else "right")
+    for row in rows:
+        table.add_row(*(column.cell(row) for column in wanted))
+    Console().print(table)

@@ -1,0 +1,51 @@
+"""What figures of speed depend on: the machine, its libraries, and how fast it can read memory."""
+
+from __future__ import annotations
+
+import platform
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+LIBRARIES = ("torch", "transformers", "bitsandbytes", "hqq", "optimum-quanto", "torchao")
+READ = 256 << 20  # bytes, more than any cache holds
+
+
+def machine(device: str) -> dict[str, Any]:
+    """Names of processor and GPU, cores, threads, instruction set, versions of what is installed."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    found: dict[str, Any] = {
+        "cpu": names[0] if names else platform.processor() or platform.machine(),
+        "cores": len(names) or None,
+        "threads": torch.get_num_threads(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "python": platform.python_version(),
+        "libraries": {name: _version(name) for name in LIBRARIES if _version(name)},
+    }
+    if device != "cpu" and torch.cuda.is_available():
+        found["gpu"] = torch.cuda.get_device_name()
+    return found
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def read_bandwidth(device: str, repeats: int = 5) -> float:
+    """Bytes per second of reading memory once through, the best of several: the ceiling of batch-1 decoding."""
+    place = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
+    data = torch.ones(READ // 4, dtype=torch.float32, device=place)
+    best = float("inf")
+    for _ in range(repeats):
+        start = time.perf_counter()
+        float(data.sum())
+        best = min(best, time.perf_counter() - start)
+    return READ / best

@@ -1,0 +1,106 @@
+"""Formats of installed peer libraries, as transformers itself loads them; none of them is a dependency of whit's.
+
+Each row of PEERS is a name that a user types, the package that must be there, and how transformers' own configuration
+of it is made. A new peer is one row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+
+from whit.errors import EvaluationError
+
+
+@dataclass(frozen=True)
+class Peer:
+    """`package` is the import name; `config` makes transformers' quantization_config for a compute dtype."""
+
+    name: str
+    package: str
+    install: str
+    config: Callable[[torch.dtype], Any]
+
+    @property
+    def is_installed(self) -> bool:
+        return find_spec(self.package) is not None
+
+
+def _bitsandbytes(**options: Any) -> Callable[[torch.dtype], Any]:
+    def config(dtype: torch.dtype) -> Any:
+        from transformers import BitsAndBytesConfig
+
+        compute = {"bnb_4bit_compute_dtype": dtype} if options.get("load_in_4bit") else {}
+        return BitsAndBytesConfig(**options, **compute)
+
+    return config
+
+
+def _hqq(bits: int, group_size: int) -> Callable[[torch.dtype], Any]:
+    def config(dtype: torch.dtype) -> Any:
+        from transformers import HqqConfig
+
+        return HqqConfig(nbits=bits, group_size=group_size)
+
+    return config
+
+
+def _quanto(weights: str) -> Callable[[torch.dtype], Any]:
+    def config(dtype: torch.dtype) -> Any:
+        from transformers import QuantoConfig
+
+        return QuantoConfig(weights=weights)
+
+    return config
+
+
+def _torchao(name: str, **options: Any) -> Callable[[torch.dtype], Any]:
+    def config(dtype: torch.dtype) -> Any:
+        import torchao.quantization as ao
+        from transformers import TorchAoConfig
+
+        return TorchAoConfig(getattr(ao, name)(**options))
+
+    return config
+
+
+_FOUR = {"load_in_4bit": True}
+PEERS = (
+    Peer("bitsandbytes:nf4", "bitsandbytes", "bitsandbytes", _bitsandbytes(**_FOUR, bnb_4bit_quant_type="nf4")),
+    Peer("bitsandbytes:nf4-dq", "bitsandbytes", "bitsandbytes",
+         _bitsandbytes(**_FOUR, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)),
+    Peer("bitsandbytes:fp4", "bitsandbytes", "bitsandbytes", _bitsandbytes(**_FOUR, bnb_4bit_quant_type="fp4")),
+    Peer("bitsandbytes:int8", "bitsandbytes", "bitsandbytes", _bitsandbytes(load_in_8bit=True)),
+    Peer("hqq-library:int4-g64", "hqq", "hqq", _hqq(4, 64)),
+    Peer("hqq-library:int3-g64", "hqq", "hqq", _hqq(3, 64)),
+    Peer("hqq-library:int2-g64", "hqq", "hqq", _hqq(2, 64)),
+    Peer("quanto:int8", "optimum.quanto", "optimum-quanto", _quanto("int8")),
+    Peer("quanto:int4", "optimum.quanto", "optimum-quanto", _quanto("int4")),
+    Peer("torchao:int8", "torchao", "torchao", _torchao("Int8WeightOnlyConfig")),
+    Peer("torchao:int4", "torchao", "torchao", _torchao("Int4WeightOnlyConfig", group_size=64)),
+)  # fmt: skip
+
+
+def find_peer(name: str) -> Peer | None:
+    """The peer of that name, installed or not."""
+    return next((peer for peer in PEERS if peer.name == name), None)
+
+
+def load_peer(peer: Peer, model: str, device: str) -> Any:
+    """The model quantized by the peer while it is loaded. EvaluationError where the library is not there."""
+    from transformers import AutoModelForCausalLM
+
+    try:
+        present = peer.is_installed
+    except ModuleNotFoundError:  # a parent package that is missing
+        present = False
+    if not present:
+        raise EvaluationError(f"{peer.name}: {peer.package} is not installed; it must be; pip install {peer.install}")
+    dtype = torch.bfloat16
+    placement = {"device_map": {"": "cuda"}} if device == "cuda" else {"device_map": {"": "cpu"}}
+    config = peer.config(dtype)
+    return AutoModelForCausalLM.from_pretrained(model, quantization_config=config, dtype=dtype, **placement).eval()

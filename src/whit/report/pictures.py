@@ -1,0 +1,234 @@
+"""What the pictures show, measured on a model: its weights, its activations, its layers, its memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+
+import whit
+from whit.calibration import Calibration
+from whit.checkpoint.reader import read_json
+from whit.coverage import load_account
+from whit.errors import WhitError
+from whit.export.packed import whit_config
+from whit.integrations.loading import load_causal_lm, load_tokenizer, maximum_context, model_files
+from whit.job import open_source
+from whit.memory import Planner, Situation, find_subject
+from whit.model.targets import Target, find_targets
+from whit.plan import Source
+from whit.report import figures
+from whit.report.front import measured
+from whit.report.layers import Grid, grid
+from whit.report.runs import Comparison
+from whit.tensor import QuantizedTensor, matrix_shape
+
+SHOWN = ("int8", "int4-g64", "nf4")  # of the histogram
+BITS = (2, 3, 4, 6, 8)
+STORED = 32  # columns of a stored matrix that are sure to share a group
+SOME = 1 << 20  # weights that a histogram is drawn of
+FAMILIES = {
+    "symmetric, per row": "int{}-channel",
+    "asymmetric, per row": "int{}-channel-asym",
+    "symmetric, groups of 64": "int{}-g64",
+    "asymmetric, groups of 64": "int{}-g64-asym",
+}
+
+
+def draw_comparison(found: Comparison) -> dict[str, bytes]:
+    """All pictures of a comparison, as PNG by title."""
+    rows = found.rows
+    drawn: dict[str, Figure] = {}
+    if measured(rows):
+        drawn["pareto"] = figures.pareto(rows)
+    if any("decode" in row for row in rows):
+        drawn["speed"] = figures.speed(rows, found.machine.get("read_bandwidth"))
+    worst: tuple[str, Grid] | None = None
+    for row in rows:
+        made = grid(row.get("layers") or ())
+        if made is not None and (worst is None or made.most > worst[1].most):
+            worst = row["candidate"], made
+    if worst is not None:
+        drawn["layers"] = figures.layers(*worst)
+    drawn |= _of_model(found.model, found.settings.evaluation.trust_remote_code)
+    return {title: figures.png(figure) for title, figure in drawn.items()}
+
+
+def draw_checkpoint(model: str, folder: Path, out: Path) -> list[Path]:
+    """The pictures that one checkpoint has, as PNG files in `out`; returns them."""
+    drawn = _of_model(model, False)
+    if (folder / "whit.json").is_file():
+        account = load_account(folder)
+        entries = [{"name": e.name, "relative_error": e.relative_error} for e in account.parameters if e.format]
+        if (made := grid(entries)) is not None:
+            drawn["layers"] = figures.layers(folder.name, made)
+    out.mkdir(parents=True, exist_ok=True)
+    files = []
+    for title, figure in drawn.items():
+        files.append(out / f"{title}.png")
+        files[-1].write_bytes(figures.png(figure))
+    return files
+
+
+def _of_model(model: str, trust_remote_code: bool) -> dict[str, Figure]:
+    """The pictures of a model's own weights, activations and memory; those that it cannot have are left out."""
+    drawn = {}
+    files = model_files(model)
+    if files.is_dir():
+        drawn |= _of_weights(files, trust_remote_code)
+        drawn["memory"] = _memory(model)
+    with suppress(WhitError):  # no tokenizer, or no causal language model: nothing to run
+        drawn["outliers"] = figures.outliers(channel_maxima(model))
+    return drawn
+
+
+def _of_weights(folder: Path, trust_remote_code: bool) -> dict[str, Figure]:
+    """Histogram and errors of a plain model; of one that whit quantized the histogram of what is stored."""
+    quantization = read_json(folder / "config.json").get("quantization_config")
+    if quantization is not None and whit_config(folder) is None:
+        return {}  # another library's codes: read by that library only
+    source = open_source(folder, trust_remote_code)
+    try:
+        target = middle(source)
+        if target is None:
+            return {}
+        weight = _matrix(source, target)
+    finally:
+        source.checkpoint.close()
+    if quantization is not None:
+        stored = {"as stored": (weight.flatten().numpy(), weight[0, :STORED].unique().numpy())}
+        return {"histogram": figures.histogram(target.holder, None, stored)}
+    return {
+        "histogram": figures.histogram(target.holder, *_histogram(weight)),
+        "error_bits": figures.error_against_bits(target.holder, errors(weight)),
+    }
+
+
+def middle(source: Source) -> Target | None:
+    """A linear in the middle of the model."""
+    linears = [t for t in find_targets(source.model) if t.kind == "linear" and not t.kept_by_default]
+    here = [t for t in linears if t.parameter in source.origins]
+    return here[len(here) // 2] if here else None
+
+
+def _matrix(source: Source, target: Target) -> Tensor:
+    weight = source.read(target.parameter).float()
+    matrix = weight.reshape(matrix_shape(tuple(weight.shape)))
+    return matrix[: max(SOME // matrix.shape[1], 1)]
+
+
+def _histogram(weight: Tensor) -> tuple[np.ndarray, dict[str, tuple[np.ndarray, np.ndarray]]]:
+    found = {}
+    for spec in _fitting(SHOWN, weight):
+        quantized = whit.quantize_tensor(weight, spec)
+        found[spec] = (quantized.dequantize().flatten().numpy(), levels(quantized))
+    return weight.flatten().numpy(), found
+
+
+def _fitting(specs: tuple[str, ...], weight: Tensor) -> list[str]:
+    sizes = {spec: whit.parse_format(spec).group_size for spec in specs}
+    return [spec for spec, size in sizes.items() if not size or weight.shape[1] % size == 0]
+
+
+def levels(quantized: QuantizedTensor) -> np.ndarray:
+    """Every value that the group with the largest weight can take, found by decoding every code there."""
+    format, values = quantized.format, quantized.dequantize()
+    row = int(values.abs().max(dim=1).values.argmax())
+    column = int(values[row].abs().argmax())
+    found = []
+    for code in range(format.code_min, format.code_min + (1 << format.bits)):
+        codes = quantized.codes.clone()
+        codes[row, column] = code
+        found.append(float(format.decode(codes, quantized.params)[row, column]))
+    return np.array(sorted(set(found)))
+
+
+def errors(weight: Tensor) -> dict[str, dict[int, tuple[float, float, float]]]:
+    """Family of formats to bits to (MAE, RMSE, SQNR in dB)."""
+    found = {name: _errors(weight, {b: form.format(b) for b in BITS}) for name, form in FAMILIES.items()}
+    found["NormalFloat, groups of 64"] = _errors(weight, {b: normal_float(b) for b in BITS})
+    return {name: points for name, points in found.items() if points}
+
+
+def _errors(weight: Tensor, specs: Mapping[int, str]) -> dict[int, tuple[float, float, float]]:
+    points = {}
+    for bits, spec in specs.items():
+        if _fitting((spec,), weight):
+            found = whit.error(weight, whit.quantize_tensor(weight, spec))
+            points[bits] = (found.mae, found.mse**0.5, found.sqnr_db)
+    return points
+
+
+def normal_float(bits: int) -> str:
+    """NF-k as QLoRA defines NF4: quantiles of a normal distribution, asymmetric so that 0 is a level."""
+    if bits == 4:
+        return "nf4"
+    half = 1 << (bits - 1)
+    edge = 1 - 0.5 * (1 / (2 * (2 * half)) + 1 / (2 * (2 * half - 1)))
+    up = torch.special.ndtri(torch.linspace(0.5, edge, half + 1, dtype=torch.float64))[1:]
+    down = -torch.special.ndtri(torch.linspace(0.5, edge, half, dtype=torch.float64))[1:]
+    table = torch.cat([down, torch.zeros(1, dtype=torch.float64), up])
+    table = (table / table.abs().max()).sort().values
+    return "codebook(" + ",".join(f"{value:.6g}" for value in table.tolist()) + ")-g64"
+
+
+def channel_maxima(model: str, tokens: int = 256) -> dict[str, np.ndarray]:
+    """Largest |input| per channel of one attention and one MLP linear in the middle, over some calibration text."""
+    tokenizer = load_tokenizer(model)
+    network = load_causal_lm(model, device="cpu")
+    limit = maximum_context(network.config) or tokens
+    ids = Calibration(samples=1, context=min(tokens, limit)).tokens(tokenizer).tokens
+    seen: dict[str, Tensor] = {}
+    hooks = []
+
+    def watch(name: str) -> Any:
+        def hook(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+            seen[name] = inputs[0].detach().float().abs().flatten(0, -2).amax(dim=0)
+
+        return hook
+
+    for name in _watched(network):
+        hooks.append(network.get_submodule(name).register_forward_pre_hook(watch(name)))
+    try:
+        with torch.inference_mode():
+            network(input_ids=ids, use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {name: values.numpy() for name, values in seen.items()}
+
+
+def _watched(network: nn.Module) -> list[str]:
+    """The first linear of the middle block, and its last."""
+    linears = [
+        n for n, m in network.named_modules() if isinstance(m, nn.Linear) and any(p.isdigit() for p in n.split("."))
+    ]
+    blocks: dict[str, list[str]] = {}
+    for name in linears:
+        parts = name.split(".")
+        place = next(i for i, part in enumerate(parts) if part.isdigit())
+        blocks.setdefault(".".join(parts[: place + 1]), []).append(name)
+    if not blocks:
+        return linears[:1]
+    chosen = list(blocks.values())[len(blocks) // 2]
+    return list(dict.fromkeys([chosen[0], chosen[-1]]))
+
+
+def _memory(model: str) -> Figure:
+    subject = find_subject(model)
+    planner = Planner(subject, Situation(context=1))
+    most = getattr(subject.config, "max_position_embeddings", None) or 8192
+    contexts = [max(most * step // 16, 1) for step in range(17)]
+    weights = planner.stored() or planner.weights("bf16")
+    needs = [planner.need(weights, context) for context in contexts]
+    parts = {
+        "weights": [n.weights_bytes for n in needs], "overhead": [n.overhead_bytes for n in needs],
+        "KV cache": [n.kv_cache_bytes for n in needs], "activations": [n.activations_bytes for n in needs],
+    }  # fmt: skip
+    return figures.memory(Path(subject.name).name, weights.format, contexts, parts)

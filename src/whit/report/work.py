@@ -1,0 +1,215 @@
+"""One candidate, made and measured; each in a process of its own, so that one failure is a row that says why.
+
+    python -m whit.report.work make|measure|bandwidth     an Order as JSON in, the findings as JSON out
+
+`make` quantizes (its seconds and memory are of that process), `measure` loads the result and measures speed, memory
+and quality. Nothing else is printed on standard output.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.utils import logging
+
+from whit.calibration import Calibration
+from whit.coverage import load_account
+from whit.errors import WhitError
+from whit.evaluation import EvaluationOptions, evaluate
+from whit.evaluation.size import measure_size
+from whit.integrations.loading import load_causal_lm, load_config, model_files
+from whit.job import Options
+from whit.pipeline import quantize
+from whit.recipe import Recipe
+from whit.report.candidates import Entrant
+from whit.report.machine import read_bandwidth
+from whit.report.peers import find_peer, load_peer
+from whit.report.speed import SpeedOptions, measure_speed
+
+STATUS = Path("/proc/self/status")
+
+
+@dataclass(frozen=True)
+class Order:
+    """Everything that a process needs to know. `place` is the folder for the quantized model."""
+
+    model: str
+    entrant: Entrant
+    place: str
+    evaluation: EvaluationOptions
+    speed: SpeedOptions | None
+    calibration: Calibration
+    seed: int = 0
+    threads: int | None = None
+
+    def to_json(self) -> str:
+        """For the standard input of another process."""
+        return json.dumps(asdict(self), default=str)
+
+    @classmethod
+    def from_json(cls, text: str) -> Order:
+        """The inverse."""
+        raw = json.loads(text)
+        evaluation = raw["evaluation"]
+        for key in ("task_data", "baseline_cache"):
+            evaluation[key] = Path(evaluation[key]) if evaluation[key] else None
+        evaluation["tasks"] = tuple(evaluation["tasks"])
+        parts = {
+            "entrant": Entrant(**raw["entrant"]),
+            "evaluation": EvaluationOptions(**evaluation),
+            "speed": SpeedOptions(**raw["speed"]) if raw["speed"] else None,
+            "calibration": Calibration(**raw["calibration"]),
+        }
+        return cls(**{**raw, **parts})
+
+    @property
+    def files(self) -> str:
+        """Where the candidate's files lie: the original, a checkpoint, or what `make` wrote."""
+        return {"original": self.model, "peer": self.model, "checkpoint": self.entrant.format}.get(
+            self.entrant.kind, self.place
+        )
+
+
+def make(order: Order) -> dict[str, Any]:
+    """Quantize with whit; a finished result is used again."""
+    recipe = Recipe(order.entrant.method, [("*", order.entrant.format)])
+    calibration = order.calibration if recipe.method.needs_stats else None
+    device = order.evaluation.device if recipe.method.needs_stats else "cpu"
+    options = Options(seed=order.seed, device=device, trust_remote_code=order.evaluation.trust_remote_code)
+    account = quantize(order.model, order.place, recipe, calibration=calibration, options=options)
+    return {"seconds": account.seconds, "peak_memory_bytes": account.peak_memory_bytes}
+
+
+def measure(order: Order) -> dict[str, Any]:
+    """Load, then speed and memory before anything else is in the process, then quality against the original."""
+    before = resident()
+    start = time.monotonic()
+    network = _load(order)
+    found: dict[str, Any] = {"load_seconds": time.monotonic() - start}
+    if order.speed is not None:
+        speed = measure_speed(network, order.speed)
+        found |= {
+            "prefill": speed.prefill.to_json(),
+            "decode": speed.decode.to_json(),
+            "joules_per_token": speed.joules_per_token,
+            "energy_note": speed.energy_note,
+        }
+    found |= _memory(before)
+    options = replace(order.evaluation, baseline=order.model)
+    result = evaluate(order.files, options, _Lines(order.entrant.label), network)
+    found |= result.to_json()
+    found["notes"] = list(result.notes)
+    found |= _about(order, network)
+    found["perplexity_stderr"] = result.perplexity_stderr
+    return found
+
+
+def bandwidth(order: Order) -> dict[str, Any]:
+    """Bytes per second at which this machine reads memory."""
+    return {"read": read_bandwidth(order.evaluation.device)}
+
+
+def _load(order: Order) -> Any:
+    peer = find_peer(order.entrant.label) if order.entrant.kind == "peer" else None
+    if peer is not None:
+        device = order.evaluation.device
+        on_gpu = device == "cuda" or (device == "auto" and torch.cuda.is_available())
+        return load_peer(peer, str(model_files(order.model)), "cuda" if on_gpu else "cpu")
+    e = order.evaluation
+    return load_causal_lm(order.files, device=e.device, dtype=e.dtype, trust_remote_code=e.trust_remote_code)
+
+
+def _about(order: Order, network: Any) -> dict[str, Any]:
+    """Size, recipe, provenance and, for whit's own, the error of every layer."""
+    if order.entrant.kind == "peer":
+        return _peer_size(order, network)
+    folder = model_files(order.files)
+    if not (folder / "whit.json").is_file():
+        return {}
+    account = load_account(folder)
+    layers = [
+        {"name": e.name, "format": e.format, "relative_error": e.relative_error, "proxy_loss": e.proxy_loss}
+        for e in account.parameters
+        if e.status == "quantized"
+    ]
+    recipe = Recipe.from_dict(account.recipe).to_toml() if account.recipe is not None else None
+    provenance = {
+        "whit": account.version, "seed": account.seed, "source": dict(account.source), "files": dict(account.files),
+        "calibration": account.calibration, "libraries": dict(account.libraries),
+    }  # fmt: skip
+    made = {"seconds": account.seconds, "peak_memory_bytes": account.peak_memory_bytes}
+    return {"layers": layers, "recipe": recipe, "provenance": provenance, "made": made}
+
+
+def _peer_size(order: Order, network: Any) -> dict[str, Any]:
+    """Bytes of what the peer saves; where it cannot save, of what it holds in memory, and a note."""
+    parameters = measure_size(model_files(order.model), load_config(order.model)).parameters
+    with tempfile.TemporaryDirectory(prefix="whit-peer-") as folder:
+        try:
+            network.save_pretrained(folder)
+            size = sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
+        except Exception as error:  # peers raise whatever they like
+            size, said = network.get_memory_footprint(), f"not saved ({type(error).__name__}): size is that in memory"
+        else:
+            said = ""
+    about: dict[str, Any] = {"size_bytes": size, "bits_per_weight": 8 * size / parameters}
+    return about | ({"size_note": said} if said else {})
+
+
+def _memory(before: int) -> dict[str, int]:
+    """Bytes that the model added to the process, and the most that the process held (of the GPU, where it runs)."""
+    if torch.cuda.is_available() and torch.cuda.memory_allocated():
+        return {
+            "memory_loaded_bytes": torch.cuda.memory_allocated(),
+            "memory_peak_bytes": torch.cuda.max_memory_allocated(),
+        }
+    return {"memory_loaded_bytes": max(resident() - before, 0), "memory_peak_bytes": resident("VmHWM")}
+
+
+def resident(field: str = "VmRSS") -> int:
+    """Bytes of this process in memory now, or at most (`VmHWM`)."""
+    lines = STATUS.read_text().splitlines() if STATUS.exists() else []
+    return 1024 * next((int(line.split()[1]) for line in lines if line.startswith(field)), 0)
+
+
+class _Lines:
+    """Progress as plain lines on standard error, where the parent hears them."""
+
+    def __init__(self, label: str) -> None:
+        self.label = label
+
+    def step(self, what: str, done: int, total: int, tokens: int) -> None:
+        print(f"{self.label}: {what} {done}/{total}", file=sys.stderr, flush=True)
+
+    def note(self, sentence: str) -> None:
+        print(f"{self.label}: {sentence}", file=sys.stderr, flush=True)
+
+
+def main() -> None:
+    """Do one order; an error is a result too."""
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    order = Order.from_json(sys.stdin.read())
+    if order.threads is not None:
+        torch.set_num_threads(order.threads)
+    steps: dict[str, Callable[[Order], dict[str, Any]]] = {"make": make, "measure": measure, "bandwidth": bandwidth}
+    try:
+        found = steps[sys.argv[1]](order)
+    except WhitError as error:
+        found = {"error": str(error)}
+    except Exception as error:  # peers and damaged checkpoints raise whatever they like; the row says what
+        lines = str(error).strip().splitlines() or ["no reason given"]
+        found = {"error": f"{type(error).__name__}: {lines[0][:300]}"}
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

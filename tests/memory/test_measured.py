@@ -1,0 +1,29 @@
+"""Predicted peak memory of loading and generating is within 10 % of what a process of its own is measured to take."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers as hf
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+import memory_peak
+
+
+@pytest.mark.slow
+def test_predicted_peaks_are_within_ten_per_cent(tmp_path: Path):
+    config = hf.LlamaConfig(
+        hidden_size=1024, intermediate_size=2816, num_hidden_layers=12, num_attention_heads=16, num_key_value_heads=4,
+        vocab_size=32000, max_position_embeddings=2048, tie_word_embeddings=True,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        hf.LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / "model")
+    for spec in ("bf16", "int8", "int4-g64"):
+        row = memory_peak.compare(str(tmp_path / "model"), spec, tmp_path)
+        assert 0.9 < row["predicted"] / row["peak"] < 1.1, row
+        if spec == "bf16":  # what the model itself takes, above a process that has imported the libraries
+            assert 0.9 < (row["predicted"] - row["base"]) / (row["peak"] - row["base"]) < 1.1, row
