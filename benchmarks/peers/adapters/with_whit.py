@@ -1,0 +1,48 @@
+"""whit through its Python API, given the very tokens that the peers see."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+import whit
+from adapters import Job, Weights, timed
+from whit.calibration import CalibrationTokens
+from whit.methods import parse_method
+from whit.pipeline import dequantize
+
+
+class _Given:
+    """Stands where a Calibration does: the tokens were drawn before."""
+
+    def __init__(self, tokens: torch.Tensor) -> None:
+        self._tokens = tokens
+
+    def tokens(self, tokenizer: Any, max_context: int | None = None) -> CalibrationTokens:
+        """As Calibration.tokens."""
+        return CalibrationTokens(self._tokens, "given")
+
+
+def quantize(job: Job) -> tuple[Weights, float]:
+    """Quantize to a folder, and read it back in bfloat16."""
+    method = parse_method(job.options)
+    recipe = whit.Recipe(method, [("*", str(job.row))])
+    calibration: Any = _Given(job.tokens) if method.needs_stats else None
+    with tempfile.TemporaryDirectory() as scratch:
+        packed, plain = Path(scratch, "packed"), Path(scratch, "plain")
+        options = whit.Options(seed=job.seed, device=job.device)
+        _, seconds = timed(lambda: whit.quantize(job.model, packed, recipe, calibration=calibration, options=options))
+        dequantize(packed, plain)
+        weights: Weights = {}
+        for file in sorted(plain.glob("*.safetensors")):
+            weights |= load_file(file)
+    return weights, seconds
+
+
+def version() -> str:
+    """What ran."""
+    return whit.__version__
