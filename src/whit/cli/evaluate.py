@@ -10,9 +10,9 @@ import typer
 from rich.table import Table
 
 from whit.cli.console import console, print_json
+from whit.cli.gate import Gate, MaxIncrease, MaxKL
 from whit.cli.quiet import quiet_transformers
 from whit.cli.watching import Watching
-from whit.errors import QualityGateError
 from whit.evaluation.result import EvaluationResult
 
 
@@ -29,10 +29,8 @@ def evaluate(
     limit: Annotated[int | None, typer.Option(help="Only the first N items of each task.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16 or float16.")] = "auto",
-    max_kl: Annotated[float | None, typer.Option(help="Exit with 3 if the mean KL divergence is above this.")] = None,
-    max_ppl_increase: Annotated[
-        float | None, typer.Option(help="Exit with 3 if perplexity is more than this per cent above the baseline's.")
-    ] = None,
+    max_kl: MaxKL = None,
+    max_ppl_increase: MaxIncrease = None,
     two_pass: Annotated[bool, typer.Option("--two-pass", help="Never hold both models in memory.")] = False,
     baseline_cache: Annotated[Path | None, typer.Option(help="Keep the baseline's logits here.")] = None,
     seed: Annotated[int, typer.Option(help="Of the bootstrap behind the confidence interval.")] = 0,
@@ -65,23 +63,7 @@ def evaluate(
         print_json(result.to_json())
     else:
         _show(result)
-    check_gates(result, max_kl, max_ppl_increase)
-
-
-def check_gates(result: EvaluationResult, max_kl: float | None, max_ppl_increase: float | None) -> None:
-    """Raise QualityGateError (exit status 3) with the measured values if a gate is not met."""
-    against = result.baseline
-    if against is None:
-        return
-    failed = []
-    if max_kl is not None and against.kl_mean > max_kl:
-        failed.append(f"mean KL divergence is {against.kl_mean:.6g}; --max-kl allows {max_kl:g}")
-    increase = 100.0 * (result.perplexity / against.perplexity - 1.0)
-    if max_ppl_increase is not None and increase > max_ppl_increase:
-        allowed = f"--max-ppl-increase allows {max_ppl_increase:g} %"
-        failed.append(f"perplexity is {increase:.3g} % above the baseline's; {allowed}")
-    if failed:
-        raise QualityGateError(f"{result.model}: {'; '.join(failed)}; use more bits or a better method")
+    Gate(max_kl, max_ppl_increase).check(result)
 
 
 def _rows(result: EvaluationResult) -> list[tuple[str, str]]:

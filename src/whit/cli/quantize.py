@@ -14,6 +14,7 @@ from rich.table import Table
 
 from whit.calibration import Calibration
 from whit.cli.console import console, print_json
+from whit.cli.gate import MaxIncrease, MaxKL, build_gate, measure
 from whit.cli.shown import account_table, pattern, progress, reasons, size
 from whit.coverage import Account
 from whit.estimate import Estimate, estimate
@@ -27,6 +28,7 @@ from whit.recipe import Recipe
 CALIBRATION_HELP = "Text or .jsonl file for methods that need data. [default: whit:text]"
 DEFAULT_FORMAT = "int4-g128"
 FORMAT_HELP = "Format of every linear: " + ", ".join(EXAMPLES) + f". [default: {DEFAULT_FORMAT}]"
+GATE_HELP = "Text on which --max-kl and --max-ppl-increase are measured. [default: whit:heldout]"
 METHOD_HELP = "How codes are chosen: " + ", ".join(method.name for method in METHODS) + ". [default: rtn]"
 EXPORT_HELP = "What kind of file is written: " + "; ".join(f"{e.name}: {e.summary}" for e in EXPORTERS) + "."
 RULE_HELP = (
@@ -48,6 +50,10 @@ def quantize(
     export: Annotated[str, typer.Option(metavar="NAME", help=EXPORT_HELP)] = "whit",
     device: Annotated[str, typer.Option(help="Where to compute: auto, cpu or cuda.")] = "auto",
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; no byte depends on them.")] = None,
+    max_kl: MaxKL = None,
+    max_ppl_increase: MaxIncrease = None,
+    gate_text: Annotated[str | None, typer.Option(metavar="FILE", help=GATE_HELP)] = None,
+    gate_tokens: Annotated[int | None, typer.Option(min=2, help="Measure on its first N tokens.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan; read no weights, write nothing.")] = False,
     restart: Annotated[bool, typer.Option("--restart", help="Begin again, and replace an older result.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
@@ -57,12 +63,14 @@ def quantize(
     if threads is not None:
         torch.set_num_threads(threads)
     options = Options(seed=seed, device=device, restart=restart, trust_remote_code=trust_remote_code)
+    gate = build_gate(max_kl, max_ppl_increase, gate_text, gate_tokens)
     text = build_calibration(calibration, samples, context, seed)
     job = prepare(model, out, build_recipe(method, format, rule, recipe), options, text, export)
     if dry_run:
         show_plan(job, as_json)
     else:
         run_and_show(job, as_json)
+        measure(model, out, gate, options)
 
 
 def build_calibration(text: str | None, samples: int | None, context: int | None, seed: int) -> Calibration | None:
