@@ -12,10 +12,11 @@ from torch import Tensor
 
 from whit.errors import KernelError
 from whit.kernels.base import Kernel
+from whit.kernels.cpu import Cpu
 from whit.kernels.reference import Reference
 from whit.tensor import PackedWeight
 
-KERNELS: tuple[Kernel, ...] = (Reference(),)
+KERNELS: tuple[Kernel, ...] = (Cpu(), Reference())
 
 Choice: TypeAlias = tuple[torch.dtype, str, int]
 

@@ -1,0 +1,8 @@
+"""Compiled kernels for the processor: csrc/ in C++17, called through ctypes."""
+
+from __future__ import annotations
+
+from whit.kernels.cpu.binding import library
+from whit.kernels.cpu.kernel import Cpu
+
+__all__ = ["Cpu", "library"]

@@ -1,0 +1,82 @@
+"""The compiled kernels as ctypes functions, and why they are not there where they are not.
+
+The team of threads is OpenMP's own, which torch has loaded already: its entry point is handed to the library, so that
+there is one pool and torch.set_num_threads governs it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+
+from whit.kernels.cpu.build import LIBRARY, source_hash
+
+ABI = 3
+BUILD = "python -m whit.kernels.cpu.build"
+ISAS = ("scalar", "avx2", "avx512", "avx512_bf16")  # by their number in whit_cpu.h, each better than those before it
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3}
+NESTED, NONE = 4, 5
+Pointer = ctypes.c_void_p
+
+
+class WeightPlan(ctypes.Structure):
+    """whit_weight of whit_cpu.h."""
+
+    _fields_: ClassVar = [
+        ("codes", Pointer),
+        *((name, ctypes.c_int64) for name in ("rows", "columns", "row_bytes", "group_size", "groups")),
+        *((name, Pointer) for name in ("scale", "zero", "levels", "nested_levels", "nested_absmax", "nested_offset")),
+        ("scale_stride", ctypes.c_int64),
+        *((name, ctypes.c_int32) for name in ("bits", "scale_type", "zero_type", "consecutive")),
+        ("parallel", Pointer),
+    ]
+
+
+@dataclass(frozen=True)
+class Library:
+    """The functions, the instruction sets that this processor runs, and OpenMP's entry point (0: one thread)."""
+
+    linear: Callable[..., int]
+    dequantize: Callable[..., int]
+    read: Callable[..., float]
+    isas: tuple[str, ...]
+    parallel: int
+
+
+@cache
+def library() -> Library | str:
+    """The compiled kernels, or the reason why there are none."""
+    return load(LIBRARY)
+
+
+def load(path: Path) -> Library | str:
+    """The kernels in the shared library at `path`, or the reason why they cannot be used."""
+    if not path.exists():
+        return f"not built; {BUILD} builds it, with any C++17 compiler"
+    try:
+        handle = ctypes.CDLL(str(path))
+    except OSError as error:
+        return f"{error}; build it again by {BUILD}"
+    handle.whit_sources.restype = ctypes.c_char_p
+    if handle.whit_abi() != ABI or handle.whit_sources().decode() != source_hash():
+        return f"built from other sources; build it again by {BUILD}"
+    handle.whit_linear.argtypes = [Pointer] * 4 + [ctypes.c_int64] + [ctypes.c_int] * 3
+    handle.whit_dequantize.argtypes = [Pointer] * 2 + [ctypes.c_int64] * 2 + [ctypes.c_int] * 3
+    handle.whit_read.argtypes = [Pointer, ctypes.c_int64, Pointer, ctypes.c_int, ctypes.c_int]
+    handle.whit_read.restype = ctypes.c_double
+    isas = tuple(name for number, name in enumerate(ISAS) if handle.whit_has(number))
+    return Library(handle.whit_linear, handle.whit_dequantize, handle.whit_read, isas, _team_entry())
+
+
+def _team_entry() -> int:
+    """The address of GOMP_parallel in the OpenMP that torch uses; LLVM's and Intel's have it under that name too."""
+    try:
+        return ctypes.cast(ctypes.CDLL(None).GOMP_parallel, Pointer).value or 0
+    except (AttributeError, OSError):
+        return 0

@@ -1,0 +1,126 @@
+// AVX-512 (F, BW, DQ, VL): 16 lanes in one register.
+#pragma once
+#include <immintrin.h>
+
+#include "isa.h"
+
+namespace {
+
+struct Avx512 {
+  using F = __m512;
+  using U = __m512i;
+  using W = F;
+  using X = F;
+  using Table = __m512;
+  struct Window { __m512i from, shift, mask; };
+  static constexpr int CODES_PER_STEP = 1;
+  static constexpr int ROWS = 4;     // of the weight at a time, for one row of activations
+  static constexpr int SIZES = 15;    // the rows of activations at a time, as a sum of 1, 2, 4 and 8
+  static constexpr bool WIDE = true;  // whether blocks that lie in one group have a kernel of their own
+  static constexpr bool COUNTS = false;  // whether converting a small code beats looking it up
+
+  static ALWAYS_INLINE F set1(float v) { return _mm512_set1_ps(v); }
+  static ALWAYS_INLINE F zero() { return _mm512_setzero_ps(); }
+  static ALWAYS_INLINE F load(const float* p) { return _mm512_loadu_ps(p); }
+  static ALWAYS_INLINE F load_x(const char* p) { return _mm512_loadu_ps(p); }
+  static ALWAYS_INLINE void store(float* p, F f) { _mm512_storeu_ps(p, f); }
+  static ALWAYS_INLINE F mul(F x, F y) { return _mm512_mul_ps(x, y); }
+  static ALWAYS_INLINE F add(F x, F y) { return _mm512_add_ps(x, y); }
+  static ALWAYS_INLINE F sub(F x, F y) { return _mm512_sub_ps(x, y); }
+  static ALWAYS_INLINE F fma(F x, F y, F z) { return _mm512_fmadd_ps(x, y, z); }
+  static ALWAYS_INLINE F fnma(F x, F y, F z) { return _mm512_fnmadd_ps(x, y, z); }
+  static ALWAYS_INLINE F first(W w, X x) { return mul(w, x); }
+  static ALWAYS_INLINE F next(W w, X x, F acc) { return fma(w, x, acc); }
+  static ALWAYS_INLINE float sum(F f) {
+    __m256 s = _mm256_add_ps(_mm512_castps512_ps256(f), _mm512_extractf32x8_ps(f, 1));
+    __m128 q = _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1));
+    q = _mm_add_ps(q, _mm_movehl_ps(q, q));
+    return _mm_cvtss_f32(_mm_add_ss(q, _mm_shuffle_ps(q, q, 1)));
+  }
+  static ALWAYS_INLINE F convert(const void* p, int64_t i, int type) {
+    if (type == WHIT_F32) return load((const float*)p + i);
+    if (type == WHIT_U8) {
+      const __m128i* q = (const __m128i*)((const uint8_t*)p + i);
+      return to_float(_mm512_cvtepu8_epi32(_mm_loadu_si128(q)));
+    }
+    __m256i v = _mm256_loadu_si256((const __m256i*)((const uint16_t*)p + i));
+    if (type == WHIT_F16) return _mm512_cvtph_ps(v);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(v), 16));
+  }
+  static ALWAYS_INLINE __m512i lanes() {
+    return _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  }
+  static ALWAYS_INLINE F repeat(const float* p, int run) {
+    unsigned shift = run == 1 ? 0 : run == 2 ? 1 : run == 4 ? 2 : run == 8 ? 3 : 4;
+    return _mm512_permutexvar_ps(_mm512_srli_epi32(lanes(), shift), load(p));
+  }
+  template <int WIDTH>
+  static ALWAYS_INLINE __m512i spread(const uint8_t* p) {
+    constexpr int RUN = WIDTH / 4;  // 16-bit words of four lanes: 5, 6 or 7
+    __m512i v = _mm512_maskz_loadu_epi8(((__mmask64)1 << (2 * WIDTH)) - 1, p);
+#define WORDS(i) RUN* i, RUN* i + 1, RUN* i + 2, RUN* i + 3, RUN* i + 4, RUN* i + 5, RUN* i + 6, RUN* i + 7
+    alignas(64) static const uint16_t words[32] = {WORDS(0), WORDS(1), WORDS(2), WORDS(3)};
+#undef WORDS
+    v = _mm512_permutexvar_epi16(_mm512_load_si512(words), v);  // indices are taken modulo 32
+    constexpr int A = WIDTH / 8, B = 2 * WIDTH / 8, C = 3 * WIDTH / 8;
+    v = _mm512_shuffle_epi8(
+        v, _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 2, 3, A, A + 1, A + 2, A + 3, B, B + 1, B + 2, B + 3, C, C + 1,
+                                                C + 2, C + 3)));
+    if (WIDTH % 8) v = _mm512_srlv_epi32(v, _mm512_set1_epi64((int64_t)4 << 32));
+    return v;
+  }
+  template <int BITS>
+  static ALWAYS_INLINE U block(const uint8_t* p) {
+    constexpr int WIDTH = Block<BITS>::CODES * BITS;
+    if constexpr (WIDTH == 32) return _mm512_loadu_si512(p);
+    else if constexpr (WIDTH == 16) return _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));
+    else return spread<WIDTH>(p);
+  }
+  template <int BITS>
+  static ALWAYS_INLINE U shift(U u) { return _mm512_srli_epi32(u, BITS); }
+  static ALWAYS_INLINE Table table(const float* levels, int bits) {
+    if (bits > 4) return zero();
+    float t[16];
+    for (int i = 0; i < 16; i++) t[i] = levels[i & ((1 << bits) - 1)];
+    return load(t);
+  }
+  template <int BITS>
+  static ALWAYS_INLINE F look(U u, const Table& t) { return _mm512_permutexvar_ps(u, t); }  // the index's low 4 bits
+  static ALWAYS_INLINE F levels(U u, const Table& t) { return _mm512_permutexvar_ps(u, t); }
+  static ALWAYS_INLINE F to_float(U u) { return _mm512_cvtepi32_ps(u); }
+  template <int BITS>
+  static ALWAYS_INLINE U low(U u) { return _mm512_and_si512(u, _mm512_set1_epi32((1 << BITS) - 1)); }
+  template <int BITS>
+  static ALWAYS_INLINE F number(U u) { return to_float(low<BITS>(u)); }
+  static ALWAYS_INLINE F pick(U u, const float* levels) { return _mm512_i32gather_ps(u, levels, 4); }
+  template <int BITS>
+  static ALWAYS_INLINE F gather(U u, const float* levels) { return pick(low<BITS>(u), levels); }
+  // 16 neighbouring codes: lane j is the 16-bit window from byte j bits / 8 on, shifted by j bits % 8.
+  static ALWAYS_INLINE Window window(int bits) {
+    uint8_t from[64];
+    int32_t shift[16];
+    memset(from, 0x80, sizeof from);
+    for (int j = 0; j < 16; j++) {
+      int at = j * bits / 8, s = j * bits % 8;
+      from[4 * j] = (uint8_t)at;
+      if (s + bits > 8) from[4 * j + 1] = (uint8_t)(at + 1);
+      shift[j] = s;
+    }
+    return {_mm512_loadu_si512(from), _mm512_loadu_si512(shift), _mm512_set1_epi32((1 << bits) - 1)};
+  }
+  static ALWAYS_INLINE U natural(const uint8_t* p, const Window& w) {
+    __m512i v = _mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)p)), w.from);
+    return _mm512_and_si512(_mm512_srlv_epi32(v, w.shift), w.mask);
+  }
+  static ALWAYS_INLINE void store_as(void* p, int64_t i, F f, int type) {
+    if (type == WHIT_F32) return store((float*)p + i, f);
+    __m256i* to = (__m256i*)((uint16_t*)p + i);
+    if (type == WHIT_F16) return _mm256_storeu_si256(to, _mm512_cvtps_ph(f, _MM_FROUND_TO_NEAREST_INT));
+    __m512i u = _mm512_castps_si512(f), odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
+    __m512i r = _mm512_srli_epi32(_mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
+    r = _mm512_mask_mov_epi32(r, _mm512_cmp_ps_mask(f, f, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc0));
+    _mm256_storeu_si256(to, _mm512_cvtepi32_epi16(r));
+  }
+};
+
+}  // namespace

@@ -1,0 +1,220 @@
+// The C ABI: what this processor runs, how rows are shared among threads, and the calls themselves.
+//
+// Rows of the weight are cut into tasks of a fixed size, which threads take in turn. A row is computed by one thread in
+// one order, so results do not depend on the number of threads.
+#include <atomic>
+#include <chrono>
+#include <new>
+
+#include <stdlib.h>
+
+#include "isa.h"
+
+#if defined(__x86_64__) || defined(__i386__)
+#include <cpuid.h>
+#define WHIT_X86 1
+#endif
+
+namespace {
+
+#if defined(WHIT_X86)
+uint64_t enabled_state() {  // XCR0: which registers the operating system saves
+  uint32_t low, high;
+  __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  return (uint64_t)high << 32 | low;
+}
+
+int processor_has(int isa) {
+  unsigned a, b, c, d, a7, b7, c7, d7, a71 = 0, b71, c71, d71;
+  if (!__get_cpuid(1, &a, &b, &c, &d) || !__get_cpuid_count(7, 0, &a7, &b7, &c7, &d7)) return 0;
+  const unsigned osxsave = 1u << 27, avx = 1u << 28, fma = 1u << 12, f16c = 1u << 29;
+  if ((c & (osxsave | avx | fma | f16c)) != (osxsave | avx | fma | f16c)) return 0;
+  uint64_t state = enabled_state();
+  bool avx2 = (state & 6) == 6 && (b7 >> 5 & 1);
+  const unsigned needed = 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31;  // F, DQ, BW, VL
+  bool avx512 = avx2 && (state & 0xe6) == 0xe6 && (b7 & needed) == needed;
+  if (isa == WHIT_AVX2) return avx2;
+  if (isa == WHIT_AVX512) return avx512;
+  if (a7 >= 1) __get_cpuid_count(7, 1, &a71, &b71, &c71, &d71);
+  return isa == WHIT_AVX512_BF16 && avx512 && (a71 >> 5 & 1);
+}
+#else
+int processor_has(int) { return 0; }
+#endif
+
+const Kernels* kernels_for(int isa) {
+  switch (isa) {
+    case WHIT_SCALAR: return &whit_kernels_scalar;
+#if defined(WHIT_HAVE_AVX2)
+    case WHIT_AVX2: return &whit_kernels_avx2;
+#endif
+#if defined(WHIT_HAVE_AVX512)
+    case WHIT_AVX512: return &whit_kernels_avx512;
+#endif
+#if defined(WHIT_HAVE_AVX512_BF16)
+    case WHIT_AVX512_BF16: return &whit_kernels_avx512_bf16;
+#endif
+    default: return nullptr;
+  }
+}
+
+// Memory of a thread that grows and is kept: a call must not pay for fresh pages.
+struct Scratch {
+  void* data = nullptr;
+  size_t size = 0;
+  ~Scratch() { free(data); }
+  void* get(size_t bytes) {
+    if (bytes > size) {
+      free(data);
+      size = (bytes + 4095) & ~(size_t)4095;
+      data = nullptr;
+      if (posix_memalign(&data, 64, size)) data = nullptr, size = 0;
+    }
+    return data;
+  }
+};
+thread_local Scratch arranged, per_row;
+
+struct Team {
+  std::atomic<int64_t> next{0};
+  std::atomic<int> failed{0};
+  int64_t rows, task;
+  void (*work)(void* context, int64_t first, int64_t last, float* scratch);
+  void* context;
+  size_t scratch_bytes;
+};
+
+void member(void* argument) {
+  Team& team = *(Team*)argument;
+  float* scratch = (float*)per_row.get(team.scratch_bytes);
+  if (!scratch) {
+    team.failed = 1;
+    return;
+  }
+  for (;;) {
+    int64_t first = team.next.fetch_add(team.task);
+    if (first >= team.rows) return;
+    team.work(team.context, first, first + team.task < team.rows ? first + team.task : team.rows, scratch);
+  }
+}
+
+int run(Team& team, whit_parallel parallel, int threads) {
+  int64_t tasks = (team.rows + team.task - 1) / team.task;
+  if (threads > tasks) threads = (int)tasks;
+  if (threads > 1 && parallel) parallel(member, &team, (unsigned)threads, 0);
+  else member(&team);
+  return team.failed ? -4 : 0;
+}
+
+// Tasks of about 32 KB of codes, in multiples of 4 rows: small enough to even out threads that were held up.
+int64_t task_rows(const whit_weight& w) {
+  int64_t rows = 32768 / (w.row_bytes > 0 ? w.row_bytes : 1);
+  return rows < 4 ? 4 : rows > 1024 ? 1024 : rows & ~(int64_t)3;
+}
+
+size_t row_scratch(const whit_weight& w) {
+  int64_t lanes = w.columns / 4 + 64;  // 16 per block of at least 64 columns, and the last block
+  return sizeof(float) * (size_t)(2 * 4 * (w.groups + 48 + lanes));
+}
+
+struct Dot {
+  const Kernels* kernels;
+  const Rows* rows;
+  int count;
+};
+
+void dot_task(void* context, int64_t first, int64_t last, float* scratch) {
+  const Dot& dot = *(const Dot*)context;
+  for (int i = 0; i < dot.count; i++) dot.kernels->dot(dot.rows[i], first, last, scratch);
+}
+
+struct Decode {
+  const Kernels* kernels;
+  const whit_weight* w;
+  char* out;
+  int64_t offset, row_bytes;
+  int type;
+};
+
+void decode_task(void* context, int64_t first, int64_t last, float* scratch) {
+  const Decode& d = *(const Decode*)context;
+  for (int64_t row = first; row < last; row++)
+    d.kernels->dequantize(*d.w, d.offset + row, scratch, d.out + row * d.row_bytes, d.type);
+}
+
+}  // namespace
+
+#if !defined(WHIT_SOURCES)
+#define WHIT_SOURCES ""
+#endif
+
+int whit_abi(void) { return WHIT_ABI; }
+
+const char* whit_sources(void) { return WHIT_SOURCES; }
+
+int whit_has(int isa) { return kernels_for(isa) != nullptr && (isa == WHIT_SCALAR || processor_has(isa)); }
+
+int whit_linear(const whit_weight* w, const void* x, const void* bias, void* y, int64_t rows_of_x, int type, int isa,
+                int threads) {
+  if (isa == WHIT_AVX512_BF16 && (type != WHIT_BF16 || w->bits > 4 || !w->consecutive)) isa = WHIT_AVX512;
+  const Kernels* kernels = kernels_for(isa);
+  if (!kernels) return -1;
+  if (rows_of_x < 1 || rows_of_x > 64) return -2;
+  const int codes = w->bits <= 2 ? 16 : w->bits <= 4 ? 8 : 4;
+  const int64_t blocks = (w->columns + 16 * codes - 1) / (16 * codes), sum_count = 16 * blocks;
+  const int64_t x_bytes = blocks * 16 * codes * (kernels->pairs ? 2 : 4), element = type == WHIT_F32 ? 4 : 2;
+  const size_t bytes = (size_t)((x_bytes + 4 * sum_count) * rows_of_x);
+  char* buffer = (char*)arranged.get(bytes);
+  if (!buffer) return -3;
+  float* sums = (float*)(buffer + x_bytes * rows_of_x);
+  const bool needs_sums = w->zero || (w->consecutive && (w->bits > 4 || kernels->counts));
+  for (int64_t m = 0; m < rows_of_x; m++)
+    kernels->arrange((const char*)x + m * w->columns * element, type, w->columns, w->bits, buffer + m * x_bytes,
+                     needs_sums ? sums + m * sum_count : nullptr);
+  Rows rows[64];
+  int count = 0;
+  for (int64_t m = 0; m < rows_of_x;) {
+    int64_t take = 8;  // the most that are left and that share one pass
+    while (take > rows_of_x - m || !(kernels->sizes & take)) take /= 2;
+    rows[count++] = {w, buffer + m * x_bytes, sums + m * sum_count, x_bytes, sum_count, blocks, (int)take, bias,
+                     (char*)y + m * w->rows * element, type};
+    m += take;
+  }
+  Dot dot = {kernels, rows, count};
+  Team team;
+  team.rows = w->rows, team.task = task_rows(*w), team.work = dot_task, team.context = &dot;
+  team.scratch_bytes = row_scratch(*w);
+  return run(team, w->parallel, threads);
+}
+
+int whit_dequantize(const whit_weight* w, void* out, int64_t first, int64_t last, int type, int isa, int threads) {
+  const Kernels* kernels = kernels_for(isa);
+  if (!kernels) return -1;
+  Decode decode = {kernels, w, (char*)out, first, w->columns * (type == WHIT_F32 ? 4 : 2), type};
+  Team team;
+  team.rows = last - first, team.task = task_rows(*w), team.work = decode_task, team.context = &decode;
+  team.scratch_bytes = row_scratch(*w);
+  return run(team, w->parallel, threads);
+}
+
+namespace {
+struct Reading {
+  const uint8_t* data;
+  std::atomic<uint64_t> sum{0};
+};
+void read_task(void* context, int64_t first, int64_t last, float*) {
+  Reading& r = *(Reading*)context;
+  r.sum ^= whit_kernels_scalar.read(r.data + first, last - first);
+}
+}  // namespace
+
+double whit_read(const void* data, int64_t bytes, whit_parallel parallel, int isa, int threads) {
+  (void)isa;
+  Reading reading;
+  reading.data = (const uint8_t*)data;
+  Team team;
+  team.rows = bytes, team.task = 1 << 20, team.work = read_task, team.context = &reading, team.scratch_bytes = 64;
+  auto start = std::chrono::steady_clock::now();
+  run(team, parallel, threads);
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+}

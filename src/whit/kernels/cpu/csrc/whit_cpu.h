@@ -1,0 +1,49 @@
+// The C ABI of whit's CPU kernels: plain structs and functions, called through ctypes. No torch headers.
+//
+// A weight lies in layout `bits`: each row of codes is a stream of `bits`-bit unsigned integers, least significant bit
+// first, padded to a byte. w[row][column] = (levels[code] - zero[row][group]) * scale[row][group].
+#pragma once
+#include <stdint.h>
+
+#if defined(_WIN32)
+#define WHIT_API extern "C" __declspec(dllexport)
+#else
+#define WHIT_API extern "C" __attribute__((visibility("default")))
+#endif
+
+enum { WHIT_ABI = 3 };
+enum whit_type { WHIT_F32 = 0, WHIT_BF16 = 1, WHIT_F16 = 2, WHIT_U8 = 3, WHIT_NESTED = 4, WHIT_NONE = 5 };
+enum whit_isa { WHIT_SCALAR = 0, WHIT_AVX2 = 1, WHIT_AVX512 = 2, WHIT_AVX512_BF16 = 3, WHIT_ISAS = 4 };
+
+// How OpenMP starts a team: GOMP_parallel(function, data, threads, flags).
+typedef void (*whit_parallel)(void (*)(void*), void*, unsigned, unsigned);
+
+typedef struct {
+  const uint8_t* codes;
+  int64_t rows, columns, row_bytes;
+  int64_t group_size, groups;    // columns that share a scale; how many such groups a row has
+  const void* scale;             // (rows, groups) of scale_type; WHIT_NESTED: uint8 codes into nested_levels
+  const void* zero;              // (rows, groups) of zero_type, or null
+  const float* levels;           // 2^bits values
+  const float* nested_levels;    // double quantization: scale = nested_levels[code] * nested_absmax[i / 256] + offset
+  const float* nested_absmax;
+  const float* nested_offset;
+  int64_t scale_stride;          // groups, or 0 where one scale serves all rows
+  int32_t bits, scale_type, zero_type;
+  int32_t consecutive;           // whether levels[i] = levels[0] + i
+  whit_parallel parallel;        // null: one thread
+} whit_weight;
+
+// y (rows_of_x, w.rows) = x (rows_of_x, w.columns) w^T + bias, sums in float32. x and y are contiguous and of `type`,
+// bias too (or null). `isa` is one of whit_isa that whit_has() affirms. Returns 0, or a negative number if it cannot.
+WHIT_API int whit_linear(const whit_weight* w, const void* x, const void* bias, void* y, int64_t rows_of_x, int type,
+                         int isa, int threads);
+
+// out (last - first, w.columns), contiguous and of `type`: rows [first, last) of the weight, as the reference decodes.
+WHIT_API int whit_dequantize(const whit_weight* w, void* out, int64_t first, int64_t last, int type, int isa,
+                             int threads);
+
+WHIT_API int whit_has(int isa);  // 1 if this processor and its operating system run it
+WHIT_API int whit_abi(void);
+WHIT_API const char* whit_sources(void);  // the hash of the sources that this was built from
+WHIT_API double whit_read(const void* data, int64_t bytes, whit_parallel parallel, int isa, int threads);

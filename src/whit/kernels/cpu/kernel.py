@@ -1,0 +1,98 @@
+"""Products on the processor, in whit's own compiled code.
+
+Few rows of activations stream the codes past them, dequantizing in registers; the sums are float32 and the weights
+are exactly those of the reference, not rounded to the activations' type. Many rows take weights a few hundred rows at
+a time, dequantized to the activations' type in the cache, to torch's own product.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from whit.kernels.cpu.binding import ISAS, TYPES, Library, library
+from whit.kernels.cpu.weight import CpuWeight, plan_weight, unsupported
+from whit.tensor import PackedWeight
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+STREAMED_ROWS = 16  # up to here a stream of codes past all rows beats dequantizing
+PANEL = 1 << 21  # weights dequantized at a time: 4 MiB of 16-bit floats
+
+
+@dataclass(frozen=True)
+class Cpu:
+    """Formats of up to 8 bits with a scale, and a zero point perhaps, per group of 16 n columns or per row.
+
+    `isa` is one of binding.ISAS; None takes the best that the processor has.
+    """
+
+    isa: str | None = None
+    name: ClassVar[str] = "cpu"
+
+    def supports(self, packed: PackedWeight, x: Tensor) -> str | None:
+        if x.device.type != "cpu" or packed.device.type != "cpu":
+            return f"activations are on {x.device.type}, the weight is on {packed.device.type}"
+        if x.dtype not in FLOATS:
+            return f"activations are {x.dtype}"
+        compiled = library()
+        if isinstance(compiled, str):
+            return compiled
+        if self.isa is not None and self.isa not in compiled.isas:
+            return f"this processor does not run {self.isa}, or the compiler did not build it"
+        return unsupported(packed)
+
+    def prepare(self, packed: PackedWeight) -> CpuWeight:
+        return packed if isinstance(packed, CpuWeight) else plan_weight(packed, _compiled())
+
+    def linear(self, x: Tensor, packed: PackedWeight, bias: Tensor | None) -> Tensor:
+        weight = self.prepare(packed)
+        rows, (out_features, columns) = x.numel() // weight.shape[1], weight.shape
+        if rows > STREAMED_ROWS:
+            return self._panels(x.reshape(rows, columns), weight, bias).view(*x.shape[:-1], out_features)
+        x = x.contiguous()
+        y = torch.empty(*x.shape[:-1], out_features, dtype=x.dtype)
+        if rows:
+            compiled = _compiled()
+            bias_pointer = None if bias is None else bias.contiguous().data_ptr()
+            status = compiled.linear(
+                weight.address, x.data_ptr(), bias_pointer, y.data_ptr(), rows, TYPES[x.dtype],
+                self._isa(compiled), torch.get_num_threads(),
+            )  # fmt: skip
+            if status:
+                raise MemoryError(f"the CPU kernel could not run ({status})")
+        return y
+
+    def dequantize(self, packed: PackedWeight, dtype: torch.dtype, first: int = 0, last: int | None = None) -> Tensor:
+        """Rows [first, last) of the weight as floats (last - first, in_features), bit for bit the reference's."""
+        weight, compiled = self.prepare(packed), _compiled()
+        last = weight.shape[0] if last is None else last
+        out = torch.empty(last - first, weight.shape[1], dtype=dtype)
+        status = compiled.dequantize(
+            weight.address, out.data_ptr(), first, last, TYPES[dtype], self._isa(compiled), torch.get_num_threads()
+        )
+        if status:
+            raise MemoryError(f"the CPU kernel could not run ({status})")
+        return out
+
+    def _panels(self, x: Tensor, weight: CpuWeight, bias: Tensor | None) -> Tensor:
+        out_features, columns = weight.shape
+        y = torch.empty(len(x), out_features, dtype=x.dtype)
+        step = max(PANEL // columns, 64) & ~63
+        for first in range(0, out_features, step):
+            last = min(first + step, out_features)
+            panel = self.dequantize(weight, x.dtype, first, last)
+            y[:, first:last] = torch.nn.functional.linear(x, panel, None if bias is None else bias[first:last])
+        return y
+
+    def _isa(self, compiled: Library) -> int:
+        return ISAS.index(self.isa or compiled.isas[-1])
+
+
+def _compiled() -> Library:
+    compiled = library()
+    if isinstance(compiled, str):
+        raise RuntimeError(f"the CPU kernels are {compiled}")
+    return compiled

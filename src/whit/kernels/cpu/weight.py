@@ -1,0 +1,94 @@
+"""A packed weight as the compiled kernels read it: layout `bits` as it lies, and a struct of pointers to it."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from whit.kernels.cpu.binding import NESTED, NONE, TYPES, Library, WeightPlan
+from whit.kernels.cpu.memory import in_huge_pages
+from whit.layouts import layout_named
+from whit.tensor import Format, PackedWeight, matrix_shape, tensor_param
+
+LANE = 16  # the kernels' runs of columns that share params
+NESTED_GROUP = 256
+
+
+@dataclass(frozen=True)
+class CpuWeight(PackedWeight):
+    """A packed weight with its plan; `held` keeps alive what the plan points to beside the tensors."""
+
+    plan: WeightPlan
+    address: int
+    held: tuple[Tensor, ...]
+
+
+def unsupported(packed: PackedWeight) -> str | None:
+    """Why the kernels cannot read a weight, or None."""
+    format = packed.format
+    if packed.layout != "bits":
+        return f"layout {packed.layout} is not bits"
+    if format.vector_size != 1 or format.bits > 8:
+        return f"{format} is no format of up to 8 bits a weight"
+    if len(packed.shape) != 2 or 0 in packed.shape:
+        return f"the weight's shape is {packed.shape}; it must be a matrix"
+    if format.group_size % LANE and format.group_size < packed.shape[1]:
+        return f"groups of {format.group_size} columns are no multiple of {LANE}"
+    specs = format.param_specs(*packed.shape)
+    if not ({*specs} <= {"scale", "zero_point"} or {*specs} == {"absmax"}) or not specs:
+        return f"params {', '.join(specs) or 'none'} are not known to it"
+    nested = specs["absmax"].format if "absmax" in specs else None
+    if nested is not None and (nested.bits, nested.group_size) != (8, NESTED_GROUP):
+        return f"params in {nested} are not known to it"
+    return None
+
+
+def plan_weight(packed: PackedWeight, library: Library) -> CpuWeight:
+    """The weight with a plan. Its codes move to huge pages; integer zero points are unpacked beside them."""
+    format = packed.format
+    rows, columns = matrix_shape(packed.shape)
+    tensors = {key: tensor.contiguous() for key, tensor in packed.tensors.items()}
+    tensors["codes"] = codes = in_huge_pages(packed.tensors["codes"])
+    levels = level_table(format)
+    groups = -(-columns // format.group_size) if format.group_size else 1
+    plan = WeightPlan(
+        codes=codes.data_ptr(), rows=rows, columns=columns, row_bytes=codes.shape[1], groups=groups,
+        group_size=format.group_size or columns, levels=levels.data_ptr(), bits=format.bits,
+        consecutive=bool((levels[1:] == levels[:-1] + 1).all()), zero_type=NONE, parallel=library.parallel,
+    )  # fmt: skip
+    held = [levels]
+    if "absmax_codes" in tensors:
+        held.append(level_table(format.param_specs(rows, columns)["absmax"].format))  # type: ignore[arg-type]
+        plan.scale, plan.scale_type, plan.scale_stride = tensors["absmax_codes"].data_ptr(), NESTED, groups
+        plan.nested_levels, plan.nested_absmax = held[-1].data_ptr(), tensors["absmax_absmax"].data_ptr()
+        plan.nested_offset = tensors["absmax_offset"].data_ptr()
+    else:
+        scale = tensors["absmax" if "absmax" in tensors else "scale"]
+        plan.scale, plan.scale_type = scale.data_ptr(), TYPES[scale.dtype]
+        plan.scale_stride = groups if scale.numel() > 1 else 0
+    if "zero_point" in tensors:
+        params = layout_named(packed.layout).params(packed)
+        held.append(tensor_param(params, "zero_point").contiguous())
+        plan.zero, plan.zero_type = held[-1].data_ptr(), TYPES[held[-1].dtype]
+    return CpuWeight(
+        packed.layout, format, packed.shape, tensors, plan=plan, address=ctypes.addressof(plan), held=tuple(held)
+    )
+
+
+def level_table(format: Format) -> Tensor:
+    """What each stored code stands for under a scale of 1 and a zero point of 0: float32 (2^bits,)."""
+    count = 1 << format.bits
+    table = torch.zeros(count)
+    levels = getattr(format, "levels", None)
+    if levels is not None:  # fewer than 2^bits of them, perhaps
+        table[: len(levels)] = torch.tensor(levels, dtype=torch.float32)
+        return table
+    codes = torch.arange(count, dtype=torch.int16) + format.code_min
+    params = {
+        name: torch.full(spec.shape, 0.0 if name == "zero_point" else 1.0)
+        for name, spec in format.param_specs(1, count).items()
+    }
+    return format.decode(codes.to(format.code_dtype).reshape(1, -1), params).reshape(-1).contiguous()

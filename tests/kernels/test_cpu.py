@@ -1,0 +1,240 @@
+"""The compiled CPU kernels against float64 and the reference: formats, shapes, rows, threads, instruction sets."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Generator, Tensor
+
+import whit
+from whit.kernels import dequantize, packed_linear, select
+from whit.kernels.cpu import Cpu, library
+from whit.kernels.cpu import build as builder
+from whit.kernels.cpu.binding import load
+from whit.kernels.cpu.memory import HUGE, in_huge_pages
+from whit.kernels.reference import Reference
+from whit.layouts import BITS
+from whit.modules import QuantizedLinear
+from whit.tensor import PackedWeight
+
+GROUPED = [f"int{bits}-g{group}" for bits in range(1, 9) for group in (16, 32, 64, 128, 256)]
+OTHER = [
+    *(f"int{bits}-g32-asym" for bits in range(1, 9)), *(f"int{bits}-channel" for bits in range(1, 9)),
+    "int8-tensor", "int4-g64-asym-fz", "int8-g64-asym-fz", "int4-g48", "int2-g96-asym", "int4-g128-f16",
+    "int4-g128-f32", "int3-channel-asym", "nf4", "nf4-g16", "nf4-dq", "nf4-g128-dq", "nf4-channel", "fp4", "fp8",
+    "dynamic8-g64", "codebook(-1,-0.3,0.3,0.5,1)-g64", "codebook(-1,1)-g32", "codebook(-1,0.1,1)-g256",
+]  # fmt: skip
+COMPILED = library()
+ISAS_HERE = () if isinstance(COMPILED, str) else COMPILED.isas
+# float32 sums of float32 or bfloat16 products, relative to the sum of magnitudes; then the output's own rounding.
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
+
+pytestmark = pytest.mark.skipif(isinstance(COMPILED, str), reason=f"CPU kernels: {COMPILED}")
+
+
+@pytest.fixture(params=ISAS_HERE)
+def kernel(request: pytest.FixtureRequest) -> Cpu:
+    return Cpu(request.param)
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def packed(spec: str, rows: int, columns: int, random: Generator) -> PackedWeight:
+    return BITS.pack(whit.quantize_tensor(torch.randn(rows, columns, generator=random), spec))
+
+
+def check(got: Tensor, x: Tensor, weight: PackedWeight, bias: Tensor | None, tolerance: float) -> None:
+    exact = BITS.unpack(weight).dequantize(torch.float64)
+    wanted, size = x.double() @ exact.T, x.double().abs() @ exact.abs().T
+    if bias is not None:
+        wanted, size = wanted + bias.double(), size + bias.double().abs()
+    assert bool(((got.double() - wanted).abs() <= tolerance * size + 1e-30).all())
+
+
+def test_every_instruction_set_was_built_here():
+    """gcc 12 and clang 14, which CI has, build all; so none is left out by mistake."""
+    assert ISAS_HERE[0] == "scalar"
+    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    if " avx2 " in flags:
+        assert "avx2" in ISAS_HERE
+    if " avx512bw " in flags:
+        assert "avx512" in ISAS_HERE
+    if " avx512_bf16 " in flags:
+        assert "avx512_bf16" in ISAS_HERE
+
+
+@pytest.mark.parametrize("spec", GROUPED + OTHER)
+def test_dequantizes_to_the_references_bits(kernel: Cpu, spec: str, random: Generator):
+    for rows, columns in [(3, 33), (5, 257), (2, 640)]:
+        weight = packed(spec, rows, columns, random)
+        for dtype in TOLERANCE:
+            assert torch.equal(kernel.dequantize(weight, dtype), dequantize(weight, dtype))
+
+
+@pytest.mark.parametrize("spec", GROUPED + OTHER)
+def test_products_are_exact_to_float32(kernel: Cpu, spec: str, random: Generator):
+    for (rows, columns), batch in [((1, 1), 1), ((7, 33), 3), ((5, 257), 1), ((10, 640), 9)]:
+        weight = packed(spec, rows, columns, random)
+        assert kernel.supports(weight, torch.ones(1, columns)) is None
+        for dtype, tolerance in TOLERANCE.items():
+            x = torch.randn(batch, columns, generator=random).to(dtype)
+            bias = torch.randn(rows, generator=random).to(dtype)
+            # one-bit asymmetric groups are sums of few values against large zero points
+            check(kernel.linear(x, weight, bias), x, weight, bias, tolerance * (4 if "int1" in spec else 1))
+
+
+@pytest.mark.parametrize("spec", ["int4-g32", "nf4-g32", "int8-g64-asym", "int3-g64", "int2-g128"])
+def test_any_number_of_rows(kernel: Cpu, spec: str, random: Generator):
+    weight = packed(spec, 37, 288, random)
+    for dtype, tolerance in TOLERANCE.items():
+        x = torch.randn(65, 288, generator=random).to(dtype)
+        for rows in (*range(1, 20), 32, 33, 64, 65):
+            # many rows multiply by weights rounded to the activations' type, as the reference does
+            slack = 4 if rows > 16 else 1
+            check(kernel.linear(x[:rows], weight, None), x[:rows], weight, None, slack * tolerance)
+    assert kernel.linear(torch.ones(0, 288), weight, None).shape == (0, 37)
+    assert kernel.linear(torch.ones(2, 3, 288), weight, None).shape == (2, 3, 37)
+    assert kernel.linear(torch.ones(288), weight, None).shape == (37,)
+
+
+@pytest.mark.parametrize("spec", ["int4-g128", "nf4-dq", "int3-g64-asym", "int8"])
+def test_the_number_of_threads_changes_no_bit(kernel: Cpu, spec: str, random: Generator, threads: None):
+    weight = packed(spec, 700, 512, random)
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.randn(5, 512, generator=random).to(dtype)
+        results = []
+        for count in (1, 2, 3, 4):
+            torch.set_num_threads(count)
+            results.append(kernel.linear(x, weight, None))
+        assert all(torch.equal(results[0], result) for result in results[1:])
+
+
+@pytest.mark.parametrize("spec", ["int4-g32", "int3-g32-asym", "nf4", "int8"])
+def test_pointers_need_no_alignment(kernel: Cpu, spec: str, random: Generator):
+    weight, x = packed(spec, 9, 160, random), torch.randn(2, 160, generator=random)
+
+    def moved(tensor: Tensor, offset: int) -> Tensor:
+        flat = torch.empty(tensor.numel() + offset, dtype=tensor.dtype)[offset:]
+        return flat.reshape(tensor.shape).copy_(tensor)
+
+    for offset in (1, 3):
+        tensors = {key: moved(tensor, offset) for key, tensor in weight.tensors.items()}
+        other = PackedWeight(weight.layout, weight.format, weight.shape, tensors)
+        assert torch.equal(kernel.linear(moved(x, offset), other, None), kernel.linear(x, weight, None))
+
+
+def test_activations_may_have_any_strides(kernel: Cpu, random: Generator):
+    weight, x = packed("int4-g32", 9, 64, random), torch.randn(64, 3, generator=random)
+    assert torch.equal(kernel.linear(x.T, weight, None), kernel.linear(x.T.contiguous(), weight, None))
+
+
+def test_is_what_runs_here_and_says_what_it_cannot(random: Generator):
+    x = torch.ones(1, 64)
+    assert select(packed("int4-g64", 8, 64, random), x).name == "cpu"
+    for spec, dtype, reason in [
+        ("int4-g8", torch.float32, "groups of 8 columns"), ("bf16", torch.float32, "no format of up to 8 bits"),
+        ("dynamic8-g64-centered", torch.float32, "offset"), ("int4-g64", torch.float64, "activations are"),
+    ]:  # fmt: skip
+        weight = packed(spec, 8, 64, random)
+        assert reason in (Cpu().supports(weight, x.to(dtype)) or "")
+        assert select(weight, x.to(dtype)).name == "reference"
+    assert "does not run" in (Cpu("none").supports(packed("int8", 8, 64, random), x) or "")
+
+
+def test_gradients_are_those_of_the_reference(random: Generator):
+    weight = packed("nf4", 24, 128, random)
+    x = torch.randn(3, 128, generator=random, requires_grad=True)
+    g = torch.randn(3, 24, generator=random)
+    ours = torch.autograd.grad(packed_linear(x, weight, None, Cpu()), x, g)[0]
+    theirs = torch.autograd.grad(packed_linear(x, weight, None, Reference()), x, g)[0]
+    assert torch.equal(ours, theirs)
+
+
+def test_large_codes_move_to_huge_pages_with_their_values(random: Generator):
+    codes = torch.randint(0, 256, (1024, 5000), generator=random, dtype=torch.uint8)
+    moved = in_huge_pages(codes)
+    assert torch.equal(moved, codes)
+    if sys.platform == "linux":
+        assert moved.data_ptr() % HUGE == 0
+    assert in_huge_pages(moved[:8]).data_ptr() == moved.data_ptr()
+
+
+def test_the_module_holds_its_codes_once(random: Generator):
+    quantized = whit.quantize_tensor(torch.randn(2048, 5000, generator=random), "int4-g32")
+    module = QuantizedLinear.from_quantized(quantized)
+    before, codes = module.codes.clone(), module.codes.data_ptr()
+    first = module(torch.ones(1, 5000))
+    assert module.codes.data_ptr() != codes
+    assert module.packed.tensors["codes"] is module.codes
+    assert torch.equal(module.codes, before)
+    assert torch.equal(module(torch.ones(1, 5000)), first)
+
+
+def test_a_library_of_other_sources_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    assert "not built" in str(load(tmp_path / "absent.so"))
+    (tmp_path / "broken.so").write_bytes(b"no library")
+    assert "build it again" in str(load(tmp_path / "broken.so"))
+    monkeypatch.setattr("whit.kernels.cpu.binding.source_hash", lambda: "0" * 16)
+    assert "other sources" in str(load(builder.LIBRARY))
+
+
+def test_without_a_compiler_the_reason_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(builder, "COMPILERS", ("no-such-compiler",))
+    with pytest.raises(RuntimeError, match=r"no C\+\+ compiler"):
+        builder.build(tmp_path / "library.so")
+    monkeypatch.undo()
+    with pytest.raises(RuntimeError, match="failed"):
+        builder.build(tmp_path / "library.so", compiler="false")
+    assert not list(tmp_path.iterdir())
+
+
+SANITIZED = """
+import sys, torch, whit
+from whit.kernels.cpu import kernel as module
+from whit.kernels.cpu.binding import load
+from pathlib import Path
+compiled = load(Path(sys.argv[1]))
+assert not isinstance(compiled, str), compiled
+module.library = lambda: compiled
+from whit.layouts import BITS
+random = torch.Generator().manual_seed(0)
+for isa in compiled.isas:
+    for spec in ["int1-g16", "int2-g32-asym", "int3-g64", "int4-g48", "nf4-dq", "int5-g32", "int6-channel", "int7-g16",
+                 "int8-g64-asym", "fp8", "int8-tensor", "codebook(-1,0.1,1)-g32"]:
+        for rows, columns in [(1, 1), (3, 33), (9, 257)]:
+            weight = BITS.pack(whit.quantize_tensor(torch.randn(rows, columns, generator=random), spec))
+            for batch in (1, 7, 20):
+                for dtype in (torch.float32, torch.bfloat16, torch.float16):
+                    module.Cpu(isa).linear(torch.randn(batch, columns, generator=random).to(dtype), weight, None)
+print("clean")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux" or builder.find_compiler() is None, reason="needs Linux and a compiler")
+def test_sanitizers_find_nothing(tmp_path: Path):
+    library_path = tmp_path / "sanitized.so"
+    builder.build(library_path, extra=builder.SANITIZERS)
+    runtimes = [
+        subprocess.run([builder.find_compiler(), f"-print-file-name={name}"], capture_output=True, text=True).stdout
+        for name in ("libasan.so", "libubsan.so")
+    ]
+    environment = {
+        "LD_PRELOAD": ":".join(name.strip() for name in runtimes), "PYTHONPATH": ":".join(sys.path),
+        "ASAN_OPTIONS": "detect_leaks=0", "PATH": "/usr/bin:/bin",
+    }  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", SANITIZED, str(library_path)], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "clean" in done.stdout
