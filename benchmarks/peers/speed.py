@@ -66,6 +66,7 @@ def main() -> None:
                 cut_tokens(args, Path(scratch))
                 results.append(one(peer, args, Path(scratch)))
             print(peer, results[-1].get("error") or f"{results[-1]['seconds']:.1f} s", flush=True)
+    tokens = f"{args.samples} x {args.tokens_each} tokens"
     page = f"{table(runs)}\n\nint4-g64, {tokens}, {args.threads} threads, {args.device}"
     if args.save:
         harness.save(args.save, {"machine": harness.machine(), "runs": runs}, page)

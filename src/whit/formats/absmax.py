@@ -26,6 +26,7 @@ class Absmax8:
     group_size = ROW
     vector_size = 1
     row_independent = True
+    searches = False
     code_min = -128
     code_dtype = torch.int8
     continuous: tuple[str, ...] = ("absmax",)

@@ -25,7 +25,7 @@ from whit.memory.shapes import Shape, find_shape
 from whit.model.skeleton import build_skeleton, load_skeleton
 from whit.model.source import Origin
 from whit.plan import Source
-from whit.tensor import TensorSpec
+from whit.tensor import Format, QuantizedTensor, TensorSpec
 
 
 class ConfigSource:
@@ -52,6 +52,18 @@ class ConfigSource:
 
     def entry(self, name: str) -> Entry | None:
         """No parameter lies anywhere."""
+        return None
+
+    def format(self, name: str) -> Format | None:
+        """No parameter is quantized yet."""
+        return None
+
+    def quantized(self, name: str) -> QuantizedTensor:
+        """Refused, as `read` is."""
+        raise CheckpointError(f"{name}: only config.json is known; weights must be there to be read; fetch the model")
+
+    def note(self, name: str) -> str | None:
+        """Nothing is to be said."""
         return None
 
 

@@ -16,8 +16,7 @@ import whit
 from whit.calibration import Calibration
 from whit.checkpoint.reader import read_json
 from whit.coverage import load_account
-from whit.errors import WhitError
-from whit.export.packed import whit_config
+from whit.errors import CheckpointError, WhitError
 from whit.integrations.loading import load_causal_lm, load_tokenizer, maximum_context, model_files
 from whit.job import open_source
 from whit.memory import Planner, Situation, find_subject
@@ -78,7 +77,7 @@ def draw_checkpoint(model: str, folder: Path, out: Path) -> list[Path]:
 
 def _of_model(model: str, trust_remote_code: bool) -> dict[str, Figure]:
     """The pictures of a model's own weights, activations and memory; those that it cannot have are left out."""
-    drawn = {}
+    drawn: dict[str, Figure] = {}
     files = model_files(model)
     if files.is_dir():
         drawn |= _of_weights(files, trust_remote_code)
@@ -91,9 +90,10 @@ def _of_model(model: str, trust_remote_code: bool) -> dict[str, Figure]:
 def _of_weights(folder: Path, trust_remote_code: bool) -> dict[str, Figure]:
     """Histogram and errors of a plain model; of one that whit quantized the histogram of what is stored."""
     quantization = read_json(folder / "config.json").get("quantization_config")
-    if quantization is not None and whit_config(folder) is None:
-        return {}  # another library's codes: read by that library only
-    source = open_source(folder, trust_remote_code)
+    try:
+        source = open_source(folder, trust_remote_code)
+    except CheckpointError:  # codes of a library whose files are not read here
+        return {}
     try:
         target = middle(source)
         if target is None:
@@ -102,7 +102,8 @@ def _of_weights(folder: Path, trust_remote_code: bool) -> dict[str, Figure]:
     finally:
         source.checkpoint.close()
     if quantization is not None:
-        stored = {"as stored": (weight.flatten().numpy(), weight[0, :STORED].unique().numpy())}
+        levels = torch.unique(weight[0, :STORED])  # type: ignore[no-untyped-call]
+        stored = {"as stored": (weight.flatten().numpy(), levels.numpy())}
         return {"histogram": figures.histogram(target.holder, None, stored)}
     return {
         "histogram": figures.histogram(target.holder, *_histogram(weight)),

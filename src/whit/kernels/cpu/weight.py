@@ -10,7 +10,7 @@ from torch import Tensor
 
 from whit.kernels.cpu.binding import NESTED, NONE, TYPES, Library, WeightPlan
 from whit.kernels.cpu.memory import in_huge_pages
-from whit.layouts import layout_named
+from whit.layouts import BITS
 from whit.tensor import Format, PackedWeight, matrix_shape, tensor_param
 
 LANE = 16  # the kernels' runs of columns that share params
@@ -70,7 +70,7 @@ def plan_weight(packed: PackedWeight, library: Library) -> CpuWeight:
         plan.scale, plan.scale_type = scale.data_ptr(), TYPES[scale.dtype]
         plan.scale_stride = groups if scale.numel() > 1 else 0
     if "zero_point" in tensors:
-        params = layout_named(packed.layout).params(packed)
+        params = BITS.params(packed)
         held.append(tensor_param(params, "zero_point").contiguous())
         plan.zero, plan.zero_type = held[-1].data_ptr(), TYPES[held[-1].dtype]
     return CpuWeight(
