@@ -1,0 +1,110 @@
+"""CUDA C++ compiled at run time: source to machine code with NVRTC, loaded and launched through the driver.
+
+torch brings NVRTC along and the driver is there wherever CUDA works, so nothing is built at install. A kernel takes one
+struct by value.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from whit.errors import KernelError
+
+Dims = tuple[int, int, int]
+MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+FREE_SHARED = 48 * 1024  # more must be asked for
+
+
+@lru_cache(maxsize=1)
+def compiler() -> ctypes.CDLL:
+    """libnvrtc of torch's CUDA version; OSError where there is none."""
+    major = (torch.version.cuda or "12").split(".")[0]
+    name = f"libnvrtc.so.{major}"
+    folders = [Path(torch.__file__).parent / "lib", *Path(torch.__file__).parent.parent.glob("nvidia/*/lib")]
+    found = [str(folder / name) for folder in folders if (folder / name).exists()]
+    for candidate in [*found, name, "libnvrtc.so"]:
+        try:
+            return ctypes.CDLL(candidate)
+        except OSError:
+            continue
+    raise OSError(f"{name} is neither beside torch nor on the library path")
+
+
+@lru_cache(maxsize=1)
+def driver() -> ctypes.CDLL:
+    """The CUDA driver's library."""
+    return ctypes.CDLL("libcuda.so.1")
+
+
+def missing() -> str | None:
+    """Why nothing can be compiled here, or None."""
+    try:
+        compiler(), driver()
+    except OSError as error:
+        return str(error)
+    return None
+
+
+def compile_source(source: str, options: Sequence[str], architecture: str) -> bytes:
+    """Machine code for `architecture` (sm_90); KernelError with the compiler's own words where it fails."""
+    nvrtc = compiler()
+    program = ctypes.c_void_p()
+    _checked(nvrtc.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"kernel.cu", 0, None, None), source)
+    flags = [f"--gpu-architecture={architecture}", "--std=c++17", *options]
+    array = (ctypes.c_char_p * len(flags))(*[flag.encode() for flag in flags])
+    try:
+        if nvrtc.nvrtcCompileProgram(program, len(flags), array):
+            log = _bytes(nvrtc.nvrtcGetProgramLogSize, nvrtc.nvrtcGetProgramLog, program)
+            raise KernelError(f"gpu kernel: NVRTC refused it with {' '.join(flags)}; report this: {log.decode()[:2000]}")
+        return _bytes(nvrtc.nvrtcGetCUBINSize, nvrtc.nvrtcGetCUBIN, program)
+    finally:
+        nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
+
+
+class Function:
+    """A kernel loaded into the current device's context; it keeps its module for as long as the process lives."""
+
+    def __init__(self, code: bytes, name: str) -> None:
+        self.module, self.handle = ctypes.c_void_p(), ctypes.c_void_p()
+        self.name, self.shared = name, FREE_SHARED
+        _checked(driver().cuModuleLoadData(ctypes.byref(self.module), code), name)
+        _checked(driver().cuModuleGetFunction(ctypes.byref(self.handle), self.module, name.encode()), name)
+
+    def launch(self, grid: Dims, threads: int, shared: int, params: ctypes.Structure, stream: int) -> None:
+        """Enqueue it on a stream (its address); `shared` bytes of dynamic shared memory."""
+        if shared > self.shared:
+            _checked(driver().cuFuncSetAttribute(self.handle, MAX_DYNAMIC_SHARED, shared), self.name)
+            self.shared = shared
+        pointers = (ctypes.c_void_p * 1)(ctypes.addressof(params))
+        where = ctypes.c_void_p(stream)
+        status = driver().cuLaunchKernel(self.handle, *grid, threads, 1, 1, shared, where, pointers, None)
+        _checked(status, self.name)
+
+    def resources(self) -> dict[str, int]:
+        """Registers and bytes of local memory per thread, as the driver reports them."""
+        attributes = {"registers": 4, "local_bytes": 3, "static_shared": 1}
+        found = {}
+        for name, number in attributes.items():
+            value = ctypes.c_int()
+            _checked(driver().cuFuncGetAttribute(ctypes.byref(value), number, self.handle), self.name)
+            found[name] = value.value
+        return found
+
+
+def _checked(status: int, where: str) -> None:
+    if status:
+        raise KernelError(f"gpu kernel {where[:40]}: CUDA error {status}; run with CUDA_LAUNCH_BLOCKING=1 and report it")
+
+
+def _bytes(size_of: Any, get: Any, program: ctypes.c_void_p) -> bytes:
+    size = ctypes.c_size_t()
+    _checked(size_of(program, ctypes.byref(size)), "size")
+    buffer = ctypes.create_string_buffer(size.value)
+    _checked(get(program, buffer), "content")
+    return buffer.raw
