@@ -20,9 +20,9 @@ def shared_folder() -> Path:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     have_shared, have_gpu = (shared_folder() / "whole").exists(), torch.cuda.is_available()
     for item in items:
-        if "shared" in item.keywords and not have_shared:
+        if item.get_closest_marker("shared") and not have_shared:
             item.add_marker(pytest.mark.skip(reason="the shared real model and data are not unpacked here"))
-        if "gpu" in item.keywords and not have_gpu:
+        if item.get_closest_marker("gpu") and not have_gpu:
             item.add_marker(pytest.mark.skip(reason="no CUDA device here"))
 
 

@@ -40,6 +40,7 @@ class Format(Protocol):
     columns coded jointly (1: scalar). Codes lie in [code_min, code_max] and take `bits` bits each when packed.
     """
 
+    def __hash__(self) -> int: ...
     @property
     def bits(self) -> int: ...
     @property

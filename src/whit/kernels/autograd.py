@@ -9,7 +9,7 @@ from torch import Tensor
 
 from whit.kernels.base import Kernel
 from whit.kernels.dispatch import select
-from whit.kernels.reference import dequantize
+from whit.kernels.unpack import dequantize
 from whit.tensor import PackedWeight
 
 

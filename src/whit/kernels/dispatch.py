@@ -13,10 +13,11 @@ from torch import Tensor
 from whit.errors import KernelError
 from whit.kernels.base import Kernel
 from whit.kernels.cpu import Cpu
+from whit.kernels.gpu import Gpu
 from whit.kernels.reference import Reference
 from whit.tensor import PackedWeight
 
-KERNELS: tuple[Kernel, ...] = (Cpu(), Reference())
+KERNELS: tuple[Kernel, ...] = (Gpu(), Cpu(), Reference())
 
 Choice: TypeAlias = tuple[torch.dtype, str, int]
 

@@ -13,22 +13,25 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from whit.kernels.gpu import stream
+from whit.kernels.gpu import dequantize as unpacking
+from whit.kernels.gpu import nvrtc, stream
+from whit.kernels.gpu.scales import Storage
 from whit.kernels.gpu.stream import Config, Operands, Scheme
-from whit.tensor import PackedWeight
+from whit.tensor import PackedWeight, matrix_shape
 
 HERE = Path(__file__).parent
 COMPILER = shutil.which("g++")
 DRIVER = """
-extern "C" void run(const Params *p, int x, int y, int z) { run_grid({x, y, z}, THREADS, [&] { stream(*p); }); }
+extern "C" void run(const Params *p, int x, int y, int z) {{ run_grid({{x, y, z}}, THREADS, [&] {{ {kernel}(*p); }}); }}
 """
 
 
 @lru_cache
-def library(macros: tuple[tuple[str, int], ...]) -> ctypes.CDLL:
+def library(kernel: Path, macros: tuple[tuple[str, int], ...]) -> ctypes.CDLL:
     folder = Path(tempfile.mkdtemp(prefix="emulated-"))
     source = folder / "kernel.cpp"
-    source.write_text(f'#include "{HERE / "emulate.h"}"\n#include "{stream.SOURCE}"\n{DRIVER}')
+    included = (HERE / "emulate.h", nvrtc.COMMON, kernel)
+    source.write_text("".join(f'#include "{path}"\n' for path in included) + DRIVER.format(kernel=kernel.stem))
     target = folder / f"{hashlib.sha1(repr(macros).encode()).hexdigest()}.so"
     flags = [f"-D{name}={value}" for name, value in macros]
     command = [str(COMPILER), "-std=c++17", "-O1", "-w", "-shared", "-fPIC", *flags, str(source), "-o", str(target)]
@@ -44,9 +47,22 @@ def linear(x: Tensor, packed: PackedWeight, bias: Tensor | None, scheme: Scheme,
     config = stream.fitted(config, scheme, x.shape[1])
     y = torch.full((rows, outs), float("nan"), dtype=x.dtype)
     grid = stream.grid(config, outs, rows)
-    partial, arrived = torch.full((config.splits, rows, outs), float("nan")), torch.zeros(grid[0] * grid[2], dtype=torch.int32)
-    operands = Operands(x, y, bias, packed.tensors, partial, arrived)
+    partial, arrived = (
+        torch.full((config.splits, rows, outs), float("nan")),
+        torch.zeros(grid[0] * grid[2], dtype=torch.int32),
+    )
+    operands = Operands(x, y, bias, packed, partial, arrived)
     macros = stream.macros(scheme, config, x.dtype == torch.float16, rows)
-    library(tuple(macros.items())).run(ctypes.byref(stream.params(operands, scheme, config)), *grid)
+    library(stream.SOURCE, tuple(macros.items())).run(ctypes.byref(stream.params(operands, scheme, config)), *grid)
     assert not arrived.any()
     return y
+
+
+def dequantize(packed: PackedWeight, dtype: torch.dtype, stored: Storage) -> Tensor:
+    """What the dequantizing kernel computes."""
+    w = torch.full(matrix_shape(packed.shape), float("nan"), dtype=dtype)
+    params = unpacking.params(packed, w, stored)
+    macros = unpacking.macros(packed, stored, dtype == torch.float16)
+    kernel = library(unpacking.SOURCE, macros)
+    kernel.run(ctypes.byref(params), -(-w.shape[0] // params.rows_per_block), 1, 1)
+    return w

@@ -1,1 +1,7 @@
 """Kernels for NVIDIA GPUs."""
+
+from __future__ import annotations
+
+from whit.kernels.gpu.kernel import Gpu
+
+__all__ = ["Gpu"]

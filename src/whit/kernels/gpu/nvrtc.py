@@ -7,7 +7,7 @@ struct by value.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import torch
 
 from whit.errors import KernelError
 
+COMMON = Path(__file__).with_name("common.cuh")
 Dims = tuple[int, int, int]
 MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 FREE_SHARED = 48 * 1024  # more must be asked for
@@ -30,6 +31,8 @@ def compiler() -> ctypes.CDLL:
     found = [str(folder / name) for folder in folders if (folder / name).exists()]
     for candidate in [*found, name, "libnvrtc.so"]:
         try:
+            for builtins in Path(candidate).parent.glob("libnvrtc-builtins.so*"):  # which it looks for by bare name
+                ctypes.CDLL(str(builtins), mode=ctypes.RTLD_GLOBAL)
             return ctypes.CDLL(candidate)
         except OSError:
             continue
@@ -61,10 +64,21 @@ def compile_source(source: str, options: Sequence[str], architecture: str) -> by
     try:
         if nvrtc.nvrtcCompileProgram(program, len(flags), array):
             log = _bytes(nvrtc.nvrtcGetProgramLogSize, nvrtc.nvrtcGetProgramLog, program)
-            raise KernelError(f"gpu kernel: NVRTC refused it with {' '.join(flags)}; report this: {log.decode()[:2000]}")
+            raise KernelError(
+                f"gpu kernel: NVRTC refused it with {' '.join(flags)}; report this: {log.decode()[:2000]}"
+            )
         return _bytes(nvrtc.nvrtcGetCUBINSize, nvrtc.nvrtcGetCUBIN, program)
     finally:
         nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
+
+
+def build(source: Path, macros: Mapping[str, int], name: str, device: int) -> Function:
+    """The kernel `name` of a source file, after common.cuh, for a device of this machine."""
+    major, minor = torch.cuda.get_device_capability(device)
+    options = [f"-D{key}={value}" for key, value in macros.items()]
+    code = compile_source(COMMON.read_text() + source.read_text(), options, f"sm_{major}{minor}")
+    with torch.cuda.device(device):
+        return Function(code, name)
 
 
 class Function:
@@ -99,7 +113,7 @@ class Function:
 
 def _checked(status: int, where: str) -> None:
     if status:
-        raise KernelError(f"gpu kernel {where[:40]}: CUDA error {status}; run with CUDA_LAUNCH_BLOCKING=1 and report it")
+        raise KernelError(f"gpu kernel {where[:40]}: CUDA error {status}; set CUDA_LAUNCH_BLOCKING=1 and report it")
 
 
 def _bytes(size_of: Any, get: Any, program: ctypes.c_void_p) -> bytes:

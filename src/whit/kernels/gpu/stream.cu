@@ -1,11 +1,6 @@
 // y (rows, outs) = x (rows, columns) W (outs, columns)^T + bias, W read once as the packed codes that the file holds.
 //
-// Built at run time, one kernel per format and configuration; the host defines the macros (see stream.py):
-//   BITS, CODEBOOK     width of a code; 1: a table of 16 levels instead of integers
-//   HALF               activations and matrix operands: 0 bfloat16, 1 float16
-//   OFFSET             integer that is subtracted from every code
-//   SCALE              0 bfloat16, 1 float16, 2 float32, 3 float32 that is itself quantized (NF4's double quantization)
-//   ZERO               0 none, 1 integers packed like codes, 2 float16, 3 one half for all
+// Built at run time, one kernel per format and configuration, after common.cuh. The host (stream.py) also defines
 //   CHUNK              columns of a row that a thread holds at a time; four threads share a row, so a step is 4 CHUNK columns
 //   STEPS_PER_GROUP    steps that share a scale; 0: the whole row does
 //   MT, NT             tiles of 16 outs per warp, tiles of 8 rows
@@ -21,78 +16,6 @@
 // for each of the 32 banks. Scales multiply float32 sums of a group, not weights. Warps that split columns are added in
 // a fixed order; blocks too, by the last one to finish: no atomics on floats, and a row's result does not depend on
 // what other rows are there.
-
-#ifndef EMULATED
-typedef unsigned int u32;
-typedef unsigned short u16;
-typedef unsigned char u8;
-#define DEVICE static __device__ __forceinline__
-
-DEVICE float bits_float(u32 v) { return __uint_as_float(v); }
-DEVICE u32 permute(u32 a, u32 b, u32 s) { return __byte_perm(a, b, s); }
-
-DEVICE uint4 load16(const void *p) {
-    uint4 v;
-    asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
-    return v;
-}
-DEVICE uint2 load8(const void *p) {
-    uint2 v;
-    asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v2.u32 {%0,%1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(p));
-    return v;
-}
-DEVICE u32 load4(const void *p) {
-    u32 v;
-    asm volatile("ld.global.nc.u32 %0, [%1];" : "=r"(v) : "l"(p));
-    return v;
-}
-DEVICE float load_uncached(const float *p) {
-    float v;
-    asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(v) : "l"(p) : "memory");
-    return v;
-}
-
-#if HALF
-#define TYPE "f16"
-#else
-#define TYPE "bf16"
-#endif
-DEVICE u32 add_pair(u32 a, u32 b) {  // as a * 1 + b, which compute capability 8.0 has for bfloat16 too
-    u32 d;
-    asm("fma.rn." TYPE "x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(HALF ? 0x3C003C00u : 0x3F803F80u), "r"(b));
-    return d;
-}
-DEVICE u32 under_exponent(u32 bits, u32 mask, u32 exponent) {  // (bits & mask) | exponent, in one instruction
-    u32 d;
-    asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(d) : "r"(bits), "r"(mask), "r"(exponent));
-    return d;
-}
-DEVICE u32 round_pair(float low, float high) {
-    u32 d;
-    asm("cvt.rn." TYPE "x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
-    return d;
-}
-DEVICE float widen(u32 low) {
-#if HALF
-    float f;
-    asm("{.reg .b16 h; cvt.u16.u32 h, %1; cvt.f32.f16 %0, h;}" : "=f"(f) : "r"(low));
-    return f;
-#else
-    return bits_float(low << 16);
-#endif
-}
-[[maybe_unused]] DEVICE float widen_f16(u32 low) {
-    float f;
-    asm("{.reg .b16 h; cvt.u16.u32 h, %1; cvt.f32.f16 %0, h;}" : "=f"(f) : "r"(low));
-    return f;
-}
-DEVICE void multiply(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." TYPE "." TYPE ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-                 : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
-#endif
 
 constexpr int THREADS = 32 * WO * WK;
 constexpr int OUTS = 16 * MT * WO;           // of a block
@@ -110,18 +33,14 @@ constexpr int TABLE = CODEBOOK ? 256 * 32 / 4 : 0;  // of uint4
 
 struct Params {
     const u32 *codes;
-    const void *scale;
-    const u8 *scale_codes;      // SCALE 3: scale = levels[scale_codes] * scale[index / 256] + *scale_offset
-    const float *scale_levels;
-    const float *scale_offset;
-    const void *zero;
+    Scales scales;
     const u16 *table;           // CODEBOOK: 16 levels as operands
     const u16 *x;
     const u16 *bias;            // or null
     u16 *y;
     float *partial;             // (splits, rows, outs) where there are several
     u32 *arrived;               // zeros, one per block of outs and rows; left at zero
-    int outs, columns, rows, row_words, groups, zero_bytes, split_steps;
+    int outs, columns, rows, row_words, split_steps;
 };
 
 struct Held {  // what a warp holds of W for one stage
@@ -129,32 +48,6 @@ struct Held {  // what a warp holds of W for one stage
     float scale[DEPTH][MT][2];
     float zero[DEPTH][MT][2];
 };
-
-DEVICE float load_scale(const Params &p, int out, int group) {
-    long long index = (long long)out * p.groups + group;
-#if SCALE == 0
-    return bits_float((u32)((const u16 *)p.scale)[index] << 16);
-#elif SCALE == 1
-    return widen_f16(((const u16 *)p.scale)[index]);
-#elif SCALE == 2
-    return ((const float *)p.scale)[index];
-#else
-    return p.scale_levels[p.scale_codes[index]] * ((const float *)p.scale)[index >> 8] + *p.scale_offset;
-#endif
-}
-
-DEVICE float load_zero(const Params &p, int out, int group) {
-#if ZERO == 1
-    const u8 *row = (const u8 *)p.zero + (long long)out * p.zero_bytes;
-    int bit = group * BITS, byte = bit >> 3;
-    u32 two = row[byte] | (((bit & 7) + BITS > 8 ? row[byte + 1] : 0u) << 8);
-    return (float)((two >> (bit & 7)) & ((1u << BITS) - 1));
-#elif ZERO == 2
-    return widen_f16(((const u16 *)p.zero)[(long long)out * p.groups + group]);
-#else
-    return ZERO == 3 ? 0.5f : 0.0f;
-#endif
-}
 
 DEVICE void load_words(u32 (&to)[WORDS], const u32 *from) {
     if constexpr (WORDS % 4 == 0) {
@@ -185,8 +78,8 @@ DEVICE void load_held(Held &held, const Params &p, int first_step, int end, int 
             int out = min(first_out + m * 8 + (lane >> 2), p.outs - 1);
             load_words(held.words[u][m >> 1][m & 1], p.codes + (long long)out * p.row_words + (step * 4 + (lane & 3)) * WORDS);
 #if STEPS_PER_GROUP
-            held.scale[u][m >> 1][m & 1] = load_scale(p, out, step / STEPS_PER_GROUP);
-            if (ZERO) held.zero[u][m >> 1][m & 1] = load_zero(p, out, step / STEPS_PER_GROUP);
+            held.scale[u][m >> 1][m & 1] = load_scale(p.scales, out, step / STEPS_PER_GROUP);
+            if (ZERO) held.zero[u][m >> 1][m & 1] = load_zero(p.scales, out, step / STEPS_PER_GROUP);
 #endif
         }
     }
@@ -358,7 +251,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) stream(const P
 #if !STEPS_PER_GROUP
     for (int m = 0; m < MT; m++)
         for (int h = 0; h < 2; h++) {
-            float scale = load_scale(p, min(first_out + m * 16 + h * 8 + (lane >> 2), p.outs - 1), 0);
+            float scale = load_scale(p.scales, min(first_out + m * 16 + h * 8 + (lane >> 2), p.outs - 1), 0);
             for (int n = 0; n < NT; n++) sums.all[m][n][2 * h] *= scale, sums.all[m][n][2 * h + 1] *= scale;
         }
 #endif

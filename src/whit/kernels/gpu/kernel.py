@@ -1,0 +1,138 @@
+"""The row of the dispatch table for NVIDIA GPUs: fused for few rows, dequantize and multiply for many."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from whit.kernels.gpu import nvrtc, stream, tuned
+from whit.kernels.gpu.dequantize import dequantize
+from whit.kernels.gpu.scales import storage
+from whit.tensor import Format, PackedWeight
+
+OLDEST = (8, 0)
+ARRIVED = "arrived"  # the derived tensor: zeros in which blocks count themselves
+DTYPES = (torch.bfloat16, torch.float16)
+
+
+@lru_cache(maxsize=32)
+def why_not(device: torch.device) -> str | None:
+    """Why the kernels cannot run on a device, or None."""
+    if device.type != "cuda" or torch.version.cuda is None:
+        return f"the device is {device.type}"
+    if torch.cuda.get_device_capability(device) < OLDEST:
+        return f"compute capability {torch.cuda.get_device_capability(device)} is below {OLDEST}"
+    return nvrtc.missing()
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """bfloat16 and float16 activations with integers of 1 to 8 bits and tables, on compute capability 8.0 and newer.
+
+    `invariant`: each row's result is the same bits whatever rows are beside it (always the fused kernel, cut one way).
+    """
+
+    invariant: bool = False
+
+    @property
+    def name(self) -> str:
+        return "gpu-invariant" if self.invariant else "gpu"
+
+    def supports(self, packed: PackedWeight, x: Tensor) -> str | None:
+        if (reason := why_not(x.device)) is not None:
+            return reason
+        if x.dtype not in DTYPES:
+            return f"activations are {x.dtype}, not bfloat16 or float16"
+        if packed.layout != "bits" or len(packed.shape) != 2:
+            return f"layout {packed.layout} of shape {tuple(packed.shape)}"
+        stored = storage(packed.format)
+        if isinstance(stored, str):
+            return stored
+        fused = streams(packed)
+        return fused if self.invariant else None
+
+    def prepare(self, packed: PackedWeight) -> PackedWeight:
+        if ARRIVED in packed.tensors or streams(packed) is not None:
+            return packed
+        arrived = torch.zeros(-(-packed.shape[0] // 16), dtype=torch.int32, device=packed.device)
+        return PackedWeight(packed.layout, packed.format, packed.shape, {**packed.tensors, ARRIVED: arrived})
+
+    def linear(self, x: Tensor, packed: PackedWeight, bias: Tensor | None) -> Tensor:
+        keys, tensors = ",".join(packed.tensors), list(packed.tensors.values())
+        multiply = torch.ops.whit.gpu_linear if torch.compiler.is_compiling() else _linear
+        result: Tensor = multiply(x, tensors, bias, keys, spec_of(packed.format), self.invariant)
+        return result
+
+
+def streams(packed: PackedWeight) -> str | None:
+    """Why the fused kernel cannot read this weight, or None."""
+    found = stream.scheme(packed.format, packed.shape[1])
+    if isinstance(found, str):
+        return found
+    codes = packed.tensors["codes"]
+    return None if codes.is_contiguous() and codes.data_ptr() % 16 == 0 else "the codes do not begin at 16 bytes"
+
+
+@lru_cache(maxsize=256)
+def spec_of(format: Format) -> str:
+    return str(format)
+
+
+@lru_cache(maxsize=256)
+def format_of(spec: str) -> Format:
+    from whit.formats import parse_format
+
+    return parse_format(spec)
+
+
+def _linear(x: Tensor, tensors: list[Tensor], bias: Tensor | None, keys: str, spec: str, invariant: bool) -> Tensor:
+    named = dict(zip(keys.split(","), tensors, strict=True))
+    columns = x.shape[-1]
+    packed = PackedWeight("bits", format_of(spec), (named["codes"].shape[0], columns), named)
+    rows = x.numel() // max(columns, 1)
+    if rows and (invariant or rows <= tuned.FEW_ROWS) and streams(packed) is None:
+        flat = x.reshape(rows, columns).contiguous()
+        flat = flat if flat.data_ptr() % 8 == 0 else flat.clone()
+        return _stream(flat, packed, bias, invariant).reshape(*x.shape[:-1], -1)
+    stored = storage(packed.format)
+    assert not isinstance(stored, str)
+    return torch.nn.functional.linear(x, dequantize(packed, x.dtype, stored), bias)
+
+
+def _stream(x: Tensor, packed: PackedWeight, bias: Tensor | None, invariant: bool) -> Tensor:
+    outs, columns = packed.shape
+    scheme = stream.scheme(packed.format, columns)
+    assert not isinstance(scheme, str)
+    device = torch.cuda.get_device_properties(x.device)
+    where = (device.major, device.multi_processor_count)
+    config = tuned.best(scheme, (outs, columns), x.shape[0], where, invariant)
+    return multiply(x, packed, bias, scheme, stream.fitted(config, scheme, columns))
+
+
+def multiply(
+    x: Tensor, packed: PackedWeight, bias: Tensor | None, scheme: stream.Scheme, config: stream.Config
+) -> Tensor:
+    """The fused product of contiguous x (rows, columns) with a given configuration, which must be `fitted`."""
+    rows, outs = x.shape[0], packed.shape[0]
+    y = torch.empty(rows, outs, dtype=x.dtype, device=x.device)
+    partial = arrived = None
+    if config.splits > 1:
+        partial = torch.empty(config.splits, rows, outs, dtype=torch.float32, device=x.device)
+        cut = stream.grid(config, outs, rows)
+        arrived = packed.tensors.get(ARRIVED)
+        if arrived is None or len(arrived) < cut[0] * cut[2]:
+            arrived = torch.zeros(cut[0] * cut[2], dtype=torch.int32, device=x.device)
+    stream.launch(stream.Operands(x, y, bias, packed, partial, arrived), scheme, config)
+    return y
+
+
+_op = torch.library.custom_op("whit::gpu_linear", _linear, mutates_args=(), device_types="cuda")
+
+
+@_op.register_fake
+def _(x: Tensor, tensors: list[Tensor], bias: Tensor | None, keys: str, spec: str, invariant: bool) -> Tensor:
+    outs = tensors[keys.split(",").index("codes")].shape[0]
+    return x.new_empty(*x.shape[:-1], outs)
