@@ -5,6 +5,7 @@ from __future__ import annotations
 from whit.kernels.autograd import packed_linear
 from whit.kernels.base import Kernel
 from whit.kernels.dispatch import KERNELS, Choice, choice_key, explain, select
+from whit.kernels.gpu import Gpu
 from whit.kernels.unpack import dequantize
 
-__all__ = ["KERNELS", "Choice", "Kernel", "choice_key", "dequantize", "explain", "packed_linear", "select"]
+__all__ = ["KERNELS", "Choice", "Gpu", "Kernel", "choice_key", "dequantize", "explain", "packed_linear", "select"]

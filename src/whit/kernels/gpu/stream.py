@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -37,6 +37,11 @@ class Config:
     @property
     def threads(self) -> int:
         return 32 * self.warps_out * self.warps_columns
+
+    @property
+    def whole(self) -> Config:
+        """Without splits, which are no part of what is compiled."""
+        return replace(self, splits=1)
 
 
 @dataclass(frozen=True)
@@ -124,7 +129,7 @@ def fitted(config: Config, scheme: Scheme, columns: int) -> Config:
     """`config` with no more splits than there are steps, none of them empty."""
     steps = columns // scheme.step
     per_split = -(-steps // min(config.splits, steps))
-    return Config(**{**config.__dict__, "splits": -(-steps // per_split)})
+    return replace(config, splits=-(-steps // per_split))
 
 
 @dataclass(frozen=True)
@@ -165,7 +170,7 @@ def launch(operands: Operands, scheme: Scheme, config: Config) -> None:
     """Fill operands.y. `partial` and `arrived` (zeros) are needed where config.splits > 1."""
     x = operands.x
     rows = x.shape[0]
-    function = build(scheme, config, x.dtype == torch.float16, row_tiles(rows), x.device.index)
+    function = build(scheme, config.whole, x.dtype == torch.float16, row_tiles(rows), x.device.index)
     argument = params(operands, scheme, config)
     cut, shared = grid(config, operands.y.shape[1], rows), shared_bytes(scheme, config, rows)
     function.launch(cut, config.threads, shared, argument, torch.cuda.current_stream(x.device).cuda_stream)

@@ -1,0 +1,135 @@
+"""What the GPU benchmark's parts share: kernels compiled side by side, random weights, cold timings, a budget."""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterable, Sequence
+from multiprocessing.pool import Pool
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from whit.errors import KernelError
+from whit.formats import parse_format
+from whit.kernels.gpu import Gpu, nvrtc, stream
+from whit.kernels.gpu.stream import Config, Scheme
+from whit.layouts import BITS
+from whit.tensor import PackedWeight
+
+COLD_BYTES = 400 << 20  # weights that are read between two uses of one: many times the L2 cache
+Job = tuple[str, tuple[str, ...], str]
+
+
+class Budget:
+    """Seconds left of what was given."""
+
+    def __init__(self, seconds: float) -> None:
+        self.end = time.monotonic() + seconds
+
+    @property
+    def left(self) -> float:
+        return self.end - time.monotonic()
+
+
+def compile_job(job: Job) -> bytes | str:
+    source, options, architecture = job
+    try:
+        return nvrtc_compile(source, options, architecture)
+    except KernelError as error:
+        return str(error)
+
+
+nvrtc_compile = nvrtc.compile_source
+
+
+class Kitchen:
+    """Compiles ahead in processes of its own: NVRTC takes a second per kernel, and one process does one at a time.
+
+    Make it before CUDA is used: the processes are forks.
+    """
+
+    def __init__(self) -> None:
+        self.pool: Pool = multiprocessing.get_context("fork").Pool(min(os.cpu_count() or 1, 16))
+        self.done: dict[Job, bytes | str] = {}
+        nvrtc.compile_source = self.lookup  # whoever builds a kernel finds it compiled
+
+    def lookup(self, source: str, options: Sequence[str], architecture: str) -> bytes:
+        job = (source, tuple(options), architecture)
+        if job not in self.done:
+            self.done[job] = compile_job(job)
+        found = self.done[job]
+        if isinstance(found, str):
+            raise KernelError(found)
+        return found
+
+    def prepare(self, sources: Iterable[tuple[Path, Iterable[tuple[str, int]]]]) -> None:
+        """Compile all of these (a source file and its macros)."""
+        major, minor = torch.cuda.get_device_capability()
+        jobs = {
+            (nvrtc.COMMON.read_text() + path.read_text(), tuple(f"-D{k}={v}" for k, v in macros), f"sm_{major}{minor}")
+            for path, macros in sources
+        }
+        fresh = [job for job in jobs if job not in self.done]
+        self.done |= zip(fresh, self.pool.map(compile_job, fresh, chunksize=1), strict=True)
+
+    def prepare_streams(self, wanted: Iterable[tuple[Scheme, Config, bool, int]]) -> None:
+        """Compile the fused kernel for each (scheme, configuration, half, rows)."""
+        self.prepare((stream.SOURCE, stream.macros(*each).items()) for each in wanted)
+
+
+def random_packed(spec: str, shape: tuple[int, int], generator: torch.Generator) -> PackedWeight:
+    """A weight of random codes and small random params on the GPU, as it lies in a file."""
+    format = parse_format(spec)
+    tensors = {}
+    for name, want in BITS.specs(format, shape).items():
+        if want.dtype == torch.uint8:
+            tensors[name] = torch.randint(0, 256, want.shape, dtype=torch.uint8, device="cuda", generator=generator)
+        else:
+            values = torch.rand(want.shape, device="cuda", generator=generator) * 0.02 + 0.01
+            tensors[name] = values.to(want.dtype)
+    return Gpu().prepare(PackedWeight(BITS.name, format, shape, tensors))
+
+
+def copies(nbytes: int) -> int:
+    """How many distinct weights make a pass over them cold."""
+    return max(-(-COLD_BYTES // nbytes), 2)
+
+
+def random_weights(spec: str, shape: tuple[int, int], generator: torch.Generator) -> list[PackedWeight]:
+    first = random_packed(spec, shape, generator)
+    return [first, *(random_packed(spec, shape, generator) for _ in range(copies(first.nbytes) - 1))]
+
+
+def random_x(rows: int, columns: int, generator: torch.Generator, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.randn(rows, columns, device="cuda", generator=generator).to(dtype)
+
+
+def seconds_cold(calls: Sequence[Callable[[], object]], replays: int = 7) -> float:
+    """Median seconds per call, all calls of a pass in one CUDA graph, each on its own weight."""
+    calls[0]()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    graph.replay()
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(replays + 1)]
+    marks[0].record()
+    for mark in marks[1:]:
+        graph.replay()
+        mark.record()
+    torch.cuda.synchronize()
+    times = [a.elapsed_time(b) for a, b in itertools.pairwise(marks)]
+    return statistics.median(times) / 1e3 / len(calls)
+
+
+def relative_error(found: Tensor, wanted: Tensor) -> float:
+    """||found - wanted|| / ||wanted|| in float64; infinite where something is not finite."""
+    found, wanted = found.double().cpu(), wanted.double().cpu()
+    error = ((found - wanted).norm() / wanted.norm().clamp(min=1e-30)).item()
+    return error if error == error else float("inf")
