@@ -17,6 +17,7 @@ from whit.kernels.gpu import stream, tuned
 from whit.kernels.gpu.scales import storage
 from whit.kernels.gpu.stream import Config
 from whit.layouts import BITS
+from whit.modules import QuantizedLinear
 from whit.tensor import PackedWeight
 
 from gpu_harness import Budget, Kitchen, relative_error
@@ -133,6 +134,7 @@ def check_torch(report: Report, spec: str) -> None:
     """Dispatch, the gradient, torch.compile and CUDA graphs."""
     packed = make(spec, 256, 512)
     there, weight = on_gpu(packed), BITS.unpack(packed).dequantize(torch.float64)
+    module = QuantizedLinear(there)
     for rows in (1, 40, 300):
         x = fresh_x(rows, 512, torch.bfloat16)
         wanted = x.double() @ weight.T
@@ -141,8 +143,13 @@ def check_torch(report: Report, spec: str) -> None:
             return compare(packed_linear(x.cuda(), there), wanted, LIMIT[x.dtype])
 
         def compiled(x: Tensor = x, wanted: Tensor = wanted) -> str | None:
-            run = torch.compile(lambda a: packed_linear(a, there) * 2, fullgraph=True)
-            return compare(run(x.cuda()), wanted * 2, LIMIT[x.dtype])
+            given = x.cuda().requires_grad_()
+            module.ready(given)
+            out = torch.compile(module, fullgraph=True)(given)
+            out.sum().backward()
+            assert given.grad is not None
+            wrong = compare(given.grad, weight.sum(0).expand_as(x), LIMIT[x.dtype])
+            return wrong or compare(out, wanted, LIMIT[x.dtype])
 
         def graphed(x: Tensor = x) -> str | None:
             given, ready = torch.randn_like(x.cuda()), Gpu().prepare(there)

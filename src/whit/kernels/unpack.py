@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from whit.formats import parse_format
 from whit.kernels import reference
 from whit.kernels.gpu.dequantize import dequantize as dequantize_gpu
 from whit.kernels.gpu.kernel import DTYPES, why_not
@@ -14,8 +15,31 @@ from whit.tensor import PackedWeight
 
 def dequantize(packed: PackedWeight, dtype: torch.dtype = torch.float32) -> Tensor:
     """The floats that a packed weight stands for, in its shape."""
-    if packed.layout == "bits" and dtype in DTYPES and why_not(packed.device) is None:
-        stored = storage(packed.format)
-        if not isinstance(stored, str):
-            return dequantize_gpu(packed, dtype, stored).reshape(packed.shape)
-    return reference.dequantize(packed, dtype)
+    if packed.layout != "bits" or dtype not in DTYPES or why_not(packed.device) is not None:
+        return reference.dequantize(packed, dtype)
+    if not torch.compiler.is_compiling():
+        return _dequantize(packed, dtype)
+    keys, tensors = ",".join(packed.tensors), list(packed.tensors.values())
+    found: Tensor = torch.ops.whit.gpu_dequantize(tensors, keys, str(packed.format), list(packed.shape), dtype)
+    return found
+
+
+def _dequantize(packed: PackedWeight, dtype: torch.dtype) -> Tensor:
+    stored = storage(packed.format)
+    if isinstance(stored, str):
+        return reference.dequantize(packed, dtype)
+    return dequantize_gpu(packed, dtype, stored).reshape(packed.shape)
+
+
+def dequantize_op(tensors: list[Tensor], keys: str, spec: str, shape: list[int], dtype: torch.dtype) -> Tensor:
+    """`dequantize` for torch.compile: the packed weight as its tensors, their names and the format's name."""
+    named = dict(zip(keys.split(","), tensors, strict=True))
+    return _dequantize(PackedWeight("bits", parse_format(spec), tuple(shape), named), dtype)
+
+
+_op = torch.library.custom_op("whit::gpu_dequantize", dequantize_op, mutates_args=(), device_types="cuda")
+
+
+@_op.register_fake
+def _(tensors: list[Tensor], keys: str, spec: str, shape: list[int], dtype: torch.dtype) -> Tensor:
+    return tensors[0].new_empty(shape, dtype=dtype)

@@ -8,19 +8,25 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from whit.formats import parse_format
 from whit.kernels.gpu import nvrtc, stream, tuned
 from whit.kernels.gpu.dequantize import dequantize
 from whit.kernels.gpu.scales import storage
-from whit.tensor import Format, PackedWeight
+from whit.tensor import PackedWeight
 
 OLDEST = (8, 0)
 ARRIVED = "arrived"  # the derived tensor: zeros in which blocks count themselves
 DTYPES = (torch.bfloat16, torch.float16)
 
 
-@lru_cache(maxsize=32)
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def why_not(device: torch.device) -> str | None:
     """Why the kernels cannot run on a device, or None."""
+    return _why_not(device)
+
+
+@lru_cache(maxsize=32)
+def _why_not(device: torch.device) -> str | None:
     if device.type != "cuda" or torch.version.cuda is None:
         return f"the device is {device.type}"
     if torch.cuda.get_device_capability(device) < OLDEST:
@@ -42,7 +48,8 @@ class Gpu:
         return "gpu-invariant" if self.invariant else "gpu"
 
     def supports(self, packed: PackedWeight, x: Tensor) -> str | None:
-        if (reason := why_not(x.device)) is not None:
+        reason: str | None = why_not(x.device)
+        if reason is not None:
             return reason
         if x.dtype not in DTYPES:
             return f"activations are {x.dtype}, not bfloat16 or float16"
@@ -61,9 +68,10 @@ class Gpu:
         return PackedWeight(packed.layout, packed.format, packed.shape, {**packed.tensors, ARRIVED: arrived})
 
     def linear(self, x: Tensor, packed: PackedWeight, bias: Tensor | None) -> Tensor:
+        if not torch.compiler.is_compiling():
+            return product(x, packed, bias, self.invariant)
         keys, tensors = ",".join(packed.tensors), list(packed.tensors.values())
-        multiply = torch.ops.whit.gpu_linear if torch.compiler.is_compiling() else _linear
-        result: Tensor = multiply(x, tensors, bias, keys, spec_of(packed.format), self.invariant)
+        result: Tensor = torch.ops.whit.gpu_linear(x, tensors, bias, keys, str(packed.format), self.invariant)
         return result
 
 
@@ -76,22 +84,9 @@ def streams(packed: PackedWeight) -> str | None:
     return None if codes.is_contiguous() and codes.data_ptr() % 16 == 0 else "the codes do not begin at 16 bytes"
 
 
-@lru_cache(maxsize=256)
-def spec_of(format: Format) -> str:
-    return str(format)
-
-
-@lru_cache(maxsize=256)
-def format_of(spec: str) -> Format:
-    from whit.formats import parse_format
-
-    return parse_format(spec)
-
-
-def _linear(x: Tensor, tensors: list[Tensor], bias: Tensor | None, keys: str, spec: str, invariant: bool) -> Tensor:
-    named = dict(zip(keys.split(","), tensors, strict=True))
+def product(x: Tensor, packed: PackedWeight, bias: Tensor | None, invariant: bool = False) -> Tensor:
+    """x (..., columns) through the weight, fused where that is faster or `invariant` asks for it."""
     columns = x.shape[-1]
-    packed = PackedWeight("bits", format_of(spec), (named["codes"].shape[0], columns), named)
     rows = x.numel() // max(columns, 1)
     if rows and (invariant or rows <= tuned.FEW_ROWS) and streams(packed) is None:
         flat = x.reshape(rows, columns).contiguous()
@@ -129,10 +124,17 @@ def multiply(
     return y
 
 
-_op = torch.library.custom_op("whit::gpu_linear", _linear, mutates_args=(), device_types="cuda")
+def linear_op(x: Tensor, tensors: list[Tensor], bias: Tensor | None, keys: str, spec: str, invariant: bool) -> Tensor:
+    """`product` for torch.compile: the packed weight as its tensors, their names and the format's name."""
+    named = dict(zip(keys.split(","), tensors, strict=True))
+    shape = (named["codes"].shape[0], x.shape[-1])
+    return product(x, PackedWeight("bits", parse_format(spec), shape, named), bias, invariant)
 
 
-@_op.register_fake
+_linear = torch.library.custom_op("whit::gpu_linear", linear_op, mutates_args=(), device_types="cuda")
+
+
+@_linear.register_fake
 def _(x: Tensor, tensors: list[Tensor], bias: Tensor | None, keys: str, spec: str, invariant: bool) -> Tensor:
     outs = tensors[keys.split(",").index("codes")].shape[0]
     return x.new_empty(*x.shape[:-1], outs)
