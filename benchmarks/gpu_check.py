@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from whit.kernels.gpu import dequantize as unpacking
 from whit.kernels.gpu import kernel as gpu_kernel
 from whit.kernels.gpu import stream, tuned
 from whit.kernels.gpu.scales import storage
-from whit.kernels.gpu.stream import Config
+from whit.kernels.gpu.stream import Config, Scheme
 from whit.layouts import BITS
 from whit.modules import QuantizedLinear
 from whit.tensor import PackedWeight
@@ -84,7 +85,7 @@ def check_streams(report: Report, spec: str, shape: tuple[int, int]) -> None:
     for dtype, rows, config in cases():
         x = fresh_x(rows, shape[1], dtype)
         wanted = x.double() @ wanted_w.T + bias.to(dtype).double()
-        fitted = stream.fitted(config, scheme, shape[1])
+        fitted = fit(config, scheme, shape[1], rows)
 
         def run(x: Tensor = x, fitted: Config = fitted, wanted: Tensor = wanted) -> str | None:
             def once() -> Tensor:
@@ -96,6 +97,13 @@ def check_streams(report: Report, spec: str, shape: tuple[int, int]) -> None:
             return compare(first, wanted, LIMIT[x.dtype])
 
         report.check(f"{spec} {shape} rows {rows} {dtype} {fitted}", run)
+
+
+def fit(config: Config, scheme: Scheme, columns: int, rows: int) -> Config:
+    """`config` with no empty splits and no more shared memory than there is."""
+    while stream.shared_bytes(scheme, config, rows) > 160 << 10:
+        config = replace(config, depth=config.depth // 2)
+    return stream.fitted(config, scheme, columns)
 
 
 def cases() -> list[tuple[torch.dtype, int, Config]]:
@@ -182,9 +190,7 @@ def check(kitchen: Kitchen, budget: Budget) -> dict[str, Any]:
         for _, columns in shapes:
             scheme = stream.scheme(parse_format(spec), columns)
             if not isinstance(scheme, str):
-                wanted += [
-                    (scheme, stream.fitted(c, scheme, columns), d == torch.float16, rows) for d, rows, c in cases()
-                ]
+                wanted += [(scheme, fit(c, scheme, columns, rows), d == torch.float16, rows) for d, rows, c in cases()]
     unpacked = []
     for spec in (*SPECS, *ODD_SPECS):
         for packed in (make(spec, *shape) for shape in ((5, 512), (3, 333))):

@@ -194,6 +194,7 @@ def main() -> None:
             text = "\n\n".join(table(result["rows"], shape) for shape in SHAPES)
             (given.out / "gpu_time.md").write_text(text + "\n")
         print(f"{name} done, {budget.left:.0f} s left", flush=True)
+    kitchen.pool.terminate()
 
 
 if __name__ == "__main__":
