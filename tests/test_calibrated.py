@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import whit
-from whit import GPTQ, Calibration, Options, Recipe
+from whit import GPTQ, Calibration, Options, Recipe, Refine
 from whit.coverage import Account
 from whit.job import open_source
 from whit.methods.stack import energy
@@ -187,3 +187,27 @@ def test_asymmetric_calibration_resumes_with_the_same_bytes(architecture: str, t
         run(model, tmp_path / "parts", text, recipe, progress=stop)
     run(model, tmp_path / "parts", text, recipe)
     assert result(tmp_path / "parts") == result(tmp_path / "whole") != result(tmp_path / "plain")
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "qwen3_moe"])
+def test_refinement_resumes_with_the_same_bytes_on_other_threads(architecture: str, text: Path, tmp_path: Path):
+    method = Refine(steps=6, batch=8, rate=0.01)
+    model, recipe = checkpoint(tmp_path / "model", architecture), Recipe(method, [("*", "int3-g32")])
+    run(model, tmp_path / "start", text, Recipe(method.start, [("*", "int3-g32")]))
+    account = run(model, tmp_path / "whole", text, recipe)
+    assert all(entry.proxy_loss for entry in account.parameters if entry.status == "quantized")
+
+    def stop(unit: str, done: int, total: int) -> None:
+        if unit.endswith(".0"):
+            raise KeyboardInterrupt
+
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        with pytest.raises(KeyboardInterrupt):
+            run(model, tmp_path / "parts", text, recipe, progress=stop)
+        torch.set_num_threads(1)
+        run(model, tmp_path / "parts", text, recipe)
+    finally:
+        torch.set_num_threads(before)
+    assert result(tmp_path / "parts") == result(tmp_path / "whole") != result(tmp_path / "start")

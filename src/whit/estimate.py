@@ -1,4 +1,8 @@
-"""What a planned run will take: seconds, memory and disk, from a small trial of the method on this machine."""
+"""What a planned run will take: seconds, memory and disk, from small trials of the method on this machine.
+
+Time is counted in weights (rounding, packing), in matrices (a factor of the inputs' statistics, cubic in the columns)
+and in products with the calibration tokens (running the blocks, summing x x^T, refining); each has its own rate.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +18,20 @@ from whit.finish import peak_memory
 from whit.job import Job
 from whit.layouts import BITS
 from whit.methods import Method
+from whit.methods.base import BlockMethod
+from whit.model.graph import find_blocks
+from whit.plan import Item
 from whit.tensor import Format, LayerStats
 
 READ_RATE, WRITE_RATE = 1.0e9, 0.5e9  # bytes per second of an ordinary solid-state disk
 TRIAL = 1 << 20  # weights
+TRIAL_COLUMNS = 512  # of a trial with statistics: what grows with the columns is counted, not tried
 WORKING_BYTES = 24  # per weight of the parameter in work: float32 copies, codes, and the next one being read
 SQUARES = 28  # bytes per element of the widest hessian: one in float32, three in float64
+FACTOR = 1.5  # products of n^3 in factoring an n x n hessian
+AROUND = 2.0  # a block's whole time over that of its products: norms, softmax, rotations
+LOADED = 1 << 27  # bytes of code and buffers that come with a first run of a block
+ACTIVATIONS = 3  # what a backward pass keeps, over the inputs and outputs of all linears
 
 
 @dataclass(frozen=True)
@@ -33,51 +45,138 @@ class Estimate:
 
 def estimate(job: Job) -> Estimate:
     """Time the method on random weights and scale up; reads none of the model's."""
-    weights: Counter[tuple[Format, int]] = Counter()
-    largest = 0
-    for item in job.plan.items:
-        if item.format is not None:
-            weights[item.format, item.spec.shape[-1]] += prod(item.spec.shape)
-            largest = max(largest, prod(item.spec.shape))
-    seconds = sum(spec.nbytes for spec in (item.spec for item in job.plan.items)) / READ_RATE
+    quantized = [item for item in job.plan.items if item.format is not None]
+    largest = max((prod(_shape(item)) for item in quantized), default=0)
+    seconds = sum(item.spec.nbytes for item in job.plan.items) / READ_RATE
     seconds += job.plan.size_bytes / WRITE_RATE
-    if job.recipe is not None:
-        method = job.recipe.method
-        seconds += sum(n * _trial(method, f, columns, job.device) for (f, columns), n in weights.items())
     memory = peak_memory() + WORKING_BYTES * largest
-    if job.calibration is not None:
-        more_seconds, more_memory = _calibration(job, largest)
-        return Estimate(seconds + more_seconds, memory + more_memory, job.plan.size_bytes)
+    if job.recipe is not None:
+        seconds += _solving(job, job.recipe.method, quantized)
+        if job.calibration is not None:
+            blocks = _blocks(job)
+            seconds += _running(job, job.recipe.method, blocks)
+            memory += _holding(job, job.recipe.method, blocks)
     return Estimate(seconds, memory, job.plan.size_bytes)
 
 
-def _calibration(job: Job, largest: int) -> tuple[float, int]:
-    """Seconds and bytes of running the blocks twice and of summing x x^T, by the rate of a product of this size."""
+def _solving(job: Job, method: Method, quantized: list[Item]) -> float:
+    """Seconds for the method on all matrices, each for itself."""
+    weights: Counter[tuple[Format, int]] = Counter()
+    matrices: Counter[tuple[Format, int]] = Counter()
+    for item in quantized:
+        assert item.format is not None
+        key = item.format, _shape(item)[-1]
+        weights[key] += prod(_shape(item))
+        matrices[key] += prod(_shape(item)[:-2])
+    rate = _rate(torch.float64, job.device) if method.needs_stats else 1.0
+    total = 0.0
+    for (form, columns), count in weights.items():
+        tried = min(columns, TRIAL_COLUMNS) if method.needs_stats else columns
+        each, every = _trial(method, form, tried, job.device)
+        if method.needs_stats:  # each later column is corrected by each earlier one
+            every += (columns - tried) / rate
+            each = each * columns / tried + 2 * FACTOR * (columns**3 - tried**2 * columns) / rate
+        total += count * every + matrices[form, columns] * each
+    return total
+
+
+def _running(job: Job, method: Method, blocks: list[list[Item]]) -> float:
+    """Seconds for running the blocks over all tokens, forwards and for a refinement backwards, and for the sums."""
     assert job.calibration is not None
-    tokens = job.calibration.tokens.numel()
-    shapes = [item.target.shape for item in job.plan.items if item.format is not None and item.target is not None]
-    hidden = min((shape[-1] for shape in shapes), default=0)
-    x = torch.ones(job.calibration.tokens.shape[1], hidden, device=job.device)
-    x.T @ x
-    start = time.perf_counter()
-    float((x.T @ x).sum())
-    rate = 2 * len(x) * hidden**2 / (time.perf_counter() - start)
-    # Of linears that share an input one is summed: about half of all.
-    work = sum(4 * tokens * prod(shape) + tokens * shape[-1] ** 2 for shape in shapes)
-    inputs = min(tokens * hidden * 2, BUDGET)
-    square = max((shape[-1] for shape in shapes), default=0) ** 2
-    return work / max(rate, 1), inputs + SQUARES * square + WORKING_BYTES * largest
+    samples, context = job.calibration.tokens.shape
+    tokens, hidden = samples * context, _hidden(job)
+    passes = 2.0 + method.needs_exact
+    if isinstance(method, BlockMethod):
+        passes += method.passes(samples)
+    forward = sum(2 * _active(job, item) for block in blocks for item in block) + 4 * context * hidden * len(blocks)
+    seconds = AROUND * passes * tokens * forward / _rate(_dtype(job), job.device)
+    # Of linears that share an input one is summed: about half of all. The account wants two products with the sum.
+    squares = sum(_shape(item)[-1] ** 2 * tokens for block in blocks for item in block)
+    account = sum(4 * prod(_shape(item)) * _shape(item)[-1] for block in blocks for item in block)
+    return seconds + ((1 + method.needs_exact) * squares + account) / _rate(torch.float32, job.device)
 
 
-def _trial(method: Method, format: Format, columns: int, device: torch.device) -> float:
-    """Seconds per weight of quantizing, packing and measuring the error."""
+def _holding(job: Job, method: Method, blocks: list[list[Item]]) -> int:
+    """Bytes of block inputs, of a block with its statistics, and of what a refinement keeps."""
+    assert job.calibration is not None
+    samples, context = job.calibration.tokens.shape
+    twice, itemsize = 1 + method.needs_exact, _dtype(job).itemsize
+    inputs = twice * min(samples * context * _hidden(job) * itemsize, BUDGET)
+    columns = [_shape(item)[-1] for block in blocks for item in block]
+    largest = max((sum(prod(_shape(item)) for item in block) for block in blocks), default=0)
+    statistics = max((sum(_shape(item)[-1] ** 2 for item in block) for block in blocks), default=0) * 4 // 2
+    memory = LOADED + inputs + itemsize * largest + twice * statistics + SQUARES * max(columns, default=0) ** 2
+    if isinstance(method, BlockMethod):
+        wide = max((sum(sum(_shape(item)[-2:]) for item in block) for block in blocks), default=0)
+        at_once = min(method.at_once, torch.get_num_threads()) if job.device.type == "cpu" else method.at_once
+        memory += method.weight_bytes * largest + ACTIVATIONS * itemsize * wide * at_once * context
+    return memory
+
+
+def _blocks(job: Job) -> list[list[Item]]:
+    """The matrices of every block that is calibrated, quantized or not."""
+    names = find_blocks(job.source.model).names
+    found: dict[str, list[Item]] = {name: [] for name in names}
+    for item in job.plan.items:
+        for name in names:
+            if item.format is not None and item.name.startswith(f"{name}."):
+                found[name].append(item)
+    return [items for items in found.values() if items]
+
+
+def _shape(item: Item) -> tuple[int, ...]:
+    """(out, in), or (experts, out, in)."""
+    assert item.target is not None
+    return item.target.shape
+
+
+def _active(job: Job, item: Item) -> float:
+    """Weights that a token meets: of a stack of experts only the chosen ones."""
+    config = job.source.model.config.get_text_config()
+    chosen = getattr(config, "num_experts_per_tok", None) if len(_shape(item)) == 3 else None
+    return prod(_shape(item)) * (min(chosen / _shape(item)[0], 1.0) if chosen else 1.0)
+
+
+def _hidden(job: Job) -> int:
+    return int(job.source.model.config.get_text_config().hidden_size)
+
+
+def _dtype(job: Job) -> torch.dtype:
+    """In which the blocks compute."""
+    dtype = next((item.spec.dtype for item in job.plan.items if item.target is not None), torch.float32)
+    return torch.float32 if dtype == torch.float16 and job.device.type == "cpu" else dtype
+
+
+def _rate(dtype: torch.dtype, device: torch.device) -> float:
+    """Products and sums per second in a matrix product of this dtype."""
+    size = 2048 if device.type == "cuda" else TRIAL_COLUMNS
+    x = torch.ones(size, size, dtype=dtype, device=device)
+    float((x @ x)[0, 0])
+    start, count = time.perf_counter(), 0
+    while (seconds := time.perf_counter() - start) < 0.05:
+        float((x @ x)[0, 0])  # to wait for it
+        count += 1
+    return 2 * size**3 * count / seconds
+
+
+def _trial(method: Method, format: Format, columns: int, device: torch.device) -> tuple[float, float]:
+    """Seconds per matrix and seconds per weight of quantizing, packing and measuring the error."""
     columns = max(columns, format.group_size)
     columns -= columns % max(format.group_size, 1)
     rows = max(TRIAL // columns, 1)
-    weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16).to(device)
+    if not method.needs_stats:
+        return 0.0, _seconds(method, format, (rows, columns), device) / (rows * columns)
+    few = max(rows // 64, 1)
+    short, long = (_seconds(method, format, (n, columns), device) for n in (few, rows // 4 + few))
+    every = max(long - short, 0.0) / (rows // 4 * columns)
+    return max(short - every * few * columns, 0.0), every
+
+
+def _seconds(method: Method, format: Format, shape: tuple[int, int], device: torch.device) -> float:
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16).to(device)
     start = time.perf_counter()
-    stats = LayerStats(torch.eye(columns, device=device), 1) if method.needs_stats else None
+    stats = LayerStats(torch.eye(shape[1], device=device), 1) if method.needs_stats else None
     quantized = method(weight, stats, format)
     BITS.pack(quantized)
     (quantized.dequantize() - weight).norm().item()
-    return (time.perf_counter() - start) / (rows * columns)
+    return time.perf_counter() - start

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import ClassVar, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -50,6 +50,17 @@ class Block:
 @runtime_checkable
 class BlockMethod(Method, Protocol):
     """A method whose call gives a start, and which then refines a block's matrices together."""
+
+    weight_bytes: ClassVar[int]  # per weight of the block that it keeps, beside the block itself
+
+    @property
+    def at_once(self) -> int:
+        """Samples that are run at once, on a CPU at most one for each thread."""
+        ...
+
+    def passes(self, samples: int) -> float:
+        """How often it runs that many samples through a block; a run backwards counts two more."""
+        ...
 
     def refine(
         self, block: Block, weights: Mapping[str, Tensor], quantized: Mapping[str, QuantizedTensor]

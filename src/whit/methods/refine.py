@@ -47,22 +47,23 @@ class Refine:
     `inside`: where in its cell each begins, see `Latent`.
     """
 
-    start: Method = field(default_factory=GPTQ)
+    start: Method = field(default_factory=lambda: GPTQ(refit=True, sweeps=1))
     steps: int = 200
     batch: int = 8
-    rate: float = 0.01
-    scale_rate: float = 0.01
+    rate: float = 0.005
+    scale_rate: float = 0.005
     optimizer: str = "adam"
     loss: str = "relative"
     asymmetric: float = 1.0
     reach: float = 1.0
-    inside: float = 0.0
+    inside: float = 0.5
     checks: int = 4
     seed: int = 0
 
     name: ClassVar[str] = "refine"
     needs_stats: ClassVar[bool] = True
     needs_exact: ClassVar[bool] = True
+    weight_bytes: ClassVar[int] = 48  # origin, offset, step, decoded, two averages, a sum of gradients; the best found
 
     def __post_init__(self) -> None:
         if not isinstance(self.start, Method) or self.start.name == self.name:
@@ -82,6 +83,13 @@ class Refine:
     def __call__(self, weight: Tensor, stats: LayerStats | None, format: Format) -> QuantizedTensor:
         """The start: quantize (out, in) by its method."""
         return self.start(weight, stats, format)
+
+    @property
+    def at_once(self) -> int:
+        return self.batch
+
+    def passes(self, samples: int) -> float:
+        return 3 * self.steps * min(self.batch, samples) / samples + self.checks + 1 + (self.asymmetric != 1)
 
     def refine(
         self, block: Block, weights: Mapping[str, Tensor], quantized: Mapping[str, QuantizedTensor]
