@@ -52,6 +52,22 @@ def test_clip_weighs_errors_by_the_hessian(random: torch.Generator):
     assert loss(Clip(), stats) < loss(Clip(), None)
 
 
+def test_clip_weighs_errors_by_what_each_group_adds_to_the_outputs(random: torch.Generator):
+    weight, format = heavy_tailed(random), whit.parse_format("int3-g32")
+    x = torch.randn(500, 96, generator=random) @ torch.randn(96, 96, generator=random)
+    chosen = Clip()(weight, LayerStats(x.T @ x, 500), format).dequantize()
+    best = None
+    for beta in torch.linspace(1, 0.1, 37, dtype=torch.float64).tolist():
+        params = format.fit(weight * beta)
+        error = weight - format.decode(format.encode(weight, params), params)
+        outputs = torch.stack([error[:, i : i + 32] @ x[:, i : i + 32].T for i in (0, 32, 64)])
+        lost = outputs.double().square().sum(-1)  # (groups, rows)
+        best = lost if best is None else torch.minimum(lost, best)
+    error = weight - chosen
+    outputs = torch.stack([error[:, i : i + 32] @ x[:, i : i + 32].T for i in (0, 32, 64)])
+    assert torch.allclose(outputs.double().square().sum(-1), best, rtol=1e-3)
+
+
 def reference_hqq(weight: torch.Tensor, bits: int, scale: torch.Tensor, zero: torch.Tensor, p: float, beta: float):
     """The paper's loop for one group per row with a float zero point; errors in units of the row's RMS."""
     best, least = zero, None
