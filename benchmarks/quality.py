@@ -31,13 +31,13 @@ def worker(args: argparse.Namespace) -> None:
     from whit.calibration import Calibration
     from whit.evaluation import EvaluationOptions
     from whit.job import Options
-    from whit.methods import parse_method
+    from whit.recipe import Recipe
     from whit.report.comparison import Candidate, measure
 
     torch.set_num_threads(2)
     options = EvaluationOptions(text=args.text, context=args.context, device=args.device, max_tokens=args.max_tokens)
     candidate, scratch = Candidate.parse(args.candidate), Path(args.scratch)
-    needs_stats = parse_method(candidate.method).needs_stats
+    needs_stats = Recipe(candidate.method).needs_stats
     quantizing = Options(device=args.device if needs_stats else "cpu")
     calibration = Calibration(args.calibration, samples=128, context=args.context, seed=0)
     row = measure(args.model, candidate, scratch, options, quantizing=quantizing, calibration=calibration)

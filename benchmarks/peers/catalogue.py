@@ -52,6 +52,7 @@ PEERS: Mapping[str, Peer] = {
     "whit-gptq-plain": Peer("with_whit", options={"name": "gptq", "clip": False}),
     "whit-rtn": Peer("with_whit", options={"name": "rtn"}, needs_tokens=False),
     "whit-hqq": Peer("with_whit", options={"name": "hqq"}, needs_tokens=False),
+    "whit-awq": Peer("with_whit", options={"name": "awq"}),
     "autoround-20": Peer("with_autoround", "autoround", {"iters": 20}),
 }
 DEFAULT_PEERS = tuple(PEERS)[:7]

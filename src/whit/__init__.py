@@ -11,12 +11,14 @@ from whit.methods import GPTQ, HQQ, RTN, Clip, Refine
 from whit.pipeline import quantize
 from whit.recipe import Recipe
 from whit.tensor import Format, PackedWeight, QuantizedTensor, bits_per_weight
+from whit.transforms import AWQ
 
 __version__ = "0.1.0"
 
 register()
 
 __all__ = [
+    "AWQ",
     "GPTQ",
     "HQQ",
     "RTN",

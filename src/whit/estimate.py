@@ -17,7 +17,7 @@ from whit.calibration.runner import BUDGET
 from whit.finish import peak_memory
 from whit.job import Job
 from whit.layouts import BITS
-from whit.methods import Method
+from whit.methods import RTN, Method
 from whit.methods.base import BlockMethod
 from whit.model.graph import find_blocks
 from whit.plan import Item
@@ -52,10 +52,14 @@ def estimate(job: Job) -> Estimate:
     memory = peak_memory() + WORKING_BYTES * largest
     if job.recipe is not None:
         seconds += _solving(job, job.recipe.method, quantized)
+        if job.recipe.transform is not None:  # it rounds to nearest with every scale that it tries
+            seconds += job.recipe.transform.trials * _solving(job, RTN(), quantized)
         if job.calibration is not None:
             blocks = _blocks(job)
             seconds += _running(job, job.recipe.method, blocks)
             memory += _holding(job, job.recipe.method, blocks)
+            if job.recipe.transform is not None:  # a block waits in its new basis, in float32
+                memory += max(sum(4 * prod(item.spec.shape) for item in unit.items) for unit in job.plan.units)
     return Estimate(seconds, memory, job.plan.size_bytes)
 
 

@@ -22,24 +22,27 @@ from whit.calibration.capture import BlockStats, Watch
 from whit.calibration.runner import Runner
 from whit.checkpoint.writer import Written
 from whit.job import Job
-from whit.methods import Method
+from whit.methods import Method, stand_in
 from whit.methods.base import Block, BlockMethod
 from whit.methods.stack import quantize_stack
 from whit.plan import Item, Source, Unit, floats
-from whit.tensor import LayerStats, QuantizedTensor
+from whit.tensor import Format, LayerStats, QuantizedTensor
+from whit.transforms.base import Rounding
+from whit.transforms.fold import Basis, rescale
 
 
 @dataclass(frozen=True)
 class Given:
     """A parameter and, where calibration reached it, one LayerStats per matrix; `tokens` counts what each expert saw,
     `starved` are the experts that saw too few and have the statistics of all. `quantized` is there where the method
-    has chosen the codes of the whole block already."""
+    has chosen the codes of the whole block already. `note` is what was done to the weight itself."""
 
     weight: Tensor
     stats: tuple[LayerStats, ...] | None = None
     quantized: QuantizedTensor | None = None
     tokens: tuple[int, ...] | None = None
     starved: tuple[int, ...] = ()
+    note: str | None = None
 
 
 class Feed(Protocol):
@@ -47,6 +50,10 @@ class Feed(Protocol):
 
     def unit(self, unit: Unit) -> AbstractContextManager[None]:
         """To be open while the unit's parameters are handed out."""
+        ...
+
+    def changes(self, item: Item) -> bool:
+        """Whether a parameter that is kept must be asked for all the same, because it is not what the file holds."""
         ...
 
     def give(self, item: Item) -> Given:
@@ -67,6 +74,9 @@ class ReadAhead:
     def unit(self, unit: Unit) -> AbstractContextManager[None]:
         return nullcontext()
 
+    def changes(self, item: Item) -> bool:
+        return False
+
     def give(self, item: Item) -> Given:
         return Given(next(self._weights))
 
@@ -85,6 +95,11 @@ def _read_ahead(source: Source, items: Sequence[Item], reader: ThreadPoolExecuto
         yield weight
 
 
+def _rounding(method: Method, format: Format) -> Rounding:
+    """What a method makes of a matrix in a format, or nearly: a transform tries it many times."""
+    return lambda weight, stats: method(weight, stats, format).dequantize()
+
+
 class BlockFeed:
     """For methods with calibration. `written` is the folder in which finished blocks lie."""
 
@@ -94,6 +109,7 @@ class BlockFeed:
         self._parameters: dict[str, nn.Parameter] = {}
         self._stats: BlockStats | None = None
         self._quantized: Mapping[str, QuantizedTensor] = {}
+        self._basis = Basis()
 
     @contextmanager
     def unit(self, unit: Unit) -> Iterator[None]:
@@ -108,23 +124,28 @@ class BlockFeed:
             self._stats = self._watch(index, items) if items else None
             if not items:
                 self._runner.run_exact(index)
-            elif isinstance(self._method, BlockMethod):
+            self._basis = self._rescaled(unit)
+            if items and isinstance(self._method, BlockMethod):
                 self._quantized = self._refined(self._method, index, items)
             yield
             if index + 1 < len(self._runner.names):
                 self._runner.run(index)
         self._next, self._parameters, self._stats, self._quantized = index + 1, {}, None, {}
+        self._basis = Basis()
+
+    def changes(self, item: Item) -> bool:
+        return item.name in self._basis.weights
 
     def give(self, item: Item) -> Given:
         if item.name not in self._parameters:
             return Given(self._read(item.name))
-        weight = self._parameters[item.name].data
+        weight = self._basis.weights.get(item.name, self._parameters[item.name].data)
         if self._stats is None or item.format is None:
-            return Given(weight)
+            return Given(weight, note=self._basis.note if self.changes(item) else None)
         seen = tuple(s.token_count for s in self._stats.stats[item.name])
         return Given(
             weight,
-            self._stats.of(item.name),
+            self._basis.stats(item.name, self._stats.of(item.name)),
             self._quantized.get(item.name),
             seen if len(seen) > 1 else None,
             self._stats.starved(item.name),
@@ -147,16 +168,32 @@ class BlockFeed:
                 runner.forward(index, sample[None])
         return watch.stats()
 
+    def _rescaled(self, unit: Unit) -> Basis:
+        """The loaded block in the basis of the recipe's transform; what is kept has its new values from here on."""
+        recipe, stats = self._job.recipe, self._stats
+        if recipe is None or recipe.transform is None or stats is None:
+            return Basis()
+        quick = stand_in(self._method)
+        rounding = {item.name: _rounding(quick, item.format) for item in unit.items if item.format is not None}
+        seen = {name: stats.of(name) for name in rounding}
+        dtypes = {item.name: item.spec.dtype for item in unit.items}
+        weights = {name: parameter.data for name, parameter in self._parameters.items()}
+        basis = rescale(recipe.transform, self._job.foldings[unit.name], weights, seen, rounding, dtypes)
+        for name, weight in basis.weights.items():
+            weights[name].copy_(weight.to(dtypes[name]))
+        return basis
+
     def _refined(self, method: BlockMethod, index: int, items: Sequence[Item]) -> Mapping[str, QuantizedTensor]:
         """All codes of a block, chosen together."""
-        runner, stats = self._runner, self._stats
+        runner = self._runner
         assert runner.exact is not None
-        assert stats is not None
         weights, start = {}, {}
         for item in items:
+            given = self.give(item)
             assert item.format is not None
-            weights[item.name] = item.matrix(self._parameters[item.name].data)
-            start[item.name] = quantize_stack(method, weights[item.name], stats.of(item.name), item.format)
+            assert given.stats is not None
+            weights[item.name] = item.matrix(given.weight)
+            start[item.name] = quantize_stack(method, weights[item.name], given.stats, item.format)
         block = Block(
             runner.blocks[index],
             lambda samples: runner.forward(index, samples),

@@ -23,7 +23,7 @@ from whit.export.packed import PackedSource
 from whit.export.readers import quant_method, read_foreign
 from whit.export.whit import QUANT_METHOD
 from whit.integrations.loading import load_tokenizer, maximum_context
-from whit.model.graph import find_blocks
+from whit.model.graph import Folding, find_blocks, find_foldings
 from whit.model.skeleton import load_skeleton
 from whit.model.source import ModelSource
 from whit.plan import SHARD_SIZE, Plan, Source, plan_dense, plan_quantization
@@ -49,7 +49,7 @@ class Options:
 class Job:
     """One run: from where, by which plan, to where. `recipe` is None where nothing is quantized.
 
-    `calibration` is there where the recipe's method needs it. `notes` are sentences that a user should read.
+    `calibration` is there where the recipe needs it. `notes` are sentences that a user should read.
     """
 
     model: str
@@ -79,6 +79,11 @@ class Job:
         return self.plan.shards[0].name if suffix and self.out.name.endswith(suffix) else None
 
     @cached_property
+    def foldings(self) -> dict[str, tuple[Folding, ...]]:
+        """Where a transform's scales fold, by block; UnsupportedModelError where that is not known."""
+        return find_foldings(self.source.model)
+
+    @cached_property
     def fingerprint(self) -> str:
         """Equal for runs that give the same bytes: model files, recipe, seed, kind of file, plan and version."""
         folder, checkpoint = self.source.checkpoint.folder, self.source.checkpoint
@@ -101,7 +106,7 @@ def prepare(
 ) -> Job:
     """Check and plan everything without reading a weight.
 
-    `export` names the kind of file: whit's own unless given, bf16 where there is no recipe. A method that needs
+    `export` names the kind of file: whit's own unless given, bf16 where there is no recipe. A recipe that needs
     statistics and is given no `calibration` uses `whit:text`.
     """
     folder = resolve_model(model, options.trust_remote_code)
@@ -126,18 +131,19 @@ def _fit(recipe: Recipe, kind: type[Exporter]) -> tuple[Recipe, tuple[str, ...]]
     changes = zip(recipe.rules, rules, strict=True)
     changed = {str(old): str(new) for (_, old), (_, new) in changes if old != new}
     notes = tuple(f"{old}: a {kind.name} file holds it as {new}; that is written" for old, new in changed.items())
-    return Recipe(recipe.method, rules), notes
+    return Recipe(recipe.method, rules, recipe.transform), notes
 
 
 def _tokens(
     source: Source, folder: Path, recipe: Recipe | None, options: Options, calibration: Calibration | None
 ) -> CalibrationTokens | None:
-    """The calibration text as tokens, where the method needs it."""
-    if recipe is None or not recipe.method.needs_stats:
+    """The calibration text as tokens, where the recipe needs it."""
+    if recipe is not None and recipe.transform is not None:
+        find_foldings(source.model)
+    if recipe is None or not recipe.needs_stats:
         if calibration is not None and recipe is not None:
             raise RecipeError(
-                f"calibration: method {recipe.method.name} uses no data; one that does must be chosen; "
-                "use gptq, or drop it"
+                f"calibration: {recipe.title} uses no data; one that does must be chosen; use gptq, or drop it"
             )
         return None
     find_blocks(source.model)

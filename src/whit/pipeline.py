@@ -156,7 +156,7 @@ def _write_units(job: Job, output: Output, feed: Feed, todo: Sequence[Unit]) -> 
         start, entries = time.monotonic(), []
         with feed.unit(unit):
             for item in unit.items:
-                if _is_copy(job.source, item):
+                if _is_copy(job.source, item) and not feed.changes(item):
                     output.write(item, None)
                     entries.append(entry_of(item))
                 else:
@@ -180,7 +180,10 @@ def _convert(job: Job, item: Item, given: Given) -> tuple[Mapping[str, Tensor], 
     if item.format is None or item.target is None or job.recipe is None:
         tensors = job.exporter.tensors(item, weight)
         dense = floats(item, job.exporter.restore(item, tensors))
-        return tensors, entry_of(item, relative_error(_rows(weight), _rows(dense))), dense
+        entry = entry_of(item, relative_error(_rows(weight), _rows(dense)))
+        if given.note is not None:
+            entry = replace(entry, reason=f"{entry.reason}; {given.note}")
+        return tensors, entry, dense
     check_finite(weight, item.name)
     matrix = item.matrix(weight).to(job.device)
     method, reason, loss = job.recipe.method, _note(given), None

@@ -26,8 +26,8 @@ def check_recipe(
     `calibrated` says that statistics will be there; `fits` lists what the file to be written cannot hold.
     """
     problems = [_unmatched(pattern, holders) for pattern in recipe.unmatched(holders)]
-    if recipe.method.needs_stats and not calibrated:
-        problems.append(f"method {recipe.method.name}: needs calibration data; there is none; choose another method")
+    if recipe.needs_stats and not calibrated:
+        problems.append(f"{recipe.title}: needs calibration data; there is none; choose another method")
     formats: dict[str, Format | None] = {}
     for parameter, targets in groups.items():
         named = [f for t in targets if (f := recipe.format_for(t.holder, t.kept_by_default)) is not None]
@@ -37,7 +37,7 @@ def check_recipe(
             problems.append(f"{both}: one tied weight with the formats {named[0]} and {named[1]}; give both the same")
     chosen = {groups[p][0]: f for p, f in formats.items() if f is not None}
     problems += _misfits(chosen)
-    if recipe.method.needs_stats:
+    if recipe.needs_stats:
         problems += _unstackable(chosen)
     if fits is not None:
         problems += fits(chosen)

@@ -1,8 +1,10 @@
-"""A recipe: the method and the ordered rules that give every parameter its format.
+"""A recipe: the transform, the method, and the ordered rules that give every parameter its format.
 
     version = 1
     [method]
     name = "hqq"
+    [transform]                 # may be left out
+    name = "awq"
     [[rules]]
     match = "*"
     format = "int4-g128"
@@ -25,8 +27,9 @@ from typing import Any
 
 from whit.errors import FormatError, RecipeError
 from whit.formats import parse_format
-from whit.methods import RTN, Method, method_options, parse_method
+from whit.methods import RTN, Clip, Method, method_options, parse_method
 from whit.tensor import Format
+from whit.transforms import TRANSFORMS, Transform, parse_transform, transform_options
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -39,21 +42,43 @@ DEFAULT_RULES = (("*", "int4-g128"),)
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a model is quantized: one method, and rules (glob, format or its shorthand)."""
+    """How a model is quantized: one method, rules (glob, format or its shorthand), and a transform where wanted.
+
+    The method may name both: "awq+gptq"; "awq" alone is the paper's, with clipping.
+    """
 
     method: Method
     rules: tuple[tuple[str, Format], ...]
+    transform: Transform | None
 
     def __init__(
-        self, method: Method | str | None = None, rules: Sequence[tuple[str, Format | str]] = DEFAULT_RULES
+        self,
+        method: Method | str | None = None,
+        rules: Sequence[tuple[str, Format | str]] = DEFAULT_RULES,
+        transform: Transform | str | None = None,
     ) -> None:
         parsed = []
         for rule in rules:
             if not isinstance(rule, Sequence) or isinstance(rule, str) or len(rule) != 2:
                 raise RecipeError(f"rule {rule!r}: a rule is a pair of a glob and a format; write ('*', 'int4-g128')")
             parsed.append((str(rule[0]), parse_format(rule[1])))
+        if isinstance(method, str) and (both := _transform_and_method(method)):
+            if transform is not None:
+                raise RecipeError(f"method {method!r}: it names a transform, and another is given; drop one of the two")
+            transform, method = both
         object.__setattr__(self, "method", RTN() if method is None else parse_method(method))
         object.__setattr__(self, "rules", tuple(parsed))
+        object.__setattr__(self, "transform", None if transform is None else parse_transform(transform))
+
+    @property
+    def needs_stats(self) -> bool:
+        """Whether calibration is needed."""
+        return self.method.needs_stats or (self.transform is not None and self.transform.needs_stats)
+
+    @property
+    def title(self) -> str:
+        """Its method and transform, as an error names them."""
+        return f"method {self.method.name}" if self.transform is None else f"transform {self.transform.name}"
 
     def format_for(self, name: str, kept_by_default: bool = False) -> Format | None:
         """The format of a module, None to keep it as it is.
@@ -73,13 +98,16 @@ class Recipe:
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON and TOML; `from_dict` gives the same recipe back."""
         rules = [{"match": pattern, "format": str(format)} for pattern, format in self.rules]
-        return {"version": VERSION, "method": method_options(self.method), "rules": rules}
+        transform = {} if self.transform is None else {"transform": transform_options(self.transform)}
+        return {"version": VERSION, "method": method_options(self.method), **transform, "rules": rules}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], where: str = "recipe") -> Recipe:
         """Raises RecipeError or FormatError with one sentence for anything it does not know."""
-        if unknown := sorted(set(values) - {"version", "method", "rules"}):
-            raise RecipeError(f"{where}: key {unknown[0]!r} does not exist; a recipe has version, method and rules")
+        if unknown := sorted(set(values) - {"version", "method", "transform", "rules"}):
+            raise RecipeError(
+                f"{where}: key {unknown[0]!r} does not exist; a recipe has version, method, transform and rules"
+            )
         if values.get("version", VERSION) != VERSION:
             raise RecipeError(f"{where}: version {values['version']}; this whit reads {VERSION}; update whit")
         rules = []
@@ -90,7 +118,14 @@ class Recipe:
                 rules.append((rule["match"], parse_format(str(rule["format"]))))
             except FormatError as error:
                 raise RecipeError(f"{where}: rule {rule['match']!r}: {error}") from None
-        return cls(parse_method(values.get("method", "rtn")), rules or DEFAULT_RULES)
+        method, transform = values.get("method", "rtn"), values.get("transform")
+        if isinstance(method, Mapping) and set(method) == {"name"}:
+            method = str(method["name"])  # which may name a transform too
+        return cls(
+            method if isinstance(method, str) else parse_method(method),
+            rules or DEFAULT_RULES,
+            None if transform is None else parse_transform(transform),
+        )
 
     @classmethod
     def load(cls, path: str | Path) -> Recipe:
@@ -107,9 +142,20 @@ class Recipe:
         """The recipe as TOML, to be read, edited and replayed."""
         lines = [f"version = {VERSION}", "", "[method]"]
         lines += [f"{key} = {_toml(value)}" for key, value in method_options(self.method).items()]
+        if self.transform is not None:
+            options = transform_options(self.transform)
+            lines += ["", "[transform]", *(f"{key} = {_toml(value)}" for key, value in options.items())]
         for pattern, format in self.rules:
             lines += ["", "[[rules]]", f"match = {_toml(pattern)}", f"format = {_toml(str(format))}"]
         return "\n".join(lines) + "\n"
+
+
+def _transform_and_method(name: str) -> tuple[str, Method | str] | None:
+    """The parts of "awq+gptq", or of "awq"; None where the name is not led by a transform's."""
+    transform, plus, method = name.partition("+")
+    if transform not in {t.name for t in TRANSFORMS}:
+        return None
+    return transform, (method if plus else Clip())
 
 
 def _toml(value: str | bool | int | float | Mapping[str, Any]) -> str:

@@ -10,7 +10,7 @@ import torch
 import whit
 from whit.calibration.capture import EXPERT_TOKENS, BlockStats, Watch, capture
 from whit.calibration.runner import Runner
-from whit.model.graph import GROUPS, folding_groups
+from whit.model.graph import GROUPS, find_foldings
 from whit.model.targets import find_targets
 from whit.tensor import LayerStats
 
@@ -89,11 +89,11 @@ def test_the_table_of_groups_is_what_a_running_block_shows(architecture: str, tm
     with runner.loaded(0) as parameters:
         watched = {n: p for n, p in parameters.items() if p.dim() > 1}
         observed = capture(lambda: look(runner, 0), watched).groups
-    short = {frozenset(n.removeprefix(f"{runner.names[0]}.").removesuffix(".weight") for n in g) for g in observed}
-    for group in folding_groups(model.config.model_type):
+    together = {frozenset(group) for group in observed}
+    for folding in find_foldings(model)[runner.names[0]]:
         # Each expert sees tokens of its own, so that experts stand alone when observed.
-        linears = frozenset(name for name in group.linears if ".experts." not in name)
-        assert linears in short, f"{group.source} feeds {sorted(map(sorted, short))}"
+        linears = frozenset(name for name in folding.consumers if ".experts." not in name)
+        assert not linears or linears in together, f"{folding.weight} feeds {sorted(map(sorted, together))}"
 
 
 @torch.no_grad()

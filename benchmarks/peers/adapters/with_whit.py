@@ -12,7 +12,6 @@ from safetensors.torch import load_file
 import whit
 from adapters import Job, Weights, timed
 from whit.calibration import CalibrationTokens
-from whit.methods import parse_method
 from whit.pipeline import dequantize
 
 
@@ -29,9 +28,8 @@ class _Given:
 
 def quantize(job: Job) -> tuple[Weights, float]:
     """Quantize to a folder, and read it back in bfloat16."""
-    method = parse_method(job.options)
-    recipe = whit.Recipe(method, [("*", str(job.row))])
-    calibration: Any = _Given(job.tokens) if method.needs_stats else None
+    recipe = whit.Recipe.from_dict({"method": job.options, "rules": [{"match": "*", "format": str(job.row)}]})
+    calibration: Any = _Given(job.tokens) if recipe.needs_stats else None
     with tempfile.TemporaryDirectory() as scratch:
         packed, plain = Path(scratch, "packed"), Path(scratch, "plain")
         options = whit.Options(seed=job.seed, device=job.device)

@@ -39,7 +39,7 @@ class BlockStats:
         found = self.stats[parameter]
         if len(found) == 1 or all(s.token_count >= EXPERT_TOKENS for s in found):
             return found
-        pooled = LayerStats(torch.stack([s.hessian for s in found]).sum(0), sum(s.token_count for s in found))
+        pooled = _sum(found)
         return tuple(s if s.token_count >= EXPERT_TOKENS else pooled for s in found)
 
     def starved(self, parameter: str) -> tuple[int, ...]:
@@ -56,8 +56,16 @@ def capture(run: Callable[[], None], parameters: Mapping[str, Tensor]) -> BlockS
     return watch.stats()
 
 
+def _sum(found: tuple[LayerStats, ...]) -> LayerStats:
+    """The statistics of all tokens that any of these experts saw."""
+    sizes = [s.magnitude for s in found if s.magnitude is not None]
+    magnitude = torch.stack(sizes).sum(0) if len(sizes) == len(found) else None
+    hessian, tokens = torch.stack([s.hessian for s in found]).sum(0), sum(s.token_count for s in found)
+    return LayerStats(hessian, tokens, magnitude=magnitude)
+
+
 class Watch(TorchFunctionMode):
-    """Sums x^T x for every product of an activation with a watched parameter, while it is entered.
+    """Sums x^T x and |x| for every product of an activation with a watched parameter, while it is entered.
 
     The parameters are (out, in), (in, out) of a Conv1D, or (experts, out, in). What is run inside `exact()` is the
     same sample as the unquantized model sees it: it comes first, and gives the pairs of which `drift` is summed.
@@ -67,6 +75,7 @@ class Watch(TorchFunctionMode):
         super().__init__()
         self.hessians: dict[Place, Tensor] = {}
         self.crosses: dict[Place, Tensor] = {}
+        self.magnitudes: dict[Place, Tensor] = {}
         self.tokens: dict[Place, int] = defaultdict(int)
         self.leaders: dict[Place, Place] = {}  # whose statistics a place shares
         self._parameters = parameters
@@ -101,7 +110,13 @@ class Watch(TorchFunctionMode):
             columns = next(len(self.hessians[place]) for place in leaders if place in self.hessians)
             empty = torch.zeros(1, 1, device=parameter.device).expand(columns, columns)
             stats[name] = tuple(
-                LayerStats(self.hessians.get(place, empty), self.tokens[place], self._drift(place)) for place in leaders
+                LayerStats(
+                    self.hessians.get(place, empty),
+                    self.tokens[place],
+                    self._drift(place),
+                    self.magnitudes.get(place, empty[0]),
+                )
+                for place in leaders
             )
             members[leaders[0]].append(name)
         return BlockStats(stats, tuple(tuple(names) for names in members.values()))
@@ -130,6 +145,8 @@ class Watch(TorchFunctionMode):
             return
         rows = x.reshape(-1, x.shape[-1])
         _add(self.hessians, place, rows, rows)
+        size = rows.abs().sum(0, dtype=torch.float32)
+        self.magnitudes[place] = self.magnitudes[place] + size if place in self.magnitudes else size
         if place in self._exact:
             _add(self.crosses, place, self._exact.pop(place).reshape(rows.shape), rows)
         self.tokens[place] += len(rows)

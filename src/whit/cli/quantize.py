@@ -24,12 +24,17 @@ from whit.job import Job, Options, prepare
 from whit.methods import METHODS
 from whit.pipeline import entry_of, run
 from whit.recipe import Recipe
+from whit.transforms import TRANSFORMS
 
 CALIBRATION_HELP = "Text or .jsonl file for methods that need data. [default: whit:text]"
 DEFAULT_FORMAT = "int4-g128"
 FORMAT_HELP = "Format of every linear: " + ", ".join(EXAMPLES) + f". [default: {DEFAULT_FORMAT}]"
 GATE_HELP = "Text on which --max-kl and --max-ppl-increase are measured. [default: whit:heldout]"
-METHOD_HELP = "How codes are chosen: " + ", ".join(method.name for method in METHODS) + ". [default: rtn]"
+METHOD_HELP = (
+    "How codes are chosen: " + ", ".join(method.name for method in METHODS) + "; awq is clip with the transform awq. "
+    "[default: rtn]"
+)
+TRANSFORM_HELP = "What the weights are rescaled by first: " + ", ".join(t.name for t in TRANSFORMS) + "."
 EXPORT_HELP = "What kind of file is written: " + "; ".join(f"{e.name}: {e.summary}" for e in EXPORTERS) + "."
 RULE_HELP = (
     "A format for the modules that a glob matches, such as 'lm_head=int8' or '*.0.*=bf16'; the last match counts."
@@ -40,6 +45,7 @@ def quantize(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A model folder or a hub id.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The new folder; it appears when it is complete.")],
     method: Annotated[str | None, typer.Option(help=METHOD_HELP)] = None,
+    transform: Annotated[str | None, typer.Option(help=TRANSFORM_HELP)] = None,
     format: Annotated[str | None, typer.Option(metavar="SPEC", help=FORMAT_HELP)] = None,
     rule: Annotated[list[str] | None, typer.Option(metavar="GLOB=SPEC", help=RULE_HELP)] = None,
     recipe: Annotated[Path | None, typer.Option(help="A TOML file with method and rules.")] = None,
@@ -65,7 +71,7 @@ def quantize(
     options = Options(seed=seed, device=device, restart=restart, trust_remote_code=trust_remote_code)
     gate = build_gate(max_kl, max_ppl_increase, gate_text, gate_tokens)
     text = build_calibration(calibration, samples, context, seed)
-    job = prepare(model, out, build_recipe(method, format, rule, recipe), options, text, export)
+    job = prepare(model, out, build_recipe(method, format, rule, recipe, transform), options, text, export)
     if dry_run:
         show_plan(job, as_json)
     else:
@@ -80,15 +86,19 @@ def build_calibration(text: str | None, samples: int | None, context: int | None
     return Calibration(text or "whit:text", samples or 128, context, seed)
 
 
-def build_recipe(method: str | None, format: str | None, rules: list[str] | None, path: Path | None) -> Recipe:
+def build_recipe(
+    method: str | None, format: str | None, rules: list[str] | None, path: Path | None, transform: str | None = None
+) -> Recipe:
     """The recipe of a command line; --rule adds to the rules of --recipe and --format."""
     more = parse_rules(rules)
     if path is None:
-        return Recipe(method, [("*", format or DEFAULT_FORMAT), *more])
-    if method is not None or format is not None:
-        raise typer.BadParameter("holds method and formats itself; drop --method and --format", param_hint="--recipe")
+        return Recipe(method, [("*", format or DEFAULT_FORMAT), *more], transform)
+    if method is not None or format is not None or transform is not None:
+        raise typer.BadParameter(
+            "holds method, transform and formats itself; drop --method, --transform and --format", param_hint="--recipe"
+        )
     loaded = Recipe.load(path)
-    return Recipe(loaded.method, [*loaded.rules, *more])
+    return Recipe(loaded.method, [*loaded.rules, *more], loaded.transform)
 
 
 def parse_rules(rules: list[str] | None) -> list[tuple[str, str]]:

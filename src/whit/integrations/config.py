@@ -17,7 +17,7 @@ from whit.methods import Method
 from whit.recipe import Recipe
 from whit.tensor import Format
 
-KEYS = {"quant_method", "layout", "version", "method", "rules", "formats", "compute_dtype"}
+KEYS = {"quant_method", "layout", "version", "method", "transform", "rules", "formats", "compute_dtype"}
 
 
 class QuantizationConfig(QuantizationConfigMixin):  # type: ignore[misc]
@@ -48,7 +48,7 @@ class QuantizationConfig(QuantizationConfigMixin):  # type: ignore[misc]
         kept = [(pattern, "bf16") for name in skipped for pattern in _patterns(name)]
         self.quant_method = QUANT_METHOD
         self.layout = "bits"
-        self.recipe = Recipe(given.method, [*given.rules, *rules, *kept])
+        self.recipe = Recipe(given.method, [*given.rules, *rules, *kept], given.transform)
         self.compute_dtype = _dtype(compute_dtype)
         self.formats: dict[str, str] = {}
 
@@ -65,7 +65,7 @@ class QuantizationConfig(QuantizationConfigMixin):  # type: ignore[misc]
         """Raises RecipeError for keys or versions that this whit does not know, FormatError for a layout."""
         if unknown := sorted(set(config_dict) - KEYS):
             raise RecipeError(f"quantization_config: key {unknown[0]!r} is not known; update whit to read this model")
-        recipe = {key: config_dict[key] for key in ("version", "method", "rules") if key in config_dict}
+        recipe = {key: config_dict[key] for key in ("version", "method", "transform", "rules") if key in config_dict}
         config = cls(Recipe.from_dict(recipe, "quantization_config"), compute_dtype=config_dict.get("compute_dtype"))
         config.layout = layout_named(str(config_dict.get("layout", "bits"))).name
         config.formats = {str(name): str(spec) for name, spec in dict(config_dict.get("formats", {})).items()}

@@ -37,10 +37,15 @@ def parse_method(spec: str | Mapping[str, Any] | Method) -> Method:
     raise RecipeError(f"{name!r} is not a method; it must be one of {', '.join(m.name for m in METHODS)}")
 
 
+def stand_in(method: Method) -> Method:
+    """A quick method whose errors grow and shrink like another's, to compare many scalings of a matrix by."""
+    return RTN() if method.name in (RTN.name, HQQ.name) else Clip(steps=5, smallest=0.5)
+
+
 def method_options(method: Method) -> dict[str, Any]:
     """The inverse of `parse_method`: `{"name": ..., option: value}`."""
     values = {field.name: getattr(method, field.name) for field in fields(method)}  # type: ignore[arg-type]
     return {"name": method.name, **{k: method_options(v) if isinstance(v, Method) else v for k, v in values.items()}}
 
 
-__all__ = ["GPTQ", "HQQ", "METHODS", "RTN", "Clip", "Method", "Refine", "method_options", "parse_method"]
+__all__ = ["GPTQ", "HQQ", "METHODS", "RTN", "Clip", "Method", "Refine", "method_options", "parse_method", "stand_in"]

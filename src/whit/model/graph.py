@@ -2,65 +2,162 @@
 
 Architectures are told by difference, one line per activation: `source -> consumers`. A scale of the activation's
 channels divides the source (a norm's weight, or the output rows of a linear) and multiplies the input columns of
-every consumer, so all consumers are listed, routers too. Activations into which nothing folds are left out: that
-linears share an input is also observed while a block runs, in any architecture.
+every consumer, so all consumers are listed, routers too. Activations into which nothing folds are left out: what
+passes a GELU, and norms whose output is the residual too (BERT's). `|` parts the consumers of blocks that differ.
+
+A linear gives its last outputs to the activation: all of `up_proj`, the second half of `gate_up_proj`. `:heads` says
+that the outputs are values, which several query heads may share; `:packed`, that each head's query, key and value
+lie beside each other.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from whit.errors import UnsupportedModelError
 from whit.model.targets import find_targets
-from whit.tensor import LinearGroup
 
+QKV = "self_attn.q_proj self_attn.k_proj self_attn.v_proj"
 LLAMA = {
-    "input_layernorm": "self_attn.q_proj self_attn.k_proj self_attn.v_proj",
-    "self_attn.v_proj": "self_attn.o_proj",
+    "input_layernorm": QKV,
+    "self_attn.v_proj:heads": "self_attn.o_proj",
     "post_attention_layernorm": "mlp.gate_proj mlp.up_proj",
     "mlp.up_proj": "mlp.down_proj",
 }
 GEMMA = {
-    "input_layernorm": LLAMA["input_layernorm"],
-    "self_attn.v_proj": "self_attn.o_proj",
+    "input_layernorm": QKV,
+    "self_attn.v_proj:heads": "self_attn.o_proj",
     "pre_feedforward_layernorm": LLAMA["post_attention_layernorm"],
     "mlp.up_proj": "mlp.down_proj",
 }
-PHI3 = {"input_layernorm": "self_attn.qkv_proj", "post_attention_layernorm": "mlp.gate_up_proj"}
+PHI3 = {
+    "input_layernorm": "self_attn.qkv_proj",
+    "self_attn.qkv_proj:heads": "self_attn.o_proj",
+    "post_attention_layernorm": "mlp.gate_up_proj",
+    "mlp.gate_up_proj": "mlp.down_proj",
+}
 OPT = {
-    "self_attn_layer_norm": LLAMA["input_layernorm"],
-    "self_attn.v_proj": "self_attn.out_proj",
+    "self_attn_layer_norm": QKV,
+    "self_attn.v_proj:heads": "self_attn.out_proj",
     "final_layer_norm": "fc1",
     "fc1": "fc2",  # the ReLU between them lets positive factors through
 }
-GPT2 = {"ln_1": "attn.c_attn", "ln_2": "mlp.c_fc"}
-GPT_NEOX = {"input_layernorm": "attention.query_key_value", "post_attention_layernorm": "mlp.dense_h_to_4h"}
+OPT_POST_NORM = {"self_attn.v_proj:heads": "self_attn.out_proj", "fc1": "fc2"}
+GPT2 = {"ln_1": "attn.c_attn", "attn.c_attn:heads": "attn.c_proj", "ln_2": "mlp.c_fc"}
+GPT_NEOX = {
+    "input_layernorm": "attention.query_key_value",
+    "attention.query_key_value:packed": "attention.dense",
+    "post_attention_layernorm": "mlp.dense_h_to_4h",
+}
 EXPERTS = "mlp.gate mlp.experts.gate_up_proj"
 MIXTRAL = {
-    "input_layernorm": LLAMA["input_layernorm"],
-    "self_attn.v_proj": "self_attn.o_proj",
-    "post_attention_layernorm": EXPERTS,
+    **LLAMA,
+    "post_attention_layernorm": f"{EXPERTS} | {LLAMA['post_attention_layernorm']}",
+    "mlp.experts.gate_up_proj": "mlp.experts.down_proj",
 }
 QWEN2_MOE = {
     **MIXTRAL,
     "post_attention_layernorm": f"{EXPERTS} mlp.shared_expert.gate_proj mlp.shared_expert.up_proj "
-    "mlp.shared_expert_gate",
+    f"mlp.shared_expert_gate | {LLAMA['post_attention_layernorm']}",
     "mlp.shared_expert.up_proj": "mlp.shared_expert.down_proj",
 }
+BERT = {"attention.self.value:heads": "attention.output.dense"}
+DISTILBERT = {"attention.v_lin:heads": "attention.out_lin"}
 GROUPS = {
     "llama": LLAMA, "mistral": LLAMA, "qwen2": LLAMA, "qwen3": LLAMA, "gemma2": GEMMA, "gemma3_text": GEMMA,
-    "phi3": PHI3, "opt": OPT, "gpt2": GPT2, "gpt_neox": GPT_NEOX,
-    "mixtral": MIXTRAL, "qwen2_moe": QWEN2_MOE, "qwen3_moe": MIXTRAL,
+    "phi3": PHI3, "opt": OPT, "gpt2": GPT2, "gpt_neox": GPT_NEOX, "bert": BERT, "roberta": BERT,
+    "distilbert": DISTILBERT, "mixtral": MIXTRAL, "qwen2_moe": QWEN2_MOE, "qwen3_moe": MIXTRAL,
 }  # fmt: skip
+ADD_ONE = ("gemma2", "gemma3_text")  # their norms multiply by 1 + weight
 
 
-def folding_groups(model_type: str) -> tuple[LinearGroup, ...]:
-    """The groups of an architecture's block into whose source a scale folds, names relative to the block."""
-    table = GROUPS.get(model_type, {})
-    return tuple(LinearGroup(source, tuple(consumers.split())) for source, consumers in table.items())
+@dataclass(frozen=True, eq=False)
+class Folding:
+    """One activation into which a scale folds; all are names of the model's parameters.
+
+    `channels` (in,) int64 says which of the source's channels each input column of the consumers sees. `offset` is
+    what the module adds to the source's weight. `is_norm`: the weight is a vector; otherwise it is a matrix or a
+    stack of them, whose outputs are the channels. `transposed` are the parameters that are stored (in, out).
+    """
+
+    weight: str
+    bias: str | None
+    consumers: tuple[str, ...]
+    channels: Tensor
+    is_norm: bool
+    offset: float = 0.0
+    transposed: frozenset[str] = frozenset()
+
+
+def find_foldings(model: PreTrainedModel) -> dict[str, tuple[Folding, ...]]:
+    """The foldings of every block; UnsupportedModelError where the architecture has no table."""
+    config, blocks = model.config, find_blocks(model)
+    table = GROUPS.get(config.model_type, {})
+    if config.model_type == "opt" and not config.do_layer_norm_before:
+        table = OPT_POST_NORM
+    if config.model_type == "opt" and config.activation_function != "relu":
+        table = {source: consumers for source, consumers in table.items() if source != "fc1"}
+    found = {
+        name: tuple(_foldings(model, name, block, table))
+        for name, block in zip(blocks.names, blocks.modules, strict=True)
+    }
+    if not any(found.values()):
+        known = ", ".join(sorted(GROUPS))
+        raise UnsupportedModelError(
+            f"{type(model).__name__}: where scales fold in model type {config.model_type!r} is not known; a transform "
+            f"such as awq needs one of {known}; choose a method without a transform, such as gptq"
+        )
+    return found
+
+
+def _foldings(model: PreTrainedModel, prefix: str, block: nn.Module, table: dict[str, str]) -> Iterator[Folding]:
+    modules, parameters = dict(block.named_modules()), dict(block.named_parameters())
+
+    def parameter(name: str) -> str | None:
+        """Of a module its weight; experts are parameters themselves."""
+        return next((p for p in (f"{name}.weight", name) if p in parameters), None)
+
+    for key, variants in table.items():
+        source, _, layout = key.partition(":")
+        for variant in variants.split("|"):
+            names = [parameter(name) for name in (source, *variant.split())]
+            if None in names:
+                continue
+            weight, *consumers = [name for name in names if name is not None]
+            involved = (weight, *consumers)
+            transposed = {n for n in involved if isinstance(modules.get(n.removesuffix(".weight")), Conv1D)}
+            is_norm = parameters[weight].dim() == 1
+            columns = parameters[consumers[0]].shape[0 if consumers[0] in transposed else -1]
+            rows = parameters[weight].shape[-1 if weight in transposed or is_norm else -2]
+            yield Folding(
+                f"{prefix}.{weight}",
+                f"{prefix}.{source}.bias" if f"{source}.bias" in parameters else None,
+                tuple(f"{prefix}.{name}" for name in consumers),
+                _channels(model, layout, rows, columns),
+                is_norm,
+                float(is_norm and model.config.model_type in ADD_ONE),
+                frozenset(f"{prefix}.{name}" for name in transposed),
+            )
+
+
+def _channels(model: PreTrainedModel, layout: str, rows: int, columns: int) -> Tensor:
+    """The source's channel of each input column of its consumers."""
+    if not layout:
+        return torch.arange(rows - columns, rows)
+    heads: int = model.config.num_attention_heads
+    within = torch.arange(columns // heads)
+    if layout == "packed":
+        first = (torch.arange(heads) + 1) * (rows // heads) - len(within)  # values come last in each head
+        return (first[:, None] + within).flatten()
+    value_heads: int = getattr(model.config, "num_key_value_heads", None) or heads
+    first = rows + (torch.arange(heads) // (heads // value_heads) - value_heads) * len(within)
+    return (first[:, None] + within).flatten()
 
 
 @dataclass(frozen=True)

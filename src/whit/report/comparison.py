@@ -13,14 +13,13 @@ from whit.evaluation import EvaluationOptions, EvaluationResult, evaluate
 from whit.evaluation.listener import Listener, Silent
 from whit.formats import parse_format
 from whit.job import Options
-from whit.methods import parse_method
 from whit.pipeline import quantize
 from whit.recipe import Recipe
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A method and a format, written `method:format`; `bf16` is the original itself."""
+    """A method (with a transform: `awq+gptq`) and a format, written `method:format`; `bf16` is the original itself."""
 
     method: str
     format: str
@@ -31,7 +30,8 @@ class Candidate:
         method, colon, format = text.strip().rpartition(":")
         if colon and not method:
             raise RecipeError(f"candidate {text!r}: it names no method; write method:format, such as hqq:int4-g64")
-        return cls(parse_method(method or "rtn").name, str(parse_format(format)))
+        Recipe(method or "rtn")
+        return cls(method or "rtn", str(parse_format(format)))
 
     @property
     def is_original(self) -> bool:
@@ -81,7 +81,7 @@ def measure(
         return _row(candidate, evaluate(model, against, listener or Silent()), 0.0, 0)
     out = folder / candidate.folder
     recipe = Recipe(candidate.method, [("*", candidate.format)])
-    data = calibration if recipe.method.needs_stats else None
+    data = calibration if recipe.needs_stats else None
     account = quantize(model, out, recipe, calibration=data, options=quantizing or Options())
     result = evaluate(str(out), against, listener or Silent())
     return _row(candidate, result, account.seconds, account.peak_memory_bytes)

@@ -81,8 +81,8 @@ class Order:
 def make(order: Order) -> dict[str, Any]:
     """Quantize with whit; a finished result is used again."""
     recipe = Recipe(order.entrant.method, [("*", order.entrant.format)])
-    calibration = order.calibration if recipe.method.needs_stats else None
-    device = order.evaluation.device if recipe.method.needs_stats else "cpu"
+    calibration = order.calibration if recipe.needs_stats else None
+    device = order.evaluation.device if recipe.needs_stats else "cpu"
     options = Options(seed=order.seed, device=device, trust_remote_code=order.evaluation.trust_remote_code)
     account = quantize(order.model, order.place, recipe, calibration=calibration, options=options)
     return {"seconds": account.seconds, "peak_memory_bytes": account.peak_memory_bytes}

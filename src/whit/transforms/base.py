@@ -1,0 +1,48 @@
+"""What a transform is: it chooses a scale for each channel of an activation, by what rounding then costs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeAlias, runtime_checkable
+
+from torch import Tensor
+
+from whit.tensor import LayerStats
+
+# A float32 matrix (out, in) and its statistics to what a format and a method make of it.
+Rounding: TypeAlias = Callable[[Tensor, LayerStats], Tensor]
+
+
+@dataclass(frozen=True)
+class Consumer:
+    """A parameter that multiplies the activation: `weight` (matrices, out, in) float32, with one LayerStats each."""
+
+    weight: Tensor
+    stats: tuple[LayerStats, ...]
+    rounding: Rounding
+
+    def matrix(self, index: int) -> Consumer:
+        """One matrix of a stack by itself."""
+        return Consumer(self.weight[index : index + 1], self.stats[index : index + 1], self.rounding)
+
+
+@runtime_checkable
+class Transform(Protocol):
+    """A frozen dataclass of options; the same inputs give the same scale."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def needs_stats(self) -> bool: ...
+    @property
+    def trials(self) -> int:
+        """How often every weight is rounded."""
+        ...
+
+    def search(self, consumers: Sequence[Consumer], channels: Tensor) -> Tensor:
+        """The scale (in,) float32, positive, that multiplies the columns of all consumers and divides what they see.
+
+        It is equal for columns whose `channels` (in,) int64, the channels of the activation's source, are.
+        """
+        ...
