@@ -6,6 +6,7 @@ import gc
 import importlib
 import resource
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ def run(task: dict[str, Any]) -> dict[str, Any]:
     adapter = importlib.import_module(f"adapters.{task['adapter']}")
     _reset_peaks()
     try:
-        weights, seconds = adapter.quantize(job)
+        weights, took = adapter.quantize(job)
         peaks = _peaks()
         original = load_file(model / "model.safetensors")
         weights = {name: weights[name].to(torch.bfloat16).contiguous().cpu() for name in original}
@@ -38,9 +39,7 @@ def run(task: dict[str, Any]) -> dict[str, Any]:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
     shape = list(tokens.shape)
-    return {"seconds": seconds, **peaks, "matrices": changed, "tokens": shape, "tokens_sha256": sha256} | versions(
-        adapter
-    )
+    return {**asdict(took), **peaks, "matrices": changed, "tokens": shape, "tokens_sha256": sha256} | versions(adapter)
 
 
 def read_tokens(folder: Path, seed: int) -> tuple[torch.Tensor, str]:

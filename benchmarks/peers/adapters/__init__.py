@@ -1,7 +1,7 @@
-"""One file per quantizer: `quantize(job)` gives the weights that its codes stand for and the seconds it took.
+"""One file per quantizer: `quantize(job)` gives the weights that its codes stand for and the time it took.
 
 The weights are named and shaped as in the original checkpoint; matrices that are not in decoder layers stay as they
-are in every adapter. The seconds are of the quantizer's own call: the model is loaded, the tokens are at hand.
+are in every adapter. The time is of the quantizer's own call: the model is loaded, the tokens are at hand.
 """
 
 from __future__ import annotations
@@ -31,13 +31,21 @@ class Job:
     seed: int
 
 
-def timed(call: Callable[[], Any]) -> tuple[Any, float]:
-    """What the call gives, and its seconds."""
-    start = time.perf_counter()
+@dataclass(frozen=True)
+class Took:
+    """Seconds on the clock, and of all processors together, which other work on the machine does not stretch."""
+
+    seconds: float
+    processor_seconds: float
+
+
+def timed(call: Callable[[], Any]) -> tuple[Any, Took]:
+    """What the call gives, and the time it took."""
+    start, busy = time.perf_counter(), time.process_time()
     found = call()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return found, time.perf_counter() - start
+    return found, Took(time.perf_counter() - start, time.process_time() - busy)
 
 
 def load(job: Job, place: bool = True) -> Any:

@@ -8,10 +8,10 @@ from auto_round import AutoRound
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer
 
-from adapters import Job, Weights, load, timed
+from adapters import Job, Took, Weights, load, timed
 
 
-def quantize(job: Job) -> tuple[Weights, float]:
+def quantize(job: Job) -> tuple[Weights, Took]:
     """Quantize in memory; AutoRound leaves the dequantized weights in the modules."""
     row = job.row
     samples, context = job.tokens.shape
@@ -30,8 +30,8 @@ def quantize(job: Job) -> tuple[Weights, float]:
         seed=job.seed,
         **job.options,
     )
-    (model, _), seconds = timed(quantizer.quantize)
-    return dict(model.state_dict()), seconds
+    (model, _), took = timed(quantizer.quantize)
+    return dict(model.state_dict()), took
 
 
 def version() -> str:

@@ -8,10 +8,10 @@ import torch
 from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
 from gptqmodel.utils.model import convert_gptq_v1_to_v2_format_module
 
-from adapters import Job, Weights, timed
+from adapters import Job, Took, Weights, timed
 
 
-def quantize(job: Job) -> tuple[Weights, float]:
+def quantize(job: Job) -> tuple[Weights, Took]:
     """Quantize in memory and ask each packed module for its weights."""
     row = job.row
     config = QuantizeConfig(
@@ -25,8 +25,8 @@ def quantize(job: Job) -> tuple[Weights, float]:
     )
     model = GPTQModel.load(str(job.model), config, dtype=torch.bfloat16)
     samples = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in job.tokens[:, None]]
-    _, seconds = timed(lambda: model.quantize(samples, batch_size=1, backend=BACKEND.GPTQ_TORCH))
-    return dequantized(model.model), seconds
+    _, took = timed(lambda: model.quantize(samples, batch_size=1, backend=BACKEND.GPTQ_TORCH))
+    return dequantized(model.model), took
 
 
 def dequantized(model: torch.nn.Module) -> Weights:

@@ -7,10 +7,10 @@ from importlib.metadata import version as installed
 import torch
 from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
 
-from adapters import Job, Weights, linears, load, timed
+from adapters import Job, Took, Weights, linears, load, timed
 
 
-def quantize(job: Job) -> tuple[Weights, float]:
+def quantize(job: Job) -> tuple[Weights, Took]:
     """Quantize each linear and dequantize it again."""
     row = job.row
     if row.symmetric:
@@ -26,10 +26,10 @@ def quantize(job: Job) -> tuple[Weights, float]:
             for name, module in linears(model).items()
         }
 
-    quantized, seconds = timed(all_linears)
+    quantized, took = timed(all_linears)
     weights = dict(model.state_dict())
     weights |= {f"{name}.weight": module.dequantize() for name, module in quantized.items()}
-    return weights, seconds
+    return weights, took
 
 
 def version() -> str:

@@ -15,17 +15,17 @@ from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from llmcompressor.modifiers.transform.awq import AWQModifier
 
-from adapters import Job, Weights, load, timed
+from adapters import Job, Took, Weights, load, timed
 
 
-def quantize(job: Job) -> tuple[Weights, float]:
+def quantize(job: Job) -> tuple[Weights, Took]:
     """Quantize in memory; the weights are those that its fake quantization gives."""
     reset_session()
     model = load(job)
     samples, context = job.tokens.shape
     ids = job.tokens.tolist()
     data = Dataset.from_dict({"input_ids": ids, "attention_mask": [[1] * context] * samples})
-    _, seconds = timed(
+    _, took = timed(
         lambda: oneshot(
             model=model,
             dataset=data,
@@ -35,7 +35,7 @@ def quantize(job: Job) -> tuple[Weights, float]:
             shuffle_calibration_samples=False,
         )
     )
-    return dequantized(model), seconds
+    return dequantized(model), took
 
 
 def recipe(job: Job) -> list[Any]:

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 import whit
-from adapters import Job, Weights, timed
+from adapters import Job, Took, Weights, timed
 from whit.calibration import CalibrationTokens
 from whit.pipeline import dequantize
 
@@ -26,19 +26,19 @@ class _Given:
         return CalibrationTokens(self._tokens, "given")
 
 
-def quantize(job: Job) -> tuple[Weights, float]:
+def quantize(job: Job) -> tuple[Weights, Took]:
     """Quantize to a folder, and read it back in bfloat16."""
     recipe = whit.Recipe.from_dict({"method": job.options, "rules": [{"match": "*", "format": str(job.row)}]})
     calibration: Any = _Given(job.tokens) if recipe.needs_stats else None
     with tempfile.TemporaryDirectory() as scratch:
         packed, plain = Path(scratch, "packed"), Path(scratch, "plain")
         options = whit.Options(seed=job.seed, device=job.device)
-        _, seconds = timed(lambda: whit.quantize(job.model, packed, recipe, calibration=calibration, options=options))
+        _, took = timed(lambda: whit.quantize(job.model, packed, recipe, calibration=calibration, options=options))
         dequantize(packed, plain)
         weights: Weights = {}
         for file in sorted(plain.glob("*.safetensors")):
             weights |= load_file(file)
-    return weights, seconds
+    return weights, took
 
 
 def version() -> str:
