@@ -42,6 +42,7 @@ class Child:
             stdout=subprocess.PIPE,
             stderr=self._log,
             env={**os.environ, **variables},
+            cwd=log.parent,  # some write logs where they are
         )
         self._answers: Queue[bytes] = Queue()
         threading.Thread(target=self._listen, daemon=True).start()
@@ -171,13 +172,18 @@ def _said(result: dict[str, Any]) -> str:
     return f"{', '.join(scores)}, {result['seconds']:.1f} s, {result['gpu_peak_mb'] or result['peak_mb']:.0f} MB"
 
 
+def folder(text: str) -> Path:
+    """Absolute: the children work elsewhere."""
+    return Path(text).resolve()
+
+
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--tokens", type=Path, required=True, help="the folder that tokens.py wrote")
-    parser.add_argument("--environments", type=Path, required=True, help="the folder that install.py wrote")
+    parser.add_argument("--model", type=folder, required=True)
+    parser.add_argument("--tokens", type=folder, required=True, help="the folder that tokens.py wrote")
+    parser.add_argument("--environments", type=folder, required=True, help="the folder that install.py wrote")
     parser.add_argument("--text", action="append", required=True, metavar="NAME=FILE", help="scored; repeatable")
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=folder, required=True)
     parser.add_argument("--peers", default=",".join(DEFAULT_PEERS))
     parser.add_argument("--rows", default="all")
     parser.add_argument("--seeds", default="0,1,2")
@@ -189,10 +195,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=1e6, help="after so many no further run is begun")
     parser.add_argument("--limit", type=float, default=1e6, help="seconds that a run may take")
     parser.add_argument("--options", type=json.loads, default={}, metavar="JSON", help='{"autoround": {"iters": 50}}')
-    parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()))
+    parser.add_argument("--scratch", type=folder, default=Path(tempfile.gettempdir()))
     parser.add_argument("--again", action="store_true", help="repeat the runs that ended in an error")
     args = parser.parse_args()
-    args.texts = dict(pair.split("=", 1) for pair in args.text)
+    named = (pair.split("=", 1) for pair in args.text)
+    args.texts = {name: str(folder(path)) for name, path in named}
     args.start = time.monotonic()
     return args
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from catalogue import PEERS, ROWS
-from run import SOURCE, Child
+from run import SOURCE, Child, folder
 from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -23,22 +23,22 @@ import harness
 COMPARED = ("whit-gptq", "gptqmodel", "llmcompressor-gptq")
 
 
-def cut_tokens(args: argparse.Namespace, folder: Path) -> None:
+def cut_tokens(args: argparse.Namespace, place: Path) -> None:
     """The first samples, shortened."""
     from quantizing import read_tokens
 
     tokens, sha256 = read_tokens(args.tokens, 0)
     part = tokens[: args.samples, : args.tokens_each].int().contiguous()
-    save_file({"tokens": part}, folder / "seed0.safetensors", {"sha256": f"cut of {sha256}"})
+    save_file({"tokens": part}, place / "seed0.safetensors", {"sha256": f"cut of {sha256}"})
 
 
-def one(peer: str, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+def one(peer: str, args: argparse.Namespace, place: Path) -> dict[str, Any]:
     """One run in a new process."""
     found = PEERS[peer]
     path = args.environments / found.environment if found.environment else SOURCE
     paths = [path, *[p for p in (args.environments / "shared",) if p.is_dir()]]
-    child = Child("quantizing", paths, folder / f"{peer}.log", args.threads)
-    task = {"model": str(args.model), "tokens": str(folder), "out": str(folder / "out"), "device": args.device}
+    child = Child("quantizing", paths, place / f"{peer}.log", args.threads)
+    task = {"model": str(args.model), "tokens": str(place), "out": str(place / "out"), "device": args.device}
     task |= {"row": vars(ROWS[0]), "adapter": found.adapter, "options": dict(found.options), "seed": 0}
     try:
         return child.ask(task, args.limit)
@@ -48,9 +48,9 @@ def one(peer: str, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model", type=Path)
-    parser.add_argument("tokens", type=Path)
-    parser.add_argument("--environments", type=Path, required=True)
+    parser.add_argument("model", type=folder)
+    parser.add_argument("tokens", type=folder)
+    parser.add_argument("--environments", type=folder, required=True)
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--tokens-each", type=int, default=2048)
     parser.add_argument("--rounds", type=int, default=3)
