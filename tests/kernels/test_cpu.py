@@ -12,7 +12,7 @@ import torch
 from torch import Generator, Tensor
 
 import whit
-from whit.kernels import dequantize, packed_linear, select
+from whit.kernels import dequantize, packed_linear, packed_linear_op, select
 from whit.kernels.cpu import Cpu, library
 from whit.kernels.cpu import build as builder
 from whit.kernels.cpu.binding import load
@@ -238,3 +238,32 @@ def test_sanitizers_find_nothing(tmp_path: Path):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "clean" in done.stdout
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compiles_whole(backend: str, random: Generator):
+    layers = [("int4-g32-asym", 64, 96), ("nf4-dq", 32, 64)]
+    model = torch.nn.Sequential(
+        *(
+            QuantizedLinear.from_quantized(
+                whit.quantize_tensor(torch.randn(rows, columns, generator=random), spec),
+                torch.nn.Parameter(torch.randn(rows, generator=random)),
+            )
+            for spec, rows, columns in layers
+        )
+    )
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    for rows in (1, 5, 40):
+        x = torch.randn(rows, 96, generator=random, requires_grad=True)
+        torch.testing.assert_close(compiled(x), model(x))
+        grads = [torch.autograd.grad(m(x).square().sum(), [x, model[0].bias]) for m in (compiled, model)]
+        for ours, eager in zip(*grads, strict=True):
+            torch.testing.assert_close(ours, eager)
+    torch._dynamo.reset()
+
+
+def test_the_operator_keeps_torchs_contract(random: Generator):
+    weight = packed("int4-g32", 8, 64, random)
+    x = torch.randn(2, 64, generator=random, requires_grad=True)
+    names = ",".join(weight.tensors), weight.layout, str(weight.format), list(weight.shape)
+    torch.library.opcheck(packed_linear_op, (x, list(weight.tensors.values()), torch.ones(8), *names))

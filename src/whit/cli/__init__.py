@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from whit.cli import compare, convert, demo, doctor, evaluate, generate, inspect, memory, quantize
+from whit.cli import bench, compare, convert, demo, doctor, evaluate, generate, inspect, memory, quantize
 from whit.cli.console import say_error
 from whit.errors import WhitError
 
@@ -18,6 +18,7 @@ COMMANDS = (
     ("convert", convert.convert),
     ("inspect", inspect.inspect),
     ("memory", memory.memory),
+    ("bench", bench.bench),
     ("doctor", doctor.doctor),
     ("demo", demo.demo),
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from whit.kernels import packed_linear
+from whit.kernels import packed_linear, packed_linear_op
 from whit.layouts import BITS
 from whit.modules.packed import PackedModule
 from whit.tensor import PackedWeight, QuantizedTensor
@@ -38,6 +38,10 @@ class QuantizedLinear(PackedModule, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         x = input if self.compute_dtype is None else input.to(self.compute_dtype)
+        if torch.compiler.is_compiling():
+            tensors = [self._buffers[key] for key in self._keys]
+            names = ",".join(self._keys), self.layout, str(self.format), list(self.weight_shape)
+            return packed_linear_op(x, tensors, self.bias, *names).to(input.dtype)  # type: ignore[no-any-return]
         kernel, packed = self.ready(x)
         return packed_linear(x, packed, self.bias, kernel).to(input.dtype)
 

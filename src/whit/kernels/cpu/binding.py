@@ -17,11 +17,11 @@ import torch
 
 from whit.kernels.cpu.build import LIBRARY, source_hash
 
-ABI = 3
+ABI = 4
 BUILD = "python -m whit.kernels.cpu.build"
 ISAS = ("scalar", "avx2", "avx512", "avx512_bf16")  # by their number in whit_cpu.h, each better than those before it
-TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3}
-NESTED, NONE = 4, 5
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+CODES, NESTED, NONE = 3, 4, 5
 Pointer = ctypes.c_void_p
 
 

@@ -45,10 +45,10 @@ class Cpu:
         return unsupported(packed)
 
     def prepare(self, packed: PackedWeight) -> CpuWeight:
-        return packed if isinstance(packed, CpuWeight) else plan_weight(packed, _compiled())
+        return packed if isinstance(packed, CpuWeight) else plan_weight(packed, _compiled(), move=True)
 
     def linear(self, x: Tensor, packed: PackedWeight, bias: Tensor | None) -> Tensor:
-        weight = self.prepare(packed)
+        weight = _planned(packed)
         rows, (out_features, columns) = x.numel() // weight.shape[1], weight.shape
         if rows > STREAMED_ROWS:
             return self._panels(x.reshape(rows, columns), weight, bias).view(*x.shape[:-1], out_features)
@@ -67,7 +67,7 @@ class Cpu:
 
     def dequantize(self, packed: PackedWeight, dtype: torch.dtype, first: int = 0, last: int | None = None) -> Tensor:
         """Rows [first, last) of the weight as floats (last - first, in_features), bit for bit the reference's."""
-        weight, compiled = self.prepare(packed), _compiled()
+        weight, compiled = _planned(packed), _compiled()
         last = weight.shape[0] if last is None else last
         out = torch.empty(last - first, weight.shape[1], dtype=dtype)
         status = compiled.dequantize(
@@ -89,6 +89,10 @@ class Cpu:
 
     def _isa(self, compiled: Library) -> int:
         return ISAS.index(self.isa or compiled.isas[-1])
+
+
+def _planned(packed: PackedWeight) -> CpuWeight:
+    return packed if isinstance(packed, CpuWeight) else plan_weight(packed, _compiled(), move=False)
 
 
 def _compiled() -> Library:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
 
-from whit.kernels.cpu.binding import NESTED, NONE, TYPES, Library, WeightPlan
+from whit.kernels.cpu.binding import CODES, NESTED, NONE, TYPES, Library, WeightPlan
 from whit.kernels.cpu.memory import in_huge_pages
-from whit.layouts import BITS
-from whit.tensor import Format, PackedWeight, matrix_shape, tensor_param
+from whit.tensor import Format, PackedWeight, matrix_shape
 
 LANE = 16  # the kernels' runs of columns that share params
 NESTED_GROUP = 256
@@ -46,18 +46,20 @@ def unsupported(packed: PackedWeight) -> str | None:
     return None
 
 
-def plan_weight(packed: PackedWeight, library: Library) -> CpuWeight:
-    """The weight with a plan. Its codes move to huge pages; integer zero points are unpacked beside them."""
+def plan_weight(packed: PackedWeight, library: Library, move: bool) -> CpuWeight:
+    """The weight with a plan; `move` takes its codes to huge pages."""
     format = packed.format
     rows, columns = matrix_shape(packed.shape)
     tensors = {key: tensor.contiguous() for key, tensor in packed.tensors.items()}
-    tensors["codes"] = codes = in_huge_pages(packed.tensors["codes"])
+    if move:
+        tensors["codes"] = in_huge_pages(tensors["codes"])
+    codes = tensors["codes"]
     levels = level_table(format)
     groups = -(-columns // format.group_size) if format.group_size else 1
     plan = WeightPlan(
         codes=codes.data_ptr(), rows=rows, columns=columns, row_bytes=codes.shape[1], groups=groups,
         group_size=format.group_size or columns, levels=levels.data_ptr(), bits=format.bits,
-        consecutive=bool((levels[1:] == levels[:-1] + 1).all()), zero_type=NONE, parallel=library.parallel,
+        consecutive=is_consecutive(format), zero_type=NONE, parallel=library.parallel,
     )  # fmt: skip
     held = [levels]
     if "absmax_codes" in tensors:
@@ -70,9 +72,8 @@ def plan_weight(packed: PackedWeight, library: Library) -> CpuWeight:
         plan.scale, plan.scale_type = scale.data_ptr(), TYPES[scale.dtype]
         plan.scale_stride = groups if scale.numel() > 1 else 0
     if "zero_point" in tensors:
-        params = BITS.params(packed)
-        held.append(tensor_param(params, "zero_point").contiguous())
-        plan.zero, plan.zero_type = held[-1].data_ptr(), TYPES[held[-1].dtype]
+        zero = tensors["zero_point"]
+        plan.zero, plan.zero_type = zero.data_ptr(), TYPES.get(zero.dtype, CODES)
     return CpuWeight(
         packed.layout, format, packed.shape, tensors, plan=plan, address=ctypes.addressof(plan), held=tuple(held)
     )
@@ -80,15 +81,27 @@ def plan_weight(packed: PackedWeight, library: Library) -> CpuWeight:
 
 def level_table(format: Format) -> Tensor:
     """What each stored code stands for under a scale of 1 and a zero point of 0: float32 (2^bits,)."""
+    return _levels(format)[0]  # every format is hashable
+
+
+def is_consecutive(format: Format) -> bool:
+    """Whether neighbouring codes stand for numbers one apart."""
+    return _levels(format)[1]
+
+
+@cache
+def _levels(format: Format) -> tuple[Tensor, bool]:
     count = 1 << format.bits
-    table = torch.zeros(count)
-    levels = getattr(format, "levels", None)
-    if levels is not None:  # fewer than 2^bits of them, perhaps
-        table[: len(levels)] = torch.tensor(levels, dtype=torch.float32)
-        return table
-    codes = torch.arange(count, dtype=torch.int16) + format.code_min
-    params = {
-        name: torch.full(spec.shape, 0.0 if name == "zero_point" else 1.0)
-        for name, spec in format.param_specs(1, count).items()
-    }
-    return format.decode(codes.to(format.code_dtype).reshape(1, -1), params).reshape(-1).contiguous()
+    with torch.inference_mode(False):
+        table = torch.zeros(count)
+        levels = getattr(format, "levels", None)
+        if levels is not None:  # fewer than 2^bits of them, perhaps
+            table[: len(levels)] = torch.tensor(levels, dtype=torch.float32)
+        else:
+            codes = torch.arange(count, dtype=torch.int16) + format.code_min
+            params = {
+                name: torch.full(spec.shape, 0.0 if name == "zero_point" else 1.0)
+                for name, spec in format.param_specs(1, count).items()
+            }
+            table = format.decode(codes.to(format.code_dtype).reshape(1, -1), params).reshape(-1).contiguous()
+        return table, bool((table[1:] == table[:-1] + 1).all())

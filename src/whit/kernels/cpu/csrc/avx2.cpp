@@ -40,10 +40,6 @@ struct Avx2 {
   }
   static ALWAYS_INLINE F convert(const void* p, int64_t i, int type) {
     if (type == WHIT_F32) return load((const float*)p + i);
-    if (type == WHIT_U8) {
-      __m128i v = _mm_loadu_si128((const __m128i*)((const uint8_t*)p + i));
-      return to_float({_mm256_cvtepu8_epi32(v), _mm256_cvtepu8_epi32(_mm_srli_si128(v, 8))});
-    }
     const __m128i* q = (const __m128i*)((const uint16_t*)p + i);
     __m128i low = _mm_loadu_si128(q), high = _mm_loadu_si128(q + 1);
     if (type == WHIT_F16) return {_mm256_cvtph_ps(low), _mm256_cvtph_ps(high)};

@@ -39,10 +39,6 @@ struct Avx512 {
   }
   static ALWAYS_INLINE F convert(const void* p, int64_t i, int type) {
     if (type == WHIT_F32) return load((const float*)p + i);
-    if (type == WHIT_U8) {
-      const __m128i* q = (const __m128i*)((const uint8_t*)p + i);
-      return to_float(_mm512_cvtepu8_epi32(_mm_loadu_si128(q)));
-    }
     __m256i v = _mm256_loadu_si256((const __m256i*)((const uint16_t*)p + i));
     if (type == WHIT_F16) return _mm512_cvtph_ps(v);
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(v), 16));

@@ -93,8 +93,7 @@ static ALWAYS_INLINE float load_as_float(const void* p, int64_t i, int type) {
   switch (type) {
     case WHIT_F32: return ((const float*)p)[i];
     case WHIT_BF16: return bf16_to_float(((const uint16_t*)p)[i]);
-    case WHIT_F16: return f16_to_float(((const uint16_t*)p)[i]);
-    default: return (float)((const uint8_t*)p)[i];
+    default: return f16_to_float(((const uint16_t*)p)[i]);
   }
 }
 

@@ -23,6 +23,25 @@ static void convert(const void* from, int64_t first, int64_t count, int type, fl
   for (; i < count; i++) to[i] = load_as_float(from, first + i, type);
 }
 
+// Integer zero points are streams like the codes. Writes whole runs of 16: `to` needs room for them.
+template <class V>
+static void unpack(const whit_weight& w, int64_t row, float* to) {
+  int64_t stride = (w.groups * w.bits + 7) / 8;
+  const uint8_t *p = (const uint8_t*)w.zero + (w.scale_stride ? row * stride : 0);
+  const uint8_t *end = (const uint8_t*)w.zero + (w.scale_stride ? w.rows : 1) * stride;
+  typename V::Window window = V::window(w.bits);
+  uint8_t last[16];
+  for (int64_t g = 0; g < w.groups; g += 16, p += 2 * w.bits) {
+    const uint8_t* from = p;
+    if (p + 16 > end) {
+      memset(last, 0, sizeof last);
+      memcpy(last, p, (size_t)(end - p));
+      from = last;
+    }
+    V::store(to + g, V::to_float(V::natural(from, window)));
+  }
+}
+
 // The scales (and zero points, or `shift` without any) of a row, one per group, as float32.
 template <class V>
 static void group_params(const whit_weight& w, int64_t row, float shift, float* scale, float* zero) {
@@ -35,7 +54,8 @@ static void group_params(const whit_weight& w, int64_t row, float shift, float* 
   } else {
     convert<V>(w.scale, first, w.groups, w.scale_type, scale);
   }
-  if (w.zero) convert<V>(w.zero, first, w.groups, w.zero_type, zero);
+  if (w.zero_type == WHIT_CODES) unpack<V>(w, row, zero);
+  else if (w.zero) convert<V>(w.zero, first, w.groups, w.zero_type, zero);
   else for (int64_t g = 0; g < w.groups; g++) zero[g] = 0;
   if (shift != 0)
     for (int64_t g = 0; g < w.groups; g++) zero[g] += shift;

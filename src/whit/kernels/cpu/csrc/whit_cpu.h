@@ -11,8 +11,8 @@
 #define WHIT_API extern "C" __attribute__((visibility("default")))
 #endif
 
-enum { WHIT_ABI = 3 };
-enum whit_type { WHIT_F32 = 0, WHIT_BF16 = 1, WHIT_F16 = 2, WHIT_U8 = 3, WHIT_NESTED = 4, WHIT_NONE = 5 };
+enum { WHIT_ABI = 4 };
+enum whit_type { WHIT_F32 = 0, WHIT_BF16 = 1, WHIT_F16 = 2, WHIT_CODES = 3, WHIT_NESTED = 4, WHIT_NONE = 5 };
 enum whit_isa { WHIT_SCALAR = 0, WHIT_AVX2 = 1, WHIT_AVX512 = 2, WHIT_AVX512_BF16 = 3, WHIT_ISAS = 4 };
 
 // How OpenMP starts a team: GOMP_parallel(function, data, threads, flags).
@@ -23,7 +23,7 @@ typedef struct {
   int64_t rows, columns, row_bytes;
   int64_t group_size, groups;    // columns that share a scale; how many such groups a row has
   const void* scale;             // (rows, groups) of scale_type; WHIT_NESTED: uint8 codes into nested_levels
-  const void* zero;              // (rows, groups) of zero_type, or null
+  const void* zero;              // (rows, groups) of zero_type, or null; WHIT_CODES: streams of `bits` like the codes
   const float* levels;           // 2^bits values
   const float* nested_levels;    // double quantization: scale = nested_levels[code] * nested_absmax[i / 256] + offset
   const float* nested_absmax;

@@ -1,0 +1,194 @@
+"""How fast packed products run here: seconds per call beside the machine's own limits and the installed peers.
+
+Weights are cold: every call takes the next of enough copies to fill COLD bytes, so that none comes from a cache. All
+candidates of a case take turns within each round, so that they see the same noise. The limit of a case is the longer
+of the time to read the packed bytes once and the time for its multiplications as bfloat16.
+"""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from itertools import cycle
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from whit.arrays import quantize_tensor
+from whit.formats import parse_format
+from whit.kernels.base import Kernel
+from whit.kernels.cpu import Cpu, library
+from whit.kernels.cpu.memory import in_huge_pages
+from whit.kernels.reference import Reference
+from whit.layouts import BITS
+from whit.tensor import PackedWeight
+
+SHAPES = ((4096, 4096), (11008, 4096), (4096, 14336))
+FORMATS = ("int4-g128", "nf4", "int3-g128", "int2-g128", "int8-channel")
+ROWS = (1, 16, 512)
+COLD = 320 << 20
+READ = 512 << 20
+TURN = 0.2  # seconds after which the next kernel has its turn
+
+Call = Callable[[Tensor], object]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Bytes per second of streaming reads from huge pages; multiply-adds counted twice per second in bfloat16."""
+
+    read_bytes_per_second: float
+    matmul_flops: float
+
+
+@dataclass(frozen=True)
+class Speed:
+    """One measured case; `share_of_limit` is 1 where a kernel is as fast as the machine allows."""
+
+    kernel: str
+    format: str
+    shape: tuple[int, int]
+    rows: int
+    dtype: str
+    seconds: float
+    bytes: int
+    ratio_to_bf16: float
+    share_of_limit: float
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def measure_limits(rounds: int = 5) -> Limits:
+    """The machine's read bandwidth and its bfloat16 product, with torch's number of threads."""
+    area = in_huge_pages(torch.ones(READ, dtype=torch.uint8))
+    compiled = library()
+    if isinstance(compiled, str):
+        words = area.view(torch.int64)
+        read = min(_timed(lambda: words.sum()) for _ in range(rounds))
+    else:
+        threads = torch.get_num_threads()
+        read = min(compiled.read(area.data_ptr(), READ, compiled.parallel, 0, threads) for _ in range(rounds))
+    a, b = torch.ones(512, 4096, dtype=torch.bfloat16), torch.ones(4096, 4096, dtype=torch.bfloat16)
+    product = min(_timed(lambda: torch.nn.functional.linear(a, b)) for _ in range(rounds))
+    return Limits(READ / read, 2 * 512 * 4096 * 4096 / product)
+
+
+def measure(
+    format: str, shape: tuple[int, int], rows: int, limits: Limits, rounds: int = 5, peers: bool = True
+) -> list[Speed]:
+    """whit's kernels, torch's bfloat16 product and the peers that have a weight of about this format."""
+    random = torch.Generator().manual_seed(0)
+    weight = torch.randn(shape, generator=random) / shape[1] ** 0.5
+    x = torch.randn(rows, shape[1], generator=random).to(torch.bfloat16)
+    candidates = {"torch bf16": _plain(weight.bfloat16())}
+    packed = BITS.pack(quantize_tensor(weight, format))
+    for kernel in (Cpu(), Reference()):
+        if kernel.supports(packed, x) is None and (rows > 1 or kernel.name != "reference"):
+            candidates[kernel.name] = _ours(kernel, packed)
+    if peers:
+        candidates |= _peers(weight, format)
+    seconds: dict[str, list[float]] = {name: [] for name in candidates}
+    turns = {name: cycle(calls) for name, (calls, _) in candidates.items()}
+    for turn in range(rounds + 1):
+        for name, (calls, _) in candidates.items():
+            spent = 0.0
+            for _ in calls:
+                call = next(turns[name])
+                took = _timed(lambda call=call: call(x))  # type: ignore[misc]
+                spent += took
+                if turn:  # the first one warms up
+                    seconds[name].append(took)
+                if spent > TURN:
+                    break
+    plain = statistics.median(seconds["torch bf16"])
+    flops = 2 * rows * shape[0] * shape[1]
+    found = []
+    for name, (_, size) in candidates.items():
+        took = statistics.median(seconds[name])
+        floor = max(size / limits.read_bytes_per_second, flops / limits.matmul_flops)
+        found.append(Speed(name, format, shape, rows, "bfloat16", took, size, plain / took, floor / took))
+    return found
+
+
+def _timed(task: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    task()
+    return time.perf_counter() - start
+
+
+def _copies(size: int) -> int:
+    return max(-(-COLD // size), 2)
+
+
+def _plain(weight: Tensor) -> tuple[list[Call], int]:
+    size = 2 * weight.numel()
+    copies = [in_huge_pages(weight.clone()) for _ in range(_copies(size))]
+    return [lambda x, w=w: torch.nn.functional.linear(x, w) for w in copies], size  # type: ignore[misc]
+
+
+def _ours(kernel: Kernel, packed: PackedWeight) -> tuple[list[Call], int]:
+    copies = []
+    for _ in range(_copies(packed.nbytes)):
+        tensors = {key: tensor.clone() for key, tensor in packed.tensors.items()}
+        copies.append(kernel.prepare(PackedWeight(packed.layout, packed.format, packed.shape, tensors)))
+    return [lambda x, w=w: kernel.linear(x, w, None) for w in copies], packed.nbytes  # type: ignore[misc]
+
+
+def _peers(weight: Tensor, format: str) -> dict[str, tuple[list[Call], int]]:
+    known = parse_format(format)
+    found = {}
+    if known.bits == 4 and format.startswith("int4-g"):
+        found["torch int4pack"] = _int4pack(weight, known.group_size)
+    if format == "nf4" and find_spec("bitsandbytes"):
+        found["bitsandbytes"] = _bitsandbytes(weight)
+    return found
+
+
+def _int4pack(weight: Tensor, group: int) -> tuple[list[Call], int]:
+    rows, columns = weight.shape
+    codes = torch.randint(0, 16, (rows, columns), dtype=torch.int32, generator=torch.Generator().manual_seed(0))
+    scales = torch.full((columns // group, rows, 2), 0.01, dtype=torch.bfloat16)
+    operators = torch.ops.aten
+    one = operators._convert_weight_to_int4pack_for_cpu(codes, 1)
+    size = one.numel() * one.element_size() + scales.numel() * 2
+    copies = [(in_huge_pages(one.clone()), scales.clone()) for _ in range(_copies(size))]
+    return [
+        lambda x, w=w, s=s: operators._weight_int4pack_mm_for_cpu(x, w, group, s)  # type: ignore[misc]
+        for w, s in copies
+    ], size
+
+
+def _bitsandbytes(weight: Tensor) -> tuple[list[Call], int]:
+    import bitsandbytes
+
+    layer = bitsandbytes.nn.Linear4bit(
+        weight.shape[1], weight.shape[0], bias=False, compute_dtype=torch.bfloat16, quant_type="nf4",
+        compress_statistics=False,
+    )  # fmt: skip
+    layer.weight = bitsandbytes.nn.Params4bit(
+        weight.bfloat16(), requires_grad=False, quant_type="nf4", compress_statistics=False
+    )
+    layer = layer.to("cpu").eval()
+    size = weight.numel() // 2 + weight.numel() // 64 * 4
+    layers = [layer, *(copy.deepcopy(layer) for _ in range(_copies(size) - 1))]
+    return [torch.no_grad()(layer) for layer in layers], size
+
+
+def table(speeds: Sequence[Speed]) -> list[tuple[str, ...]]:
+    """Lines for a table: case, kernel, milliseconds, ratio to bfloat16, share of the limit."""
+    return [
+        (
+            f"{s.format} {s.shape[0]}x{s.shape[1]}", str(s.rows), s.kernel, f"{1e3 * s.seconds:.3f}",
+            f"{s.ratio_to_bf16:.2f}", f"{100 * s.share_of_limit:.0f} %",
+        )
+        for s in speeds
+    ]  # fmt: skip
+
+
+HEADER = ("weight", "rows", "kernel", "ms", "x bf16", "of the limit")

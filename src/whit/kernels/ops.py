@@ -1,0 +1,75 @@
+"""Packed products as torch operators, so that torch.compile takes a model with packed linears whole.
+
+`whit::packed_linear(x, tensors, bias, keys, layout, format, shape)` and `whit::packed_floats(...)`: a packed weight
+travels as its tensors and the names that give them meaning. Dispatch and kernels stay inside, opaque to the compiler.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from whit.formats import parse_format
+from whit.kernels.dispatch import select
+from whit.kernels.unpack import dequantize
+from whit.tensor import Format, PackedWeight
+
+_format: Any = cache(parse_format)
+
+
+def _packed(tensors: Sequence[Tensor], keys: str, layout: str, format: str, shape: Sequence[int]) -> PackedWeight:
+    known: Format = _format(format)
+    return PackedWeight(layout, known, tuple(shape), dict(zip(keys.split(","), tensors, strict=True)))
+
+
+@torch.library.custom_op("whit::packed_linear", mutates_args=())
+def packed_linear_op(
+    x: Tensor, tensors: list[Tensor], bias: Tensor | None, keys: str, layout: str, format: str, shape: list[int]
+) -> Tensor:
+    """x (..., in_features) @ weight^T + bias, for inference and as the forward of training."""
+    packed = _packed(tensors, keys, layout, format, shape)
+    if bias is not None and bias.dtype != x.dtype:
+        bias = bias.to(x.dtype)
+    return select(packed, x).linear(x, packed, bias)
+
+
+@packed_linear_op.register_fake
+def _(
+    x: Tensor, tensors: list[Tensor], bias: Tensor | None, keys: str, layout: str, format: str, shape: list[int]
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], shape[0]))
+
+
+@torch.library.custom_op("whit::packed_floats", mutates_args=())
+def packed_floats_op(
+    tensors: list[Tensor], keys: str, layout: str, format: str, shape: list[int], dtype: torch.dtype
+) -> Tensor:
+    """The weight (out_features, in_features) as floats."""
+    return dequantize(_packed(tensors, keys, layout, format, shape), dtype)
+
+
+@packed_floats_op.register_fake
+def _(tensors: list[Tensor], keys: str, layout: str, format: str, shape: list[int], dtype: torch.dtype) -> Tensor:
+    return tensors[0].new_empty(shape, dtype=dtype)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, tensors, bias, *ctx.names = inputs
+    ctx.count, ctx.bias_dtype = len(tensors), None if bias is None else bias.dtype
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    dx = db = None
+    if ctx.needs_input_grad[0]:
+        dx = grad @ packed_floats_op(list(ctx.saved_tensors), *ctx.names, grad.dtype)
+    if ctx.bias_dtype is not None and ctx.needs_input_grad[2]:
+        db = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
+    return dx, [None] * ctx.count, db, None, None, None, None
+
+
+packed_linear_op.register_autograd(_backward, setup_context=_keep)

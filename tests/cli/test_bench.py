@@ -1,0 +1,40 @@
+"""`whit bench kernels`: every row of its JSON is complete, and its ratios follow from its seconds."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from whit.cli import build_app
+from whit.evaluation import kernel_speed
+from whit.kernels.cpu import library
+
+
+@pytest.mark.skipif(isinstance(library(), str), reason="the CPU kernels are not built")
+def test_json_has_every_kernel_and_consistent_ratios(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(kernel_speed, "COLD", 1 << 20)
+    monkeypatch.setattr(kernel_speed, "READ", 1 << 22)
+    command = "bench kernels --format int4-g128,nf4 --shape 64x512 --rows 1,20 --rounds 1 --json"
+    result = CliRunner().invoke(build_app(), command.split())
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert found["machine"]["read_bytes_per_second"] > 0
+    cases = {(row["format"], row["rows"]) for row in found["rows"]}
+    assert cases == {(format, rows) for format in ("int4-g128", "nf4") for rows in (1, 20)}
+    for case in cases:
+        rows = [row for row in found["rows"] if (row["format"], row["rows"]) == case]
+        plain = next(row["seconds"] for row in rows if row["kernel"] == "torch bf16")
+        assert {"torch bf16", "cpu"} <= {row["kernel"] for row in rows}
+        for row in rows:
+            assert row["shape"] == [64, 512]
+            assert row["ratio_to_bf16"] == pytest.approx(plain / row["seconds"])
+            assert row["share_of_limit"] > 0
+            assert row["bytes"] >= 64 * 512 / 2
+
+
+def test_a_wrong_shape_is_wrong_usage():
+    result = CliRunner().invoke(build_app(), ["bench", "kernels", "--shape", "12"])
+    assert result.exit_code == 2
+    assert "out x in" in result.output
