@@ -106,15 +106,15 @@ int run(Team& team, whit_parallel parallel, int threads) {
   return team.failed ? -4 : 0;
 }
 
-// Tasks of about 32 KB of codes, in multiples of 4 rows: small enough to even out threads that were held up.
+// Tasks of about 32 KB of codes, in multiples of 8 rows: small enough to even out threads that were held up.
 int64_t task_rows(const whit_weight& w) {
   int64_t rows = 32768 / (w.row_bytes > 0 ? w.row_bytes : 1);
-  return rows < 4 ? 4 : rows > 1024 ? 1024 : rows & ~(int64_t)3;
+  return rows < 8 ? 8 : rows > 1024 ? 1024 : rows & ~(int64_t)7;
 }
 
 size_t row_scratch(const whit_weight& w) {
   int64_t lanes = w.columns / 4 + 64;  // 16 per block of at least 64 columns, and the last block
-  return sizeof(float) * (size_t)(2 * 4 * (w.groups + 48 + lanes));
+  return sizeof(float) * (size_t)(2 * 8 * (w.groups + 48 + lanes));
 }
 
 struct Dot {
@@ -156,7 +156,9 @@ int whit_has(int isa) { return kernels_for(isa) != nullptr && (isa == WHIT_SCALA
 
 int whit_linear(const whit_weight* w, const void* x, const void* bias, void* y, int64_t rows_of_x, int type, int isa,
                 int threads) {
-  if (isa == WHIT_AVX512_BF16 && (type != WHIT_BF16 || w->bits > 4 || !w->consecutive)) isa = WHIT_AVX512;
+  // A table's levels are rounded to bfloat16, as torch would round the weights, only where many rows pay for it.
+  if (isa == WHIT_AVX512_BF16 && (type != WHIT_BF16 || w->bits > 4 || (!w->consecutive && rows_of_x < WHIT_ROUNDED_ROWS)))
+    isa = WHIT_AVX512;
   const Kernels* kernels = kernels_for(isa);
   if (!kernels) return -1;
   if (rows_of_x < 1 || rows_of_x > 64) return -2;

@@ -56,7 +56,7 @@ static void group_params(const whit_weight& w, int64_t row, float shift, float* 
   }
   if (w.zero_type == WHIT_CODES) unpack<V>(w, row, zero);
   else if (w.zero) convert<V>(w.zero, first, w.groups, w.zero_type, zero);
-  else for (int64_t g = 0; g < w.groups; g++) zero[g] = 0;
+  else if (shift != 0) memset(zero, 0, (size_t)w.groups * 4);
   if (shift != 0)
     for (int64_t g = 0; g < w.groups; g++) zero[g] += shift;
 }
@@ -85,7 +85,8 @@ static void spread(const whit_weight& w, const float* group, int64_t blocks, int
 static ALWAYS_INLINE int64_t padded_groups(const whit_weight& w) { return w.groups + 48; }
 
 template <class V, int BITS, int KIND, int M, int R, bool WIDE>
-static void tile(const Rows& a, int64_t row, const Params* params, const typename V::Table& table, int block_shift) {
+static void tile(const Rows& a, int64_t row, const Params* params, const typename V::Table& table, int block_shift,
+                 int64_t from, int64_t until, float* totals) {
   using B = Block<BITS>;
   constexpr int STEPS = B::CODES / V::CODES_PER_STEP;
   const whit_weight& w = *a.w;
@@ -95,12 +96,12 @@ static void tile(const Rows& a, int64_t row, const Params* params, const typenam
   for (int m = 0; m < M; m++) x[m] = (const char*)a.x + m * a.x_bytes;
   typename V::F total[R][M];
   for (int r = 0; r < R; r++)
-    for (int m = 0; m < M; m++) total[r][m] = V::zero();
+    for (int m = 0; m < M; m++) total[r][m] = from ? V::load(totals + 16 * (r * M + m)) : V::zero();
   const uint8_t* codes = w.codes + row * w.row_bytes;
   const int64_t ahead = R * w.row_bytes <= 8192 ? R * w.row_bytes : 2048;
   uint8_t last[R][LOAD_SPAN + 8];
 
-  for (int64_t b = 0; b < a.blocks; b++) {
+  for (int64_t b = from; b < until; b++) {
     typename V::U bits[R];
 UNROLL(4)
     for (int r = 0; r < R; r++) {
@@ -153,41 +154,48 @@ UNROLL(8)
     }
   }
   for (int r = 0; r < R; r++)
-    for (int m = 0; m < M; m++) {
-      float y = V::sum(total[r][m]);
-      if (a.bias) y += load_as_float(a.bias, row + r, a.type);
-      store_float(a.y, m * w.rows + row + r, y, a.type);
-    }
+    for (int m = 0; m < M; m++) V::store(totals + 16 * (r * M + m), total[r][m]);
 }
 
 template <class V, int BITS, int KIND, int M, bool WIDE>
 static void stream(const Rows& a, int64_t first, int64_t last, float* scratch, int block_shift) {
   using B = Block<BITS>;
-  constexpr int R = V::ROWS > M ? V::ROWS / M : 1;
+  // With several rows of activations, a few blocks of all of them stay in the first cache while SET rows pass by.
+  constexpr int R = V::ROWS >= 4 && M >= 4 ? 2 : V::ROWS >= 4 || M == 1 ? V::ROWS : 1, SET = M == 1 ? R : 8;
+  constexpr int64_t X_BYTES = M * (B::CODES / V::CODES_PER_STEP) * 64, CHUNK = X_BYTES < 16384 ? 16384 / X_BYTES : 1;
   const whit_weight& w = *a.w;
-  float shift = KIND == COUNT ? -w.levels[0] : 0;
-  typename V::Table table = V::table(w.levels, w.bits);
-  int64_t groups = padded_groups(w), lanes = WIDE ? 0 : 16 * a.blocks;
-  Params params[4];
-  auto fill = [&](int r, int64_t row) {
-    float *scale = scratch + r * 2 * (groups + lanes), *zero = scale + groups;
-    params[r] = {scale, zero};
-    group_params<V>(w, row, shift, scale, zero);
-    if (WIDE) return;
-    memset(scale + w.groups, 0, (size_t)(groups - w.groups) * 4);
-    memset(zero + w.groups, 0, (size_t)(groups - w.groups) * 4);
-    params[r] = {scale + 2 * groups, scale + 2 * groups + lanes};
-    spread<V>(w, scale, a.blocks, B::CODES, params[r].scale);
-    if (w.zero || KIND == COUNT) spread<V>(w, zero, a.blocks, B::CODES, params[r].zero);
-  };
-  int64_t row = first;
-  for (; row + R <= last; row += R) {
-    for (int r = 0; r < R; r++) fill(r, row + r);
-    tile<V, BITS, KIND, M, R, WIDE>(a, row, params, table, block_shift);
-  }
-  for (; row < last; row++) {
-    fill(0, row);
-    tile<V, BITS, KIND, M, 1, WIDE>(a, row, params, table, block_shift);
+  const float shift = KIND == COUNT ? -w.levels[0] : 0;
+  const typename V::Table table = V::table(w.levels, w.bits);
+  const int64_t groups = padded_groups(w), lanes = WIDE ? 0 : 16 * a.blocks, step = M == 1 ? a.blocks : CHUNK;
+  Params params[SET];
+  float totals[SET * M * 16];
+  for (int64_t row = first; row < last; row += SET) {
+    const int count = last - row < SET ? (int)(last - row) : SET;
+    for (int r = 0; r < count; r++) {
+      float *scale = scratch + r * 2 * (groups + lanes), *zero = scale + groups;
+      params[r] = {scale, zero};
+      group_params<V>(w, row + r, shift, scale, zero);
+      if (WIDE) continue;
+      memset(scale + w.groups, 0, (size_t)(groups - w.groups) * 4);
+      memset(zero + w.groups, 0, (size_t)(groups - w.groups) * 4);
+      params[r] = {scale + 2 * groups, scale + 2 * groups + lanes};
+      spread<V>(w, scale, a.blocks, B::CODES, params[r].scale);
+      if (w.zero || KIND == COUNT) spread<V>(w, zero, a.blocks, B::CODES, params[r].zero);
+    }
+    for (int64_t b = 0; b < a.blocks; b += step) {
+      const int64_t until = b + step < a.blocks ? b + step : a.blocks;
+      int r = 0;
+      for (; r + R <= count; r += R)
+        tile<V, BITS, KIND, M, R, WIDE>(a, row + r, params + r, table, block_shift, b, until, totals + r * M * 16);
+      for (; r < count; r++)
+        tile<V, BITS, KIND, M, 1, WIDE>(a, row + r, params + r, table, block_shift, b, until, totals + r * M * 16);
+    }
+    for (int r = 0; r < count; r++)
+      for (int m = 0; m < M; m++) {
+        float y = V::sum(V::load(totals + 16 * (r * M + m)));
+        if (a.bias) y += load_as_float(a.bias, row + r, a.type);
+        store_float(a.y, m * w.rows + row + r, y, a.type);
+      }
   }
 }
 
