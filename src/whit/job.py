@@ -127,11 +127,12 @@ def prepare(
 
 def _fit(recipe: Recipe, kind: type[Exporter]) -> tuple[Recipe, tuple[str, ...]]:
     """The recipe in formats that the file can hold, and a sentence for each that had to change."""
+    recipe = kind.whole(recipe)
     rules = [(pattern, kind.fitted(format)) for pattern, format in recipe.rules]
     changes = zip(recipe.rules, rules, strict=True)
     changed = {str(old): str(new) for (_, old), (_, new) in changes if old != new}
     notes = tuple(f"{old}: a {kind.name} file holds it as {new}; that is written" for old, new in changed.items())
-    return Recipe(recipe.method, rules, recipe.transform), notes
+    return Recipe(recipe.method, rules, recipe.transform, recipe.mix), notes
 
 
 def _tokens(

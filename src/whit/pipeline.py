@@ -198,6 +198,7 @@ def _convert(job: Job, item: Item, given: Given) -> tuple[Mapping[str, Tensor], 
     near = quantized.dequantize()
     if given.stats is not None:
         loss = float(f"{proxy_loss(matrix, near, given.stats):.5g}")
+    reason = "; ".join(filter(None, (item.reason, reason))) or None
     entry = replace(entry_of(item, relative_error(matrix, near)), reason=reason, proxy_loss=loss, tokens=given.tokens)
     return job.exporter.tensors(item, quantized), entry, item.parameter(near)
 
@@ -238,4 +239,4 @@ def entry_of(item: Item, relative_error: float = 0.0) -> Entry:
     """The account of a planned parameter; the error is 0 where it is kept as it is."""
     if item.format is None:
         return Entry(item.name, "kept", None, item.reason, item.bits_per_weight, relative_error)
-    return Entry(item.name, "quantized", str(item.format), None, item.bits_per_weight, relative_error)
+    return Entry(item.name, "quantized", str(item.format), item.reason, item.bits_per_weight, relative_error)

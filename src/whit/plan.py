@@ -22,6 +22,7 @@ from whit.model.source import Origin
 from whit.model.targets import Target, find_targets
 from whit.preflight import check_recipe
 from whit.recipe import Recipe
+from whit.settle import settle
 from whit.tensor import Format, QuantizedTensor, TensorSpec
 
 SHARD_SIZE = 5_000_000_000  # bytes, as on the hub
@@ -133,12 +134,16 @@ def plan_quantization(source: Source, recipe: Recipe, exporter: Exporter, shard_
     targets = {target.parameter: target for target in find_targets(source.model)}
     groups = {p: _tied_group(targets, source.tied, p) for p in targets if p in source.origins}
     holders = [target.holder for target in targets.values()]
+    settled = settle(recipe, exporter, source.model, groups)
+    recipe = settled.recipe
     formats = check_recipe(recipe, groups, holders, calibrated=True, fits=exporter.problems)
     buffers = {name for name, _ in source.model.named_buffers()}
     items = []
     for name, origin in source.origins.items():
         target, format = targets.get(name), formats.get(name)
-        reason = None if format is not None else _reason(recipe, name, target, buffers)
+        reason = settled.reasons.get(name)
+        if format is None and reason is None:
+            reason = _reason(recipe, name, target, buffers)
         items.append(_item(exporter, Parameter(name, origin.spec, target, format), reason))
     return _assemble(source.model, items, exporter, shard_size)
 

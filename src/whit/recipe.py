@@ -12,6 +12,9 @@
     match = "lm_head"
     format = "int8"
 
+In the place of a format for `*` a rule may name one of llama.cpp's mixes (`q4_k_m`): `mix`, which the plan of a run
+turns into a format for each matrix of the model; other rules come after it.
+
 A rule's glob is held against module names (`model.layers.0.self_attn.q_proj`), `*` crosses dots; of the rules that
 match, the last one counts.
 """
@@ -27,6 +30,7 @@ from typing import Any
 
 from whit.errors import FormatError, RecipeError
 from whit.formats import parse_format
+from whit.formats.ggml.mixes import MIXES, ONLY_MIXES
 from whit.methods import RTN, Clip, Method, method_options, parse_method
 from whit.tensor import Format
 from whit.transforms import TRANSFORMS, Transform, parse_transform, transform_options
@@ -44,31 +48,45 @@ DEFAULT_RULES = (("*", "int4-g128"),)
 class Recipe:
     """How a model is quantized: one method, rules (glob, format or its shorthand), and a transform where wanted.
 
-    The method may name both: "awq+gptq"; "awq" alone is the paper's, with clipping.
+    The method may name both: "awq+gptq"; "awq" alone is the paper's, with clipping. `mix` names one of llama.cpp's
+    mixes, over which the rules go; it is empty where there is none.
     """
 
     method: Method
     rules: tuple[tuple[str, Format], ...]
     transform: Transform | None
+    mix: str
 
     def __init__(
         self,
         method: Method | str | None = None,
         rules: Sequence[tuple[str, Format | str]] = DEFAULT_RULES,
         transform: Transform | str | None = None,
+        mix: str = "",
     ) -> None:
-        parsed = []
+        parsed: list[tuple[str, Format]] = []
         for rule in rules:
             if not isinstance(rule, Sequence) or isinstance(rule, str) or len(rule) != 2:
                 raise RecipeError(f"rule {rule!r}: a rule is a pair of a glob and a format; write ('*', 'int4-g128')")
+            if (name := str(rule[1]).strip().lower()) in ONLY_MIXES:
+                if rule[0] != "*":
+                    raise RecipeError(
+                        f"rule {rule[0]!r}: {name} is a mix of types for a whole model; a rule for '*' can name it; "
+                        f"give this one a type, such as {MIXES[name]}"
+                    )
+                mix, parsed = name, []
+                continue
             parsed.append((str(rule[0]), parse_format(rule[1])))
         if isinstance(method, str) and (both := _transform_and_method(method)):
             if transform is not None:
                 raise RecipeError(f"method {method!r}: it names a transform, and another is given; drop one of the two")
             transform, method = both
+        if mix and mix not in MIXES:
+            raise RecipeError(f"mix {mix!r}: not known; it must be one of {', '.join(MIXES)}; choose one")
         object.__setattr__(self, "method", RTN() if method is None else parse_method(method))
         object.__setattr__(self, "rules", tuple(parsed))
         object.__setattr__(self, "transform", None if transform is None else parse_transform(transform))
+        object.__setattr__(self, "mix", mix)
 
     @property
     def needs_stats(self) -> bool:
@@ -85,11 +103,18 @@ class Recipe:
 
         Embeddings and output heads (`kept_by_default`) need a rule whose last component is not just `*`.
         """
-        found = None
-        for pattern, format in self.rules:
-            if fnmatchcase(name, pattern) and not (kept_by_default and pattern.rpartition(".")[2] == "*"):
-                found = format
-        return None if found is None or found.bits == 16 else found
+        if self.mix:
+            raise RecipeError(f"mix {self.mix}: it gives each matrix of a model its own type; use whit quantize")
+        found = self.rules_for(name, kept_by_default)
+        return None if not found or found[-1].bits == 16 else found[-1]
+
+    def rules_for(self, name: str, kept_by_default: bool = False) -> tuple[Format, ...]:
+        """The formats of all rules that match a module."""
+        return tuple(
+            format
+            for pattern, format in self.rules
+            if fnmatchcase(name, pattern) and not (kept_by_default and pattern.rpartition(".")[2] == "*")
+        )
 
     def unmatched(self, names: Sequence[str]) -> tuple[str, ...]:
         """Globs that match none of the modules: most likely a slip of the pen."""
@@ -99,32 +124,36 @@ class Recipe:
         """Plain values for JSON and TOML; `from_dict` gives the same recipe back."""
         rules = [{"match": pattern, "format": str(format)} for pattern, format in self.rules]
         transform = {} if self.transform is None else {"transform": transform_options(self.transform)}
-        return {"version": VERSION, "method": method_options(self.method), **transform, "rules": rules}
+        mix = {"mix": self.mix} if self.mix else {}
+        return {"version": VERSION, "method": method_options(self.method), **transform, **mix, "rules": rules}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], where: str = "recipe") -> Recipe:
         """Raises RecipeError or FormatError with one sentence for anything it does not know."""
-        if unknown := sorted(set(values) - {"version", "method", "transform", "rules"}):
+        if unknown := sorted(set(values) - {"version", "method", "transform", "mix", "rules"}):
             raise RecipeError(
-                f"{where}: key {unknown[0]!r} does not exist; a recipe has version, method, transform and rules"
+                f"{where}: key {unknown[0]!r} does not exist; a recipe has version, method, transform, mix and rules"
             )
         if values.get("version", VERSION) != VERSION:
             raise RecipeError(f"{where}: version {values['version']}; this whit reads {VERSION}; update whit")
-        rules = []
+        rules: list[tuple[str, Format | str]] = []
         for rule in values.get("rules", ()):
             if not isinstance(rule, Mapping) or set(rule) != {"match", "format"}:
                 raise RecipeError(f"{where}: rule {rule!r}; a rule has just `match` and `format`; correct it")
             try:
-                rules.append((rule["match"], parse_format(str(rule["format"]))))
+                spec = str(rule["format"])
+                rules.append((rule["match"], spec if spec in ONLY_MIXES else parse_format(spec)))
             except FormatError as error:
                 raise RecipeError(f"{where}: rule {rule['match']!r}: {error}") from None
         method, transform = values.get("method", "rtn"), values.get("transform")
         if isinstance(method, Mapping) and set(method) == {"name"}:
             method = str(method["name"])  # which may name a transform too
+        mix = str(values.get("mix", ""))
         return cls(
             method if isinstance(method, str) else parse_method(method),
-            rules or DEFAULT_RULES,
+            rules or (() if mix else DEFAULT_RULES),
             None if transform is None else parse_transform(transform),
+            mix,
         )
 
     @classmethod
@@ -140,7 +169,8 @@ class Recipe:
 
     def to_toml(self) -> str:
         """The recipe as TOML, to be read, edited and replayed."""
-        lines = [f"version = {VERSION}", "", "[method]"]
+        mix = [f"mix = {_toml(self.mix)}"] if self.mix else []
+        lines = [f"version = {VERSION}", *mix, "", "[method]"]
         lines += [f"{key} = {_toml(value)}" for key, value in method_options(self.method).items()]
         if self.transform is not None:
             options = transform_options(self.transform)

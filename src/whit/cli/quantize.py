@@ -98,7 +98,7 @@ def build_recipe(
             "holds method, transform and formats itself; drop --method, --transform and --format", param_hint="--recipe"
         )
     loaded = Recipe.load(path)
-    return Recipe(loaded.method, [*loaded.rules, *more], loaded.transform)
+    return Recipe(loaded.method, [*loaded.rules, *more], loaded.transform, loaded.mix)
 
 
 def parse_rules(rules: list[str] | None) -> list[tuple[str, str]]:

@@ -49,10 +49,10 @@ def account_table(account: Account) -> Table:
 
 
 def reasons(entries: Iterable[Entry]) -> Iterator[str]:
-    """Why parameters were kept, tied or dropped: a line per reason and kind of name."""
+    """Why parameters were kept, tied, dropped or given another format: a line per reason and kind of name."""
     groups: dict[tuple[str, str, str], int] = {}
     for entry in entries:
-        if entry.status != "quantized":
+        if entry.status != "quantized" or entry.reason:
             key = (entry.status, pattern(entry.name), entry.reason or "")
             groups[key] = groups.get(key, 0) + 1
     for (status, name, reason), count in groups.items():

@@ -77,6 +77,15 @@ class Exporter(Protocol):
         """The variant of a format that the file can hold (float16 scales, say); the same one where there is none."""
         ...
 
+    @classmethod
+    def whole(cls, recipe: Recipe) -> Recipe:
+        """The recipe as this kind of file means it: a type for everything may stand for a mix."""
+        ...
+
+    def adapted(self, target: Target, format: Format) -> tuple[Format | None, str | None]:
+        """The format in which the file holds a target that is to have `format` (None: kept), and why another one."""
+        ...
+
     def problems(self, formats: Mapping[Target, Format]) -> list[str]:
         """One sentence for each thing that the file cannot hold: *where: what is; what must be; what to do.*"""
         ...

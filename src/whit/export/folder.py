@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from whit.checkpoint.writer import Shard, plan_shards
 from whit.export.base import Outcome, Parameter, Value
 from whit.model.targets import Target
+from whit.recipe import Recipe
 from whit.tensor import Format, QuantizedTensor, TensorSpec
 
 
@@ -29,6 +30,13 @@ class FolderExport:
     @classmethod
     def fitted(cls, format: Format) -> Format:
         return format
+
+    @classmethod
+    def whole(cls, recipe: Recipe) -> Recipe:
+        return recipe
+
+    def adapted(self, target: Target, format: Format) -> tuple[Format | None, str | None]:
+        return format, None
 
     def problems(self, formats: Mapping[Target, Format]) -> list[str]:
         return []

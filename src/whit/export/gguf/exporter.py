@@ -24,13 +24,15 @@ from whit.export.gguf.metadata import F32, constants_of, head_width, metadata_of
 from whit.export.gguf.tokenizer import tokenizer_metadata
 from whit.formats import parse_format
 from whit.formats.ggml import KINDS
+from whit.formats.ggml.mixes import WHOLE_FILE
 from whit.layouts import GGML
 from whit.model.targets import Target
+from whit.recipe import Recipe
 from whit.tensor import Format, PackedWeight, QuantizedTensor, TensorSpec
 
 DTYPES = {torch.float32: F32, torch.float16: 1, torch.bfloat16: 30}
 FALL_BACKS = {
-    "q2_k": "iq4_nl", "q3_k": "iq4_nl", "iq4_xs": "iq4_nl", "q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0",
+    "q2_k": "q4_0", "q3_k": "q4_0", "iq4_xs": "iq4_nl", "q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0",
     "tq1_0": "q4_0", "tq2_0": "q4_0",
 }  # fmt: skip
 # llama.cpp's numbers of what a file is mostly made of.
@@ -55,6 +57,13 @@ class Gguf:
     @classmethod
     def fitted(cls, format: Format) -> Format:
         return format
+
+    @classmethod
+    def whole(cls, recipe: Recipe) -> Recipe:
+        """A type for `*` means llama.cpp's file of that type: head and embeddings too, more bits where they help."""
+        first = recipe.rules[0] if recipe.rules and not recipe.mix else ("", None)
+        mix = WHOLE_FILE.get(str(first[1])) if first[0] == "*" else None
+        return recipe if mix is None else Recipe(recipe.method, recipe.rules[1:], recipe.transform, mix)
 
     def adapted(self, target: Target, format: Format) -> tuple[Format | None, str | None]:
         """What llama.cpp falls back to where rows are not made of whole superblocks: format and reason."""
