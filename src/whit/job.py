@@ -21,6 +21,7 @@ from whit.export import Exporter, exporter_named
 from whit.export.foreign import ForeignSource
 from whit.export.packed import PackedSource
 from whit.export.readers import quant_method, read_foreign
+from whit.export.readers.gguf import read_gguf_model
 from whit.export.whit import QUANT_METHOD
 from whit.integrations.loading import load_tokenizer, maximum_context
 from whit.model.graph import Folding, find_blocks, find_foldings
@@ -113,6 +114,7 @@ def prepare(
     kind = exporter_named(export or ("whit" if recipe is not None else "bf16"))
     check_out(Path(out), folder, kind.suffix)
     source = open_source(folder, options.trust_remote_code)
+    folder = source.checkpoint.folder
     exporter = kind(source.model, folder)
     notes: tuple[str, ...] = ()
     if recipe is None:
@@ -120,7 +122,7 @@ def prepare(
     else:
         recipe, notes = _fit(recipe, kind)
         plan = plan_quantization(source, recipe, exporter, options.shard_size)
-    name = folder.resolve().name if Path(model).is_dir() else str(model)
+    name = Path(model).resolve().name if Path(model).exists() else str(model)
     tokens = _tokens(source, folder, recipe, options, calibration)
     return Job(name, source, plan, Path(out), recipe, options, exporter, tokens, notes)
 
@@ -154,7 +156,10 @@ def _tokens(
 
 
 def open_source(folder: Path, trust_remote_code: bool = False) -> Source:
-    """The parameters of a model folder: a plain one, or one that whit or another program quantized."""
+    """The parameters of a model folder: plain, or quantized by whit or another program; or those of a .gguf file."""
+    if folder.is_file():
+        gguf = read_gguf_model(folder)
+        return ForeignSource(load_skeleton(gguf.folder), gguf)
     config = read_json(folder / "config.json")
     model = load_skeleton(folder, trust_remote_code)
     checkpoint, method = Checkpoint(folder), quant_method(config)

@@ -16,16 +16,16 @@ HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 def resolve_model(model: str | Path, trust_remote_code: bool = False) -> Path:
-    """The folder that holds MODEL; downloads it where it is a hub id (HF_HUB_OFFLINE is respected).
+    """The folder that holds MODEL, or the .gguf file that it is; a hub id is downloaded (HF_HUB_OFFLINE is respected).
 
     `whit:model` is the model that ships with the package.
     """
     path = Path(shipped_model(str(model))).expanduser()
-    if path.is_dir():
+    if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
         return path
     if path.exists():
         raise CheckpointError(
-            f"{model}: is a file; a model is a folder with config.json and safetensors; give the folder"
+            f"{model}: is a file; a model is a folder with config.json and safetensors, or a .gguf file; give one"
         )
     if not HUB_ID.fullmatch(str(model)) or str(model).startswith("."):
         raise CheckpointError(

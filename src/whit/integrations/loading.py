@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 from safetensors import SafetensorError
 
+from whit.checkpoint.gguf import read_gguf
 from whit.data import resolve_model
 from whit.errors import CheckpointError, EvaluationError, UnsupportedModelError
 
@@ -110,6 +111,7 @@ def _source(name: str) -> tuple[str, dict[str, str]]:
     if path.is_file():
         if path.suffix != ".gguf":
             raise CheckpointError(f"{name}: is a file; MODEL must be a folder, a .gguf file or a hub id")
+        read_gguf(path)  # nothing else opens a file that lies about itself
         return str(path.parent), {"gguf_file": path.name}
     if resolved and path.is_dir():
         if not (path / "config.json").is_file():

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from whit.errors import UnsupportedModelError
 from whit.export.gguf.architectures import Architecture
@@ -114,12 +116,17 @@ def constants_of(config: Any) -> dict[Info, bytes]:
     if rope.get("rope_type") != "llama3":
         return {}
     width = head_width(config)
+    values = llama3_divisors(rope, width)
+    info = Info("rope_freqs.weight", (width // 2,), F32, TensorSpec((width // 2,), torch.float32))
+    return {info: values.numpy().tobytes()}
+
+
+def llama3_divisors(rope: Mapping[str, Any], width: int) -> Tensor:
+    """By what each rotary frequency of a head is divided (width / 2,): what turns seldom, by the whole factor."""
     low, high = rope.get("low_freq_factor", 1.0), rope.get("high_freq_factor", 4.0)
     original, divisors = rope["original_max_position_embeddings"], []
     for i in range(0, width, 2):
         turns = original * rope["rope_theta"] ** (-i / width) / (2 * math.pi)  # within the original context
         smooth = min(max((turns - low) / (high - low), 0.0), 1.0)
         divisors.append(1 / ((1 - smooth) / rope["factor"] + smooth))
-    values = torch.tensor(divisors, dtype=torch.float32)
-    info = Info("rope_freqs.weight", (width // 2,), F32, TensorSpec((width // 2,), torch.float32))
-    return {info: values.numpy().tobytes()}
+    return torch.tensor(divisors, dtype=torch.float32)

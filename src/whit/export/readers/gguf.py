@@ -1,0 +1,182 @@
+"""A .gguf file as a model: the tokenizer through transformers' GGUF support, weights as they lie in the file.
+
+Types that are formats of whit give their codes without quantizing again; the rest (the I-quants below 4 bits, NVFP4)
+are decoded by gguf-py. What llama.cpp stores otherwise than transformers is undone: names, the order of q's and k's
+rows, Gemma's norms.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from whit.checkpoint.gguf import GgufHeader, GgufTensor, read_gguf
+from whit.checkpoint.header import Entry, byte_view, read_bytes
+from whit.errors import CheckpointError, UnsupportedModelError
+from whit.export.gguf.architectures import ARCHITECTURES, Architecture
+from whit.export.gguf.configs import config_of
+from whit.export.gguf.metadata import head_width
+from whit.export.readers.base import Foreign, Packed
+from whit.formats import parse_format
+from whit.formats.ggml import KINDS
+from whit.layouts import GGML
+from whit.tensor import PackedWeight, QuantizedTensor, TensorSpec
+
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
+
+
+class GgufCheckpoint(Mapping[str, Tensor]):
+    """The attributes of a Checkpoint that sources use. Tensors have the file's own names."""
+
+    def __init__(self, header: GgufHeader, folder: TemporaryDirectory[str]) -> None:
+        self.header, self.shards = header, (header.path,)
+        self._temporary = folder  # lives as long as this
+        self.folder = next(Path(folder.name).iterdir())
+        self.entries: dict[str, Entry] = {}
+        for tensor in header.tensors.values():
+            dtype = DTYPES.get(tensor.type)
+            shape = tensor.shape if dtype is not None else (tensor.stop - tensor.start,)
+            spec = TensorSpec(shape, dtype or torch.uint8)
+            self.entries[tensor.name] = Entry(header.path, spec, tensor.start, tensor.stop)
+        self._descriptors: dict[Path, int] = {}
+
+    def __getitem__(self, name: str) -> Tensor:
+        """Read one tensor into fresh memory; quantized ones as bytes."""
+        entry = self.entries[name]
+        data = torch.empty(entry.stop - entry.start, dtype=torch.uint8)
+        read_bytes(self.descriptor(entry.path), byte_view(data), entry.start, entry.path)
+        return data.view(entry.spec.dtype).reshape(entry.spec.shape)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.entries)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def descriptor(self, path: Path) -> int:
+        """An open read-only file descriptor."""
+        if path not in self._descriptors:
+            self._descriptors[path] = os.open(path, os.O_RDONLY)
+        return self._descriptors[path]
+
+    def close(self) -> None:
+        """Close the file; reading again opens it again."""
+        while self._descriptors:
+            os.close(self._descriptors.popitem()[1])
+
+
+def read_gguf_model(path: Path) -> Foreign:
+    """A file as if it were a folder that is not quantized; its small files lie in a folder that goes with it."""
+    header = read_gguf(path)
+    name = header.metadata.get("general.architecture")
+    architecture = next((a for a in ARCHITECTURES.values() if a.name == name), None)
+    if architecture is None:
+        known = ", ".join(dict.fromkeys(a.name for a in ARCHITECTURES.values()))
+        raise UnsupportedModelError(f"{path}: architecture {name!r}; whit reads {known} from gguf files; convert it")
+    folder: TemporaryDirectory[str] = TemporaryDirectory(prefix="whit-")
+    config = _small_files(path, header, architecture, Path(folder.name) / path.stem)
+    names = {tensor: architecture.parameter_name(tensor) or tensor for tensor in header.tensors}
+    checkpoint = GgufCheckpoint(header, folder)
+    packed = {}
+    for tensor in header.tensors.values():
+        item = _packed(checkpoint, tensor, architecture, config)
+        if item is not None:
+            packed[names[tensor.name]] = item
+        elif names[tensor.name] != tensor.name:
+            checkpoint.entries[names[tensor.name]] = checkpoint.entries.pop(tensor.name)
+    return Foreign(checkpoint, packed)  # type: ignore[arg-type]  # it has what is used of a Checkpoint
+
+
+def _small_files(path: Path, header: GgufHeader, architecture: Architecture, folder: Path) -> Any:
+    """config.json, and the tokenizer's files as transformers makes them of a GGUF file; returns the config."""
+    if importlib.util.find_spec("gguf") is None:
+        raise UnsupportedModelError(
+            f"{path}: reading a gguf file needs gguf-py; it must be installed; pip install gguf"
+        )
+    shapes = {name: tensor.shape for name, tensor in header.tensors.items()}
+    config = config_of(header.metadata, architecture, shapes, _frequencies(header), str(path))
+    config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]]
+    config.dtype = _dtype(header)
+    folder.mkdir()
+    config.save_pretrained(folder)
+    if header.metadata.get("tokenizer.ggml.model") in (None, "none", "no_vocab"):
+        return config
+    try:
+        AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True).save_pretrained(folder)
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(
+            f"{path}: transformers cannot make a tokenizer of it ({reason}); it must; use the model that it was made from"
+        ) from None
+    return config
+
+
+def _frequencies(header: GgufHeader) -> Tensor | None:
+    """Divisors of the rotary frequencies, a tensor of its own in the file."""
+    tensor = header.tensors.get("rope_freqs.weight")
+    if tensor is None or tensor.type != "F32":
+        return None
+    with header.path.open("rb") as file:
+        file.seek(tensor.start)
+        return torch.frombuffer(bytearray(file.read(tensor.stop - tensor.start)), dtype=torch.float32)
+
+
+def _dtype(header: GgufHeader) -> torch.dtype:
+    """What the matrices that are not quantized have, or else bfloat16."""
+    kinds = [t.type for t in header.tensors.values() if len(t.shape) > 1 and t.type in DTYPES]
+    return DTYPES[kinds[0]] if kinds else torch.bfloat16
+
+
+def _packed(checkpoint: GgufCheckpoint, tensor: GgufTensor, architecture: Architecture, config: Any) -> Packed | None:
+    """What is behind a tensor; None where transformers has the same bytes."""
+    order = _order(tensor, architecture, config)
+    kind = tensor.type.lower()
+    if kind in KINDS:
+        format = parse_format(kind)
+        return Packed((tensor.name,), tensor.shape, format, partial(_codes, checkpoint, tensor, order))
+    if tensor.type not in DTYPES:
+        note = f"{tensor.type} is decoded by gguf-py and is no format of whit"
+        return Packed((tensor.name,), tensor.shape, None, partial(_decoded, checkpoint, tensor, order), note)
+    offset = architecture.norm_offset if tensor.name.endswith("norm.weight") else 0.0
+    turned = architecture.name == "gpt2" and tensor.name.startswith("blk.") and len(tensor.shape) > 1
+    if order is None and not offset and not turned:
+        return None
+    read: Callable[[], Tensor] = partial(_floats, checkpoint, tensor, order, offset)
+    return Packed((tensor.name,), tensor.shape, None, read, "stored otherwise than transformers does")
+
+
+def _order(tensor: GgufTensor, architecture: Architecture, config: Any) -> Tensor | None:
+    """Which row of the file each row of the model is."""
+    if not architecture.interleaved or tensor.name.split(".")[-2] not in ("attn_q", "attn_k"):
+        return None
+    rows = tensor.shape[0]
+    return torch.arange(rows).reshape(-1, head_width(config) // 2, 2).transpose(1, 2).reshape(rows)
+
+
+def _codes(checkpoint: GgufCheckpoint, tensor: GgufTensor, order: Tensor | None) -> QuantizedTensor:
+    data = checkpoint[tensor.name].reshape(tensor.shape[0], -1)
+    data = data if order is None else data[order]
+    return GGML.unpack(PackedWeight(GGML.name, parse_format(tensor.type.lower()), tensor.shape, {"data": data}))
+
+
+def _decoded(checkpoint: GgufCheckpoint, tensor: GgufTensor, order: Tensor | None) -> Tensor:
+    quants, constants = importlib.import_module("gguf.quants"), importlib.import_module("gguf.constants")
+    data = checkpoint[tensor.name].reshape(tensor.shape[0], -1)
+    floats = torch.from_numpy(quants.dequantize(data.numpy(), constants.GGMLQuantizationType[tensor.type]))
+    return floats if order is None else floats[order]
+
+
+def _floats(checkpoint: GgufCheckpoint, tensor: GgufTensor, order: Tensor | None, offset: float) -> Tensor:
+    floats = checkpoint[tensor.name].to(torch.float32) - offset
+    return floats if order is None else floats[order]
