@@ -12,7 +12,8 @@ ROOT = Path(whit.__file__).parent
 STAGES = (
     ("errors", "tensor", "data"), ("checkpoint",), ("model",), ("calibration",), ("transforms",), ("formats",),
     ("methods",), ("arrays", "recipe", "preflight"), ("layouts",), ("kernels",), ("modules",), ("export",),
-    ("integrations",), ("evaluation",), ("plan", "coverage", "job", "finish", "estimate", "feed", "settle"),
+    ("integrations",), ("evaluation",),
+    ("plan", "coverage", "job", "transcode", "finish", "estimate", "feed", "settle"),
     ("pipeline",), ("report", "memory"), ("cli", "__main__"),
 )  # fmt: skip
 RANK = {name: rank for rank, stage in enumerate(STAGES) for name in stage}

@@ -51,6 +51,7 @@ class Job:
     """One run: from where, by which plan, to where. `recipe` is None where nothing is quantized.
 
     `calibration` is there where the recipe needs it. `notes` are sentences that a user should read.
+    `exact` are parameters whose codes are carried over as they are in MODEL; with `requantize`, where they can be.
     """
 
     model: str
@@ -62,6 +63,8 @@ class Job:
     exporter: Exporter
     calibration: CalibrationTokens | None = None
     notes: tuple[str, ...] = ()
+    exact: frozenset[str] = frozenset()
+    requantize: bool = False
 
     @cached_property
     def device(self) -> torch.device:
@@ -93,7 +96,17 @@ class Job:
         recipe = self.recipe.to_dict() if self.recipe is not None else None
         plan = sha256(b"".join(shard.header for shard in self.plan.shards)).hexdigest()
         text = self.calibration.sha256 if self.calibration is not None else None
-        parts = [whit.__version__, files, config, recipe, self.options.seed, self.exporter.name, plan, text]
+        parts = [
+            whit.__version__,
+            files,
+            config,
+            recipe,
+            self.options.seed,
+            self.exporter.name,
+            plan,
+            text,
+            sorted(self.exact),
+        ]
         return sha256(json.dumps(parts).encode()).hexdigest()
 
 

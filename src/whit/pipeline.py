@@ -31,6 +31,7 @@ from whit.methods.stack import proxy_loss, quantize_stack
 from whit.plan import Item, Source, Unit, floats
 from whit.recipe import Recipe
 from whit.tensor import matrix_shape
+from whit.transcode import taken_over
 
 CHUNK = 1 << 20  # weights whose error is measured at a time: about what a processor's cache holds
 
@@ -187,7 +188,9 @@ def _convert(job: Job, item: Item, given: Given) -> tuple[Mapping[str, Tensor], 
     check_finite(weight, item.name)
     matrix = item.matrix(weight).to(job.device)
     method, reason, loss = job.recipe.method, _note(given), None
-    if given.quantized is not None:
+    if (taken := taken_over(job, item.name, item.format)) is not None:
+        quantized, reason = taken.to(job.device), "its codes as they were"
+    elif given.quantized is not None:
         quantized = given.quantized
     elif given.stats is not None:
         quantized = quantize_stack(method, matrix, given.stats, item.format)

@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 from functools import cached_property
 from itertools import groupby
 from math import prod
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -45,6 +45,11 @@ class Source(Protocol):
     def origins(self) -> Mapping[str, Origin]: ...
     def read(self, name: str) -> Tensor: ...
     def entry(self, name: str) -> Entry | None: ...
+
+
+@runtime_checkable
+class Coded(Source, Protocol):
+    """A source of a quantized model: parameters can be had as codes, as they are in the file."""
 
     def format(self, name: str) -> Format | None:
         """The format in which a parameter is stored and can be had exactly; None where there is none."""

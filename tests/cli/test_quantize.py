@@ -104,7 +104,7 @@ def test_a_recipe_file(whit, model: Path, tmp_path: Path):
         (("quantize", "{model}", "{out}", "--rule", "nothing=int8"), 1, "matches no module"),
         (("quantize", "{model}"), 2, "OUT"),
         (("convert", "{model}", "{out}", "--export", "bf16", "--format", "int8"), 2, "bf16"),
-        (("convert", "{model}", "{out}", "--export", "whit"), 2, "whit needs a format"),
+        (("convert", "{model}", "{out}", "--export", "whit"), 1, "whit file needs a format"),
         (("inspect", "{model}", "--verify"), 1, "no whit.json"),
     ],
 )

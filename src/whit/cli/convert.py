@@ -2,45 +2,45 @@
 
 from __future__ import annotations
 
-from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
-from whit.cli.quantize import FORMAT_HELP, RULE_HELP, build_recipe, run_and_show
+from whit.cli.quantize import EXPORT_HELP, FORMAT_HELP, RULE_HELP, build_recipe, run_and_show
+from whit.export import exporter_named
+from whit.export.dense import Dense
 from whit.job import Options, prepare
-
-
-class Export(str, Enum):
-    """What `whit convert` writes."""
-
-    bf16 = "bf16"
-    whit = "whit"
+from whit.transcode import prepare_transcode
 
 
 def convert(
-    model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="A model folder or a hub id, quantized by whit or not.")
-    ],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model folder or a hub id, quantized or not.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The new folder; it appears when it is complete.")],
-    export: Annotated[Export, typer.Option(help="bf16: a plain transformers checkpoint; whit: packed, by rounding.")],
+    export: Annotated[str, typer.Option(metavar="NAME", help=EXPORT_HELP)],
     format: Annotated[str | None, typer.Option(metavar="SPEC", help=FORMAT_HELP)] = None,
     rule: Annotated[list[str] | None, typer.Option(metavar="GLOB=SPEC", help=RULE_HELP)] = None,
+    requantize: Annotated[
+        bool, typer.Option("--requantize", help="Round again what cannot be carried over exactly; says the error.")
+    ] = False,
     restart: Annotated[bool, typer.Option("--restart", help="Begin again, and replace an older result.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run the model's own code.")] = False,
 ) -> None:
-    """Write a model in another form; what is not lossless says its relative error."""
-    if export is Export.bf16 and (format is not None or rule):
-        raise typer.BadParameter("bf16 has one format only; drop --format and --rule", param_hint="--export")
-    if export is Export.whit and format is None:
-        raise typer.BadParameter("whit needs a format; add for example --format int4-g128", param_hint="--export")
+    """Write a model in another form, without loss where it can be; what is lost is said, and done only if asked for."""
     options = Options(restart=restart, trust_remote_code=trust_remote_code)
-    recipe = None if export is Export.bf16 else build_recipe(None, format, rule, None)
-    account = run_and_show(prepare(model, out, recipe, options), as_json)
+    if issubclass(exporter_named(export), Dense):
+        if format is not None or rule:
+            raise typer.BadParameter(f"{export} has one format only; drop --format and --rule", param_hint="--export")
+        job = prepare(model, out, None, options, export=export)
+    else:
+        if rule and format is None:
+            raise typer.BadParameter("needs --format beside it: the format of all others", param_hint="--rule")
+        recipe = None if format is None else build_recipe(None, format, rule, None)
+        job = prepare_transcode(model, out, export, options, recipe, requantize)
+    account = run_and_show(job, as_json)
     worst = max((e.relative_error or 0.0 for e in account.parameters), default=0.0)
     if not as_json:
-        said = "lossless" if worst == 0 else f"largest relative error of a parameter: {worst:.3g}"
+        said = "lossless, bit-exact" if worst == 0 else f"largest relative error of a parameter: {worst:.3g}"
         Console().print(said, highlight=False)

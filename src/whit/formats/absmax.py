@@ -25,6 +25,7 @@ class Absmax8:
     bits = 8
     group_size = ROW
     vector_size = 1
+    searches = False
     row_independent = True
     searches = False
     code_min = -128

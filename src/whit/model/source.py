@@ -23,7 +23,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, dot
 from whit.checkpoint.header import Entry
 from whit.checkpoint.reader import Checkpoint, read_json
 from whit.errors import CheckpointError
-from whit.tensor import Format, QuantizedTensor, TensorSpec
+from whit.tensor import TensorSpec
 
 NOT_STORED = "not in the checkpoint; transformers computes it on loading"
 
@@ -69,18 +69,6 @@ class ModelSource:
         """Where a parameter that is stored as it is lies in the checkpoint; None where it must be converted."""
         origin = self.origins[name]
         return self.checkpoint.entries[origin.keys[0]] if origin.first is None else None
-
-    def format(self, name: str) -> Format | None:
-        """None: nothing is quantized."""
-        return None
-
-    def quantized(self, name: str) -> QuantizedTensor:
-        """Never asked for, as nothing has a format."""
-        raise AssertionError(name)
-
-    def note(self, name: str) -> str | None:
-        """Nothing to say."""
-        return None
 
     def _map_keys(self) -> None:
         """Sort the checkpoint's keys by the parameter they become part of, as transformers does on loading."""

@@ -1,0 +1,145 @@
+"""From one kind of quantized file to another: codes and params are carried over where the other kind can say them.
+
+Carried over, exactly: all codes; scales in another type where that rounds none of them; symmetric codes as asymmetric
+ones whose zero point is in the middle. What is left needs `requantize`, which rounds the dequantized weights again.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from whit.checkpoint.hub import resolve_model
+from whit.checkpoint.work import check_out
+from whit.errors import FormatError, RecipeError
+from whit.export import Exporter, exporter_named
+from whit.formats.affine import Affine
+from whit.job import Job, Options, open_source, prepare
+from whit.layouts.affine import as_affine, middle, with_scales
+from whit.model.targets import Target, find_targets
+from whit.plan import Coded, plan_quantization
+from whit.recipe import Recipe
+from whit.tensor import Format, QuantizedTensor, tensor_param
+
+HELP = "nothing holds these numbers without loss; add --requantize --format SPEC to round them again"
+
+
+def prepare_transcode(
+    model: str | Path,
+    out: str | Path,
+    export: str,
+    options: Options,
+    recipe: Recipe | None = None,
+    requantize: bool = False,
+) -> Job:
+    """Plan a file of kind `export` from a quantized MODEL; a `recipe` says which formats are wanted instead.
+
+    RecipeError lists everything that cannot be carried over without loss, unless `requantize` allows it.
+    A MODEL that is not quantized needs a recipe.
+    """
+    folder, kind = resolve_model(model, options.trust_remote_code), exporter_named(export)
+    check_out(Path(out), folder, kind.suffix)
+    source = open_source(folder, options.trust_remote_code)
+    if not isinstance(source, Coded):
+        if recipe is None:
+            raise RecipeError(f"{model}: not quantized; a {export} file needs a format; add --format, say int4-g128")
+        return prepare(model, out, recipe, options, export=export)
+    exporter = kind(source.model, folder)
+    targets = [target for target in find_targets(source.model) if target.parameter in source.origins]
+    chosen, exact, lost = _routes(source, exporter, targets, recipe, requantize)
+    if lost:
+        raise RecipeError("\n".join(lost))
+    if not chosen:
+        raise RecipeError(f"{model}: nothing of it is quantized; a {export} file needs a format; add --format")
+    rules = Recipe("rtn", _rules(targets, chosen))
+    plan = plan_quantization(source, rules, exporter, options.shard_size)
+    name = folder.resolve().name if Path(model).is_dir() else str(model)
+    return Job(name, source, plan, Path(out), rules, options, exporter, exact=exact, requantize=requantize)
+
+
+def _routes(
+    source: Coded, exporter: Exporter, targets: Sequence[Target], recipe: Recipe | None, requantize: bool
+) -> tuple[dict[Target, Format], frozenset[str], list[str]]:
+    """The format of each target in the new file, the parameters whose codes are carried over, and what cannot be."""
+    chosen: dict[Target, Format] = {}
+    exact, unsayable, lost = set(), dict[Target, Format](), []
+    for target in targets:
+        stored, note = source.format(target.parameter), source.note(target.parameter)
+        wanted = recipe.format_for(target.holder, target.kept_by_default) if recipe is not None else None
+        wanted = exporter.fitted(wanted) if wanted is not None else None
+        if recipe is None and stored is None and note is None:
+            continue  # 16 bits here and there
+        same = [f for f in variants(stored) if recipe is None or f == wanted] if stored is not None else []
+        route = next((f for f in same if not exporter.problems({target: f})), None)
+        if route is not None:
+            chosen[target] = route
+            exact.add(target.parameter)
+        elif requantize and recipe is not None:
+            if wanted is not None:
+                chosen[target] = wanted
+        elif note is not None:
+            lost.append(f"{target.holder}: {note}; {HELP}")
+        elif stored is not None and recipe is None:
+            unsayable[target] = stored
+        elif stored is not None or wanted is not None:
+            lost.append(f"{target.holder}: {stored or '16 bits'} to {wanted or '16 bits'}; {HELP}")
+    lost += [f"{problem}; {HELP}" for problem in exporter.problems(unsayable)] if unsayable else []
+    return chosen, frozenset(exact), lost
+
+
+def variants(format: Format) -> tuple[Format, ...]:
+    """The format itself, then others that may hold its numbers exactly."""
+    affine = as_affine(format)
+    if affine is None:
+        return (format,)
+    kinds = dict.fromkeys((affine.scale_type, "bf16", "f16", "f32"))
+    same = [with_scales(affine, kind) for kind in kinds]
+    if not affine.symmetric or affine.bits == 1:
+        return tuple(same)
+    return (*same, *(Affine(affine.bits, affine.group_size, False, scale_type=kind) for kind in kinds))
+
+
+def recast(value: QuantizedTensor, format: Format, where: str) -> QuantizedTensor:
+    """The same numbers in one of the `variants` of their format. FormatError where a scale would be rounded."""
+    old, new = as_affine(value.format), as_affine(format)
+    if value.format == format or old is None or new is None:
+        return value
+    scale = tensor_param(value.params, "scale")
+    params = {name: param for name, param in value.params.items() if name != "scale"}
+    target = new.param_specs(1, 1)["scale"].dtype
+    if not torch.equal(scale.to(target).float(), scale.float()):
+        kind = str(target).removeprefix("torch.")
+        raise FormatError(f"{where}: a scale has no {kind}, which {format} stores; it must be exact; add --requantize")
+    codes = value.codes
+    if old.symmetric and not new.symmetric:
+        codes = (codes.to(torch.int16) - old.code_min).to(torch.uint8)
+        params["zero_point"] = torch.full(scale.shape, middle(old.bits), dtype=torch.uint8)
+    return QuantizedTensor(format, value.shape, codes, {"scale": scale.to(target), **params})
+
+
+def taken_over(job: Job, name: str, format: Format) -> QuantizedTensor | None:
+    """A parameter's own codes in a format, where the plan says so; None where it is to be quantized."""
+    if name not in job.exact or not isinstance(job.source, Coded):
+        return None
+    try:
+        return recast(job.source.quantized(name), format, name)
+    except FormatError:
+        if not job.requantize:
+            raise
+        return None
+
+
+def _rules(targets: Sequence[Target], formats: Mapping[Target, Format]) -> list[tuple[str, Format | str]]:
+    """Rules that give every target its format: the commonest by `*`, the others by name."""
+    common = Counter(formats.values()).most_common(1)[0][0]
+    rules: list[tuple[str, Format | str]] = [("*", common)]
+    for target in targets:
+        format = formats.get(target)
+        if format is None and not target.kept_by_default:
+            rules.append((target.holder, "bf16"))
+        elif format is not None and (format != common or target.kept_by_default):
+            rules.append((target.holder, format))
+    return rules

@@ -1,0 +1,108 @@
+"""File to file: what can be carried over is, bit for bit; what cannot is said and done only with --requantize."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import whit
+from whit.errors import RecipeError
+from whit.job import Options, open_source
+from whit.pipeline import run
+from whit.plan import Coded
+from whit.transcode import prepare_transcode
+
+from tiny_models import save_tiny
+
+ROUTES = {
+    "int4-g32-f16": ("gptq", "compressed-tensors", "gptq-v2", "awq", "gptq", "whit"),
+    "int4-g32-asym-f16": ("awq", "gptq-v2", "compressed-tensors", "awq", "whit"),
+    "int4-g32": ("compressed-tensors", "gptq", "awq", "compressed-tensors"),
+    "int3-g32-asym-f16": ("gptq-v2", "whit", "gptq-v2"),
+    "int8-channel": ("compressed-tensors-int8", "compressed-tensors", "whit", "compressed-tensors-int8"),
+    "nf4-dq": ("bitsandbytes", "whit", "bitsandbytes"),
+    "fp4-g128": ("bitsandbytes", "whit"),
+    "int8-absmax": ("bitsandbytes", "whit"),
+    "fp8": ("compressed-tensors", "whit", "compressed-tensors"),
+}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    for architecture in ("llama-tied", "mixtral", "gpt2"):
+        save_tiny(folder / architecture, architecture, torch.bfloat16)
+    return folder
+
+
+def floats(folder: Path) -> dict[str, torch.Tensor]:
+    source = open_source(folder)
+    return {name: source.read(name) for name in source.origins}
+
+
+def check_route(model: Path, format: str, route: tuple[str, ...], tmp_path: Path) -> None:
+    keep = [("*down_proj", "bf16")] if "128" in format and "llama" in model.name else []
+    whit.quantize(model, tmp_path / "0", whit.Recipe(rules=[("*", format), *keep]))
+    expected = floats(tmp_path / "0")
+    for step, export in enumerate(route):
+        account = run(prepare_transcode(tmp_path / f"{step}", tmp_path / f"{step + 1}", export, Options()))
+        assert account.export == export
+        assert not any(entry.relative_error for entry in account.parameters)
+        if export != "whit":
+            assert account.decoded is not None
+            assert account.decoded["largest_error"] == 0
+        found = floats(tmp_path / f"{step + 1}")
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("format", [name for name in ROUTES if "128" not in name])
+def test_lossless_routes(format: str, models: Path, tmp_path: Path):
+    check_route(models / "llama-tied", format, ROUTES[format], tmp_path)
+
+
+@pytest.mark.parametrize("architecture", ["mixtral", "gpt2"])
+def test_experts_and_transposed_linears_travel_too(architecture: str, models: Path, tmp_path: Path):
+    route = ("gptq", "compressed-tensors", "awq", "gptq") if architecture == "mixtral" else ("gptq", "whit", "gptq-v2")
+    check_route(models / architecture, "int4-g32-f16", route, tmp_path)
+
+
+def test_what_would_be_lost_is_said_and_needs_leave(models: Path, tmp_path: Path):
+    whit.quantize(models / "llama-tied", tmp_path / "nf4", whit.Recipe(rules=[("*", "nf4")]))
+    with pytest.raises(RecipeError) as caught:
+        prepare_transcode(tmp_path / "nf4", tmp_path / "out", "gptq", Options())
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 7
+    assert lines[0].startswith("model.layers.*.self_attn.q_proj (2 modules): nf4: gptq holds affine integers")
+    assert lines[0].endswith("add --requantize --format SPEC to round them again")
+    int4 = whit.Recipe(rules=[("*", "int4-g32")])
+    with pytest.raises(RecipeError, match="nf4 to int4-g32-f16"):
+        prepare_transcode(tmp_path / "nf4", tmp_path / "out", "gptq", Options(), int4)
+    account = run(prepare_transcode(tmp_path / "nf4", tmp_path / "out", "gptq", Options(), int4, requantize=True))
+    errors = [entry.relative_error for entry in account.parameters if entry.status == "quantized"]
+    assert len(errors) == 14
+    assert all(0.03 < error < 0.2 for error in errors if error is not None)
+
+
+def test_asymmetric_codes_do_not_fit_version_1(models: Path, tmp_path: Path):
+    whit.quantize(models / "llama-tied", tmp_path / "awq", whit.Recipe(rules=[("*", "int4-g32-asym")]), export="awq")
+    with pytest.raises(RecipeError, match="use --export gptq-v2"):
+        prepare_transcode(tmp_path / "awq", tmp_path / "out", "gptq", Options())
+
+
+def test_a_model_that_is_not_quantized_needs_a_format(models: Path, tmp_path: Path):
+    with pytest.raises(RecipeError, match="not quantized; a gptq file needs a format"):
+        prepare_transcode(models / "llama-tied", tmp_path / "out", "gptq", Options())
+
+
+def test_sources_say_what_is_behind_a_parameter(models: Path, tmp_path: Path):
+    whit.quantize(models / "mixtral", tmp_path / "gptq", whit.Recipe(rules=[("*", "int4-g32")]), export="gptq")
+    source = open_source(tmp_path / "gptq")
+    assert isinstance(source, Coded)
+    experts = "model.layers.0.mlp.experts.gate_up_proj"
+    assert str(source.format(experts)) == "int4-g32-f16"
+    assert torch.equal(source.quantized(experts).dequantize(), source.read(experts))
+    assert source.format("lm_head.weight") is None
+    assert not isinstance(open_source(models / "mixtral"), Coded)
