@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from whit.checkpoint.gguf import read_gguf
 from whit.data import resolve_model
 from whit.errors import CheckpointError, EvaluationError, UnsupportedModelError
+from whit.integrations.foreign import is_foreign, load_foreign
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda")
@@ -40,6 +41,10 @@ def load_causal_lm(
     config = load_config(name, trust_remote_code=trust_remote_code)
     _require_causal(name, config)
     source, options = _source(name)
+    if not options and is_foreign(Path(source)):
+        floats = dtype if dtype == "auto" else getattr(torch, dtype)
+        model, info = _translated(name, lambda: load_foreign(Path(source), floats, trust_remote_code, **placement))
+        return _complete(name, model, info)
     model, info = _translated(
         name,
         lambda: AutoModelForCausalLM.from_pretrained(
@@ -52,6 +57,11 @@ def load_causal_lm(
             **options,
         ),
     )
+    return _complete(name, model, info)
+
+
+def _complete(name: str, model: Any, info: Any) -> Any:
+    """The model in evaluation mode, if the checkpoint had all of it."""
     missing = sorted(info["missing_keys"])
     if missing:  # transformers fills them with random numbers and only warns
         raise CheckpointError(

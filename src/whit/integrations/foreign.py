@@ -1,0 +1,58 @@
+"""A checkpoint of another quantizer as a running model: its codes in whit's own modules, nothing quantized again.
+
+The file's own library need not be installed. What no format of whit holds (act-order) is dequantized.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from whit.checkpoint.reader import Checkpoint, read_json
+from whit.export.foreign import ForeignSource
+from whit.export.readers import READERS, quant_method, read_foreign
+from whit.export.whit import quantization_config
+from whit.layouts import BITS
+from whit.model.skeleton import load_skeleton
+from whit.model.targets import find_targets
+from whit.recipe import Recipe
+from whit.tensor import Format
+
+
+def is_foreign(folder: Path) -> bool:
+    """Whether a model folder holds a kind of quantized file that whit reads itself."""
+    path = folder / "config.json"
+    method = quant_method(read_json(path)) if path.is_file() else None
+    return any(method == name for name, _ in READERS)
+
+
+def load_foreign(folder: Path, dtype: torch.dtype | str, trust_remote_code: bool = False, **placement: Any) -> Any:
+    """The model, as `from_pretrained` gives it, with its loading information; `dtype` "auto" is config.json's."""
+    config = read_json(folder / "config.json")
+    skeleton = load_skeleton(folder, trust_remote_code)
+    source = ForeignSource(skeleton, read_foreign(config, Checkpoint(folder)))
+    if dtype == "auto":
+        dtype = getattr(torch, str(config.get("dtype") or config.get("torch_dtype") or "float32"))
+    assert isinstance(dtype, torch.dtype)
+    targets = {target.parameter: target for target in find_targets(skeleton)}
+    state: dict[str, Tensor] = {}
+    formats: dict[str, Format] = {}
+    for name in source.origins:
+        format = source.format(name)
+        if format is None or name not in targets:
+            tensor = source.read(name)
+            state[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
+            continue
+        holder = targets[name].holder
+        formats[holder] = format
+        state |= {f"{holder}.{key}": t for key, t in BITS.pack(source.quantized(name)).tensors.items()}
+    source.checkpoint.close()
+    plain = copy.deepcopy(skeleton.config)
+    plain.quantization_config = quantization_config(Recipe("rtn"), formats)
+    return type(skeleton).from_pretrained(
+        None, config=plain, state_dict=state, dtype=dtype, output_loading_info=True, **placement
+    )
