@@ -17,9 +17,11 @@ from whit.transcode import prepare_transcode
 from tiny_models import save_tiny
 
 ROUTES = {
-    "int4-g32-f16": ("gptq", "compressed-tensors", "gptq-v2", "awq", "gptq", "whit"),
+    "int4-g32-f16": ("gptq", "mlx", "compressed-tensors", "gptq-v2", "awq", "gptq", "whit"),
     "int4-g32-asym-f16": ("awq", "gptq-v2", "compressed-tensors", "awq", "whit"),
     "int4-g32": ("compressed-tensors", "gptq", "awq", "compressed-tensors"),
+    "int6-g32": ("mlx", "whit"),
+    "int4-g64-offset": ("mlx", "whit", "mlx"),
     "int3-g32-asym-f16": ("gptq-v2", "whit", "gptq-v2"),
     "int8-channel": ("compressed-tensors-int8", "compressed-tensors", "whit", "compressed-tensors-int8"),
     "nf4-dq": ("bitsandbytes", "whit", "bitsandbytes"),

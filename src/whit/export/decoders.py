@@ -72,3 +72,12 @@ def packed_integers(packed: Tensor, scale: Tensor, zero: Tensor | None, shape: t
 
 def _words(tensor: Tensor) -> NDArray[np.uint32]:
     return tensor.contiguous().numpy().view(np.uint32)
+
+
+def mlx(weight: Tensor, scales: Tensor, biases: Tensor, columns: int) -> Tensor:
+    """q scale + bias; the width is what fills the words."""
+    bits = 32 * weight.shape[1] // columns
+    codes = fields(_words(weight.view(torch.int32)), columns, bits).astype(np.float32)
+    size = columns // scales.shape[1]
+    scale, bias = (np.repeat(t.float().numpy(), size, axis=1) for t in (scales, biases))
+    return torch.from_numpy(codes * scale + bias)

@@ -12,12 +12,14 @@ from whit.export.readers.base import Foreign, Packed, Reader
 from whit.export.readers.bitsandbytes import read_bitsandbytes
 from whit.export.readers.compressed_tensors import read_compressed_tensors
 from whit.export.readers.gptq import read_gptq
+from whit.export.readers.mlx import read_mlx
 
 READERS: tuple[tuple[str, Reader], ...] = (
     ("gptq", read_gptq),
     ("awq", read_awq),
     ("bitsandbytes", read_bitsandbytes),
     ("compressed-tensors", read_compressed_tensors),
+    ("mlx", read_mlx),
 )
 
 
