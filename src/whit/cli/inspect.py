@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,6 +22,9 @@ from whit.cli.quiet import quiet_transformers
 from whit.cli.shown import account_table, reasons, size
 from whit.coverage import Account, load_account
 from whit.errors import CheckpointError, OutputError
+from whit.export.lint import Finding, lint
+from whit.export.readers import quant_method
+from whit.export.whit import QUANT_METHOD
 
 
 def inspect(
@@ -28,8 +32,9 @@ def inspect(
     verify: Annotated[bool, typer.Option("--verify", help="Check the weight files against their SHA-256.")] = False,
     plots: Annotated[Path | None, typer.Option(metavar="DIR", help="Draw pictures of the model into DIR.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run the model's own code.")] = False,
 ) -> None:
-    """Show formats, bits per weight, size, coverage and provenance."""
+    """Show formats, bits per weight, size, coverage and provenance, and what is wrong with a quantized checkpoint."""
     folder = resolve_model(model)
     if plots is not None:
         draw(folder, plots)
@@ -38,14 +43,37 @@ def inspect(
             account = load_account(folder)
             if verify:
                 verify_files(folder, account)
-            print_json(account.to_json()) if as_json else show_account(account, verify)
+            findings = findings_of(folder, checkpoint, trust_remote_code)
+            if as_json:
+                print_json({**account.to_json(), "findings": [asdict(finding) for finding in findings]})
+            else:
+                show_account(account, verify)
+                show_findings(findings)
             return
         if verify:
             raise CheckpointError(
                 f"{folder}: no {RECORD} with checksums; --verify needs it; only whit's results have one"
             )
         facts = plain_facts(folder, checkpoint)
-        print_json(facts) if as_json else show_plain(facts)
+        findings = findings_of(folder, checkpoint, trust_remote_code)
+        if as_json:
+            print_json({**facts, "findings": [asdict(finding) for finding in findings]})
+        else:
+            show_plain(facts)
+            show_findings(findings)
+
+
+def findings_of(folder: Path, checkpoint: Checkpoint, trust_remote_code: bool = False) -> list[Finding]:
+    """What is wrong or odd with a folder that another program quantized, or could read."""
+    config = read_json(folder / "config.json")
+    return [] if quant_method(config) == QUANT_METHOD else lint(folder, config, checkpoint, trust_remote_code)
+
+
+def show_findings(findings: list[Finding]) -> None:
+    """A line for each, problems first."""
+    screen = Console()
+    for finding in findings:
+        screen.print(str(finding), highlight=False, markup=False, soft_wrap=True)
 
 
 def draw(folder: Path, out: Path) -> None:

@@ -20,8 +20,9 @@ from whit.tensor import Format, PackedWeight, QuantizedTensor
 
 
 def read_mlx(config: Mapping[str, Any], checkpoint: Checkpoint) -> dict[str, Packed]:
-    """Every module with `scales`."""
-    return {f"{module}.weight": _module(config, checkpoint, module) for module in modules_with(checkpoint, "scales")}
+    """Every module with `scales` or `biases`."""
+    modules = dict.fromkeys([*modules_with(checkpoint, "scales"), *modules_with(checkpoint, "biases")])
+    return {f"{module}.weight": _module(config, checkpoint, module) for module in modules}
 
 
 def _module(config: Mapping[str, Any], checkpoint: Checkpoint, module: str) -> Packed:
