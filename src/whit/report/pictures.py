@@ -102,8 +102,7 @@ def _of_weights(folder: Path, trust_remote_code: bool) -> dict[str, Figure]:
     finally:
         source.checkpoint.close()
     if quantization is not None:
-        levels = torch.unique(weight[0, :STORED])
-        stored = {"as stored": (weight.flatten().numpy(), levels.numpy())}
+        stored = {"as stored": (weight.flatten().numpy(), np.unique(weight[0, :STORED].numpy()))}
         return {"histogram": figures.histogram(target.holder, None, stored)}
     return {
         "histogram": figures.histogram(target.holder, *_histogram(weight)),

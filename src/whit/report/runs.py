@@ -85,6 +85,8 @@ def compare(name: str, out: Path, entrants: Sequence[Entrant], settings: Setting
     for number, entrant in enumerate(entrants, 1):
         say(f"{number}/{len(entrants)} {entrant.label}")
         rows.append(_row(_order(model, out, entrant, settings), out, [contents, here["cpu"], here.get("gpu")], say))
+        if "error" in rows[-1]:
+            say(f"failed: {rows[-1]['error']}")
     return Comparison(name, model, settings, here, tuple(relate(rows)))
 
 
@@ -120,10 +122,10 @@ def _row(order: Order, out: Path, context: Sequence[Any], say: Say) -> dict[str,
         "format": order.entrant.format if order.entrant.kind != "checkpoint" else "",
     }  # fmt: skip
     if order.entrant.kind == "whit":
-        made = in_process("make", order, say)
+        made = in_process("make", order)
         if "error" in made:
             return row | made
-    row |= in_process("measure", order, say)
+    row |= in_process("measure", order)
     if "error" not in row:
         unfinished = kept.with_suffix(".unfinished")
         unfinished.write_text(json.dumps(row, indent=1), encoding="utf-8")
@@ -136,7 +138,7 @@ def file_key(order: Order) -> str:
     return sha256("".join(file_sha256(path) for path in weight_files(model_files(order.files))).encode()).hexdigest()
 
 
-def in_process(step: str, order: Order, say: Say) -> dict[str, Any]:
+def in_process(step: str, order: Order) -> dict[str, Any]:
     """One step of work in a process of its own; a crash is an `error` too."""
     command = [sys.executable, "-m", "whit.report.work", step]
     with subprocess.Popen(
@@ -146,12 +148,9 @@ def in_process(step: str, order: Order, say: Say) -> dict[str, Any]:
     lines = out.strip().splitlines()
     if process.returncode == 0 and lines:
         found: dict[str, Any] = json.loads(lines[-1])
-        if "error" in found:
-            say(f"failed: {found['error']}")
         return found
     last = (errors.strip().splitlines() or ["it said nothing"])[-1]
     ended = f"by signal {-process.returncode}" if process.returncode < 0 else f"with status {process.returncode}"
-    say(f"{order.entrant.label}: ended {ended}")
     return {"error": f"its process ended {ended}: {last[:300]}"}
 
 
@@ -161,7 +160,7 @@ def _bandwidth(model: str, out: Path, settings: Settings, here: dict[str, Any]) 
     kept = out / ROWS / f"bandwidth-{name}.json"
     if not kept.is_file():
         order = _order(model, out, Entrant("bf16", "original"), settings)
-        kept.write_text(json.dumps(in_process("bandwidth", order, lambda _: None)), encoding="utf-8")
+        kept.write_text(json.dumps(in_process("bandwidth", order)), encoding="utf-8")
     rate = json.loads(kept.read_text(encoding="utf-8")).get("read")
     return None if rate is None else float(rate)
 

@@ -97,7 +97,8 @@ def markdown(rows: Sequence[Row]) -> str:
     lines = ["| " + " | ".join(column.title for column in wanted) + " |", "|---|" + "---:|" * (len(wanted) - 1)]
     for row in rows:
         if "error" in row:
-            lines.append(f"| {row['candidate']} | {row['error']} |" + " |" * (len(wanted) - 2))
+            why = row["error"].replace("|", "\\|")
+            lines.append(f"| {row['candidate']} | {why} |" + " |" * (len(wanted) - 2))
         else:
             lines.append("| " + " | ".join(column.cell(row) for column in wanted) + " |")
     return "\n".join(lines)

@@ -193,22 +193,28 @@ class _Lines:
         print(f"{self.label}: {sentence}", file=sys.stderr, flush=True)
 
 
+STEPS: dict[str, Callable[[Order], dict[str, Any]]] = {"make": make, "measure": measure, "bandwidth": bandwidth}
+
+
+def do(step: str, order: Order) -> dict[str, Any]:
+    """One of STEPS; what goes wrong is a result too, an `error`."""
+    try:
+        return STEPS[step](order)
+    except WhitError as error:
+        return {"error": str(error)}
+    except Exception as error:  # peers and damaged checkpoints raise whatever they like; the row says what
+        lines = str(error).strip().splitlines() or ["no reason given"]
+        return {"error": f"{type(error).__name__}: {lines[0][:300]}"}
+
+
 def main() -> None:
-    """Do one order; an error is a result too."""
+    """Do one order."""
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     order = Order.from_json(sys.stdin.read())
     if order.threads is not None:
         torch.set_num_threads(order.threads)
-    steps: dict[str, Callable[[Order], dict[str, Any]]] = {"make": make, "measure": measure, "bandwidth": bandwidth}
-    try:
-        found = steps[sys.argv[1]](order)
-    except WhitError as error:
-        found = {"error": str(error)}
-    except Exception as error:  # peers and damaged checkpoints raise whatever they like; the row says what
-        lines = str(error).strip().splitlines() or ["no reason given"]
-        found = {"error": f"{type(error).__name__}: {lines[0][:300]}"}
-    print(json.dumps(found))
+    print(json.dumps(do(sys.argv[1], order)))
 
 
 if __name__ == "__main__":
