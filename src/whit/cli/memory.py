@@ -121,7 +121,7 @@ def show(screen: Console, planner: Planner, rows: list[Need]) -> None:
     subject, situation = planner.subject, planner.situation
     textbook = ", ".join(f"{row['format']} {size(row['weights_bytes'])}" for row in planner.textbook())
     screen.print(
-        f"{subject.name}: {subject.parameters:,} parameters. Textbook, {subject.nominal:.3g} x bits / 8, weights "
+        f"{subject.name}: {subject.parameters:,} parameters. Textbook, {subject.nominal / 1e9:.3g}B x bits / 8, weights "
         f"alone: {textbook}", highlight=False, soft_wrap=True,
     )  # fmt: skip
     what = f"training ({situation.train})" if situation.train else "generation"
