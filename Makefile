@@ -14,7 +14,7 @@ export OMP_WAIT_POLICY := passive
 # Tests that touch transformers, for another release of it.
 LOADING_TESTS := tests/integrations tests/modules tests/evaluation/test_loading.py tests/test_pipeline.py
 
-.PHONY: demo test test-slow test-transformers test-wheel lint setup clean
+.PHONY: demo test test-slow test-transformers test-wheel lint docs setup clean
 
 demo: $(VENV)/runtime
 	$(BIN)/whit demo
@@ -44,6 +44,11 @@ lint: $(VENV)/dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: $(VENV)/runtime
+	test -x $(VENV)/docs/bin/mkdocs || $(PYTHON) -m venv $(VENV)/docs
+	$(VENV)/docs/bin/python -m pip install -q "mkdocs-material>=9.5"
+	NO_MKDOCS_2_WARNING=1 $(VENV)/docs/bin/mkdocs build --strict --quiet
+
 setup: $(VENV)/dev
 
 $(VENV)/runtime: pyproject.toml
@@ -57,4 +62,4 @@ $(VENV)/dev: $(VENV)/runtime
 	touch $@
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .site

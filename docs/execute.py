@@ -15,7 +15,7 @@ import shlex
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -62,18 +62,22 @@ def run_commands(lines: str) -> str:
     try:
         for line in lines.splitlines():
             words = shlex.split(line, comments=True)
-            if not words:
-                continue
-            assert words[0] == "whit", line
-            sys.argv = words
-            with contextlib.redirect_stdout(screen), contextlib.redirect_stderr(io.StringIO()):
-                try:
-                    main()
-                except SystemExit as leave:
-                    assert not leave.code, f"{line}: exit status {leave.code}"
+            if words and run_command(words, main, screen):
+                raise RuntimeError(f"{line}: failed")
     finally:
         sys.argv = before
     return tidy(screen.getvalue())
+
+
+def run_command(words: list[str], main: Callable[[], None], screen: io.StringIO) -> object:
+    """One command's exit status."""
+    sys.argv = words
+    with contextlib.redirect_stdout(screen), contextlib.redirect_stderr(io.StringIO()):
+        try:
+            main()
+        except SystemExit as leave:
+            return leave.code
+    return 0
 
 
 @contextlib.contextmanager

@@ -121,8 +121,8 @@ def show(screen: Console, planner: Planner, rows: list[Need]) -> None:
     subject, situation = planner.subject, planner.situation
     textbook = ", ".join(f"{row['format']} {size(row['weights_bytes'])}" for row in planner.textbook())
     screen.print(
-        f"{subject.name}: {subject.parameters:,} parameters. Textbook, {subject.nominal / 1e9:.3g}B x bits / 8, weights "
-        f"alone: {textbook}", highlight=False, soft_wrap=True,
+        f"{subject.name}: {subject.parameters:,} parameters. Textbook, {subject.nominal / 1e9:.3g}B x bits / 8, "
+        f"weights alone: {textbook}", highlight=False, soft_wrap=True,
     )  # fmt: skip
     what = f"training ({situation.train})" if situation.train else "generation"
     unit, divisor = ("GB", 1e9) if max(row.total_bytes for row in rows) >= 1e9 else ("MB", 1e6)
