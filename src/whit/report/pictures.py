@@ -166,16 +166,24 @@ def _errors(weight: Tensor, specs: Mapping[int, str]) -> dict[int, tuple[float, 
 
 
 def normal_float(bits: int) -> str:
-    """NF-k as QLoRA defines NF4: quantiles of a normal distribution, asymmetric so that 0 is a level."""
+    """The format of NF-k: `normal_levels` in groups of 64."""
     if bits == 4:
         return "nf4"
+    return "codebook(" + ",".join(f"{value:.6g}" for value in normal_levels(bits)) + ")-g64"
+
+
+def normal_levels(bits: int) -> list[float]:
+    """Levels as QLoRA makes NF4's: quantiles of a normal distribution, 0 among them, one more above than below it."""
     half = 1 << (bits - 1)
-    edge = 1 - 0.5 * (1 / (2 * (2 * half)) + 1 / (2 * (2 * half - 1)))
-    up = torch.special.ndtri(torch.linspace(0.5, edge, half + 1, dtype=torch.float64))[1:]
-    down = -torch.special.ndtri(torch.linspace(0.5, edge, half, dtype=torch.float64))[1:]
-    table = torch.cat([down, torch.zeros(1, dtype=torch.float64), up])
-    table = (table / table.abs().max()).sort().values
-    return "codebook(" + ",".join(f"{value:.6g}" for value in table.tolist()) + ")-g64"
+    edge = 1 - 0.5 * (1 / (4 * half) + 1 / (2 * (2 * half - 1)))
+
+    def quantiles(count: int) -> Tensor:
+        found: Tensor = torch.special.ndtri(torch.linspace(0.5, edge, count, dtype=torch.float64))
+        return found[1:]
+
+    table = torch.cat([-quantiles(half), torch.zeros(1, dtype=torch.float64), quantiles(half + 1)])
+    levels: list[float] = (table / table.abs().max()).sort().values.tolist()
+    return levels
 
 
 def channel_maxima(model: str, tokens: int = 256) -> dict[str, np.ndarray]:
