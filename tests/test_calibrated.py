@@ -13,7 +13,9 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 import whit
 from whit import GPTQ, Calibration, Options, Recipe, Refine
 from whit.coverage import Account
-from whit.job import open_source
+from whit.estimate import AROUND, Estimate, estimate
+from whit.job import open_source, prepare
+from whit.methods import Method
 from whit.methods.stack import energy
 from whit.pipeline import quantize
 
@@ -211,3 +213,21 @@ def test_refinement_resumes_with_the_same_bytes_on_other_threads(architecture: s
     finally:
         torch.set_num_threads(before)
     assert result(tmp_path / "parts") == result(tmp_path / "whole") != result(tmp_path / "start")
+
+
+def test_the_estimate_counts_what_a_refinement_does(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    model = checkpoint(tmp_path / "model", "llama")
+    monkeypatch.setattr("whit.estimate._rate", lambda *_: 1e6)
+    monkeypatch.setattr("whit.estimate._seconds", lambda *_: 0.0)
+
+    def expected(method: Method) -> Estimate:
+        recipe, calibration = Recipe(method, RULES), Calibration(text, samples=24, context=48)
+        return estimate(prepare(model, tmp_path / "out", recipe, Options(), calibration))
+
+    gptq, short, long = (expected(m) for m in (GPTQ(), Refine(steps=10, batch=4), Refine(steps=20, batch=4)))
+    weights = 2 * (64 * (64 + 32 + 32 + 64) + 3 * 64 * 128)
+    products = 10 * 4 * 48 * 3 * (2 * weights + 2 * 4 * 48 * 64)  # steps, samples, tokens, there and back
+    assert long.seconds - short.seconds == pytest.approx(AROUND * products / 1e6, rel=1e-6)
+    assert gptq.seconds < short.seconds
+    assert gptq.memory_bytes < short.memory_bytes
+    assert short.memory_bytes <= long.memory_bytes < gptq.memory_bytes + (1 << 26)

@@ -50,13 +50,13 @@ class Refine:
     start: Method = field(default_factory=lambda: GPTQ(refit=True, sweeps=1))
     steps: int = 200
     batch: int = 8
-    rate: float = 0.005
-    scale_rate: float = 0.005
+    rate: float = 0.003
+    scale_rate: float = 0.003
     optimizer: str = "adam"
     loss: str = "relative"
     asymmetric: float = 1.0
     reach: float = 1.0
-    inside: float = 0.5
+    inside: float = 0.9
     checks: int = 4
     seed: int = 0
 

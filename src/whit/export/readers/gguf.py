@@ -117,7 +117,7 @@ def _small_files(path: Path, header: GgufHeader, architecture: Architecture, fol
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CheckpointError(
-            f"{path}: transformers cannot make a tokenizer of it ({reason}); it must; use the model that it was made from"
+            f"{path}: transformers cannot make a tokenizer of it ({reason}); it must; use the original model"
         ) from None
     return config
 
