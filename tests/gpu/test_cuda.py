@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import whit
 from whit.data import resolve_model
+from whit.methods.refine import _Descent
 from whit.tensor import LayerStats
 
 pytestmark = pytest.mark.gpu
@@ -76,3 +77,23 @@ def test_recorded_walks_choose_the_codes_of_plain_ones(spec: str, sweeps: int, m
         assert (other.codes != ours.codes).float().mean() < 1e-3  # the order of sums differs in float64
         torch.testing.assert_close(other.dequantize(), ours.dequantize(), rtol=1e-2, atol=1e-1)
     assert torch.equal(recorded[0].codes, recorded[1].codes)
+
+
+def test_refinement_never_waits_for_the_device_inside_a_step(tmp_path, monkeypatch: pytest.MonkeyPatch):
+    step = _Descent.step
+
+    def watched(self: _Descent, *arguments) -> None:
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            step(self, *arguments)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(_Descent, "step", watched)
+    calibration, options = whit.Calibration("whit:text", samples=8, context=512), whit.Options(device="cuda")
+    accounts = [
+        whit.quantize("whit:model", tmp_path / str(i), whit.Recipe(method, [("*", "int3-g64")]),
+                      calibration=calibration, options=options)
+        for i, method in enumerate((whit.Refine().start, whit.Refine(steps=20, batch=4)))
+    ]  # fmt: skip
+    assert accounts[0].files != accounts[1].files

@@ -246,7 +246,8 @@ class _Descent:
         """The sum over all tokens of these samples."""
         inputs, targets = self.samples.take(numbers)
         targets = targets.to(torch.float32)
-        error = (self.block.forward(inputs).to(torch.float32) - targets).square().mean(dim=-1)
+        # A sum over the hidden dimension, not a mean, whose gradient float16 could not hold.
+        error = (self.block.forward(inputs).to(torch.float32) - targets).square().sum(dim=-1)
         if self.method.loss == "relative":
             error = error / targets.square().mean(dim=-1).clamp(min=torch.finfo(torch.float32).tiny)
         return error.sum(dtype=torch.float64)
