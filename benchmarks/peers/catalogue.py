@@ -38,24 +38,36 @@ class Peer:
     needs_tokens: bool = True  # without, all seeds are one
 
 
+BEST_START = {"name": "gptq", "act_order": True, "refit": True, "sweeps": 2}
 # Everything at its own defaults, unless the name says otherwise.
 PEERS: Mapping[str, Peer] = {
+    "whit-refine": Peer("with_whit", options={"name": "refine"}),
     "whit-gptq": Peer("with_whit", options={"name": "gptq"}),
+    "whit-awq": Peer("with_whit", options={"name": "awq"}),
     "gptqmodel": Peer("with_gptqmodel", "gptqmodel"),
     "llmcompressor-gptq": Peer("with_llmcompressor", "llmcompressor", {"method": "gptq"}),
     "llmcompressor-awq": Peer("with_llmcompressor", "llmcompressor", {"method": "awq"}),
     "autoround": Peer("with_autoround", "autoround", {"iters": 200}),
     "hqq": Peer("with_hqq", "hqq", needs_tokens=False),
-    "whit-gptq-best": Peer(
-        "with_whit", options={"name": "gptq", "clip": True, "act_order": True, "refit": True, "sweeps": 2}
+    "whit-gptq-refit": Peer("with_whit", options={"name": "gptq", "refit": True, "sweeps": 1}),
+    "whit-gptq-order": Peer("with_whit", options={"name": "gptq", "act_order": True}),
+    "whit-gptq-all": Peer("with_whit", options=BEST_START),
+    "whit-gptq-half-asymmetric": Peer(
+        "with_whit", options={"name": "gptq", "refit": True, "sweeps": 1, "asymmetric": 0.5}
     ),
-    "whit-gptq-plain": Peer("with_whit", options={"name": "gptq", "clip": False}),
+    "whit-gptq-asymmetric": Peer("with_whit", options={"name": "gptq", "refit": True, "sweeps": 1, "asymmetric": 1.0}),
+    "whit-awq-gptq": Peer(
+        "with_whit", options={"name": "gptq", "refit": True, "sweeps": 1, "transform": {"name": "awq"}}
+    ),
+    "whit-awq-refine": Peer("with_whit", options={"name": "refine", "transform": {"name": "awq"}}),
+    "whit-refine-f16": Peer("with_whit", options={"name": "refine", "suffix": "-f16"}),
+    "whit-refine-order": Peer("with_whit", options={"name": "refine", "start": BEST_START}),
+    "whit-refine-800": Peer("with_whit", options={"name": "refine", "steps": 800}),
     "whit-rtn": Peer("with_whit", options={"name": "rtn"}, needs_tokens=False),
     "whit-hqq": Peer("with_whit", options={"name": "hqq"}, needs_tokens=False),
-    "whit-awq": Peer("with_whit", options={"name": "awq"}),
     "autoround-20": Peer("with_autoround", "autoround", {"iters": 20}),
 }
-DEFAULT_PEERS = tuple(PEERS)[:7]
+DEFAULT_PEERS = tuple(PEERS)[:8]
 
 
 @dataclass(frozen=True)

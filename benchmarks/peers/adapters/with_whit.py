@@ -27,8 +27,11 @@ class _Given:
 
 
 def quantize(job: Job) -> tuple[Weights, Took]:
-    """Quantize to a folder, and read it back in bfloat16."""
-    recipe = whit.Recipe.from_dict({"method": job.options, "rules": [{"match": "*", "format": str(job.row)}]})
+    """Quantize to a folder, and read it back in bfloat16; `suffix` is added to the row's format."""
+    method = dict(job.options)
+    asked = {key: method.pop(key) for key in ("transform",) if key in method}
+    rules = [{"match": "*", "format": f"{job.row}{method.pop('suffix', '')}"}]
+    recipe = whit.Recipe.from_dict({"method": method, "rules": rules, **asked})
     calibration: Any = _Given(job.tokens) if recipe.needs_stats else None
     with tempfile.TemporaryDirectory() as scratch:
         packed, plain = Path(scratch, "packed"), Path(scratch, "plain")
