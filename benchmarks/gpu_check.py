@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +14,7 @@ from whit.formats import parse_format
 from whit.kernels import Gpu, dequantize, packed_linear, reference
 from whit.kernels.gpu import dequantize as unpacking
 from whit.kernels.gpu import kernel as gpu_kernel
-from whit.kernels.gpu import stream, tuned
+from whit.kernels.gpu import stream, tiled
 from whit.kernels.gpu.scales import storage
 from whit.kernels.gpu.stream import Config, Scheme
 from whit.layouts import BITS
@@ -32,6 +32,15 @@ ODD_SPECS = ("int3-g20-asym-fz", "int2-g32", "codebook(-1,0,1)-g10", "dynamic8",
 TORCH_SPECS = ("int4-g128-asym", "nf4-dq", "int3-g20-asym-fz")
 CONFIGS = (
     Config(1, 4, 2, 2, 1, 1), Config(2, 2, 2, 1, 3, 1), Config(1, 1, 4, 1, 2, 1), Config(1, 8, 1, 4, 5, 1),
+)  # fmt: skip
+TILED = (
+    (torch.bfloat16, 16, tiled.Config(1, 1, 2, 2, 3, 2, 2)), (torch.bfloat16, 61, tiled.Config(1, 2, 8, 2, 4, 1, 2)),
+    (torch.bfloat16, 300, tiled.Config(1, 2, 32, 1, 3, 2, 1)),
+    (torch.bfloat16, 130, tiled.Config(2, 2, 16, 2, 3, 1, 1)), (torch.float16, 40, tiled.Config(1, 3, 8, 3, 4, 3, 1)),
+)  # fmt: skip
+TILED_SPECS = (
+    "int4-g128", "nf4-dq", "int4-g64-asym", "int4-g128-asym-fz", "int4-channel", "int8", "int8-g32-asym",
+    "int8-channel-asym", "int3-g128-asym", "int2-g64", "int1-g128", "int6-channel",
 )  # fmt: skip
 ROWS = (1, 5, 16, 30, 64, 130)
 LIMIT = {torch.bfloat16: 4e-3, torch.float16: 1e-3}  # rounding of bfloat16 levels and of the result; float16's
@@ -97,6 +106,37 @@ def check_streams(report: Report, spec: str, shape: tuple[int, int]) -> None:
             return compare(first, wanted, LIMIT[x.dtype])
 
         report.check(f"{spec} {shape} rows {rows} {dtype} {fitted}", run)
+
+
+def check_tiled(report: Report, spec: str, shape: tuple[int, int]) -> None:
+    """Both with and without Hopper's instruction, where there is one."""
+    packed = make(spec, *shape)
+    there, wanted_w = on_gpu(packed), BITS.unpack(packed).dequantize(torch.float64)
+    scheme = stream.scheme(packed.format, shape[1])
+    assert not isinstance(scheme, str)
+    bias = torch.randn(shape[0], generator=torch.Generator().manual_seed(1))
+    for dtype, rows, config, wgmma in tiled_cases():
+        x = fresh_x(rows, shape[1], dtype)
+        wanted = x.double() @ wanted_w.T + bias.to(dtype).double()
+        fitted = tiled.fitted(config, scheme, shape[1])
+
+        def run(
+            x: Tensor = x, fitted: tiled.Config = fitted, wanted: Tensor = wanted, wgmma: bool = wgmma
+        ) -> str | None:
+            def once() -> Tensor:
+                return gpu_kernel.multiply_tiled(x.cuda(), there, bias.to(x.dtype).cuda(), scheme, fitted, wgmma)
+
+            first = once()
+            if not torch.equal(first, once()):
+                return "two runs differ"
+            return compare(first, wanted, LIMIT[x.dtype])
+
+        report.check(f"{spec} {shape} rows {rows} {dtype} {fitted} wgmma {wgmma}", run)
+
+
+def tiled_cases() -> list[tuple[torch.dtype, int, tiled.Config, bool]]:
+    ways = (True, False) if tiled.has_wgmma(torch.device("cuda", 0)) else (False,)
+    return [(*case, wgmma) for wgmma in ways for case in (TILED if wgmma else TILED[:2])]
 
 
 def fit(config: Config, scheme: Scheme, columns: int, rows: int) -> Config:
@@ -181,17 +221,43 @@ def check_torch(report: Report, spec: str) -> None:
                 report.check(f"{name} {spec} rows {rows}", test)
 
 
-def check(kitchen: Kitchen, budget: Budget) -> dict[str, Any]:
-    """All of it; what the budget leaves no time for is named."""
+def check(kitchen: Kitchen, budget: Budget, only: str = "all") -> dict[str, Any]:
+    """All of it, or the kernel for more rows and the public path; what the budget leaves no time for is named."""
     report, skipped = Report(), []
     shapes = ((200, 1024), (33, 2304))
-    wanted = []
+    tests: list[tuple[str, Callable[[], None]]] = []
+    more: list[tuple[Scheme, tiled.Config, bool, bool]] = []
+    for spec in TILED_SPECS:
+        for shape in shapes:
+            scheme = stream.scheme(parse_format(spec), shape[1])
+            assert not isinstance(scheme, str)
+            more += [(scheme, c, d == torch.float16, wgmma) for d, _, c, wgmma in tiled_cases()]
+            tests.append((f"tiled {spec}", lambda s=spec, shape=shape: check_tiled(report, s, shape)))
+    kitchen.prepare_tiled(more)
+    if only == "all":
+        tests += streaming(kitchen, report, shapes)
+    tests += [(f"invariance {s}", lambda s=s: check_invariance(report, s)) for s in ("int4-g128", "nf4", "int8")]
+    tests += [(f"torch {s}", lambda s=s: check_torch(report, s)) for s in TORCH_SPECS]
+    print(f"compiled {len(kitchen.done)} kernels, {budget.left:.0f} s left", flush=True)
+    for name, test in tests:
+        if budget.left < 1:
+            skipped.append(name)
+            continue
+        test()
+    print(f"checks: {report.passed} passed, {len(report.failures)} failed, {len(skipped)} groups skipped", flush=True)
+    return {"passed": report.passed, "failures": report.failures, "skipped": skipped}
+
+
+def streaming(
+    kitchen: Kitchen, report: Report, shapes: Sequence[tuple[int, int]]
+) -> list[tuple[str, Callable[[], None]]]:
+    """The streaming and the dequantizing kernel's checks, compiled."""
+    wanted, unpacked = [], []
     for spec in SPECS:
         for _, columns in shapes:
             scheme = stream.scheme(parse_format(spec), columns)
             if not isinstance(scheme, str):
                 wanted += [(scheme, fit(c, scheme, columns, rows), d == torch.float16, rows) for d, rows, c in cases()]
-    unpacked = []
     for spec in (*SPECS, *ODD_SPECS):
         for packed in (make(spec, *shape) for shape in ((5, 512), (3, 333))):
             stored = storage(packed.format)
@@ -199,20 +265,9 @@ def check(kitchen: Kitchen, budget: Budget) -> dict[str, Any]:
             unpacked += [(unpacking.SOURCE, unpacking.macros(packed, stored, half)) for half in (False, True)]
     kitchen.prepare_streams(wanted)
     kitchen.prepare(unpacked)
-    print(f"compiled {len(kitchen.done)} kernels, {budget.left:.0f} s left", flush=True)
     tests: list[tuple[str, Callable[[], None]]] = []
     for spec in SPECS:
         tests += [(spec, lambda s=spec, shape=shape: check_streams(report, s, shape)) for shape in shapes]
     for spec in (*SPECS, *ODD_SPECS):
         tests += [(spec, lambda s=spec, h=h: check_dequantize(report, s, h)) for h in ((5, 512), (3, 333), (70, 40))]
-    tests += [(f"invariance {s}", lambda s=s: check_invariance(report, s)) for s in ("int4-g128", "nf4", "int8")]
-    tests += [
-        (f"torch {s}", lambda s=s: check_torch(report, s)) for s in ("int4-g128-asym", "nf4-dq", "int3-g20-asym-fz")
-    ]
-    for name, test in tests:
-        if budget.left < 1:
-            skipped.append(name)
-            continue
-        test()
-    print(f"checks: {report.passed} passed, {len(report.failures)} failed, {len(skipped)} groups skipped", flush=True)
-    return {"passed": report.passed, "failures": report.failures, "skipped": skipped, "limit_rows": tuned.FEW_ROWS}
+    return tests

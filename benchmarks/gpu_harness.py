@@ -16,7 +16,7 @@ from torch import Tensor
 
 from whit.errors import KernelError
 from whit.formats import parse_format
-from whit.kernels.gpu import Gpu, nvrtc, stream
+from whit.kernels.gpu import Gpu, nvrtc, stream, tiled
 from whit.kernels.gpu.stream import Config, Scheme
 from whit.layouts import BITS
 from whit.tensor import PackedWeight
@@ -69,17 +69,21 @@ class Kitchen:
 
     def prepare(self, sources: Iterable[tuple[Path, Iterable[tuple[str, int]]]]) -> None:
         """Compile all of these (a source file and its macros)."""
-        major, minor = torch.cuda.get_device_capability()
-        jobs = {
-            (nvrtc.COMMON.read_text() + path.read_text(), tuple(f"-D{k}={v}" for k, v in macros), f"sm_{major}{minor}")
-            for path, macros in sources
-        }
+        target = nvrtc.architecture(0)
+        jobs = {(nvrtc.text(path), tuple(f"-D{k}={v}" for k, v in macros), target) for path, macros in sources}
         fresh = [job for job in jobs if job not in self.done]
         self.done |= zip(fresh, self.pool.map(compile_job, fresh, chunksize=1), strict=True)
 
     def prepare_streams(self, wanted: Iterable[tuple[Scheme, Config, bool, int]]) -> None:
         """Compile the fused kernel for each (scheme, configuration, half, rows)."""
         self.prepare((stream.SOURCE, stream.macros(*each).items()) for each in wanted)
+
+    def prepare_tiled(self, wanted: Iterable[tuple[Scheme, tiled.Config, bool, bool]]) -> None:
+        """Compile the kernel for more rows for each (scheme, configuration, half, wgmma)."""
+        every = list(wanted)
+        self.prepare((tiled.SOURCE, tiled.macros(*each).items()) for each in every)
+        layouts = {(scheme, config.row_tiles) for scheme, config, *_ in every}
+        self.prepare((tiled.ARRANGE, tiled.arrange_macros(*each).items()) for each in layouts)
 
 
 def random_packed(spec: str, shape: tuple[int, int], generator: torch.Generator) -> PackedWeight:

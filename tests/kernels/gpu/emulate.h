@@ -51,6 +51,9 @@ static u32 permute(u32 a, u32 b, u32 s) {
 static uint4 load16(const void *p) { if ((uintptr_t)p % 16) __builtin_trap(); uint4 v; memcpy(&v, p, 16); return v; }
 static uint2 load8(const void *p) { if ((uintptr_t)p % 8) __builtin_trap(); uint2 v; memcpy(&v, p, 8); return v; }
 static u32 load4(const void *p) { if ((uintptr_t)p % 4) __builtin_trap(); u32 v; memcpy(&v, p, 4); return v; }
+static void copy_behind(void *to, const void *from) { *(uint4 *)to = load16(from); }
+static void end_copies() {}
+template <int N> static void copies_left() {}
 static float load_uncached(const float *p) { return *p; }
 static u32 under_exponent(u32 bits, u32 mask, u32 exponent) { return (bits & mask) | exponent; }
 
@@ -64,6 +67,9 @@ static u16 narrow(float f) {
 static u32 round_pair(float low, float high) { return narrow(low) | (u32)narrow(high) << 16; }
 static u32 add_pair(u32 a, u32 b) {
     return round_pair(widen(a & 0xFFFF) + widen(b & 0xFFFF), widen(a >> 16) + widen(b >> 16));
+}
+static u32 scale_by(u32 a, u32 b) {
+    return round_pair(widen(a & 0xFFFF) * widen(b & 0xFFFF), widen(a >> 16) * widen(b >> 16));
 }
 
 // mma.m16n8k16: lane 4 g + t holds A rows g and g + 8, columns 2 t, 2 t + 1 and those plus 8; B the same of column g.

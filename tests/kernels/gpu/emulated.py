@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from whit.kernels.gpu import dequantize as unpacking
-from whit.kernels.gpu import nvrtc, stream
+from whit.kernels.gpu import nvrtc, stream, tiled
 from whit.kernels.gpu.scales import Storage
 from whit.kernels.gpu.stream import Config, Operands, Scheme
 from whit.tensor import PackedWeight, matrix_shape
@@ -53,7 +53,33 @@ def linear(x: Tensor, packed: PackedWeight, bias: Tensor | None, scheme: Scheme,
     )
     operands = Operands(x, y, bias, packed, partial, arrived)
     macros = stream.macros(scheme, config, x.dtype == torch.float16, rows)
-    library(stream.SOURCE, tuple(macros.items())).run(ctypes.byref(stream.params(operands, scheme, config)), *grid)
+    library(stream.SOURCE, tuple(macros.items())).run(
+        ctypes.byref(stream.params(operands, scheme, config.splits)), *grid
+    )
+    assert not arrived.any()
+    return y
+
+
+def tiled_linear(x: Tensor, packed: PackedWeight, bias: Tensor | None, scheme: Scheme, config: tiled.Config) -> Tensor:
+    """What the kernel for more rows computes, without Hopper's instructions."""
+    rows, outs = x.shape[0], packed.shape[0]
+    config = tiled.fitted(config, scheme, x.shape[1])
+    y, arranged = (
+        torch.full((rows, outs), float("nan"), dtype=x.dtype),
+        tiled.arranged_like(x, config).fill_(float("nan")),
+    )
+    lay = library(tiled.ARRANGE, tuple(tiled.arrange_macros(scheme, config.row_tiles).items()))
+    laid = tiled.ArrangeParams(x.data_ptr(), arranged.data_ptr(), *x.shape)
+    lay.run(ctypes.byref(laid), *tiled.arrange_grid(x, config))
+    grid = tiled.grid(config, outs, rows)
+    partial, arrived = (
+        torch.full((config.splits, rows, outs), float("nan")),
+        torch.zeros(grid[0] * grid[2], dtype=torch.int32),
+    )
+    operands = Operands(x, y, bias, packed, partial, arrived)
+    macros = tiled.macros(scheme, config, x.dtype == torch.float16, wgmma=False)
+    params = tiled.params(operands, arranged, scheme, config)
+    library(tiled.SOURCE, tuple(macros.items())).run(ctypes.byref(params), *grid)
     assert not arrived.any()
     return y
 

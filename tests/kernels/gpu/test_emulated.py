@@ -12,7 +12,7 @@ from torch import Generator, Tensor
 
 import whit
 from whit.kernels import reference
-from whit.kernels.gpu import kernel, stream, tuned
+from whit.kernels.gpu import kernel, stream, tiled, tuned
 from whit.kernels.gpu.scales import storage
 from whit.kernels.gpu.stream import Config, Scheme
 from whit.layouts import BITS
@@ -64,6 +64,30 @@ def test_fused_product_equals_float64(spec: str, dtype: torch.dtype, rows: int, 
     assert error(emulated.linear(x, weight, None, scheme_of(weight), config), wanted - bias.double()) < LIMIT[dtype]
 
 
+TILED = [
+    ("int4-g128", BF16, 16, tiled.Config(1, 1, 2, 2, 3, 1)),
+    ("int4-g64-asym", F16, 19, tiled.Config(1, 1, 4, 1, 3, 2)),
+    ("nf4-dq", BF16, 20, tiled.Config(1, 1, 2, 2, 4, 2)),
+    ("int8", BF16, 17, tiled.Config(2, 1, 2, 3, 3, 1)),
+    ("int8-channel-asym", F16, 5, tiled.Config(1, 2, 2, 2, 3, 3)),
+    ("int3-g128-asym", BF16, 30, tiled.Config(1, 1, 4, 2, 3, 1)),
+    ("int2-g64", BF16, 9, tiled.Config(1, 1, 2, 2, 3, 1)),
+    ("int1-channel", F16, 12, tiled.Config(1, 1, 2, 2, 3, 2)),
+    ("int5-g128-asym-fz", BF16, 18, tiled.Config(1, 1, 4, 1, 3, 1)),
+]
+
+
+@pytest.mark.parametrize(("spec", "dtype", "rows", "config"), TILED)
+def test_tiled_product_equals_float64(
+    spec: str, dtype: torch.dtype, rows: int, config: tiled.Config, random: Generator
+):
+    weight = packed(spec, 70, 768, random)
+    x, bias = torch.randn(rows, 768, generator=random).to(dtype), torch.randn(70, generator=random).to(dtype)
+    wanted = x.double() @ BITS.unpack(weight).dequantize(torch.float64).T + bias.double()
+    found = emulated.tiled_linear(x, weight, bias, scheme_of(weight), config)
+    assert error(found, wanted) < LIMIT[dtype]
+
+
 def test_a_rows_result_does_not_depend_on_its_batch(random: Generator):
     weight = packed("int4-g128", 70, 2048, random)
     scheme, x = scheme_of(weight), torch.randn(20, 2048, generator=random).to(BF16)
@@ -92,7 +116,8 @@ def test_every_default_fits_the_shared_memory(spec: str, rows: int):
     for outs, columns in [(4096, 4096), (128, 512), (28672, 8192), (16, 1536)]:
         scheme = stream.scheme(whit.parse_format(spec), columns)
         assert not isinstance(scheme, str)
-        config = tuned.best(scheme, (outs, columns), rows, (8, 108))
+        config, tiles = (best(scheme, (outs, columns), rows, (8, 108)) for best in (tuned.best, tuned.best_tiled))
+        assert tiled.shared_bytes(scheme, tiles) <= 163 << 10
         assert stream.shared_bytes(scheme, config, rows) <= 163 << 10
         fitted = stream.fitted(config, scheme, columns)
         steps = columns // scheme.step

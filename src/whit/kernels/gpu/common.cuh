@@ -30,6 +30,11 @@ DEVICE u32 load4(const void *p) {
     asm volatile("ld.global.nc.u32 %0, [%1];" : "=r"(v) : "l"(p));
     return v;
 }
+[[maybe_unused]] DEVICE void copy_behind(void *to, const void *from) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"((u32)__cvta_generic_to_shared(to)), "l"(from) : "memory");
+}
+[[maybe_unused]] DEVICE void end_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int N> DEVICE void copies_left() { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }
 DEVICE float load_uncached(const float *p) {
     float v;
     asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(v) : "l"(p) : "memory");
@@ -44,6 +49,11 @@ DEVICE float load_uncached(const float *p) {
 DEVICE u32 add_pair(u32 a, u32 b) {  // as a * 1 + b, which compute capability 8.0 has for bfloat16 too
     u32 d;
     asm("fma.rn." TYPE "x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(HALF ? 0x3C003C00u : 0x3F803F80u), "r"(b));
+    return d;
+}
+[[maybe_unused]] DEVICE u32 scale_by(u32 a, u32 b) {  // a * b - 0, rounded once
+    u32 d;
+    asm("fma.rn." TYPE "x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(0x80008000u));
     return d;
 }
 DEVICE u32 under_exponent(u32 bits, u32 mask, u32 exponent) {  // (bits & mask) | exponent, in one instruction

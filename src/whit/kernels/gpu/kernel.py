@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from whit.formats import parse_format
-from whit.kernels.gpu import nvrtc, stream, tuned
+from whit.kernels.gpu import nvrtc, stream, tiled, tuned
 from whit.kernels.gpu.dequantize import dequantize
 from whit.kernels.gpu.scales import storage
 from whit.tensor import PackedWeight
@@ -85,43 +85,71 @@ def streams(packed: PackedWeight) -> str | None:
 
 
 def product(x: Tensor, packed: PackedWeight, bias: Tensor | None, invariant: bool = False) -> Tensor:
-    """x (..., columns) through the weight, fused where that is faster or `invariant` asks for it."""
+    """x (..., columns) through the weight, by whichever kernel is fastest, or by rows alone where `invariant`."""
     columns = x.shape[-1]
     rows = x.numel() // max(columns, 1)
-    if rows and (invariant or rows <= tuned.FEW_ROWS) and streams(packed) is None:
-        flat = x.reshape(rows, columns).contiguous()
-        flat = flat if flat.data_ptr() % 8 == 0 else flat.clone()
-        return _stream(flat, packed, bias, invariant).reshape(*x.shape[:-1], -1)
+    if rows and streams(packed) is None:
+        scheme, where = scheme_of(packed), device_of(x)
+        way = "stream" if invariant else tuned.route(scheme, rows, where)
+        if way != "dequantize":
+            flat = x.reshape(rows, columns).contiguous()
+            flat = flat if flat.data_ptr() % 8 == 0 else flat.clone()
+            if way == "stream":
+                config = tuned.best(scheme, (packed.shape[0], columns), rows, where, invariant)
+                y = multiply(flat, packed, bias, scheme, stream.fitted(config, scheme, columns))
+            else:
+                tiles = tuned.best_tiled(scheme, (packed.shape[0], columns), rows, where)
+                y = multiply_tiled(flat, packed, bias, scheme, tiled.fitted(tiles, scheme, columns))
+            return y.reshape(*x.shape[:-1], -1)
     stored = storage(packed.format)
     assert not isinstance(stored, str)
     return torch.nn.functional.linear(x, dequantize(packed, x.dtype, stored), bias)
 
 
-def _stream(x: Tensor, packed: PackedWeight, bias: Tensor | None, invariant: bool) -> Tensor:
-    outs, columns = packed.shape
-    scheme = stream.scheme(packed.format, columns)
+def scheme_of(packed: PackedWeight) -> stream.Scheme:
+    """The scheme of a weight that the fused kernels can read."""
+    scheme = stream.scheme(packed.format, packed.shape[1])
     assert not isinstance(scheme, str)
+    return scheme
+
+
+def device_of(x: Tensor) -> tuned.Device:
+    """What configurations depend on."""
     device = torch.cuda.get_device_properties(x.device)
-    where = (device.major, device.multi_processor_count)
-    config = tuned.best(scheme, (outs, columns), x.shape[0], where, invariant)
-    return multiply(x, packed, bias, scheme, stream.fitted(config, scheme, columns))
+    return device.major, device.multi_processor_count
 
 
 def multiply(
     x: Tensor, packed: PackedWeight, bias: Tensor | None, scheme: stream.Scheme, config: stream.Config
 ) -> Tensor:
     """The fused product of contiguous x (rows, columns) with a given configuration, which must be `fitted`."""
+    operands = _operands(x, packed, bias, config.splits, stream.grid(config, packed.shape[0], x.shape[0]))
+    stream.launch(operands, scheme, config)
+    return operands.y
+
+
+def multiply_tiled(
+    x: Tensor, packed: PackedWeight, bias: Tensor | None, scheme: stream.Scheme, config: tiled.Config,
+    wgmma: bool | None = None,
+) -> Tensor:  # fmt: skip
+    """The same for more rows; `wgmma`: with Hopper's instruction, None where the device has it."""
+    operands = _operands(x, packed, bias, config.splits, tiled.grid(config, packed.shape[0], x.shape[0]))
+    tiled.launch(operands, scheme, config, tiled.has_wgmma(x.device) if wgmma is None else wgmma)
+    return operands.y
+
+
+def _operands(
+    x: Tensor, packed: PackedWeight, bias: Tensor | None, splits: int, cut: tuple[int, int, int]
+) -> stream.Operands:
     rows, outs = x.shape[0], packed.shape[0]
     y = torch.empty(rows, outs, dtype=x.dtype, device=x.device)
     partial = arrived = None
-    if config.splits > 1:
-        partial = torch.empty(config.splits, rows, outs, dtype=torch.float32, device=x.device)
-        cut = stream.grid(config, outs, rows)
+    if splits > 1:
+        partial = torch.empty(splits, rows, outs, dtype=torch.float32, device=x.device)
         arrived = packed.tensors.get(ARRIVED)
         if arrived is None or len(arrived) < cut[0] * cut[2]:
             arrived = torch.zeros(cut[0] * cut[2], dtype=torch.int32, device=x.device)
-    stream.launch(stream.Operands(x, y, bias, packed, partial, arrived), scheme, config)
-    return y
+    return stream.Operands(x, y, bias, packed, partial, arrived)
 
 
 def linear_op(x: Tensor, tensors: list[Tensor], bias: Tensor | None, keys: str, spec: str, invariant: bool) -> Tensor:

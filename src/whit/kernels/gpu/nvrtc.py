@@ -7,7 +7,7 @@ struct by value.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -72,11 +72,29 @@ def compile_source(source: str, options: Sequence[str], architecture: str) -> by
         nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
 
 
+def text(source: Path) -> str:
+    """A kernel's source after common.cuh, with the files that it includes."""
+    return "\n".join([COMMON.read_text(), *_lines(source)])
+
+
+def _lines(source: Path) -> Iterator[str]:
+    for line in source.read_text().splitlines():
+        if line.startswith('#include "'):
+            yield from _lines(source.with_name(line.split('"')[1]))
+        else:
+            yield line
+
+
+def architecture(device: int) -> str:
+    """The target for a device; on Hopper with the instructions that only Hopper has."""
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}" + ("a" if (major, minor) == (9, 0) else "")
+
+
 def build(source: Path, macros: Mapping[str, int], name: str, device: int) -> Function:
     """The kernel `name` of a source file, after common.cuh, for a device of this machine."""
-    major, minor = torch.cuda.get_device_capability(device)
     options = [f"-D{key}={value}" for key, value in macros.items()]
-    code = compile_source(COMMON.read_text() + source.read_text(), options, f"sm_{major}{minor}")
+    code = compile_source(text(source), options, architecture(device))
     with torch.cuda.device(device):
         return Function(code, name)
 

@@ -59,7 +59,7 @@ class Scheme:
 
 
 class Params(ctypes.Structure):
-    """The argument of the kernel, field by field as in stream.cu."""
+    """The argument of the kernel, field by field as in sums.cuh."""
 
     _fields_ = (
         ("codes", ctypes.c_void_p), ("scales", Scales),
@@ -144,7 +144,7 @@ class Operands:
     arrived: Tensor | None
 
 
-def params(operands: Operands, scheme: Scheme, config: Config) -> Params:
+def params(operands: Operands, scheme: Scheme, splits: int) -> Params:
     """The kernel's argument; it borrows the tensors' memory."""
     x, stored, codes = operands.x, scheme.storage, operands.packed.tensors["codes"]
     rows, columns = x.shape
@@ -156,7 +156,7 @@ def params(operands: Operands, scheme: Scheme, config: Config) -> Params:
     return Params(
         **{name: None if tensor is None else tensor.data_ptr() for name, tensor in pointers.items()},
         scales=scales(operands.packed, stored), outs=operands.y.shape[1], columns=columns, rows=rows,
-        row_words=codes.shape[1] // 4, split_steps=-(-(columns // scheme.step) // config.splits),
+        row_words=codes.shape[1] // 4, split_steps=-(-(columns // scheme.step) // splits),
     )  # fmt: skip
 
 
@@ -171,6 +171,6 @@ def launch(operands: Operands, scheme: Scheme, config: Config) -> None:
     x = operands.x
     rows = x.shape[0]
     function = build(scheme, config.whole, x.dtype == torch.float16, row_tiles(rows), x.device.index)
-    argument = params(operands, scheme, config)
+    argument = params(operands, scheme, config.splits)
     cut, shared = grid(config, operands.y.shape[1], rows), shared_bytes(scheme, config, rows)
     function.launch(cut, config.threads, shared, argument, torch.cuda.current_stream(x.device).cuda_stream)

@@ -1,56 +1,78 @@
-"""Which configuration runs what: measured where it was measured, a rule of thumb elsewhere. Nothing is tuned at import.
+"""Which kernel and which configuration runs what: measured where it was measured, a rule of thumb elsewhere.
 
-benchmarks/gpu_kernels.py --tune prints the table's rows. Another shape takes the configuration of the nearest one that
-was measured, with as many blocks.
+Nothing is tuned at import: benchmarks/gpu_kernels.py --tune prints the rows of tables.py. Another shape takes the
+configuration of the nearest one that was measured, with as many blocks.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from math import log2
 
+from whit.kernels.gpu import stream, tiled
 from whit.kernels.gpu.stream import Config, Scheme, row_tiles
+from whit.kernels.gpu.tables import ROUTES, STREAM, TILED, Shape
 
-Shape = tuple[int, int]
-FEW_ROWS = 64  # beyond them, dequantizing first is faster
 BYTES_AHEAD = 32  # that a thread loads of each row before it computes
-
-Table = dict[tuple[str, int, Shape], tuple[int, int, int, int, int, int]]
 MOST_COLUMNS = 640  # of 64 rows of x, twice, that fit in shared memory beside a table of levels
-
-# (kind of weight, tiles of 8 rows, (outs, columns)): tiles, warps_out, warps_columns, depth, splits, min_blocks.
-# Measured on: nothing yet.
-HOPPER: Table = {}
-TABLES = {9: HOPPER}  # by the major number of the compute capability
+ROW_CLASSES = (16, 32, 64, 128, 256, 1024)  # rows for which a configuration of the tiled kernel is measured
+Device = tuple[int, int]  # the compute capability's major and the number of multiprocessors
+DEFAULT_ROUTE = (16, 128)
 
 
 def kind(scheme: Scheme) -> str:
     """What decides the work per weight: the codes, how many of them share a scale, zero points."""
     stored = scheme.storage
     name = "table" if stored.levels else f"int{stored.bits}"
-    return f"{name}-{scheme.step}" + ("-zero" if stored.zero else "")
+    return f"{name}-{scheme.step}" + ("-zero" if stored.zero else "") + ("-dq" if stored.scale == 3 else "")
 
 
-def best(scheme: Scheme, shape: Shape, rows: int, device: tuple[int, int], invariant: bool = False) -> Config:
-    """The configuration for x (rows, columns) times a weight of `shape` (outs, columns).
+def route(scheme: Scheme, rows: int, device: Device) -> str:
+    """Which of `stream`, `tiled` and `dequantize` (and multiply) is fastest."""
+    few, more = ROUTES.get(device[0], {}).get(kind(scheme), DEFAULT_ROUTE)
+    return "stream" if rows <= few else "tiled" if rows <= more else "dequantize"
 
-    `device`: the compute capability's major and the number of multiprocessors. An invariant one does not depend on
-    the rows in anything that changes a row's sums.
+
+def best(scheme: Scheme, shape: Shape, rows: int, device: Device, invariant: bool = False) -> Config:
+    """The streaming configuration for x (rows, columns) times a weight of `shape` (outs, columns).
+
+    An invariant one does not depend on the rows in anything that changes a row's sums.
     """
     tiles = row_tiles(rows)
-    found = None if invariant else nearest(TABLES.get(device[0], {}), kind(scheme), tiles, shape)
-    return found or default(scheme, shape, tiles, device[1])
+    table = {} if invariant else STREAM.get(device[0], {})
+    near = nearest(table, kind(scheme), tiles, shape)
+    if near is None:
+        return default(scheme, shape, tiles, device[1])
+    config = Config(*table[kind(scheme), tiles, near])
+    return replace(config, splits=rescaled(config.outs, config.splits, near, shape))
 
 
-def nearest(table: Table, kind: str, tiles: int, shape: Shape) -> Config | None:
-    """The row of the table for the shape nearest to this one, with splits for as many blocks; None without any."""
-    measured = [where for name, n, where in table if (name, n) == (kind, tiles)]
-    if not measured:
-        return None
-    near = min(measured, key=lambda s: abs(log2(s[0] / shape[0])) + abs(log2(s[1] / shape[1])))
-    config = Config(*table[kind, tiles, near])
-    blocks = -(-near[0] // config.outs) * config.splits
-    return replace(config, splits=max(round(blocks / -(-shape[0] // config.outs)), 1))
+def best_tiled(scheme: Scheme, shape: Shape, rows: int, device: Device) -> tiled.Config:
+    """The tiled kernel's configuration."""
+    table, of = TILED.get(device[0], {}), row_class(rows)
+    near = nearest(table, kind(scheme), of, shape)
+    if near is None:
+        return default_tiled(shape, rows, device)
+    config = tiled.Config(*table[kind(scheme), of, near])
+    return replace(config, splits=rescaled(config.outs, config.splits, near, shape))
+
+
+def row_class(rows: int) -> int:
+    """The rows that were measured for these."""
+    return next((most for most in ROW_CLASSES if rows <= most), ROW_CLASSES[-1])
+
+
+def nearest(table: Mapping[tuple[str, int, Shape], object], kind: str, rows: int, shape: Shape) -> Shape | None:
+    """The shape in the table that is nearest to this one; None without any."""
+    measured = [where for name, n, where in table if (name, n) == (kind, rows)]
+    return min(measured, key=lambda s: abs(log2(s[0] / shape[0])) + abs(log2(s[1] / shape[1])), default=None)
+
+
+def rescaled(outs: int, splits: int, measured: Shape, shape: Shape) -> int:
+    """Splits for as many blocks of `outs` as the measured shape had."""
+    blocks = -(-measured[0] // outs) * splits
+    return max(round(blocks / -(-shape[0] // outs)), 1)
 
 
 def default(scheme: Scheme, shape: Shape, tiles: int, multiprocessors: int) -> Config:
@@ -63,4 +85,12 @@ def default(scheme: Scheme, shape: Shape, tiles: int, multiprocessors: int) -> C
     outs, columns = shape
     blocks, stages = -(-outs // 64), columns // scheme.step // (2 * depth)
     splits = max(min(3 * multiprocessors // blocks, stages // 2, 16), 1)
-    return Config(1, 4, 2, depth, splits, 2 if tiles <= 2 else 1)
+    return stream.Config(1, 4, 2, depth, splits, 2 if tiles <= 2 else 1)
+
+
+def default_tiled(shape: Shape, rows: int, device: Device) -> tiled.Config:
+    """Blocks of 128 outs and up to 128 rows, two to a multiprocessor where they are small, and splits to fill them."""
+    tiles = next((n for n in tiled.ROW_TILES if 8 * n >= rows), 16)
+    config = tiled.Config(1, 2, min(tiles, 16), 2, 4 if tiles <= 8 else 3, 1, 2 if tiles <= 4 else 1)
+    blocks = -(-shape[0] // config.outs) * -(-rows // config.rows)
+    return replace(config, splits=max(min(device[1] * config.min_blocks // blocks, 8), 1))

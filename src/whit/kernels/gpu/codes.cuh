@@ -1,0 +1,98 @@
+// Packed codes as operands of a matrix product: what the products (stream.cu, tiled.cu) share. The host defines
+//   CHUNK              columns of a row that a thread holds at a time; four threads share a row, so a step is 4 CHUNK columns
+//   STEPS_PER_GROUP    steps that share a scale; 0: the whole row does
+//
+// A sum over columns may run in any order as long as both operands agree: each thread loads whole words of its row and
+// takes as neighbours the two codes that lie 16 bits apart, so that a shift and one three-input logical operation make
+// two of them (integer bits under the exponent of 128 or 1024). Levels are looked up two at a time by the byte, in a
+// table with a copy for each of the 32 banks.
+
+constexpr int STEP = 4 * CHUNK;                  // columns
+constexpr int WORDS = CHUNK * BITS / 32;         // that a thread holds of one row of W per step
+constexpr int UNITS = CHUNK / 8;                 // eight columns: the operands of two mma
+constexpr bool DENSE = 32 % BITS == 0;       // codes lie whole in a word
+constexpr int PERIOD = DENSE ? 32 / BITS : 32;  // codes after which the pattern repeats
+constexpr bool NATURAL = CODEBOOK || BITS == 8; // neighbours in an operand are neighbours in memory
+constexpr u32 MAGIC = HALF ? 0x64006400u : 0x43004300u;  // 1024, 128: integers to 7 bits are its lowest bits
+constexpr u32 ONES = HALF ? 0x3C003C00u : 0x3F803F80u;
+constexpr int TABLE = CODEBOOK ? 256 * 32 / 4 : 0;  // of uint4
+
+DEVICE void load_words(u32 (&to)[WORDS], const u32 *from) {
+    if constexpr (WORDS % 4 == 0) {
+#pragma unroll
+        for (int i = 0; i < WORDS; i += 4) {
+            uint4 v = load16(from + i);
+            to[i] = v.x, to[i + 1] = v.y, to[i + 2] = v.z, to[i + 3] = v.w;
+        }
+    } else if constexpr (WORDS % 2 == 0) {
+#pragma unroll
+        for (int i = 0; i < WORDS; i += 2) {
+            uint2 v = load8(from + i);
+            to[i] = v.x, to[i + 1] = v.y;
+        }
+    } else {
+#pragma unroll
+        for (int i = 0; i < WORDS; i++) to[i] = load4(from + i);
+    }
+}
+
+// Eight columns of x that lie opposite a thread's unit of W, in the order of the operands; `x`: the thread's chunk.
+DEVICE uint4 load_opposite(const u16 *x, u32 unit) {
+    constexpr int HALF_PERIOD = NATURAL ? 4 : PERIOD / 2;
+    constexpr int UNITS_PER_PERIOD = NATURAL ? 1 : PERIOD / 8;
+    x += unit / UNITS_PER_PERIOD * 2 * HALF_PERIOD + unit % UNITS_PER_PERIOD * 4;
+    uint2 a = *(const uint2 *)x, b = *(const uint2 *)(x + HALF_PERIOD);
+    if (NATURAL) return make_uint4(a.x, a.y, b.x, b.y);
+    return make_uint4(permute(a.x, b.x, 0x5410), permute(a.x, b.x, 0x7632), permute(a.y, b.y, 0x5410), permute(a.y, b.y, 0x7632));
+}
+
+DEVICE constexpr u32 both(u32 v) { return v | v << 16; }
+DEVICE constexpr u32 minus_offset() {  // -(1024 + OFFSET) or -(128 + OFFSET), twice
+    if (HALF) {  // 1024 .. 2047 has steps of 1
+        return both(0xE400u + OFFSET);
+    }
+    return both(0xC300u + OFFSET);  // 128 .. 255 has steps of 1
+}
+
+// The four operands of a unit of one row of W.
+DEVICE void decode(u32 (&pairs)[4], const u32 (&words)[WORDS], int unit, const u32 *table) {
+    constexpr u32 MASK = both((1u << BITS) - 1);
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        if constexpr (CODEBOOK) {
+            u32 word = words[unit], at = i == 0 ? word << 5 : word >> (8 * i - 5);
+            pairs[i] = table[at & 0x1FE0u];
+        } else if constexpr (BITS == 8) {
+            u32 word = words[2 * unit + i / 2];
+            if constexpr (HALF) {
+                pairs[i] = add_pair(permute(word, MAGIC, i % 2 ? 0x5352 : 0x5150), both(0xE400u + OFFSET));
+            } else {
+                float low = bits_float(permute(word, 0x4B000000u, 0x7440 + 2 * (i % 2))) - (8388608.0f + OFFSET);
+                float high = bits_float(permute(word, 0x4B000000u, 0x7441 + 2 * (i % 2))) - (8388608.0f + OFFSET);
+                pairs[i] = round_pair(low, high);
+            }
+        } else if constexpr (DENSE) {
+            int word = unit * 8 / PERIOD, code = unit % (PERIOD / 8) * 4 + i;
+            pairs[i] = add_pair(under_exponent(words[word] >> (BITS * code), MASK, MAGIC), minus_offset());
+        } else {  // 32 codes in 2 BITS half words; code j + 16 lies BITS half words after code j
+            int bit = BITS * (unit * 4 + i), at = bit >> 4, shift = bit & 15;
+            auto halves = [&](int k) {
+                u32 selector = (k & 1 ? 0x0032 : 0x0010) | ((k + BITS) & 1 ? 0x7600 : 0x5400);
+                return permute(words[k >> 1], words[(k + BITS) >> 1], selector);
+            };
+            u32 here = shift + BITS <= 16 ? MASK : both((1u << (16 - shift)) - 1);
+            u32 v = under_exponent(halves(at) >> shift, here, MAGIC);
+            if (shift + BITS > 16) v = under_exponent(halves(at + 1) << (16 - shift), MASK & ~here, v);
+            pairs[i] = add_pair(v, minus_offset());
+        }
+    }
+}
+
+// Every thread writes its part of the table of pairs; `levels`: 16 operands.
+DEVICE void fill_table(uint4 *table, const u16 *levels, u32 threads) {
+#pragma unroll 1
+    for (int i = threadIdx.x; i < TABLE; i += threads) {
+        u32 pair = levels[i >> 3 & 15] | (u32)levels[i >> 7] << 16;
+        table[i] = make_uint4(pair, pair, pair, pair);
+    }
+}
