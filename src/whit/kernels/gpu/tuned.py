@@ -53,7 +53,7 @@ def best_tiled(scheme: Scheme, shape: Shape, rows: int, device: Device) -> tiled
     table, of = TILED.get(device[0], {}), row_class(rows)
     near = nearest(table, kind(scheme), of, shape)
     if near is None:
-        return default_tiled(shape, rows, device)
+        return default_tiled(scheme, shape, rows, device)
     config = tiled.Config(*table[kind(scheme), of, near])
     return replace(config, splits=rescaled(config.outs, config.splits, near, shape))
 
@@ -88,9 +88,10 @@ def default(scheme: Scheme, shape: Shape, tiles: int, multiprocessors: int) -> C
     return stream.Config(1, 4, 2, depth, splits, 2 if tiles <= 2 else 1)
 
 
-def default_tiled(shape: Shape, rows: int, device: Device) -> tiled.Config:
+def default_tiled(scheme: Scheme, shape: Shape, rows: int, device: Device) -> tiled.Config:
     """Blocks of 128 outs and up to 128 rows, two to a multiprocessor where they are small, and splits to fill them."""
-    tiles = next((n for n in tiled.ROW_TILES if 8 * n >= rows), 16)
-    config = tiled.Config(1, 2, min(tiles, 16), 2, 4 if tiles <= 8 else 3, 1, 2 if tiles <= 4 else 1)
+    most = min(2048 // scheme.step, 16)  # whose stages fit in the shared memory
+    tiles = next(n for n in tiled.ROW_TILES if 8 * n >= rows or n >= most)
+    config = tiled.Config(1, 2, tiles, 2, 4 if tiles <= 8 else 3, 1, 2 if tiles <= 4 else 1)
     blocks = -(-shape[0] // config.outs) * -(-rows // config.rows)
     return replace(config, splits=max(min(device[1] * config.min_blocks // blocks, 8), 1))
