@@ -4,7 +4,9 @@ Symmetric formats have signed codes and Z = 0 (one bit has the codes {0, 1} and 
 formats have unsigned codes and a zero point per group: an integer stored in `bits` bits, or a float16 (`-fz`).
 
 The scale of a group is the smallest at which no value moves by more than half a step: symmetric
-S = max|x| / (2^(bits-1) - 1/2), asymmetric S = (max(x, 0) - min(x, 0)) / (2^bits - 1), rounded up to the stored type.
+|S| = max|x| / (2^(bits-1) - 1/2), asymmetric S = (max(x, 0) - min(x, 0)) / (2^bits - 1), rounded up to the stored
+type. Symmetric codes reach one step further down than up: S is negative where the largest value is positive, so that
+clipping can spend that step on the longer side.
 """
 
 from __future__ import annotations
@@ -118,7 +120,9 @@ class Affine:
         steps = (1 << self.bits) - 1
         if self.symmetric:
             absmax = torch.maximum(-low, high)
-            return {"scale": self._store_scale(absmax / (steps / 2), absmax == 0)}
+            scale = self._store_scale(absmax / (steps / 2), absmax == 0)
+            # Codes reach one step further down than up: a negative scale gives that step to the longer side.
+            return {"scale": torch.where(high > -low, -scale, scale) if self.signed else scale}
         low, high = low.clamp(max=0), high.clamp(min=0)
         scale = self._store_scale(high / steps - low / steps, high == low)
         return {"scale": scale, "zero_point": self._store_zero(-low / scale.to(low.dtype))}
@@ -132,7 +136,7 @@ class Affine:
             steps = self._steps(codes, new, 0).reshape(weight.shape)
             best = self.sums(weight * steps) / self.sums(steps * steps).clamp(min=torch.finfo(steps.dtype).tiny)
             old = tensor_param(params, "scale").to(best.dtype)
-            new["scale"] = torch.where(best > 0, best, old).to(tensor_param(params, "scale").dtype)
+            new["scale"] = torch.where(best * old > 0, best, old).to(tensor_param(params, "scale").dtype)
         return new
 
     def seal(self, params: Params) -> Params:
