@@ -12,12 +12,12 @@ import torch
 from torch import Generator, Tensor
 
 import whit
-from whit.kernels import dequantize, packed_linear, packed_linear_op, select
+from whit.kernels import packed_linear, packed_linear_op, select
 from whit.kernels.cpu import Cpu, library
 from whit.kernels.cpu import build as builder
 from whit.kernels.cpu.binding import load
 from whit.kernels.cpu.memory import HUGE, in_huge_pages
-from whit.kernels.reference import Reference
+from whit.kernels.reference import Reference, dequantize
 from whit.layouts import BITS
 from whit.modules import QuantizedLinear
 from whit.tensor import PackedWeight

@@ -8,8 +8,9 @@ from torch import Generator, Tensor
 
 import whit
 from whit.errors import KernelError
-from whit.kernels import KERNELS, choice_key, dequantize, explain, packed_linear, select
+from whit.kernels import KERNELS, choice_key, explain, packed_linear, select
 from whit.kernels import reference as reference_module
+from whit.kernels.reference import Reference, dequantize
 from whit.layouts import BITS
 from whit.tensor import PackedWeight
 
@@ -33,7 +34,7 @@ def test_equals_float64(spec: str, rows: int, columns: int, dtype: torch.dtype, 
     bias = torch.randn(rows, generator=random).to(dtype)
     for batch in [(), (1,), (3,), (2, 5), (0,)]:
         x = torch.randn(*batch, columns, generator=random).to(dtype)
-        got = packed_linear(x, weight, bias)
+        got = packed_linear(x, weight, bias, Reference())
         assert got.dtype == dtype
         assert got.shape == (*batch, rows)
         wanted = x.double() @ exact(weight).T + bias.double()

@@ -88,7 +88,14 @@ def _kernels() -> dict[str, str]:
 
     import whit
     from whit.kernels import explain
+    from whit.kernels.cpu import library
     from whit.layouts import BITS
 
     packed = BITS.pack(whit.quantize_tensor(torch.ones(64, 128), "int4-g64"))
-    return dict(explain(packed, torch.ones(1, 128)))
+    compiled = library()
+    if isinstance(compiled, str):
+        built = f"none: {compiled}"
+    else:
+        threads = "torch's OpenMP threads" if compiled.parallel else "one thread: torch's OpenMP was not found"
+        built = f"{', '.join(compiled.isas)} (the last is used); {threads}"
+    return {**dict(explain(packed, torch.ones(1, 128))), "compiled for": built}

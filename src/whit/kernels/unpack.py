@@ -7,6 +7,7 @@ from torch import Tensor
 
 from whit.formats import parse_format
 from whit.kernels import reference
+from whit.kernels.cpu import Cpu
 from whit.kernels.gpu.dequantize import dequantize as dequantize_gpu
 from whit.kernels.gpu.kernel import DTYPES, why_not
 from whit.kernels.gpu.scales import storage
@@ -15,6 +16,9 @@ from whit.tensor import PackedWeight
 
 def dequantize(packed: PackedWeight, dtype: torch.dtype = torch.float32) -> Tensor:
     """The floats that a packed weight stands for, in its shape."""
+    compiled = Cpu()
+    if packed.device.type == "cpu" and not torch.compiler.is_compiling() and compiled.decodes(packed, dtype) is None:
+        return compiled.dequantize(packed, dtype)
     if packed.layout != "bits" or dtype not in DTYPES or why_not(packed.device) is not None:
         return reference.dequantize(packed, dtype)
     if not torch.compiler.is_compiling():

@@ -18,8 +18,8 @@ from whit.kernels.cpu.weight import CpuWeight, plan_weight, unsupported
 from whit.tensor import PackedWeight
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-STREAMED_ROWS = 16  # up to here a stream of codes past all rows beats dequantizing
-PANEL = 1 << 21  # weights dequantized at a time: 4 MiB of 16-bit floats
+STREAMED_ROWS = {True: 16, False: 8}  # for 1 to 4 bits, and more: up to here streaming beats dequantizing
+PANEL = 1 << 19  # weights dequantized at a time: 1 MiB of 16-bit floats, which stay in the second cache
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,12 @@ class Cpu:
     def supports(self, packed: PackedWeight, x: Tensor) -> str | None:
         if x.device.type != "cpu" or packed.device.type != "cpu":
             return f"activations are on {x.device.type}, the weight is on {packed.device.type}"
-        if x.dtype not in FLOATS:
-            return f"activations are {x.dtype}"
+        return self.decodes(packed, x.dtype)
+
+    def decodes(self, packed: PackedWeight, dtype: torch.dtype) -> str | None:
+        """None if `dequantize` gives a weight on this processor in `dtype`, otherwise the reason why not."""
+        if dtype not in FLOATS:
+            return f"activations are {dtype}"
         compiled = library()
         if isinstance(compiled, str):
             return compiled
@@ -50,7 +54,7 @@ class Cpu:
     def linear(self, x: Tensor, packed: PackedWeight, bias: Tensor | None) -> Tensor:
         weight = _planned(packed)
         rows, (out_features, columns) = x.numel() // weight.shape[1], weight.shape
-        if rows > STREAMED_ROWS:
+        if rows > STREAMED_ROWS[weight.format.bits <= 4]:
             return self._panels(x.reshape(rows, columns), weight, bias).view(*x.shape[:-1], out_features)
         x = x.contiguous()
         y = torch.empty(*x.shape[:-1], out_features, dtype=x.dtype)
@@ -67,24 +71,30 @@ class Cpu:
 
     def dequantize(self, packed: PackedWeight, dtype: torch.dtype, first: int = 0, last: int | None = None) -> Tensor:
         """Rows [first, last) of the weight as floats (last - first, in_features), bit for bit the reference's."""
-        weight, compiled = _planned(packed), _compiled()
+        weight = _planned(packed)
         last = weight.shape[0] if last is None else last
         out = torch.empty(last - first, weight.shape[1], dtype=dtype)
+        self._decode(weight, out, first, last)
+        return out
+
+    def _decode(self, weight: CpuWeight, out: Tensor, first: int, last: int) -> None:
+        compiled = _compiled()
         status = compiled.dequantize(
-            weight.address, out.data_ptr(), first, last, TYPES[dtype], self._isa(compiled), torch.get_num_threads()
+            weight.address, out.data_ptr(), first, last, TYPES[out.dtype], self._isa(compiled), torch.get_num_threads()
         )
         if status:
             raise MemoryError(f"the CPU kernel could not run ({status})")
-        return out
 
     def _panels(self, x: Tensor, weight: CpuWeight, bias: Tensor | None) -> Tensor:
         out_features, columns = weight.shape
         y = torch.empty(len(x), out_features, dtype=x.dtype)
         step = max(PANEL // columns, 64) & ~63
+        panel = torch.empty(min(step, out_features), columns, dtype=x.dtype)
         for first in range(0, out_features, step):
             last = min(first + step, out_features)
-            panel = self.dequantize(weight, x.dtype, first, last)
-            y[:, first:last] = torch.nn.functional.linear(x, panel, None if bias is None else bias[first:last])
+            self._decode(weight, panel, first, last)
+            part = None if bias is None else bias[first:last]
+            y[:, first:last] = torch.nn.functional.linear(x, panel[: last - first], part)
         return y
 
     def _isa(self, compiled: Library) -> int:

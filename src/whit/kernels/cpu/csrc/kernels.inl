@@ -253,38 +253,60 @@ static void dot(const Rows& a, int64_t first, int64_t last, float* scratch) {
   }
 }
 
-// One row in the order of its columns, rounded exactly as (levels[code] - zero) * scale in float32 and then to `type`.
-template <class V>
-static void dequantize(const whit_weight& w, int64_t row, float* scratch, void* out, int type) {
-  float *scale = scratch, *zero = scratch + padded_groups(w);
-  group_params<V>(w, row, 0, scale, zero);
-  typename V::Table table = V::table(w.levels, w.bits);
-  typename V::Window window = V::window(w.bits);
+// One row in the order of its columns, rounded exactly as (levels[code] - zero) * scale in float32 and then to TYPE.
+template <class V, int KIND, int TYPE, bool ZERO>
+static void dequantize_as(const whit_weight& w, int64_t row, const float* scale, const float* zero, void* out) {
+  // Locals, since what is written through `out` might be `w` for all that the compiler knows.
+  const typename V::Table table = V::table(w.levels, w.bits);
+  const typename V::Window window = V::window(w.bits);
+  const typename V::F lowest = V::set1(w.levels[0]);
+  const float* levels = w.levels;
+  const int64_t columns = w.columns, size = w.group_size, bytes = 2 * w.bits;
   const uint8_t *p = w.codes + row * w.row_bytes, *end = w.codes + w.rows * w.row_bytes;
   uint8_t last[32];
   float part[16];
-  int64_t g = 0, next = w.group_size;
-  for (int64_t c = 0; c < w.columns; c += 16, p += 2 * w.bits) {
-    while (c >= next) g++, next += w.group_size;
-    const uint8_t* from = p;
-    if (p + 16 > end) {
-      memset(last, 0, sizeof last);
-      memcpy(last, p, (size_t)(end - p));
-      from = last;
-    }
+  auto decode = [&](const uint8_t* from, typename V::F shift, typename V::F factor) {
     typename V::U codes = V::natural(from, window);
-    typename V::F f = w.bits <= 4       ? V::levels(codes, table)
-                      : w.consecutive ? V::add(V::to_float(codes), V::set1(w.levels[0]))
-                                      : V::pick(codes, w.levels);
-    if (w.zero) f = V::sub(f, V::set1(zero[g]));
-    f = V::mul(f, V::set1(scale[g]));
-    if (c + 16 <= w.columns) {
-      V::store_as(out, c, f, type);
-    } else {
-      V::store(part, f);
-      for (int64_t i = c; i < w.columns; i++) store_float(out, i, part[i - c], type);
+    typename V::F f;
+    if constexpr (KIND == LOOK) f = V::levels(codes, table);
+    else if constexpr (KIND == COUNT) f = V::add(V::to_float(codes), lowest);
+    else f = V::pick(codes, levels);
+    return V::mul(ZERO ? V::sub(f, shift) : f, factor);
+  };
+  for (int64_t c = 0; c < columns; scale++, zero++) {
+    const int64_t until = columns - c < size ? columns : c + size;
+    const typename V::F shift = V::set1(ZERO ? *zero : 0), factor = V::set1(*scale);
+    for (; c + 16 <= until && p + 16 <= end; c += 16, p += bytes) V::store_as(out, c, decode(p, shift, factor), TYPE);
+    for (; c < until; c += 16, p += bytes) {
+      memset(last, 0, sizeof last);
+      memcpy(last, p, (size_t)(end - p < 16 ? end - p : 16));
+      V::store(part, decode(last, shift, factor));
+      for (int64_t i = c; i < until && i < c + 16; i++) store_float(out, i, part[i - c], TYPE);
     }
+    if (c > until) c = until;  // only at the end of the row: groups are multiples of 16
   }
+}
+
+template <class V, int KIND, int TYPE>
+static void dequantize_kind(const whit_weight& w, int64_t row, float* scratch, void* out) {
+  float *scale = scratch, *zero = scratch + padded_groups(w);
+  group_params<V>(w, row, 0, scale, zero);
+  if (w.zero) dequantize_as<V, KIND, TYPE, true>(w, row, scale, zero, out);
+  else dequantize_as<V, KIND, TYPE, false>(w, row, scale, zero, out);
+}
+
+template <class V, int TYPE>
+static void dequantize_type(const whit_weight& w, int64_t row, float* scratch, void* out) {
+  if (w.bits <= 4) dequantize_kind<V, LOOK, TYPE>(w, row, scratch, out);
+  else if (w.consecutive) dequantize_kind<V, COUNT, TYPE>(w, row, scratch, out);
+  else dequantize_kind<V, GATHER, TYPE>(w, row, scratch, out);
+}
+
+template <class V>
+static void dequantize(const whit_weight& w, int64_t row, float* scratch, void* out, int type) {
+  if (type == WHIT_F32) dequantize_type<V, WHIT_F32>(w, row, scratch, out);
+  else if (type == WHIT_BF16) dequantize_type<V, WHIT_BF16>(w, row, scratch, out);
+  else dequantize_type<V, WHIT_F16>(w, row, scratch, out);
 }
 
 // Activations of one row in the order in which the kernels meet them, and their sums per lane.
