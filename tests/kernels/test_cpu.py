@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -160,12 +161,26 @@ def test_gradients_are_those_of_the_reference(random: Generator):
     assert torch.equal(ours, theirs)
 
 
+def mapping_flags(address: int) -> list[str]:
+    """VmFlags of the mapping that holds an address."""
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if match := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            inside = int(match[1], 16) <= address < int(match[2], 16)
+        elif inside and line.startswith("VmFlags:"):
+            return line.split()[1:]
+    return []
+
+
 def test_large_codes_move_to_huge_pages_with_their_values(random: Generator):
     codes = torch.randint(0, 256, (1024, 5000), generator=random, dtype=torch.uint8)
     moved = in_huge_pages(codes)
     assert torch.equal(moved, codes)
     if sys.platform == "linux":
         assert moved.data_ptr() % HUGE == 0
+        flags = mapping_flags(moved.data_ptr())
+        assert "hg" in flags, "huge pages were not asked for"
+        assert "sh" not in flags, "shared memory needs a further setting for huge pages"
     assert in_huge_pages(moved[:8]).data_ptr() == moved.data_ptr()
 
 

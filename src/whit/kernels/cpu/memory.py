@@ -22,7 +22,8 @@ def in_huge_pages(tensor: Tensor) -> Tensor:
     size = contiguous.numel() * contiguous.element_size()
     if size < 2 * HUGE or not hasattr(mmap, "MADV_HUGEPAGE") or not hasattr(mmap.mmap, "madvise"):
         return contiguous
-    area = mmap.mmap(-1, size + HUGE)
+    # Private: shared memory, mmap's default, takes huge pages only where a further setting allows it.
+    area = mmap.mmap(-1, size + HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     raw = torch.frombuffer(area, dtype=torch.uint8)
     start = -raw.data_ptr() % HUGE
     try:
