@@ -115,5 +115,5 @@ def test_what_cannot_be_read_is_said(tmp_path: Path):
         prepare(path, tmp_path / "out", None, Options())
     shard = gguf_shard("m", {"general.architecture": "llama"}, {}, [])
     path.write_bytes(shard.header)
-    with pytest.raises(CheckpointError, match=r"llama.embedding_length is None; it must be a positive number"):
+    with pytest.raises(CheckpointError, match=r"llama\.embedding_length is None; it must be a positive number"):
         prepare(path, tmp_path / "out", None, Options())
