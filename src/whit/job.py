@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 import whit
 from whit.calibration import Calibration, CalibrationTokens
@@ -51,6 +52,7 @@ class Job:
     """One run: from where, by which plan, to where. `recipe` is None where nothing is quantized.
 
     `calibration` is there where the recipe needs it. `notes` are sentences that a user should read.
+    `importance` weighs the columns (columns,) of parameters by name, where an importance matrix was given.
     `exact` are parameters whose codes are carried over as they are in MODEL; with `requantize`, where they can be.
     """
 
@@ -63,6 +65,7 @@ class Job:
     exporter: Exporter
     calibration: CalibrationTokens | None = None
     notes: tuple[str, ...] = ()
+    importance: Mapping[str, Tensor] = field(default_factory=dict)
     exact: frozenset[str] = frozenset()
     requantize: bool = False
 
@@ -107,6 +110,8 @@ class Job:
             text,
             sorted(self.exact),
         ]
+        if self.importance:
+            parts.append(sha256(b"".join(w.numpy().tobytes() for w in self.importance.values())).hexdigest())
         return sha256(json.dumps(parts).encode()).hexdigest()
 
 

@@ -25,6 +25,7 @@ from whit.coverage import Account, Entry, load_account
 from whit.feed import BlockFeed, Feed, Given, ReadAhead
 from whit.finish import finish
 from whit.formats.numeric import check_finite
+from whit.importance import weighed
 from whit.job import Job, Options, prepare
 from whit.methods import Clip
 from whit.methods.stack import proxy_loss, quantize_stack
@@ -44,15 +45,18 @@ def quantize(
     calibration: Calibration | None = None,
     options: Options | None = None,
     export: str = "whit",
+    imatrix: Path | None = None,
 ) -> Account:
     """Quantize a model folder or hub id to the folder `out`; returns the coverage account, as in its whit.json.
 
-    `export` names the kind of file, one of `whit.export.EXPORTERS`.
+    `export` names the kind of file, one of `whit.export.EXPORTERS`. `imatrix` is an importance matrix of llama.cpp, by
+    which the method `clip` weighs columns.
     `calibration` is for methods that need it, such as GPTQ; without one they use 128 samples of `whit:text`. Raises
     CalibrationError, CheckpointError, RecipeError, UnsupportedModelError, OutputError or NonFiniteError, each one
     sentence.
     """
-    return run(prepare(model, out, recipe or Recipe(), options or Options(), calibration, export))
+    job = prepare(model, out, recipe or Recipe("clip" if imatrix else None), options or Options(), calibration, export)
+    return run(job if imatrix is None else weighed(job, imatrix))
 
 
 def dequantize(model: str | Path, out: str | Path, *, options: Options | None = None) -> Account:
@@ -194,7 +198,11 @@ def _convert(job: Job, item: Item, given: Given) -> tuple[Mapping[str, Tensor], 
         quantized = given.quantized
     elif given.stats is not None:
         quantized = quantize_stack(method, matrix, given.stats, item.format)
+    elif isinstance(method, Clip) and (weights := job.importance.get(item.name)) is not None:
+        quantized = method.weighted(matrix, weights.to(job.device), item.format)
     else:
+        if job.importance:
+            reason = "the importance matrix has nothing for it"
         if method.needs_stats:
             method, reason = Clip(), "by clip: calibration reaches the linears of blocks alone"
         quantized = method(matrix, None, item.format)

@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from whit.cli import bench, compare, convert, demo, doctor, evaluate, generate, inspect, memory, quantize
+from whit.cli import bench, compare, convert, demo, doctor, evaluate, generate, imatrix, inspect, memory, quantize
 from whit.cli.console import say_error
 from whit.errors import WhitError
 
@@ -16,6 +16,7 @@ COMMANDS = (
     ("compare", compare.compare),
     ("generate", generate.generate),
     ("convert", convert.convert),
+    ("imatrix", imatrix.imatrix),
     ("inspect", inspect.inspect),
     ("memory", memory.memory),
     ("bench", bench.bench),

@@ -20,6 +20,7 @@ from whit.coverage import Account
 from whit.estimate import Estimate, estimate
 from whit.export import EXPORTERS
 from whit.formats import EXAMPLES
+from whit.importance import weighed
 from whit.job import Job, Options, prepare
 from whit.methods import METHODS
 from whit.pipeline import entry_of, run
@@ -52,6 +53,7 @@ def quantize(
     calibration: Annotated[str | None, typer.Option(metavar="FILE|whit:text", help=CALIBRATION_HELP)] = None,
     samples: Annotated[int | None, typer.Option(min=1, help="Calibration windows. [default: 128]")] = None,
     context: Annotated[int | None, typer.Option(min=2, help="Tokens in each. [default: 2048, or the model's]")] = None,
+    imatrix: Annotated[Path | None, typer.Option(help="Weigh columns by llama.cpp's importance matrix.")] = None,
     seed: Annotated[int, typer.Option(help="The same seed gives the same bytes.")] = 0,
     export: Annotated[str, typer.Option(metavar="NAME", help=EXPORT_HELP)] = "whit",
     device: Annotated[str, typer.Option(help="Where to compute: auto, cpu or cuda.")] = "auto",
@@ -71,7 +73,10 @@ def quantize(
     options = Options(seed=seed, device=device, restart=restart, trust_remote_code=trust_remote_code)
     gate = build_gate(max_kl, max_ppl_increase, gate_text, gate_tokens)
     text = build_calibration(calibration, samples, context, seed)
+    if imatrix is not None and recipe is None:
+        method = method or "clip"
     job = prepare(model, out, build_recipe(method, format, rule, recipe, transform), options, text, export)
+    job = job if imatrix is None else weighed(job, imatrix)
     if dry_run:
         show_plan(job, as_json)
     else:

@@ -34,7 +34,10 @@ class Clip:
     needs_exact: ClassVar[bool] = False
 
     def __call__(self, weight: Tensor, stats: LayerStats | None, format: Format) -> QuantizedTensor:
-        importance = None if stats is None else _blocks(stats.hessian, format.group_size)
+        return self.weighted(weight, None if stats is None else _blocks(stats.hessian, format.group_size), format)
+
+    def weighted(self, weight: Tensor, importance: Tensor | None, format: Format) -> QuantizedTensor:
+        """Quantize with `importance` as in `search`."""
 
         def solve(rows: Tensor, format: Format) -> tuple[Tensor, Params]:
             params = self.search(rows, format, importance)

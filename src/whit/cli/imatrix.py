@@ -1,0 +1,27 @@
+"""`whit imatrix`: what inputs a model's matrices see."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from whit.calibration import Calibration
+from whit.cli.console import console
+from whit.cli.quantize import CALIBRATION_HELP
+from whit.importance import measure_importance, write_imatrix
+
+
+def imatrix(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model folder, a .gguf file or a hub id.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="A new file; .dat for llama.cpp's older format.")],
+    calibration: Annotated[str, typer.Option(metavar="FILE|whit:text", help=CALIBRATION_HELP)] = "whit:text",
+    samples: Annotated[int, typer.Option(min=1, help="Calibration windows.")] = 128,
+    context: Annotated[int | None, typer.Option(min=2, help="Tokens in each. [default: 2048, or the model's]")] = None,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same bytes.")] = 0,
+) -> None:
+    """Write llama.cpp's importance matrix: the mean square of every input of every matrix, over a calibration text."""
+    found = measure_importance(model, Calibration(calibration, samples, context, seed))
+    write_imatrix(found, out)
+    console().print(f"{out}: {len(found.sums)} matrices, {found.chunks} x {found.chunk_size} tokens", highlight=False)

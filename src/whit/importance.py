@@ -1,0 +1,78 @@
+"""An importance matrix from whit's calibration: the mean square of every input column of every linear in the blocks."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+
+from whit.calibration import Calibration
+from whit.calibration.capture import Watch
+from whit.calibration.runner import Runner
+from whit.checkpoint.hub import resolve_model
+from whit.errors import OutputError, RecipeError
+from whit.export.gguf.architectures import architecture_of
+from whit.export.gguf.imatrix import Imatrix, dat_bytes, gguf_bytes, read_imatrix
+from whit.integrations.loading import load_tokenizer, maximum_context
+from whit.job import Job, open_source
+from whit.model.targets import find_targets
+
+
+def measure_importance(model: str | Path, calibration: Calibration, device: str = "cpu") -> Imatrix:
+    """The sums that llama.cpp's own tool collects, over whit's calibration windows.
+
+    The model runs block by block, unquantized. UnsupportedModelError where llama.cpp has no such architecture.
+    """
+    source = open_source(resolve_model(model))
+    folder = source.checkpoint.folder
+    architecture = architecture_of(source.model.config, str(folder))
+    text = calibration.tokens(load_tokenizer(str(folder)), maximum_context(source.model.config))
+    wanted = {target.parameter for target in find_targets(source.model)}
+    sums, counts = {}, {}
+    with torch.no_grad(), TemporaryDirectory(prefix="whit-") as scratch:
+        runner = Runner(
+            source.model, lambda name: source.read(source.tied.get(name, name)), text.tokens, torch.device(device),
+            Path(scratch), False,
+        )  # fmt: skip
+        for index in range(len(runner.names)):
+            with runner.loaded(index) as parameters:
+                watch = Watch({name: parameter for name, parameter in parameters.items() if name in wanted})
+                with watch:
+                    runner.run(index)
+                for name, stats in watch.stats().stats.items():
+                    tensor = architecture.tensor_name(name)
+                    if tensor is not None and len(stats) == 1:
+                        sums[tensor] = stats[0].hessian.diagonal().to(torch.float32).cpu()
+                        counts[tensor] = float(stats[0].token_count)
+    source.checkpoint.close()
+    samples, context = text.tokens.shape
+    return Imatrix(sums, counts, str(calibration.text).rpartition("/")[2], samples, context)
+
+
+def weighed(job: Job, path: Path) -> Job:
+    """The job with the importance of a file; RecipeError where its method does not weigh by it, or it does not fit."""
+    if job.recipe is None or job.recipe.method.name != "clip":
+        method = job.recipe.method.name if job.recipe is not None else "none"
+        raise RecipeError(f"imatrix: method {method} does not weigh by it; clip does; use --method clip")
+    architecture = architecture_of(job.source.model.config, str(job.source.checkpoint.folder))
+    found = read_imatrix(path).importance(architecture)
+    shapes = {item.name: item.target.shape for item in job.plan.items if item.target is not None and item.format}
+    known = {name: weights for name, weights in found.items() if name in shapes}
+    wrong = [name for name, weights in known.items() if weights.shape != shapes[name][-1:]]
+    if wrong or not known:
+        what = (
+            f"{wrong[0]} has {len(known[wrong[0]])} columns there" if wrong else "none of the model's matrices is in it"
+        )
+        raise RecipeError(f"{path}: {what}; it must be of this model; measure it with whit imatrix")
+    return replace(job, importance=known)
+
+
+def write_imatrix(imatrix: Imatrix, out: Path) -> None:
+    """Into a new file: the older format where its name ends with .dat, else GGUF."""
+    if out.exists():
+        raise OutputError(f"{out}: exists; an importance matrix goes into a new file; choose another name")
+    partial = out.with_name(f".{out.name}.partial")
+    partial.write_bytes(dat_bytes(imatrix) if out.suffix == ".dat" else gguf_bytes(imatrix))
+    partial.rename(out)

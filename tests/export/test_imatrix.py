@@ -1,0 +1,131 @@
+"""Importance matrices: measured as llama.cpp's tool would, in both of its file formats, and used."""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from test_gguf import save
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import whit
+from whit.calibration import Calibration
+from whit.data import resolve_model
+from whit.errors import CheckpointError, OutputError, RecipeError
+from whit.export.gguf.imatrix import Imatrix, dat_bytes, gguf_bytes, read_imatrix
+from whit.importance import measure_importance, write_imatrix
+from whit.job import open_source
+
+SMALL = Calibration(samples=3, context=48)
+
+
+@pytest.fixture(scope="module")
+def measured() -> Imatrix:
+    return measure_importance("whit:model", SMALL)
+
+
+def test_sums_are_those_of_the_inputs(measured: Imatrix):
+    """Against hooks on transformers' own model."""
+    folder = resolve_model("whit:model")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    sums: dict[str, torch.Tensor] = {}
+
+    def watch(name: str):
+        def hook(module, args):
+            squares = args[0].float().square().sum(dim=(0, 1))
+            sums[name] = sums.get(name, 0) + squares
+
+        return hook
+
+    names = {"blk.0.attn_q.weight": "model.layers.0.self_attn.q_proj", "blk.7.ffn_down.weight":
+             "model.layers.7.mlp.down_proj", "blk.3.attn_output.weight": "model.layers.3.self_attn.o_proj"}  # fmt: skip
+    for module in names.values():
+        model.get_submodule(module).register_forward_pre_hook(watch(module))
+    tokens = SMALL.tokens(AutoTokenizer.from_pretrained(folder), 2048).tokens
+    with torch.no_grad():
+        for row in tokens:
+            model(row[None])
+    for tensor, module in names.items():
+        assert measured.counts[tensor] == tokens.numel()
+        assert torch.allclose(measured.sums[tensor], sums[module], rtol=2e-2)
+    assert len(measured.sums) == 8 * 7
+
+
+@pytest.mark.parametrize("suffix", [".gguf", ".dat"])
+def test_files_come_back(measured: Imatrix, suffix: str, tmp_path: Path):
+    path = tmp_path / f"imatrix{suffix}"
+    write_imatrix(measured, path)
+    found = read_imatrix(path)
+    assert found.dataset == "whit:text"
+    assert found.chunks == 3
+    for name, sums in measured.sums.items():
+        assert torch.allclose(found.sums[name] / found.counts[name], sums / measured.counts[name], rtol=1e-5)
+    with pytest.raises(OutputError, match="goes into a new file"):
+        write_imatrix(measured, path)
+
+
+def test_gguf_py_reads_it(measured: Imatrix, tmp_path: Path):
+    gguf = pytest.importorskip("gguf", reason="gguf-py is not installed here")
+    (tmp_path / "i.gguf").write_bytes(gguf_bytes(measured))
+    reader = gguf.GGUFReader(tmp_path / "i.gguf")
+    assert reader.fields["general.type"].contents() == "imatrix"
+    tensors = {t.name: t.data for t in reader.tensors}
+    name = "blk.2.ffn_up.weight"
+    assert torch.equal(torch.from_numpy(tensors[f"{name}.in_sum2"].copy())[0], measured.sums[name])
+    assert tensors[f"{name}.counts"].item() == measured.counts[name]
+
+
+def test_the_older_file_is_laid_out_as_llama_cpp_has_it(tmp_path: Path):
+    imatrix = Imatrix({"a": torch.tensor([8.0, 4.0])}, {"a": 4.0}, "text", 2)
+    expected = (
+        struct.pack("<ii", 1, 1) + b"a" + struct.pack("<iiff", 2, 2, 4.0, 2.0) + struct.pack("<ii", 2, 4) + b"text"
+    )
+    assert dat_bytes(imatrix) == expected
+
+
+def test_weighed_columns_lose_less(measured: Imatrix, tmp_path: Path):
+    write_imatrix(measured, tmp_path / "i.gguf")
+    recipe = whit.Recipe("clip", [("*", "q3_k")])
+    whit.quantize("whit:model", tmp_path / "plain", recipe)
+    whit.quantize("whit:model", tmp_path / "weighed", recipe, imatrix=tmp_path / "i.gguf")
+    exact = open_source(Path(resolve_model("whit:model")))
+    plain, weighed = open_source(tmp_path / "plain"), open_source(tmp_path / "weighed")
+    lost = {"plain": 0.0, "weighed": 0.0}
+    for block in range(8):
+        name = f"model.layers.{block}.mlp.down_proj.weight"
+        weights = measured.sums[f"blk.{block}.ffn_down.weight"]
+        for kind, source in (("plain", plain), ("weighed", weighed)):
+            lost[kind] += float(((source.read(name) - exact.read(name).float()).square() * weights).sum())
+    assert lost["weighed"] < 0.97 * lost["plain"]
+
+
+def test_what_does_not_fit_is_said(measured: Imatrix, tmp_path: Path):
+    write_imatrix(measured, tmp_path / "i.gguf")
+    with pytest.raises(RecipeError, match="method hqq does not weigh by it; clip does"):
+        whit.quantize("whit:model", tmp_path / "out", whit.Recipe("hqq"), imatrix=tmp_path / "i.gguf")
+    other = save(tmp_path / "other", "llama")
+    with pytest.raises(RecipeError, match=r"columns there; it must be of this model"):
+        whit.quantize(other, tmp_path / "out", whit.Recipe("clip", [("*", "q4_0")]), imatrix=tmp_path / "i.gguf")
+    with pytest.raises(CheckpointError, match="an importance matrix must be there"):
+        read_imatrix(tmp_path / "absent")
+    whit.quantize(other, tmp_path / "m.gguf", whit.Recipe(rules=[("*", "q4_0")]), export="gguf")
+    with pytest.raises(CheckpointError, match="but no importance matrix"):
+        read_imatrix(tmp_path / "m.gguf")
+
+
+@given(cut=st.integers(0, 60), place=st.integers(0, 55), value=st.integers(-(2**31), 2**31 - 1))
+def test_damaged_files_are_refused_or_read(cut: int, place: int, value: int, tmp_path_factory: pytest.TempPathFactory):
+    content = bytearray(dat_bytes(Imatrix({"a": torch.ones(4), "b": torch.ones(2)}, {"a": 4.0, "b": 1.0}, "t", 2)))
+    content[place : place + 4] = struct.pack("<i", value)
+    path = tmp_path_factory.getbasetemp() / "damaged.dat"
+    path.write_bytes(content[:cut] if cut < 55 else content)
+    try:
+        found = read_imatrix(path)
+    except CheckpointError as error:
+        assert "\n" not in str(error)  # noqa: PT017
+    else:
+        assert all(torch.isfinite(sums).all() for sums in found.sums.values())
