@@ -150,6 +150,8 @@ class LlamaCpp:
         params = self._c.llama_context_default_params()
         for field in range(3):  # n_ctx, n_batch, n_ubatch
             params.words[field] = max(count, 32)
+        if params.words[7] == params.words[8] == 4:  # n_threads, n_threads_batch: their defaults
+            params.words[7] = params.words[8] = 1
         context = self._c.llama_init_from_model(self._model, params)
         assert context
         batch = self._c.llama_batch_init(count, 0, 1)

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
 
 import whit
@@ -134,3 +135,27 @@ def test_what_a_gguf_cannot_hold_is_said(tmp_path: Path):
     with pytest.raises(UnsupportedModelError, match="query_pre_attn_scalar 256"):
         whit.quantize(tmp_path / "c", tmp_path / "m.gguf", export="gguf")
     assert not (tmp_path / "m.gguf").exists()
+
+
+@needs_llama_cpp()
+@pytest.mark.shared
+@pytest.mark.slow
+def test_perplexity_of_the_real_model_is_llama_cpps(shared: Path, tmp_path: Path):
+    """20 kB of text: within 0.5 % of that of the dequantized weights, and the same tokens."""
+    folder, path = shared / "models" / "smollm2-135m-fp", tmp_path / "m.gguf"
+    whit.quantize(folder, path, whit.Recipe(rules=[("*", "q4_k_m")]), export="gguf")
+    run(prepare(path, tmp_path / "dense", None, Options()))
+    text = (shared / "data" / "wikitext2" / "wiki.test.raw").read_text()[:20000]
+    tokens = torch.tensor(Tokenizer.from_file(str(folder / "tokenizer.json")).encode(text).ids)
+    theirs = LlamaCpp(path)
+    assert theirs.tokens(text) == tokens.tolist()
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.float32).eval()
+    lost = {"whit": 0.0, "llama.cpp": 0.0}
+    for window in tokens.split(1024):
+        with torch.no_grad():
+            found = {"whit": model(window[None]).logits[0], "llama.cpp": theirs.logits(window)}
+        for name, logits in found.items():
+            lost[name] += float(torch.nn.functional.cross_entropy(logits[:-1], window[1:], reduction="sum"))
+    theirs.close()
+    ratio = np.exp((lost["llama.cpp"] - lost["whit"]) / len(tokens))
+    assert abs(ratio - 1) < 0.005

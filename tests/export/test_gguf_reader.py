@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 
 import whit
 from whit.checkpoint.gguf import TYPES, GgufHeader, read_gguf
+from whit.cli.inspect import inspect
 from whit.data import resolve_model
 from whit.errors import CheckpointError, UnsupportedModelError
 from whit.evaluation import EvaluationOptions, evaluate
@@ -117,3 +118,18 @@ def test_what_cannot_be_read_is_said(tmp_path: Path):
     path.write_bytes(shard.header)
     with pytest.raises(CheckpointError, match=r"llama\.embedding_length is None; it must be a positive number"):
         prepare(path, tmp_path / "out", None, Options())
+
+
+def test_inspect_shows_types_and_verifies(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    folder, path = save(tmp_path / "model", "llama"), tmp_path / "m.gguf"
+    whit.quantize(folder, path, whit.Recipe(rules=[("*", "q5_1")]), export="gguf")
+    inspect(str(path), verify=True, as_json=True)
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["dtypes"]["Q5_1"]["tensors"] == 14 + 1  # the embeddings
+    assert facts["dtypes"]["Q8_0"]["tensors"] == 1  # llama.cpp's choice for a head so narrow
+    assert facts["size_bytes"] == path.stat().st_size
+    content = bytearray(path.read_bytes())
+    content[-40] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match="changed since written"):
+        inspect(str(path), verify=True)

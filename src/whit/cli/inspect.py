@@ -18,6 +18,7 @@ from whit.checkpoint.reader import Checkpoint, read_json
 from whit.checkpoint.work import RECORD
 from whit.checkpoint.writer import file_sha256
 from whit.cli.console import console, print_json
+from whit.cli.inspect_gguf import gguf_facts
 from whit.cli.quiet import quiet_transformers
 from whit.cli.shown import account_table, reasons, size
 from whit.coverage import Account, load_account
@@ -28,7 +29,7 @@ from whit.export.whit import QUANT_METHOD
 
 
 def inspect(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model folder or a hub id.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model folder, a .gguf file or a hub id.")],
     verify: Annotated[bool, typer.Option("--verify", help="Check the weight files against their SHA-256.")] = False,
     plots: Annotated[Path | None, typer.Option(metavar="DIR", help="Draw pictures of the model into DIR.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
@@ -38,6 +39,12 @@ def inspect(
     folder = resolve_model(model)
     if plots is not None:
         draw(folder, plots)
+    if folder.is_file():
+        if verify and file_sha256(folder) not in load_account(folder).files.values():
+            raise CheckpointError(f"{folder}: changed since written; SHA-256 must be as in its account; copy it again")
+        facts = gguf_facts(folder)
+        print_json(facts) if as_json else show_plain(facts)
+        return
     with Checkpoint(folder) as checkpoint:  # checks every header
         if (folder / RECORD).is_file():
             account = load_account(folder)
