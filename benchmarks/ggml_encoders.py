@@ -8,6 +8,7 @@ importance, each encoder told of it and the squares weighed by it.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -75,10 +76,15 @@ def main() -> None:
         ratios = [f"{e:.3f}" if (e := errors[f"{name} {kind}"]) else "" for kind in ("plain", "weighted")]
         rows.append((name, f"{KINDS[name].bits_per_weight:.4g}", *shown, *ratios))
     header = ("type", "bits", "whit, s", "llama.cpp, s (1 thread)", "error / llama.cpp's", "weighted")
-    note = (
-        f"\n{MATRIX} x {MATRIX} float32, median of {args.rounds} interleaved rounds (min-max), {args.threads} threads."
-    )
-    result = {"machine": harness.machine(), "size": MATRIX, "seconds": seconds, "errors": errors}
+    note = f"\n{MATRIX} x {MATRIX} float32, median of {args.rounds} interleaved rounds (min-max), {args.threads} "
+    note += f"threads; load average of the machine {os.getloadavg()[0]:.1f}."
+    result = {
+        "machine": harness.machine(),
+        "load": os.getloadavg()[0],
+        "size": MATRIX,
+        "seconds": seconds,
+        "errors": errors,
+    }
     harness.save("ggml_encoders", result, harness.markdown(header, rows) + "\n" + note)
 
 
