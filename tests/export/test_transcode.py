@@ -21,6 +21,8 @@ ROUTES = {
     "int4-g32-asym-f16": ("awq", "gptq-v2", "compressed-tensors", "awq", "whit"),
     "int4-g32": ("compressed-tensors", "gptq", "awq", "compressed-tensors"),
     "int6-g32": ("mlx", "whit"),
+    "int4-g64-asym-fz-f16": ("hqq", "whit", "hqq"),
+    "int3-g32-f16": ("hqq", "gptq", "hqq"),
     "int4-g64-offset": ("mlx", "whit", "mlx"),
     "int3-g32-asym-f16": ("gptq-v2", "whit", "gptq-v2"),
     "int8-channel": ("compressed-tensors-int8", "compressed-tensors", "whit", "compressed-tensors-int8"),

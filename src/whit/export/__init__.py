@@ -12,11 +12,12 @@ from whit.export.compressed_tensors import CompressedTensors, CompressedTensorsI
 from whit.export.dense import Dense
 from whit.export.gguf import Gguf
 from whit.export.gptq import GPTQ, GPTQv2
+from whit.export.hqq import HQQFile
 from whit.export.mlx import MLX
 from whit.export.whit import Whit
 
 EXPORTERS: tuple[type[Exporter], ...] = (
-    Whit, Dense, Gguf, GPTQ, GPTQv2, AWQ, BitsAndBytes, CompressedTensors, CompressedTensorsInt8, MLX,
+    Whit, Dense, Gguf, GPTQ, GPTQv2, AWQ, BitsAndBytes, CompressedTensors, CompressedTensorsInt8, MLX, HQQFile,
 )  # fmt: skip
 
 

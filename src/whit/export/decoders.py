@@ -81,3 +81,13 @@ def mlx(weight: Tensor, scales: Tensor, biases: Tensor, columns: int) -> Tensor:
     size = columns // scales.shape[1]
     scale, bias = (np.repeat(t.float().numpy(), size, axis=1) for t in (scales, biases))
     return torch.from_numpy(codes * scale + bias)
+
+
+def hqq(packed: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
+    """(q - zero) scale, one group a row; the highest bits of W_q are the first rows. (R, s)"""
+    raw = packed.numpy().astype(np.int64) & 0xFFFFFFFF
+    slices = 10 if bits == 3 else 8 // bits
+    shifts = range(bits * (slices - 1), -1, -bits)
+    codes = np.concatenate([(raw >> shift) % (1 << bits) for shift in shifts])[: scale.numel()]
+    values = (codes.astype(np.float32) - zero.float().numpy()) * scale.float().numpy()
+    return torch.from_numpy(values)

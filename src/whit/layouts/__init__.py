@@ -10,13 +10,14 @@ from whit.layouts.bitsandbytes import Bnb4Bit, Bnb8Bit
 from whit.layouts.compressed_tensors import FloatQuantized, IntQuantized, PackQuantized
 from whit.layouts.ggml import GgmlBlocks
 from whit.layouts.gptq import GPTQLayout
+from whit.layouts.hqq import HQQLayout
 from whit.layouts.mlx import MLXLayout
 
 BITS = Bits()
 GGML = GgmlBlocks()
 LAYOUTS: tuple[Layout, ...] = (
     BITS, GGML, GPTQLayout(1), GPTQLayout(2), AWQLayout(), Bnb4Bit(), Bnb8Bit(), PackQuantized(), IntQuantized(),
-    FloatQuantized(), MLXLayout(),
+    FloatQuantized(), MLXLayout(), HQQLayout(),
 )  # fmt: skip
 
 

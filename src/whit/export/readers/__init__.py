@@ -12,6 +12,7 @@ from whit.export.readers.base import Foreign, Packed, Reader
 from whit.export.readers.bitsandbytes import read_bitsandbytes
 from whit.export.readers.compressed_tensors import read_compressed_tensors
 from whit.export.readers.gptq import read_gptq
+from whit.export.readers.hqq import read_hqq
 from whit.export.readers.mlx import read_mlx
 
 READERS: tuple[tuple[str, Reader], ...] = (
@@ -20,6 +21,7 @@ READERS: tuple[tuple[str, Reader], ...] = (
     ("bitsandbytes", read_bitsandbytes),
     ("compressed-tensors", read_compressed_tensors),
     ("mlx", read_mlx),
+    ("hqq", read_hqq),
 )
 
 

@@ -29,11 +29,12 @@ def read_awq(config: Mapping[str, Any], checkpoint: Checkpoint) -> dict[str, Pac
         raise CheckpointError(
             f"{checkpoint.folder}: AWQ {version} of {bits} bits; whit reads gemm and gemv of 4; convert it to gemm"
         )
-    reader = _gemm if version == "gemm" else partial(_gemv, int(config.get("group_size", 128)))
+    claimed = int(config.get("group_size", config.get("q_group_size", 128)))
+    reader = partial(_gemm if version == "gemm" else _gemv, claimed)
     return {f"{module}.weight": reader(checkpoint, module) for module in modules_with(checkpoint, "qweight")}
 
 
-def _gemm(checkpoint: Checkpoint, module: str) -> Packed:
+def _gemm(claimed: int, checkpoint: Checkpoint, module: str) -> Packed:
     columns, words = shape_of(checkpoint, f"{module}.qweight", 2, (torch.int32,))
     groups, rows = shape_of(checkpoint, f"{module}.scales", 2, FLOATS)
     zeros = shape_of(checkpoint, f"{module}.qzeros", 2, (torch.int32,))
@@ -43,7 +44,7 @@ def _gemm(checkpoint: Checkpoint, module: str) -> Packed:
             f"{rows} rows; a gemm linear has 8 rows a word; set the right version or get the file again"
         )
     symmetric = bool((checkpoint[f"{module}.qzeros"] == ALL_EIGHTS).all())
-    format = _format(checkpoint, module, group_size_of(columns, groups, module), symmetric)
+    format = _format(checkpoint, module, group_size_of(columns, groups, module, claimed), symmetric)
 
     def read() -> QuantizedTensor:
         tensors = {key: checkpoint[f"{module}.{key}"] for key in ("qweight", "qzeros", "scales")}
@@ -66,7 +67,7 @@ def _gemv(group_size: int, checkpoint: Checkpoint, module: str) -> Packed:
             f"{checkpoint.folder}: {module}: qweight {[rows, words]}, qzeros {list(zeros)}, scales {list(scales)}; "
             f"an AWQ gemv linear in groups of {size} has {groups} and padding; get the file again"
         )
-    format = _format(checkpoint, module, 0 if groups == 1 else size, symmetric=False)
+    format = _format(checkpoint, module, 0 if groups == 1 and group_size != columns else size, symmetric=False)
 
     def read() -> QuantizedTensor:
         codes = unpack_words(checkpoint[f"{module}.qweight"], columns, 4)

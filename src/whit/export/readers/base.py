@@ -100,11 +100,14 @@ def shape_of(checkpoint: Checkpoint, key: str, dimensions: int, dtypes: tuple[to
     return entry.spec.shape
 
 
-def group_size_of(columns: int, groups: int, where: str) -> int:
-    """Columns per group, 0 for the whole row; CheckpointError where they do not divide."""
+def group_size_of(columns: int, groups: int, where: str, claimed: object = None) -> int:
+    """Columns per group, 0 for the whole row; CheckpointError where they do not divide.
+
+    One group may be either: it is a group where the configuration claims groups of just this size.
+    """
     if groups < 1 or columns % groups:
         raise CheckpointError(f"{where}: {columns} columns in {groups} groups; they must divide; get the file again")
-    return 0 if groups == 1 else columns // groups
+    return 0 if groups == 1 and claimed != columns else columns // groups
 
 
 SCALE_TYPES = {torch.float16: "f16", torch.bfloat16: "bf16", torch.float32: "f32"}

@@ -34,7 +34,8 @@ def read_compressed_tensors(config: Mapping[str, Any], checkpoint: Checkpoint) -
         )
     weights = [g["weights"] for g in groups if isinstance(g.get("weights"), dict)]
     claimed = [int(w["num_bits"]) for w in weights if isinstance(w.get("num_bits"), int)]
-    packed = {f"{m}.weight": _packed(checkpoint, m, claimed) for m in modules_with(checkpoint, "weight_packed")}
+    sizes = {w.get("group_size") for w in weights}
+    packed = {f"{m}.weight": _packed(checkpoint, m, claimed, sizes) for m in modules_with(checkpoint, "weight_packed")}
     for module in modules_with(checkpoint, "weight_scale"):
         if f"{module}.weight" in checkpoint:
             packed[f"{module}.weight"] = _bytes(checkpoint, module)
@@ -51,7 +52,7 @@ def packing(columns: int, words: int, claimed: list[int]) -> tuple[int, bool] | 
     return None
 
 
-def _packed(checkpoint: Checkpoint, module: str, claimed: list[int]) -> Packed:
+def _packed(checkpoint: Checkpoint, module: str, claimed: list[int], sizes: set[Any]) -> Packed:
     where = f"{checkpoint.folder}: {module}"
     rows, words = shape_of(checkpoint, f"{module}.weight_packed", 2, (torch.int32,))
     shape_of(checkpoint, f"{module}.weight_shape", 1, (torch.int64, torch.int32))
@@ -68,7 +69,7 @@ def _packed(checkpoint: Checkpoint, module: str, claimed: list[int]) -> Packed:
     keys = ["weight_packed", "weight_scale", "weight_shape"]
     keys += [key for key in ("weight_zero_point", "weight_g_idx") if f"{module}.{key}" in checkpoint]
     names = tuple(f"{module}.{key}" for key in keys)
-    size = group_size_of(columns, scales[1], where)
+    size = group_size_of(columns, scales[1], where, columns if columns in sizes else None)
     index = checkpoint[f"{module}.weight_g_idx"] if "weight_g_idx" in keys else None
     plain = index is None or bool((index < 0).all()) or torch.equal(index.int(), plain_groups(columns, size))
     dtype = checkpoint.entries[f"{module}.weight_scale"].spec.dtype

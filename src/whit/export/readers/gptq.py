@@ -55,7 +55,7 @@ def _linear(config: Mapping[str, Any], checkpoint: Checkpoint, module: str, vers
     zero = _zero_points(checkpoint[f"{module}.qzeros"], rows, bits, version)
     symmetric = bool((zero == middle(bits)).all())
     index = checkpoint[f"{module}.g_idx"] if has_index else None
-    size = _group_size(index, columns, groups, where)
+    size = _group_size(index, columns, groups, where, config.get("group_size"))
     if size is None:
         floats = partial(_by_index, checkpoint, module, columns, bits, version)
         return Packed(keys, (rows, columns), None, floats, "act-order: its groups are no runs of neighbouring columns")
@@ -86,14 +86,14 @@ def _zero_points(qzeros: Tensor, rows: int, bits: int, version: int) -> Tensor:
     return (zero + 1) & ((1 << bits) - 1) if version == 1 else zero
 
 
-def _group_size(index: Tensor | None, columns: int, groups: int, where: str) -> int | None:
+def _group_size(index: Tensor | None, columns: int, groups: int, where: str, claimed: object) -> int | None:
     """Columns per group where groups are runs of neighbours, None where they are not."""
     if index is None:
-        return group_size_of(columns, groups, where)
+        return group_size_of(columns, groups, where, claimed)
     if bool((index < 0).any()) or bool((index >= groups).any()):
         raise CheckpointError(f"{where}: g_idx names groups beyond the {groups} there are; get the file again")
     if columns % groups == 0:
-        size = group_size_of(columns, groups, where)
+        size = group_size_of(columns, groups, where, claimed)
         if torch.equal(index.to(torch.int32), plain_groups(columns, size)):
             return size
     return None
