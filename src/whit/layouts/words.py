@@ -22,16 +22,21 @@ def word_count(count: int, bits: int) -> int:
 
 def pack_words(codes: Tensor, bits: int) -> Tensor:
     """uint8 (rows, n) to int32 (rows, ceil(n bits / 32))."""
-    stream = pack_stream(codes.contiguous(), bits, 0)
+    stream = pack_stream(straight(codes), bits, 0)
     if missing := -stream.shape[1] % 4:
         stream = torch.nn.functional.pad(stream, (0, missing))
-    return stream.contiguous().view(torch.int32)
+    return straight(stream).view(torch.int32)
 
 
 def unpack_words(words: Tensor, count: int, bits: int) -> Tensor:
     """The inverse of `pack_words`: uint8 (rows, count)."""
-    stream = words.contiguous().view(torch.uint8)
-    return unpack_stream(stream[:, : -(-count * bits // 8)].contiguous(), count, bits, 0)[:, :count].contiguous()
+    stream = straight(words).view(torch.uint8)
+    return unpack_stream(straight(stream[:, : -(-count * bits // 8)]), count, bits, 0)[:, :count].contiguous()
+
+
+def straight(matrix: Tensor) -> Tensor:
+    """Contiguous, also in the strides of dimensions of size 1, which `contiguous` leaves as they are."""
+    return matrix.reshape(-1).reshape(matrix.shape)
 
 
 def unpack_padded(words: Tensor, count: int, bits: int) -> Tensor:
