@@ -16,7 +16,7 @@ from whit.export.lint.engines import engine_findings
 from whit.export.lint.findings import Finding, collapsed
 from whit.export.lint.params import param_findings
 from whit.export.readers import READERS, quant_method, read_foreign
-from whit.export.readers.base import Packed
+from whit.export.readers.base import Packed, sentences
 from whit.model.skeleton import load_skeleton
 from whit.model.targets import find_targets
 
@@ -39,11 +39,17 @@ def lint(
     packed: dict[str, Packed] = {}
     for module in _modules(checkpoint):
         try:
-            packed |= reader(said, Only(checkpoint, module))
+            with sentences(module):
+                packed |= reader(said, Only(checkpoint, module))
         except WhitError as error:
             findings.append(Finding("problem", module, str(error).removeprefix(f"{checkpoint.folder}: ")))
     for name, item in packed.items():
-        findings += param_findings(str(method), said, checkpoint, name.removesuffix(".weight"), item)
+        module = name.removesuffix(".weight")
+        try:
+            with sentences(module):
+                findings += param_findings(str(method), said, checkpoint, module, item)
+        except WhitError as error:
+            findings.append(Finding("problem", module, str(error)))
     findings += engine_findings(str(method), said, packed)
     findings += _accounted(folder, config, checkpoint, packed, trust_remote_code)
     return sorted(collapsed(findings), key=lambda finding: finding.kind != "problem")

@@ -8,7 +8,7 @@ from typing import Any
 from whit.checkpoint.reader import Checkpoint
 from whit.errors import CheckpointError
 from whit.export.readers.awq import read_awq
-from whit.export.readers.base import Foreign, Packed, Reader
+from whit.export.readers.base import Foreign, Packed, Reader, sentences
 from whit.export.readers.bitsandbytes import read_bitsandbytes
 from whit.export.readers.compressed_tensors import read_compressed_tensors
 from whit.export.readers.gptq import read_gptq
@@ -41,7 +41,8 @@ def read_foreign(config: Mapping[str, Any], checkpoint: Checkpoint) -> Foreign:
     found = config.get("quantization_config") or config.get("quantization")
     for name, reader in READERS:
         if name == method and isinstance(found, dict):
-            packed = reader(found, checkpoint)
+            with sentences(str(checkpoint.folder)):
+                packed = reader(found, checkpoint)
             if not packed:
                 raise CheckpointError(
                     f"{checkpoint.folder}: config.json says quantized by {method}, and no tensor is; "

@@ -7,6 +7,7 @@ What reads plain checkpoints (`model.source`) then finds names, conversions, tie
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -23,18 +24,37 @@ from whit.tensor import Format, QuantizedTensor, TensorSpec
 @dataclass(frozen=True)
 class Packed:
     """A quantized matrix in a file. `keys` are its tensors; `format` is None where no format of whit holds it exactly,
-    for the reason in `note`; `read` gives the value, floats in that case."""
+    for the reason in `note`; `load` gives the value, floats in that case."""
 
     keys: tuple[str, ...]
     shape: tuple[int, ...]
     format: Format | None
-    read: Callable[[], QuantizedTensor | Tensor]
+    load: Callable[[], QuantizedTensor | Tensor]
     note: str | None = None
+
+    def read(self) -> QuantizedTensor | Tensor:
+        """The value. CheckpointError where the tensors do not fit together."""
+        with sentences(self.keys[0]):
+            return self.load()
 
     def floats(self) -> Tensor:
         """The float32 weight."""
-        value = self.read()
-        return value.dequantize() if isinstance(value, QuantizedTensor) else value
+        with sentences(self.keys[0]):
+            value = self.load()
+            return value.dequantize() if isinstance(value, QuantizedTensor) else value
+
+
+@contextmanager
+def sentences(where: str) -> Iterator[None]:
+    """Whatever a damaged file or configuration makes Python or torch say, as a CheckpointError."""
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        reason = str(error).strip().splitlines()
+        raise CheckpointError(
+            f"{where}: its tensors and config.json do not fit together ({reason[0] if reason else error!r}); "
+            "they must; get the file again"
+        ) from error
 
 
 Reader: TypeAlias = Callable[[Mapping[str, Any], Checkpoint], dict[str, Packed]]
