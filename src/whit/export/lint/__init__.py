@@ -147,8 +147,10 @@ def _excepted(said: Mapping[str, Any]) -> list[str]:
     """What the various lists of exceptions name, as pieces of module names."""
     names: list[str] = []
     for key in ("modules_to_not_convert", "llm_int8_skip_modules", "ignore", "skip_modules"):
-        names += [str(name) for name in said.get(key) or ()]
-    for pattern in dict(said.get("dynamic") or {}):
+        listed = said.get(key)
+        names += [str(name) for name in listed] if isinstance(listed, list) else []
+    dynamic = said.get("dynamic")
+    for pattern in dynamic if isinstance(dynamic, dict) else ():
         if str(pattern).startswith("-:"):
             names.append(str(pattern)[2:].strip("^$").replace("\\", ""))
     names += [key for key, value in said.items() if value is False and "." in key]

@@ -76,7 +76,8 @@ def _gptq(said: Mapping[str, Any], checkpoint: Checkpoint, module: str, item: Pa
 def _claims(said: Mapping[str, Any], module: str, bits: int, group_size: int) -> Iterator[Finding]:
     """Claimed bits and group size against real shapes."""
     options: Mapping[str, Any] = said
-    for pattern, more in dict(said.get("dynamic") or {}).items():
+    dynamic = said.get("dynamic")
+    for pattern, more in dynamic.items() if isinstance(dynamic, dict) else ():
         if isinstance(more, dict) and re.match(str(pattern).removeprefix("+:"), module):
             options = {**said, **more}
     claimed = options.get("bits", options.get("w_bit", bits))

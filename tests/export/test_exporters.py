@@ -1,0 +1,111 @@
+"""What all exporters promise: planned tensors, their inverse, the hub's names, and every misfit said before the run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import whit
+from whit.errors import RecipeError
+from whit.job import Options, prepare
+from whit.plan import floats
+
+from tiny_models import save_tiny
+
+FORMATS = {
+    "whit": "nf4-dq", "gptq": "int4-g32", "gptq-v2": "int3-g32-asym", "awq": "int4-g32-asym", "bitsandbytes": "nf4-dq",
+    "compressed-tensors": "int4-g32-asym", "compressed-tensors-int8": "int8", "mlx": "int4-g32-offset",
+    "hqq": "int3-g32-asym-fz",
+}  # fmt: skip
+
+REFUSED = {
+    *(("gpt2", export) for export in ("awq", "compressed-tensors", "compressed-tensors-int8", "mlx", "hqq")),
+    *(("mixtral", export) for export in ("bitsandbytes", "mlx", "hqq")),
+}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    for architecture in ("llama-tied", "mixtral", "gpt2"):
+        save_tiny(folder / architecture, architecture, torch.bfloat16)
+    return folder
+
+
+@pytest.mark.parametrize("export", FORMATS)
+@pytest.mark.parametrize("architecture", ["llama-tied", "mixtral", "gpt2"])
+def test_tensors_are_as_planned_and_come_back(export: str, architecture: str, models: Path, tmp_path: Path):
+    recipe = whit.Recipe(rules=[("*", FORMATS[export])])
+    if (architecture, export) in REFUSED:
+        with pytest.raises(RecipeError, match=r"Conv1D|a stack of experts"):
+            prepare(models / architecture, tmp_path / "out", recipe, Options(), export=export)
+        return
+    job = prepare(models / architecture, tmp_path / "out", recipe, Options(), export=export)
+    names = set()
+    for item in job.plan.items:
+        weight = job.source.read(item.name)
+        value = weight if item.format is None else whit.RTN()(item.matrix(weight), None, item.format)
+        tensors = job.exporter.tensors(item, value)
+        assert {k: (tuple(t.shape), t.dtype) for k, t in tensors.items()} == {
+            k: (s.shape, s.dtype) for k, s in item.written.items()
+        }
+        assert not names & tensors.keys()
+        names |= tensors.keys()
+        restored = floats(item, job.exporter.restore(item, tensors))
+        wanted = weight if item.format is None else item.parameter(value.dequantize())
+        assert torch.equal(restored, wanted)
+
+
+def test_experts_are_written_one_by_one_under_the_hubs_names(models: Path, tmp_path: Path):
+    whit.quantize(models / "mixtral", tmp_path / "out", whit.Recipe(rules=[("*", "int4-g32")]), export="gptq")
+    names = load_file(tmp_path / "out/model.safetensors").keys()
+    block = "model.layers.1.block_sparse_moe"
+    assert f"{block}.gate.weight" in names
+    assert {f"{block}.experts.{e}.w{w}.qweight" for e in range(4) for w in (1, 2, 3)} < names
+    config = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]
+    assert config == json.loads((tmp_path / "out/quantize_config.json").read_text())
+    assert r"-:^model\.layers\.1\.block_sparse_moe\.gate$" in config["dynamic"]
+
+
+def test_modules_with_a_format_of_their_own(models: Path, tmp_path: Path):
+    recipe = whit.Recipe(rules=[("*", "int4-g32"), ("*.0.mlp.up_proj", "int8-g64"), ("*.1.mlp.*", "bf16")])
+    whit.quantize(models / "llama-tied", tmp_path / "gptq", recipe, export="gptq")
+    dynamic = json.loads((tmp_path / "gptq/quantize_config.json").read_text())["dynamic"]
+    assert dynamic[r"+:^model\.layers\.0\.mlp\.up_proj$"]["bits"] == 8
+    assert r"-:^model\.layers\.1\.mlp\.down_proj$" in dynamic
+    whit.quantize(models / "llama-tied", tmp_path / "ct", recipe, export="compressed-tensors")
+    said = json.loads((tmp_path / "ct/config.json").read_text())["quantization_config"]
+    assert [group["weights"]["num_bits"] for group in said["config_groups"].values()] == [4, 8]
+    assert "model.layers.1.mlp.up_proj" in said["ignore"]
+    with pytest.raises(RecipeError, match="awq holds one format"):
+        prepare(models / "llama-tied", tmp_path / "awq", recipe, Options(), export="awq")
+
+
+@pytest.mark.parametrize(
+    ("export", "rule", "said"),
+    [
+        ("gptq", ("*", "nf4"), "model.layers.*.mlp.up_proj (2 modules): nf4: gptq holds affine integers"),
+        ("gptq", ("*", "int4-g32-asym"), "use --export gptq-v2"),
+        ("gptq", ("model.embed_tokens", "int8"), "model.embed_tokens: an embedding in int8-channel-f16"),
+        ("bitsandbytes", ("*", "int4-g32"), "bitsandbytes holds nf4 and fp4"),
+        ("compressed-tensors", ("*", "int3-g32"), "2, 4, 8 bits"),
+        ("mlx", ("*", "int4-g32-asym"), "symmetric or with an offset"),
+        ("gtpq", ("*", "int4-g32"), "did you mean gptq?"),
+    ],
+)
+def test_what_a_file_cannot_hold_is_said_before_the_run(export, rule, said: str, models: Path, tmp_path: Path):
+    with pytest.raises(RecipeError) as caught:
+        prepare(models / "llama-tied", tmp_path / "out", whit.Recipe(rules=[rule]), Options(), export=export)
+    assert said in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_format_that_had_to_change_is_said(models: Path, tmp_path: Path):
+    recipe = whit.Recipe(rules=[("*", "int4-g32")])
+    job = prepare(models / "llama-tied", tmp_path / "out", recipe, Options(), export="gptq")
+    assert job.notes == ("int4-g32: a gptq file holds it as int4-g32-f16; that is written",)
+    assert {str(format) for format in job.plan.formats.values()} == {"int4-g32-f16"}
