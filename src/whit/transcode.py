@@ -16,6 +16,7 @@ from whit.checkpoint.hub import resolve_model
 from whit.checkpoint.work import check_out
 from whit.errors import FormatError, RecipeError
 from whit.export import Exporter, exporter_named
+from whit.formats import parse_format
 from whit.formats.affine import Affine
 from whit.job import Job, Options, open_source, prepare
 from whit.layouts.affine import as_affine, middle, with_scales
@@ -24,6 +25,7 @@ from whit.plan import Coded, plan_quantization
 from whit.recipe import Recipe
 from whit.tensor import Format, QuantizedTensor, tensor_param
 
+PLAIN_GGML = {4: "q4_0", 5: "q5_0", 8: "q8_0"}
 HELP = "nothing holds these numbers without loss; add --requantize --format SPEC to round them again"
 
 
@@ -94,19 +96,28 @@ def variants(format: Format) -> tuple[Format, ...]:
     """The format itself, then others that may hold its numbers exactly."""
     affine = as_affine(format)
     if affine is None:
-        return (format,)
+        bits = next((bits for bits, name in PLAIN_GGML.items() if name == str(format)), 0)
+        return (format, *(Affine(bits, 32, scale_type=kind) for kind in ("f16", "f32", "bf16"))) if bits else (format,)
     kinds = dict.fromkeys((affine.scale_type, "bf16", "f16", "f32"))
     same = [with_scales(affine, kind) for kind in kinds]
     if not affine.symmetric or affine.bits == 1:
         return tuple(same)
-    return (*same, *(Affine(affine.bits, affine.group_size, False, scale_type=kind) for kind in kinds))
+    ggml = [parse_format(PLAIN_GGML[affine.bits])] if affine.bits in PLAIN_GGML and affine.group_size % 32 == 0 else []
+    return (*same, *(Affine(affine.bits, affine.group_size, False, scale_type=kind) for kind in kinds), *ggml)
 
 
 def recast(value: QuantizedTensor, format: Format, where: str) -> QuantizedTensor:
     """The same numbers in one of the `variants` of their format. FormatError where a scale would be rounded."""
-    old, new = as_affine(value.format), as_affine(format)
-    if value.format == format or old is None or new is None:
+    if value.format == format:
         return value
+    old, new = as_affine(value.format), as_affine(format)
+    if old is None:  # ggml's plain types are symmetric integers in groups of 32, the scale called d
+        old = Affine(value.format.bits, 32, scale_type="f16")
+        value = QuantizedTensor(old, value.shape, value.codes, {"scale": value.params["d"]})
+    if new is None:
+        wide = tensor_param(recast(value, with_scales(old, "f16"), where).params, "scale")
+        repeated = wide.repeat_interleave(value.codes.shape[1] // 32 // wide.shape[1], dim=1)
+        return QuantizedTensor(format, value.shape, value.codes, {"d": repeated})
     scale = tensor_param(value.params, "scale")
     params = {name: param for name, param in value.params.items() if name != "scale"}
     target = new.param_specs(1, 1)["scale"].dtype

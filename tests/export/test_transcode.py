@@ -8,11 +8,12 @@ import pytest
 import torch
 
 import whit
-from whit.errors import RecipeError
+from whit.errors import FormatError, RecipeError
+from whit.formats import parse_format
 from whit.job import Options, open_source
 from whit.pipeline import run
 from whit.plan import Coded
-from whit.transcode import prepare_transcode
+from whit.transcode import prepare_transcode, recast, variants
 
 from tiny_models import save_tiny
 
@@ -110,3 +111,23 @@ def test_sources_say_what_is_behind_a_parameter(models: Path, tmp_path: Path):
     assert torch.equal(source.quantized(experts).dequantize(), source.read(experts))
     assert source.format("lm_head.weight") is None
     assert not isinstance(open_source(models / "mixtral"), Coded)
+
+
+@pytest.mark.parametrize(
+    ("spec", "ggml"), [("int4-g64-f16", "q4_0"), ("int4-g32", "q4_0"), ("int5-g32-f16", "q5_0"), ("int8-g96", "q8_0")]
+)
+def test_symmetric_groups_are_ggmls_plain_types(spec: str, ggml: str):
+    value = whit.quantize_tensor(torch.randn(8, 192, generator=torch.Generator().manual_seed(0)), spec)
+    there = recast(value, parse_format(ggml), "here")
+    assert str(there.format) == ggml
+    assert parse_format(ggml) in variants(value.format)
+    assert torch.equal(there.dequantize(), value.dequantize())
+    back = recast(there, parse_format(f"int{ggml[1]}-g32-f16"), "here")
+    assert back.format in variants(there.format)
+    assert torch.equal(back.dequantize(), value.dequantize())
+
+
+def test_a_scale_that_would_be_rounded_is_an_error():
+    value = whit.quantize_tensor(torch.randn(8, 64, generator=torch.Generator().manual_seed(0)), "int4-g32-f32")
+    with pytest.raises(FormatError, match="here: a scale has no float16"):
+        recast(value, parse_format("int4-g32-f16"), "here")
