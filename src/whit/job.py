@@ -28,7 +28,7 @@ from whit.integrations.loading import load_tokenizer, maximum_context
 from whit.model.graph import Folding, find_blocks, find_foldings
 from whit.model.skeleton import load_skeleton
 from whit.model.source import ModelSource
-from whit.plan import SHARD_SIZE, Plan, Source, plan_dense, plan_quantization
+from whit.plan import SHARD_SIZE, Coded, Plan, Source, plan_dense, plan_quantization
 from whit.recipe import Recipe
 
 
@@ -139,6 +139,8 @@ def prepare(
         plan = plan_dense(source, exporter, options.shard_size)
     else:
         recipe, notes = _fit(recipe, kind)
+        if isinstance(source, Coded):
+            notes = (f"{model}: quantized already, and rounded again here; the original model would lose less", *notes)
         plan = plan_quantization(source, recipe, exporter, options.shard_size)
     name = Path(model).resolve().name if Path(model).exists() else str(model)
     tokens = _tokens(source, folder, recipe, options, calibration)

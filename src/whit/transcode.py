@@ -49,7 +49,7 @@ def prepare_transcode(
         if recipe is None:
             raise RecipeError(f"{model}: not quantized; a {export} file needs a format; add --format, say int4-g128")
         return prepare(model, out, recipe, options, export=export)
-    exporter = kind(source.model, folder)
+    exporter = kind(source.model, source.checkpoint.folder)
     targets = [target for target in find_targets(source.model) if target.parameter in source.origins]
     chosen, exact, lost = _routes(source, exporter, targets, recipe, requantize)
     if lost:

@@ -10,7 +10,7 @@ import torch
 import whit
 from whit.errors import FormatError, RecipeError
 from whit.formats import parse_format
-from whit.job import Options, open_source
+from whit.job import Options, open_source, prepare
 from whit.pipeline import run
 from whit.plan import Coded
 from whit.transcode import prepare_transcode, recast, variants
@@ -131,3 +131,11 @@ def test_a_scale_that_would_be_rounded_is_an_error():
     value = whit.quantize_tensor(torch.randn(8, 64, generator=torch.Generator().manual_seed(0)), "int4-g32-f32")
     with pytest.raises(FormatError, match="here: a scale has no float16"):
         recast(value, parse_format("int4-g32-f16"), "here")
+
+
+def test_rounding_what_was_rounded_is_said(models: Path, tmp_path: Path):
+    int4 = whit.Recipe(rules=[("*", "int4-g32")])
+    whit.quantize(models / "llama-tied", tmp_path / "gptq", int4, export="gptq")
+    job = prepare(tmp_path / "gptq", tmp_path / "out", whit.Recipe(rules=[("*", "int8")]), Options())
+    assert "quantized already, and rounded again here" in job.notes[0]
+    assert not prepare(models / "llama-tied", tmp_path / "out", int4, Options()).notes
