@@ -9,11 +9,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import Any
+
+from whit.calibration import Calibration
+from whit.evaluation import EvaluationOptions
+from whit.report.candidates import parse_entrant
+from whit.report.comparison import Row, markdown
+from whit.report.runs import in_process
+from whit.report.work import Order
 
 import harness
 
@@ -24,35 +30,23 @@ METHODS = ("rtn", "clip", "hqq")
 CALIBRATED = ("nf4-dq", "int4-channel", "int4-g64", "int4-g64-asym", "int3-g64", "int3-g64-asym", "int2-g32-asym")
 
 
-def worker(args: argparse.Namespace) -> None:
-    """Measure one candidate and print its row."""
-    import torch
-
-    from whit.calibration import Calibration
-    from whit.evaluation import EvaluationOptions
-    from whit.job import Options
-    from whit.recipe import Recipe
-    from whit.report.comparison import Candidate, measure
-
-    torch.set_num_threads(2)
-    options = EvaluationOptions(text=args.text, context=args.context, device=args.device, max_tokens=args.max_tokens)
-    candidate, scratch = Candidate.parse(args.candidate), Path(args.scratch)
-    needs_stats = Recipe(candidate.method).needs_stats
-    quantizing = Options(device=args.device if needs_stats else "cpu")
+def run(args: argparse.Namespace, candidate: str) -> dict[str, Any]:
+    """One candidate, made and measured by the processes of `whit compare`."""
+    evaluation = EvaluationOptions(text=args.text, context=args.context, device=args.device, max_tokens=args.max_tokens)
+    entrant = parse_entrant(candidate)
     calibration = Calibration(args.calibration, samples=128, context=args.context, seed=0)
-    row = measure(args.model, candidate, scratch, options, quantizing=quantizing, calibration=calibration)
-    print(json.dumps(row.to_json()))
-
-
-def run(args: argparse.Namespace, candidate: str) -> dict[str, object]:
-    """One candidate in a process of its own."""
-    command = [sys.executable, __file__, *sys.argv[1:], "--candidate", candidate]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"{candidate}: {done.stderr.strip().splitlines()[-1]}")
+    place = str(Path(args.scratch) / entrant.folder)
+    order = Order(args.model, entrant, place, evaluation, None, calibration, threads=2)
+    made = in_process("make", order) if entrant.kind == "whit" else {"seconds": 0.0, "peak_memory_bytes": 0}
+    found = made if "error" in made else in_process("measure", order)
+    if "error" in found:
+        raise SystemExit(f"{candidate}: {found['error']}")
     print(candidate, "done", flush=True)
-    row: dict[str, object] = json.loads(done.stdout.strip().splitlines()[-1])
-    return row
+    kl = found["kl"]
+    return Row(
+        entrant.method or "rtn", entrant.format, found["bits_per_weight"], found["size_bytes"], found["perplexity"],
+        kl["mean"], kl["ci95"], kl["p99"], found["top1_agreement"], made["seconds"], made["peak_memory_bytes"],
+    ).to_json()  # fmt: skip
 
 
 def main() -> None:
@@ -67,12 +61,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--scratch", default="/tmp/whit-quality")
     parser.add_argument("--candidates", default="")
-    parser.add_argument("--candidate", default="")
     args = parser.parse_args()
-    if args.candidate:
-        worker(args)
-        return
-    from whit.report.comparison import Row, markdown
 
     wanted = args.candidates.split(",") if args.candidates else candidates()
     harness.RESULTS.mkdir(exist_ok=True)
