@@ -114,10 +114,11 @@ def training_bytes(w: Widths, tokens: int, batch: int, dtype: torch.dtype, check
     return batch * tokens * (kept + w.vocabulary * (2 * size + 8))
 
 
-def workspace_bytes(formats: Mapping[Target, Format], tokens: int, dtype: torch.dtype) -> int:
+def workspace_bytes(formats: Mapping[Target, Format], tokens: int, dtype: torch.dtype, device: str) -> int:
     """Bytes of the largest matrix that is dequantized whole, where no kernel here multiplies it packed.
 
-    Asks the kernels' dispatch with a few rows of each format, for a prompt of `tokens` and for one token.
+    Asks the kernels' dispatch with a few rows of each format, for a prompt of `tokens` and for one token. A GPU need
+    not be here to be asked: there a prompt's matrices are dequantized one at a time.
     """
     largest: dict[Format, int] = {}
     columns: dict[Format, int] = {}
@@ -126,6 +127,8 @@ def workspace_bytes(formats: Mapping[Target, Format], tokens: int, dtype: torch.
         size = prod(target.shape[-2:]) if target.kind != "embedding" else 0
         largest[format] = max(largest.get(format, 0), size)
         columns[format] = matrix_shape(target.shape)[1]
+    if device == "cuda":
+        return max(largest.values(), default=0) * dtype.itemsize
     needs = [
         size * dtype.itemsize + UNPACKING * min(size, CHUNK)
         for format, size in largest.items()

@@ -155,7 +155,7 @@ class Planner:
 
     def _workspace(self, weights: Weights, dtype: torch.dtype) -> int:
         if weights.format not in self._workspaces:
-            self._workspaces[weights.format] = workspace_bytes(weights.packed, PROMPT, dtype)
+            self._workspaces[weights.format] = workspace_bytes(weights.packed, PROMPT, dtype, self.situation.device)
         return self._workspaces[weights.format]
 
     def _optimizer(self, dtype: torch.dtype) -> int:
