@@ -14,7 +14,7 @@ export OMP_WAIT_POLICY := passive
 # Tests that touch transformers, for another release of it.
 LOADING_TESTS := tests/integrations tests/modules tests/evaluation/test_loading.py tests/test_pipeline.py
 
-.PHONY: demo test test-slow test-transformers test-wheel lint docs setup clean
+.PHONY: demo test test-slow test-transformers test-wheel lint docs report setup clean
 
 demo: $(VENV)/runtime
 	$(BIN)/whit demo
@@ -48,6 +48,16 @@ docs: $(VENV)/runtime
 	test -x $(VENV)/docs/bin/mkdocs || $(PYTHON) -m venv $(VENV)/docs
 	$(VENV)/docs/bin/python -m pip install -q "mkdocs-material>=9.5"
 	NO_MKDOCS_2_WARNING=1 $(VENV)/docs/bin/mkdocs build --strict --quiet
+
+# The measured comparison on the shared real model, beside bitsandbytes; models and rows stay in REPORT.
+SHARED ?= $(HOME)/.cache/whit-shared
+REPORT ?= report-smollm2
+CANDIDATES := int8,nf4-dq,int4-g64,awq:int4-g64,gptq:int4-g64,awq:int3-g64,gptq:int3-g64,int2-g32,codebook(-1,0,1)-g64
+report: $(VENV)/dev
+	$(BIN)/whit compare $(SHARED)/models/smollm2-135m-fp $(REPORT) \
+		--candidates '$(CANDIDATES),bitsandbytes:nf4,bitsandbytes:int8' \
+		--text $(SHARED)/data/wikitext2/wiki.test.raw --calibration $(SHARED)/data/text/wiki_train.txt \
+		--tasks piqa,arc_easy --task-data $(SHARED)/data $(OPTIONS)
 
 setup: $(VENV)/dev
 

@@ -105,7 +105,7 @@ def measure(order: Order) -> dict[str, Any]:
     found |= _memory(before)
     options = replace(order.evaluation, baseline=order.model)
     result = evaluate(order.files, options, _Lines(order.entrant.label), network)
-    found |= result.to_json()
+    found |= {key: value for key, value in result.to_json().items() if key != "model"}  # a place on this machine
     found["notes"] = list(result.notes)
     found |= _about(order, network)
     found["perplexity_stderr"] = result.perplexity_stderr
