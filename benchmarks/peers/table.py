@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from catalogue import PEERS, ROWS
+from catalogue import DEFAULT_PEERS, PEERS, ROWS
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import harness
@@ -35,21 +35,23 @@ def figures(runs: Sequence[dict[str, Any]], text: str, name: str) -> list[float]
     return [run["scores"][text][name] for run in runs if "scores" in run]
 
 
-def cell(runs: Sequence[dict[str, Any]], text: str) -> str:
+def cell(runs: Sequence[dict[str, Any]], text: str, short: bool) -> str:
     """Mean KL, spread, perplexity; or why there is none."""
     kl, perplexity = figures(runs, text, "kl"), figures(runs, text, "perplexity")
     if not kl:
         return "error" if runs else "not run"
     spread = f" ±{(max(kl) - min(kl)) / 2:.4f}" if len(kl) > 1 else ""
-    return f"{statistics.mean(kl):.4f}{spread} ({statistics.mean(perplexity):.2f})"
+    return f"{statistics.mean(kl):.4f}{spread}" + ("" if short else f" ({statistics.mean(perplexity):.2f})")
 
 
-def table(runs: Runs, text: str) -> str:
-    """Rows by peers."""
-    peers = [peer for peer in PEERS if any(key[1] == peer for key in runs)]
+def table(runs: Runs, text: str, peers: Sequence[str], short: bool = False) -> str:
+    """Rows by peers; rows that none of them ran are left out, perplexities too where it is to be `short`."""
+    peers = [peer for peer in peers if any(key[1] == peer for key in runs)]
     lines = []
     for row in map(str, ROWS):
-        cells = [cell(runs.get((row, peer), ()), text) for peer in peers]
+        if not any((row, peer) in runs for peer in peers):
+            continue
+        cells = [cell(runs.get((row, peer), ()), text, short) for peer in peers]
         means = [statistics.mean(kl) if (kl := figures(runs.get((row, p), ()), text, "kl")) else 1e9 for p in peers]
         best = min(range(len(peers)), key=means.__getitem__)
         if means[best] < 1e9:
@@ -65,10 +67,11 @@ def costs(runs: Runs) -> str:
         done = [run for key, found in runs.items() if key[1] == peer for run in found if "scores" in run]
         if done:
             seconds = harness.spread([run["seconds"] for run in done])
-            gpu, host = (statistics.median(run[name] for run in done) for name in ("gpu_peak_mb", "peak_mb"))
+            gpu = statistics.median(run["gpu_peak_mb"] for run in done)
             took = f"{seconds['median']:.1f} ({seconds['min']:.1f} to {seconds['max']:.1f})"
-            lines.append([peer, done[0]["peer_version"], took, f"{gpu:.0f}", f"{host:.0f}", str(len(done))])
-    return harness.markdown(["peer", "version", "seconds", "GPU peak MB", "host peak MB", "runs"], lines)
+            version = next((run["peer_version"] for run in done if "peer_version" in run), "")
+            lines.append([peer, version, took, f"{gpu:.0f}", str(len(done))])
+    return harness.markdown(["peer", "version", "seconds", "GPU peak MB", "runs"], lines)
 
 
 def errors(runs: Runs) -> str:
@@ -84,16 +87,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--save", help="a name in benchmarks/results")
+    parser.add_argument("--machine", type=json.loads, help="of the runs, where it is not this one")
+    parser.add_argument("--note", default="", help="said under the tables")
     args = parser.parse_args()
     runs = read(args.folder)
     texts = sorted({text for found in runs.values() for run in found for text in run.get("scores", {})})
-    parts = [f"KL in nats per token (perplexity) on {text}; ± half the range over seeds\n\n{table(runs, text)}"
-             for text in texts]  # fmt: skip
+    options = [peer for peer in PEERS if peer.startswith("whit-") and peer not in DEFAULT_PEERS]
+    heads = ("KL in nats per token (perplexity) on {}; ± half the range over seeds", "Options of whit's methods, on {}")
+    parts = [f"KL alone, on {texts[-1]}\n\n{table(runs, texts[-1], DEFAULT_PEERS, short=True)}"]
+    for head, peers in zip(heads, (DEFAULT_PEERS, ["whit-gptq", "whit-refine", *options]), strict=True):
+        parts += [f"{head.format(text)}\n\n{table(runs, text, peers)}" for text in texts]
     parts += [costs(runs)] + ([f"Errors\n\n{said}"] if (said := errors(runs)) else [])
-    page = "\n\n".join(parts)
+    page = "\n\n".join([*parts, args.note])
     if args.save:
         results = [run for found in runs.values() for run in found]
-        harness.save(args.save, {"machine": harness.machine(), "runs": results}, page)
+        harness.save(args.save, {"machine": args.machine or harness.machine(), "runs": results}, page)
     else:
         print(page)
 
