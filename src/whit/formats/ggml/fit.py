@@ -27,6 +27,7 @@ from whit.formats.numeric import check_fits
 
 ROWS = 512  # rows fitted together, innermost in memory, so that all arithmetic is along contiguous rows
 CHUNK = 1 << 17  # weights fitted together: the few copies of them that are needed stay in a processor's cache
+ALIKE = 1e-5  # where the codes of a run vary by no more than this share of their square, they say nothing of an offset
 FLOOR = 1e-6  # of the largest importance: columns that no token excited count this much
 
 
@@ -109,14 +110,16 @@ def lines(runs: Runs, kind: Kind) -> tuple[Tensor, Tensor]:
         weighted = runs.weigh(q)
         s_q, s_xq, s_qq = fold(weighted), fold(weighted * runs.x), fold(weighted.mul_(q))
         determinant = runs.count * s_qq - s_q * s_q
+        solvable = determinant > ALIKE * runs.count * s_qq
         s = (runs.count * s_xq - runs.sum * s_q) / determinant.clamp(min=1e-30)
         o = (s * s_q - runs.sum) / runs.count
         if not signed:
-            through_zero = o < 0
+            through_zero = (o < 0) | (~solvable & (low == 0))
+            o = torch.where(through_zero, 0.0, o)
             s = torch.where(through_zero, s_xq / s_qq.clamp(min=1e-30), s)
-            o = o.clamp_(min=0)
+            solvable |= through_zero
         error = s * (s * s_qq - 2 * s_xq) + o * (o * runs.count + 2 * (runs.sum - s * s_q))
-        better = (error < least) & (s > 0)
+        better = (error < least) & (s > 0) & solvable
         least = torch.where(better, error, least)
         best, offset = torch.where(better, s, best), torch.where(better, o, offset)
     return best, offset
