@@ -89,16 +89,16 @@ def product(x: Tensor, packed: PackedWeight, bias: Tensor | None, invariant: boo
     columns = x.shape[-1]
     rows = x.numel() // max(columns, 1)
     if rows and streams(packed) is None:
-        scheme, where = scheme_of(packed), device_of(x)
-        way = "stream" if invariant else tuned.route(scheme, rows, where)
+        scheme, where, shape = scheme_of(packed), device_of(x), (packed.shape[0], columns)
+        way = "stream" if invariant else tuned.route(scheme, shape, rows, where)
         if way != "dequantize":
             flat = x.reshape(rows, columns).contiguous()
             flat = flat if flat.data_ptr() % 8 == 0 else flat.clone()
             if way == "stream":
-                config = tuned.best(scheme, (packed.shape[0], columns), rows, where, invariant)
+                config = tuned.best(scheme, shape, rows, where, invariant)
                 y = multiply(flat, packed, bias, scheme, stream.fitted(config, scheme, columns))
             else:
-                tiles = tuned.best_tiled(scheme, (packed.shape[0], columns), rows, where)
+                tiles = tuned.best_tiled(scheme, shape, rows, where)
                 y = multiply_tiled(flat, packed, bias, scheme, tiled.fitted(tiles, scheme, columns))
             return y.reshape(*x.shape[:-1], -1)
     stored = storage(packed.format)

@@ -6,19 +6,19 @@ configuration of the nearest one that was measured, with as many blocks.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from math import log2
 
 from whit.kernels.gpu import stream, tiled
 from whit.kernels.gpu.stream import Config, Scheme, row_tiles
-from whit.kernels.gpu.tables import ROUTES, STREAM, TILED, Shape
+from whit.kernels.gpu.tables import ROUTES, STREAM, TILED, Route, Shape
 
 BYTES_AHEAD = 32  # that a thread loads of each row before it computes
 MOST_COLUMNS = 640  # of 64 rows of x, twice, that fit in shared memory beside a table of levels
 ROW_CLASSES = (16, 32, 64, 128, 256, 1024)  # rows for which a configuration of the tiled kernel is measured
 Device = tuple[int, int]  # the compute capability's major and the number of multiprocessors
-DEFAULT_ROUTE = (16, 128)
+DEFAULT_ROUTE: Route = ((16, "stream"), (128, "tiled"))
 
 
 def kind(scheme: Scheme) -> str:
@@ -28,10 +28,12 @@ def kind(scheme: Scheme) -> str:
     return f"{name}-{scheme.step}" + ("-zero" if stored.zero else "") + ("-dq" if stored.scale == 3 else "")
 
 
-def route(scheme: Scheme, rows: int, device: Device) -> str:
-    """Which of `stream`, `tiled` and `dequantize` (and multiply) is fastest."""
-    few, more = ROUTES.get(device[0], {}).get(kind(scheme), DEFAULT_ROUTE)
-    return "stream" if rows <= few else "tiled" if rows <= more else "dequantize"
+def route(scheme: Scheme, shape: Shape, rows: int, device: Device) -> str:
+    """Which of `stream`, `tiled` and `dequantize` (and multiply) is fastest for a weight of `shape` (outs, columns)."""
+    table, name = ROUTES.get(device[0], {}), kind(scheme)
+    near = nearest([where for known, where in table if known == name], shape)
+    steps = DEFAULT_ROUTE if near is None else table[name, near]
+    return next((way for most, way in steps if rows <= most), "dequantize")
 
 
 def best(scheme: Scheme, shape: Shape, rows: int, device: Device, invariant: bool = False) -> Config:
@@ -41,7 +43,7 @@ def best(scheme: Scheme, shape: Shape, rows: int, device: Device, invariant: boo
     """
     tiles = row_tiles(rows)
     table = {} if invariant else STREAM.get(device[0], {})
-    near = nearest(table, kind(scheme), tiles, shape)
+    near = nearest(measured(table, kind(scheme), tiles), shape)
     if near is None:
         return default(scheme, shape, tiles, device[1])
     config = Config(*table[kind(scheme), tiles, near])
@@ -51,7 +53,7 @@ def best(scheme: Scheme, shape: Shape, rows: int, device: Device, invariant: boo
 def best_tiled(scheme: Scheme, shape: Shape, rows: int, device: Device) -> tiled.Config:
     """The tiled kernel's configuration."""
     table, of = TILED.get(device[0], {}), row_class(rows)
-    near = nearest(table, kind(scheme), of, shape)
+    near = nearest(measured(table, kind(scheme), of), shape)
     if near is None:
         return default_tiled(scheme, shape, rows, device)
     config = tiled.Config(*table[kind(scheme), of, near])
@@ -63,15 +65,19 @@ def row_class(rows: int) -> int:
     return next((most for most in ROW_CLASSES if rows <= most), ROW_CLASSES[-1])
 
 
-def nearest(table: Mapping[tuple[str, int, Shape], object], kind: str, rows: int, shape: Shape) -> Shape | None:
-    """The shape in the table that is nearest to this one; None without any."""
-    measured = [where for name, n, where in table if (name, n) == (kind, rows)]
-    return min(measured, key=lambda s: abs(log2(s[0] / shape[0])) + abs(log2(s[1] / shape[1])), default=None)
+def measured(table: Mapping[tuple[str, int, Shape], object], kind: str, rows: int) -> list[Shape]:
+    """The shapes in the table for a kind of weight and rows."""
+    return [where for name, n, where in table if (name, n) == (kind, rows)]
 
 
-def rescaled(outs: int, splits: int, measured: Shape, shape: Shape) -> int:
+def nearest(shapes: Iterable[Shape], shape: Shape) -> Shape | None:
+    """The one of the shapes that is nearest to this one; None without any."""
+    return min(shapes, key=lambda s: abs(log2(s[0] / shape[0])) + abs(log2(s[1] / shape[1])), default=None)
+
+
+def rescaled(outs: int, splits: int, known: Shape, shape: Shape) -> int:
     """Splits for as many blocks of `outs` as the measured shape had."""
-    blocks = -(-measured[0] // outs) * splits
+    blocks = -(-known[0] // outs) * splits
     return max(round(blocks / -(-shape[0] // outs)), 1)
 
 
