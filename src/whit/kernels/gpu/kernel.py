@@ -1,4 +1,4 @@
-"""The row of the dispatch table for NVIDIA GPUs: fused for few rows, dequantize and multiply for many."""
+"""The row of the dispatch table for NVIDIA GPUs: streamed for few rows, tiled for more, dequantized for many."""
 
 from __future__ import annotations
 

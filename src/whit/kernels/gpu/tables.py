@@ -1,4 +1,4 @@
-"""What was measured on GPUs, by the major number of the compute capability: rows of benchmarks/gpu_kernels.py --tune.
+"""What was measured on GPUs, by the major number of the compute capability: rows of benchmarks/gpu_kernels.py.
 
 The keys are (kind of weight, how many rows, (outs, columns)); tuned.py explains them.
 """

@@ -1,7 +1,7 @@
 """Which kernel and which configuration runs what: measured where it was measured, a rule of thumb elsewhere.
 
-Nothing is tuned at import: benchmarks/gpu_kernels.py --tune prints the rows of tables.py. Another shape takes the
-configuration of the nearest one that was measured, with as many blocks.
+Nothing is tuned at import: benchmarks/gpu_kernels.py --tune and --tune-tiled print rows of tables.py. Another shape
+takes the configuration of the nearest one that was measured, with as many blocks.
 """
 
 from __future__ import annotations
