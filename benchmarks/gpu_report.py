@@ -166,7 +166,9 @@ NOTES = """## What is not right yet
   same cut, without Hopper's instructions, is right. None that is dispatched has more than four stages; so for
   int4-g128 at 32 rows of 28672x8192, where six were fastest, the tables have the next one (63.4 instead of 63.2
   microseconds when tuned; the cell above is of the former).
-- Tiles were tuned for int4-g128 only: time ran out for the other formats.
+- Tiles were tuned for int4-g128 only, each cut compared with a reference: time ran out for the other formats. Theirs,
+  and all at 16 rows, are rules of thumb, timed but not compared in those very cuts: the checks have five cuts, in
+  twelve formats.
 - Only the first visit timed nf4-dq, int4-g64-asym and int1-g128, none of them with tiles. The first two have tuned
   streaming configurations since, which were not timed beside bf16.
 - The second visit's checks were those of the tiled kernel; streaming moved into shared files between the visits and was
