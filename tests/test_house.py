@@ -12,7 +12,7 @@ ROOT = Path(whit.__file__).parent
 STAGES = (
     ("errors", "tensor", "data"), ("checkpoint",), ("model",), ("calibration",), ("transforms",), ("formats",),
     ("methods",), ("arrays", "recipe", "preflight"), ("layouts",), ("kernels",), ("modules",), ("export",),
-    ("integrations",), ("evaluation",),
+    ("integrations",), ("training",), ("evaluation",),
     ("plan", "coverage", "job", "transcode", "finish", "estimate", "feed", "settle", "importance"),
     ("pipeline",), ("report", "memory"), ("cli", "__main__"),
 )  # fmt: skip

@@ -11,6 +11,7 @@ from whit.methods import GPTQ, HQQ, RTN, Clip, Refine
 from whit.pipeline import quantize
 from whit.recipe import Recipe
 from whit.tensor import Format, PackedWeight, QuantizedTensor, bits_per_weight
+from whit.training import count_parameters, prepare_for_training
 from whit.transforms import AWQ
 
 __version__ = "0.1.0"
@@ -37,8 +38,10 @@ __all__ = [
     "Refine",
     "WhitError",
     "bits_per_weight",
+    "count_parameters",
     "error",
     "parse_format",
+    "prepare_for_training",
     "quantize",
     "quantize_tensor",
     "resolve_model",

@@ -45,6 +45,10 @@ class KernelError(WhitError):
     """No kernel can run a packed weight where it lies."""
 
 
+class PackedWeightError(WhitError, RuntimeError):
+    """Arithmetic with the empty `weight` of a packed module; a RuntimeError, as torch's about shapes is."""
+
+
 class EvaluationError(WhitError):
     """A text or a task that cannot be scored."""
 

@@ -143,7 +143,8 @@ class WhitQuantizer(HfQuantizer):  # type: ignore[misc]
         self.conversions, model._weight_conversions = conversions, []
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
-        remove_packed(model, dtype or self.dtype)
+        named = str(dtype or self.dtype).removeprefix("torch.")  # a string after save_pretrained, which wrote it so
+        remove_packed(model, getattr(torch, named))
         model._weight_conversions = self.conversions
         model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
         return model

@@ -118,6 +118,7 @@ def _unpack_embedding(module: nn.Embedding, weight: nn.Parameter) -> None:
     for key in (*getattr(module, "_keys", ()), "weight"):
         del module._buffers[key]
     module._non_persistent_buffers_set.discard("weight")
+    module._parameters.clear()  # what training put there to be counted
     module.__class__ = original_class(module)
     module.register_parameter("weight", weight)
 

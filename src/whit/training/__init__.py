@@ -1,0 +1,8 @@
+"""Training on top of packed weights, which stay as they are."""
+
+from __future__ import annotations
+
+from whit.training.count import count_parameters
+from whit.training.prepare import prepare_for_training
+
+__all__ = ["count_parameters", "prepare_for_training"]
