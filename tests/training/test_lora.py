@@ -187,3 +187,16 @@ def test_peft_counts_packed_weights_of_mistral(capsys):
 def test_what_cannot_be_prepared_is_said():
     with pytest.raises(whit.WhitError, match="no transformers model"):
         whit.prepare_for_training(torch.nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("architecture", ["llama-tied", "gpt2", "gpt_neox"])
+def test_gradients_of_other_architectures(tmp_path, architecture):
+    model = quantized(save_tiny(tmp_path, architecture))
+    plain = copy.deepcopy(model).dequantize()
+    whit.prepare_for_training(model)
+    for module in [*model.modules(), *plain.modules()]:
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    found, wanted = gradients(with_adapter(model)), gradients(with_adapter(plain))
+    assert found.keys() == wanted.keys()
+    assert max(relative(found[name], wanted[name]) for name in found) < 1e-4
