@@ -37,7 +37,8 @@ class Format(Protocol):
     """Which numbers exist. A frozen, hashable value; `parse_format(str(format)) == format`.
 
     `group_size` counts the input columns that share parameters, 0 stands for the whole row. `vector_size` counts
-    columns coded jointly (1: scalar). Codes lie in [code_min, code_max] and take `bits` bits each when packed.
+    columns coded jointly (1: scalar). Codes lie in [code_min, code_max] and take `bits` bits each when packed. A
+    format may also have a `radix` (see `radix`): it has that many codes, packed as digits, as many as a byte holds.
     """
 
     def __hash__(self) -> int: ...
@@ -168,6 +169,17 @@ class TensorSpec:
     @property
     def nbytes(self) -> int:
         return prod(self.shape) * self.dtype.itemsize
+
+
+def radix(format: Format) -> int | None:
+    """How many codes there are where these are stored as digits of a byte (3: five to a byte); None: in whole bits."""
+    found: int | None = getattr(format, "radix", None)
+    return found
+
+
+def code_count(format: Format) -> int:
+    """How many codes there are, from `code_min` upwards."""
+    return radix(format) or 1 << format.bits
 
 
 def bits_per_weight(packed: PackedWeight) -> float:

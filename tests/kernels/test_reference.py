@@ -14,7 +14,19 @@ from whit.kernels.reference import Reference, dequantize
 from whit.layouts import BITS
 from whit.tensor import PackedWeight
 
-SPECS = ["int8", "int4-g32", "int4-g32-asym", "int3-g8-asym-fz", "nf4-g32-dq", "fp8", "int1-g32", "bf16", "int6-tensor"]
+SPECS = [
+    "int8",
+    "int4-g32",
+    "int4-g32-asym",
+    "int3-g8-asym-fz",
+    "nf4-g32-dq",
+    "fp8",
+    "int1-g32",
+    "bf16",
+    "int6-tensor",
+    "ternary-g32",
+    "binary",
+]
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 
 

@@ -11,9 +11,10 @@ from whit.formats.codebook import FP4, NF4, Codebook
 from whit.formats.ggml import Ggml
 from whit.formats.microfloat import BFloat16, Float8
 from whit.formats.offset import Offset
+from whit.formats.signs import Binary, Ternary
 from whit.tensor import Format
 
-FORMATS = (Affine, Codebook, Ggml, Float8, BFloat16, Absmax8, Offset)
+FORMATS = (Affine, Codebook, Ggml, Float8, BFloat16, Absmax8, Offset, Ternary, Binary)
 
 EXAMPLES = {
     "int8": "8-bit integers, one float32 scale per row (the same as int8-channel)",
@@ -36,6 +37,10 @@ EXAMPLES = {
     "q4_0": "llama.cpp's simple types: groups of 32 columns", "q4_1": "", "q5_0": "", "q5_1": "", "q8_0": "",
     "iq4_nl": "llama.cpp's 4-bit tables", "iq4_xs": "",
     "tq1_0": "llama.cpp's ternary types: 1.69 and 2.06 bits per weight", "tq2_0": "",
+    "ternary-g64": "-1, 0 or 1 times a bfloat16 scale per 64 columns: 1.85 bits per weight",
+    "ternary": "one float32 scale per row",
+    "ternary-absmean": "its scale is mean |w|, as BitNet b1.58 trains with, not the one of least squared error",
+    "binary-g64": "the sign times a bfloat16 scale per 64 columns: 1.25 bits per weight", "binary": "",
     "mxfp4": "4-bit floats in groups of 32 with a power of two as their scale",
     "fp8": "8-bit floats (E4M3), one scale per row",
     "bf16": "keep in 16 bits",

@@ -1,8 +1,10 @@
 """The dense k-bit stream: what whit's own files hold.
 
 Each row of codes is one stream of `bits`-bit unsigned integers (code - code_min), least significant bit first,
-padded with zeros to a whole byte: uint8 (rows, ceil(columns * bits / 8)). Integer params are packed alike; float
-params lie as they are; a param that is itself quantized contributes its own tensors under `<param>_`.
+padded with zeros to a whole byte: uint8 (rows, ceil(columns * bits / 8)). Codes of a format with a `radix` are the
+digits of bytes (`layouts/digits`): uint8 (rows, ceil(columns / 5)) for the three of a ternary one. Integer params are
+packed in bits; float params lie as they are; a param that is itself quantized contributes its own tensors under
+`<param>_`.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from whit.layouts.digits import digits_per_byte, pack_digits, unpack_digits
 from whit.layouts.stream import pack_stream, unpack_stream
 from whit.tensor import (
     Format,
@@ -22,6 +25,7 @@ from whit.tensor import (
     QuantizedTensor,
     TensorSpec,
     matrix_shape,
+    radix,
 )
 
 
@@ -38,7 +42,7 @@ class Bits:
     def specs(self, format: Format, shape: tuple[int, ...]) -> Mapping[str, TensorSpec]:
         """Names, shapes and dtypes of the tensors that `pack` makes, in their order."""
         rows, columns = matrix_shape(shape)
-        specs = {"codes": _stream_spec(rows, columns, format.bits)}
+        specs = {"codes": _codes_spec(rows, columns, format)}
         for name, param in format.param_specs(rows, columns).items():
             if param.format is not None:
                 inner = self.specs(param.format, param.shape)
@@ -53,7 +57,7 @@ class Bits:
         """Codes to bytes, losslessly."""
         format = quantized.format
         rows, columns = matrix_shape(quantized.shape)
-        tensors = {"codes": pack_stream(quantized.codes, format.bits, format.code_min)}
+        tensors = {"codes": _pack_codes(quantized.codes, format)}
         for name, param in format.param_specs(rows, columns).items():
             value = quantized.params[name]
             if isinstance(value, QuantizedTensor):
@@ -66,7 +70,7 @@ class Bits:
         """Bytes to codes: the inverse of `pack`."""
         format = packed.format
         columns = matrix_shape(packed.shape)[1]
-        codes = unpack_stream(packed.tensors["codes"], columns, format.bits, format.code_min)
+        codes = _unpack_codes(packed.tensors["codes"], columns, format)
         return QuantizedTensor(format, packed.shape, codes.to(format.code_dtype), self.params(packed))
 
     def params(self, packed: PackedWeight) -> Params:
@@ -92,8 +96,26 @@ class Bits:
             if isinstance(value, QuantizedTensor):
                 value = value.dequantize().reshape(total, -1)
             params[name] = value[index] if value.shape[0] == total else value
-        codes = unpack_stream(packed.tensors["codes"][index], columns, format.bits, format.code_min)
+        codes = _unpack_codes(packed.tensors["codes"][index], columns, format)
         return format.decode(codes.to(format.code_dtype), params)
+
+
+def _codes_spec(rows: int, columns: int, format: Format) -> TensorSpec:
+    if (base := radix(format)) is None:
+        return _stream_spec(rows, columns, format.bits)
+    return TensorSpec((rows, -(-columns // digits_per_byte(base))), torch.uint8)
+
+
+def _pack_codes(codes: Tensor, format: Format) -> Tensor:
+    if (base := radix(format)) is None:
+        return pack_stream(codes, format.bits, format.code_min)
+    return pack_digits(codes, base, format.code_min)
+
+
+def _unpack_codes(stored: Tensor, columns: int, format: Format) -> Tensor:
+    if (base := radix(format)) is None:
+        return unpack_stream(stored, columns, format.bits, format.code_min)
+    return unpack_digits(stored, columns, base, format.code_min)
 
 
 def _is_packed(param: ParamSpec) -> bool:

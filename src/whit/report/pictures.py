@@ -26,7 +26,7 @@ from whit.report import figures
 from whit.report.front import measured
 from whit.report.layers import Grid, grid
 from whit.report.runs import Comparison
-from whit.tensor import QuantizedTensor, matrix_shape
+from whit.tensor import QuantizedTensor, code_count, matrix_shape
 
 SHOWN = ("int8", "int4-g64", "nf4")  # of the histogram
 BITS = (2, 3, 4, 6, 8)
@@ -142,7 +142,7 @@ def levels(quantized: QuantizedTensor) -> np.ndarray:
     row = int(values.abs().max(dim=1).values.argmax())
     column = int(values[row].abs().argmax())
     found = []
-    for code in range(format.code_min, format.code_min + (1 << format.bits)):
+    for code in range(format.code_min, format.code_min + code_count(format)):
         codes = quantized.codes.clone()
         codes[row, column] = code
         found.append(float(format.decode(codes, quantized.params)[row, column]))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from whit.kernels.cpu.binding import CODES, NESTED, NONE, TYPES, Library, WeightPlan
 from whit.kernels.cpu.memory import in_huge_pages
-from whit.tensor import Format, PackedWeight, matrix_shape
+from whit.tensor import Format, PackedWeight, matrix_shape, radix
 
 LANE = 16  # the kernels' runs of columns that share params
 NESTED_GROUP = 256
@@ -33,6 +33,8 @@ def unsupported(packed: PackedWeight) -> str | None:
         return f"layout {packed.layout} is not bits"
     if format.vector_size != 1 or format.bits > 8:
         return f"{format} is no format of up to 8 bits a weight"
+    if base := radix(format):
+        return f"codes of {format} lie in bytes of base {base}, not in bits"
     if len(packed.shape) != 2 or 0 in packed.shape:
         return f"the weight's shape is {packed.shape}; it must be a matrix"
     if format.group_size % LANE and format.group_size < packed.shape[1]:
