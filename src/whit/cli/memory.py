@@ -13,11 +13,9 @@ from rich.table import Table
 
 from whit.cli.console import print_json
 from whit.cli.quantize import parse_rules
-from whit.cli.shown import size
-from whit.errors import RecipeError
+from whit.cli.shown import parse_size, size
 from whit.memory import Fit, Need, Planner, Situation, find_subject
 
-UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 CALIBRATED_BELOW = 5  # bits: from here on down calibration pays
 DEFAULT_CONTEXT = 2048
 
@@ -87,14 +85,6 @@ def memory(
         show_fits(screen, fits, budget, situation)
     for line in (*(f"note: {note}" for note in notes), *said):
         screen.print(line, highlight=False, markup=False, soft_wrap=True)
-
-
-def parse_size(text: str) -> int:
-    """`24GB` (decimal), `16GiB` (binary) or bytes, as a number of bytes."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?\s*", text, re.IGNORECASE)
-    if not found or not float(found[1]):
-        raise RecipeError(f"size {text!r}: is no amount of memory; write a number and a unit, such as 24GB or 16GiB")
-    return int(float(found[1]) * UNITS[(found[2] or "").lower()])
 
 
 def _json(

@@ -13,6 +13,16 @@ from rich.console import Console
 from rich.table import Table
 
 from whit.calibration import Calibration
+from whit.cli.budget import (
+    Ladder,
+    SaveRecipe,
+    TargetBpw,
+    TargetSize,
+    budget_recipe,
+    check_target,
+    keep_all,
+    save_recipe,
+)
 from whit.cli.console import console, print_json
 from whit.cli.gate import MaxIncrease, MaxKL, build_gate, measure
 from whit.cli.shown import account_table, pattern, progress, reasons, size
@@ -50,6 +60,10 @@ def quantize(
     format: Annotated[str | None, typer.Option(metavar="SPEC", help=FORMAT_HELP)] = None,
     rule: Annotated[list[str] | None, typer.Option(metavar="GLOB=SPEC", help=RULE_HELP)] = None,
     recipe: Annotated[Path | None, typer.Option(help="A TOML file with method and rules.")] = None,
+    target_bpw: TargetBpw = None,
+    target_size: TargetSize = None,
+    ladder: Ladder = None,
+    save_recipe_to: SaveRecipe = None,
     calibration: Annotated[str | None, typer.Option(metavar="FILE|whit:text", help=CALIBRATION_HELP)] = None,
     samples: Annotated[int | None, typer.Option(min=1, help="Calibration windows. [default: 128]")] = None,
     context: Annotated[int | None, typer.Option(min=2, help="Tokens in each. [default: 2048, or the model's]")] = None,
@@ -75,7 +89,17 @@ def quantize(
     text = build_calibration(calibration, samples, context, seed)
     if imatrix is not None and recipe is None:
         method = method or "clip"
-    job = prepare(model, out, build_recipe(method, format, rule, recipe, transform), options, text, export)
+    taken = format is not None or recipe is not None or imatrix is not None
+    if check_target(target_bpw, target_size, taken, ladder):
+        start = keep_all(method, parse_rules(rule), transform)
+        used = text if start.needs_stats else None  # by the method; the choice of formats always uses it
+        undecided = prepare(model, out, start, options, used, export)
+        chosen = budget_recipe(undecided, text, target_bpw, target_size, ladder)
+        job = prepare(model, out, chosen, options, used, export)
+    else:
+        job = prepare(model, out, build_recipe(method, format, rule, recipe, transform), options, text, export)
+    if job.recipe is not None:
+        save_recipe(job.recipe, save_recipe_to)
     job = job if imatrix is None else weighed(job, imatrix)
     if dry_run:
         show_plan(job, as_json)

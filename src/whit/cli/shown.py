@@ -12,7 +12,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from whit.coverage import Account, Entry
+from whit.errors import RecipeError
 
+UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 Step = Callable[[str, int, int], None]
 
 
@@ -72,3 +74,11 @@ def size(count: float) -> str:
         if count >= 1000**power:
             return f"{count / 1000**power:.2f} {unit}"
     return f"{count:.0f} bytes"
+
+
+def parse_size(text: str) -> int:
+    """`24GB` (decimal), `16GiB` (binary) or bytes, as a number of bytes."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?\s*", text, re.IGNORECASE)
+    if not found or not float(found[1]):
+        raise RecipeError(f"size {text!r}: is no amount of memory; write a number and a unit, such as 24GB or 16GiB")
+    return int(float(found[1]) * UNITS[(found[2] or "").lower()])

@@ -1,0 +1,141 @@
+"""`whit quantize --target-size`: sizes met from below, replayed recipes, and less lost than by a uniform format."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import whit
+from whit import Options, Recipe
+from whit.allocation import LADDER, Group, budgeted, measure_sensitivity
+from whit.allocation.sensitivity import ROUNDING
+from whit.calibration import CalibrationTokens
+from whit.calibration.capture import Watch
+from whit.cli import main
+from whit.errors import RecipeError
+from whit.evaluation import EvaluationOptions, evaluate
+from whit.formats import parse_format
+from whit.integrations.loading import load_causal_lm
+from whit.job import Job, prepare
+
+from tiny_models import save_tiny
+
+pytest.importorskip("scipy")
+UNIFORM = "int3-g64-asym"
+SAMPLES = ("--samples", "2", "--context", "128")
+TINY = ("int2-g32-asym", "int4-g32", "int8")
+
+
+def undecided(model: Path | str, out: Path, *rules: tuple[str, str]) -> Job:
+    return prepare(model, out, Recipe(None, [("*", "bf16"), *rules]), Options())
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    def run(*arguments: object) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["whit", "quantize", *map(str, arguments)])
+        status = 0
+        try:
+            main()
+        except SystemExit as leave:
+            status = int(leave.code or 0)
+        return status, capsys.readouterr().err
+
+    return run
+
+
+def weights(folder: Path) -> bytes:
+    return (folder / "model.safetensors").read_bytes()
+
+
+def test_a_size_is_met_and_the_result_is_better_than_uniform(run, tmp_path: Path):
+    whit.quantize("whit:model", tmp_path / "uniform", Recipe(None, [("*", UNIFORM)]))
+    size = len(weights(tmp_path / "uniform"))
+    saved = tmp_path / "recipe.toml"
+    status, said = run("whit:model", tmp_path / "out", "--target-size", size, "--save-recipe", saved, *SAMPLES)
+    assert status == 0, said
+    assert 0.995 * size < len(weights(tmp_path / "out")) <= size
+    formats = {str(form) for _, form in Recipe.load(saved).rules}
+    assert len(formats) > 1
+    assert formats <= set(LADDER)
+    assert run("whit:model", tmp_path / "again", "--recipe", saved)[0] == 0
+    assert weights(tmp_path / "again") == weights(tmp_path / "out")
+    how = EvaluationOptions(baseline="whit:model", max_tokens=1024, device="cpu")
+    uniform, chosen = (evaluate(str(tmp_path / name), how).baseline for name in ("uniform", "out"))
+    assert uniform is not None
+    assert chosen is not None
+    assert chosen.kl_mean < uniform.kl_mean
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("budget") / "model", "llama")
+
+
+TOKENS = torch.randint(3, 120, (3, 24), generator=torch.Generator().manual_seed(0))
+
+
+def groups_of(model: Path, out: Path) -> tuple[Group, ...]:
+    job = undecided(model, out)
+    names = [i.name for i in job.plan.items if i.target is not None and not i.target.kept_by_default]
+    return measure_sensitivity(job, TOKENS, {name: tuple(map(parse_format, TINY)) for name in names})
+
+
+def test_groups_are_what_reads_one_input_and_more_bits_lose_less(tiny: Path, tmp_path: Path):
+    groups = groups_of(tiny, tmp_path / "out")
+    short = [{name.split(".")[-2] for name in group.parameters} for group in groups[:4]]
+    assert short == [{"q_proj", "k_proj", "v_proj"}, {"o_proj"}, {"gate_proj", "up_proj"}, {"down_proj"}]
+    for group in groups:
+        errors = list(group.errors.values())
+        assert errors == sorted(errors, reverse=True)
+        assert errors[-1] > 0
+    assert groups == groups_of(tiny, tmp_path / "out")
+
+
+def test_the_share_is_the_error_behind_the_block(tiny: Path, tmp_path: Path):
+    """The probe's share against the whole model, with one matrix replaced and hidden states compared."""
+    group = next(g for g in groups_of(tiny, tmp_path / "out") if g.parameters[0].endswith("1.mlp.down_proj.weight"))
+    probe = parse_format(TINY[-1])
+    model = load_causal_lm(str(tiny), device="cpu", dtype="float32")
+    weight = dict(model.named_parameters())[group.parameters[0]]
+    behind: list[torch.Tensor] = []
+    hook = lambda *call: behind.append(call[2][0] if isinstance(call[2], tuple) else call[2])  # noqa: E731
+    model.model.layers[1].register_forward_hook(hook)
+    with torch.no_grad():
+        watch = Watch({"w": weight})
+        with watch:
+            for row in TOKENS:
+                model(row[None])
+        near = ROUNDING(weight.data, watch.stats().of("w")[0], probe).dequantize()
+        exact = torch.stack(behind).double()
+        behind.clear()
+        weight.data.copy_(near)
+        for row in TOKENS:
+            model(row[None])
+    lost = torch.stack(behind).double() - exact
+    share = float((lost.square().sum(-1) / exact.square().sum(-1)).mean())
+    assert group.errors[probe] == pytest.approx(share, rel=1e-3)
+
+
+def test_rules_of_the_user_stay(tiny: Path, tmp_path: Path):
+    job = undecided(tiny, tmp_path / "out", ("*.0.mlp.down_proj", "int8"), ("lm_head", "int8"))
+    found = budgeted(job, 10**9, CalibrationTokens(TOKENS, ""), TINY[:2])
+    formats = {name: str(form) for name, form in found.plan.formats.items()}
+    assert formats["model.layers.0.mlp.down_proj"].startswith("int8")
+    assert formats["model.layers.1.mlp.down_proj"] == "int4-g32"
+    assert "lm_head" in formats
+    assert Recipe.from_dict(found.recipe.to_dict()) == found.recipe
+
+
+def test_a_size_that_cannot_be_met_is_refused_with_the_least(tiny: Path, tmp_path: Path):
+    with pytest.raises(RecipeError, match="the smallest file"):
+        budgeted(undecided(tiny, tmp_path / "out"), 1000, CalibrationTokens(TOKENS, ""), TINY)
+
+
+def test_contradictions_are_wrong_usage(run, tiny: Path, tmp_path: Path):
+    for more in (("--target-bpw", 3), ("--format", "int8"), ("--recipe", "x.toml")):
+        assert run(tiny, tmp_path / "out", "--target-size", "1MB", *more)[0] == 2
+    assert run(tiny, tmp_path / "out", "--ladder", "int8")[0] == 2
