@@ -20,21 +20,14 @@ SINGLE = "model.safetensors"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt", "*.msgpack", "*.h5")
 
 
-class Checkpoint(Mapping[str, Tensor]):
-    """The tensors of a folder. `checkpoint[name]` reads; `checkpoint.entries[name]` says shape, dtype and place."""
+class TensorFiles(Mapping[str, Tensor]):
+    """Tensors that lie in files: `entries` says of each its file, place, shape and dtype; indexing reads it."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.shards = find_shards(folder)
-        self.entries: dict[str, Entry] = {}
+    entries: dict[str, Entry]
+
+    def __init__(self) -> None:
+        self.entries = {}
         self._descriptors: dict[Path, int] = {}
-        for shard in self.shards:
-            for name, entry in read_header(shard).items():
-                if name in self.entries:
-                    where = f"{self.entries[name].path.name} and {shard.name}"
-                    raise CheckpointError(f"{folder}: {name} is in {where}; it must be in one file; remove one")
-                self.entries[name] = entry
-        _check_index(folder, self.entries)
 
     def __getitem__(self, name: str) -> Tensor:
         """Read one tensor into fresh memory."""
@@ -50,7 +43,7 @@ class Checkpoint(Mapping[str, Tensor]):
         return len(self.entries)
 
     def descriptor(self, path: Path) -> int:
-        """An open read-only file descriptor of a shard."""
+        """An open read-only file descriptor of one of the files."""
         if path not in self._descriptors:
             self._descriptors[path] = os.open(path, os.O_RDONLY)
         return self._descriptors[path]
@@ -59,6 +52,22 @@ class Checkpoint(Mapping[str, Tensor]):
         """Close the files; reading again opens them again."""
         while self._descriptors:
             os.close(self._descriptors.popitem()[1])
+
+
+class Checkpoint(TensorFiles):
+    """The tensors of a folder. `checkpoint[name]` reads; `checkpoint.entries[name]` says shape, dtype and place."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.folder = folder
+        self.shards = find_shards(folder)
+        for shard in self.shards:
+            for name, entry in read_header(shard).items():
+                if name in self.entries:
+                    where = f"{self.entries[name].path.name} and {shard.name}"
+                    raise CheckpointError(f"{folder}: {name} is in {where}; it must be in one file; remove one")
+                self.entries[name] = entry
+        _check_index(folder, self.entries)
 
     def __enter__(self) -> Checkpoint:
         return self

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,7 +21,8 @@ from transformers import AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from whit.checkpoint.gguf import GgufHeader, GgufTensor, read_gguf
-from whit.checkpoint.header import Entry, byte_view, read_bytes
+from whit.checkpoint.header import Entry
+from whit.checkpoint.reader import TensorFiles
 from whit.errors import CheckpointError, UnsupportedModelError
 from whit.export.gguf.architectures import ARCHITECTURES, Architecture
 from whit.export.gguf.configs import config_of
@@ -36,44 +36,19 @@ from whit.tensor import PackedWeight, QuantizedTensor, TensorSpec
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 
 
-class GgufCheckpoint(Mapping[str, Tensor]):
-    """The attributes of a Checkpoint that sources use. Tensors have the file's own names."""
+class GgufCheckpoint(TensorFiles):
+    """The attributes of a Checkpoint that sources use. Tensors have the file's own names, quantized ones are bytes."""
 
     def __init__(self, header: GgufHeader, folder: TemporaryDirectory[str]) -> None:
+        super().__init__()
         self.header, self.shards = header, (header.path,)
         self._temporary = folder  # lives as long as this
         self.folder = next(Path(folder.name).iterdir())
-        self.entries: dict[str, Entry] = {}
         for tensor in header.tensors.values():
             dtype = DTYPES.get(tensor.type)
             shape = tensor.shape if dtype is not None else (tensor.stop - tensor.start,)
             spec = TensorSpec(shape, dtype or torch.uint8)
             self.entries[tensor.name] = Entry(header.path, spec, tensor.start, tensor.stop)
-        self._descriptors: dict[Path, int] = {}
-
-    def __getitem__(self, name: str) -> Tensor:
-        """Read one tensor into fresh memory; quantized ones as bytes."""
-        entry = self.entries[name]
-        data = torch.empty(entry.stop - entry.start, dtype=torch.uint8)
-        read_bytes(self.descriptor(entry.path), byte_view(data), entry.start, entry.path)
-        return data.view(entry.spec.dtype).reshape(entry.spec.shape)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.entries)
-
-    def __len__(self) -> int:
-        return len(self.entries)
-
-    def descriptor(self, path: Path) -> int:
-        """An open read-only file descriptor."""
-        if path not in self._descriptors:
-            self._descriptors[path] = os.open(path, os.O_RDONLY)
-        return self._descriptors[path]
-
-    def close(self) -> None:
-        """Close the file; reading again opens it again."""
-        while self._descriptors:
-            os.close(self._descriptors.popitem()[1])
 
 
 def read_gguf_model(path: Path) -> Foreign:
