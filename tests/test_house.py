@@ -10,7 +10,7 @@ import whit
 ROOT = Path(whit.__file__).parent
 # Each stage may import those to its left; the values of the first entry belong to all.
 STAGES = (
-    ("errors", "tensor", "data"), ("checkpoint",), ("model",), ("calibration",), ("transforms",), ("formats",),
+    ("errors", "named", "tensor", "data"), ("checkpoint",), ("model",), ("calibration",), ("transforms",), ("formats",),
     ("methods",), ("arrays", "recipe", "preflight"), ("layouts",), ("kernels",), ("modules",), ("export",),
     ("integrations",), ("training",), ("evaluation",),
     ("plan", "coverage", "job", "transcode", "finish", "estimate", "feed", "settle", "importance"),

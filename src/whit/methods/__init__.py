@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
-from whit.errors import RecipeError
 from whit.methods.base import Method
 from whit.methods.clip import Clip
 from whit.methods.gptq import GPTQ
 from whit.methods.hqq import HQQ
 from whit.methods.refine import Refine
 from whit.methods.rtn import RTN
+from whit.named import parse_named
 
 METHODS = (RTN, Clip, HQQ, GPTQ, Refine)
 
@@ -24,17 +24,8 @@ def parse_method(spec: str | Mapping[str, Any] | Method) -> Method:
     """
     if not isinstance(spec, str | Mapping):
         return spec
-    options = {"name": spec} if isinstance(spec, str) else dict(spec)
-    name = options.pop("name", None)
-    for method in METHODS:
-        if method.name == name:
-            known = {field.name for field in fields(method)}
-            if unknown := sorted(set(options) - known):
-                has = ", ".join(sorted(known)) or "none"
-                raise RecipeError(f"method {name}: option {unknown[0]!r} does not exist; its options are: {has}")
-            values: dict[str, Any] = {k: parse_method(v) if isinstance(v, Mapping) else v for k, v in options.items()}
-            return method(**values)
-    raise RecipeError(f"{name!r} is not a method; it must be one of {', '.join(m.name for m in METHODS)}")
+    found: Method = parse_named("method", METHODS, spec, parse_method)
+    return found
 
 
 def stand_in(method: Method) -> Method:
