@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
 import torch
 
 import whit
-from whit.calibration.capture import EXPERT_TOKENS, BlockStats, Watch, capture
+from whit.calibration.capture import EXPERT_TOKENS, BlockStats, Watch
 from whit.calibration.runner import Runner
 from whit.model.graph import GROUPS, find_foldings
 from whit.model.targets import find_targets
@@ -27,6 +28,13 @@ def windows(samples: int = 3, seed: int = 0) -> torch.Tensor:
 def runner_of(model, tokens: torch.Tensor, folder: Path) -> Runner:
     state = model.state_dict()
     return Runner(model, lambda name: state[name].clone(), tokens, CPU, folder, twice=False)
+
+
+def capture(run: Callable[[], None], parameters: Mapping[str, torch.Tensor]) -> BlockStats:
+    watch = Watch(parameters)
+    with watch:
+        run()
+    return watch.stats()
 
 
 def look(runner: Runner, index: int) -> None:

@@ -10,7 +10,7 @@ Every sample adds its x^T x in float32, in order: the same bits for any number o
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -46,14 +46,6 @@ class BlockStats:
         """The experts that saw fewer than EXPERT_TOKENS tokens."""
         found = self.stats[parameter]
         return tuple(i for i, s in enumerate(found) if len(found) > 1 and s.token_count < EXPERT_TOKENS)
-
-
-def capture(run: Callable[[], None], parameters: Mapping[str, Tensor]) -> BlockStats:
-    """The statistics of `parameters` while `run` runs their block; see `Watch`."""
-    watch = Watch(parameters)
-    with watch:
-        run()
-    return watch.stats()
 
 
 def _sum(found: tuple[LayerStats, ...]) -> LayerStats:
