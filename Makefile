@@ -14,13 +14,17 @@ export OMP_WAIT_POLICY := passive
 # Tests that touch transformers, for another release of it.
 LOADING_TESTS := tests/integrations tests/modules tests/evaluation/test_loading.py tests/test_pipeline.py
 
+# One process per core, and a core per process.
+PARALLEL := -n auto --maxprocesses 4 --dist worksteal
+test test-transformers: export OMP_NUM_THREADS := 1
+
 .PHONY: demo test test-slow test-transformers test-wheel lint docs report setup clean
 
 demo: $(VENV)/runtime
 	$(BIN)/whit demo
 
 test: $(VENV)/dev
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" $(PARALLEL)
 
 test-slow: $(VENV)/dev
 	$(BIN)/python -m pytest -m slow
@@ -31,7 +35,7 @@ test-transformers: $(VENV)/dev
 	$(BIN)/python -m pip install -q --upgrade --target $(VENV)/transformers-$(VERSION) "httpx>=0.23,<1"
 	PYTHONPATH=$(VENV)/transformers-$(VERSION) $(BIN)/python -c \
 		"import transformers; assert transformers.__version__ == '$(VERSION)', transformers.__version__"
-	PYTHONPATH=$(VENV)/transformers-$(VERSION) $(BIN)/python -m pytest -m "not slow" $(LOADING_TESTS)
+	PYTHONPATH=$(VENV)/transformers-$(VERSION) $(BIN)/python -m pytest -m "not slow" $(PARALLEL) $(LOADING_TESTS)
 
 test-wheel: $(VENV)/dev
 	rm -rf $(VENV)/wheel && $(BIN)/python -m pip wheel -q --no-deps -w $(VENV)/wheel .

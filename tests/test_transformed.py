@@ -147,7 +147,14 @@ def test_a_stopped_run_ends_with_the_same_bytes_on_other_threads(
     assert result(tmp_path / "parts") == result(tmp_path / "whole")
 
 
-def test_a_dry_run_says_what_will_be_and_that_the_search_takes_time(models, text: Path, tmp_path: Path):  # noqa: F811
+def test_a_dry_run_says_what_will_be_and_that_the_search_takes_time(
+    models,  # noqa: F811
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr("whit.estimate._seconds", lambda method, format, shape, device: 1e-9 * shape[0] * shape[1])
+    monkeypatch.setattr("whit.estimate._rate", lambda dtype, device: 1e10)  # what is measured is never the same twice
     rules, calibration = [("*", "int4-g32")], Calibration(text, samples=8, context=32)
     jobs = [
         prepare(models["llama"], tmp_path / "out", Recipe("clip", rules), Options()),
