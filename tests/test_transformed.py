@@ -148,8 +148,8 @@ def test_a_stopped_run_ends_with_the_same_bytes_on_other_threads(
 
 
 def test_a_dry_run_says_what_will_be_and_that_the_search_takes_time(
-    models,  # noqa: F811
-    text: Path,
+    models,
+    text: Path,  # noqa: F811
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ):

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import repeat
 from pathlib import Path
 from typing import Protocol
 
@@ -21,10 +22,11 @@ from whit.calibration import CalibrationTokens
 from whit.calibration.capture import BlockStats, Watch
 from whit.calibration.runner import Runner
 from whit.checkpoint.writer import Written
+from whit.formats.numeric import check_finite
 from whit.job import Job
 from whit.methods import Method, stand_in
 from whit.methods.base import Block, BlockMethod
-from whit.methods.stack import quantize_stack
+from whit.methods.together import Together, Work
 from whit.plan import Item, Source, Unit, floats
 from whit.tensor import Format, LayerStats, QuantizedTensor
 from whit.transforms.base import Rounding
@@ -108,7 +110,8 @@ class BlockFeed:
         self._next = 0  # the block whose inputs the runner holds
         self._parameters: dict[str, nn.Parameter] = {}
         self._stats: BlockStats | None = None
-        self._quantized: Mapping[str, QuantizedTensor] = {}
+        self._together: Together | None = None
+        self._refined: Mapping[str, QuantizedTensor] = {}
         self._basis = Basis()
 
     @contextmanager
@@ -125,13 +128,15 @@ class BlockFeed:
             if not items:
                 self._runner.run_exact(index)
             self._basis = self._rescaled(unit)
-            if items and isinstance(self._method, BlockMethod):
-                self._quantized = self._refined(self._method, index, items)
+            works = self._works(items)
+            self._together = Together(self._method, works)
+            if works and isinstance(self._method, BlockMethod):
+                self._refined = self._refine(self._method, index, items, works)
             yield
             if index + 1 < len(self._runner.names):
                 self._runner.run(index)
-        self._next, self._parameters, self._stats, self._quantized = index + 1, {}, None, {}
-        self._basis = Basis()
+        self._next, self._parameters, self._stats = index + 1, {}, None
+        self._together, self._refined, self._basis = None, {}, Basis()
 
     def changes(self, item: Item) -> bool:
         return item.name in self._basis.weights
@@ -146,7 +151,7 @@ class BlockFeed:
         return Given(
             weight,
             self._basis.stats(item.name, self._stats.of(item.name)),
-            self._quantized.get(item.name),
+            self._codes(item.name),
             seen if len(seen) > 1 else None,
             self._stats.starved(item.name),
         )
@@ -160,12 +165,13 @@ class BlockFeed:
         runner = self._runner
         watch = Watch({item.name: self._parameters[item.name] for item in items})
         with watch:
-            for number, sample in enumerate(runner.inputs):
-                if runner.exact is not None:
+            exact = repeat(None) if runner.exact is None else runner.batches(runner.exact)
+            for samples, unquantized in zip(runner.batches(runner.inputs), exact, strict=False):
+                if unquantized is not None:
                     with watch.exact():
-                        output = runner.forward(index, runner.exact[number][None])
-                    runner.exact[number].copy_(output[0])
-                runner.forward(index, sample[None])
+                        output = runner.forward(index, unquantized)
+                    unquantized.copy_(output)
+                runner.forward(index, samples)
         return watch.stats()
 
     def _rescaled(self, unit: Unit) -> Basis:
@@ -183,26 +189,45 @@ class BlockFeed:
             weights[name].copy_(weight.to(dtypes[name]))
         return basis
 
-    def _refined(self, method: BlockMethod, index: int, items: Sequence[Item]) -> Mapping[str, QuantizedTensor]:
-        """All codes of a block, chosen together."""
-        runner = self._runner
-        assert runner.exact is not None
-        weights, start = {}, {}
+    def _works(self, items: Sequence[Item]) -> list[Work]:
+        """The block's matrices that are to be given codes, with their statistics."""
+        works = []
         for item in items:
-            given = self.give(item)
             assert item.format is not None
-            assert given.stats is not None
-            weights[item.name] = item.matrix(given.weight)
-            start[item.name] = quantize_stack(method, weights[item.name], given.stats, item.format)
+            assert self._stats is not None
+            if item.name in self._job.exact:  # keeps the codes that it has
+                continue
+            weight = self._basis.weights.get(item.name, self._parameters[item.name].data)
+            check_finite(weight, item.name)
+            stats = self._basis.stats(item.name, self._stats.of(item.name))
+            works.append(Work(item.name, item.matrix(weight), stats, item.format))
+        return works
+
+    def _codes(self, name: str) -> QuantizedTensor | None:
+        """The codes of a matrix, where they are for the method to choose."""
+        if self._refined:
+            return self._refined.get(name)
+        if self._together is None or name in self._job.exact:
+            return None
+        return self._together.take(name)
+
+    def _refine(
+        self, method: BlockMethod, index: int, items: Sequence[Item], works: Sequence[Work]
+    ) -> Mapping[str, QuantizedTensor]:
+        """All codes of a block, chosen together."""
+        runner, names = self._runner, {work.name for work in works}
+        assert runner.exact is not None
+        assert self._together is not None
         block = Block(
             runner.blocks[index],
             lambda samples: runner.forward(index, samples),
             runner.inputs,
             runner.exact,
-            {item.name: self._parameters[item.name] for item in items},
-            {item.name: item.parameter for item in items},
+            {item.name: self._parameters[item.name] for item in items if item.name in names},
+            {item.name: item.parameter for item in items if item.name in names},
         )
-        return method.refine(block, weights, start)
+        start = {work.name: self._together.take(work.name) for work in works}
+        return method.refine(block, {work.name: work.weight for work in works}, start)
 
     @cached_property
     def _runner(self) -> Runner:

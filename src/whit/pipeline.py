@@ -207,6 +207,7 @@ def _convert(job: Job, item: Item, given: Given) -> tuple[Mapping[str, Tensor], 
             method, reason = Clip(), "by clip: calibration reaches the linears of blocks alone"
         quantized = method(matrix, None, item.format)
     near = quantized.dequantize()
+    check_finite(near, f"{item.name}: what {method.name} made of it in {item.format}")
     if given.stats is not None:
         loss = float(f"{proxy_loss(matrix, near, given.stats):.5g}")
     reason = "; ".join(filter(None, (item.reason, reason))) or None

@@ -1,8 +1,9 @@
 """One block at a time: its weights come and go, what flows between the blocks is kept.
 
 The parts before the blocks run once, with the blocks replaced by stubs that note their arguments; from then on a
-block is called directly, with one sample at a time, so that no result depends on how samples are batched. What a
-block says of its other arguments (rotary embeddings, masks) is noted once: all samples have the same length.
+block is called directly, with one sample at a time, or on a GPU as many as their shape says, so that no result depends
+on what a machine has room for. What a block says of its other arguments (rotary embeddings, masks) is noted once: all
+samples have the same length.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from whit.errors import UnsupportedModelError
 from whit.model.graph import find_blocks
 
 BUDGET = 3 << 30  # bytes of block inputs that stay in memory; beyond it they lie in a file
+AT_ONCE = 16 << 20  # bytes of block inputs that a GPU is given at once: a small block would only wait for Python
 
 Read = Callable[[str], Tensor]
 
@@ -65,14 +67,20 @@ class Runner:
 
     def run(self, index: int) -> None:
         """Run a loaded block over all samples; its outputs take the place of the inputs."""
-        for sample in self.inputs:
-            sample.copy_(self.forward(index, sample[None])[0])
+        for samples in self.batches(self.inputs):
+            samples.copy_(self.forward(index, samples))
 
     def run_exact(self, index: int) -> None:
         """The same for what the unquantized model has there; the block must hold its own weights."""
         if self.exact is not None:
-            for sample in self.exact:
-                sample.copy_(self.forward(index, sample[None])[0])
+            for samples in self.batches(self.exact):
+                samples.copy_(self.forward(index, samples))
+
+    def batches(self, samples: Tensor) -> tuple[Tensor, ...]:
+        """What is run at once: one sample (1, context, hidden) on a CPU, on a GPU as many as its shape says."""
+        if self.device.type == "cpu" or not len(samples):
+            return torch.split(samples, 1)
+        return torch.split(samples, max(AT_ONCE // samples[0].nbytes, 1))
 
     def forward(self, index: int, samples: Tensor) -> Tensor:
         """A loaded block's outputs (n, context, hidden) for inputs of that shape."""

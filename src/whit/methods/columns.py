@@ -126,7 +126,9 @@ class Columns:
             local = {} if fits else self._params_at(first)
             specs = tuple((name, tuple(p.shape), p.dtype) for name, p in local.items())
             rows = self.shape[0]
-            recorded = record(step, Piece(rows, last - first, self.format, self.clip, fits, specs, target.device))
+            lane = torch.cuda.current_stream(target.device).cuda_stream
+            piece = Piece(rows, last - first, self.format, self.clip, fits, specs, target.device, lane)
+            recorded = record(step, piece)
             here = slice(first, last)
             inputs = {"target": target[here], "feedback": feedback[here, here], "importance": self.importance[here]}
             recorded.replay({**inputs, "codes": self.codes[:, here]}, local)
@@ -150,7 +152,7 @@ class Columns:
 
 @dataclass(frozen=True)
 class Piece:
-    """What a recorded walk depends on: all but the numbers."""
+    """What a recorded walk depends on: all but the numbers. Walks on two streams may not share their memory."""
 
     rows: int
     columns: int
@@ -159,6 +161,7 @@ class Piece:
     fits: bool
     params: tuple[tuple[str, tuple[int, ...], torch.dtype], ...]
     device: torch.device
+    stream: int
 
 
 class Recorded:
@@ -183,13 +186,16 @@ class Recorded:
                 return self.columns.feed(target, feedback, range(count))
             return self.columns.settle(target, feedback)
 
-        side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        side.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(side):  # makes whatever torch makes at first use
+        # Recorded where it will run: graphs that run side by side may not share cuBLAS's workspace of a stream.
+        lane = torch.cuda.current_stream(device)
+        if lane == torch.cuda.default_stream(device):  # on which nothing can be recorded
+            lane = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+            lane.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(lane):  # makes whatever torch makes at first use
             run()
-        torch.cuda.current_stream(device).wait_stream(side)
+        torch.cuda.current_stream(device).wait_stream(lane)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
+        with torch.cuda.graph(self._graph, stream=lane):
             self.change = run()
 
     def replay(self, inputs: Mapping[str, Tensor], params: Mapping[str, Tensor]) -> None:

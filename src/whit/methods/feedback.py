@@ -24,6 +24,7 @@ Enter = Callable[[int], None]
 
 ONE_THREAD = 128  # columns that are walked on one thread: their products are too small to share, and sharing waits
 SINGLE_THREADED = 64  # columns up to which LAPACK factors on one thread
+ON_GPU = 2048  # columns that a GPU's own factorization takes at once: many small ones would wait for each other
 GROWTH = 10.0  # of the damping, each time that the Cholesky factor does not exist
 SMALLEST_DAMP = 1e-6
 
@@ -105,7 +106,7 @@ def invert_root_(matrix: Tensor) -> None:
     The same bits for any number of threads, and no more memory than half the matrix beside it.
     """
     size = len(matrix)
-    if size <= SINGLE_THREADED:
+    if size <= (SINGLE_THREADED if matrix.is_cpu else ON_GPU):
         root = torch.linalg.cholesky(matrix.flip(0, 1)).flip(0, 1)
         unit = torch.eye(size, dtype=root.dtype, device=root.device)
         matrix.copy_(torch.linalg.solve_triangular(root, unit, upper=True))

@@ -26,8 +26,7 @@ import torch
 from torch import Tensor
 
 from whit.errors import CalibrationError, RecipeError
-from whit.formats.numeric import check_finite
-from whit.methods.columns import Columns, fit_params, plain, plain_rows
+from whit.methods.columns import Columns, fit_params, plain_rows
 from whit.methods.feedback import prepare
 from whit.methods.scales import refit_scales
 from whit.tensor import Format, LayerStats, Params, QuantizedTensor
@@ -93,8 +92,6 @@ class GPTQ:
         codes = torch.cat([solver.codes for solver in done])
         if sealed is None or movable:
             sealed = {name: torch.cat([solver.params[name] for solver in done]) for name in done[0].params}
-        for name in format.continuous:
-            check_finite(plain(sealed[name], len(weight)), f"gptq: {name}")
         return QuantizedTensor(format, tuple(weight.shape), codes, format.seal(sealed))
 
     def _params_up_front(self, weight: Tensor, hessian: Tensor, format: Format) -> Params | None:
