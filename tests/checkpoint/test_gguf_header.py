@@ -107,7 +107,7 @@ def tensor(name: bytes, shape: tuple[int, ...], kind: int, offset: int) -> bytes
     (header(0, 1, tensor(b"t", (4,), 5, 0) + bytes(99)), "type 5, which whit does not know"),
     (header(0, 1, tensor(b"t", (48,), 2, 0) + bytes(99)), "whole groups of 32"),
     (header(0, 1, tensor(b"t", (4,), 0, 16) + bytes(99)), "a multiple of 32"),
-    (header(0, 1, tensor(b"t", (1 << 62, 1 << 62), 0, 0) + bytes(99)), "ends at byte"),
+    (header(0, 1, tensor(b"t", (1 << 62, 1 << 62), 0, 0) + bytes(99)), "elements are the most"),
     (header(0, 1, tensor(b"t", (4,), 0, 1 << 50) + bytes(99)), "ends at byte"),
     (header(0, 2, tensor(b"t", (16,), 0, 0) + tensor(b"u", (16,), 0, 32) + bytes(299)), "'u' overlaps 't'"),
     (header(0, 2, 2 * tensor(b"t", (4,), 0, 0) + bytes(99)), "'t' is there twice"),

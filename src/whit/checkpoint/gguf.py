@@ -35,6 +35,7 @@ STRING, ARRAY = 8, 9
 SMALLEST_PAIR, SMALLEST_INFO, MAX_DIMENSIONS = 13, 24, 4
 MAX_NAME = 1 << 16  # bytes of a key or a name
 MAX_COUNT = 1 << 18  # tensors, and key-values: each becomes an object here
+MAX_ELEMENTS = 1 << 62  # of a tensor, empty dimensions aside: what a place in memory can count
 
 
 class Strings(Sequence[str]):
@@ -213,6 +214,8 @@ def _placed(
                 f"{name!r}, {kind} {list(shape)} at {offset}: rows must be whole groups of {columns} and the place a "
                 f"multiple of {alignment}; get another copy"
             )
+        if prod(count or 1 for count in shape) >= MAX_ELEMENTS:
+            raise reader.error(f"{name!r} is {list(shape)}; {MAX_ELEMENTS} elements are the most; get another copy")
         start = data + offset
         stop = start + prod(shape) // columns * size
         if stop > reader.size:

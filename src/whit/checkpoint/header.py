@@ -29,6 +29,7 @@ DTYPES = {
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 RANK = {dtype: rank for rank, dtype in enumerate(DTYPES.values())}
 MAX_HEADER = 100_000_000  # bytes; the safetensors library's own limit
+MAX_COUNT = 1 << 62  # elements, and bytes
 
 
 @dataclass(frozen=True)
@@ -74,14 +75,26 @@ def _parse(path: Path, raw: bytes) -> dict[str, Any]:
             )
         return found
 
-    try:
-        header = json.loads(raw, object_pairs_hook=unique)
+    def constant(text: str) -> None:
+        raise ValueError(f"{text} is no number of JSON")
+
+    def integer(text: str) -> int | float:
+        return -0.0 if text == "-0" else int(text)  # -0 is no count to any other reader
+
+    try:  # decoded here: given bytes, Python's json would take UTF-16 and UTF-32 too, which no other reader does
+        text = raw.decode("utf-8")
+        header = json.loads(text, object_pairs_hook=unique, parse_constant=constant, parse_int=integer)
+        if "\\u" in text:  # halves of surrogate pairs, spelt as escapes
+            json.dumps(header, ensure_ascii=False).encode("utf-8")
     except (ValueError, RecursionError) as error:
         raise CheckpointError(
             f"{path}: the header is not JSON ({error}); it must be; get another copy of the file"
         ) from None
     if not isinstance(header, dict):
         raise CheckpointError(f"{path}: the header is not a JSON object; it must be one; get another copy of the file")
+    metadata = header.get("__metadata__") or {}
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise CheckpointError(f"{path}: __metadata__ does not map names to text; it must; get another copy of the file")
     return header
 
 
@@ -107,7 +120,9 @@ def _entry(path: Path, name: str, value: Any, data: int) -> Entry:
 
 
 def _are_counts(value: Any) -> bool:
-    return isinstance(value, list) and all(type(v) is int and 0 <= v < 1 << 62 for v in value)
+    """Whether these are counts whose product is one too, whichever of them is 0."""
+    counts = isinstance(value, list) and all(type(v) is int and 0 <= v < MAX_COUNT for v in value)
+    return counts and prod(v or 1 for v in value) < MAX_COUNT
 
 
 def _check_extents(path: Path, entries: Mapping[str, Entry], data: int, size: int) -> None:

@@ -9,6 +9,7 @@ data set. The mean square of a column is the diagonal of the hessian divided by 
 from __future__ import annotations
 
 import struct
+from array import array
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from whit.checkpoint.gguf import read_gguf
+from whit.checkpoint.gguf import Strings, read_gguf
 from whit.errors import CheckpointError
 from whit.export.gguf.architectures import Architecture
 from whit.export.gguf.header import Info, Value, gguf_shard
@@ -90,9 +91,10 @@ def _read_gguf(path: Path) -> Imatrix:
     values: dict[str, Tensor] = {}
     with path.open("rb") as file:
         for tensor in header.tensors.values():
-            if tensor.type != "F32" or len(tensor.shape) != 2 or not tensor.name.endswith((SUM, COUNTS)):
+            is_matrix = len(tensor.shape) == 2 and tensor.stop > tensor.start
+            if tensor.type != "F32" or not is_matrix or not tensor.name.endswith((SUM, COUNTS)):
                 raise CheckpointError(
-                    f"{path}: {tensor.name}, {tensor.type} {list(tensor.shape)}; tensors must be float32 matrices "
+                    f"{path}: {tensor.name!r}, {tensor.type} {list(tensor.shape)}; tensors must be float32 matrices "
                     f"named *{SUM} and *{COUNTS}; get another copy"
                 )
             file.seek(tensor.start)
@@ -106,9 +108,14 @@ def _read_gguf(path: Path) -> Imatrix:
             raise CheckpointError(f"{path}: {key} without its {COUNTS}; both must be there; get another copy")
         if len(count) == 1:  # experts, one matrix each, have no place in the architectures that whit writes
             sums[name], counts[name] = _checked(values[key][0], path, name), float(count.flatten()[0])
-    datasets = list(header.metadata.get("imatrix.datasets", ()))
-    size = header.metadata.get("imatrix.chunk_size", 512)
-    return Imatrix(sums, counts, ", ".join(datasets), header.metadata.get("imatrix.chunk_count", 0), size)
+    datasets = header.metadata.get("imatrix.datasets", Strings(b"", array("Q")))
+    chunks, size = (header.metadata.get(f"imatrix.chunk_{key}", 0) for key in ("count", "size"))
+    if not isinstance(datasets, Strings) or type(chunks) is not int or type(size) is not int:
+        raise CheckpointError(
+            f"{path}: imatrix.datasets, .chunk_count and .chunk_size are not texts and two counts; they must be; "
+            "get another copy"
+        )
+    return Imatrix(sums, counts, ", ".join(datasets), chunks, size or 512)
 
 
 def _read_dat(path: Path) -> Imatrix:
