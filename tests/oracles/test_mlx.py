@@ -1,4 +1,4 @@
-"""mlx itself (`pip install mlx[cpu]`, also on Linux) reads whit's MLX files, and its `dequantize` restores the weights."""
+"""mlx itself (`pip install mlx[cpu]`, also on Linux) reads whit's MLX files; its `dequantize` restores the weights."""
 
 from __future__ import annotations
 
