@@ -17,6 +17,7 @@ from whit.checkpoint.work import check_out
 from whit.errors import FormatError, RecipeError
 from whit.export import Exporter, exporter_named
 from whit.formats import parse_format
+from whit.formats.act_order import ActOrder
 from whit.formats.affine import Affine
 from whit.job import Job, Options, open_source, prepare
 from whit.layouts.affine import as_affine, middle, with_scales
@@ -94,6 +95,8 @@ def _routes(
 
 def variants(format: Format) -> tuple[Format, ...]:
     """The format itself, then others that may hold its numbers exactly."""
+    if isinstance(format, ActOrder):
+        return tuple(ActOrder(f) for f in variants(format.integers) if isinstance(f, Affine))
     affine = as_affine(format)
     if affine is None:
         bits = next((bits for bits, name in PLAIN_GGML.items() if name == str(format)), 0)
@@ -110,6 +113,10 @@ def recast(value: QuantizedTensor, format: Format, where: str) -> QuantizedTenso
     """The same numbers in one of the `variants` of their format. FormatError where a scale would be rounded."""
     if value.format == format:
         return value
+    if isinstance(value.format, ActOrder) and isinstance(format, ActOrder):
+        params = {name: param for name, param in value.params.items() if name != "group"}
+        same = recast(QuantizedTensor(value.format.integers, value.shape, value.codes, params), format.integers, where)
+        return QuantizedTensor(format, value.shape, same.codes, {**same.params, "group": value.params["group"]})
     old, new = as_affine(value.format), as_affine(format)
     if old is None:  # ggml's plain types are symmetric integers in groups of 32, the scale called d
         old = Affine(value.format.bits, 32, scale_type="f16")

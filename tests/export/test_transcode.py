@@ -30,6 +30,8 @@ ROUTES = {
     "nf4-dq": ("bitsandbytes", "whit", "bitsandbytes"),
     "fp4-g128": ("bitsandbytes", "whit"),
     "int8-absmax": ("bitsandbytes", "whit"),
+    "int4-g32-f16-act": ("gptq", "whit", "gptq-v2", "gptq"),
+    "int2-g32-asym-f16-act": ("gptq-v2", "whit", "gptq-v2"),
     "fp8": ("compressed-tensors", "whit", "compressed-tensors"),
 }
 

@@ -16,8 +16,11 @@ from whit.layouts.words import AWQ_ORDER, pack_words, reorder, unpack_padded, un
 from whit.tensor import PackedWeight, QuantizedTensor
 
 HELD = {
-    "gptq": ("int2-g32-f16", "int3-g32-f16", "int4-g64-f16", "int8-channel-f16"),
-    "gptq-v2": ("int2-g32-asym-f16", "int3-g32-asym-f16", "int4-g32-asym-f16", "int8-g32-asym-f16", "int4-g32-f16"),
+    "gptq": ("int2-g32-f16", "int3-g32-f16", "int4-g64-f16", "int8-channel-f16", "int4-g32-f16-act"),
+    "gptq-v2": (
+        "int2-g32-asym-f16", "int3-g32-asym-f16", "int4-g32-asym-f16", "int8-g32-asym-f16", "int4-g32-f16",
+        "int2-g32-asym-f16-act",
+    ),
     "awq": ("int4-g32-asym-f16", "int4-g64-f16", "int4-channel-asym-f16"),
     "bitsandbytes-4bit": ("nf4-g32", "fp4", "nf4-dq", "fp4-g32-dq"),
     "bitsandbytes-8bit": ("int8-absmax",),
@@ -128,6 +131,10 @@ def test_dense_and_padded_words(bits: int, count: int, seed: int):
         ("gptq", "int4-g32-f16", (33, 64), "does not do"),
         ("awq", "int8-g32-f16", (32, 64), "of 4 bits"),
         ("awq", "int4-g32-f16", (12, 64), "8 rows a word"),
+        ("awq", "int4-g32-f16-act", (32, 64), "gptq and gptq-v2 hold it"),
+        ("mlx", "int4-g32-act", (32, 64), "in groups of 32"),
+        ("gptq", "int4-g64-f16", (32, 96), "gptq holds whole groups, and 96 columns are no multiple of 64"),
+        ("pack-quantized", "int4-g64", (32, 96), "96 columns are no multiple of 64"),
         ("bitsandbytes-4bit", "nf4", (32, 96), "use a smaller group"),
         ("bitsandbytes-8bit", "int8", (32, 64), "use int8-absmax"),
         ("mlx", "int4-g32-asym", (32, 64), "use int4-g64"),

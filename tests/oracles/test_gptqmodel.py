@@ -15,7 +15,7 @@ pytest.importorskip("gptqmodel", reason="gptqmodel is not installed")
 pytestmark = pytest.mark.slow
 CASES = {
     "int2-g32": "gptq", "int3-g32": "gptq", "int4-g32": "gptq", "int8-g32": "gptq",
-    "int4-g32-asym": "gptq-v2", "int4-g64-asym": "awq",
+    "int4-g32-asym": "gptq-v2", "int4-g64-asym": "awq", "int4-g32-act": "gptq",
 }  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from whit.export import decoders
 from whit.export.base import Outcome
 from whit.export.linears import LinearsExport, one_format
 from whit.layouts import Layout
-from whit.layouts.affine import as_affine, with_scales
+from whit.layouts.affine import half_scales
 from whit.layouts.awq import AWQLayout
 from whit.model.targets import Target
 from whit.tensor import Format
@@ -35,7 +35,7 @@ class AWQ(LinearsExport):
 
     @classmethod
     def fitted(cls, format: Format) -> Format:
-        return with_scales(format, "f16") if as_affine(format) is not None else format
+        return half_scales(format)
 
     def layout(self, format: Format) -> Layout:
         return AWQLayout()

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from whit.checkpoint.header import Entry
 from whit.export.linears import put_rows
 from whit.export.readers import Foreign
+from whit.methods.stack import can_stack
 from whit.model.source import ModelSource
 from whit.model.targets import find_targets
 from whit.tensor import Format, QuantizedTensor
@@ -33,9 +34,10 @@ class ForeignSource(ModelSource):
         origin = self.origins[name]
         packed = [self.foreign.packed.get(key) for key in origin.keys]
         formats = {item.format if item is not None else None for item in packed}
-        if len(formats) > 1 or (origin.first is not None and self._order(name) is None):
-            return None
-        return formats.pop()
+        found = formats.pop() if len(formats) == 1 else None
+        if found is None or origin.first is None:
+            return found
+        return found if can_stack(found) and self._order(name) is not None else None
 
     def quantized(self, name: str) -> QuantizedTensor:
         """A parameter in its `format`, exactly as it is in the file."""

@@ -18,9 +18,8 @@ from whit.export import decoders
 from whit.export.base import Outcome
 from whit.export.folder import to_json
 from whit.export.linears import LinearsExport
-from whit.formats.affine import Affine
 from whit.layouts import Layout
-from whit.layouts.affine import as_affine, with_scales
+from whit.layouts.affine import half_scales, integers_of
 from whit.layouts.gptq import GPTQLayout
 from whit.model.targets import Target, find_targets
 from whit.tensor import Format
@@ -43,13 +42,13 @@ class GPTQ(LinearsExport):
 
     @classmethod
     def fitted(cls, format: Format) -> Format:
-        return with_scales(format, "f16") if as_affine(format) is not None else format
+        return half_scales(format)
 
     def layout(self, format: Format) -> Layout:
         return GPTQLayout(self.version)
 
     def conflicts(self, formats: Mapping[Target, Format]) -> list[str]:
-        asymmetric = sorted({str(f) for f in formats.values() if (a := as_affine(f)) is not None and not a.symmetric})
+        asymmetric = sorted({str(f) for f in formats.values() if (a := integers_of(f)) is not None and not a.symmetric})
         if self.version == 2 or not asymmetric:
             return []
         return [
@@ -92,9 +91,10 @@ class GPTQv2(GPTQ):
 
 
 def _options(format: Format) -> dict[str, Any]:
-    assert isinstance(format, Affine)
-    size = format.group_size or -1
-    return {"bits": format.bits, "group_size": size, "desc_act": False, "sym": format.symmetric}
+    integers = integers_of(format)
+    assert integers is not None
+    said = {"bits": format.bits, "group_size": integers.group_size or -1, "sym": integers.symmetric}
+    return {**said, "desc_act": integers is not format}
 
 
 def _exactly(module: str) -> str:

@@ -6,6 +6,7 @@ import difflib
 
 from whit.errors import FormatError
 from whit.formats.absmax import Absmax8
+from whit.formats.act_order import ActOrder
 from whit.formats.affine import Affine
 from whit.formats.codebook import FP4, NF4, Codebook
 from whit.formats.ggml import Ggml
@@ -14,7 +15,7 @@ from whit.formats.offset import Offset
 from whit.formats.signs import Binary, Ternary
 from whit.tensor import Format
 
-FORMATS = (Affine, Codebook, Ggml, Float8, BFloat16, Absmax8, Offset, Ternary, Binary)
+FORMATS = (Affine, Codebook, Ggml, Float8, BFloat16, Absmax8, Offset, Ternary, Binary, ActOrder)
 
 EXAMPLES = {
     "int8": "8-bit integers, one float32 scale per row (the same as int8-channel)",
@@ -27,6 +28,7 @@ EXAMPLES = {
     "int4-g128-asym": "with a 4-bit zero point per group",
     "int4-g64-asym-fz": "with a float16 zero point per group (what HQQ was made for)",
     "int4-g64-offset": "with a bfloat16 offset per group, as MLX has it: w = code scale + offset",
+    "int4-g128-act": "groups of columns of like activation, as GPTQ's act-order has them",
     "int3-g64": "", "int3-g64-asym": "", "int2-g64": "", "int2-g32": "", "int2-g32-asym": "", "int1-g32": "",
     "nf4": "QLoRA's 4-bit NormalFloat, groups of 64",
     "nf4-dq": "with double quantization: 4.127 bits per weight",

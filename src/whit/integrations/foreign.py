@@ -1,6 +1,6 @@
 """A checkpoint of another quantizer as a running model: its codes in whit's own modules, nothing quantized again.
 
-The file's own library need not be installed. What no format of whit holds (act-order) is dequantized.
+The file's own library need not be installed. What no format of whit holds (tiles of fp8) is dequantized.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from whit.formats.grouping import group_count
-from whit.layouts.affine import refuse_affine, signed, unsigned
+from whit.layouts.affine import refuse_affine, refuse_ragged, signed, unsigned
 from whit.layouts.base import WholeRows
 from whit.layouts.words import AWQ_INVERSE, AWQ_ORDER, pack_words, reorder, unpack_words
 from whit.tensor import Format, PackedWeight, QuantizedTensor, TensorSpec
@@ -26,7 +26,7 @@ class AWQLayout(WholeRows):
     name = "awq"
 
     def refuses(self, format: Format, shape: tuple[int, ...]) -> str | None:
-        if reason := refuse_affine(format, (4,), ("f16",)):
+        if reason := refuse_affine(format, (4,), ("f16",)) or refuse_ragged(format, shape):
             return f"awq {reason}"
         return (
             None
@@ -51,7 +51,7 @@ class AWQLayout(WholeRows):
     def unpack(self, packed: PackedWeight) -> QuantizedTensor:
         codes, zero = (_unpack(packed.tensors[key]) for key in ("qweight", "qzeros"))
         scale = packed.tensors["scales"].t().contiguous()
-        return signed(packed.format, packed.shape, codes, scale, zero)  # type: ignore[arg-type]
+        return signed(packed.format, packed.shape, codes, scale, zero)
 
 
 def _pack(values: Tensor) -> Tensor:

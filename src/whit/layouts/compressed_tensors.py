@@ -15,7 +15,7 @@ import torch
 
 from whit.formats.grouping import group_count
 from whit.formats.numeric import DTYPE_NAMES
-from whit.layouts.affine import as_affine, refuse_affine, signed, unsigned
+from whit.layouts.affine import as_affine, refuse_affine, refuse_ragged, signed, unsigned
 from whit.layouts.base import WholeRows
 from whit.layouts.words import pack_words, unpack_words, word_count
 from whit.tensor import Format, PackedWeight, QuantizedTensor, TensorSpec, tensor_param
@@ -30,7 +30,7 @@ class PackQuantized(WholeRows):
     name = "pack-quantized"
 
     def refuses(self, format: Format, shape: tuple[int, ...]) -> str | None:
-        if reason := refuse_affine(format, (2, 4, 8), SCALES):
+        if reason := refuse_affine(format, (2, 4, 8), SCALES) or refuse_ragged(format, shape):
             return f"pack-quantized {reason}"
         return None if len(shape) == 2 else f"pack-quantized holds matrices, and this is {list(shape)}"
 
@@ -65,7 +65,7 @@ class PackQuantized(WholeRows):
         zero = None
         if "weight_zero_point" in tensors:
             zero = unpack_words(tensors["weight_zero_point"].t(), rows, bits).t().contiguous()
-        return signed(packed.format, packed.shape, codes, tensors["weight_scale"], zero)  # type: ignore[arg-type]
+        return signed(packed.format, packed.shape, codes, tensors["weight_scale"], zero)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from whit.errors import FormatError
 from whit.formats.grouping import group_count
-from whit.layouts.affine import refuse_affine, signed, unsigned
+from whit.layouts.affine import integers_of, refuse_affine, refuse_ragged, signed, unsigned
 from whit.layouts.base import WholeRows
 from whit.layouts.words import pack_words, unpack_words, word_count
 from whit.tensor import Format, PackedWeight, QuantizedTensor, TensorSpec
@@ -36,7 +36,8 @@ class GPTQLayout(WholeRows):
         return "gptq" if self.version == 1 else "gptq-v2"
 
     def refuses(self, format: Format, shape: tuple[int, ...]) -> str | None:
-        if reason := refuse_affine(format, BITS, ("f16",)):
+        reason = refuse_affine(integers_of(format) or format, BITS, ("f16",)) or refuse_ragged(format, shape)
+        if reason:
             return f"{self.name} {reason}"
         uneven = [n for n in shape if n * format.bits % 32]
         if len(shape) != 2 or uneven:
@@ -45,7 +46,9 @@ class GPTQLayout(WholeRows):
 
     def specs(self, format: Format, shape: tuple[int, ...]) -> Mapping[str, TensorSpec]:
         rows, columns = shape
-        groups = group_count(columns, format.group_size)
+        integers = integers_of(format)
+        assert integers is not None
+        groups = group_count(columns, integers.group_size)
         return {
             "qweight": TensorSpec((word_count(columns, format.bits), rows), torch.int32),
             "qzeros": TensorSpec((groups, word_count(rows, format.bits)), torch.int32),
@@ -62,13 +65,15 @@ class GPTQLayout(WholeRows):
                     "use --export gptq-v2"
                 )
             zero = zero - 1
+        group = quantized.params.get("group")
+        index = plain_groups(codes.shape[1], format.group_size)
         tensors = {
             "qweight": pack_words(codes, format.bits).t().contiguous(),
             "qzeros": pack_words(zero.t(), format.bits),
             "scales": scale.t().contiguous(),
-            "g_idx": plain_groups(codes.shape[1], format.group_size),
+            "g_idx": group.reshape(-1).to(torch.int32) if isinstance(group, Tensor) else index.to(codes.device),
         }
-        return PackedWeight(self.name, format, quantized.shape, tensors)
+        return PackedWeight(self.name, quantized.format, quantized.shape, tensors)
 
     def unpack(self, packed: PackedWeight) -> QuantizedTensor:
         format, (rows, columns) = packed.format, packed.shape
@@ -77,7 +82,8 @@ class GPTQLayout(WholeRows):
         zero = unpack_words(tensors["qzeros"], rows, format.bits)
         if self.version == 1:
             zero = (zero + 1) & ((1 << format.bits) - 1)
-        return signed(format, packed.shape, codes, tensors["scales"].t().contiguous(), zero.t().contiguous())  # type: ignore[arg-type]
+        scale = tensors["scales"].t().contiguous()
+        return signed(format, packed.shape, codes, scale, zero.t().contiguous(), tensors.get("g_idx"))
 
 
 def plain_groups(columns: int, group_size: int) -> Tensor:

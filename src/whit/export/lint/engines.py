@@ -7,7 +7,7 @@ from typing import Any
 
 from whit.export.lint.findings import Finding
 from whit.export.readers.base import Packed
-from whit.layouts.affine import as_affine
+from whit.layouts.affine import integers_of
 
 MARLIN_GROUPS = (0, 32, 64, 128)
 
@@ -25,7 +25,7 @@ def engine_findings(method: str, said: Mapping[str, Any], packed: Mapping[str, P
 
 
 def _marlin(said: Mapping[str, Any], item: Packed) -> str | None:
-    affine = as_affine(item.format) if item.format is not None else None
+    affine = integers_of(item.format) if item.format is not None else None
     if affine is None:
         return None if item.note is None else item.note
     if affine.bits not in (4, 8):

@@ -12,7 +12,7 @@ from whit.checkpoint.reader import Checkpoint
 from whit.export.lint.findings import Finding
 from whit.export.readers.base import Packed
 from whit.export.readers.compressed_tensors import packing
-from whit.layouts.affine import middle
+from whit.layouts.affine import integers_of, middle
 from whit.layouts.words import unpack_words
 
 SCALES = ("scales", "weight_scale", "SCB", "weight.absmax", "weight.nested_absmax", "scale")
@@ -32,7 +32,9 @@ def param_findings(
     if method == "compressed-tensors":
         yield from _words(said, checkpoint, module, item)
     if item.format is not None and method in ("gptq", "awq"):
-        yield from _claims(said, module, item.format.bits, item.format.group_size)
+        integers = integers_of(item.format)
+        size = item.format.group_size if integers is None else integers.group_size
+        yield from _claims(said, module, item.format.bits, size)
 
 
 def _scales(checkpoint: Checkpoint, key: str) -> Iterator[Finding]:

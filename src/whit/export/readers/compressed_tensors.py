@@ -12,7 +12,8 @@ from torch import Tensor
 from whit.checkpoint.reader import Checkpoint
 from whit.errors import CheckpointError
 from whit.export.readers.base import SCALE_TYPES, Packed, group_size_of, modules_with, shape_of
-from whit.export.readers.gptq import FLOATS
+from whit.export.readers.gptq import ACT_ORDER, FLOATS
+from whit.formats.act_order import MOST_GROUPS, ActOrder
 from whit.formats.affine import Affine
 from whit.formats.microfloat import Float8
 from whit.layouts.affine import signed
@@ -77,8 +78,12 @@ def _packed(checkpoint: Checkpoint, module: str, claimed: list[int], sizes: set[
     read = partial(_read, checkpoint, module, format, (rows, columns), unpack)
     if plain or index is None:
         return Packed(names, (rows, columns), format, read)
-    note = "act-order: its groups are no runs of neighbouring columns"
-    return Packed(names, (rows, columns), None, partial(_by_index, read, index), note)
+    if bool((index < 0).any()) or bool((index >= scales[1]).any()) or not 0 < scales[1] <= MOST_GROUPS:
+        raise CheckpointError(
+            f"{where}: weight_g_idx names groups beyond the {scales[1]} there are, or beyond {MOST_GROUPS}; "
+            "get the file again"
+        )
+    return Packed(names, (rows, columns), ActOrder(format), partial(_by_index, read, index), ACT_ORDER)
 
 
 def _read(
@@ -101,13 +106,12 @@ def _read(
     return signed(format, shape, codes, scale, zero)
 
 
-def _by_index(read: Callable[[], QuantizedTensor], index: Tensor) -> Tensor:
-    """The weight where columns of a group lie apart: a column's scale is its group's."""
+def _by_index(read: Callable[[], QuantizedTensor], index: Tensor) -> QuantizedTensor:
+    """The weight where columns of a group lie apart."""
     value = read()
     assert isinstance(value.format, Affine)
-    params = {name: param[:, index.long()] for name, param in value.params.items() if isinstance(param, Tensor)}
-    wide = Affine(value.format.bits, 1, value.format.symmetric, scale_type=value.format.scale_type)
-    return wide.decode(value.codes, params)
+    params = {**value.params, "group": index.to(torch.int16).reshape(1, -1)}
+    return QuantizedTensor(ActOrder(value.format), value.shape, value.codes, params)
 
 
 def _bytes(checkpoint: Checkpoint, module: str) -> Packed:

@@ -13,12 +13,15 @@ from torch import Tensor
 from whit.checkpoint.reader import Checkpoint
 from whit.errors import CheckpointError
 from whit.export.readers.base import Packed, group_size_of, modules_with, shape_of
+from whit.formats.act_order import MOST_GROUPS, ActOrder
 from whit.formats.affine import Affine
 from whit.layouts.affine import middle
 from whit.layouts.gptq import BITS, GPTQLayout, plain_groups
 from whit.layouts.words import unpack_words, word_count
-from whit.tensor import PackedWeight, QuantizedTensor
+from whit.tensor import Format, PackedWeight, QuantizedTensor
 
+ACT_ORDER = "act-order: its groups are no runs of neighbouring columns"
+NO_FORMAT = f"{ACT_ORDER}, and group_size does not say how large they are"
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -56,17 +59,23 @@ def _linear(config: Mapping[str, Any], checkpoint: Checkpoint, module: str, vers
     symmetric = bool((zero == middle(bits)).all())
     index = checkpoint[f"{module}.g_idx"] if has_index else None
     size = _group_size(index, columns, groups, where, config.get("group_size"))
+    kind = "f16" if checkpoint.entries[f"{module}.scales"].spec.dtype == torch.float16 else "f32"
+    shape = (rows, columns)
     if size is None:
-        floats = partial(_by_index, checkpoint, module, columns, bits, version)
-        return Packed(keys, (rows, columns), None, floats, "act-order: its groups are no runs of neighbouring columns")
-    scale = checkpoint.entries[f"{module}.scales"].spec.dtype
-    format = Affine(bits, size, symmetric, scale_type="f16" if scale == torch.float16 else "f32")
-    return Packed(keys, (rows, columns), format, partial(_read, checkpoint, module, format, (rows, columns), version))
+        scattered = size_of_scattered(columns, groups, config.get("group_size"))
+        if scattered is None:
+            floats = partial(_by_index, checkpoint, module, columns, bits, version)
+            return Packed(keys, shape, None, floats, NO_FORMAT)
+        ordered = ActOrder(Affine(bits, scattered, symmetric, scale_type=kind))
+        return Packed(keys, shape, ordered, partial(_read, checkpoint, module, ordered, shape, version), ACT_ORDER)
+    format = Affine(bits, size, symmetric, scale_type=kind)
+    return Packed(keys, shape, format, partial(_read, checkpoint, module, format, shape, version))
 
 
-def _read(checkpoint: Checkpoint, module: str, format: Affine, shape: tuple[int, int], version: int) -> QuantizedTensor:
-    tensors = {key: checkpoint[f"{module}.{key}"] for key in ("qweight", "qzeros", "scales")}
-    if format.scale_type == "f32":
+def _read(checkpoint: Checkpoint, module: str, format: Format, shape: tuple[int, int], version: int) -> QuantizedTensor:
+    keys = ("qweight", "qzeros", "scales", *(("g_idx",) if isinstance(format, ActOrder) else ()))
+    tensors = {key: checkpoint[f"{module}.{key}"] for key in keys}
+    if tensors["scales"].dtype != torch.float16:
         tensors["scales"] = tensors["scales"].float()
     return GPTQLayout(version).unpack(PackedWeight("gptq", format, shape, tensors))
 
@@ -92,11 +101,23 @@ def _group_size(index: Tensor | None, columns: int, groups: int, where: str, cla
         return group_size_of(columns, groups, where, claimed)
     if bool((index < 0).any()) or bool((index >= groups).any()):
         raise CheckpointError(f"{where}: g_idx names groups beyond the {groups} there are; get the file again")
-    if columns % groups == 0:
+    if columns % groups and isinstance(claimed, int) and claimed > 0 and -(-columns // claimed) == groups:
+        if torch.equal(index.to(torch.int32), plain_groups(columns, claimed)):
+            return claimed  # the last group of a row is shorter than the others
+    elif columns % groups == 0:
         size = group_size_of(columns, groups, where, claimed)
         if torch.equal(index.to(torch.int32), plain_groups(columns, size)):
             return size
     return None
+
+
+def size_of_scattered(columns: int, groups: int, claimed: object) -> int | None:
+    """Columns per group where groups are no runs of neighbours; None where there is no such number."""
+    if not 0 < groups <= MOST_GROUPS:
+        return None
+    if columns % groups == 0:
+        return columns // groups
+    return claimed if isinstance(claimed, int) and claimed > 0 and -(-columns // claimed) == groups else None
 
 
 def _claimed_bits(config: Mapping[str, Any], module: str) -> int:
