@@ -13,7 +13,7 @@ STAGES = (
     ("errors", "named", "tensor", "data"), ("checkpoint",), ("model",), ("calibration",), ("transforms",), ("formats",),
     ("methods",), ("arrays", "recipe", "preflight"), ("layouts",), ("kernels",), ("modules",), ("export",),
     ("integrations",), ("training",), ("evaluation",),
-    ("plan", "coverage", "job", "transcode", "finish", "estimate", "feed", "settle", "importance"),
+    ("plan", "coverage", "job", "transcode", "finish", "estimate", "feed", "importance"),
     ("pipeline", "allocation"), ("report", "memory"), ("cli", "__main__"),
 )  # fmt: skip
 RANK = {name: rank for rank, stage in enumerate(STAGES) for name in stage}

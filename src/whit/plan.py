@@ -18,11 +18,11 @@ from whit.checkpoint.header import Entry, count_parameters
 from whit.checkpoint.reader import Checkpoint
 from whit.checkpoint.writer import Shard
 from whit.export.base import Exporter, Parameter, Value
+from whit.export.settle import settle
 from whit.model.source import Origin
 from whit.model.targets import Target, find_targets
 from whit.preflight import check_recipe
 from whit.recipe import Recipe
-from whit.settle import settle
 from whit.tensor import Format, QuantizedTensor, TensorSpec
 
 SHARD_SIZE = 5_000_000_000  # bytes, as on the hub

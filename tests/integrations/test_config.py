@@ -8,11 +8,15 @@ import sys
 
 import pytest
 import torch
+import transformers as hf
 from transformers.quantizers.auto import AutoHfQuantizer, AutoQuantizationConfig
 
 import whit
 from whit.errors import FormatError, RecipeError
+from whit.integrations.plan import plan_formats
 from whit.integrations.transformers import WhitQuantizer, register
+
+from tiny_models import tiny_model
 
 
 def test_what_config_json_holds():
@@ -81,3 +85,19 @@ def test_importing_whit_registers_it_once():
     assert quantizer.is_trainable
     code = "import whit; from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING as m; assert 'whit' in m"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_mix_gives_each_matrix_its_type():
+    """The same types as the command line's, also after the configuration went through JSON."""
+    shape = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 4}
+    model = hf.LlamaForCausalLM(hf.LlamaConfig(vocab_size=128, num_hidden_layers=2, **shape))
+    config = whit.QuantizationConfig("q4_k_m", rules=[("*.1.mlp.up_proj", "int8-g32")])
+    again = whit.QuantizationConfig.from_dict(json.loads(json.dumps(config.to_dict())))
+    for recipe in (config.recipe, again.recipe, whit.QuantizationConfig(config.recipe).recipe):
+        types = {target.holder: str(format) for target, format in plan_formats(model, recipe, {}).items()}
+        assert types["model.layers.0.self_attn.q_proj"] == "q4_k"
+        assert types["model.layers.1.mlp.down_proj"] == "q6_k"
+        assert types["model.layers.1.mlp.up_proj"] == "int8-g32"
+        assert types["lm_head"] == "q6_k"
+    with pytest.raises(RecipeError, match="in_features 64 is not divisible by group_size 256"):
+        plan_formats(tiny_model("llama"), config.recipe, {})

@@ -12,19 +12,21 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from whit.errors import FormatError, RecipeError
 from whit.export.whit import QUANT_METHOD, quantization_config
 from whit.formats import parse_format
+from whit.formats.ggml.mixes import ONLY_MIXES
 from whit.layouts import layout_named
 from whit.methods import Method
 from whit.recipe import Recipe
 from whit.tensor import Format
 
-KEYS = {"quant_method", "layout", "version", "method", "transform", "rules", "formats", "compute_dtype"}
+KEYS = {"quant_method", "layout", "version", "method", "transform", "mix", "rules", "formats", "compute_dtype"}
 
 
 class QuantizationConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """Quantize while loading.
 
-    `format` is a shorthand ("nf4", "int8", "int4-g128-asym"), a Format, or a whole Recipe; `rules` are pairs (glob over
-    module names, format) that come after it; `method` a name ("rtn", "clip", "hqq") or a Method that needs no data.
+    `format` is a shorthand ("nf4", "int4-g128-asym", or a mix: "q4_k_m"), a Format, or a whole Recipe; `rules` are
+    pairs (glob over module names, format) that come after it; `method` a name ("rtn", "clip", "hqq") or a Method that
+    needs no data.
     `double_quant` stores a codebook format's absmax in 8 bits. Linears multiply in `compute_dtype` (as their input
     comes unless given). Modules named in `modules_to_not_convert` (or `skip_modules`) are kept, with all inside them.
     Raises FormatError and RecipeError.
@@ -48,7 +50,7 @@ class QuantizationConfig(QuantizationConfigMixin):  # type: ignore[misc]
         kept = [(pattern, "bf16") for name in skipped for pattern in _patterns(name)]
         self.quant_method = QUANT_METHOD
         self.layout = "bits"
-        self.recipe = Recipe(given.method, [*given.rules, *rules, *kept], given.transform)
+        self.recipe = Recipe(given.method, [*given.rules, *rules, *kept], given.transform, given.mix)
         self.compute_dtype = _dtype(compute_dtype)
         self.formats: dict[str, str] = {}
 
@@ -65,14 +67,17 @@ class QuantizationConfig(QuantizationConfigMixin):  # type: ignore[misc]
         """Raises RecipeError for keys or versions that this whit does not know, FormatError for a layout."""
         if unknown := sorted(set(config_dict) - KEYS):
             raise RecipeError(f"quantization_config: key {unknown[0]!r} is not known; update whit to read this model")
-        recipe = {key: config_dict[key] for key in ("version", "method", "transform", "rules") if key in config_dict}
+        kept = ("version", "method", "transform", "mix", "rules")
+        recipe = {key: config_dict[key] for key in kept if key in config_dict}
         config = cls(Recipe.from_dict(recipe, "quantization_config"), compute_dtype=config_dict.get("compute_dtype"))
         config.layout = layout_named(str(config_dict.get("layout", "bits"))).name
         config.formats = {str(name): str(spec) for name, spec in dict(config_dict.get("formats", {})).items()}
         return (config, kwargs) if return_unused_kwargs else config
 
 
-def _double(format: str | Format, double_quant: bool) -> Format:
+def _double(format: str | Format, double_quant: bool) -> Format | str:
+    if format in ONLY_MIXES and not double_quant:
+        return str(format)
     parsed = parse_format(format)
     if not double_quant:
         return parsed

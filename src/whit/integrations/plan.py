@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +12,8 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from whit.errors import CheckpointError, RecipeError
+from whit.export.settle import settle
+from whit.export.whit import Whit
 from whit.formats import parse_format
 from whit.model.targets import Target, find_targets, tied_weights
 from whit.modules import TiedEmbedding, TiedHead
@@ -31,6 +34,8 @@ def plan_formats(model: nn.Module, recipe: Recipe, ties: Mapping[str, str]) -> d
         if parameter not in ties
     }
     holders = [target.holder for target in targets.values()]
+    if recipe.mix:
+        recipe = settle(recipe, Whit(model, Path()), model, groups).recipe
     slips = set(recipe.unmatched(holders))
     # Rules that keep something which is not there are no slips: skip lists are shared between models.
     rules = [rule for rule in recipe.rules if rule[0] not in slips or rule[1].bits != 16]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedModel
 
-from whit.export import Exporter
+from whit.export.base import Exporter
 from whit.formats import parse_format
 from whit.formats.ggml.mixes import MIXES, Place, Role, mixed_type
 from whit.model.targets import Target
