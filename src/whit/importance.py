@@ -13,6 +13,7 @@ from whit.calibration.capture import Watch
 from whit.calibration.runner import Runner
 from whit.checkpoint.hub import resolve_model
 from whit.errors import OutputError, RecipeError
+from whit.export.base import Importance
 from whit.export.gguf.architectures import architecture_of
 from whit.export.gguf.imatrix import Imatrix, dat_bytes, gguf_bytes, read_imatrix
 from whit.integrations.loading import load_tokenizer, maximum_context
@@ -57,7 +58,8 @@ def weighed(job: Job, path: Path) -> Job:
         method = job.recipe.method.name if job.recipe is not None else "none"
         raise RecipeError(f"imatrix: method {method} does not weigh by it; clip does; use --method clip")
     architecture = architecture_of(job.source.model.config, str(job.source.checkpoint.folder))
-    found = read_imatrix(path).importance(architecture)
+    imatrix = read_imatrix(path)
+    found = imatrix.importance(architecture)
     shapes = {item.name: item.target.shape for item in job.plan.items if item.target is not None and item.format}
     known = {name: weights for name, weights in found.items() if name in shapes}
     wrong = [name for name, weights in known.items() if weights.shape != shapes[name][-1:]]
@@ -66,7 +68,9 @@ def weighed(job: Job, path: Path) -> Job:
             f"{wrong[0]} has {len(known[wrong[0]])} columns there" if wrong else "none of the model's matrices is in it"
         )
         raise RecipeError(f"{path}: {what}; it must be of this model; measure it with whit imatrix")
-    return replace(job, importance=known)
+    job.exporter.weighed(Importance(path.name, imatrix.dataset, len(imatrix.sums), imatrix.chunks))
+    shards = job.exporter.shards(job.plan.items, job.options.shard_size)
+    return replace(job, importance=known, plan=replace(job.plan, shards=shards))
 
 
 def write_imatrix(imatrix: Imatrix, out: Path) -> None:

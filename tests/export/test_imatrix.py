@@ -103,6 +103,18 @@ def test_weighed_columns_lose_less(measured: Imatrix, tmp_path: Path):
     assert lost["weighed"] < 0.97 * lost["plain"]
 
 
+def test_a_gguf_file_says_what_weighed_it(measured: Imatrix, tmp_path: Path):
+    gguf = pytest.importorskip("gguf", reason="gguf-py is not installed here")
+    (tmp_path / "i.dat").write_bytes(dat_bytes(measured))
+    recipe = whit.Recipe("clip", [("*", "bf16"), ("*.0.mlp.down_proj", "q4_0")])
+    whit.quantize("whit:model", tmp_path / "m.gguf", recipe, export="gguf", imatrix=tmp_path / "i.dat")
+    fields = gguf.GGUFReader(tmp_path / "m.gguf").fields
+    found = {key: fields[f"quantize.imatrix.{key}"].contents() for key in ("file", "dataset")}
+    assert found == {"file": "i.dat", "dataset": "whit:text"}
+    assert fields["quantize.imatrix.entries_count"].contents() == len(measured.sums)
+    assert fields["quantize.imatrix.chunks_count"].contents() == 3
+
+
 def test_what_does_not_fit_is_said(measured: Imatrix, tmp_path: Path):
     write_imatrix(measured, tmp_path / "i.gguf")
     with pytest.raises(RecipeError, match="method hqq does not weigh by it; clip does"):

@@ -57,6 +57,16 @@ class Outcome:
         return {p.target.holder: p.format for p in self.parameters if p.target is not None and p.format is not None}
 
 
+@dataclass(frozen=True)
+class Importance:
+    """Which importance matrix a run weighs by: its file's name, the text it was measured on, matrices and chunks."""
+
+    file: str
+    dataset: str
+    entries: int
+    chunks: int
+
+
 class Exporter(Protocol):
     """One kind of file, for one model. A new kind is one class in one file, and one name in EXPORTERS.
 
@@ -88,6 +98,10 @@ class Exporter(Protocol):
 
     def problems(self, formats: Mapping[Target, Format]) -> list[str]:
         """One sentence for each thing that the file cannot hold: *where: what is; what must be; what to do.*"""
+        ...
+
+    def weighed(self, by: Importance) -> None:
+        """Told before `shards` that columns are weighed by an importance matrix, for files that can say so."""
         ...
 
     def specs(self, parameter: Parameter) -> Mapping[str, TensorSpec]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from whit.checkpoint.writer import Shard, plan_shards
-from whit.export.base import Outcome, Parameter, Value
+from whit.export.base import Importance, Outcome, Parameter, Value
 from whit.model.targets import Target
 from whit.recipe import Recipe
 from whit.tensor import Format, QuantizedTensor, TensorSpec
@@ -40,6 +40,9 @@ class FolderExport:
 
     def problems(self, formats: Mapping[Target, Format]) -> list[str]:
         return []
+
+    def weighed(self, by: Importance) -> None:
+        """No folder has a place for it but whit.json."""
 
     def specs(self, parameter: Parameter) -> Mapping[str, TensorSpec]:
         """A kept parameter under its own name; subclasses add the quantized ones."""

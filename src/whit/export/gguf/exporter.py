@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from whit.checkpoint.writer import Shard
 from whit.errors import UnsupportedModelError
-from whit.export.base import Outcome, Parameter, Value
+from whit.export.base import Importance, Outcome, Parameter, Value
 from whit.export.gguf.architectures import Architecture, architecture_of
 from whit.export.gguf.header import Info, gguf_shard
 from whit.export.gguf.header import Value as MetadataValue
@@ -82,6 +82,13 @@ class Gguf:
             if reason := GGML.refuses(format, target.shape):
                 found.append(f"{target.holder}: {reason}; a gguf file holds ggml's types; choose one, such as q4_k")
         return found
+
+    def weighed(self, by: Importance) -> None:
+        """Under llama.cpp's own keys."""
+        self.metadata |= {
+            "quantize.imatrix.file": by.file, "quantize.imatrix.dataset": by.dataset,
+            "quantize.imatrix.entries_count": by.entries, "quantize.imatrix.chunks_count": by.chunks,
+        }  # fmt: skip
 
     def specs(self, parameter: Parameter) -> Mapping[str, TensorSpec]:
         name = self._name(parameter)
