@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import shutil
 import sys
@@ -22,6 +23,7 @@ from whit.report.layers import grid
 from whit.report.runs import Settings, compare, in_process
 from whit.report.speed import SpeedOptions, Spread
 from whit.report.tables import columns, markdown
+from whit.report.timed import serve
 from whit.report.work import Order, do
 
 MODEL = "whit:model"
@@ -67,6 +69,21 @@ def at_home(step: str, order: Order) -> dict:
     return json.loads(json.dumps(do(step, Order.from_json(order.to_json()))))
 
 
+class LoadedAtHome:
+    """A candidate that waits for its turns in this process."""
+
+    def __init__(self, order: Order) -> None:
+        self.answers = serve(itertools.chain([order.to_json()], itertools.repeat("lap")))
+
+    def answer(self) -> dict:
+        return json.loads(json.dumps(next(self.answers)))
+
+    turn = answer
+
+    def close(self) -> None:
+        self.answers.close()
+
+
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
     """One run with one of whit's own, a checkpoint from elsewhere, and one that must fail."""
@@ -80,6 +97,7 @@ def measured(tmp_path_factory):
     entrants = parse_entrants(f"int4-g64,{copy},{damaged}")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("whit.report.runs.in_process", at_home)
+        patch.setattr("whit.report.runs.Loaded", LoadedAtHome)
         return out, entrants, compare(MODEL, out, entrants, SETTINGS, said.append), said
 
 
@@ -99,7 +117,12 @@ def test_a_row_has_the_figures_of_whit_evaluate(measured):
         whit.Recipe.from_dict(json.loads((out / "models/int4-g64/whit.json").read_text())["recipe"]).to_toml()
         == ours["recipe"]
     )
+    assert ours["made"]["seconds"] > 0 < ours["made"]["cpu_seconds"]
     assert ours["energy_note"]
+    assert ours["relative"]["decode"] == ours["paired"]["decode"]
+    assert original["paired"] == {"prefill": 1.0, "decode": 1.0}
+    assert found.machine["read_bandwidth"] > 1e8
+    assert not (out / "logits").exists()
 
 
 def test_a_failure_is_a_row_that_says_why(measured):
@@ -119,12 +142,22 @@ def test_what_was_measured_is_not_measured_again(measured, monkeypatch):
         return {"error": "should not run"}
 
     monkeypatch.setattr("whit.report.runs.in_process", refuse)
+    monkeypatch.setattr("whit.report.runs.Loaded", LoadedAtHome)
     again = compare(MODEL, out, entrants, SETTINGS, lambda _: None)
     assert asked == ["damaged"]  # tried again
     assert again.rows[:3] == found.rows[:3]
+    shorter = dataclasses.replace(SETTINGS, speed=SpeedOptions(prompt_tokens=8, new_tokens=1, repeats=1))
+    asked.clear()
+    fresh = compare(MODEL, out, entrants, shorter, lambda _: None)  # other speeds, the same quality
+    again = compare(MODEL, out, entrants, SETTINGS, lambda _: None, speed_again=True)
+    assert asked == ["damaged", "bf16", "damaged", "bf16"]  # the bandwidth is asked of the first
+    for rows in (fresh.rows, again.rows):
+        assert [row["kl"] for row in rows[:3]] == [row["kl"] for row in found.rows[:3]]
+        assert not any(row["decode"] == old["decode"] for row, old in zip(rows[:3], found.rows[:3], strict=True))
+    asked.clear()
     other = dataclasses.replace(SETTINGS, evaluation=EvaluationOptions(max_tokens=700, context=128))
     compare(MODEL, out, entrants[:1], other, lambda _: None)
-    assert asked == ["damaged", "bf16"]  # other settings, other rows
+    assert asked == ["bf16"]  # other settings, other rows
 
 
 def test_a_step_runs_in_a_process_of_its_own(tmp_path: Path):

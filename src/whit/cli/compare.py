@@ -38,6 +38,7 @@ def compare(
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Of the prompt whose speed is measured.")] = 256,
     new_tokens: Annotated[int, typer.Option(min=1, help="Tokens written after it.")] = 32,
     repeats: Annotated[int, typer.Option(min=1, help="How often speed is measured.")] = 3,
+    speed_again: Annotated[bool, typer.Option("--speed-again", help="Measure speeds though they are known.")] = False,
     no_speed: Annotated[bool, typer.Option("--no-speed", help="Measure quality and size alone.")] = False,
     no_pictures: Annotated[bool, typer.Option("--no-pictures", help="Write no PNG files.")] = False,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
@@ -70,7 +71,7 @@ def compare(
     notes = console()
     found = measure(
         model, out, entrants, settings,
-        lambda line: notes.print(line, highlight=False, markup=False, soft_wrap=True),
+        lambda line: notes.print(line, highlight=False, markup=False, soft_wrap=True), speed_again,
     )  # fmt: skip
     files = write_report(found, out, pictures=not no_pictures)
     if json:

@@ -60,7 +60,7 @@ def html(found: Comparison, name: str, pictures: Mapping[str, bytes], notes: Seq
         machine=found.machine,
         measured=_how(found),
         command=_command(found, name),
-        notes=notes,
+        notes=[*_remarks(found), *notes],
         energy=_energy_note(rows),
     )
 
@@ -94,9 +94,32 @@ def _how(found: Comparison) -> str:
     tokens = f"{row['tokens']:,} predicted tokens at context {row['context']}" if row else "nothing was measured"
     here = found.machine
     speed = found.settings.speed
-    timed = f"; speed at batch 1 after a prompt of {speed.prompt_tokens} tokens, {speed.repeats} times" if speed else ""
+    load = here.get("load_before_speed")
+    quiet = "" if load is None else f" (load average before: {load:g})"
+    timed = (
+        f"; speed at batch 1 after a prompt of {speed.prompt_tokens} tokens, in {speed.repeats} rounds" if speed else ""
+    )
     where = here.get("gpu") or f"{here['cpu']}, {here['cores']} cores, {here['threads']} threads"
-    return f"{Path(evaluation.text).name}: {tokens}{timed}; {where}"
+    return f"{Path(evaluation.text).name}: {tokens}{timed}{quiet}; {where}"
+
+
+def _remarks(found: Comparison) -> list[str]:
+    """What a reader must know about single rows, and of how the rest was measured."""
+    s, e = found.settings, found.settings.evaluation
+    calibrated = [row["candidate"] for row in found.rows if (row.get("provenance") or {}).get("calibration")]
+    said = []
+    if calibrated:
+        context = s.calibration.context or "2048, or the model's most,"
+        text = Path(str(s.calibration.text)).name
+        windows = f"{s.calibration.samples} windows of {context} tokens"
+        said.append(f"Calibrated on {windows} of {text}: {', '.join(calibrated)}.")
+    if e.tasks:
+        said.append(f"Tasks: {f'the first {e.limit} items of each' if e.limit else 'all items'}.")
+    if found.machine.get("speed_waves", 1) > 1:
+        said.append("Not all candidates fit in memory together; each wave of them took turns with the original alone.")
+    said += [f"{row['candidate']}: no speed: {row['speed_error']}." for row in found.rows if row.get("speed_error")]
+    said += [f"{row['candidate']}: {row['size_note']}." for row in found.rows if row.get("size_note")]
+    return said
 
 
 def _command(found: Comparison, name: str) -> str:
@@ -119,7 +142,8 @@ def _energy_note(rows: Sequence[dict[str, Any]]) -> str:
 
 def _markdown(found: Comparison, name: str, pictures: Mapping[str, bytes], notes: Sequence[str]) -> str:
     lines = [f"# What each precision costs: {name}", "", markdown(found.rows), "", f"Measured on {_how(found)}."]
-    lines += ["KL in nats per token against bf16. Energy per token: " + _energy_note(found.rows) + ".", ""]
+    lines += ["KL in nats per token against bf16. Energy per token: " + _energy_note(found.rows) + "."]
+    lines += [*_remarks(found), ""]
     lines += [f"Made by `{_command(found, name)}`.", "", "What to deploy, by size (nothing smaller is better):", ""]
     for row in front(found.rows):
         change = f"{row['relative']['perplexity_change']:+.1%}" if "relative" in row else "not known"

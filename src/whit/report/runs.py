@@ -1,18 +1,20 @@
 """All candidates of a comparison, one after another, each in processes of its own; what is done is not done again.
 
-A row is kept in OUT_DIR/rows/<key>.json, where the key is a hash of all that it depends on: the contents of the model
-and of the text, the candidate, the settings, the machine and the libraries.
+Quality first: a row is kept in OUT_DIR/rows/<candidate>-<key>.json, where the key is a hash of all that it depends on:
+the contents of the model and of the text, the candidate, the settings, the machine and the libraries. Then speed, of
+all candidates in turns (report/turns.py), kept in OUT_DIR/rows/speed-<key>.json: it can be measured again alone, when
+the machine is quiet.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +23,17 @@ from whit.calibration import Calibration
 from whit.checkpoint.writer import file_sha256
 from whit.data import resolve_model, resolve_text
 from whit.evaluation import EvaluationOptions
-from whit.evaluation.size import weight_files
-from whit.integrations.loading import model_files
+from whit.evaluation.memory import available_bytes
 from whit.report.candidates import Entrant
+from whit.report.kept import contents, keep, key, recall
 from whit.report.machine import machine
 from whit.report.speed import SpeedOptions
+from whit.report.turns import Loaded, ended, take_turns, waves
 from whit.report.work import Order
 
 Say = Callable[[str], None]
-ROWS, MODELS = "rows", "models"
+ROWS, MODELS, LOGITS = "rows", "models", "logits"
+SHARE = 0.8  # of the free memory, for candidates that wait for their turns
 
 
 @dataclass(frozen=True)
@@ -45,10 +49,18 @@ class Settings:
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
         values: dict[str, Any] = json.loads(json.dumps(asdict(self), default=str))
-        for part, key in (("evaluation", "text"), ("evaluation", "task_data"), ("calibration", "text")):
-            if values[part][key]:  # what it is, not where it lay
-                values[part][key] = Path(values[part][key]).name
+        for part, name in (("evaluation", "text"), ("evaluation", "task_data"), ("calibration", "text")):
+            if values[part][name]:  # what it is, not where it lay
+                values[part][name] = Path(values[part][name]).name
         return values
+
+    def quality_key(self) -> str:
+        """A hash of all that figures other than speeds depend on, the contents of the texts among it."""
+        values = self.to_json()
+        for other in ("speed", "threads"):
+            del values[other]
+        texts = [resolve_text(self.evaluation.text), resolve_text(str(self.calibration.text))]
+        return key(values, [file_sha256(path) for path in texts])
 
 
 @dataclass(frozen=True)
@@ -72,70 +84,105 @@ class Comparison:
         }
 
 
-def compare(name: str, out: Path, entrants: Sequence[Entrant], settings: Settings, say: Say) -> Comparison:
-    """Measure every candidate; a failed one is a row with an `error`, tried again in the next run."""
+def compare(
+    name: str, out: Path, entrants: Sequence[Entrant], settings: Settings, say: Say, speed_again: bool = False
+) -> Comparison:
+    """Measure every candidate; a failed one is a row with an `error`, tried again in the next run.
+
+    `speed_again` measures speeds though they are known.
+    """
     (out / ROWS).mkdir(parents=True, exist_ok=True)
     model = resolve_model(name)
     here = machine(settings.evaluation.device)
-    if settings.threads is not None:
-        here["threads"] = settings.threads
-    contents = content_key(model, settings)
-    here["read_bandwidth"] = _bandwidth(model, out, settings, here)
+    here["threads"] = settings.threads or here["threads"]
+    orders = [_order(model, out, entrant, settings) for entrant in entrants]
+    source = contents(model)
+    parts = [source, settings.quality_key(), here["cpu"], here.get("gpu")]
     rows = []
-    for number, entrant in enumerate(entrants, 1):
-        say(f"{number}/{len(entrants)} {entrant.label}")
-        rows.append(_row(_order(model, out, entrant, settings), out, [contents, here["cpu"], here.get("gpu")], say))
+    for number, order in enumerate(orders, 1):
+        say(f"{number}/{len(orders)} {order.entrant.label}")
+        rows.append(_row(order, out, parts, say))
         if "error" in rows[-1]:
             say(f"failed: {rows[-1]['error']}")
+    shutil.rmtree(out / LOGITS, ignore_errors=True)
+    timed = _speeds(source, orders, rows, out, here, speed_again, say) if settings.speed else {}
+    here |= timed.get("machine", {})
+    rows = [row | timed.get("rows", {}).get(row["candidate"], {}) for row in rows]
     return Comparison(name, model, settings, here, tuple(relate(rows)))
 
 
 def _order(model: str, out: Path, entrant: Entrant, settings: Settings) -> Order:
-    place = str(out / MODELS / entrant.folder)
     s = settings
-    return Order(model, entrant, place, s.evaluation, s.speed, s.calibration, s.seed, s.threads)
-
-
-def content_key(model: str, settings: Settings) -> str:
-    """A hash of the contents of the model's and the texts' files and of the settings."""
-    files = model_files(model)
-    digest = sha256(json.dumps(settings.to_json(), sort_keys=True).encode())
-    config = [files / "config.json"] if files.is_dir() else []
-    texts = [resolve_text(settings.evaluation.text), resolve_text(str(settings.calibration.text))]
-    for path in [*weight_files(files), *config, *texts]:
-        digest.update(f"{path.name}\0{file_sha256(path)}\0".encode())
-    return digest.hexdigest()
+    return Order(
+        model, entrant, str(out / MODELS / entrant.folder), s.evaluation, s.speed, s.calibration, s.seed, s.threads,
+        str(out / LOGITS),
+    )  # fmt: skip
 
 
 def _row(order: Order, out: Path, context: Sequence[Any], say: Say) -> dict[str, Any]:
     """The row that lies there, or a new one."""
-    mine = file_key(order) if order.entrant.kind == "checkpoint" else None
-    versions = machine("cpu")["libraries"]
-    key = sha256(json.dumps([whit.__version__, versions, asdict(order.entrant), mine, *context]).encode()).hexdigest()
-    kept = out / ROWS / f"{order.entrant.folder}-{key[:16]}.json"
-    if kept.is_file():
-        say(f"{order.entrant.label}: measured before")
-        found: dict[str, Any] = json.loads(kept.read_text(encoding="utf-8"))
+    label, folder = order.entrant.label, order.entrant.folder
+    name = key(whit.__version__, _versions(), asdict(order.entrant), _own(order), *context)[:16]
+    found = recall(out / ROWS / f"{folder}-{name}.json")
+    if found is not None:
+        say(f"{label}: measured before")
         return found
     row: dict[str, Any] = {
-        "candidate": order.entrant.label, "kind": order.entrant.kind, "method": order.entrant.method,
+        "candidate": label, "kind": order.entrant.kind, "method": order.entrant.method,
         "format": order.entrant.format if order.entrant.kind != "checkpoint" else "",
     }  # fmt: skip
+    made: dict[str, Any] = {}
     if order.entrant.kind == "whit":
-        made = in_process("make", order)
+        place = out / ROWS / f"{folder}-{name}.made.json"
+        made = recall(place) or in_process("make", order)
         if "error" in made:
             return row | made
+        keep(place, made)
     row |= in_process("measure", order)
-    if "error" not in row:
-        unfinished = kept.with_suffix(".unfinished")
-        unfinished.write_text(json.dumps(row, indent=1), encoding="utf-8")
-        os.replace(unfinished, kept)
-    return row
+    if "error" in row:
+        return row
+    if "made" in row:
+        row["made"] |= made
+    return keep(out / ROWS / f"{folder}-{name}.json", row)
 
 
-def file_key(order: Order) -> str:
+def _versions() -> Any:
+    return machine("cpu")["libraries"]
+
+
+def _own(order: Order) -> str | None:
     """The contents of a checkpoint that somebody else wrote."""
-    return sha256("".join(file_sha256(path) for path in weight_files(model_files(order.files))).encode()).hexdigest()
+    return contents(order.files) if order.entrant.kind == "checkpoint" else None
+
+
+def _speeds(
+    source: str, orders: Sequence[Order], rows: Sequence[dict[str, Any]], out: Path, here: dict[str, Any],
+    again: bool, say: Say,
+) -> dict[str, Any]:  # fmt: skip
+    """{"rows": by label, "machine": what was found out about it}: those that are kept, or new ones."""
+    pairs = [(order, row) for order, row in zip(orders, rows, strict=True) if "error" not in row]
+    if not pairs:
+        return {}
+    able = [order for order, _ in pairs]
+    options = able[0].speed
+    assert options is not None  # the caller looked
+    entrants = [(asdict(order.entrant), _own(order)) for order in able]
+    machine_key = [here["cpu"], here.get("gpu"), here["threads"], _versions(), whit.__version__]
+    place = out / ROWS / f"speed-{key(source, entrants, asdict(options), machine_key)[:16]}.json"
+    kept = None if again else recall(place)
+    if kept is not None:
+        say("speed: measured before; --speed-again measures it again")
+        return kept
+    load = os.getloadavg()[0]
+    device = able[0].evaluation.device
+    groups = waves(able, [row["memory_peak_bytes"] for _, row in pairs], int(SHARE * available_bytes(device)))
+    found: dict[str, Any] = {}
+    for orders_together in groups:
+        found = take_turns(orders_together, options.repeats, say, Loaded) | found
+    rate = in_process("bandwidth", able[0]).get("read")
+    about = {"read_bandwidth": rate, "load_before_speed": round(load, 2), "speed_waves": len(groups)}
+    timed = {"rows": found, "machine": about}
+    return timed if any("speed_error" in row for row in found.values()) else keep(place, timed)
 
 
 def in_process(step: str, order: Order) -> dict[str, Any]:
@@ -150,19 +197,7 @@ def in_process(step: str, order: Order) -> dict[str, Any]:
         found: dict[str, Any] = json.loads(lines[-1])
         return found
     last = (errors.strip().splitlines() or ["it said nothing"])[-1]
-    ended = f"by signal {-process.returncode}" if process.returncode < 0 else f"with status {process.returncode}"
-    return {"error": f"its process ended {ended}: {last[:300]}"}
-
-
-def _bandwidth(model: str, out: Path, settings: Settings, here: dict[str, Any]) -> float | None:
-    """Measured once for a machine and kept beside the rows."""
-    name = sha256(json.dumps([here["cpu"], here.get("gpu"), here["threads"]]).encode()).hexdigest()[:16]
-    kept = out / ROWS / f"bandwidth-{name}.json"
-    if not kept.is_file():
-        order = _order(model, out, Entrant("bf16", "original"), settings)
-        kept.write_text(json.dumps(in_process("bandwidth", order)), encoding="utf-8")
-    rate = json.loads(kept.read_text(encoding="utf-8")).get("read")
-    return None if rate is None else float(rate)
+    return {"error": f"its process ended {ended(process.returncode)}: {last[:300]}"}
 
 
 def relate(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -177,9 +212,7 @@ def _relative(row: dict[str, Any], original: dict[str, Any]) -> dict[str, float]
         "perplexity_change": row["perplexity"] / original["perplexity"] - 1,
         "memory_loaded": row["memory_loaded_bytes"] / max(original["memory_loaded_bytes"], 1),
     }
-    for name in ("prefill", "decode"):
-        if name in row and name in original:
-            found[name] = row[name]["median"] / original[name]["median"]
+    found |= row.get("paired", {})
     if row.get("joules_per_token") and original.get("joules_per_token"):
         found["joules_per_token"] = row["joules_per_token"] / original["joules_per_token"]
     for name, task in row.get("tasks", {}).items():

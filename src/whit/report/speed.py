@@ -1,7 +1,7 @@
-"""How fast a loaded model reads a prompt and writes, what it holds, and what energy a token takes.
+"""How fast a loaded model reads a prompt and writes, and what energy a token takes: one lap at a time.
 
-Prefill: tokens of the prompt / seconds of one forward pass. Decode: tokens / seconds of a greedy loop with a cache at
-batch 1. Each is repeated; the median and the extremes are reported.
+Prefill: tokens of the prompt / seconds of the forward pass that fills the cache and gives the first next token.
+Decode: tokens / seconds of a greedy loop with that cache at batch 1.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from typing import Any
 import torch
 
 from whit.report.energy import Meter
+
+FEW = 4  # tokens after which everything is built and touched once
 
 
 @dataclass(frozen=True)
@@ -37,65 +39,67 @@ class Spread:
 
 @dataclass(frozen=True)
 class SpeedOptions:
-    """Tokens of the prompt, tokens written after it, and how often."""
+    """Tokens of the prompt, tokens written after it, how often; `seconds` of one writing, after which it stops."""
 
     prompt_tokens: int = 256
     new_tokens: int = 32
     repeats: int = 3
+    seconds: float = 4.0
 
 
 @dataclass(frozen=True)
-class Speed:
-    """Tokens per second; joules per token written, or None and why not."""
+class Lap:
+    """Tokens per second read and written; joules per token written, or None where there is no counter."""
 
-    prefill: Spread
-    decode: Spread
+    prefill: float
+    decode: float
     joules_per_token: float | None
-    energy_note: str
+
+    def to_json(self) -> dict[str, float | None]:
+        """Plain numbers."""
+        return asdict(self)
 
 
-def measure_speed(model: Any, options: SpeedOptions) -> Speed:
-    """Time a causal language model on tokens that spread over its vocabulary."""
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
-    prompt = max(min(options.prompt_tokens, limit - options.new_tokens), 1)
-    vocabulary = model.config.get_text_config().vocab_size
-    ids = (torch.arange(prompt) * 7919 % vocabulary)[None].to(model.device)
+def lap(model: Any, options: SpeedOptions, meter: Meter) -> Lap:
+    """Time a causal language model once, on tokens that spread over its vocabulary."""
+    ids = _prompt(model, options)
     with torch.inference_mode():
-        _write(model, ids, min(4, options.new_tokens))  # everything is built and touched once
-        prefill = [
-            prompt / _seconds(model, lambda: model(input_ids=ids, use_cache=False)) for _ in range(options.repeats)
-        ]
-        decode, meter = [], Meter(model.device)
-        joules = 0.0
-        for _ in range(options.repeats):
-            seconds, used = _write(model, ids, options.new_tokens, meter)
-            decode.append(options.new_tokens / seconds)
-            joules += used or 0.0
-    per_token = joules / (options.repeats * options.new_tokens) if meter.is_there else None
-    return Speed(Spread.of(prefill), Spread.of(decode), per_token, meter.note)
+        _wait(model)
+        start = time.perf_counter()
+        output = model(input_ids=ids, use_cache=True, logits_to_keep=1)
+        _wait(model)
+        read = time.perf_counter() - start
+        before = meter.read()
+        count, written = _write(model, output, options.new_tokens, options.seconds)
+        after = meter.read()
+    joules = None if before is None or after is None else (after - before) / count
+    return Lap(ids.shape[1] / read, count / written, joules)
 
 
-def _seconds(model: Any, action: Any) -> float:
-    _wait(model)
-    start = time.perf_counter()
-    action()
-    _wait(model)
-    return time.perf_counter() - start
+def touch(model: Any, options: SpeedOptions) -> None:
+    """Read the prompt and write a few tokens, so that everything that a lap needs is built and in memory."""
+    with torch.inference_mode():
+        output = model(input_ids=_prompt(model, options), use_cache=True, logits_to_keep=1)
+        _write(model, output, min(FEW, options.new_tokens), options.seconds)
 
 
-def _write(model: Any, ids: torch.Tensor, count: int, meter: Meter | None = None) -> tuple[float, float | None]:
-    """Seconds and joules of writing `count` tokens after the prompt, which is read before the clock starts."""
-    output = model(input_ids=ids, use_cache=True, logits_to_keep=1)
-    _wait(model)
-    before = meter.read() if meter else None
-    start = time.perf_counter()
-    for _ in range(count):
+def _prompt(model: Any, options: SpeedOptions) -> torch.Tensor:
+    config = model.config.get_text_config()
+    limit = getattr(config, "max_position_embeddings", None) or 1 << 30
+    length = max(min(options.prompt_tokens, limit - options.new_tokens), 1)
+    ids: torch.Tensor = (torch.arange(length) * 7919 % config.vocab_size)[None].to(model.device)
+    return ids
+
+
+def _write(model: Any, output: Any, most: int, seconds: float) -> tuple[int, float]:
+    """Tokens written, `most` of them or as many as fit into the seconds, and the seconds that they took."""
+    start, count = time.perf_counter(), 0
+    while count < most and (count == 0 or time.perf_counter() - start < seconds):
         token = output.logits[:, -1:].argmax(dim=-1)
         output = model(input_ids=token, past_key_values=output.past_key_values, use_cache=True)
+        count += 1
     _wait(model)
-    seconds = time.perf_counter() - start
-    after = meter.read() if meter else None
-    return seconds, None if before is None or after is None else after - before
+    return count, time.perf_counter() - start
 
 
 def _wait(model: Any) -> None:

@@ -2,13 +2,14 @@
 
     python -m whit.report.work make|measure|bandwidth     an Order as JSON in, the findings as JSON out
 
-`make` quantizes (its seconds and memory are of that process), `measure` loads the result and measures speed, memory
-and quality. Nothing else is printed on standard output.
+`make` quantizes (its seconds and memory are of that process), `measure` loads the result and measures memory and
+quality; speeds are taken in turns (report/turns.py). Nothing else is printed on standard output.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import tempfile
 import time
@@ -22,6 +23,7 @@ from transformers.utils import logging
 
 from whit.calibration import Calibration
 from whit.coverage import load_account
+from whit.data import resolve_text
 from whit.errors import WhitError
 from whit.evaluation import EvaluationOptions, evaluate
 from whit.evaluation.size import measure_size
@@ -32,14 +34,19 @@ from whit.recipe import Recipe
 from whit.report.candidates import Entrant
 from whit.report.machine import read_bandwidth
 from whit.report.peers import find_peer, load_peer
-from whit.report.speed import SpeedOptions, measure_speed
+from whit.report.speed import SpeedOptions, touch
 
 STATUS = Path("/proc/self/status")
+BYTES_PER_TOKEN = 2  # of text; fewer than any tokenizer needs of what people write
+SHARE = 0.25  # of the free disk, for logits
 
 
 @dataclass(frozen=True)
 class Order:
-    """Everything that a process needs to know. `place` is the folder for the quantized model."""
+    """Everything that a process needs to know. `place` is the folder for the quantized model.
+
+    `logits` is a folder where the original's logits are kept for all candidates; None: the original runs each time.
+    """
 
     model: str
     entrant: Entrant
@@ -49,6 +56,7 @@ class Order:
     calibration: Calibration
     seed: int = 0
     threads: int | None = None
+    logits: str | None = None
 
     def to_json(self) -> str:
         """For the standard input of another process."""
@@ -84,29 +92,28 @@ def make(order: Order) -> dict[str, Any]:
     calibration = order.calibration if recipe.needs_stats else None
     device = order.evaluation.device if recipe.needs_stats else "cpu"
     options = Options(seed=order.seed, device=device, trust_remote_code=order.evaluation.trust_remote_code)
+    start = time.process_time()
     account = quantize(order.model, order.place, recipe, calibration=calibration, options=options)
-    return {"seconds": account.seconds, "peak_memory_bytes": account.peak_memory_bytes}
+    return {
+        "seconds": account.seconds, "peak_memory_bytes": account.peak_memory_bytes,
+        "cpu_seconds": time.process_time() - start,
+    }  # fmt: skip
 
 
 def measure(order: Order) -> dict[str, Any]:
-    """Load, then speed and memory before anything else is in the process, then quality against the original."""
+    """Load, then memory before anything else is in the process, then quality against the original."""
     before = resident()
-    start = time.monotonic()
-    network = _load(order)
+    start, processor = time.monotonic(), time.process_time()
+    network = load(order)
     found: dict[str, Any] = {"load_seconds": time.monotonic() - start}
-    if order.speed is not None:
-        speed = measure_speed(network, order.speed)
-        found |= {
-            "prefill": speed.prefill.to_json(),
-            "decode": speed.decode.to_json(),
-            "joules_per_token": speed.joules_per_token,
-            "energy_note": speed.energy_note,
-        }
+    if order.entrant.kind == "peer":  # it quantizes while it loads
+        found["made"] = {"seconds": found["load_seconds"], "cpu_seconds": time.process_time() - processor}
+    touch(network, order.speed or SpeedOptions())
     found |= _memory(before)
-    options = replace(order.evaluation, baseline=order.model)
+    options = replace(order.evaluation, baseline=order.model, baseline_cache=_logits(order, network))
     result = evaluate(order.files, options, _Lines(order.entrant.label), network)
     found |= {key: value for key, value in result.to_json().items() if key != "model"}  # a place on this machine
-    found["notes"] = list(result.notes)
+    found["notes"] = [note for note in result.notes if not note.startswith("baseline: its logits")]  # places again
     found |= _about(order, network)
     found["perplexity_stderr"] = result.perplexity_stderr
     return found
@@ -117,7 +124,8 @@ def bandwidth(order: Order) -> dict[str, Any]:
     return {"read": read_bandwidth(order.evaluation.device)}
 
 
-def _load(order: Order) -> Any:
+def load(order: Order) -> Any:
+    """The candidate as a model, by whit or by its own library."""
     peer = find_peer(order.entrant.label) if order.entrant.kind == "peer" else None
     if peer is not None:
         device = order.evaluation.device
@@ -125,6 +133,17 @@ def _load(order: Order) -> Any:
         return load_peer(peer, str(model_files(order.model)), "cuda" if on_gpu else "cpu")
     e = order.evaluation
     return load_causal_lm(order.files, device=e.device, dtype=e.dtype, trust_remote_code=e.trust_remote_code)
+
+
+def _logits(order: Order, network: Any) -> Path | None:
+    """Where the original's logits are kept for all candidates; None where the disk has no room to spare for them."""
+    if order.logits is None:
+        return None
+    place = Path(order.logits)
+    place.mkdir(parents=True, exist_ok=True)
+    most = order.evaluation.max_tokens or resolve_text(order.evaluation.text).stat().st_size // BYTES_PER_TOKEN
+    needed = most * network.config.get_text_config().vocab_size * torch.float32.itemsize
+    return place if needed < shutil.disk_usage(place).free * SHARE else None
 
 
 def _about(order: Order, network: Any) -> dict[str, Any]:
@@ -200,11 +219,16 @@ def do(step: str, order: Order) -> dict[str, Any]:
     """One of STEPS; what goes wrong is a result too, an `error`."""
     try:
         return STEPS[step](order)
-    except WhitError as error:
-        return {"error": str(error)}
     except Exception as error:  # peers and damaged checkpoints raise whatever they like; the row says what
-        lines = str(error).strip().splitlines() or ["no reason given"]
-        return {"error": f"{type(error).__name__}: {lines[0][:300]}"}
+        return {"error": reason(error)}
+
+
+def reason(error: Exception) -> str:
+    """What went wrong, in a line."""
+    if isinstance(error, WhitError):
+        return str(error)
+    lines = str(error).strip().splitlines() or ["no reason given"]
+    return f"{type(error).__name__}: {lines[0][:300]}"
 
 
 def main() -> None:
