@@ -10,9 +10,9 @@ import whit
 ROOT = Path(whit.__file__).parent
 # Each stage may import those to its left; the values of the first entry belong to all.
 STAGES = (
-    ("errors", "named", "tensor", "data"), ("checkpoint",), ("model",), ("calibration",), ("transforms",), ("formats",),
-    ("methods",), ("arrays", "recipe", "preflight"), ("layouts",), ("kernels",), ("modules",), ("export",),
-    ("integrations",), ("training",), ("evaluation",),
+    ("errors", "named", "tensor", "activations", "data"), ("checkpoint",), ("model",), ("calibration",),
+    ("transforms",), ("formats",), ("methods",), ("arrays", "recipe", "preflight"), ("layouts",), ("kernels",),
+    ("modules",), ("export",), ("integrations",), ("training",), ("evaluation",),
     ("plan", "coverage", "job", "transcode", "finish", "estimate", "feed", "importance"),
     ("pipeline", "allocation"), ("report", "memory"), ("cli", "__main__"),
 )  # fmt: skip

@@ -121,14 +121,36 @@ class QuantizedTensor:
         return QuantizedTensor(self.format, self.shape, self.codes.to(device), params)
 
 
+@runtime_checkable
+class Activated(Protocol):
+    """How the inputs of a packed weight are quantized (`activations.Activations`); hashable."""
+
+    def __hash__(self) -> int: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
+    @property
+    def kind(self) -> str: ...
+    @property
+    def symmetric(self) -> bool: ...
+    @property
+    def granularity(self) -> str: ...
+    @property
+    def threshold(self) -> float: ...
+
+
 @dataclass(frozen=True)
 class PackedWeight:
-    """The physical value: named tensors as a module holds and a file stores them, in a named layout."""
+    """The physical value: named tensors as a module holds and a file stores them, in a named layout.
+
+    `activations` says how its inputs are quantized, None that they are not. Where these have static scales, `tensors`
+    holds beside the layout's own `input_scale` float32 (1,) and, asymmetric, `input_zero_point` int8 (1,).
+    """
 
     layout: str
     format: Format
     shape: tuple[int, ...]
     tensors: Mapping[str, Tensor]
+    activations: Activated | None = field(default=None, kw_only=True)
 
     @property
     def nbytes(self) -> int:
@@ -174,6 +196,15 @@ class TensorSpec:
 def radix(format: Format) -> int | None:
     """How many codes there are where these are stored as digits of a byte (3: five to a byte); None: in whole bits."""
     found: int | None = getattr(format, "radix", None)
+    return found
+
+
+def product_dtype(format: Format) -> torch.dtype | None:
+    """int8 or float8_e4m3fn where a weight is codes of that type times one scale per row (or per tensor), else None.
+
+    Such a format has `row_scale(params)`: float32 (rows, 1) or (1, 1), with w = code row_scale.
+    """
+    found: torch.dtype | None = getattr(format, "product_dtype", None)
     return found
 
 

@@ -44,7 +44,7 @@ EXAMPLES = {
     "ternary-absmean": "its scale is mean |w|, as BitNet b1.58 trains with, not the one of least squared error",
     "binary-g64": "the sign times a bfloat16 scale per 64 columns: 1.25 bits per weight", "binary": "",
     "mxfp4": "4-bit floats in groups of 32 with a power of two as their scale",
-    "fp8": "8-bit floats (E4M3), one scale per row",
+    "fp8": "8-bit floats (E4M3), one scale per row", "fp8-tensor": "",
     "bf16": "keep in 16 bits",
 }  # fmt: skip
 

@@ -27,10 +27,10 @@ class Absmax8:
     vector_size = 1
     searches = False
     row_independent = True
-    searches = False
     code_min = -128
     code_dtype = torch.int8
     continuous: tuple[str, ...] = ("absmax",)
+    product_dtype = torch.int8
 
     def __str__(self) -> str:
         return "int8-absmax"
@@ -38,6 +38,9 @@ class Absmax8:
     @classmethod
     def parse(cls, spec: str) -> Absmax8 | None:
         return cls() if spec == "int8-absmax" else None
+
+    def row_scale(self, params: Params) -> Tensor:
+        return tensor_param(params, "absmax") * (1 / STEPS)
 
     def sums(self, values: Tensor) -> Tensor:
         return values.sum(dim=1, keepdim=True)

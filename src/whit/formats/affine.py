@@ -98,6 +98,13 @@ class Affine:
     def row_independent(self) -> bool:
         return not self.per_tensor
 
+    @property
+    def product_dtype(self) -> torch.dtype | None:
+        return torch.int8 if self.signed and not self.group_size else None
+
+    def row_scale(self, params: Params) -> Tensor:
+        return tensor_param(params, "scale").to(torch.float32)
+
     def sums(self, values: Tensor) -> Tensor:
         sums = group_sums(values, self.group_size)
         return sums.sum().reshape(1, 1) if self.per_tensor else sums

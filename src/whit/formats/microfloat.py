@@ -1,4 +1,4 @@
-"""Small floats: bf16 as it is, and FP8 E4M3 with one float32 scale per row, S = max|x| / 448.
+"""Small floats: bf16 as it is, and FP8 E4M3 with one float32 scale per row (or per tensor), S = max|x| / 448.
 
 A code is the number's bit pattern, so that decode is a reinterpretation and a product.
 """
@@ -62,32 +62,46 @@ class BFloat16:
 
 @dataclass(frozen=True)
 class Float8:
-    """FP8 E4M3 (no infinities, largest 448), scaled per row."""
+    """FP8 E4M3 (no infinities, largest 448), scaled per row or per tensor."""
+
+    per_tensor: bool = False
 
     bits = 8
     group_size = ROW
     vector_size = 1
     searches = False
-    row_independent = True
     code_min = 0
     code_dtype = torch.uint8
-    continuous: tuple[str, ...] = ("scale",)
+    product_dtype = torch.float8_e4m3fn
 
     def __str__(self) -> str:
-        return "fp8"
+        return "fp8-tensor" if self.per_tensor else "fp8"
 
     @classmethod
     def parse(cls, spec: str) -> Float8 | None:
-        return cls() if spec in ("fp8", "fp8-channel") else None
+        return cls(spec == "fp8-tensor") if spec in ("fp8", "fp8-channel", "fp8-tensor") else None
+
+    @property
+    def continuous(self) -> tuple[str, ...]:
+        return ("scale",)
+
+    @property
+    def row_independent(self) -> bool:
+        return not self.per_tensor
+
+    def row_scale(self, params: Params) -> Tensor:
+        return tensor_param(params, "scale")
 
     def sums(self, values: Tensor) -> Tensor:
-        return values.sum(dim=1, keepdim=True)
+        sums = values.sum(dim=1, keepdim=True)
+        return sums.sum(dim=0, keepdim=True) if self.per_tensor else sums
 
     def param_specs(self, rows: int, columns: int) -> Mapping[str, ParamSpec]:
-        return {"scale": ParamSpec((rows, 1), torch.float32, 32)}
+        return {"scale": ParamSpec((1 if self.per_tensor else rows, 1), torch.float32, 32)}
 
     def fit(self, weight: Tensor, importance: Tensor | None = None) -> Params:
         absmax = weight.to(compute_dtype(weight)).abs().amax(dim=1, keepdim=True)
+        absmax = absmax.amax(dim=0, keepdim=True) if self.per_tensor else absmax
         scale = (absmax / E4M3_MAX).to(torch.float32).clamp(min=torch.finfo(torch.float32).tiny)
         return {"scale": torch.where(absmax == 0, 1.0, scale)}
 
@@ -95,7 +109,7 @@ class Float8:
         if "scale" not in free:
             return params
         levels = codes.view(torch.float8_e4m3fn).to(torch.float32)  # S = <w, l> / <l, l>
-        best = (weight * levels).sum(1, keepdim=True) / (levels * levels).sum(1, keepdim=True).clamp(min=1e-38)
+        best = self.sums(weight * levels) / self.sums(levels * levels).clamp(min=1e-38)
         return {"scale": torch.where(best > 0, best.to(torch.float32), tensor_param(params, "scale"))}
 
     def seal(self, params: Params) -> Params:

@@ -6,7 +6,7 @@ from whit.kernels.autograd import packed_linear
 from whit.kernels.base import Kernel
 from whit.kernels.dispatch import KERNELS, Choice, choice_key, explain, select
 from whit.kernels.gpu import Gpu
-from whit.kernels.ops import packed_linear_op
+from whit.kernels.ops import packed_arguments, packed_linear_op
 from whit.kernels.unpack import dequantize
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "choice_key",
     "dequantize",
     "explain",
+    "packed_arguments",
     "packed_linear",
     "packed_linear_op",
     "select",

@@ -8,6 +8,8 @@ from torch import Tensor
 
 from whit.tensor import PackedWeight
 
+QUANTIZED_INPUTS = "its activations are quantized, and this kernel multiplies floats"
+
 
 @runtime_checkable
 class Kernel(Protocol):
@@ -36,6 +38,7 @@ class Kernel(Protocol):
     def linear(self, x: Tensor, packed: PackedWeight, bias: Tensor | None) -> Tensor:
         """x (..., in_features) @ weight (out_features, in_features)^T + bias (out_features,), in x.dtype.
 
-        `packed` is what `prepare` gave, or a weight as it is stored.
+        `packed` is what `prepare` gave, or a weight as it is stored. Where `packed.activations` is not None, x is
+        quantized as it says before it is multiplied: `int8` and `float8` in this package define the result.
         """
         ...

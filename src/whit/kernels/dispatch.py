@@ -1,6 +1,7 @@
 """Which kernel runs: the first row of KERNELS that supports the packed weight and the activations.
 
-A new kernel is one file and one row here, above the slower ones.
+A new kernel is one file and one row here, above the slower ones. A weight whose inputs are quantized
+(`packed.activations`) is for kernels that know that, and the others refuse it.
 """
 
 from __future__ import annotations
@@ -11,13 +12,14 @@ import torch
 from torch import Tensor
 
 from whit.errors import KernelError
+from whit.kernels.activated import Activation8
 from whit.kernels.base import Kernel
 from whit.kernels.cpu import Cpu
 from whit.kernels.gpu import Gpu
 from whit.kernels.reference import Reference
 from whit.tensor import PackedWeight
 
-KERNELS: tuple[Kernel, ...] = (Gpu(), Cpu(), Reference())
+KERNELS: tuple[Kernel, ...] = (Gpu(), Cpu(), Activation8(), Reference())
 
 Choice: TypeAlias = tuple[torch.dtype, str, int]
 

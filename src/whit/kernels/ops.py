@@ -1,7 +1,8 @@
 """Packed products as torch operators, so that torch.compile takes a model with packed linears whole.
 
 `whit::packed_linear(x, tensors, bias, keys, layout, format, shape)` and `whit::packed_floats(...)`: a packed weight
-travels as its tensors and the names that give them meaning. Dispatch and kernels stay inside, opaque to the compiler.
+travels as its tensors and the names that give them meaning; `format` is a SPEC or, where inputs are quantized, a SPEC
+and a shorthand of activations, parted by a space. Dispatch and kernels stay inside, opaque to the compiler.
 """
 
 from __future__ import annotations
@@ -13,17 +14,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from whit.activations import parse_activations
 from whit.formats import parse_format
 from whit.kernels.dispatch import select
 from whit.kernels.unpack import dequantize
 from whit.tensor import Format, PackedWeight
 
 _format: Any = cache(parse_format)
+_activations: Any = cache(parse_activations)
+
+
+def packed_arguments(packed: PackedWeight) -> tuple[list[Tensor], tuple[str, str, str, list[int]]]:
+    """The tensors of a packed weight, and the arguments (keys, layout, format, shape) that say what they are."""
+    numbers = str(packed.format) if packed.activations is None else f"{packed.format} {packed.activations}"
+    return list(packed.tensors.values()), (",".join(packed.tensors), packed.layout, numbers, list(packed.shape))
 
 
 def _packed(tensors: Sequence[Tensor], keys: str, layout: str, format: str, shape: Sequence[int]) -> PackedWeight:
-    known: Format = _format(format)
-    return PackedWeight(layout, known, tuple(shape), dict(zip(keys.split(","), tensors, strict=True)))
+    spec, _, how = format.partition(" ")
+    known: Format = _format(spec)
+    named = dict(zip(keys.split(","), tensors, strict=True))
+    return PackedWeight(layout, known, tuple(shape), named, activations=_activations(how) if how else None)
 
 
 @torch.library.custom_op("whit::packed_linear", mutates_args=())

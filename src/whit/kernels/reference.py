@@ -10,6 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from whit.kernels.base import QUANTIZED_INPUTS
 from whit.layouts import LAYOUTS, layout_named
 from whit.tensor import PackedWeight, matrix_shape
 
@@ -36,6 +37,8 @@ class Reference:
     name: ClassVar[str] = "reference"
 
     def supports(self, packed: PackedWeight, x: Tensor) -> str | None:
+        if packed.activations is not None:
+            return QUANTIZED_INPUTS
         if not any(layout.name == packed.layout for layout in LAYOUTS):
             return f"layout {packed.layout} is not known"
         return None if x.is_floating_point() else f"activations are {x.dtype}, not floats"

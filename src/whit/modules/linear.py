@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from whit.kernels import packed_linear, packed_linear_op
+from whit.kernels import packed_arguments, packed_linear, packed_linear_op
 from whit.layouts import BITS
 from whit.modules.packed import PackedModule
 from whit.modules.refusing import refusing
@@ -41,8 +41,7 @@ class QuantizedLinear(PackedModule, nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         x = input if self.compute_dtype is None else input.to(self.compute_dtype)
         if torch.compiler.is_compiling():
-            tensors = [self._buffers[key] for key in self._keys]
-            names = ",".join(self._keys), self.layout, str(self.format), list(self.weight_shape)
+            tensors, names = packed_arguments(self.packed)
             return packed_linear_op(x, tensors, self.bias, *names).to(input.dtype)  # type: ignore[no-any-return]
         kernel, packed = self.ready(x)
         return packed_linear(x, packed, self.bias, kernel).to(input.dtype)
@@ -51,4 +50,5 @@ class QuantizedLinear(PackedModule, nn.Linear):
         """Nothing to draw: the weight is what was quantized."""
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, format={self.format}"
+        how = "" if self.activations is None else f", activations={self.activations}"
+        return f"{super().extra_repr()}, format={self.format}{how}"

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from whit.kernels import Choice, Kernel, choice_key, dequantize, select
 from whit.layouts import layout_named
-from whit.tensor import Format, PackedWeight
+from whit.tensor import Activated, Format, PackedWeight
 
 
 class PackedModule(nn.Module):
@@ -25,10 +25,12 @@ class PackedModule(nn.Module):
     layout: str
     weight_shape: tuple[int, ...]
     weight: Tensor
+    activations: Activated | None
 
     def hold(self, packed: PackedWeight, dtype: torch.dtype) -> None:
         """Take the packed tensors as buffers; `dtype` is the type in which the module stands in for floats."""
         self.format, self.layout, self.weight_shape = packed.format, packed.layout, tuple(packed.shape)
+        self.activations = packed.activations
         self._keys = tuple(packed.tensors)
         self._ready: dict[Choice, tuple[Kernel, PackedWeight]] = {}
         self._parameters.pop("weight", None)
@@ -40,8 +42,9 @@ class PackedModule(nn.Module):
     @property
     def packed(self) -> PackedWeight:
         """The packed weight as it lies now."""
-        tensors = {key: self._buffers[key] for key in self._keys}
-        return PackedWeight(self.layout, self.format, self.weight_shape, tensors)  # type: ignore[arg-type]
+        tensors: Any = {key: self._buffers[key] for key in self._keys}
+        how = self.activations
+        return PackedWeight(self.layout, self.format, self.weight_shape, tensors, activations=how)
 
     def ready(self, x: Tensor) -> tuple[Kernel, PackedWeight]:
         """The kernel that multiplies activations such as `x`, and the weight as this kernel prepared it, once."""

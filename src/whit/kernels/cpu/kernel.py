@@ -13,6 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from whit.kernels.base import QUANTIZED_INPUTS
 from whit.kernels.cpu.binding import ISAS, TYPES, Library, library
 from whit.kernels.cpu.weight import CpuWeight, plan_weight, unsupported
 from whit.tensor import PackedWeight
@@ -35,6 +36,8 @@ class Cpu:
     def supports(self, packed: PackedWeight, x: Tensor) -> str | None:
         if x.device.type != "cpu" or packed.device.type != "cpu":
             return f"activations are on {x.device.type}, the weight is on {packed.device.type}"
+        if packed.activations is not None:
+            return QUANTIZED_INPUTS
         return self.decodes(packed, x.dtype)
 
     def decodes(self, packed: PackedWeight, dtype: torch.dtype) -> str | None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from whit.formats import parse_format
+from whit.kernels.base import QUANTIZED_INPUTS
 from whit.kernels.gpu import nvrtc, stream, tiled, tuned
 from whit.kernels.gpu.dequantize import dequantize
 from whit.kernels.gpu.scales import storage
@@ -51,6 +52,8 @@ class Gpu:
         reason: str | None = why_not(x.device)
         if reason is not None:
             return reason
+        if packed.activations is not None:
+            return QUANTIZED_INPUTS
         if x.dtype not in DTYPES:
             return f"activations are {x.dtype}, not bfloat16 or float16"
         if packed.layout != "bits" or len(packed.shape) != 2:

@@ -1,0 +1,154 @@
+"""How the inputs of packed linears are quantized while a model runs: one value, said by a shorthand.
+
+    int8                         dynamic: every row (token) of an input has a scale of its own, S = max|x| / 127
+    int8-tensor                  dynamic, one scale for the whole input
+    int8-asym                    with a zero point: x = (code - zero_point) S, codes from -128 to 127
+    int8-outliers, -outliers4.5  LLM.int8(): columns in which any |x| reaches the threshold (6) stay in 16 bits
+    int8-static                  one scale per linear, from calibration; its range is minmax unless named:
+    int8-static-percentile99.9, -mse, -entropy, -moving0.01
+    fp8, fp8-tensor, fp8-static  the same in E4M3, S = max|x| / 448
+
+Only linears whose weights can enter such a product as they are take part (`Activations.fits`): integers with one
+scale per row for int8, fp8 for fp8. All others multiply floats, as without.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from whit.errors import RecipeError
+from whit.tensor import Activated, Format, TensorSpec, product_dtype
+
+KINDS = ("dynamic", "static")
+GRANULARITIES = ("token", "tensor")
+RANGES = ("minmax", "percentile", "mse", "entropy", "moving")
+TYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
+THRESHOLD = 6.0  # of LLM.int8()
+PERCENTILE, MOMENTUM = 99.99, 0.01
+PATTERN = re.compile(
+    r"(?P<type>int8|fp8)(?P<tensor>-tensor)?"
+    r"(?P<static>-static(?:-(?P<range>minmax|percentile|mse|entropy|moving)(?P<value>[0-9.]+)?)?)?"
+    r"(?P<outliers>-outliers(?P<threshold>[0-9.]+)?)?(?P<asym>-asym)?"
+)
+EXAMPLES = ("int8", "int8-asym", "int8-outliers", "int8-static", "int8-static-percentile99.9", "fp8")
+
+
+@dataclass(frozen=True)
+class Activations:
+    """How inputs are quantized. `parse_activations(str(a)) == a`.
+
+    `kind` dynamic (scales from the input itself) or static (from calibration, one per linear). `type` int8 or fp8.
+    `granularity` token or tensor; static is always tensor. `threshold`, where it is above 0: columns of an input that
+    hold an |x| of at least this are multiplied in the input's own type (dynamic int8 per token only). `range` says
+    how calibration chooses a static range, `percentile` (of |x| or of either end, in percent) and `momentum` are
+    options of two of them. RecipeError for what does not go together.
+    """
+
+    kind: str = "dynamic"
+    type: str = "int8"
+    symmetric: bool = True
+    granularity: str = ""
+    threshold: float = 0.0
+    range: str = "minmax"
+    percentile: float = PERCENTILE
+    momentum: float = MOMENTUM
+
+    def __post_init__(self) -> None:
+        if not self.granularity:
+            object.__setattr__(self, "granularity", "tensor" if self.kind == "static" else "token")
+        for name, known in (("kind", KINDS), ("type", tuple(TYPES)), ("granularity", GRANULARITIES), ("range", RANGES)):
+            if (value := getattr(self, name)) not in known:
+                raise RecipeError(f"activations: {name} {value!r} is not known; it must be one of {', '.join(known)}")
+        if self.kind == "static" and self.granularity != "tensor":
+            raise RecipeError("activations: static scales per token; they are one per linear; use granularity tensor")
+        if self.type == "fp8" and not self.symmetric:
+            raise RecipeError("activations: fp8 with a zero point; floats have none; use int8, or leave asym out")
+        if self.threshold and (self.kind, self.type, self.granularity, self.symmetric) != (
+            "dynamic",
+            "int8",
+            "token",
+            True,
+        ):
+            raise RecipeError(
+                "activations: outlier columns are for dynamic, symmetric int8 per token; "
+                "use int8-outliers, or a threshold of 0"
+            )
+        if self.threshold < 0 or not 50 < self.percentile <= 100 or not 0 < self.momentum <= 1:
+            raise RecipeError(
+                f"activations: threshold {self.threshold}, percentile {self.percentile}, momentum {self.momentum}; "
+                "they must be at least 0, in (50, 100] and in (0, 1]; correct them"
+            )
+
+    def __str__(self) -> str:
+        text = self.type + ("-tensor" if self.granularity == "tensor" and self.kind == "dynamic" else "")
+        if self.kind == "static":
+            value = {"percentile": f"{self.percentile:g}", "moving": f"{self.momentum:g}"}.get(self.range, "")
+            text += "-static" + ("" if self.range == "minmax" else f"-{self.range}{value}")
+        if self.threshold:
+            text += "-outliers" + ("" if self.threshold == THRESHOLD else f"{self.threshold:g}")
+        return text + ("" if self.symmetric else "-asym")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the codes."""
+        return TYPES[self.type]
+
+    @property
+    def needs_stats(self) -> bool:
+        """Whether calibration is needed."""
+        return self.kind == "static"
+
+    def fits(self, format: Format) -> bool:
+        """Whether a weight in this format can be multiplied by such inputs: its codes are numbers of the same type."""
+        return product_dtype(format) == self.dtype
+
+    @property
+    def specs(self) -> dict[str, TensorSpec]:
+        """What a packed weight holds beside its layout's tensors: static scales, and zero points where there are."""
+        if self.kind != "static":
+            return {}
+        scale = {"input_scale": TensorSpec((1,), torch.float32)}
+        return scale if self.symmetric else {**scale, "input_zero_point": TensorSpec((1,), torch.int8)}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every option by name."""
+        return asdict(self)
+
+
+def parse_activations(spec: str | Mapping[str, Any] | Activated) -> Activations:
+    """From a shorthand or from options by name, or as it is; RecipeError for what is not known."""
+    if isinstance(spec, Activations):
+        return spec
+    if isinstance(spec, Mapping):
+        if unknown := sorted(set(spec) - set(Activations.__dataclass_fields__)):
+            known = ", ".join(Activations.__dataclass_fields__)
+            raise RecipeError(f"activations: option {unknown[0]!r} does not exist; its options are: {known}")
+        return Activations(**spec)
+    found = PATTERN.fullmatch(text := str(spec).strip().lower())
+    if found is None or (found["tensor"] and found["static"]):
+        raise RecipeError(f"{text!r} says no way to quantize activations; write for example {', '.join(EXAMPLES)}")
+    options: dict[str, Any] = {"type": found["type"], "symmetric": not found["asym"]}
+    if found["static"]:
+        options |= {"kind": "static", "range": found["range"] or "minmax"}
+    elif found["tensor"]:
+        options["granularity"] = "tensor"
+    if found["outliers"]:
+        options["threshold"] = _number(text, found["threshold"], THRESHOLD)
+    if found["value"]:
+        name = {"percentile": "percentile", "moving": "momentum"}.get(found["range"])
+        if name is None:
+            raise RecipeError(f"{text!r}: {found['range']} takes no number; percentile and moving do; leave it out")
+        options[name] = _number(text, found["value"], 0.0)
+    return Activations(**options)
+
+
+def _number(text: str, digits: str | None, default: float) -> float:
+    try:
+        return float(digits) if digits else default
+    except ValueError:
+        raise RecipeError(f"{text!r}: {digits} is no number; write one such as 99.9") from None
