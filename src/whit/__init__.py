@@ -1,5 +1,6 @@
 """whit: quantize any Hugging Face transformer, run it, and measure what was given up."""
 
+from whit.activations import Activations
 from whit.arrays import error, quantize_tensor
 from whit.calibration import Calibration
 from whit.data import resolve_model
@@ -23,6 +24,7 @@ __all__ = [
     "GPTQ",
     "HQQ",
     "RTN",
+    "Activations",
     "Affine",
     "BFloat16",
     "Calibration",

@@ -35,6 +35,12 @@ PATTERN = re.compile(
     r"(?P<static>-static(?:-(?P<range>minmax|percentile|mse|entropy|moving)(?P<value>[0-9.]+)?)?)?"
     r"(?P<outliers>-outliers(?P<threshold>[0-9.]+)?)?(?P<asym>-asym)?"
 )
+SCHEMES = {  # names of a format and activations together
+    "llm.int8": ("int8-absmax", "int8-outliers"),
+    "w8a8": ("int8", "int8"),
+    "w8a8-static": ("int8", "int8-static"),
+    "w8a8-fp8": ("fp8", "fp8"),
+}
 EXAMPLES = ("int8", "int8-asym", "int8-outliers", "int8-static", "int8-static-percentile99.9", "fp8")
 
 
@@ -102,6 +108,11 @@ class Activations:
     def needs_stats(self) -> bool:
         """Whether calibration is needed."""
         return self.kind == "static"
+
+    @classmethod
+    def parse(cls, spec: str) -> Activations:
+        """From a shorthand; RecipeError for what is not known."""
+        return parse_activations(spec)
 
     def fits(self, format: Format) -> bool:
         """Whether a weight in this format can be multiplied by such inputs: its codes are numbers of the same type."""

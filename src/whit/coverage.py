@@ -20,8 +20,9 @@ Status = Literal["quantized", "kept", "tied", "dropped"]
 class Entry:
     """One parameter. `relative_error` is ||W - W^|| / ||W||.
 
-    With calibration, `proxy_loss` is tr(dW H dW^T) / tr(W H W^T), and `tokens` counts what each expert saw. The
-    `reason` of a quantized one says where it was not done as the recipe's method does it.
+    `activations` says how the inputs of its linear are quantized, where they are. With calibration, `proxy_loss` is
+    tr(dW H dW^T) / tr(W H W^T), and `tokens` counts what each expert saw. The `reason` of a quantized one says where
+    it was not done as the recipe's method does it.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Entry:
     relative_error: float | None = None
     proxy_loss: float | None = None
     tokens: tuple[int, ...] | None = None
+    activations: str | None = None
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import repeat
 from pathlib import Path
@@ -37,7 +37,8 @@ from whit.transforms.fold import Basis, rescale
 class Given:
     """A parameter and, where calibration reached it, one LayerStats per matrix; `tokens` counts what each expert saw,
     `starved` are the experts that saw too few and have the statistics of all. `quantized` is there where the method
-    has chosen the codes of the whole block already. `note` is what was done to the weight itself."""
+    has chosen the codes of the whole block already. `note` is what was done to the weight itself. `inputs` are the
+    static scales of the linear's inputs, where these are quantized so."""
 
     weight: Tensor
     stats: tuple[LayerStats, ...] | None = None
@@ -45,6 +46,7 @@ class Given:
     tokens: tuple[int, ...] | None = None
     starved: tuple[int, ...] = ()
     note: str | None = None
+    inputs: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class Feed(Protocol):

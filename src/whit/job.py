@@ -154,7 +154,7 @@ def _fit(recipe: Recipe, kind: type[Exporter]) -> tuple[Recipe, tuple[str, ...]]
     changes = zip(recipe.rules, rules, strict=True)
     changed = {str(old): str(new) for (_, old), (_, new) in changes if old != new}
     notes = tuple(f"{old}: a {kind.name} file holds it as {new}; that is written" for old, new in changed.items())
-    return Recipe(recipe.method, rules, recipe.transform, recipe.mix), notes
+    return recipe.with_rules(rules, recipe.mix), notes
 
 
 def _tokens(

@@ -212,7 +212,8 @@ def _convert(job: Job, item: Item, given: Given) -> tuple[Mapping[str, Tensor], 
         loss = float(f"{proxy_loss(matrix, near, given.stats):.5g}")
     reason = "; ".join(filter(None, (item.reason, reason))) or None
     entry = replace(entry_of(item, relative_error(matrix, near)), reason=reason, proxy_loss=loss, tokens=given.tokens)
-    return job.exporter.tensors(item, quantized), entry, item.parameter(near)
+    tensors = {**job.exporter.tensors(item, quantized), **job.exporter.inputs(item, given.inputs)}
+    return tensors, entry, item.parameter(near)
 
 
 def _note(given: Given) -> str | None:
@@ -251,4 +252,6 @@ def entry_of(item: Item, relative_error: float = 0.0) -> Entry:
     """The account of a planned parameter; the error is 0 where it is kept as it is."""
     if item.format is None:
         return Entry(item.name, "kept", None, item.reason, item.bits_per_weight, relative_error)
-    return Entry(item.name, "quantized", str(item.format), item.reason, item.bits_per_weight, relative_error)
+    how = None if item.activations is None else str(item.activations)
+    quantized = (str(item.format), item.reason, item.bits_per_weight, relative_error)
+    return Entry(item.name, "quantized", *quantized, activations=how)

@@ -17,8 +17,10 @@ from transformers import PreTrainedModel
 from whit.checkpoint.header import Entry, count_parameters
 from whit.checkpoint.reader import Checkpoint
 from whit.checkpoint.writer import Shard
+from whit.errors import RecipeError
 from whit.export.base import Exporter, Parameter, Value
 from whit.export.settle import settle
+from whit.model.graph import find_blocks
 from whit.model.source import Origin
 from whit.model.targets import Target, find_targets
 from whit.preflight import check_recipe
@@ -141,7 +143,13 @@ def plan_quantization(source: Source, recipe: Recipe, exporter: Exporter, shard_
     holders = [target.holder for target in targets.values()]
     settled = settle(recipe, exporter, source.model, groups)
     recipe = settled.recipe
+    if recipe.activations is not None and (problem := exporter.refuses(recipe.activations)) is not None:
+        raise RecipeError(f"activations {recipe.activations}: {problem}")
     formats = check_recipe(recipe, groups, holders, calibrated=True, fits=exporter.problems)
+    how = recipe.activations
+    # static scales are known where calibration runs the model: in its blocks
+    static = how is not None and how.needs_stats
+    reached = tuple(f"{name}." for name in find_blocks(source.model).names) if static else ("",)
     buffers = {name for name, _ in source.model.named_buffers()}
     items = []
     for name, origin in source.origins.items():
@@ -149,7 +157,8 @@ def plan_quantization(source: Source, recipe: Recipe, exporter: Exporter, shard_
         reason = settled.reasons.get(name)
         if format is None and reason is None:
             reason = _reason(recipe, name, target, buffers)
-        items.append(_item(exporter, Parameter(name, origin.spec, target, format), reason))
+        how = recipe.activations_for(target.kind, format) if target is not None and name.startswith(reached) else None
+        items.append(_item(exporter, Parameter(name, origin.spec, target, format, activations=how), reason))
     return _assemble(source.model, items, exporter, shard_size)
 
 
@@ -166,7 +175,8 @@ def plan_dense(source: Source, exporter: Exporter, shard_size: int = SHARD_SIZE)
 def _item(exporter: Exporter, parameter: Parameter, reason: str | None) -> Item:
     written = exporter.specs(parameter)
     is_copy = parameter.format is None and exporter.verbatim(parameter)
-    return Item(parameter.name, parameter.spec, parameter.target, parameter.format, reason, written, is_copy)
+    named = (parameter.name, parameter.spec, parameter.target, parameter.format)
+    return Item(*named, reason, written, is_copy, activations=parameter.activations)
 
 
 def _tied_group(targets: Mapping[str, Target], tied: Mapping[str, str], parameter: str) -> tuple[Target, ...]:

@@ -37,6 +37,7 @@ def check_recipe(
             problems.append(f"{both}: one tied weight with the formats {named[0]} and {named[1]}; give both the same")
     chosen = {groups[p][0]: f for p, f in formats.items() if f is not None}
     problems += _misfits(chosen)
+    problems += _unreached(recipe, chosen)
     if recipe.needs_stats:
         problems += _unstackable(chosen)
     if fits is not None:
@@ -80,6 +81,17 @@ def _unstackable(formats: Mapping[Target, Format]) -> list[str]:
         f"{holder}: {format} has params that span experts, which calibration treats one by one; "
         "every expert must have its own; use a format without -dq or -tensor"
         for format, holder in wrong.items()
+    ]
+
+
+def _unreached(recipe: Recipe, formats: Mapping[Target, Format]) -> list[str]:
+    """Activations that no linear takes."""
+    how, names = recipe.activations, sorted({str(f) for f in formats.values()})
+    if how is None or not formats or any(recipe.activations_for(t.kind, f) for t, f in formats.items()):
+        return []
+    return [
+        f"activations {how}: no linear can be multiplied by them in {', '.join(names)}; its weights must be of the "
+        f"same type with one scale per row; use {how.type} for the weights too"
     ]
 
 

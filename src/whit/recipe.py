@@ -1,6 +1,7 @@
-"""A recipe: the transform, the method, and the ordered rules that give every parameter its format.
+"""A recipe: the transform, the method, the ordered rules that give every parameter its format, and the activations.
 
     version = 1
+    activations = "int8"        # may be left out: inputs of linears are quantized too (`whit.activations`)
     [method]
     name = "hqq"
     [transform]                 # may be left out
@@ -13,7 +14,8 @@
     format = "int8"
 
 In the place of a format for `*` a rule may name one of llama.cpp's mixes (`q4_k_m`): `mix`, which the plan of a run
-turns into a format for each matrix of the model; other rules come after it.
+turns into a format for each matrix of the model; other rules come after it. Or it may name a format and activations
+together (`w8a8`, `llm.int8`): `activations.SCHEMES`.
 
 A rule's glob is held against module names (`model.layers.0.self_attn.q_proj`), `*` crosses dots; of the rules that
 match, the last one counts.
@@ -28,6 +30,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from whit.activations import SCHEMES, Activations, parse_activations
 from whit.errors import FormatError, RecipeError
 from whit.formats import parse_format
 from whit.formats.ggml.mixes import MIXES, ONLY_MIXES
@@ -41,7 +44,9 @@ else:
     import tomli as tomllib
 
 VERSION = 1
+KEYS = frozenset(("version", "method", "transform", "mix", "activations", "rules"))
 DEFAULT_RULES = (("*", "int4-g128"),)
+SMOOTHED_RULES = (("*", "int8"),)  # with a transform that is made for quantized activations
 
 
 @dataclass(frozen=True)
@@ -49,54 +54,71 @@ class Recipe:
     """How a model is quantized: one method, rules (glob, format or its shorthand), and a transform where wanted.
 
     The method may name both: "awq+gptq"; "awq" alone is the paper's, with clipping. `mix` names one of llama.cpp's
-    mixes, over which the rules go; it is empty where there is none.
+    mixes, over which the rules go; it is empty where there is none. `activations` (a shorthand, options by name, or
+    Activations) say how the inputs of linears are quantized while the model runs, None that they are not; a transform
+    that is made for them has them be int8, and the weights int8, unless others are named.
     """
 
     method: Method
     rules: tuple[tuple[str, Format], ...]
     transform: Transform | None
     mix: str
+    activations: Activations | None
 
     def __init__(
         self,
         method: Method | str | None = None,
-        rules: Sequence[tuple[str, Format | str]] = DEFAULT_RULES,
+        rules: Sequence[tuple[str, Format | str]] | None = None,
         transform: Transform | str | None = None,
         mix: str = "",
+        activations: Activations | str | Mapping[str, Any] | None = None,
     ) -> None:
-        parsed: list[tuple[str, Format]] = []
-        for rule in rules:
-            if not isinstance(rule, Sequence) or isinstance(rule, str) or len(rule) != 2:
-                raise RecipeError(f"rule {rule!r}: a rule is a pair of a glob and a format; write ('*', 'int4-g128')")
-            if (name := str(rule[1]).strip().lower()) in ONLY_MIXES:
-                if rule[0] != "*":
-                    raise RecipeError(
-                        f"rule {rule[0]!r}: {name} is a mix of types for a whole model; a rule for '*' can name it; "
-                        f"give this one a type, such as {MIXES[name]}"
-                    )
-                mix, parsed = name, []
-                continue
-            parsed.append((str(rule[0]), parse_format(rule[1])))
         if isinstance(method, str) and (both := _transform_and_method(method)):
             if transform is not None:
                 raise RecipeError(f"method {method!r}: it names a transform, and another is given; drop one of the two")
             transform, method = both
+        chosen = None if transform is None else parse_transform(transform)
+        usual = DEFAULT_RULES if chosen is None or not chosen.for_activations else SMOOTHED_RULES
+        parsed, mix, named = _parse_rules(usual if rules is None else rules, mix)
+        how = None if activations is None else parse_activations(activations)
+        if named is not None and how not in (None, named):
+            raise RecipeError(f"activations: {how}, and a rule names {named}; there must be one; drop one of the two")
         if mix and mix not in MIXES:
             raise RecipeError(f"mix {mix!r}: not known; it must be one of {', '.join(MIXES)}; choose one")
+        if chosen is not None and chosen.for_activations:
+            how = how or named or Activations()
         object.__setattr__(self, "method", RTN() if method is None else parse_method(method))
         object.__setattr__(self, "rules", tuple(parsed))
-        object.__setattr__(self, "transform", None if transform is None else parse_transform(transform))
+        object.__setattr__(self, "transform", chosen)
         object.__setattr__(self, "mix", mix)
+        object.__setattr__(self, "activations", how or named)
+
+    def with_rules(self, rules: Sequence[tuple[str, Format | str]], mix: str = "") -> Recipe:
+        """The same with other rules."""
+        return Recipe(self.method, rules, self.transform, mix, self.activations)
+
+    def with_activations(self, activations: Activations | str) -> Recipe:
+        """The same with activations; RecipeError where it has others."""
+        how = parse_activations(activations)
+        if self.activations not in (None, how) and not (self.transform and self.activations == Activations()):
+            raise RecipeError(
+                f"activations {how}: the recipe has {self.activations}; there is one; drop one of the two"
+            )
+        return Recipe(self.method, self.rules, self.transform, self.mix, how)
 
     @property
     def needs_stats(self) -> bool:
         """Whether calibration is needed."""
-        return self.method.needs_stats or (self.transform is not None and self.transform.needs_stats)
+        return any(part is not None and part.needs_stats for part in (self.method, self.transform, self.activations))
 
     @property
     def title(self) -> str:
-        """Its method and transform, as an error names them."""
-        return f"method {self.method.name}" if self.transform is None else f"transform {self.transform.name}"
+        """What of it uses data, as an error names it: its transform, method or activations."""
+        if self.transform is not None:
+            return f"transform {self.transform.name}"
+        if self.activations is not None and self.activations.needs_stats and not self.method.needs_stats:
+            return f"activations {self.activations}"
+        return f"method {self.method.name}"
 
     def format_for(self, name: str, kept_by_default: bool = False) -> Format | None:
         """The format of a module, None to keep it as it is.
@@ -116,6 +138,12 @@ class Recipe:
             if fnmatchcase(name, pattern) and not (kept_by_default and pattern.rpartition(".")[2] == "*")
         )
 
+    def activations_for(self, kind: str, format: Format | None) -> Activations | None:
+        """How the inputs of a target are quantized (`Target.kind`): only linears' are, whose format fits."""
+        how = self.activations
+        takes = how is not None and kind in ("linear", "conv1d") and format is not None and how.fits(format)
+        return how if takes else None
+
     def unmatched(self, names: Sequence[str]) -> tuple[str, ...]:
         """Globs that match none of the modules: most likely a slip of the pen."""
         return tuple(p for p, _ in self.rules if not any(fnmatchcase(name, p) for name in names))
@@ -125,15 +153,14 @@ class Recipe:
         rules = [{"match": pattern, "format": str(format)} for pattern, format in self.rules]
         transform = {} if self.transform is None else {"transform": transform_options(self.transform)}
         mix = {"mix": self.mix} if self.mix else {}
-        return {"version": VERSION, "method": method_options(self.method), **transform, **mix, "rules": rules}
+        how = {} if self.activations is None else {"activations": str(self.activations)}
+        return {"version": VERSION, "method": method_options(self.method), **transform, **mix, **how, "rules": rules}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], where: str = "recipe") -> Recipe:
         """Raises RecipeError or FormatError with one sentence for anything it does not know."""
-        if unknown := sorted(set(values) - {"version", "method", "transform", "mix", "rules"}):
-            raise RecipeError(
-                f"{where}: key {unknown[0]!r} does not exist; a recipe has version, method, transform, mix and rules"
-            )
+        if unknown := sorted(set(values) - KEYS):
+            raise RecipeError(f"{where}: key {unknown[0]!r} does not exist; a recipe has {', '.join(sorted(KEYS))}")
         if values.get("version", VERSION) != VERSION:
             raise RecipeError(f"{where}: version {values['version']}; this whit reads {VERSION}; update whit")
         rules: list[tuple[str, Format | str]] = []
@@ -142,7 +169,7 @@ class Recipe:
                 raise RecipeError(f"{where}: rule {rule!r}; a rule has just `match` and `format`; correct it")
             try:
                 spec = str(rule["format"])
-                rules.append((rule["match"], spec if spec in ONLY_MIXES else parse_format(spec)))
+                rules.append((rule["match"], spec if spec in (*ONLY_MIXES, *SCHEMES) else parse_format(spec)))
             except FormatError as error:
                 raise RecipeError(f"{where}: rule {rule['match']!r}: {error}") from None
         method, transform = values.get("method", "rtn"), values.get("transform")
@@ -151,9 +178,10 @@ class Recipe:
         mix = str(values.get("mix", ""))
         return cls(
             method if isinstance(method, str) else parse_method(method),
-            rules or (() if mix else DEFAULT_RULES),
+            rules or (() if mix else None),
             None if transform is None else parse_transform(transform),
             mix,
+            values.get("activations"),
         )
 
     @classmethod
@@ -170,7 +198,8 @@ class Recipe:
     def to_toml(self) -> str:
         """The recipe as TOML, to be read, edited and replayed."""
         mix = [f"mix = {_toml(self.mix)}"] if self.mix else []
-        lines = [f"version = {VERSION}", *mix, "", "[method]"]
+        how = [] if self.activations is None else [f"activations = {_toml(str(self.activations))}"]
+        lines = [f"version = {VERSION}", *mix, *how, "", "[method]"]
         lines += [f"{key} = {_toml(value)}" for key, value in method_options(self.method).items()]
         if self.transform is not None:
             options = transform_options(self.transform)
@@ -180,12 +209,45 @@ class Recipe:
         return "\n".join(lines) + "\n"
 
 
+def parse_spec(spec: str) -> str:
+    """A format's or a scheme's own name, for what a rule for everything may name; FormatError where it is neither."""
+    name = spec.strip().lower()
+    return name if name in SCHEMES else str(parse_format(spec))
+
+
+def _parse_rules(
+    rules: Sequence[tuple[str, Format | str]], mix: str
+) -> tuple[list[tuple[str, Format]], str, Activations | None]:
+    """Rules with formats, the mix and the activations that a rule for everything names."""
+    parsed: list[tuple[str, Format]] = []
+    how = None
+    for rule in rules:
+        if not isinstance(rule, Sequence) or isinstance(rule, str) or len(rule) != 2:
+            raise RecipeError(f"rule {rule!r}: a rule is a pair of a glob and a format; write ('*', 'int4-g128')")
+        name = str(rule[1]).strip().lower()
+        if (name in ONLY_MIXES or name in SCHEMES) and rule[0] != "*":
+            what, such = ("a mix of types", MIXES[name]) if name in ONLY_MIXES else ("a scheme", SCHEMES[name][0])
+            raise RecipeError(
+                f"rule {rule[0]!r}: {name} is {what} for a whole model; a rule for '*' can name it; "
+                f"give this one a type, such as {such}"
+            )
+        if name in ONLY_MIXES:
+            mix, parsed = name, []
+        elif name in SCHEMES:
+            parsed.append((str(rule[0]), parse_format(SCHEMES[name][0])))
+            how = parse_activations(SCHEMES[name][1])
+        else:
+            parsed.append((str(rule[0]), parse_format(rule[1])))
+    return parsed, mix, how
+
+
 def _transform_and_method(name: str) -> tuple[str, Method | str] | None:
     """The parts of "awq+gptq", or of "awq"; None where the name is not led by a transform's."""
     transform, plus, method = name.partition("+")
-    if transform not in {t.name for t in TRANSFORMS}:
-        return None
-    return transform, (method if plus else Clip())
+    for known in TRANSFORMS:
+        if transform == known.name:
+            return transform, (method if plus else RTN() if known.for_activations else Clip())
+    return None
 
 
 def _toml(value: str | bool | int | float | Mapping[str, Any]) -> str:

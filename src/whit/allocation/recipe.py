@@ -123,4 +123,4 @@ def _recipe(job: Job, formats: Mapping[str, Format]) -> Recipe:
         format = formats.get(job.source.tied.get(target.parameter, target.parameter), usual)
         if format != usual:
             rules.append((target.holder, format))
-    return Recipe(job.recipe.method, [*rules, *job.recipe.rules[1:]], job.recipe.transform)
+    return job.recipe.with_rules([*rules, *job.recipe.rules[1:]])

@@ -12,6 +12,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from whit.activations import EXAMPLES as ACTIVATION_EXAMPLES
+from whit.activations import SCHEMES
 from whit.calibration import Calibration
 from whit.cli.budget import (
     Ladder,
@@ -39,10 +41,19 @@ from whit.transforms import TRANSFORMS
 
 CALIBRATION_HELP = "Text or .jsonl file for methods that need data. [default: whit:text]"
 DEFAULT_FORMAT = "int4-g128"
-FORMAT_HELP = "Format of every linear: " + ", ".join(EXAMPLES) + f". [default: {DEFAULT_FORMAT}]"
+FORMAT_HELP = (
+    "Format of every linear: " + ", ".join(EXAMPLES) + "; with activations: " + ", ".join(SCHEMES) + ". "
+    f"[default: {DEFAULT_FORMAT}]"
+)
+ACTIVATIONS_HELP = (
+    "Quantize what linears are given as well, while the model runs: " + ", ".join(ACTIVATION_EXAMPLES) + "."
+)
 GATE_HELP = "Text on which --max-kl and --max-ppl-increase are measured. [default: whit:heldout]"
 METHOD_HELP = (
-    "How codes are chosen: " + ", ".join(method.name for method in METHODS) + "; awq is clip with the transform awq. "
+    "How codes are chosen: "
+    + ", ".join(method.name for method in METHODS)
+    + "; awq is clip with the transform awq, smoothquant is "
+    "rtn with that transform, int8 and int8 activations. "
     "[default: rtn]"
 )
 TRANSFORM_HELP = "What the weights are rescaled by first: " + ", ".join(t.name for t in TRANSFORMS) + "."
@@ -58,6 +69,7 @@ def quantize(
     method: Annotated[str | None, typer.Option(help=METHOD_HELP)] = None,
     transform: Annotated[str | None, typer.Option(help=TRANSFORM_HELP)] = None,
     format: Annotated[str | None, typer.Option(metavar="SPEC", help=FORMAT_HELP)] = None,
+    activations: Annotated[str | None, typer.Option(metavar="SPEC", help=ACTIVATIONS_HELP)] = None,
     rule: Annotated[list[str] | None, typer.Option(metavar="GLOB=SPEC", help=RULE_HELP)] = None,
     recipe: Annotated[Path | None, typer.Option(help="A TOML file with method and rules.")] = None,
     target_bpw: TargetBpw = None,
@@ -91,13 +103,17 @@ def quantize(
         method = method or "clip"
     taken = format is not None or recipe is not None or imatrix is not None
     if check_target(target_bpw, target_size, taken, ladder):
+        if activations is not None:
+            raise typer.BadParameter("a size is about weights alone; drop one of them", param_hint="--activations")
         start = keep_all(method, parse_rules(rule), transform)
         used = text if start.needs_stats else None  # by the method; the choice of formats always uses it
         undecided = prepare(model, out, start, options, used, export)
         chosen = budget_recipe(undecided, text, target_bpw, target_size, ladder)
         job = prepare(model, out, chosen, options, used, export)
     else:
-        job = prepare(model, out, build_recipe(method, format, rule, recipe, transform), options, text, export)
+        wanted = build_recipe(method, format, rule, recipe, transform)
+        wanted = wanted if activations is None else wanted.with_activations(activations)
+        job = prepare(model, out, wanted, options, text, export)
     if job.recipe is not None:
         save_recipe(job.recipe, save_recipe_to)
     job = job if imatrix is None else weighed(job, imatrix)
@@ -121,13 +137,14 @@ def build_recipe(
     """The recipe of a command line; --rule adds to the rules of --recipe and --format."""
     more = parse_rules(rules)
     if path is None:
-        return Recipe(method, [("*", format or DEFAULT_FORMAT), *more], transform)
+        start = Recipe(method, None if format is None else [("*", format)], transform)
+        return start.with_rules([*start.rules, *more], start.mix)
     if method is not None or format is not None or transform is not None:
         raise typer.BadParameter(
             "holds method, transform and formats itself; drop --method, --transform and --format", param_hint="--recipe"
         )
     loaded = Recipe.load(path)
-    return Recipe(loaded.method, [*loaded.rules, *more], loaded.transform, loaded.mix)
+    return loaded.with_rules([*loaded.rules, *more], loaded.mix)
 
 
 def parse_rules(rules: list[str] | None) -> list[tuple[str, str]]:

@@ -42,7 +42,8 @@ def account_table(account: Account) -> Table:
         table.add_column(column, justify=justify)  # type: ignore[arg-type]
     groups: dict[str, list[Entry]] = {}
     for entry in account.parameters:
-        groups.setdefault(entry.format or entry.status, []).append(entry)
+        how = f" with {entry.activations} activations" if entry.activations else ""
+        groups.setdefault((entry.format or entry.status) + how, []).append(entry)
     for name, entries in groups.items():
         bits = [e.bits_per_weight for e in entries if e.bits_per_weight is not None]
         errors = [e.relative_error for e in entries if e.relative_error is not None]

@@ -8,13 +8,14 @@ and the like). `restore` is for runs that go on after a kill and for whoever rea
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeAlias
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from whit.activations import Activations
 from whit.checkpoint.writer import Shard
 from whit.model.targets import Target
 from whit.recipe import Recipe
@@ -27,13 +28,15 @@ Value: TypeAlias = Tensor | QuantizedTensor
 class Parameter:
     """A parameter of the running model on its way to a file: `spec` is the model's own, `format` None where it is kept.
 
-    A quantized one has a `target`, whose shape (out_features, in_features) is the QuantizedTensor's.
+    A quantized one has a `target`, whose shape (out_features, in_features) is the QuantizedTensor's, and
+    `activations` where the inputs of its linear are quantized as well.
     """
 
     name: str
     spec: TensorSpec
     target: Target | None
     format: Format | None
+    activations: Activations | None = field(default=None, kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,11 @@ class Outcome:
     def formats(self) -> dict[str, Format]:
         """Holder to format, of everything quantized."""
         return {p.target.holder: p.format for p in self.parameters if p.target is not None and p.format is not None}
+
+    @property
+    def inputs(self) -> dict[str, Activations]:
+        """Holder to how its inputs are quantized, where they are."""
+        return {p.target.holder: p.activations for p in self.parameters if p.target and p.activations is not None}
 
 
 @dataclass(frozen=True)
@@ -96,6 +104,10 @@ class Exporter(Protocol):
         """The format in which the file holds a target that is to have `format` (None: kept), and why another one."""
         ...
 
+    def refuses(self, activations: Activations) -> str | None:
+        """Why the file cannot say that inputs are quantized so, in a clause that also says what to do; or None."""
+        ...
+
     def problems(self, formats: Mapping[Target, Format]) -> list[str]:
         """One sentence for each thing that the file cannot hold: *where: what is; what must be; what to do.*"""
         ...
@@ -114,6 +126,10 @@ class Exporter(Protocol):
 
     def tensors(self, parameter: Parameter, value: Value) -> Mapping[str, Tensor]:
         """The tensors themselves; `value` is a QuantizedTensor where the parameter has a format."""
+        ...
+
+    def inputs(self, parameter: Parameter, scales: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """The tensors for static scales of a linear's inputs, `input_scale` and `input_zero_point` (1,)."""
         ...
 
     def restore(self, parameter: Parameter, tensors: Mapping[str, Tensor]) -> Value:

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from whit.activations import Activations
 from whit.checkpoint.writer import Shard, plan_shards
 from whit.export.base import Importance, Outcome, Parameter, Value
 from whit.model.targets import Target
@@ -38,6 +39,9 @@ class FolderExport:
     def adapted(self, target: Target, format: Format) -> tuple[Format | None, str | None]:
         return format, None
 
+    def refuses(self, activations: Activations) -> str | None:
+        return f"{self.name} files say nothing of activations; write a whit or compressed-tensors file"
+
     def problems(self, formats: Mapping[Target, Format]) -> list[str]:
         return []
 
@@ -55,6 +59,10 @@ class FolderExport:
         assert not isinstance(value, QuantizedTensor), parameter.name
         ((name, spec),) = self.specs(parameter).items()
         return {name: value.to(spec.dtype)}
+
+    def inputs(self, parameter: Parameter, scales: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        assert not scales, parameter.name
+        return {}
 
     def restore(self, parameter: Parameter, tensors: Mapping[str, Tensor]) -> Value:
         (tensor,) = tensors.values()

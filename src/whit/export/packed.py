@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from whit.activations import Activations, parse_activations
 from whit.checkpoint.header import Entry
 from whit.checkpoint.reader import Checkpoint, read_json
 from whit.errors import CheckpointError
@@ -41,9 +42,9 @@ class PackedSource:
                 target = by_parameter[name]
                 format = parse_format(packed["formats"][target.holder])
                 self.packed[name] = target, format
-                specs = packed_specs(target, format)
+                specs = packed_specs(target, format, _inputs(packed, target))
                 self.origins[name] = Origin(TensorSpec(tuple(tensor.shape), torch.float32), tuple(specs), name)
-        self._account(state)
+        self._account(state, packed)
 
     def read(self, name: str) -> Tensor:
         """One parameter as the model holds it: float32 where it was packed, else its own dtype."""
@@ -71,14 +72,14 @@ class PackedSource:
         """Nothing: every parameter has its format."""
         return None
 
-    def _account(self, state: Mapping[str, Tensor]) -> None:
+    def _account(self, state: Mapping[str, Tensor], packed: Mapping[str, Any]) -> None:
         for target, owner in (self.model.all_tied_weights_keys or {}).items():
             if (target in self.origins) != (owner in self.origins):
                 absent, present = (target, owner) if owner in self.origins else (owner, target)
                 self.tied[absent] = present
         specs: dict[str, TensorSpec] = {}
         for target, format in self.packed.values():
-            specs |= packed_specs(target, format)
+            specs |= packed_specs(target, format, _inputs(packed, target))
         wrong = [k for k, s in specs.items() if k not in self.checkpoint or self.checkpoint.entries[k].spec != s]
         parameters = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
         for name in state.keys() - self.origins.keys() - self.tied.keys():
@@ -94,3 +95,9 @@ class PackedSource:
                 f"{self.checkpoint.folder}: {', '.join(sorted(wrong)[:5])} and in all {len(wrong)} tensors are "
                 "missing or have another shape than their format; all must be there; quantize the model again"
             )
+
+
+def _inputs(packed: Mapping[str, Any], target: Target) -> Activations | None:
+    """How the inputs of a target are quantized, by its quantization_config."""
+    spec = packed.get("inputs", {}).get(target.holder)
+    return None if spec is None else parse_activations(spec)

@@ -52,7 +52,7 @@ def settle(
             reasons[parameter] = reason
         if fitting != wanted:
             more += [(t.holder, fitting or parse_format("bf16")) for t in targets]
-    return Settled(Recipe(recipe.method, [*rules.rules, *more], recipe.transform), reasons)
+    return Settled(recipe.with_rules([*rules.rules, *more]), reasons)
 
 
 def _input_embedding(model: PreTrainedModel) -> str:

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from whit.activations import Activations
 from whit.export.base import Outcome, Parameter, Value
 from whit.export.folder import FolderExport, short_name
 from whit.layouts import BITS
@@ -50,12 +51,19 @@ class Whit(FolderExport):
     def specs(self, parameter: Parameter) -> Mapping[str, TensorSpec]:
         if parameter.target is None or parameter.format is None:
             return super().specs(parameter)
-        return packed_specs(parameter.target, parameter.format)
+        return packed_specs(parameter.target, parameter.format, parameter.activations)
 
     def tensors(self, parameter: Parameter, value: Value) -> Mapping[str, Tensor]:
         if parameter.target is None or not isinstance(value, QuantizedTensor):
             return super().tensors(parameter, value)
         return {f"{parameter.target.holder}.{key}": tensor for key, tensor in BITS.pack(value).tensors.items()}
+
+    def refuses(self, activations: Activations) -> str | None:
+        return None
+
+    def inputs(self, parameter: Parameter, scales: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        assert parameter.target is not None
+        return {f"{parameter.target.holder}.{key}": tensor for key, tensor in scales.items()}
 
     def restore(self, parameter: Parameter, tensors: Mapping[str, Tensor]) -> Value:
         if parameter.target is None or parameter.format is None:
@@ -65,19 +73,26 @@ class Whit(FolderExport):
 
     def config(self, outcome: Outcome) -> dict[str, Any]:
         assert outcome.recipe is not None
-        return {"quantization_config": quantization_config(outcome.recipe, outcome.formats)}
+        return {"quantization_config": quantization_config(outcome.recipe, outcome.formats, outcome.inputs)}
 
     def card(self, outcome: Outcome) -> str:
         name = short_name(outcome.model)
         return CARD.format(name=name, bits_per_weight=outcome.bits_per_weight, size_bytes=outcome.size_bytes)
 
 
-def packed_specs(target: Target, format: Format) -> dict[str, TensorSpec]:
-    """Names, shapes and dtypes of the tensors that hold a target in a format."""
-    return {f"{target.holder}.{key}": spec for key, spec in BITS.specs(format, target.shape).items()}
+def packed_specs(target: Target, format: Format, activations: Activations | None = None) -> dict[str, TensorSpec]:
+    """Names, shapes and dtypes of the tensors that hold a target in a format, and how its inputs are quantized."""
+    beside = activations.specs if activations is not None else {}
+    return {f"{target.holder}.{key}": spec for key, spec in {**BITS.specs(format, target.shape), **beside}.items()}
 
 
-def quantization_config(recipe: Recipe, formats: Mapping[str, Format]) -> dict[str, Any]:
-    """The `quantization_config` of config.json; `formats` maps each holder to what it was quantized to."""
+def quantization_config(
+    recipe: Recipe, formats: Mapping[str, Format], inputs: Mapping[str, Activations]
+) -> dict[str, Any]:
+    """The `quantization_config` of config.json; `formats` maps each holder to what it was quantized to.
+
+    `inputs` maps those whose inputs are quantized too to how.
+    """
     resolved = {holder: str(format) for holder, format in formats.items()}
-    return {"quant_method": QUANT_METHOD, "layout": BITS.name, **recipe.to_dict(), "formats": resolved}
+    said = {"quant_method": QUANT_METHOD, "layout": BITS.name, **recipe.to_dict(), "formats": resolved}
+    return {**said, "inputs": {holder: str(how) for holder, how in inputs.items()}} if inputs else said

@@ -4,29 +4,53 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from transformers.utils.quantization_config import QuantizationConfigMixin
+from typing_extensions import Unpack
 
+from whit.activations import Activations, parse_activations
 from whit.errors import FormatError, RecipeError
 from whit.export.whit import QUANT_METHOD, quantization_config
 from whit.formats import parse_format
-from whit.formats.ggml.mixes import ONLY_MIXES
 from whit.layouts import layout_named
 from whit.methods import Method
 from whit.recipe import Recipe
 from whit.tensor import Format
 
-KEYS = {"quant_method", "layout", "version", "method", "transform", "mix", "rules", "formats", "compute_dtype"}
+KEYS = {
+    "quant_method",
+    "layout",
+    "version",
+    "method",
+    "transform",
+    "activations",
+    "mix",
+    "rules",
+    "formats",
+    "inputs",
+    "compute_dtype",
+}
+
+
+class BitsandbytesOptions(TypedDict, total=False):
+    """Options by the names that bitsandbytes' configuration has for them, with and without its prefix."""
+
+    outlier_threshold: float | None
+    llm_int8_threshold: float | None
+    skip_modules: Sequence[str] | None
+    llm_int8_skip_modules: Sequence[str] | None
 
 
 class QuantizationConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """Quantize while loading.
 
-    `format` is a shorthand ("nf4", "int4-g128-asym", or a mix: "q4_k_m"), a Format, or a whole Recipe; `rules` are
-    pairs (glob over module names, format) that come after it; `method` a name ("rtn", "clip", "hqq") or a Method that
-    needs no data.
+    `format` is a shorthand ("nf4", "int8", "int4-g128-asym", or a mix: "q4_k_m"), a scheme ("w8a8", "llm.int8"), a
+    Format, or a whole Recipe; `rules` are pairs (glob over module names, format) that come after it; `method` a name
+    ("rtn", "clip", "hqq") or a Method that needs no data. `activations` ("int8", "fp8") quantizes the inputs of linears
+    as they come; with `outlier_threshold` (llm.int8's is 6.0; 0: none) columns that reach it stay in 16 bits, as
+    bitsandbytes has it.
     `double_quant` stores a codebook format's absmax in 8 bits. Linears multiply in `compute_dtype` (as their input
     comes unless given). Modules named in `modules_to_not_convert` (or `skip_modules`) are kept, with all inside them.
     Raises FormatError and RecipeError.
@@ -39,25 +63,35 @@ class QuantizationConfig(QuantizationConfigMixin):  # type: ignore[misc]
         method: str | Method | None = None,
         rules: Sequence[tuple[str, str | Format]] = (),
         double_quant: bool = False,
+        activations: str | Activations | None = None,
         compute_dtype: torch.dtype | str | None = None,
         modules_to_not_convert: Sequence[str] | None = None,
-        skip_modules: Sequence[str] | None = None,
+        **named: Unpack[BitsandbytesOptions],
     ) -> None:
-        given = format if isinstance(format, Recipe) else Recipe(method, [("*", _double(format, double_quant))])
-        if given is format and (method is not None or double_quant):
-            raise RecipeError("QuantizationConfig: a Recipe has its own method and formats; set them there")
-        skipped = [*(modules_to_not_convert or ()), *(skip_modules or ())]
+        given = format if isinstance(format, Recipe) else _recipe(format, method, double_quant, activations)
+        if given is format and (method is not None or double_quant or activations is not None):
+            raise RecipeError(
+                "QuantizationConfig: a Recipe has its own method, formats and activations; set them there"
+            )
+        if unknown := sorted(set(named) - set(BitsandbytesOptions.__annotations__)):
+            raise RecipeError(f"QuantizationConfig: option {unknown[0]!r} does not exist; correct it or leave it out")
+        if (threshold := named.get("outlier_threshold", named.get("llm_int8_threshold"))) is not None:
+            given = _with_threshold(given, threshold)
+        skips = (modules_to_not_convert, named.get("skip_modules"), named.get("llm_int8_skip_modules"))
+        skipped = [name for names in skips for name in names or ()]
         kept = [(pattern, "bf16") for name in skipped for pattern in _patterns(name)]
         self.quant_method = QUANT_METHOD
         self.layout = "bits"
-        self.recipe = Recipe(given.method, [*given.rules, *rules, *kept], given.transform, given.mix)
+        self.recipe = given.with_rules([*given.rules, *rules, *kept], given.mix)
         self.compute_dtype = _dtype(compute_dtype)
         self.formats: dict[str, str] = {}
+        self.inputs: dict[str, str] = {}
 
     def to_dict(self) -> dict[str, Any]:
         """What config.json holds; `from_dict` gives the same configuration back."""
         formats = {name: parse_format(spec) for name, spec in self.formats.items()}
-        values = {**quantization_config(self.recipe, formats), "layout": self.layout}
+        inputs = {name: parse_activations(spec) for name, spec in self.inputs.items()}
+        values = {**quantization_config(self.recipe, formats, inputs), "layout": self.layout}
         if self.compute_dtype is not None:
             values["compute_dtype"] = str(self.compute_dtype).removeprefix("torch.")
         return values
@@ -67,20 +101,32 @@ class QuantizationConfig(QuantizationConfigMixin):  # type: ignore[misc]
         """Raises RecipeError for keys or versions that this whit does not know, FormatError for a layout."""
         if unknown := sorted(set(config_dict) - KEYS):
             raise RecipeError(f"quantization_config: key {unknown[0]!r} is not known; update whit to read this model")
-        kept = ("version", "method", "transform", "mix", "rules")
-        recipe = {key: config_dict[key] for key in kept if key in config_dict}
+        named = ("version", "method", "transform", "activations", "mix", "rules")
+        recipe = {key: config_dict[key] for key in named if key in config_dict}
         config = cls(Recipe.from_dict(recipe, "quantization_config"), compute_dtype=config_dict.get("compute_dtype"))
         config.layout = layout_named(str(config_dict.get("layout", "bits"))).name
         config.formats = {str(name): str(spec) for name, spec in dict(config_dict.get("formats", {})).items()}
+        config.inputs = {str(name): str(spec) for name, spec in dict(config_dict.get("inputs", {})).items()}
         return (config, kwargs) if return_unused_kwargs else config
 
 
-def _double(format: str | Format, double_quant: bool) -> Format | str:
-    if format in ONLY_MIXES and not double_quant:
-        return str(format)
+def _recipe(
+    format: str | Format, method: str | Method | None, double_quant: bool, activations: str | Activations | None
+) -> Recipe:
+    return Recipe(method, [("*", _double(format) if double_quant else format)], activations=activations)
+
+
+def _with_threshold(recipe: Recipe, threshold: float) -> Recipe:
+    """The recipe with another threshold for outliers."""
+    how = recipe.activations
+    if how is None:
+        raise RecipeError("outlier_threshold: activations are not quantized; they must be; use llm.int8, or drop it")
+    how = replace(how, threshold=threshold)
+    return Recipe(recipe.method, recipe.rules, recipe.transform, recipe.mix, how)
+
+
+def _double(format: str | Format) -> Format:
     parsed = parse_format(format)
-    if not double_quant:
-        return parsed
     if "double_quant" not in {field.name for field in fields(parsed)}:  # type: ignore[arg-type]
         raise FormatError(f"{parsed}: it has no double quantization; use it with nf4, fp4 or another codebook")
     return replace(parsed, double_quant=True)  # type: ignore[type-var]

@@ -52,7 +52,7 @@ def load_foreign(folder: Path, dtype: torch.dtype | str, trust_remote_code: bool
         state |= {f"{holder}.{key}": t for key, t in BITS.pack(source.quantized(name)).tensors.items()}
     source.checkpoint.close()
     plain = copy.deepcopy(skeleton.config)
-    plain.quantization_config = quantization_config(Recipe("rtn"), formats)
+    plain.quantization_config = quantization_config(Recipe("rtn"), formats, {})
     return type(skeleton).from_pretrained(
         None, config=plain, state_dict=state, dtype=dtype, output_loading_info=True, **placement
     )

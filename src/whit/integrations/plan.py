@@ -11,6 +11,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from whit.activations import Activations, parse_activations
 from whit.errors import CheckpointError, RecipeError
 from whit.export.settle import settle
 from whit.export.whit import Whit
@@ -39,7 +40,7 @@ def plan_formats(model: nn.Module, recipe: Recipe, ties: Mapping[str, str]) -> d
     slips = set(recipe.unmatched(holders))
     # Rules that keep something which is not there are no slips: skip lists are shared between models.
     rules = [rule for rule in recipe.rules if rule[0] not in slips or rule[1].bits != 16]
-    formats = check_recipe(Recipe(recipe.method, rules, recipe.transform), groups, holders)
+    formats = check_recipe(recipe.with_rules(rules), groups, holders)
     return {targets[parameter]: format for parameter, format in formats.items() if format is not None}
 
 
@@ -81,6 +82,16 @@ def match_formats(model: nn.Module, formats: Mapping[str, str]) -> dict[Target, 
             "load the class of model that was quantized"
         )
     return plan
+
+
+def match_inputs(plan: Collection[Target], inputs: Mapping[str, str], model: nn.Module) -> dict[str, Activations]:
+    """How the inputs of planned targets are quantized, by holder; names are matched as `match_formats` does."""
+    found = {}
+    for target in plan:
+        name = next((n for n in _with_and_without_prefix(model, target.holder) if n in inputs), None)
+        if name is not None:
+            found[target.holder] = parse_activations(inputs[name])
+    return found
 
 
 def packed_ties(model: nn.Module, plan: Mapping[Target, Format], stored: Collection[str]) -> dict[str, str]:

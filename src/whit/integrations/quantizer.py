@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers.core_model_loading import ConversionOps
 from transformers.quantizers import HfQuantizer
 
+from whit.activations import Activations
 from whit.arrays import quantize_tensor
 from whit.errors import CheckpointError, WhitError
 from whit.formats.numeric import check_finite
@@ -25,6 +26,7 @@ from whit.integrations.plan import (
     check_absent,
     check_complete,
     match_formats,
+    match_inputs,
     packed_ties,
     plan_formats,
     shared_weights,
@@ -41,7 +43,7 @@ from whit.modules import (
     remove_packed,
     withdraw,
 )
-from whit.tensor import Format
+from whit.tensor import Format, PackedWeight
 
 
 class WhitQuantizer(HfQuantizer):  # type: ignore[misc]
@@ -53,6 +55,7 @@ class WhitQuantizer(HfQuantizer):  # type: ignore[misc]
         # A copy: the formats of this model are written into it, and the user may load others with the same config.
         super().__init__(copy.deepcopy(quantization_config), **kwargs)
         self.plan: dict[str, tuple[Target, Format]] = {}
+        self.inputs: dict[str, Activations] = {}
         self.dtype = torch.float32
         self.conversions: list[Any] = []
         self.failures: list[WhitError] = []
@@ -68,15 +71,20 @@ class WhitQuantizer(HfQuantizer):  # type: ignore[misc]
         stored = _stored_in(checkpoint_files)
         if self.pre_quantized:
             formats = match_formats(model, self.quantization_config.formats)
+            self.inputs = match_inputs(formats, self.quantization_config.inputs, model)
             ties = packed_ties(model, formats, stored)
             for target, format in formats.items():
-                install(model, target, empty_packed(format, target.shape), self.dtypes(model, target.holder))
+                install(model, target, self._empty(target, format), self.dtypes(model, target.holder))
             if checkpoint_files is not None:
                 check_complete(model, _packed_names(model), stored)
         else:
             ties = shared_weights(model, stored)
             formats = plan_formats(model, self.quantization_config.recipe, ties)
             self.quantization_config.formats = {target.holder: str(format) for target, format in formats.items()}
+            recipe = self.quantization_config.recipe
+            how = {target.holder: recipe.activations_for(target.kind, format) for target, format in formats.items()}
+            self.inputs = {holder: activations for holder, activations in how.items() if activations is not None}
+            self.quantization_config.inputs = {holder: str(how) for holder, how in self.inputs.items()}
             for target, format in formats.items():
                 if device_map is not None:
                     announce(model, target, format)
@@ -104,6 +112,9 @@ class WhitQuantizer(HfQuantizer):  # type: ignore[misc]
         wide = any(f".{name}." in f".{holder}." for name in names)
         return Dtypes(torch.float32 if wide else self.dtype, self.quantization_config.compute_dtype)
 
+    def _empty(self, target: Target, format: Format) -> PackedWeight:
+        return empty_packed(format, target.shape, activations=self.inputs.get(target.holder))
+
     def param_needs_quantization(self, model: Any, param_name: str, **_: Any) -> bool:
         return not self.pre_quantized and param_name in self.plan
 
@@ -123,7 +134,7 @@ class WhitQuantizer(HfQuantizer):  # type: ignore[misc]
         quantized = quantize_tensor(matrix, format, self.quantization_config.recipe.method)
         packed = BITS.pack(quantized)
         withdraw(model, target, format)
-        install(model, target, empty_packed(format, target.shape), self.dtypes(model, target.holder))
+        install(model, target, self._empty(target, format), self.dtypes(model, target.holder))
         return {f"{target.holder}.{key}": tensor for key, tensor in packed.tensors.items()}
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
@@ -139,6 +150,7 @@ class WhitQuantizer(HfQuantizer):  # type: ignore[misc]
                 check_absent(parameter, target, conversions, model)
                 withdraw(model, target, format)
                 del self.plan[parameter], self.quantization_config.formats[target.holder]
+                self.quantization_config.inputs.pop(target.holder, None)
         # Saving must not undo conversions (split experts, rename) on packed tensors.
         self.conversions, model._weight_conversions = conversions, []
 

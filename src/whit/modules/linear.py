@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
+from whit.activations import Activations
 from whit.kernels import packed_arguments, packed_linear, packed_linear_op
 from whit.layouts import BITS
 from whit.modules.packed import PackedModule
@@ -33,10 +36,14 @@ class QuantizedLinear(PackedModule, nn.Linear):
 
     @classmethod
     def from_quantized(
-        cls, quantized: QuantizedTensor, bias: nn.Parameter | None = None, dtype: torch.dtype = torch.float32
+        cls,
+        quantized: QuantizedTensor,
+        bias: nn.Parameter | None = None,
+        dtype: torch.dtype = torch.float32,
+        activations: Activations | None = None,
     ) -> QuantizedLinear:
-        """A module around a quantized matrix (out_features, in_features)."""
-        return cls(BITS.pack(quantized), bias, dtype)
+        """A module around a quantized matrix (out_features, in_features), with dynamic `activations` perhaps."""
+        return cls(replace(BITS.pack(quantized), activations=activations), bias, dtype)
 
     def forward(self, input: Tensor) -> Tensor:
         x = input if self.compute_dtype is None else input.to(self.compute_dtype)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from whit.activations import Activations
 from whit.kernels import dequantize
 from whit.layouts import BITS
 from whit.model.targets import Target
@@ -27,11 +28,13 @@ class Dtypes:
     compute: torch.dtype | None = None
 
 
-def empty_packed(format: Format, shape: tuple[int, ...], device: str = "meta") -> PackedWeight:
+def empty_packed(
+    format: Format, shape: tuple[int, ...], device: str = "meta", activations: Activations | None = None
+) -> PackedWeight:
     """A packed weight of the right shapes and dtypes with nothing in it."""
-    specs = BITS.specs(format, shape)
+    specs = {**BITS.specs(format, shape), **(activations.specs if activations is not None else {})}
     tensors = {key: torch.empty(spec.shape, dtype=spec.dtype, device=device) for key, spec in specs.items()}
-    return PackedWeight(BITS.name, format, shape, tensors)
+    return PackedWeight(BITS.name, format, shape, tensors, activations=activations)
 
 
 def announce(model: nn.Module, target: Target, format: Format) -> None:

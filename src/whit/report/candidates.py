@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from whit.errors import RecipeError
-from whit.formats import parse_format
+from whit.recipe import parse_spec
 from whit.report.comparison import Candidate
 from whit.report.peers import find_peer
 
@@ -50,7 +50,7 @@ def parse_entrant(text: str) -> Entrant:
     if found.is_original:
         return Entrant("bf16", "original", "", "bf16")
     short = text.rpartition(":")[2]
-    label = short if parse_format(short) == parse_format(found.format) else found.format
+    label = short if parse_spec(short) == found.format else found.format
     return Entrant(label if found.method == "rtn" else f"{found.method}:{label}", "whit", found.method, found.format)
 
 

@@ -11,10 +11,9 @@ from whit.calibration import Calibration
 from whit.errors import RecipeError
 from whit.evaluation import EvaluationOptions, EvaluationResult, evaluate
 from whit.evaluation.listener import Listener, Silent
-from whit.formats import parse_format
 from whit.job import Options
 from whit.pipeline import quantize
-from whit.recipe import Recipe
+from whit.recipe import Recipe, parse_spec
 
 
 @dataclass(frozen=True)
@@ -31,7 +30,7 @@ class Candidate:
         if colon and not method:
             raise RecipeError(f"candidate {text!r}: it names no method; write method:format, such as hqq:int4-g64")
         Recipe(method or "rtn")
-        return cls(method or "rtn", str(parse_format(format)))
+        return cls(method or "rtn", parse_spec(format))
 
     @property
     def is_original(self) -> bool:

@@ -37,6 +37,7 @@ class AWQ:
 
     name: ClassVar[str] = "awq"
     needs_stats: ClassVar[bool] = True
+    for_activations: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if self.steps < 1:

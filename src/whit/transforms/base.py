@@ -36,6 +36,11 @@ class Transform(Protocol):
     @property
     def needs_stats(self) -> bool: ...
     @property
+    def for_activations(self) -> bool:
+        """Whether it is made for quantized activations: a recipe that names it alone quantizes them too."""
+        ...
+
+    @property
     def trials(self) -> int:
         """How often every weight is rounded."""
         ...

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from whit.activations import Activations
 from whit.checkpoint.writer import Shard
 from whit.errors import UnsupportedModelError
 from whit.export.base import Importance, Outcome, Parameter, Value
@@ -63,7 +64,14 @@ class Gguf:
         """A type for `*` means llama.cpp's file of that type: head and embeddings too, more bits where they help."""
         first = recipe.rules[0] if recipe.rules and not recipe.mix else ("", None)
         mix = WHOLE_FILE.get(str(first[1])) if first[0] == "*" else None
-        return recipe if mix is None else Recipe(recipe.method, recipe.rules[1:], recipe.transform, mix)
+        return recipe if mix is None else recipe.with_rules(recipe.rules[1:], mix)
+
+    def refuses(self, activations: Activations) -> str | None:
+        return "llama.cpp quantizes activations as it pleases; leave them out"
+
+    def inputs(self, parameter: Parameter, scales: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        assert not scales, parameter.name
+        return {}
 
     def adapted(self, target: Target, format: Format) -> tuple[Format | None, str | None]:
         """What llama.cpp falls back to where rows are not made of whole superblocks: format and reason."""
