@@ -13,7 +13,7 @@ from whit.pipeline import quantize
 from whit.recipe import Recipe
 from whit.tensor import Format, PackedWeight, QuantizedTensor, bits_per_weight
 from whit.training import count_parameters, prepare_for_training
-from whit.transforms import AWQ
+from whit.transforms import AWQ, SmoothQuant
 
 __version__ = "0.1.0"
 
@@ -38,6 +38,7 @@ __all__ = [
     "QuantizedTensor",
     "Recipe",
     "Refine",
+    "SmoothQuant",
     "WhitError",
     "bits_per_weight",
     "count_parameters",

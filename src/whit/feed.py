@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from whit.calibration import CalibrationTokens
 from whit.calibration.capture import BlockStats, Watch
+from whit.calibration.ranges import RangeWatch, static_scales
 from whit.calibration.runner import Runner
 from whit.checkpoint.writer import Written
 from whit.formats.numeric import check_finite
@@ -115,6 +116,7 @@ class BlockFeed:
         self._together: Together | None = None
         self._refined: Mapping[str, QuantizedTensor] = {}
         self._basis = Basis()
+        self._inputs: Mapping[str, Mapping[str, Tensor]] = {}
 
     @contextmanager
     def unit(self, unit: Unit) -> Iterator[None]:
@@ -130,6 +132,7 @@ class BlockFeed:
             if not items:
                 self._runner.run_exact(index)
             self._basis = self._rescaled(unit)
+            self._inputs = self._ranges(index, items)
             works = self._works(items)
             self._together = Together(self._method, works)
             if works and isinstance(self._method, BlockMethod):
@@ -138,7 +141,7 @@ class BlockFeed:
             if index + 1 < len(self._runner.names):
                 self._runner.run(index)
         self._next, self._parameters, self._stats = index + 1, {}, None
-        self._together, self._refined, self._basis = None, {}, Basis()
+        self._together, self._refined, self._basis, self._inputs = None, {}, Basis(), {}
 
     def changes(self, item: Item) -> bool:
         return item.name in self._basis.weights
@@ -156,6 +159,7 @@ class BlockFeed:
             self._codes(item.name),
             seen if len(seen) > 1 else None,
             self._stats.starved(item.name),
+            inputs=self._inputs.get(item.name, {}),
         )
 
     def take_back(self, item: Item, approximation: Tensor) -> None:
@@ -175,6 +179,18 @@ class BlockFeed:
                     unquantized.copy_(output)
                 runner.forward(index, samples)
         return watch.stats()
+
+    def _ranges(self, index: int, items: Sequence[Item]) -> dict[str, dict[str, Tensor]]:
+        """Static scales of the inputs of linears that have them: the block runs once more, as it was rescaled."""
+        wanted = {item.name: how for item in items if (how := item.activations) is not None and how.needs_stats}
+        if not wanted:
+            return {}
+        first = next(iter(wanted.values()))
+        watch = RangeWatch({name: self._parameters[name] for name in wanted}, first.momentum)
+        with watch:
+            for sample in self._runner.inputs:  # a moving average is one over samples
+                self._runner.forward(index, sample[None])
+        return {name: static_scales(watch.found[name], how) for name, how in wanted.items()}
 
     def _rescaled(self, unit: Unit) -> Basis:
         """The loaded block in the basis of the recipe's transform; what is kept has its new values from here on."""

@@ -53,10 +53,37 @@ def _sum(found: tuple[LayerStats, ...]) -> LayerStats:
     sizes = [s.magnitude for s in found if s.magnitude is not None]
     magnitude = torch.stack(sizes).sum(0) if len(sizes) == len(found) else None
     hessian, tokens = torch.stack([s.hessian for s in found]).sum(0), sum(s.token_count for s in found)
-    return LayerStats(hessian, tokens, magnitude=magnitude)
+    peaks = [s.peak for s in found if s.peak is not None]
+    peak = torch.stack(peaks).amax(0) if len(peaks) == len(found) else None
+    return LayerStats(hessian, tokens, magnitude=magnitude, peak=peak)
 
 
-class Watch(TorchFunctionMode):
+class Products(TorchFunctionMode):
+    """Shows `_see` every product of an activation with a watched parameter, while it is entered."""
+
+    def __init__(self, parameters: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self._names = {p.untyped_storage().data_ptr(): name for name, p in parameters.items()}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.nn.functional.linear:
+            self._product(*_arguments(args, kwargs, ("input", "weight")))
+        elif func is torch.addmm:  # Conv1D
+            self._product(*_arguments(args[1:], kwargs, ("mat1", "mat2")))
+        return func(*args, **kwargs)
+
+    def _product(self, x: Tensor, weight: Tensor) -> None:
+        name = self._names.get(weight.untyped_storage().data_ptr())
+        if name is not None:
+            self._see(name, x, weight)
+
+    def _see(self, name: str, x: Tensor, weight: Tensor) -> None:
+        """x (..., in) on its way to the parameter of that name, of which `weight` is the whole or a matrix."""
+        raise NotImplementedError
+
+
+class Watch(Products):
     """Sums x^T x and |x| for every product of an activation with a watched parameter, while it is entered.
 
     The parameters are (out, in), (in, out) of a Conv1D, or (experts, out, in). What is run inside `exact()` is the
@@ -64,14 +91,14 @@ class Watch(TorchFunctionMode):
     """
 
     def __init__(self, parameters: Mapping[str, Tensor]) -> None:
-        super().__init__()
+        super().__init__(parameters)
         self.hessians: dict[Place, Tensor] = {}
         self.crosses: dict[Place, Tensor] = {}
         self.magnitudes: dict[Place, Tensor] = {}
+        self.peaks: dict[Place, Tensor] = {}
         self.tokens: dict[Place, int] = defaultdict(int)
         self.leaders: dict[Place, Place] = {}  # whose statistics a place shares
         self._parameters = parameters
-        self._names = {p.untyped_storage().data_ptr(): name for name, p in parameters.items()}
         self._inputs: dict[tuple[int, ...], tuple[Tensor, Place]] = {}  # of this sample, kept so that none is reused
         self._seen: set[Place] = set()
         self._exact: dict[Place, Tensor] = {}  # of this sample, by the unquantized model
@@ -107,6 +134,7 @@ class Watch(TorchFunctionMode):
                     self.tokens[place],
                     self._drift(place),
                     self.magnitudes.get(place, empty[0]),
+                    self.peaks.get(place, empty[0]),
                 )
                 for place in leaders
             )
@@ -116,18 +144,7 @@ class Watch(TorchFunctionMode):
     def _drift(self, place: Place) -> Tensor | None:
         return self.crosses[place] - self.hessians[place] if place in self.crosses else None
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is torch.nn.functional.linear:
-            self._see(*_arguments(args, kwargs, ("input", "weight")))
-        elif func is torch.addmm:  # Conv1D
-            self._see(*_arguments(args[1:], kwargs, ("mat1", "mat2")))
-        return func(*args, **kwargs)
-
-    def _see(self, x: Tensor, weight: Tensor) -> None:
-        name = self._names.get(weight.untyped_storage().data_ptr())
-        if name is None:
-            return
+    def _see(self, name: str, x: Tensor, weight: Tensor) -> None:
         place = (name, weight.storage_offset() // self._matrix[name])
         if self._is_exact:
             if self._parameters[name].dim() == 2:  # which tokens an expert sees may differ
@@ -137,8 +154,10 @@ class Watch(TorchFunctionMode):
             return
         rows = x.reshape(-1, x.shape[-1])
         _add(self.hessians, place, rows, rows)
-        size = rows.abs().sum(0, dtype=torch.float32)
+        absolute = rows.abs()
+        size, peak = absolute.sum(0, dtype=torch.float32), absolute.amax(0).to(torch.float32)
         self.magnitudes[place] = self.magnitudes[place] + size if place in self.magnitudes else size
+        self.peaks[place] = torch.maximum(self.peaks[place], peak) if place in self.peaks else peak
         if place in self._exact:
             _add(self.crosses, place, self._exact.pop(place).reshape(rows.shape), rows)
         self.tokens[place] += len(rows)

@@ -9,8 +9,9 @@ from typing import Any
 from whit.named import parse_named
 from whit.transforms.awq import AWQ
 from whit.transforms.base import Transform
+from whit.transforms.smoothquant import SmoothQuant
 
-TRANSFORMS = (AWQ,)
+TRANSFORMS = (AWQ, SmoothQuant)
 
 
 def parse_transform(spec: str | Mapping[str, Any] | Transform) -> Transform:
@@ -26,4 +27,4 @@ def transform_options(transform: Transform) -> dict[str, Any]:
     return {"name": transform.name, **asdict(transform)}  # type: ignore[call-overload]
 
 
-__all__ = ["AWQ", "TRANSFORMS", "Transform", "parse_transform", "transform_options"]
+__all__ = ["AWQ", "TRANSFORMS", "SmoothQuant", "Transform", "parse_transform", "transform_options"]
