@@ -6,6 +6,7 @@ from whit.calibration import Calibration
 from whit.data import resolve_model
 from whit.errors import WhitError
 from whit.formats import Affine, BFloat16, Codebook, Float8, parse_format
+from whit.integrations.cache import QuantizedCache
 from whit.integrations.transformers import QuantizationConfig, register
 from whit.job import Options
 from whit.methods import GPTQ, HQQ, RTN, Clip, Refine
@@ -35,6 +36,7 @@ __all__ = [
     "Options",
     "PackedWeight",
     "QuantizationConfig",
+    "QuantizedCache",
     "QuantizedTensor",
     "Recipe",
     "Refine",

@@ -19,6 +19,8 @@ def generate(
     top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens that hold this share, (0, 1].")] = 0.9,
     seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
     greedy: Annotated[bool, typer.Option("--greedy", help="Always the likeliest token.")] = False,
+    kv_cache: Annotated[str, typer.Option(metavar="SPEC", help="Keep keys and values in int8, int4-g32 ...")] = "",
+    kv_recent: Annotated[int, typer.Option(min=0, help="Of which so many last tokens in 16 bits.")] = 0,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16 or float16.")] = "auto",
@@ -31,7 +33,7 @@ def generate(
     from whit.integrations.loading import load_causal_lm, load_tokenizer
 
     quiet_transformers()
-    sampling = Sampling(max_new_tokens, temperature, top_p, seed, greedy)
+    sampling = Sampling(max_new_tokens, temperature, top_p, seed, greedy, kv_cache, kv_recent)
     words = sys.stdin.read().rstrip("\n") if prompt == "-" else prompt
     tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
     network = load_causal_lm(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)

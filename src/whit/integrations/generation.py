@@ -9,17 +9,24 @@ from typing import Any
 import torch
 
 from whit.errors import EvaluationError
+from whit.integrations.cache import QuantizedCache
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn; `greedy` takes the likeliest and ignores temperature and top_p."""
+    """How tokens are drawn; `greedy` takes the likeliest and ignores temperature and top_p.
+
+    `kv_cache` is the format of keys and values (a SPEC such as int8 or int4-g32, of which the last `recent` tokens stay
+    in 16 bits), empty for the model's own type.
+    """
 
     max_new_tokens: int = 50
     temperature: float = 0.7
     top_p: float = 0.9
     seed: int = 0
     greedy: bool = False
+    kv_cache: str = ""
+    recent: int = 0
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -65,6 +72,7 @@ def generate(model: Any, tokenizer: Any, prompt: str, sampling: Sampling, stream
     stop = model.generation_config.eos_token_id
     pad = model.generation_config.pad_token_id
     first_stop = stop[0] if isinstance(stop, list) else stop
+    cache = QuantizedCache(model.config, sampling.kv_cache, sampling.recent) if sampling.kv_cache else None
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
     start = time.perf_counter()
     with torch.random.fork_rng(devices=devices), torch.inference_mode():
@@ -75,6 +83,7 @@ def generate(model: Any, tokenizer: Any, prompt: str, sampling: Sampling, stream
             max_new_tokens=sampling.max_new_tokens,
             pad_token_id=first_stop if pad is None else pad,
             streamer=streamer,
+            **({} if cache is None else {"past_key_values": cache}),
         )
     seconds = time.perf_counter() - start
     new = output[0, length:]
