@@ -25,6 +25,7 @@ from whit.calibration.runner import Runner
 from whit.checkpoint.writer import Written
 from whit.formats.numeric import check_finite
 from whit.job import Job
+from whit.kernels import add_gram
 from whit.methods import Method, stand_in
 from whit.methods.base import Block, BlockMethod
 from whit.methods.together import Together, Work
@@ -169,7 +170,7 @@ class BlockFeed:
     def _watch(self, index: int, items: Sequence[Item]) -> BlockStats:
         """The statistics of a block's inputs; the unquantized model's samples go one block on."""
         runner = self._runner
-        watch = Watch({item.name: self._parameters[item.name] for item in items})
+        watch = Watch({item.name: self._parameters[item.name] for item in items}, add_gram)
         with watch:
             exact = repeat(None) if runner.exact is None else runner.batches(runner.exact)
             for samples, unquantized in zip(runner.batches(runner.inputs), exact, strict=False):

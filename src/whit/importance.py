@@ -18,6 +18,7 @@ from whit.export.gguf.architectures import architecture_of
 from whit.export.gguf.imatrix import Imatrix, dat_bytes, gguf_bytes, read_imatrix
 from whit.integrations.loading import load_tokenizer, maximum_context
 from whit.job import Job, open_source
+from whit.kernels import add_gram
 from whit.model.targets import find_targets
 
 
@@ -39,7 +40,7 @@ def measure_importance(model: str | Path, calibration: Calibration, device: str 
         )  # fmt: skip
         for index in range(len(runner.names)):
             with runner.loaded(index) as parameters:
-                watch = Watch({name: parameter for name, parameter in parameters.items() if name in wanted})
+                watch = Watch({name: p for name, p in parameters.items() if name in wanted}, add_gram)
                 with watch:
                     runner.run(index)
                 for name, stats in watch.stats().stats.items():

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from whit.calibration.capture import BlockStats, Watch
 from whit.calibration.runner import Runner
 from whit.job import Job
+from whit.kernels import add_gram
 from whit.methods import Clip
 from whit.methods.stack import can_stack, energy, quantize_stack
 from whit.plan import Item
@@ -60,7 +61,7 @@ def measure_sensitivity(job: Job, tokens: Tensor, wanted: Mapping[str, tuple[For
             with runner.loaded(index) as parameters:
                 inside = {p: parameters[p] for p in parameters if p in items}
                 before = runner.inputs[:PROBES].clone()
-                watch = Watch(inside)
+                watch = Watch(inside, add_gram)
                 with watch:
                     runner.run(index)
                 if inside:

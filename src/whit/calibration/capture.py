@@ -4,13 +4,14 @@ A mode that torch asks at every call looks on while the block runs: a product wh
 parameter's memory is that parameter's, and where in it says which expert of a stack. So nothing depends on how a
 module is written, and a parameter whose products were not seen is an error.
 
-Every sample adds its x^T x in float32, in order: the same bits for any number of threads.
+Every sample adds its x^T x in float32, in order: the same bits for any number of threads. A faster way to add one may
+be given (`Gram`); it fills the lower triangle, which is mirrored at the end.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +25,10 @@ from whit.tensor import LayerStats
 
 EXPERT_TOKENS = 128  # an expert that saw fewer is quantized with the statistics of all experts together
 
+MIRRORED = 512  # rows of a triangle mirrored at a time
+
 Place = tuple[str, int]  # a parameter and the matrix in it: 0, or an expert
+Gram = Callable[[Tensor, Tensor], bool]  # adds x^T x to the lower triangle of sums; False: not for such x
 
 
 @dataclass(frozen=True)
@@ -90,8 +94,10 @@ class Watch(Products):
     same sample as the unquantized model sees it: it comes first, and gives the pairs of which `drift` is summed.
     """
 
-    def __init__(self, parameters: Mapping[str, Tensor]) -> None:
+    def __init__(self, parameters: Mapping[str, Tensor], gram: Gram | None = None) -> None:
         super().__init__(parameters)
+        self._gram = gram
+        self._triangles: set[Place] = set()  # whose sums are right in the lower triangle only
         self.hessians: dict[Place, Tensor] = {}
         self.crosses: dict[Place, Tensor] = {}
         self.magnitudes: dict[Place, Tensor] = {}
@@ -118,6 +124,8 @@ class Watch(Products):
     def stats(self) -> BlockStats:
         """What was seen; CalibrationError names a parameter that no token reached."""
         stats, members = {}, defaultdict(list)
+        for place in self._triangles:
+            _mirror(self.hessians[place])
         for name, parameter in self._parameters.items():
             experts = len(parameter) if parameter.dim() == 3 else 1
             leaders = [self.leaders.get((name, i), (name, i)) for i in range(experts)]
@@ -153,7 +161,7 @@ class Watch(Products):
         if self._leader(x, place) != place:
             return
         rows = x.reshape(-1, x.shape[-1])
-        _add(self.hessians, place, rows, rows)
+        self._add_gram(place, rows)
         absolute = rows.abs()
         size, peak = absolute.sum(0, dtype=torch.float32), absolute.amax(0).to(torch.float32)
         self.magnitudes[place] = self.magnitudes[place] + size if place in self.magnitudes else size
@@ -161,6 +169,15 @@ class Watch(Products):
         if place in self._exact:
             _add(self.crosses, place, self._exact.pop(place).reshape(rows.shape), rows)
         self.tokens[place] += len(rows)
+
+    def _add_gram(self, place: Place, rows: Tensor) -> None:
+        columns = rows.shape[1]
+        if self._gram is not None and place not in self.hessians:
+            self.hessians[place] = torch.zeros(columns, columns, device=rows.device)
+        if self._gram is not None and self._gram(rows, self.hessians[place]):
+            self._triangles.add(place)
+        else:
+            _add(self.hessians, place, rows, rows)
 
     def _leader(self, x: Tensor, place: Place) -> Place:
         """The first place of the block whose input lies in the very same memory."""
@@ -183,6 +200,15 @@ def _add(sums: dict[Place, Tensor], place: Place, x: Tensor, y: Tensor) -> None:
         sums[place] += product
     else:
         sums[place] = product
+
+
+def _mirror(sums: Tensor) -> None:
+    """Make a square matrix symmetric by its lower triangle, in place."""
+    for start in range(0, len(sums), MIRRORED):
+        stop = min(start + MIRRORED, len(sums))
+        corner = sums[start:stop, start:stop].tril()
+        sums[start:stop, start:stop] = corner + corner.tril(-1).T
+        sums[start:stop, stop:] = sums[stop:, start:stop].T
 
 
 def _arguments(args: tuple[Any, ...], kwargs: Mapping[str, Any], names: tuple[str, str]) -> tuple[Tensor, Tensor]:

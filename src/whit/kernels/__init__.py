@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from whit.kernels.autograd import packed_linear
 from whit.kernels.base import Kernel
+from whit.kernels.cpu import add_gram
 from whit.kernels.dispatch import KERNELS, Choice, choice_key, explain, select
 from whit.kernels.gpu import Gpu
 from whit.kernels.ops import packed_arguments, packed_linear_op
@@ -14,6 +15,7 @@ __all__ = [
     "Choice",
     "Gpu",
     "Kernel",
+    "add_gram",
     "choice_key",
     "dequantize",
     "explain",

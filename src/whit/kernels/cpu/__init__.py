@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from whit.kernels.cpu.binding import library
+from whit.kernels.cpu.gram import add_gram
 from whit.kernels.cpu.kernel import Cpu
 
-__all__ = ["Cpu", "library"]
+__all__ = ["Cpu", "add_gram", "library"]

@@ -17,7 +17,7 @@ import torch
 
 from whit.kernels.cpu.build import LIBRARY, source_hash
 
-ABI = 4
+ABI = 5
 BUILD = "python -m whit.kernels.cpu.build"
 ISAS = ("scalar", "avx2", "avx512", "avx512_bf16")  # by their number in whit_cpu.h, each better than those before it
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -45,6 +45,7 @@ class Library:
     linear: Callable[..., int]
     dequantize: Callable[..., int]
     read: Callable[..., float]
+    gram: Callable[..., int]
     isas: tuple[str, ...]
     parallel: int
 
@@ -70,8 +71,9 @@ def load(path: Path) -> Library | str:
     handle.whit_dequantize.argtypes = [Pointer] * 2 + [ctypes.c_int64] * 2 + [ctypes.c_int] * 3
     handle.whit_read.argtypes = [Pointer, ctypes.c_int64, Pointer, ctypes.c_int, ctypes.c_int]
     handle.whit_read.restype = ctypes.c_double
+    handle.whit_gram.argtypes = [Pointer, ctypes.c_int64, ctypes.c_int64, Pointer, Pointer, ctypes.c_int, ctypes.c_int]
     isas = tuple(name for number, name in enumerate(ISAS) if handle.whit_has(number))
-    return Library(handle.whit_linear, handle.whit_dequantize, handle.whit_read, isas, _team_entry())
+    return Library(handle.whit_linear, handle.whit_dequantize, handle.whit_read, handle.whit_gram, isas, _team_entry())
 
 
 def _team_entry() -> int:

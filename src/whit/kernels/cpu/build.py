@@ -29,7 +29,13 @@ FLAGS = (
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-O1", "-DUNROLL(n)=")
 AVX2 = ("-mavx2", "-mfma", "-mf16c")
 AVX512 = (*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")
-X86 = {"avx2": AVX2, "avx512": AVX512, "avx512_bf16": (*AVX512, "-mavx512bf16")}
+BASE = ("entry", "gram")
+# An instruction set: its compiler flags, and its files beside the one that has its name.
+X86: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "avx2": (AVX2, ()),
+    "avx512": (AVX512, ()),
+    "avx512_bf16": ((*AVX512, "-mavx512bf16"), ("gram_bf16",)),
+}
 
 
 def source_hash() -> str:
@@ -62,14 +68,17 @@ def build(target: Path = LIBRARY, compiler: str | None = None, extra: Sequence[s
             out = Path(folder) / f"{name}.o"
             return out, _run([compiler, *FLAGS, *flags, *extra, "-c", str(SOURCES / f"{name}.cpp"), "-o", str(out)])
 
-        base = pool.submit(compiled, "scalar", ())
-        jobs = {name: pool.submit(compiled, name, flags) for name, flags in optional.items()}
-        objects = {name: job.result() for name, job in jobs.items()}
-        have = [name for name, (_, error) in objects.items() if not error]
-        defines = [f'-DWHIT_SOURCES="{source_hash()}"', *(f"-DWHIT_HAVE_{name.upper()}" for name in have)]
-        needed = [base.result(), compiled("entry", defines)]
+        scalar = pool.submit(compiled, "scalar", ())
+        jobs = {
+            isa: [pool.submit(compiled, name, flags) for name in (isa, *files)]
+            for isa, (flags, files) in optional.items()
+        }
+        objects = {isa: [job.result() for job in files] for isa, files in jobs.items()}
+        have = [isa for isa, files in objects.items() if not any(error for _, error in files)]
+        defines = [f'-DWHIT_SOURCES="{source_hash()}"', *(f"-DWHIT_HAVE_{isa.upper()}" for isa in have)]
+        needed = [scalar.result(), *pool.map(lambda name: compiled(name, defines), BASE)]
         library = Path(folder) / target.name
-        files = [str(out) for out, _ in needed] + [str(objects[name][0]) for name in have]
+        files = [str(out) for out, _ in [*needed, *(made for isa in have for made in objects[isa])]]
         error = next((error for _, error in needed if error), "")
         error = error or _run([compiler, "-shared", *extra, "-o", str(library), *files])
         if error:

@@ -1,14 +1,9 @@
-// The C ABI: what this processor runs, how rows are shared among threads, and the calls themselves.
-//
-// Rows of the weight are cut into tasks of a fixed size, which threads take in turn. A row is computed by one thread in
-// one order, so results do not depend on the number of threads.
-#include <atomic>
+// The C ABI: what this processor runs, and the calls themselves. Rows of the weight are the tasks that threads take: a
+// row is computed by one thread in one order.
 #include <chrono>
-#include <new>
-
-#include <stdlib.h>
 
 #include "isa.h"
+#include "team.h"
 
 #if defined(__x86_64__) || defined(__i386__)
 #include <cpuid.h>
@@ -58,31 +53,7 @@ const Kernels* kernels_for(int isa) {
   }
 }
 
-// Memory of a thread that grows and is kept: a call must not pay for fresh pages.
-struct Scratch {
-  void* data = nullptr;
-  size_t size = 0;
-  ~Scratch() { free(data); }
-  void* get(size_t bytes) {
-    if (bytes > size) {
-      free(data);
-      size = (bytes + 4095) & ~(size_t)4095;
-      data = nullptr;
-      if (posix_memalign(&data, 64, size)) data = nullptr, size = 0;
-    }
-    return data;
-  }
-};
 thread_local Scratch arranged, per_row;
-
-struct Team {
-  std::atomic<int64_t> next{0};
-  std::atomic<int> failed{0};
-  int64_t rows, task;
-  void (*work)(void* context, int64_t first, int64_t last, float* scratch);
-  void* context;
-  size_t scratch_bytes;
-};
 
 void member(void* argument) {
   Team& team = *(Team*)argument;
@@ -96,14 +67,6 @@ void member(void* argument) {
     if (first >= team.rows) return;
     team.work(team.context, first, first + team.task < team.rows ? first + team.task : team.rows, scratch);
   }
-}
-
-int run(Team& team, whit_parallel parallel, int threads) {
-  int64_t tasks = (team.rows + team.task - 1) / team.task;
-  if (threads > tasks) threads = (int)tasks;
-  if (threads > 1 && parallel) parallel(member, &team, (unsigned)threads, 0);
-  else member(&team);
-  return team.failed ? -4 : 0;
 }
 
 // Tasks of about 32 KB of codes, in multiples of 8 rows: small enough to even out threads that were held up.
@@ -143,6 +106,14 @@ void decode_task(void* context, int64_t first, int64_t last, float* scratch) {
 }
 
 }  // namespace
+
+int whit_run(Team& team, whit_parallel parallel, int threads) {
+  int64_t tasks = (team.rows + team.task - 1) / team.task;
+  if (threads > tasks) threads = (int)tasks;
+  if (threads > 1 && parallel) parallel(member, &team, (unsigned)threads, 0);
+  else member(&team);
+  return team.failed ? -4 : 0;
+}
 
 #if !defined(WHIT_SOURCES)
 #define WHIT_SOURCES ""
@@ -186,7 +157,7 @@ int whit_linear(const whit_weight* w, const void* x, const void* bias, void* y, 
   Team team;
   team.rows = w->rows, team.task = task_rows(*w), team.work = dot_task, team.context = &dot;
   team.scratch_bytes = row_scratch(*w);
-  return run(team, w->parallel, threads);
+  return whit_run(team, w->parallel, threads);
 }
 
 int whit_dequantize(const whit_weight* w, void* out, int64_t first, int64_t last, int type, int isa, int threads) {
@@ -196,7 +167,7 @@ int whit_dequantize(const whit_weight* w, void* out, int64_t first, int64_t last
   Team team;
   team.rows = last - first, team.task = task_rows(*w), team.work = decode_task, team.context = &decode;
   team.scratch_bytes = row_scratch(*w);
-  return run(team, w->parallel, threads);
+  return whit_run(team, w->parallel, threads);
 }
 
 namespace {
@@ -217,6 +188,6 @@ double whit_read(const void* data, int64_t bytes, whit_parallel parallel, int is
   Team team;
   team.rows = bytes, team.task = 1 << 20, team.work = read_task, team.context = &reading, team.scratch_bytes = 64;
   auto start = std::chrono::steady_clock::now();
-  run(team, parallel, threads);
+  whit_run(team, parallel, threads);
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 }

@@ -11,7 +11,7 @@
 #define WHIT_API extern "C" __attribute__((visibility("default")))
 #endif
 
-enum { WHIT_ABI = 4, WHIT_ROUNDED_ROWS = 8 };
+enum { WHIT_ABI = 5, WHIT_ROUNDED_ROWS = 8 };
 enum whit_type { WHIT_F32 = 0, WHIT_BF16 = 1, WHIT_F16 = 2, WHIT_CODES = 3, WHIT_NESTED = 4, WHIT_NONE = 5 };
 enum whit_isa { WHIT_SCALAR = 0, WHIT_AVX2 = 1, WHIT_AVX512 = 2, WHIT_AVX512_BF16 = 3, WHIT_ISAS = 4 };
 
@@ -42,6 +42,11 @@ WHIT_API int whit_linear(const whit_weight* w, const void* x, const void* bias, 
 // out (last - first, w.columns), contiguous and of `type`: rows [first, last) of the weight, as the reference decodes.
 WHIT_API int whit_dequantize(const whit_weight* w, void* out, int64_t first, int64_t last, int type, int isa,
                              int threads);
+
+// sums (columns, columns) += x^T x, below and on the diagonal only, of bfloat16 x (rows, columns). Products are exact,
+// 128 rows at a time are summed in float32, these sums in float64. Returns 0, or a negative number if it cannot.
+WHIT_API int whit_gram(const void* x, int64_t rows, int64_t columns, float* sums, whit_parallel parallel, int isa,
+                       int threads);
 
 WHIT_API int whit_has(int isa);  // 1 if this processor and its operating system run it
 WHIT_API int whit_abi(void);

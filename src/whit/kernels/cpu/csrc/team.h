@@ -1,0 +1,35 @@
+// How work is shared among threads: tasks of a fixed size, which the threads of a team take in turn. What a task
+// computes does not depend on who takes it, so results do not depend on the number of threads.
+#pragma once
+#include <atomic>
+
+#include <stdlib.h>
+
+#include "common.h"
+
+// Memory of a thread that grows and is kept: a call must not pay for fresh pages.
+struct Scratch {
+  void* data = nullptr;
+  size_t size = 0;
+  ~Scratch() { free(data); }
+  void* get(size_t bytes) {
+    if (bytes > size) {
+      free(data);
+      size = (bytes + 4095) & ~(size_t)4095;
+      data = nullptr;
+      if (posix_memalign(&data, 64, size)) data = nullptr, size = 0;
+    }
+    return data;
+  }
+};
+
+struct Team {
+  std::atomic<int64_t> next{0};
+  std::atomic<int> failed{0};
+  int64_t rows, task;
+  void (*work)(void* context, int64_t first, int64_t last, float* scratch);
+  void* context;
+  size_t scratch_bytes;
+};
+
+int whit_run(Team& team, whit_parallel parallel, int threads);  // 0, or a negative number if memory ran out
