@@ -19,7 +19,7 @@ from tiny_models import save_tiny, tiny_inputs
 
 hf.logging.disable_progress_bar()
 
-FORMATS = ("int4-g32", "nf4-dq", "int3-g64", "int2-g32", "int8", "q4_k", "fp8")
+FORMATS = ("int4-g32", "nf4-dq", "int3-g64", "int2-g32", "int8", "q4_k", "fp8", "ternary")
 NAMED = ["q_proj", "v_proj", "down_proj"]
 
 
@@ -43,11 +43,11 @@ def quantized(folder: Path, format: str = "int4-g32", dtype: torch.dtype = torch
     return hf.AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=dtype)
 
 
-def with_adapter(model: hf.PreTrainedModel, targets: str | list[str] = "all-linear") -> peft.PeftModel:
+def with_adapter(model: hf.PreTrainedModel, targets: str | list[str] = "all-linear", **more: bool) -> peft.PeftModel:
     """LoRA whose two halves are both random: at PEFT's own start the gradient of A is nothing."""
     with torch.random.fork_rng():
         torch.manual_seed(1)
-        options = {"target_modules": targets, "task_type": "CAUSAL_LM", "init_lora_weights": False}
+        options = {"target_modules": targets, "task_type": "CAUSAL_LM", "init_lora_weights": False, **more}
         return peft.get_peft_model(model, peft.LoraConfig(r=4, lora_alpha=8, **options))
 
 
@@ -96,6 +96,18 @@ def test_gradients_in_bfloat16(folder, format):
     assert {p.dtype for n, p in with_adapter(model).named_parameters() if "lora" in n} == {torch.float32}
     for name in found:  # as far from float32 as bfloat16 itself is
         assert relative(found[name], wanted[name]) < 1.5 * relative(other[name], wanted[name]) + 0.01
+
+
+@pytest.mark.parametrize("variant", [{"use_dora": True}, {"use_rslora": True}])
+@pytest.mark.parametrize("format", ["nf4-dq", "int4-g32"])
+def test_variants_of_lora(folder, format, variant):
+    model = quantized(folder, format)
+    plain = copy.deepcopy(model).dequantize()
+    whit.prepare_for_training(model)
+    found, wanted = gradients(with_adapter(model, **variant)), gradients(with_adapter(plain, **variant))
+    assert found.keys() == wanted.keys()
+    assert any("magnitude" in name for name in found) == ("use_dora" in variant)
+    assert max(relative(found[name], wanted[name]) for name in found) < 1e-4
 
 
 @pytest.mark.parametrize("format", ["int4-g32", "int2-g32"])

@@ -45,6 +45,12 @@ class QuantizedLinear(PackedModule, nn.Linear):
         """A module around a quantized matrix (out_features, in_features), with dynamic `activations` perhaps."""
         return cls(replace(BITS.pack(quantized), activations=activations), bias, dtype)
 
+    @property
+    def W_q(self) -> Tensor:
+        """The packed codes. PEFT asks what has an attribute of this name for `dequantize()`: its DoRA needs norms."""
+        codes: Tensor = self._buffers[self._keys[0]]  # type: ignore[assignment]
+        return codes
+
     def forward(self, input: Tensor) -> Tensor:
         x = input if self.compute_dtype is None else input.to(self.compute_dtype)
         if torch.compiler.is_compiling():

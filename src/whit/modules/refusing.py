@@ -35,7 +35,7 @@ class PackedAway(Tensor):
     ) -> Any:
         if getattr(func, "__name__", "") in _REFUSED:
             raise PackedWeightError(
-                "weight: is packed, and nothing can be added to it or multiplied by it (merging an adapter, DoRA); "
+                "weight: is packed, and nothing can be added to it or multiplied by it (merging an adapter); "
                 "floats are needed for that; call dequantize() on the model and load the adapter onto the result, "
                 "or keep the adapter beside the packed weight"
             )
