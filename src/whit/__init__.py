@@ -14,7 +14,9 @@ from whit.pipeline import quantize
 from whit.recipe import Recipe
 from whit.tensor import Format, PackedWeight, QuantizedTensor, bits_per_weight
 from whit.training import count_parameters, prepare_for_training
+from whit.training.settings import Tuning
 from whit.transforms import AWQ, SmoothQuant
+from whit.tuning import finetune
 
 __version__ = "0.1.0"
 
@@ -41,10 +43,12 @@ __all__ = [
     "Recipe",
     "Refine",
     "SmoothQuant",
+    "Tuning",
     "WhitError",
     "bits_per_weight",
     "count_parameters",
     "error",
+    "finetune",
     "parse_format",
     "prepare_for_training",
     "quantize",

@@ -57,3 +57,7 @@ class QualityGateError(WhitError):
     """The result was written and measured, and is worse than the user allowed."""
 
     exit_status = 3
+
+
+class TrainingError(WhitError):
+    """Training data that cannot be used, settings that contradict each other, or a loss that is no number."""

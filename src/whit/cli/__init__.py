@@ -6,7 +6,20 @@ import sys
 
 import typer
 
-from whit.cli import bench, compare, convert, demo, doctor, evaluate, generate, imatrix, inspect, memory, quantize
+from whit.cli import (
+    bench,
+    compare,
+    convert,
+    demo,
+    doctor,
+    evaluate,
+    finetune,
+    generate,
+    imatrix,
+    inspect,
+    memory,
+    quantize,
+)
 from whit.cli.console import say_error
 from whit.errors import WhitError
 
@@ -15,6 +28,7 @@ COMMANDS = (
     ("evaluate", evaluate.evaluate),
     ("compare", compare.compare),
     ("generate", generate.generate),
+    ("finetune", finetune.finetune),
     ("convert", convert.convert),
     ("imatrix", imatrix.imatrix),
     ("inspect", inspect.inspect),

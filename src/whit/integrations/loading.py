@@ -6,6 +6,7 @@ Whatever transformers or the hub answers is said again as one sentence.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,9 +27,11 @@ T = TypeVar("T")
 
 
 def load_causal_lm(
-    name: str, *, device: str = "auto", dtype: str = "auto", trust_remote_code: bool = False
+    name: str, *, device: str = "auto", dtype: str = "auto", trust_remote_code: bool = False, quantization: Any = None
 ) -> Any:  # transformers.PreTrainedModel
     """The model in evaluation mode, on `device`, in `dtype` ("auto": the dtype of the checkpoint).
+
+    A QuantizationConfig as `quantization` quantizes a full-precision checkpoint while it is loaded.
 
     Raises CheckpointError for a folder or id that cannot be read or lacks tensors, UnsupportedModelError for a model
     that is no causal language model, EvaluationError for a device or dtype that is not there.
@@ -45,6 +48,8 @@ def load_causal_lm(
         floats = dtype if dtype == "auto" else getattr(torch, dtype)
         model, info = _translated(name, lambda: load_foreign(Path(source), floats, trust_remote_code, **placement))
         return _complete(name, model, info)
+    if quantization is not None:
+        placement["quantization_config"] = quantization
     model, info = _translated(
         name,
         lambda: AutoModelForCausalLM.from_pretrained(
@@ -133,14 +138,14 @@ def _source(name: str) -> tuple[str, dict[str, str]]:
 
 
 def _placement(device: str) -> dict[str, Any]:
-    if device not in DEVICES:
+    if device not in DEVICES and not re.fullmatch(r"cuda:\d+", device):
         raise EvaluationError(f"device {device}: unknown; use one of {', '.join(DEVICES)}")
     there = torch.cuda.is_available()
-    if device == "cuda" and not there:
-        raise EvaluationError("device cuda: this machine has no CUDA device that torch can use; use --device cpu")
+    if device.startswith("cuda") and not there:
+        raise EvaluationError(f"device {device}: this machine has no CUDA device that torch can use; use --device cpu")
     if device == "cpu" or not there:
         return {}
-    return {"device_map": "auto" if device == "auto" else {"": "cuda"}}
+    return {"device_map": "auto" if device == "auto" else {"": device}}
 
 
 def _require_causal(name: str, config: Any) -> None:

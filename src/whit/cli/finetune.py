@@ -1,0 +1,126 @@
+"""`whit finetune`: an adapter on top of a model's weights, packed or not."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from whit.cli.console import console, print_json
+from whit.cli.quiet import quiet_transformers
+from whit.cli.shown import size
+from whit.cli.training import Progress, estimate, show_plan
+from whit.job import Options
+from whit.training.optimizers import OPTIMIZERS
+from whit.training.ranks import Ranks
+from whit.training.settings import DTYPES, Tuning
+
+DATA_HELP = "JSON lines: `prompt` and `response`, or `messages`."
+TARGET_HELP = "Linears to adapt, by name: q_proj,k_proj,...; or all-linear (the head left out)."
+HELD_OUT_HELP = "Score the examples of this file, instead of a share of DATA."
+TOO_LONG_HELP = "Examples longer than --context: cut their ends, drop them, or refuse the file."
+
+
+def finetune(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder, hub id or whit:model; quantized or not.")],
+    data: Annotated[Path, typer.Argument(metavar="DATA.jsonl", help=DATA_HELP)],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The adapter's new folder, as PEFT loads it.")],
+    format: Annotated[str | None, typer.Option(metavar="SPEC", help="Quantize a full-precision MODEL first.")] = None,
+    rank: Annotated[int, typer.Option(help="Of the adapters.")] = 16,
+    alpha: Annotated[float, typer.Option(help="The adapters' product counts alpha / rank times.")] = 8.0,
+    target: Annotated[str, typer.Option(metavar="NAMES", help=TARGET_HELP)] = "all-linear",
+    dropout: Annotated[float, typer.Option(help="Of the adapters' inputs.")] = 0.0,
+    dora: Annotated[bool, typer.Option("--dora", help="Weight-decomposed adapters (DoRA).")] = False,
+    rslora: Annotated[bool, typer.Option("--rslora", help="Scale by alpha / sqrt(rank).")] = False,
+    epochs: Annotated[float, typer.Option(help="Times over the data.")] = 1.0,
+    steps: Annotated[int | None, typer.Option(help="This many steps instead of --epochs.")] = None,
+    batch: Annotated[int, typer.Option(help="Rows at a time.")] = 4,
+    accumulate: Annotated[int, typer.Option(help="Batches per step, over all processes.")] = 4,
+    context: Annotated[int | None, typer.Option(help="Tokens in a row. [default: 1024, or the model's]")] = None,
+    packing: Annotated[bool, typer.Option(help="Several examples in a row, apart from each other.")] = True,
+    too_long: Annotated[str, typer.Option(metavar="cut|drop|refuse", help=TOO_LONG_HELP)] = "cut",
+    learning_rate: Annotated[float, typer.Option(help="The highest; a cosine follows the warm-up.")] = 2e-4,
+    warmup: Annotated[float, typer.Option(help="Share of the steps over which it rises.")] = 0.03,
+    weight_decay: Annotated[float, typer.Option(help="Of the adapters.")] = 0.0,
+    clip: Annotated[float, typer.Option(help="Most that the gradient's norm may be; 0: any.")] = 1.0,
+    optimizer: Annotated[
+        str, typer.Option(help=", ".join(OPTIMIZERS) + "; all but the first need bitsandbytes.")
+    ] = "adamw",
+    checkpointing: Annotated[bool, typer.Option(help="Compute blocks again on the way back; saves memory.")] = True,
+    dtype: Annotated[str, typer.Option(help=", ".join(DTYPES) + ".")] = "auto",
+    holdout: Annotated[float, typer.Option(help="Share of the examples that is scored, not trained on.")] = 0.05,
+    held_out: Annotated[Path | None, typer.Option(metavar="FILE", help=HELD_OUT_HELP)] = None,
+    evaluate_every: Annotated[int | None, typer.Option(help="Steps between scores. [default: ten in a run]")] = None,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same bytes.")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan; read no weights, write nothing.")] = False,
+    restart: Annotated[bool, typer.Option("--restart", help="Begin again, and replace an older result.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run the model's own code.")] = False,
+) -> None:
+    """Train an adapter (LoRA, QLoRA) on instructions; run it again after a kill and it goes on.
+
+    Under torchrun or accelerate launch the processes share each step's batches.
+    """
+    from whit.tuning import prepare_tuning, run_tuning
+
+    quiet_transformers()
+    if threads is not None:
+        torch.set_num_threads(threads)
+    tuning = Tuning(
+        format=format, rank=rank, alpha=alpha, targets=tuple(filter(None, target.split(","))), dropout=dropout,
+        dora=dora, rslora=rslora, epochs=epochs, steps=steps, batch=batch, accumulate=accumulate, context=context,
+        packing=packing, too_long=too_long, learning_rate=learning_rate, warmup=warmup, weight_decay=weight_decay,  # type: ignore[arg-type]
+        clip=clip, optimizer=optimizer, checkpointing=checkpointing, dtype=dtype, holdout=holdout,
+        evaluate_every=evaluate_every,
+    )  # fmt: skip
+    options = Options(seed=seed, device=device, restart=restart, trust_remote_code=trust_remote_code)
+    with _processes(device):
+        job = prepare_tuning(model, data, out, tuning, held_out, options)
+        speaks = Ranks.here().first
+        expected = estimate(job) if speaks else None
+        if dry_run:
+            if speaks:
+                show_plan(job, expected, as_json)
+            return
+        screen = console()
+        if expected is not None:
+            screen.print(expected.sentence, highlight=False, soft_wrap=True)
+        with Progress(screen) as progress:
+            record = run_tuning(job, progress if speaks else None)
+        if speaks:
+            _show(record, out, as_json)
+
+
+def _show(record: dict[str, Any], out: Path, as_json: bool) -> None:
+    if as_json:
+        print_json(record)
+        return
+    losses, scores = record["loss"], record["held_out_loss"]
+    print(f"loss {losses['first']:.4f} at first, {losses['last_tenth']:.4f} over the last tenth of the steps")
+    if scores:
+        print(f"held-out loss {scores['first']:.4f} before, {scores['last']:.4f} after")
+    print(f"{record['tokens_per_second']:,.0f} tokens/s, peak memory {size(record['peak_memory_bytes'])}")
+    print(f"{out}: the adapter; peft.PeftModel.from_pretrained(model, {str(out)!r}) puts it on")
+
+
+@contextmanager
+def _processes(device: str) -> Iterator[None]:
+    """Join the others, where torchrun or accelerate started several."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield
+        return
+    on_gpu = device != "cpu" and torch.cuda.is_available()
+    if on_gpu:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    torch.distributed.init_process_group("nccl" if on_gpu else "gloo")
+    try:
+        yield
+    finally:
+        torch.distributed.destroy_process_group()

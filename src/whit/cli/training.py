@@ -1,0 +1,128 @@
+"""What `whit finetune` shows: what a run is going to take, and how far it has come."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+
+from whit.cli.console import print_json
+from whit.cli.shown import size
+from whit.memory import Planner, Situation
+from whit.memory.subject import find_subject
+from whit.training.loss import CHUNK
+from whit.training.settings import ALL_LINEAR
+from whit.tuning import TuningJob
+
+_SECONDS_BETWEEN_LINES = 10.0
+
+
+@dataclass(frozen=True)
+class Expected:
+    """Bytes by part, as `whit memory --train` counts them, and what is trained on."""
+
+    examples: int
+    held_out: int
+    steps: int
+    tokens: int
+    response_tokens: int
+    weights_bytes: int
+    optimizer_bytes: int
+    activations_bytes: int
+    total_bytes: int
+
+    @property
+    def sentence(self) -> str:
+        """One line for people."""
+        return (
+            f"{self.examples} examples, {self.steps} steps over {self.tokens:,} tokens, {self.response_tokens:,} of "
+            f"them responses; about {size(self.total_bytes)} of memory ({size(self.weights_bytes)} weights, "
+            f"{size(self.optimizer_bytes)} adapters and optimizer, {size(self.activations_bytes)} activations)"
+        )
+
+
+def estimate(job: TuningJob) -> Expected:
+    """From headers, configuration and plan; no weight is read. Time is measured when the model is there."""
+    tuning = job.tuning
+    subject = find_subject(str(job.folder), job.options.trust_remote_code)
+    linears = {
+        n.rpartition(".")[2] for n, p in subject.model.named_modules() if type(p).__name__ in ("Linear", "Conv1D")
+    }
+    names = tuple(sorted(linears - {"lm_head"})) if tuning.targets == (ALL_LINEAR,) else tuning.targets
+    device = "cuda" if job.device.startswith("cuda") else "cpu"
+    assert tuning.context is not None
+    situation = Situation(tuning.context, tuning.batch, device=device, train="lora", rank=tuning.rank, targets=names)
+    planner = Planner(subject, situation)
+    weights = planner.weights(tuning.format) if tuning.format else planner.stored() or planner.weights(tuning.dtype)
+    need = planner.need(weights, checkpointing=tuning.checkpointing)
+    # `whit memory` counts the logits of every position; here they are made a chunk at a time.
+    vocabulary, size_of = planner.widths.vocabulary, 2 * subject.dtype.itemsize + 8
+    logits = tuning.batch * tuning.context * vocabulary
+    saved = (logits - min(logits, CHUNK)) * size_of
+    rows = [rows for step in job.work.steps for rows in step]
+    return Expected(
+        examples=len(job.work.examples), held_out=len(job.work.held_out), steps=len(job.work.steps),
+        tokens=sum(map(job.work.tokens, rows)), response_tokens=sum(map(job.work.targets, job.work.steps)),
+        weights_bytes=need.weights_bytes, optimizer_bytes=need.optimizer_bytes,
+        activations_bytes=need.activations_bytes - saved, total_bytes=need.total_bytes - saved,
+    )  # fmt: skip
+
+
+def show_plan(job: TuningJob, expected: Expected | None, as_json: bool) -> None:
+    """The plan on standard output."""
+    assert expected is not None
+    if as_json:
+        print_json({**asdict(expected), "tuning": job.tuning.to_json(), "notes": list(job.notes)})
+        return
+    for line in (expected.sentence, *(f"note: {note}" for note in job.notes)):
+        print(line)
+
+
+class Progress:
+    """A bar with loss, tokens per second and memory on a terminal, plain lines otherwise."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._bar = Bar(
+            TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[said]}"),
+            TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal,
+        )  # fmt: skip
+        self._task = self._bar.add_task("", total=None, said="")
+        self._last_line = 0.0
+
+    def __enter__(self) -> Progress:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+    def note(self, sentence: str) -> None:
+        """Say it above the bar."""
+        self._print(sentence)
+
+    def step(self, entry: Mapping[str, Any], steps: int) -> None:
+        """Move the bar; without a terminal a line about every ten seconds, and at the first and last step."""
+        number = int(entry["step"])
+        said = f"loss {entry['loss']:.4f}, {entry['tokens_per_second']:,.0f} tokens/s, {size(entry['memory_bytes'])}"
+        self._bar.update(self._task, completed=number, total=steps, said=said)
+        now = time.monotonic()
+        due = number == steps or now - self._last_line > _SECONDS_BETWEEN_LINES
+        if not self._console.is_terminal and due:
+            self._last_line = now
+            self._print(f"step {number}/{steps}: {said}")
+
+    def scored(self, entry: Mapping[str, Any]) -> None:
+        """A line for every score."""
+        self._print(f"step {int(entry['step'])}: held-out loss {entry['held_out_loss']:.4f}")
+
+    def _print(self, line: str) -> None:
+        self._console.print(line, highlight=False, markup=False, soft_wrap=True)

@@ -1,0 +1,169 @@
+"""A planned run done: loaded, trained, saved on the way, and written as one folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from typing import Any
+
+import torch
+
+from whit.checkpoint.reader import read_json
+from whit.checkpoint.work import JOURNAL, RECORD, WorkFolder, disk_errors, is_done
+from whit.finish import peak_memory
+from whit.integrations.config import QuantizationConfig
+from whit.integrations.loading import load_causal_lm
+from whit.training.adapters import adapters, add_adapters, check_packing
+from whit.training.count import count_parameters
+from whit.training.curve import draw_curve
+from whit.training.loop import Entry, Loop, Watcher
+from whit.training.loss import ResponseLoss
+from whit.training.optimizers import make_optimizer
+from whit.training.packing import derive
+from whit.training.ranks import Ranks
+from whit.training.state import load_state, save_state
+from whit.tuning.job import TuningJob
+from whit.tuning.record import record_of_run
+
+LOG = "training.jsonl"
+CURVE = "loss.png"
+CHECKPOINT = "checkpoint-{}.safetensors"
+CHECKPOINTS = 20  # in a run, where it is not said how often
+
+
+def run_tuning(job: TuningJob, watcher: Watcher | None = None) -> dict[str, Any]:
+    """Do a planned run, or go on with it; returns the content of whit.json."""
+    if is_done(job.out, job.fingerprint, job.options.restart):
+        return read_json(job.out / RECORD)
+    ranks = Ranks.here()
+    work = WorkFolder(job.out, job.fingerprint, job.options.restart) if ranks.first else None
+    try:
+        with disk_errors(job.out):
+            if work is None or not work.complete:
+                _train(job, ranks, work, watcher)
+            if work is not None:
+                _commit(work)
+    finally:
+        if work is not None:
+            work.close()
+    ranks.wait()
+    return read_json(job.out / RECORD)
+
+
+def _commit(work: WorkFolder) -> None:
+    """The journal goes first: from there on the next run only has to do the rest of this."""
+    (work.path / JOURNAL).unlink(missing_ok=True)
+    for path in work.path.glob(CHECKPOINT.format("*")):
+        path.unlink()
+    work.commit()
+
+
+def _train(job: TuningJob, ranks: Ranks, work: WorkFolder | None, watcher: Watcher | None) -> None:
+    began = time.perf_counter()
+    loop, adapted = build_loop(job, ranks)
+    log, content = _resumed(work) if work is not None else ([], None)
+    content = ranks.share(content, loop.device)
+    done = load_state(content, loop.model, loop.optimizer) if content is not None else 0
+    if watcher is not None:
+        for note in job.notes:
+            watcher.note(note)
+        trainable, total = count_parameters(adapted)
+        watcher.note(
+            f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.4f}"
+        )
+        if done:
+            watcher.note(f"goes on after step {done} of {len(job.work.steps)}")
+        else:
+            watcher.note(
+                f"about {_duration(loop.trial())} for {len(job.work.steps)} steps, by a trial of the fullest batch"
+            )
+    every = job.save_every or max(len(job.work.steps) // CHECKPOINTS, 1)
+    for entries in loop.steps(done):
+        log += entries
+        for entry in entries if watcher is not None else ():
+            _tell(watcher, entry, len(job.work.steps))  # type: ignore[arg-type]
+        number = int(entries[0]["step"])
+        if work is not None and number and number % every == 0 and number < len(job.work.steps):
+            _save(work, loop, number, log)
+    if work is not None:
+        _write(job, work, adapted, log, time.perf_counter() - began)
+
+
+def build_loop(job: TuningJob, ranks: Ranks) -> tuple[Loop, Any]:
+    """The model loaded, quantized where asked, with adapters on it, and the loop around it; and PEFT's model."""
+    tuning = job.tuning
+    quantization = None if tuning.format is None else QuantizationConfig(tuning.format)
+    model = load_causal_lm(
+        str(job.folder), device=job.device, dtype=tuning.dtype, quantization=quantization,
+        trust_remote_code=job.options.trust_remote_code,
+    )  # fmt: skip
+    if tuning.packing:
+        check_packing(model)
+    adapted = add_adapters(model, tuning, derive(job.options.seed, "adapter"))
+    model.eval()
+    loss = ResponseLoss.of(model)
+    parameters = adapters(model)
+    optimizer = make_optimizer(tuning.optimizer, parameters, tuning.learning_rate, tuning.weight_decay)
+    on_gpu = job.device.startswith("cuda")
+
+    def memory() -> int:
+        return int(torch.cuda.max_memory_allocated(job.device)) if on_gpu else peak_memory()
+
+    return Loop(model, parameters, optimizer, loss, job.work, tuning, job.options.seed, ranks, memory), adapted
+
+
+def _resumed(work: WorkFolder) -> tuple[list[Entry], bytes | None]:
+    """The log and the checkpoint of an earlier run, as far as it came."""
+    if not work.finished:
+        return [], None
+    last = max(work.finished.values(), key=lambda record: int(record["step"]))
+    lines = (work.path / LOG).read_text().splitlines()
+    log = [entry for entry in map(json.loads, lines) if entry["step"] <= last["step"]]
+    return log, (work.path / last["file"]).read_bytes()
+
+
+def _save(work: WorkFolder, loop: Loop, step: int, log: list[Entry]) -> None:
+    """Log and checkpoint on the disk, then the journal's line, then the checkpoint before it goes."""
+    name = CHECKPOINT.format(step)
+    work.write_file(LOG, _lines(log))
+    work.write_file(name, save_state(loop.model, loop.optimizer, step))
+    work.record(name, {"step": step, "file": name})
+    for path in work.path.glob(CHECKPOINT.format("*")):
+        if path.name != name:
+            path.unlink()
+
+
+def _write(job: TuningJob, work: WorkFolder, adapted: Any, log: list[Entry], seconds: float) -> None:
+    """Everything that OUT holds, the record last."""
+    adapted.save_pretrained(work.path, safe_serialization=True, save_embedding_layers=False)
+    for path in work.path.glob("adapter_*"):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    work.write_file(LOG, _lines(log))
+    picture = draw_curve(log, f"{job.model}, {job.tuning.format or job.tuning.dtype}")
+    if picture is not None:
+        work.write_file(CURVE, picture)
+    record = json.dumps(record_of_run(job, work, adapted, log, seconds), indent=1, allow_nan=False)
+    work.write_file(RECORD, (record + "\n").encode())
+
+
+def _tell(watcher: Watcher, entry: Entry, steps: int) -> None:
+    if "held_out_loss" in entry:
+        watcher.scored(entry)
+    else:
+        watcher.step(entry, steps)
+
+
+def _lines(log: list[Entry]) -> bytes:
+    return "".join(json.dumps(entry) + "\n" for entry in log).encode()
+
+
+def _duration(seconds: float) -> str:
+    return (
+        f"{seconds:.0f} s"
+        if seconds < 120
+        else f"{seconds / 60:.0f} min"
+        if seconds < 7200
+        else f"{seconds / 3600:.1f} h"
+    )

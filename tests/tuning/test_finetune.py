@@ -1,0 +1,294 @@
+"""whit.finetune from end to end on a tiny model: killed, resumed, shared between processes, read by PEFT."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers as hf
+from typer.testing import CliRunner
+
+import whit
+from forking import in_child
+from whit.checkpoint.work import WorkFolder
+from whit.cli import build_app
+from whit.errors import OutputError, TrainingError
+from whit.training.ranks import Ranks
+from whit.tuning import prepare_tuning
+from whit.tuning.run import build_loop
+
+from tiny_models import tiny_config
+
+TUNING = whit.Tuning(
+    "nf4-dq", rank=4, dropout=0.1, steps=6, batch=2, accumulate=2, context=64, holdout=0.2, learning_rate=5e-3,
+    evaluate_every=3,
+)  # fmt: skip
+
+
+def save_model(folder: Path, architecture: str = "llama") -> Path:
+    """A tiny random model with the shipped tokenizer."""
+    shipped = Path(whit.resolve_model("whit:model"))
+    config = tiny_config(architecture)
+    config.update({"vocab_size": 8192, "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0})
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        hf.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    for path in shipped.glob("tokenizer*"):
+        shutil.copy(path, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path: Path = tmp_path_factory.mktemp("data") / "pairs.jsonl"
+    words = ("late", "early", "cold", "warm", "dark", "bright")
+    lines = [{"prompt": f"How was day {i}?\n", "response": f"It was {words[i % 6]}. " * (1 + i % 4)} for i in range(24)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+class Watcher:
+    """Keeps what it hears, and may kill the process after a step."""
+
+    def __init__(self, die_after: int | None = None) -> None:
+        self.entries: list[Mapping[str, float]] = []
+        self.notes: list[str] = []
+        self.die_after = die_after
+
+    def note(self, sentence: str) -> None:
+        self.notes.append(sentence)
+
+    def step(self, entry: Mapping[str, float], steps: int) -> None:
+        self.entries.append(entry)
+        if entry["step"] == self.die_after:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def scored(self, entry: Mapping[str, float]) -> None:
+        self.entries.append(entry)
+
+
+def adapter(out: Path) -> dict[str, bytes]:
+    return {name: (out / name).read_bytes() for name in ("adapter_model.safetensors", "adapter_config.json")}
+
+
+@pytest.fixture(scope="module")
+def trained(model: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nothing disturbed, with what it left of the caller's random numbers checked."""
+    out: Path = tmp_path_factory.mktemp("trained") / "out"
+    before, watcher = torch.get_rng_state(), Watcher()
+    record = whit.finetune(model, data, out, TUNING, watcher=watcher)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert record == json.loads((out / "whit.json").read_text())
+    assert any("trainable params: " in note for note in watcher.notes)
+    assert any("for 6 steps, by a trial" in note for note in watcher.notes)
+    return out
+
+
+def test_the_loss_falls_and_all_is_written(trained):
+    assert [path.name for path in trained.parent.iterdir()] == ["out"]
+    wanted = {
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "loss.png",
+        "training.jsonl",
+        "whit.json",
+    }
+    assert {path.name for path in trained.iterdir()} == wanted
+    log = [json.loads(line) for line in (trained / "training.jsonl").read_text().splitlines()]
+    assert [e["step"] for e in log if "loss" in e] == [1, 2, 3, 4, 5, 6]
+    scores = {e["step"]: e["held_out_loss"] for e in log if "held_out_loss" in e}
+    assert list(scores) == [0, 3, 6]
+    assert scores[6] < scores[0] - 0.1
+    assert {"learning_rate", "gradient_norm", "tokens_per_second", "memory_bytes"} <= set(log[1])
+    assert (trained / "loss.png").read_bytes()[:4] == b"\x89PNG"
+    record = json.loads((trained / "whit.json").read_text())
+    assert record["held_out_loss"] == {"first": scores[0], "last": scores[6]}
+    assert record["data"]["examples"] + record["held_out"]["examples"] == 24
+    assert record["tuning"]["format"] == "nf4-dq"
+
+
+def test_peft_loads_it(trained, model, data):
+    base = hf.AutoModelForCausalLM.from_pretrained(model, quantization_config=whit.QuantizationConfig("nf4-dq"))
+    loaded = peft.PeftModel.from_pretrained(base, trained).eval()
+    job = prepare_tuning(model, data, trained.parent / "new", TUNING, None, whit.Options())
+    total = count = 0.0
+    for example in job.work.held_out:
+        with torch.no_grad():
+            logits = loaded(input_ids=example.tokens[None], use_cache=False).logits[0, :-1]
+        losses = torch.nn.functional.cross_entropy(logits, example.tokens[1:], reduction="none")
+        total, count = total + losses[example.trained[1:]].sum().item(), count + example.targets
+    record = json.loads((trained / "whit.json").read_text())
+    assert total / count == pytest.approx(record["held_out_loss"]["last"], rel=1e-4)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", pytest.param("adamw-8bit", marks=pytest.mark.slow)])
+def test_killed_runs_go_on_to_the_same_bytes(model, data, trained, tmp_path, optimizer):
+    tuning = replace(TUNING, optimizer=optimizer, rank=64 if optimizer == "adamw-8bit" else 4)  # small ones stay float
+    if tuning != TUNING:
+        trained = tmp_path / "undisturbed"
+        whit.finetune(model, data, trained, tuning)
+    out = tmp_path / "out"
+    for die_after in (1, 5):
+        run = Watcher(die_after)
+        assert in_child(lambda run=run: whit.finetune(model, data, out, tuning, watcher=run)) == -signal.SIGKILL
+        assert not out.exists()
+    watcher = Watcher()
+    whit.finetune(model, data, out, tuning, watcher=watcher)
+    assert [e["step"] for e in watcher.entries if "loss" in e] == [5, 6]
+    assert "goes on after step 4 of 6" in watcher.notes
+    assert adapter(out) == adapter(trained)
+    logs = [[json.loads(line) for line in (o / "training.jsonl").read_text().splitlines()] for o in (out, trained)]
+    assert [(e["step"], e.get("loss"), e.get("held_out_loss")) for e in logs[0]] == [
+        (e["step"], e.get("loss"), e.get("held_out_loss")) for e in logs[1]
+    ]
+
+
+@pytest.mark.slow
+def test_killed_while_the_result_is_put_in_place(model, data, trained, tmp_path, monkeypatch):
+    def die(*_: object) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def run() -> None:
+        WorkFolder.commit = die  # in the child alone
+        whit.finetune(model, data, tmp_path / "out", TUNING)
+
+    assert in_child(run) == -signal.SIGKILL
+    watcher = Watcher()
+    whit.finetune(model, data, tmp_path / "out", TUNING, watcher=watcher)
+    assert not watcher.entries
+    assert adapter(tmp_path / "out") == adapter(trained)
+    assert not list((tmp_path / "out").glob("checkpoint*"))
+
+
+def test_a_finished_run_is_not_done_again(model, data, trained, tmp_path):
+    out = shutil.copytree(trained, tmp_path / "out")
+    watcher = Watcher()
+    assert whit.finetune(model, data, out, TUNING, watcher=watcher) == json.loads((out / "whit.json").read_text())
+    assert not watcher.entries
+    with pytest.raises(OutputError, match="another model, recipe or version"):
+        whit.finetune(model, data, out, replace(TUNING, rank=8))
+
+
+def losses(out: Path) -> list[float]:
+    return [e["loss"] for e in map(json.loads, (out / "training.jsonl").read_text().splitlines()) if "loss" in e]
+
+
+@pytest.mark.slow
+def test_a_quantized_folder_is_trained_as_it_is(model, data, trained, tmp_path):
+    hf.AutoModelForCausalLM.from_pretrained(
+        model, quantization_config=whit.QuantizationConfig("nf4-dq")
+    ).save_pretrained(tmp_path / "quantized")
+    for path in model.glob("tokenizer*"):
+        shutil.copy(path, tmp_path / "quantized")
+    whit.finetune(tmp_path / "quantized", data, tmp_path / "out", replace(TUNING, format=None))
+    assert losses(tmp_path / "out") == losses(trained)
+    with pytest.raises(TrainingError, match=r"quantized already; .* drop --format nf4-dq"):
+        whit.finetune(tmp_path / "quantized", data, tmp_path / "again", TUNING)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{"format": None}, {"dora": True}, {"packing": False, "rslora": True}])
+def test_other_settings_train(model, data, tmp_path, options):
+    record = whit.finetune(model, data, tmp_path / "out", replace(TUNING, steps=2, checkpointing=False, **options))
+    assert record["held_out_loss"]["last"] < record["held_out_loss"]["first"]
+
+
+def test_chunks_rows_and_processes_change_no_gradient(model, data, tmp_path):
+    """What a step learns from does not depend on how it is cut: 4 rows at once, or one by one."""
+    found = []
+    for batch, accumulate in ((4, 1), (1, 4)):
+        tuning = replace(TUNING, batch=batch, accumulate=accumulate, dropout=0.0, packing=False)
+        loop, _ = build_loop(prepare_tuning(model, data, tmp_path / "o", tuning, None, whit.Options()), Ranks())
+        loss = loop.gradients(0)
+        found.append([loss, *(p.grad for p in loop.parameters)])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_experts_are_refused_as_targets_and_trained_around(data, tmp_path):
+    folder = save_model(tmp_path / "moe", "qwen3_moe")
+    tuning = replace(TUNING, format="int4-g32", steps=2)
+    with pytest.raises(TrainingError, match=r"experts.* holds the matrices of all experts in one .* --target q_proj"):
+        whit.finetune(folder, data, tmp_path / "out", tuning)
+    record = whit.finetune(folder, data, tmp_path / "out", replace(tuning, targets=("q_proj", "v_proj")))
+    assert record["held_out_loss"]["last"] < record["held_out_loss"]["first"]
+
+
+WRONG: tuple[tuple[Callable[[], Any], str], ...] = (
+    (lambda: whit.Tuning(rank=0), "rank 0: must be at least 1"),
+    (lambda: whit.Tuning(learning_rate=0.0), "learning-rate 0.0: must be above 0"),
+    (lambda: whit.Tuning(dropout=1.0), "dropout 1.0: must lie in"),
+    (lambda: whit.Tuning(optimizer="sgd"), "optimizer 'sgd': not known; must be one of adamw"),
+    (lambda: whit.Tuning("int99"), "int99"),
+    (lambda: whit.Tuning(targets=("all-linear", "q_proj")), "targets"),
+)
+
+
+@pytest.mark.parametrize(("make", "reason"), WRONG)
+def test_wrong_settings_are_said(make, reason):
+    with pytest.raises(whit.WhitError, match=reason):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"targets": ("q_proj", "nothing")}, "target nothing: matches no linear .* there are q_proj,k_proj"),
+        ({"context": 4096}, "context 4096: the model was built for 64 positions"),
+        ({"optimizer": "paged-adamw-8bit"}, "must be on a GPU; use --optimizer adamw-8bit"),
+        ({"learning_rate": 1e30}, "both must be finite; use a lower --learning-rate"),
+    ],
+)
+def test_what_cannot_be_trained_is_said(model, data, tmp_path, change, reason):
+    with pytest.raises(TrainingError, match=reason):
+        whit.finetune(model, data, tmp_path / "out", replace(TUNING, **change))
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command(model, data, tmp_path, capfd):
+    words = ["finetune", str(model), str(data), str(tmp_path / "out"), "--format", "int4-g32", "--steps", "2"]
+    words += ["--rank", "4", "--batch", "2", "--context", "64", "--target", "q_proj,v_proj"]
+    runner = CliRunner()
+    planned = runner.invoke(build_app(), [*words, "--dry-run", "--json"])
+    plan = json.loads(planned.stdout)
+    assert plan["steps"] == 2
+    assert plan["optimizer_bytes"] == 16 * 4 * 2 * (64 + 64 + 64 + 32)
+    assert not (tmp_path / "out").exists()
+    done = runner.invoke(build_app(), [*words, "--json"], catch_exceptions=False)
+    record = json.loads(done.stdout)
+    assert record["tuning"]["targets"] == ["q_proj", "v_proj"]
+    assert "step 2/2: loss" in done.stderr
+    assert "tokens/s" in done.stderr
+
+
+@pytest.mark.slow
+def test_two_processes_learn_what_one_does(model, data, tmp_path):
+    words = [str(model), str(data), "--format", "nf4-dq", "--rank", "4", "--steps", "3", "--batch", "2"]
+    words += ["--dropout", "0.1", "--context", "64", "--accumulate", "4", "--device", "cpu"]
+    alone = [sys.executable, "-m", "whit", "finetune", *words[:2], str(tmp_path / "alone"), *words[2:]]
+    launcher = ["torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", "--rdzv-backend", "c10d"]
+    both = [sys.executable, "-m", *launcher, "--rdzv-endpoint", "localhost:0", "-m", "whit", "finetune"]
+    for command in (alone, [*both, *words[:2], str(tmp_path / "both"), *words[2:]]):
+        subprocess.run(command, check=True, capture_output=True, timeout=300)
+    records = [json.loads((tmp_path / name / "whit.json").read_text()) for name in ("alone", "both")]
+    assert [r["processes"] for r in records] == [1, 2]
+    assert losses(tmp_path / "both") == pytest.approx(losses(tmp_path / "alone"), rel=1e-5)
+    assert records[1]["held_out_loss"]["last"] == pytest.approx(records[0]["held_out_loss"]["last"], rel=1e-5)
