@@ -64,7 +64,9 @@ class ResponseLoss:
 
     def __call__(self, model: Any, batch: Batch) -> Tensor:
         """The loss summed over the batch's kept places, a float32 scalar."""
-        inputs = {"input_ids": batch.tokens, "position_ids": batch.positions, "use_cache": False}
+        inputs: dict[str, Any] = {"input_ids": batch.tokens, "use_cache": False}
+        if batch.positions is not None:
+            inputs["position_ids"] = batch.positions
         if not self.chunked:
             logits = model(**inputs).logits
             return _sum(logits.flatten(0, 1)[batch.kept], batch.targets)

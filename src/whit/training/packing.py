@@ -29,20 +29,24 @@ T = TypeVar("T")
 class Batch:
     """Rows of tokens with their positions (rows, length), and what is to be predicted.
 
+    Where each row is one example there are no positions: they count from 0, and nothing has to be kept apart.
     `kept` (n,) are the places, in the flattened rows, whose next token counts; `targets` (n,) are these tokens.
     """
 
     tokens: Tensor
-    positions: Tensor
+    positions: Tensor | None
     kept: Tensor
     targets: Tensor
 
     def to(self, device: torch.device) -> Batch:
         """The same on a device, without waiting for it."""
-        tensors = (self.tokens, self.positions, self.kept, self.targets)
-        if device.type == "cuda":
-            tensors = tuple(t.pin_memory() for t in tensors)  # type: ignore[assignment]
-        return Batch(*(t.to(device, non_blocking=True) for t in tensors))
+
+        def move(tensor: Tensor) -> Tensor:
+            pinned = tensor.pin_memory() if device.type == "cuda" else tensor
+            return pinned.to(device, non_blocking=True)
+
+        positions = None if self.positions is None else move(self.positions)
+        return Batch(move(self.tokens), positions, move(self.kept), move(self.targets))
 
 
 def derive(seed: int, *parts: object) -> int:
@@ -129,6 +133,5 @@ def collate(rows: MicroBatch, examples: Sequence[Example], pad: int) -> Batch:
             targets.append(example.tokens[1:][example.trained[1:]])
             at = end
         positions[number, at:] = torch.arange(width - at)
-    if all(len(row) == 1 for row in rows):  # what comes before is all that a token sees: plain causal attention
-        positions[:] = torch.arange(width)
-    return Batch(tokens, positions, torch.cat(kept), torch.cat(targets))
+    apart = any(len(row) > 1 for row in rows)  # else what comes before is all that a token sees
+    return Batch(tokens, positions if apart else None, torch.cat(kept), torch.cat(targets))
