@@ -13,7 +13,7 @@ from whit.methods import GPTQ, HQQ, RTN, Clip, Refine
 from whit.pipeline import quantize
 from whit.recipe import Recipe
 from whit.tensor import Format, PackedWeight, QuantizedTensor, bits_per_weight
-from whit.training import count_parameters, prepare_for_training
+from whit.training import count_parameters, initialize_adapter, prepare_for_training
 from whit.training.settings import Tuning
 from whit.transforms import AWQ, SmoothQuant
 from whit.tuning import finetune
@@ -49,6 +49,7 @@ __all__ = [
     "count_parameters",
     "error",
     "finetune",
+    "initialize_adapter",
     "parse_format",
     "prepare_for_training",
     "quantize",

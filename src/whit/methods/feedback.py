@@ -10,14 +10,14 @@ threads; LAPACK's Cholesky is not beyond 128 columns (its blocks depend on the t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from whit.errors import CalibrationError
+from whit.formats.factors import one_thread
 
 Choose = Callable[[int, int], Tensor]
 Enter = Callable[[int], None]
@@ -50,7 +50,7 @@ def walk(target: Tensor, feedback: Tensor, choose: Choose, leaf: int, unit: int,
         if in_unit and count <= leaf:
             change[first:last] = choose(first, last)
         elif in_unit and count <= ONE_THREAD and target.is_cpu and torch.get_num_threads() > 1:
-            with _one_thread():
+            with one_thread():
                 descend(first, last, in_unit)
         else:
             step = leaf if in_unit else unit
@@ -62,16 +62,6 @@ def walk(target: Tensor, feedback: Tensor, choose: Choose, leaf: int, unit: int,
     if len(target):
         descend(0, len(target), False)
     return change
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def prepare(hessian: Tensor, damp: float, order: Tensor | None = None) -> tuple[Tensor, Tensor]:

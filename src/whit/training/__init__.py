@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from whit.training.count import count_parameters
+from whit.training.init import initialize_adapter
 from whit.training.prepare import prepare_for_training
 
-__all__ = ["count_parameters", "prepare_for_training"]
+__all__ = ["count_parameters", "initialize_adapter", "prepare_for_training"]
