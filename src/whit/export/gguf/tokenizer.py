@@ -60,6 +60,7 @@ def _of_model(raw: Mapping[str, Any], path: Path) -> dict[str, Value]:
             "tokenizer.ggml.model": "t5",
             "tokenizer.ggml.scores": [float(score) for _, score in model["vocab"]],
             "tokenizer.ggml.add_space_prefix": _adds_space(raw),
+            "tokenizer.ggml.remove_extra_whitespaces": '" {2,}"' in json.dumps(raw.get("normalizer")),
         }
         if charsmap := _charsmap(raw.get("normalizer")):
             values["tokenizer.ggml.precompiled_charsmap"] = list(charsmap)
