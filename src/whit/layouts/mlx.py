@@ -42,6 +42,8 @@ class MLXLayout(WholeRows):
                 "mlx holds integers of 2, 3, 4, 5, 6, 8 bits in groups of 32, 64 or 128, symmetric or with an offset; "
                 "use int4-g64 or int4-g64-offset"
             )
+        if shape[-1] % format.group_size:
+            return f"mlx holds whole groups, and {shape[-1]} columns are no multiple of {format.group_size}"
         return None if len(shape) == 2 else f"mlx holds matrices, and this is {list(shape)}"
 
     def specs(self, format: Format, shape: tuple[int, ...]) -> Mapping[str, TensorSpec]:
