@@ -1,7 +1,7 @@
-"""Formats of installed peer libraries, as transformers itself loads them; none of them is a dependency of whit's.
+"""Formats of installed peer libraries, as transformers itself loads them, and llama.cpp's own; none is a dependency.
 
-Each row of PEERS is a name that a user types, the package that must be there, and how transformers' own configuration
-of it is made. A new peer is one row.
+Each row of PEERS is a name that a user types, the package that must be there, and what loads a model by it. A new peer
+is one row.
 """
 
 from __future__ import annotations
@@ -14,58 +14,76 @@ from typing import Any
 import torch
 
 from whit.errors import EvaluationError
+from whit.report import llama_cpp
 
 
 @dataclass(frozen=True)
 class Peer:
-    """`package` is the import name; `config` makes transformers' quantization_config for a compute dtype."""
+    """`package` is the import name; `load` quantizes and loads the model of a folder for "cpu" or "cuda"."""
 
     name: str
     package: str
     install: str
-    config: Callable[[torch.dtype], Any]
+    load: Callable[[str, str], Any]
 
     @property
     def is_installed(self) -> bool:
-        return find_spec(self.package) is not None
+        try:
+            return find_spec(self.package) is not None
+        except ModuleNotFoundError:  # a parent package that is missing
+            return False
 
 
-def _bitsandbytes(**options: Any) -> Callable[[torch.dtype], Any]:
+def _through_transformers(config: Callable[[torch.dtype], Any]) -> Callable[[str, str], Any]:
+    """A loader by transformers' quantization_config, which `config` makes for a compute dtype."""
+
+    def load(model: str, device: str) -> Any:
+        from transformers import AutoModelForCausalLM
+
+        dtype, placement = torch.bfloat16, {"": device}
+        return AutoModelForCausalLM.from_pretrained(
+            model, quantization_config=config(dtype), dtype=dtype, device_map=placement
+        ).eval()
+
+    return load
+
+
+def _bitsandbytes(**options: Any) -> Callable[[str, str], Any]:
     def config(dtype: torch.dtype) -> Any:
         from transformers import BitsAndBytesConfig
 
         compute = {"bnb_4bit_compute_dtype": dtype} if options.get("load_in_4bit") else {}
         return BitsAndBytesConfig(**options, **compute)
 
-    return config
+    return _through_transformers(config)
 
 
-def _hqq(bits: int, group_size: int) -> Callable[[torch.dtype], Any]:
+def _hqq(bits: int, group_size: int) -> Callable[[str, str], Any]:
     def config(dtype: torch.dtype) -> Any:
         from transformers import HqqConfig
 
         return HqqConfig(nbits=bits, group_size=group_size)
 
-    return config
+    return _through_transformers(config)
 
 
-def _quanto(weights: str) -> Callable[[torch.dtype], Any]:
+def _quanto(weights: str) -> Callable[[str, str], Any]:
     def config(dtype: torch.dtype) -> Any:
         from transformers import QuantoConfig
 
         return QuantoConfig(weights=weights)
 
-    return config
+    return _through_transformers(config)
 
 
-def _torchao(name: str, **options: Any) -> Callable[[torch.dtype], Any]:
+def _torchao(name: str, **options: Any) -> Callable[[str, str], Any]:
     def config(dtype: torch.dtype) -> Any:
         import torchao.quantization as ao
         from transformers import TorchAoConfig
 
         return TorchAoConfig(getattr(ao, name)(**options))
 
-    return config
+    return _through_transformers(config)
 
 
 _FOUR = {"load_in_4bit": True}
@@ -82,6 +100,8 @@ PEERS = (
     Peer("quanto:int4", "optimum.quanto", "optimum-quanto", _quanto("int4")),
     Peer("torchao:int8", "torchao", "torchao", _torchao("Int8WeightOnlyConfig")),
     Peer("torchao:int4", "torchao", "torchao", _torchao("Int4WeightOnlyConfig", group_size=64)),
+    *(Peer(f"llama.cpp:{name}", llama_cpp.PACKAGE, llama_cpp.INSTALL, llama_cpp.loader(name))
+      for name in llama_cpp.FILE_TYPES),
 )  # fmt: skip
 
 
@@ -92,15 +112,6 @@ def find_peer(name: str) -> Peer | None:
 
 def load_peer(peer: Peer, model: str, device: str) -> Any:
     """The model quantized by the peer while it is loaded. EvaluationError where the library is not there."""
-    from transformers import AutoModelForCausalLM
-
-    try:
-        present = peer.is_installed
-    except ModuleNotFoundError:  # a parent package that is missing
-        present = False
-    if not present:
+    if not peer.is_installed:
         raise EvaluationError(f"{peer.name}: {peer.package} is not installed; it must be; pip install {peer.install}")
-    dtype = torch.bfloat16
-    placement = {"device_map": {"": "cuda"}} if device == "cuda" else {"device_map": {"": "cpu"}}
-    config = peer.config(dtype)
-    return AutoModelForCausalLM.from_pretrained(model, quantization_config=config, dtype=dtype, **placement).eval()
+    return peer.load(model, device)

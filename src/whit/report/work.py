@@ -174,7 +174,8 @@ def _peer_size(order: Order, network: Any) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="whit-peer-") as folder:
         try:
             network.save_pretrained(folder)
-            size = sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
+            files = [*Path(folder).glob("*.safetensors"), *Path(folder).glob("*.gguf")]
+            size = sum(file.stat().st_size for file in files)
         except Exception as error:  # peers raise whatever they like
             size, said = network.get_memory_footprint(), f"not saved ({type(error).__name__}): size is that in memory"
         else:
