@@ -9,7 +9,7 @@ from whit.formats import Affine, BFloat16, Codebook, Float8, parse_format
 from whit.integrations.cache import QuantizedCache
 from whit.integrations.transformers import QuantizationConfig, register
 from whit.job import Options
-from whit.methods import GPTQ, HQQ, RTN, Clip, Refine
+from whit.methods import GPTQ, HQQ, RTN, Blocks, Clip, Refine
 from whit.pipeline import quantize
 from whit.recipe import Recipe
 from whit.tensor import Format, PackedWeight, QuantizedTensor, bits_per_weight
@@ -30,6 +30,7 @@ __all__ = [
     "Activations",
     "Affine",
     "BFloat16",
+    "Blocks",
     "Calibration",
     "Clip",
     "Codebook",

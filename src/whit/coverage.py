@@ -43,7 +43,8 @@ class Account:
     `bits_per_weight` counts every parameter and every byte of the weight files. `files` maps each of them to its
     SHA-256. `source` names the model and holds the fingerprint by which a run knows its own result again. `export` is
     the kind of file; `decoded` says how many parameters a decoder that shares nothing with the writer read back, and
-    by how much (relative error) they differ at most from what was meant.
+    by how much (relative error) they differ at most from what was meant. `training` has the options of a model that was
+    trained end to end.
     """
 
     version: str
@@ -60,6 +61,7 @@ class Account:
     calibration: Mapping[str, Any] | None = None
     export: str = "whit"
     decoded: Mapping[str, Any] | None = None
+    training: Mapping[str, Any] | None = None
 
     def counts(self) -> dict[str, int]:
         """Number of parameters of each status."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,6 +55,7 @@ class Job:
     `calibration` is there where the recipe needs it. `notes` are sentences that a user should read.
     `importance` weighs the columns (columns,) of parameters by name, where an importance matrix was given.
     `exact` are parameters whose codes are carried over as they are in MODEL; with `requantize`, where they can be.
+    `training` says how the values that are written were trained, where they were.
     """
 
     model: str
@@ -68,6 +70,7 @@ class Job:
     importance: Mapping[str, Tensor] = field(default_factory=dict)
     exact: frozenset[str] = frozenset()
     requantize: bool = False
+    training: Mapping[str, Any] = field(default_factory=dict)
 
     @cached_property
     def device(self) -> torch.device:
@@ -110,6 +113,8 @@ class Job:
             text,
             sorted(self.exact),
         ]
+        if self.training:
+            parts.append(dict(self.training))
         if self.importance:
             parts.append(sha256(b"".join(w.numpy().tobytes() for w in self.importance.values())).hexdigest())
         return sha256(json.dumps(parts).encode()).hexdigest()

@@ -64,14 +64,14 @@ def dequantize(model: str | Path, out: str | Path, *, options: Options | None = 
     return run(prepare(model, out, None, options or Options()))
 
 
-def run(job: Job) -> Account:
-    """Do a prepared job, or what a killed run left of it."""
+def run(job: Job, feed: Feed | None = None) -> Account:
+    """Do a prepared job, or what a killed run left of it. `feed` gives values that are there already."""
     if not is_done(job.out, job.fingerprint, job.options.restart):
         with disk_errors(job.out):
             work = WorkFolder(job.out, job.fingerprint, job.options.restart)
             try:
                 if not work.complete:
-                    _fill(job, work)
+                    _fill(job, work, feed)
                 work.commit(job.single)
             finally:
                 work.close()
@@ -79,7 +79,7 @@ def run(job: Job) -> Account:
     return load_account(job.out)
 
 
-def _fill(job: Job, work: WorkFolder) -> None:
+def _fill(job: Job, work: WorkFolder, ready: Feed | None) -> None:
     present = sum(path.stat().st_blocks * 512 for path in work.path.glob("*.safetensors"))
     check_space(work.path, job.plan.size_bytes - present)
     for name, content in index_json(job.plan.shards).items():
@@ -89,7 +89,8 @@ def _fill(job: Job, work: WorkFolder) -> None:
         with torch.no_grad(), ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as scribe:
             try:
                 todo = [unit for unit in job.plan.units if unit.name not in work.finished]
-                _write_units(job, Output(job, work, writer, scribe), _feed(job, todo, work, reader), todo)
+                feed = ready or _feed(job, todo, work, reader)
+                _write_units(job, Output(job, work, writer, scribe), feed, todo)
             finally:
                 for pool in (reader, scribe):
                     pool.shutdown(cancel_futures=True)

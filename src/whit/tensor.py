@@ -38,7 +38,8 @@ class Format(Protocol):
 
     `group_size` counts the input columns that share parameters, 0 stands for the whole row. `vector_size` counts
     columns coded jointly (1: scalar). Codes lie in [code_min, code_max] and take `bits` bits each when packed. A
-    format may also have a `radix` (see `radix`): it has that many codes, packed as digits, as many as a byte holds.
+    format may also have a `radix` (see `radix`): it has that many codes, packed as digits, as many as a byte holds;
+    and `rounded` integer params (see `rounded`).
     """
 
     def __hash__(self) -> int: ...
@@ -207,6 +208,12 @@ def product_dtype(format: Format) -> torch.dtype | None:
     Such a format has `row_scale(params)`: float32 (rows, 1) or (1, 1), with w = code row_scale.
     """
     found: torch.dtype | None = getattr(format, "product_dtype", None)
+    return found
+
+
+def rounded(format: Format) -> tuple[str, ...]:
+    """Integer params in which `decode` is linear, given as floats: those that training can move and round again."""
+    found: tuple[str, ...] = getattr(format, "rounded", ())
     return found
 
 

@@ -95,6 +95,11 @@ class Affine:
         return ("scale", "zero_point") if self.float_zero else ("scale",)
 
     @property
+    def rounded(self) -> tuple[str, ...]:
+        """The zero point, where it is an integer."""
+        return () if self.symmetric or self.float_zero else ("zero_point",)
+
+    @property
     def row_independent(self) -> bool:
         return not self.per_tensor
 

@@ -7,6 +7,7 @@ from dataclasses import fields
 from typing import Any
 
 from whit.methods.base import Method
+from whit.methods.blocks import Blocks
 from whit.methods.clip import Clip
 from whit.methods.gptq import GPTQ
 from whit.methods.hqq import HQQ
@@ -14,7 +15,7 @@ from whit.methods.refine import Refine
 from whit.methods.rtn import RTN
 from whit.named import parse_named
 
-METHODS = (RTN, Clip, HQQ, GPTQ, Refine)
+METHODS = (RTN, Clip, HQQ, GPTQ, Refine, Blocks)
 
 
 def parse_method(spec: str | Mapping[str, Any] | Method) -> Method:
@@ -39,4 +40,6 @@ def method_options(method: Method) -> dict[str, Any]:
     return {"name": method.name, **{k: method_options(v) if isinstance(v, Method) else v for k, v in values.items()}}
 
 
-__all__ = ["GPTQ", "HQQ", "METHODS", "RTN", "Clip", "Method", "Refine", "method_options", "parse_method", "stand_in"]
+__all__ = [
+    "GPTQ", "HQQ", "METHODS", "RTN", "Blocks", "Clip", "Method", "Refine", "method_options", "parse_method", "stand_in",
+]  # fmt: skip

@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,31 @@ LOSSES = ("relative", "mse")
 DECAY = (0.9, 0.95)  # of Adam's two averages
 EPSILON = 1e-20  # only to divide by no zero: what moves has no scale of its own
 RESIDENT = 3  # the samples lie on a GPU when they take less than the free memory by this factor
+
+
+class Moving(Protocol):
+    """A quantized matrix that a gradient can move."""
+
+    @property
+    def variables(self) -> dict[str, Tensor]:
+        """What may be moved in place: what lies behind the codes under "", the params' moves under their names."""
+        ...
+
+    def decode(self) -> Tensor:
+        """The weights (rows, columns) float32 as they now are, rounded as stored."""
+        ...
+
+    def gradients(self, gradient: Tensor) -> dict[str, Tensor]:
+        """From a loss's gradient in the weights that `decode` gave to those in `variables`."""
+        ...
+
+    def confine(self) -> None:
+        """Bring back what went too far."""
+        ...
+
+    def quantized(self) -> QuantizedTensor:
+        """What `decode` last gave, as it will be stored."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -66,19 +91,24 @@ class Refine:
     weight_bytes: ClassVar[int] = 48  # origin, offset, step, decoded, two averages, a sum of gradients; the best found
 
     def __post_init__(self) -> None:
-        if not isinstance(self.start, Method) or self.start.name == self.name:
-            raise RecipeError(f"refine: start {self.start!r}; it must be another method; use gptq")
-        for key, known in (("optimizer", OPTIMIZERS), ("loss", LOSSES)):
-            if getattr(self, key) not in known:
-                raise RecipeError(f"refine: {key} {getattr(self, key)!r}; it must be one of {', '.join(known)}")
-        for key in ("rate", "scale_rate", "asymmetric", "reach", "inside"):
-            if not getattr(self, key) >= 0:
-                raise RecipeError(f"refine: {key} {getattr(self, key)}; it may not be negative; correct the recipe")
-        for key in ("steps", "batch", "checks"):
-            if getattr(self, key) < 1:
-                raise RecipeError(f"refine: {key} {getattr(self, key)}; it must be at least 1; correct the recipe")
+        self._check()
         if not self.inside < 1:
             raise RecipeError(f"refine: inside {self.inside}; a weight at 1 is in two cells; use less than 1")
+
+    def _check(self) -> None:
+        if not isinstance(self.start, Method) or self.start.name == self.name:
+            raise RecipeError(f"{self.name}: start {self.start!r}; it must be another method; use gptq")
+        for key, known in (("optimizer", OPTIMIZERS), ("loss", LOSSES)):
+            if getattr(self, key) not in known:
+                raise RecipeError(f"{self.name}: {key} {getattr(self, key)!r}; it must be one of {', '.join(known)}")
+        for key in ("rate", "scale_rate", "asymmetric", "reach", "inside"):
+            if not getattr(self, key) >= 0:
+                raise RecipeError(
+                    f"{self.name}: {key} {getattr(self, key)}; it may not be negative; correct the recipe"
+                )
+        for key in ("steps", "batch", "checks"):
+            if getattr(self, key) < 1:
+                raise RecipeError(f"{self.name}: {key} {getattr(self, key)}; it must be at least 1; correct the recipe")
 
     def __call__(self, weight: Tensor, stats: LayerStats | None, format: Format) -> QuantizedTensor:
         """The start: quantize (out, in) by its method."""
@@ -97,14 +127,24 @@ class Refine:
         """The best of the start and of what is found on the way, in the loss over all samples."""
         device = next(iter(weights.values())).device
         with workers(device) as team:
-            made = team.map(lambda name: self._latent(weights[name], quantized[name]), weights)
+            made = team.map(lambda name: self.moving(weights[name], quantized[name]), weights)
             latents = dict(zip(weights, made, strict=True))
             samples = _Samples(block, device, self._targets(block, team))
             descent = _Descent(self, block, latents, samples, team)
             return descent.run(quantized)
 
-    def _latent(self, weight: Tensor, quantized: QuantizedTensor) -> Latent:
+    def moving(self, weight: Tensor, quantized: QuantizedTensor) -> Moving:
+        """What gradients move: offsets within the cells of the start."""
         return Latent(weight, quantized, self.inside, self.reach)
+
+    def length(self, step: int) -> float:
+        """Of step 1, 2, ...: its share of the first step's."""
+        return 1 - (step - 1) / self.steps
+
+    @property
+    def decay(self) -> tuple[float, float]:
+        """Of Adam's two averages."""
+        return DECAY
 
     def _targets(self, block: Block, team: Workers) -> Tensor:
         """(samples, context, hidden): what the refined block should give."""
@@ -146,7 +186,7 @@ class _Descent:
     """The loop over the steps, for one block."""
 
     def __init__(
-        self, method: Refine, block: Block, latents: dict[str, Latent], samples: _Samples, team: Workers
+        self, method: Refine, block: Block, latents: dict[str, Moving], samples: _Samples, team: Workers
     ) -> None:
         self.method, self.block, self.latents, self.samples, self.team = method, block, latents, samples, team
         self.averages = {
@@ -189,7 +229,7 @@ class _Descent:
             latent = self.latents[name]
             for key, gradient in latent.gradients(sums[name]).items():
                 rate = self.method.scale_rate if key else self.method.rate
-                rate *= 1 - (step - 1) / self.method.steps
+                rate *= self.method.length(step)
                 self._update(latent.variables[key], gradient, self.averages[name][key], step, rate)
             latent.confine()
 
@@ -199,11 +239,11 @@ class _Descent:
         if self.method.optimizer == "sign":
             value.sub_(gradient.sign_(), alpha=rate)
             return
-        first, second = averages
-        first.lerp_(gradient, 1 - DECAY[0])
-        second.lerp_(gradient.square_(), 1 - DECAY[1])
-        size = (second / (1 - DECAY[1] ** step)).sqrt_().add_(EPSILON)
-        value.addcdiv_(first, size, value=-rate / (1 - DECAY[0] ** step))
+        (first, second), (slow, slower) = averages, self.method.decay
+        first.lerp_(gradient, 1 - slow)
+        second.lerp_(gradient.square_(), 1 - slower)
+        size = (second / (1 - slower**step)).sqrt_().add_(EPSILON)
+        value.addcdiv_(first, size, value=-rate / (1 - slow**step))
 
     def _batches(self) -> Iterator[Tensor]:
         """The samples of each step: all in a seeded order, then all in another."""
@@ -221,7 +261,9 @@ class _Descent:
         return list(torch.split(numbers, 1 if self.team.share else self.method.batch))
 
     def _decode(self) -> dict[str, Tensor]:
-        return dict(zip(self.latents, self.team.map(Latent.decode, self.latents.values()), strict=True))
+        return dict(
+            zip(self.latents, self.team.map(lambda latent: latent.decode(), self.latents.values()), strict=True)
+        )
 
     @contextmanager
     def _holding(self, decoded: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
@@ -232,7 +274,7 @@ class _Descent:
                 id(self.block.parameters[name]): self.block.shaped[name](leaf.requires_grad_())
                 for name, leaf in leaves.items()
             }
-        with _replaced(self.block.module, views):
+        with replaced(self.block.module, views):
             yield leaves
 
     def _gradients(self, numbers: Tensor, leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -254,7 +296,7 @@ class _Descent:
 
 
 @contextmanager
-def _replaced(module: nn.Module, tensors: Mapping[int, Tensor]) -> Iterator[None]:
+def replaced(module: nn.Module, tensors: Mapping[int, Tensor]) -> Iterator[None]:
     """Tensors in the places of parameters, which are known by their identity."""
     before = [
         (owner._parameters, key, parameter)

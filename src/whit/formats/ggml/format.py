@@ -74,6 +74,13 @@ class Ggml:
             return ()
         return ("d", *{"m": ("m",), "min": ("dmin",)}.get(self.kind.offset, ()))
 
+    @property
+    def rounded(self) -> tuple[str, ...]:
+        """The sub-scales and sub-minima of superblocks."""
+        if not self.kind.scale_bits:
+            return ()
+        return ("scale", "min") if self.kind.offset else ("scale",)
+
     def sums(self, values: Tensor) -> Tensor:
         return group_sums(values, self.group_size)
 

@@ -1,0 +1,71 @@
+"""How a model is trained: the options of an end-to-end run, and recipes of the literature."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from whit.errors import RecipeError
+
+UNITS = ("steps", "plain")
+
+
+@dataclass(frozen=True)
+class Course:
+    """`steps` of AdamW on `batch` windows each.
+
+    `rate` moves weights, `scale_rate` params, `kept_rate` what is not quantized (0: it stays), all counted in steps of
+    the format and in the size of a row, or, with `units` "plain", as they are. They rise over a share `warmup` of the
+    steps and fall as a cosine to `floor`. `distill`, `text`, `hidden` weigh the losses (`losses.py`). `clip` bounds the
+    norm of the gradient (0: not). `at_once` windows are run together; on a CPU each alone. `seconds`, where given, ends
+    the run early: the rates then follow the clock, and no second run gives the same bytes.
+    """
+
+    steps: int = 400
+    batch: int = 16
+    rate: float = 0.02
+    scale_rate: float = 0.005
+    kept_rate: float = 0.0
+    units: str = "steps"
+    warmup: float = 0.05
+    floor: float = 0.05
+    slow: float = 0.95
+    distill: float = 1.0
+    text: float = 0.0
+    hidden: float = 0.0
+    clip: float = 0.0
+    inside: float = 0.9
+    at_once: int = 4
+    seconds: float | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for key in ("steps", "batch", "at_once"):
+            if getattr(self, key) < 1:
+                raise RecipeError(f"train: {key} {getattr(self, key)}; it must be at least 1; ask for more")
+        for key in ("rate", "scale_rate", "kept_rate", "distill", "text", "hidden", "clip"):
+            if not getattr(self, key) >= 0:
+                raise RecipeError(f"train: {key} {getattr(self, key)}; it may not be negative; correct it")
+        for key in ("warmup", "floor", "slow", "inside"):
+            if not 0 <= getattr(self, key) <= 1:
+                raise RecipeError(f"train: {key} {getattr(self, key)}; it lies between 0 and 1; correct it")
+        if self.units not in UNITS:
+            raise RecipeError(f"train: units {self.units!r}; it must be one of {', '.join(UNITS)}; choose one")
+        if not self.distill + self.text + self.hidden > 0:
+            raise RecipeError("train: no loss; distill, text or hidden must be above 0; set one")
+
+    @property
+    def needs_teacher(self) -> bool:
+        return self.distill > 0 or self.hidden > 0
+
+    def length(self, done: float) -> float:
+        """The rates' share of themselves when a share `done` of the run is over."""
+        if done < self.warmup:
+            return (done + 1 / self.steps) / (self.warmup + 1 / self.steps)
+        rest = (done - self.warmup) / max(1 - self.warmup, 1e-9)
+        return self.floor + (1 - self.floor) * 0.5 * (1 + math.cos(math.pi * min(rest, 1.0)))
+
+    def to_json(self) -> dict[str, Any]:
+        """As in whit.json."""
+        return asdict(self)

@@ -1,0 +1,202 @@
+"""End-to-end training: what is written is what was trained, a killed run goes on bit for bit, and it teaches."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+import whit
+from forking import in_child
+from whit.errors import OutputError, RecipeError
+from whit.integrations.loading import load_causal_lm
+from whit.qat import Course, Setting, Training, Words, prepare_full, prepare_scales, train
+from whit.qat.loop import Loop
+from whit.qat.losses import divergence, hidden_loss, text_loss
+from whit.qat.network import Network
+from whit.qat.run import _codes, _matrix, _reader
+
+from tiny_models import save_tiny
+
+TOKENS = torch.randint(3, 128, (16, 24), generator=torch.Generator().manual_seed(0))
+WORDS = Words(tokens=TOKENS)
+QUICK = Course(steps=12, batch=4, rate=0.1, scale_rate=0.03)
+MIXED = [
+    ("*", "int2-g32"), ("*.0.mlp.*", "int3-g32-asym"), ("*.v_proj", "nf4-dq"), ("*.o_proj", "ternary"),
+    ("*.down_proj", "q4_0"),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("qat") / "model", "llama-tied", torch.bfloat16)
+
+
+def weights(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("*.safetensors"))}
+
+
+def full(model: Path, out: Path, course: Course = QUICK) -> Training:
+    return prepare_full(model, out, whit.Recipe("rtn", MIXED), course, WORDS)
+
+
+def test_the_packed_model_is_the_one_that_was_trained(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    loops: list[Loop] = []
+    init = Loop.__init__
+    monkeypatch.setattr(Loop, "__init__", lambda self, *args: (init(self, *args), loops.append(self))[0])
+    course = Course(steps=12, batch=4, rate=0.1, scale_rate=0.03, kept_rate=0.01)
+    account = train(full(model, tmp_path / "out", course))
+    (loop,) = loops
+    decoded = {name: one.decode() for name, one in loop.trained.items()}
+    assert len(decoded) > 14  # kept ones too
+    packed = load_causal_lm(str(tmp_path / "out"), dtype="float32")
+    for name, module in packed.named_modules():
+        if isinstance(module, whit.modules.PackedModule):
+            assert torch.equal(module.dequantize(torch.float32), decoded[f"{name}.weight"]), name
+    with torch.no_grad(), loop.network.holding(decoded):
+        assert torch.equal(packed(TOKENS).logits, loop.network.run(TOKENS)[0])
+    assert account.training is not None
+    assert account.training["mode"] == "full"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]  # no state, no start
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ["gpt2", "qwen3_moe", "gemma3"])
+def test_other_architectures(architecture: str, tmp_path: Path):
+    model = save_tiny(tmp_path / "model", architecture)
+    recipe = whit.Recipe("rtn", [("*", "int3-g32")])
+    seen: list[float] = []
+    training = prepare_full(model, tmp_path / "out", recipe, Course(steps=25, batch=8, rate=0.06), WORDS)
+    train(training, lambda what, step, total, loss: seen.append(loss))
+    assert seen[-1] < 0.9 * seen[0]
+    assert load_causal_lm(str(tmp_path / "out"))(TOKENS[:1]).logits.isfinite().all()
+
+
+def test_a_killed_run_goes_on_bit_for_bit(model: Path, tmp_path: Path):
+    train(full(model, tmp_path / "whole" / "out"))
+
+    def killed() -> None:
+        def stop(what: str, step: int, total: int, loss: float) -> None:
+            if step == 7:
+                signal.raise_signal(signal.SIGKILL)
+
+        train(full(model, tmp_path / "cut" / "out"), stop, save_every=0.0)
+
+    assert in_child(killed) == -signal.SIGKILL
+    assert (tmp_path / "cut" / ".out.training" / "state.safetensors").exists()
+    steps: list[int] = []
+    train(full(model, tmp_path / "cut" / "out"), lambda what, step, total, loss: steps.append(step))
+    assert steps[0] == 7  # the kill came before step 7 was saved
+    assert weights(tmp_path / "cut" / "out") == weights(tmp_path / "whole" / "out")
+
+
+@pytest.mark.slow
+def test_another_run_s_state_is_refused(model: Path, tmp_path: Path):
+    def killed() -> None:
+        train(full(model, tmp_path / "out"), lambda _, step, *__: step == 3 and signal.raise_signal(9), save_every=0.0)
+
+    in_child(killed)
+    with pytest.raises(OutputError, match=r"restart"):
+        train(full(model, tmp_path / "out", Course(steps=13, batch=4)))
+
+
+@pytest.mark.slow
+def test_no_byte_depends_on_the_threads(model: Path, tmp_path: Path):
+    before = torch.get_num_threads()
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        train(full(model, tmp_path / str(threads) / "out"))
+    torch.set_num_threads(before)
+    assert weights(tmp_path / "1" / "out") == weights(tmp_path / "3" / "out")
+
+
+@pytest.mark.parametrize("export", [pytest.param("whit", marks=pytest.mark.slow), "gptq"])
+def test_repair_moves_scales_and_no_code(export: str, model: Path, tmp_path: Path):
+    """Of a checkpoint of another kind too: imported, its scales trained, and written as what it was."""
+    recipe = whit.Recipe("rtn", [("*", "int2-g32-f16")])
+    whit.quantize(model, tmp_path / "bad", recipe, export=export)
+    losses: list[float] = []
+    course = Course(steps=15, batch=8, scale_rate=0.05)
+    training = prepare_scales(tmp_path / "bad", tmp_path / "good", course, WORDS, Setting(teacher=model, export=export))
+    train(training, lambda what, step, total, loss: losses.append(loss))
+    assert losses[-1] < 0.95 * losses[0]
+    old, new = (whit.job.open_source(tmp_path / name) for name in ("bad", "good"))
+    moved = 0
+    for item in training.job.plan.items:
+        if item.format is not None:
+            a, b = old.quantized(item.name), new.quantized(item.name)
+            assert a.format == b.format
+            assert torch.equal(a.codes, b.codes)
+            moved += not torch.equal(a.params["scale"], b.params["scale"])
+    assert moved > 10
+
+
+@pytest.mark.slow
+def test_scales_without_a_teacher_learn_from_the_text(model: Path, tmp_path: Path):
+    whit.quantize(model, tmp_path / "bad", whit.Recipe("rtn", [("*", "int2-g32")]))
+    training = prepare_scales(tmp_path / "bad", tmp_path / "good", Course(steps=10, batch=8), WORDS)
+    losses: list[float] = []
+    train(training, lambda what, step, total, loss: losses.append(loss))
+    assert losses[-1] < losses[0]
+    with pytest.raises(RecipeError, match="not quantized"):
+        prepare_scales(model, tmp_path / "none", Course())
+    with pytest.raises(RecipeError, match="teacher"):
+        prepare_scales(tmp_path / "bad", tmp_path / "none", Course(), Words("self"))
+
+
+@pytest.mark.slow
+def test_text_of_its_own(model: Path, tmp_path: Path):
+    """Data-free: the windows are drawn from the unquantized model, the same for every number of threads."""
+    words = Words("self", windows=8, context=16)
+    for name in ("a", "b"):
+        train(prepare_full(model, tmp_path / name, whit.Recipe("rtn", MIXED), Course(steps=3, batch=4), words))
+    assert weights(tmp_path / "a") == weights(tmp_path / "b")
+
+
+def test_losses_and_their_gradients(random: torch.Generator):
+    """Against autograd through torch's own."""
+    logits = torch.randn(10, 50, generator=random, dtype=torch.float64).float().requires_grad_()
+    teacher, targets = torch.randn(10, 50, generator=random), torch.arange(10)
+    for own, plain in (
+        (divergence(logits, teacher), torch.nn.functional.kl_div(
+            logits.log_softmax(-1), teacher.log_softmax(-1), reduction="sum", log_target=True)),
+        (text_loss(logits, targets), torch.nn.functional.cross_entropy(logits, targets, reduction="sum")),
+    ):  # fmt: skip
+        assert torch.allclose(own.float(), plain, rtol=1e-5)
+        (a,), (b,) = torch.autograd.grad(3 * own, logits), torch.autograd.grad(3 * plain, logits)
+        assert torch.allclose(a, b, atol=1e-5)
+    layers = [torch.randn(2, 5, 8, generator=random) for _ in range(6)]
+    pairs = zip(layers[1:3], layers[4:], strict=True)
+    wanted = sum(((a - b).square().sum(-1) / b.square().sum(-1)).sum() for a, b in pairs)
+    assert torch.allclose(hidden_loss(layers[:3], layers[3:]).float(), wanted / 2)
+
+
+def test_gradients_of_scales_are_finite_differences_of_the_loss(model: Path, tmp_path: Path):
+    """With codes that stay, the loss is smooth in the scales: central differences through the whole model."""
+    whit.quantize(model, tmp_path / "q", whit.Recipe("rtn", [("*", "int3-channel")]))
+    training = prepare_scales(tmp_path / "q", tmp_path / "out", Course(), WORDS, Setting(teacher=model))
+    job, codes = training.job, _codes(training)
+    items = [item for item in job.plan.items if item.format is not None]
+    trained = {item.name: _matrix(training, item, codes) for item in items}
+    network = Network(job.source, _reader(job.source), job.device, torch.float64, [item.name for item in items])
+    exact = whit.job.open_source(model)
+    loop = Loop(network, Network(exact, exact.read, job.device, torch.float64), trained, TOKENS, training.course)
+
+    def loss() -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        with torch.no_grad(), network.holding({name: one.decode() for name, one in trained.items()}) as leaves:
+            return loop.gradients(TOKENS[:4], leaves, 96)
+
+    _, found = loss()
+    for name in (items[0].name, items[9].name):
+        moving = trained[name]
+        gradient = moving.gradients(found[name])["scale"]
+        for row in (0, 5):
+            step, ends = 0.05, []
+            for sign in (1, -1):
+                moving.variables["scale"][row, 0] += sign * step
+                ends.append(loss()[0])
+                moving.variables["scale"][row, 0] -= sign * step
+            expected = float((ends[0] - ends[1]) / (2 * step))
+            assert abs(float(gradient[row, 0]) - expected) < 0.01 * abs(expected) + 1e-3 * float(gradient.abs().max())
