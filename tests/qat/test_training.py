@@ -16,7 +16,7 @@ from whit.qat import Course, Setting, Training, Words, prepare_full, prepare_sca
 from whit.qat.loop import Loop
 from whit.qat.losses import divergence, hidden_loss, text_loss
 from whit.qat.network import Network
-from whit.qat.run import _codes, _matrix, _reader
+from whit.qat.run import _codes, _reader, prepare_trained
 
 from tiny_models import save_tiny
 
@@ -49,7 +49,7 @@ def test_the_packed_model_is_the_one_that_was_trained(model: Path, tmp_path: Pat
     course = Course(steps=12, batch=4, rate=0.1, scale_rate=0.03, kept_rate=0.01)
     account = train(full(model, tmp_path / "out", course))
     (loop,) = loops
-    decoded = {name: one.decode() for name, one in loop.trained.items()}
+    decoded = {name: value for one in loop.trained.values() for name, value in one.decode().items()}
     assert len(decoded) > 14  # kept ones too
     packed = load_causal_lm(str(tmp_path / "out"), dtype="float32")
     for name, module in packed.named_modules():
@@ -179,19 +179,22 @@ def test_gradients_of_scales_are_finite_differences_of_the_loss(model: Path, tmp
     training = prepare_scales(tmp_path / "q", tmp_path / "out", Course(), WORDS, Setting(teacher=model))
     job, codes = training.job, _codes(training)
     items = [item for item in job.plan.items if item.format is not None]
-    trained = {item.name: _matrix(training, item, codes) for item in items}
+    trained = prepare_trained(training, codes)
     network = Network(job.source, _reader(job.source), job.device, torch.float64, [item.name for item in items])
     exact = whit.job.open_source(model)
     loop = Loop(network, Network(exact, exact.read, job.device, torch.float64), trained, TOKENS, training.course)
 
+    def decoded() -> dict[str, torch.Tensor]:
+        return {name: value for one in trained.values() for name, value in one.decode().items()}
+
     def loss() -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        with torch.no_grad(), network.holding({name: one.decode() for name, one in trained.items()}) as leaves:
+        with torch.no_grad(), network.holding(decoded()) as leaves:
             return loop.gradients(TOKENS[:4], leaves, 96)
 
     _, found = loss()
     for name in (items[0].name, items[9].name):
         moving = trained[name]
-        gradient = moving.gradients(found[name])["scale"]
+        gradient = moving.gradients(found)["scale"]
         for row in (0, 5):
             step, ends = 0.05, []
             for sign in (1, -1):

@@ -19,6 +19,7 @@ from whit.cli import (
     inspect,
     memory,
     quantize,
+    train,
 )
 from whit.cli.console import say_error
 from whit.errors import WhitError
@@ -30,6 +31,7 @@ COMMANDS = (
     ("generate", generate.generate),
     ("finetune", finetune.finetune),
     ("convert", convert.convert),
+    ("train", train.train),
     ("imatrix", imatrix.imatrix),
     ("inspect", inspect.inspect),
     ("memory", memory.memory),

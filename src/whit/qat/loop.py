@@ -25,7 +25,7 @@ Progress = Callable[[int, int, float], None]
 
 
 class Loop:
-    """`tokens` int64 (windows, context); `trained` by name of the parameter; `teacher` where a loss asks for one."""
+    """`tokens` int64 (windows, context); `trained` by names that stay from run to run; `teacher` where a loss asks."""
 
     def __init__(
         self, network: Network, teacher: Network | None, trained: Mapping[str, Trained], tokens: Tensor, course: Course
@@ -72,7 +72,7 @@ class Loop:
         first = self.step * self.course.batch
         batch = self.tokens[self.order[first : first + self.course.batch]]
         total, sums = self._sums(batch, team)
-        for name, gradients in zip(sums, team.map(lambda n: self._lead(n, sums), list(sums)), strict=True):
+        for name, gradients in zip(self.trained, team.map(lambda n: self._lead(n, sums), self.trained), strict=True):
             for key, value in gradients.items():
                 self.variables[f"{name}/{key}"].grad = value
         self._move()
@@ -80,7 +80,9 @@ class Loop:
 
     def _sums(self, batch: Tensor, team: Workers) -> tuple[Tensor, dict[str, Tensor]]:
         """The mean loss per token of a batch (n, context), and its gradients in the decoded parameters."""
-        decoded = dict(zip(self.trained, team.map(lambda one: one.decode(), self.trained.values()), strict=True))
+        decoded: dict[str, Tensor] = {}
+        for some in team.map(lambda one: one.decode(), self.trained.values()):
+            decoded |= some
         parts = torch.split(batch, 1 if team.share else self.course.at_once)
         sums: dict[str, Tensor] = {}
         total = torch.zeros((), dtype=torch.float64, device=self.network.device)
@@ -93,9 +95,7 @@ class Loop:
         return total, sums
 
     def _lead(self, name: str, sums: dict[str, Tensor]) -> dict[str, Tensor]:
-        found = self.trained[name].gradients(sums[name])
-        sums[name] = torch.empty(0)  # what is led on is done with
-        return found
+        return self.trained[name].gradients(sums)
 
     def _move(self) -> None:
         moved = [v for group in self.optimizer.param_groups for v in group["params"]]

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from hashlib import sha256
+from math import prod
 from pathlib import Path
 
 import torch
@@ -26,6 +27,8 @@ from whit.coverage import Account, load_account
 from whit.errors import RecipeError
 from whit.integrations.loading import load_tokenizer, maximum_context
 from whit.job import Job, Options, open_source, prepare
+from whit.methods.refine import Moving
+from whit.methods.straight import Straight
 from whit.pipeline import run as write
 from whit.plan import Coded, Item, Source
 from whit.qat.course import Course
@@ -34,11 +37,12 @@ from whit.qat.network import Network
 from whit.qat.ready import Ready
 from whit.qat.sampled import sample_windows
 from whit.qat.state import StateFile
-from whit.qat.trained import Frozen, Kept, Matrix, Trained, whole
+from whit.qat.trained import Frozen, Kept, Matrices, Part, Trained, Value, can_join, join
 from whit.recipe import Recipe
-from whit.tensor import QuantizedTensor
+from whit.tensor import Format, QuantizedTensor
 from whit.transcode import prepare_transcode, recast
 
+JOINED = 1 << 24  # weights; what they are decoded to and led back through takes 64 MB a tensor
 OWN_TEXT = "self"  # in the place of a text: what the model itself writes
 
 
@@ -148,7 +152,7 @@ def train(
 
 def _trained(
     training: Training, state: StateFile, progress: Callable[[str, int, int, float], None] | None
-) -> dict[str, QuantizedTensor | Tensor]:
+) -> dict[str, Value]:
     """The values of all parameters after the last step, on the CPU."""
     job, course = training.job, training.course
     codes = _codes(training)
@@ -162,23 +166,47 @@ def _trained(
         teacher = Network(exact, _reader(exact), job.device, training.dtype)
     tokens = _tokens(training, teacher or network)
     with torch.no_grad():
-        trained = {item.name: _matrix(training, item, codes) for item in job.plan.items if item.format is not None}
+        trained = prepare_trained(training, codes)
         if course.kept_rate > 0:
             trained |= _kept(job, network)
     loop = Loop(network, teacher, trained, tokens, course)
     loop.run(state, None if progress is None else lambda *step: progress("training", *step))
     with torch.no_grad():
-        return {name: _to_cpu(one.value()) for name, one in trained.items()}
+        return {name: value.to("cpu") for one in trained.values() for name, value in one.values().items()}
 
 
-def _matrix(training: Training, item: Item, codes: Callable[[Item], QuantizedTensor]) -> Trained:
+def prepare_trained(training: Training, codes: Callable[[Item], QuantizedTensor]) -> dict[str, Trained]:
+    """Every quantized parameter, made ready from its start; joined where that is as well, up to JOINED weights."""
     job, course = training.job, training.course
-    start = codes(item).to(job.device)
-    plain = course.units == "plain"
-    if training.mode == "scales":
-        return Matrix(Frozen(start, plain), item.matrix, item.parameter)
-    weight = item.matrix(job.source.read(item.name).to(job.device))
-    return Matrix(whole(weight, start, course.inside, plain), item.matrix, item.parameter)
+    trained: dict[str, Trained] = {}
+    for items in _joined(job):
+        starts = [codes(item).to(job.device) for item in items]
+        parts = [Part(i.name, len(s.codes), i.matrix, i.parameter) for i, s in zip(items, starts, strict=True)]
+        start, plain = join(starts), course.units == "plain"
+        if training.mode == "scales":
+            moving: Moving = Frozen(start, plain)
+        else:
+            weight = torch.cat([item.matrix(job.source.read(item.name).to(job.device)) for item in items])
+            moving = Straight(weight, start, course.inside, plain)
+        trained[items[0].name] = Matrices(parts, moving)
+    return trained
+
+
+def _joined(job: Job) -> list[list[Item]]:
+    """Items that are trained as one. On a CPU each is a task of its own."""
+    groups: list[list[Item]] = []
+    open_groups: dict[tuple[Format, int], list[Item]] = {}
+    for item in job.plan.items:
+        if item.format is None or item.target is None:
+            continue
+        columns = item.target.shape[-1]
+        group = open_groups.get((item.format, columns))
+        size = prod(item.spec.shape) + sum(prod(other.spec.shape) for other in group or ())
+        if group is None or job.device.type == "cpu" or size > JOINED or not can_join(item.format, columns):
+            group = open_groups[item.format, columns] = []
+            groups.append(group)
+        group.append(item)
+    return groups
 
 
 def _codes(training: Training) -> Callable[[Item], QuantizedTensor]:
@@ -223,11 +251,7 @@ def _kept(job: Job, network: Network) -> dict[str, Trained]:
     """What is not quantized: norms, biases, embeddings."""
     parameters = dict(network.model.named_parameters())
     items = [item for item in job.plan.items if item.format is None and item.name in parameters]
-    return {item.name: Kept(job.source.read(item.name).to(job.device), item.spec.dtype) for item in items}
-
-
-def _to_cpu(value: QuantizedTensor | Tensor) -> QuantizedTensor | Tensor:
-    return value.to("cpu")
+    return {i.name: Kept(i.name, job.source.read(i.name).to(job.device), i.spec.dtype) for i in items}
 
 
 def _described(course: Course, words: Words) -> dict[str, object]:

@@ -1,0 +1,187 @@
+"""`whit train`: quantization-aware training, of one block after the other or end to end."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import typer
+from rich.console import Console
+
+from whit.calibration import Calibration
+from whit.checkpoint.hub import resolve_model
+from whit.checkpoint.reader import read_json
+from whit.cli.console import console, print_json
+from whit.cli.quantize import EXPORT_HELP, FORMAT_HELP, RULE_HELP, cost, parse_rules, run_and_show, show_plan
+from whit.cli.shown import account_table, progress, size
+from whit.coverage import Account
+from whit.errors import RecipeError
+from whit.estimate import estimate
+from whit.export.readers import quant_method
+from whit.formats import parse_format
+from whit.job import Options, prepare
+from whit.methods import Blocks, parse_method
+from whit.pipeline import run
+from whit.qat import Course, Setting, Training, Words, prepare_full, prepare_scales
+from whit.qat import train as train_whole
+from whit.qat.needs import memory_bytes
+from whit.qat.recipes import NAMES, efficientqat
+from whit.recipe import Recipe
+
+TEXT_HELP = "What to train on: a text or .jsonl file, whit:text, or self: text that the model itself writes."
+QAT_HELP = (
+    "full: all of the model, end to end, following the unquantized one; blocks: one block after the other; scales: the "
+    "params of a quantized MODEL alone (an unquantized one is trained by blocks first). [default: full; scales where "
+    "MODEL is quantized]"
+)
+RECIPE_HELP = f"Hyper-parameters by name, of blocks and scales: {', '.join(NAMES)}."
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a command line asks for, beside MODEL and OUT."""
+
+    mode: str
+    rules: list[tuple[str, str]]
+    course: Course
+    words: Words
+    setting: Setting
+    blocks: Blocks
+    calibration: Calibration
+    start: str
+    as_json: bool
+    dry_run: bool
+
+
+def train(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model folder or hub id, quantized for scales.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The new folder; it appears when it is complete.")],
+    format: Annotated[str | None, typer.Option(metavar="SPEC", help=FORMAT_HELP)] = None,
+    rule: Annotated[list[str] | None, typer.Option(metavar="GLOB=SPEC", help=RULE_HELP)] = None,
+    qat: Annotated[Literal["full", "blocks", "scales"] | None, typer.Option(help=QAT_HELP)] = None,
+    recipe: Annotated[Literal["whit", "efficientqat"], typer.Option(help=RECIPE_HELP)] = "whit",
+    text: Annotated[str, typer.Option(metavar="FILE|whit:text|self", help=TEXT_HELP)] = "whit:text",
+    steps: Annotated[int | None, typer.Option(min=1, help="Steps (of each block). [default: 400]")] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Windows a step. [default: 16; blocks: 8]")] = None,
+    context: Annotated[int | None, typer.Option(min=2, help="Tokens a window. [default: 512; blocks: 2048]")] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="Windows of blocks. [default: 128]")] = None,
+    windows: Annotated[int | None, typer.Option(min=1, help="Windows end to end. [default: steps x batch]")] = None,
+    rate: Annotated[float | None, typer.Option(min=0, help="Of weights, in steps of the format.")] = None,
+    scale_rate: Annotated[float | None, typer.Option(min=0, help="Of scales and zero points.")] = None,
+    kept_rate: Annotated[float, typer.Option(min=0, help="Of norms, biases and embeddings; 0: they stay.")] = 0.0,
+    start: Annotated[str, typer.Option(metavar="METHOD|FOLDER", help="Whose codes training begins with.")] = "gptq",
+    teacher: Annotated[str | None, typer.Option(help="The unquantized model that scales follow.")] = None,
+    distill: Annotated[float, typer.Option(min=0, help="Weight of KL from the teacher's logits.")] = 1.0,
+    next_token: Annotated[float, typer.Option(min=0, help="Weight of the text's own next tokens.")] = 0.0,
+    hidden: Annotated[float, typer.Option(min=0, help="Weight of the distance from its hidden states.")] = 0.0,
+    minutes: Annotated[
+        float | None, typer.Option(min=0, help="End sooner; no second run gives the same bytes.")
+    ] = None,
+    at_once: Annotated[int, typer.Option(min=1, help="Windows that run together on a GPU.")] = 4,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same bytes.")] = 0,
+    export: Annotated[str, typer.Option(metavar="NAME", help=EXPORT_HELP)] = "whit",
+    device: Annotated[str, typer.Option(help="Where to compute: auto, cpu or cuda.")] = "auto",
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; no byte depends on them.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print plan and memory; read no weights.")] = False,
+    restart: Annotated[bool, typer.Option("--restart", help="Begin again, and replace an older result.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run the model's own code.")] = False,
+) -> None:
+    """Train a model for the format it is stored in; run it again after a kill and it goes on, to the same bytes."""
+    if threads is not None:
+        torch.set_num_threads(threads)
+    options = Options(seed=seed, device=device, restart=restart, trust_remote_code=trust_remote_code)
+    mode = qat or ("scales" if _is_quantized(model, trust_remote_code) else "full")
+    rules = [("*", format), *parse_rules(rule)] if format is not None else parse_rules(rule)
+    blocks, course = Blocks(seed=seed), Course(seed=seed)
+    if recipe == "efficientqat":
+        phases = efficientqat(parse_format(format or "int2-g64-asym"), samples or 4096)
+        blocks, course = replace(phases.blocks, seed=seed), replace(phases.scales, seed=seed)
+        samples = samples or phases.calibration_samples
+    else:
+        course = replace(course, distill=distill, text=next_token, hidden=hidden)
+    changed = {"steps": steps, "batch": batch, "rate": rate, "scale_rate": scale_rate}
+    given = {key: value for key, value in changed.items() if value is not None}
+    blocks, course = replace(blocks, **given), replace(course, **given)  # type: ignore[arg-type]
+    course = replace(course, kept_rate=kept_rate, at_once=at_once, seconds=None if minutes is None else 60 * minutes)
+    folder = Path(start) if Path(start).is_dir() else None
+    asked = Asked(
+        mode, rules, course, Words(text, windows or course.steps * course.batch, context),
+        Setting(options, export, Calibration("whit:text" if text == "self" else text, samples or 128, context, seed),
+                folder, teacher),
+        blocks, Calibration("whit:text" if text == "self" else text, samples or 128, context, seed), start, as_json,
+        dry_run,
+    )  # fmt: skip
+    _do(model, out, asked)
+
+
+def _do(model: str, out: Path, asked: Asked) -> None:
+    options, quantized = asked.setting.options, _is_quantized(model, asked.setting.options.trust_remote_code)
+    if not quantized and not asked.rules:
+        raise RecipeError(f"{model}: not quantized; training needs the format it is for; add --format, say int2-g64")
+    if quantized and (asked.rules or asked.mode != "scales"):
+        raise RecipeError(f"{model}: quantized already; its own formats stay; drop --format, and use --qat scales")
+    if asked.mode == "full":
+        method = "rtn" if asked.setting.start is not None else parse_method(asked.start)
+        training = prepare_full(model, out, Recipe(method, asked.rules), asked.course, asked.words, asked.setting)
+        _whole(training, asked)
+    elif quantized:
+        _whole(prepare_scales(model, out, asked.course, asked.words, asked.setting), asked)
+    else:
+        _blocks_first(model, out, asked, options)
+
+
+def _blocks_first(model: str, out: Path, asked: Asked, options: Options) -> None:
+    """Block-wise training, and where scales are asked for too, their training end to end after it."""
+    only = asked.mode == "blocks"
+    method = asked.blocks if asked.start == "gptq" else replace(asked.blocks, start=parse_method(asked.start))
+    recipe, place = Recipe(method, asked.rules), out if only else out.parent / f".{out.name}.blocks"
+    job = prepare(model, place, recipe, options, asked.calibration, asked.setting.export if only else "whit")
+    if asked.dry_run:
+        show_plan(job, asked.as_json)
+    elif only:
+        run_and_show(job, asked.as_json)
+    else:
+        notes = console()
+        notes.print(f"blocks: {cost(job, estimate(job))}", highlight=False, soft_wrap=True)
+        with progress(notes) as step:
+            run(replace(job, options=replace(options, progress=step)))
+        setting = replace(asked.setting, teacher=asked.setting.teacher or model)
+        _whole(prepare_scales(place, out, asked.course, asked.words, setting), asked)
+        shutil.rmtree(place)
+
+
+def _whole(training: Training, asked: Asked) -> None:
+    """End-to-end training with its cost first and its progress."""
+    notes, job = console(), training.job
+    needed = memory_bytes(training, asked.words.context or 512)
+    tokens = asked.course.steps * asked.course.batch * (asked.words.context or 512)
+    said = f"{asked.course.steps} steps of {asked.course.batch} windows, {tokens:,} tokens in all"
+    notes.print(f"{said}; about {size(needed)} of memory on {job.device}", highlight=False, soft_wrap=True)
+    if asked.dry_run:
+        show_plan(job, asked.as_json)
+        return
+    with progress(notes) as bar:
+        setting = replace(training.setting, options=replace(job.options, progress=bar))
+        begin = None if training.begin is None else replace(training.begin, options=setting.options)
+        account = train_whole(
+            replace(training, begin=begin), lambda what, *step: bar(f"{what}, loss {step[2]:.4f}", *step[:2])
+        )
+    _show(account, job.out, asked.as_json)
+
+
+def _show(account: Account, out: Path, as_json: bool) -> None:
+    if as_json:
+        print_json(account.to_json())
+        return
+    screen = Console()
+    screen.print(account_table(account))
+    screen.print(f"{out}: peak memory {size(account.peak_memory_bytes)}", highlight=False, soft_wrap=True)
+
+
+def _is_quantized(model: str, trust_remote_code: bool) -> bool:
+    folder = resolve_model(model, trust_remote_code)
+    return folder.is_file() or quant_method(read_json(folder / "config.json")) is not None
