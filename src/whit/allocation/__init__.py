@@ -1,7 +1,12 @@
 """Which format each group of matrices gets, so that the whole file has a given size and loses the least."""
 
 from whit.allocation.budget import Choice, allocate
-from whit.allocation.recipe import Budgeted, budgeted
-from whit.allocation.sensitivity import LADDER, Group, measure_sensitivity
+from whit.allocation.divergence import measure_divergence
+from whit.allocation.recipe import Budgeted, Measure, budgeted, measured, solve
+from whit.allocation.sensitivity import Group, measure_sensitivity
+from whit.allocation.space import LADDER, LADDERS, free_formats, ladder_of
 
-__all__ = ["LADDER", "Budgeted", "Choice", "Group", "allocate", "budgeted", "measure_sensitivity"]
+__all__ = [
+    "LADDER", "LADDERS", "Budgeted", "Choice", "Group", "Measure", "allocate", "budgeted", "free_formats", "ladder_of",
+    "measure_divergence", "measure_sensitivity", "measured", "solve",
+]  # fmt: skip

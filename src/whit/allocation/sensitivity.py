@@ -5,9 +5,11 @@ over the tokens, dW what clipped rounding (`methods.Clip`, weighed by H) leaves.
 be compared, so each is put in one unit: the share of the block's output that is lost, the mean over tokens of
 ||dy||^2 / ||y||^2 where y is the hidden state behind the block. It is measured by running the block once with the
 group alone in a probe format, and scaled by tr(dW H dW^T) to the other formats, to which it is proportional for small
-errors. Hidden states pass through all later blocks, and their relative errors add up where they are independent.
+errors. Hidden states pass through all later blocks, and their relative errors add up where they are independent. Of an
+embedding or a head it is ||dW||^2 / ||W||^2, twice where one matrix is both.
 
-A group is what reads one input: query, key and value, or gate and up. Engines fuse these, and want one format for all.
+A group is what reads one input, query, key and value, or gate and up, where engines fuse these and want one format for
+all; else every matrix is a group of its own.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from tempfile import TemporaryDirectory
 import torch
 from torch import Tensor, nn
 
+from whit.allocation.space import inside_blocks
 from whit.calibration.capture import BlockStats, Watch
 from whit.calibration.runner import Runner
 from whit.job import Job
@@ -29,15 +32,14 @@ from whit.methods.stack import can_stack, energy, quantize_stack
 from whit.plan import Item
 from whit.tensor import Format, LayerStats
 
-LADDER = ("int2-g32-asym", "int3-g64-asym", "int4-g64-asym", "int5-g64", "int6-g64", "int8")
 ROUNDING = Clip(steps=7, smallest=0.55)  # coarse: the order of formats and layers is wanted, not the last per cent
 PROBES = 4  # samples on which a group's share of the block's output is measured
-PROBE_RUNG = 2  # of the ladder: an error that is small, and yet far above the noise of 16-bit floats
+PROBE_BITS = 4  # or the next more: an error that is small, and yet far above the noise of 16-bit floats
 
 
 @dataclass(frozen=True)
 class Group:
-    """Parameters that share a format, by name, and the error (in shares of a block's output) that each would add."""
+    """Parameters that share a format, by name, and the error that each format would add: nats, or shares of outputs."""
 
     parameters: tuple[str, ...]
     errors: Mapping[Format, float]
@@ -50,7 +52,7 @@ def measure_sensitivity(job: Job, tokens: Tensor, wanted: Mapping[str, tuple[For
     """
     items = {item.name: item for item in job.plan.items if item.name in wanted}
     source = job.source
-    found: list[Group] = []
+    found = [_outside(job, item, wanted[item.name]) for item in items.values() if not inside_blocks(job, item.name)]
     with torch.no_grad(), TemporaryDirectory(prefix="whit-") as scratch:
 
         def read(name: str) -> Tensor:
@@ -65,23 +67,36 @@ def measure_sensitivity(job: Job, tokens: Tensor, wanted: Mapping[str, tuple[For
                 with watch:
                     runner.run(index)
                 if inside:
-                    found += _block(runner, index, before, watch.stats(), [items[p] for p in inside], wanted)
+                    stats = watch.stats()
+                    groups = stats.groups if job.exporter.fuses else tuple((name,) for name in inside)
+                    found += _block(runner, index, before, stats, groups, items, wanted)
             if job.options.progress is not None:
                 job.options.progress(name, index + 1, len(runner.names))
     return tuple(found)
 
 
+def _outside(job: Job, item: Item, formats: Sequence[Format]) -> Group:
+    """An embedding or a head: its inputs are not watched."""
+    matrix = item.matrix(job.source.read(item.name)).to(job.device, torch.float32)
+    count = 1 + sum(owner == item.name for owner in job.source.tied.values())
+    errors = {}
+    for format in formats:
+        near = matrix.to(torch.bfloat16) if format.bits == 16 else ROUNDING(matrix, None, format).dequantize()
+        errors[format] = count * float(((matrix - near).norm() / matrix.norm()) ** 2)
+    return Group((item.name,), errors)
+
+
 def _block(
-    runner: Runner, index: int, before: Tensor, stats: BlockStats, items: Sequence[Item],
-    wanted: Mapping[str, tuple[Format, ...]],
+    runner: Runner, index: int, before: Tensor, stats: BlockStats, groups: Sequence[tuple[str, ...]],
+    items: Mapping[str, Item], wanted: Mapping[str, tuple[Format, ...]],
 ) -> Iterator[Group]:  # fmt: skip
     """The groups of a loaded block; `runner` holds its outputs, `before` the first of its inputs."""
-    named, modules = {item.name: item for item in items}, dict(runner.blocks[index].named_parameters())
+    modules = dict(runner.blocks[index].named_parameters())
     prefix = f"{runner.names[index]}."
-    for names in stats.groups:
-        members = [(named[n], modules[n.removeprefix(prefix)], stats.of(n)) for n in names]
+    for names in groups:
+        members = [(items[n], modules[n.removeprefix(prefix)], stats.of(n)) for n in names]
         formats = [f for f in wanted[names[0]] if all(f in wanted[n] for n in names)]
-        probe = formats[min(PROBE_RUNG, len(formats) - 1)]
+        probe = min(formats, key=lambda f: (abs(f.bits - PROBE_BITS), f.bits < PROBE_BITS))
         rounded = [_rounded(*member, probe) for member in members]
         share = _share(runner, index, before, [(m[1], near) for m, (_, near) in zip(members, rounded, strict=True)])
         lost = {f: sum(_rounded(*member, f)[0] for member in members) for f in formats if f != probe}

@@ -50,6 +50,7 @@ class Runner:
         self.names, self.blocks = blocks.names, blocks.modules
         self.device = device
         self._calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        self._wrapped = False
         self._read = read
         self.inputs = self._embed(tokens, scratch / "block-inputs.tmp")
         self.exact: Tensor | None = None
@@ -64,6 +65,42 @@ class Runner:
         names = [f"{prefix}{name}" for name in _state(block)]
         with self._filled(names, weights or {}):
             yield {f"{prefix}{name}": p for name, p in block.named_parameters()}
+
+    @contextmanager
+    def whole(self) -> Iterator[dict[str, nn.Parameter]]:
+        """The whole model with its weights, in memory at once; yields its parameters by name, tied ones apart."""
+        with self._filled(_state(self.model), {}):
+            yield dict(self.model.named_parameters(remove_duplicate=False))
+
+    def logits(self, row: Tensor, index: int = 0, hidden: Tensor | None = None) -> Tensor:
+        """What the whole model, which must be loaded, predicts for tokens (1, context): (context, vocabulary).
+
+        `hidden` (1, context, hidden) enters block `index`, the end of the blocks where it is their number; what is
+        before it does not run.
+        """
+        if hidden is None:
+            return self._head(row)
+        entering = hidden.to(self.device)
+
+        def skip(*args: Any, **kwargs: Any) -> Any:
+            return (entering,) if self._wrapped else entering
+
+        with _replaced(self.blocks[:index], skip):
+            if index == len(self.blocks):
+                return self._head(row)
+            block = self.blocks[index]
+            run = block.forward
+
+            def enter(*args: Any, **kwargs: Any) -> Any:
+                _, args, kwargs = _split(args, kwargs)
+                return run(entering, *args, **kwargs)
+
+            with _replaced((block,), enter):
+                return self._head(row)
+
+    def _head(self, row: Tensor) -> Tensor:
+        logits: Tensor = self.model(input_ids=row.to(self.device)).logits[0]
+        return logits
 
     def run(self, index: int) -> None:
         """Run a loaded block over all samples; its outputs take the place of the inputs."""
@@ -113,14 +150,14 @@ class Runner:
     def _note_calls(self, base: nn.Module, row: Tensor) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
         """The arguments of every block beside the hidden states."""
         calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-        wrapped = self._returns_tuple(base, row)
+        self._wrapped = self._returns_tuple(base, row)
 
         def note(*args: Any, **kwargs: Any) -> Any:
             hidden, args, kwargs = _split(args, kwargs)
             calls.append((args, kwargs))
             if len(calls) == len(self.blocks):
                 raise _Stop
-            return (hidden,) if wrapped else hidden
+            return (hidden,) if self._wrapped else hidden
 
         with _replaced(self.blocks, note):
             _until_stopped(base, row.to(self.device))

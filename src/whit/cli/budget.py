@@ -1,24 +1,27 @@
-"""`whit quantize --target-size`, `--target-bpw`: the formats are chosen here, and the result is an ordinary recipe."""
+"""`whit quantize --target-size`, `--target-bpw`, `--fit`: formats are chosen here, and the result is a usual recipe."""
 
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from enum import Enum
 from pathlib import Path
-from typing import Annotated, TypeAlias
+from typing import Annotated, TypeAlias, get_args
 
 import typer
 
-from whit.allocation import LADDER, Budgeted, budgeted
+from whit.allocation import LADDER, Budgeted, Measure, budgeted, ladder_of
 from whit.calibration import Calibration, CalibrationTokens
 from whit.cli.console import console
 from whit.cli.shown import parse_size, progress, size
-from whit.errors import OutputError
+from whit.errors import OutputError, RecipeError
 from whit.integrations.loading import load_tokenizer, maximum_context
 from whit.job import Job
+from whit.memory import Planner, Situation, find_subject
 from whit.recipe import Recipe
 
 KEEP = ("*", "bf16")
+DEFAULT_CONTEXT = 2048
 
 TargetBpw: TypeAlias = Annotated[
     float | None, typer.Option(metavar="BITS", min=0.0, help="Choose formats: at most so many bits per weight in all.")
@@ -26,8 +29,24 @@ TargetBpw: TypeAlias = Annotated[
 TargetSize: TypeAlias = Annotated[
     str | None, typer.Option(metavar="SIZE", help="Choose formats: weight files of at most 4GB, 700MiB ...")
 ]
+FitInto: TypeAlias = Annotated[
+    str | None,
+    typer.Option(
+        "--fit", metavar="SIZE", help="Choose formats: the model runs in 8GB at --context tokens, their cache included."
+    ),
+]
 Ladder: TypeAlias = Annotated[
-    str | None, typer.Option(metavar="SPEC,SPEC...", help=f"Formats to choose from. [default: {','.join(LADDER)}]")
+    str | None,
+    typer.Option(
+        metavar="SPEC,SPEC...",
+        help=f"Formats to choose from; bf16 keeps. [default: what the kind of file holds, such as {','.join(LADDER)}]",
+    ),
+]
+# kl: one run of the model per matrix and format; probe: two per matrix; hessian: one calibration pass
+Sensitivity = Enum("Sensitivity", {name: name for name in get_args(Measure)}, type=str)  # type: ignore[misc]
+SensitivityOption: TypeAlias = Annotated[
+    Sensitivity | None,
+    typer.Option("--sensitivity", help="How a format's harm is measured; kl is slowest. [default: probe]"),
 ]
 SaveRecipe: TypeAlias = Annotated[
     Path | None,
@@ -37,18 +56,60 @@ SaveRecipe: TypeAlias = Annotated[
 ]
 
 
-def check_target(bpw: float | None, target: str | None, taken: bool, ladder: str | None) -> bool:
-    """Whether a size was asked for; refuses what contradicts it (`taken`: --format or --recipe is given)."""
-    wanted = bpw is not None or target is not None
-    if bpw is not None and target is not None:
-        raise typer.BadParameter("--target-size says the size too; drop one of them", param_hint="--target-bpw")
-    if wanted and taken:
-        raise typer.BadParameter(
-            "chooses the formats itself; drop --format, --recipe and --imatrix", param_hint="--target-size"
+@dataclass(frozen=True)
+class Request:
+    """What a user asks of a budget: one of three sizes, and how it is to be met. `context` belongs to `fit`."""
+
+    bpw: float | None = None
+    size: str | None = None
+    fit: str | None = None
+    context: int | None = None
+    ladder: str | None = None
+    sensitivity: Measure | None = None
+
+    def wanted(self, taken: bool) -> bool:
+        """Whether a size was asked for; refuses what contradicts it (`taken`: --format or --recipe is given)."""
+        sizes = {"--target-bpw": self.bpw, "--target-size": self.size, "--fit": self.fit}
+        given = [name for name, value in sizes.items() if value is not None]
+        if len(given) > 1:
+            raise typer.BadParameter(f"{given[1]} says the size too; drop one of them", param_hint=given[0])
+        if given and taken:
+            raise typer.BadParameter(
+                "chooses the formats itself; drop --format, --recipe and --imatrix", param_hint=given[0]
+            )
+        if not given and (self.ladder is not None or self.sensitivity is not None):
+            name = "--ladder" if self.ladder is not None else "--sensitivity"
+            raise typer.BadParameter("only a size needs it; add --target-size or --target-bpw", param_hint=name)
+        return bool(given)
+
+    def bytes(self, job: Job) -> int:
+        """Of the weight files, at most."""
+        if self.fit is not None:
+            return self._fitting(job)
+        return parse_size(self.size) if self.size is not None else int((self.bpw or 0.0) * job.plan.parameters / 8)
+
+    def _fitting(self, job: Job) -> int:
+        """What is left for weights beside the cache, the activations, the kernels' workspace and the process."""
+        total = parse_size(self.fit or "")
+        context = self.context or maximum_context(job.source.model.config) or DEFAULT_CONTEXT
+        subject = find_subject(str(job.source.checkpoint.folder), job.options.trust_remote_code)
+        planner = Planner(subject, Situation(context, device=job.device.type))
+        need = max(planner.rows(self.formats(job)), key=lambda row: row.total_bytes - row.weights_bytes)
+        left = total - (need.total_bytes - need.weights_bytes)
+        parts = (
+            f"cache of {context:,} tokens {size(need.kv_cache_bytes)}, activations {size(need.activations_bytes)}, "
+            f"overhead {size(need.overhead_bytes)}"
         )
-    if ladder is not None and not wanted:
-        raise typer.BadParameter("only a size needs it; add --target-size or --target-bpw", param_hint="--ladder")
-    return wanted
+        if left <= 0:
+            raise RecipeError(
+                f"--fit {self.fit}: {parts}; some of it must be left for weights; ask for a smaller context"
+            )
+        console().print(f"{size(total)}: {parts}; weights {size(left)}", highlight=False, soft_wrap=True)
+        return left
+
+    def formats(self, job: Job) -> tuple[str, ...]:
+        """The formats to choose from."""
+        return tuple(self.ladder.split(",")) if self.ladder else ladder_of(job)
 
 
 def keep_all(method: str | None, rules: list[tuple[str, str]], transform: str | None) -> Recipe:
@@ -56,34 +117,34 @@ def keep_all(method: str | None, rules: list[tuple[str, str]], transform: str | 
     return Recipe(method, [KEEP, *rules], transform)
 
 
-def choose(job: Job, bpw: float | None, target: str | None, ladder: str | None, tokens: CalibrationTokens) -> Budgeted:
+def choose(job: Job, request: Request, tokens: CalibrationTokens) -> Budgeted:
     """The recipe for the size that was asked for, said in a line."""
-    wanted = parse_size(target) if target is not None else int((bpw or 0.0) * job.plan.parameters / 8)
+    wanted = request.bytes(job)
+    measure = request.sensitivity or "probe"
     notes = console()
     with progress(notes) as step:
         shown = replace(job, options=replace(job.options, progress=step))
-        found = budgeted(shown, wanted, tokens, ladder.split(",") if ladder else LADDER)
+        found = budgeted(shown, wanted, tokens, request.formats(job), measure)
     counts = Counter(str(format) for format in found.plan.formats.values())
     said = ", ".join(f"{count} x {name}" for name, count in sorted(counts.items()))
+    unit = "of blocks' outputs" if measure == "hessian" else "nats per token"
     notes.print(
         f"chosen: {size(found.plan.size_bytes)} of {size(wanted)}, {found.plan.bits_per_weight:.3f} bits per weight: "
-        f"{said}; expected error {found.error:.4g}",
+        f"{said}; expected error {found.error:.4g} {unit}",
         highlight=False, soft_wrap=True,
     )  # fmt: skip
     return found
 
 
-def budget_recipe(
-    job: Job, calibration: Calibration | None, bpw: float | None, target: str | None, ladder: str | None
-) -> Recipe:
-    """What `choose` finds for a job prepared with `keep_all`; the model is run over the calibration text once."""
+def budget_recipe(job: Job, calibration: Calibration | None, request: Request) -> Recipe:
+    """What `choose` finds for a job prepared with `keep_all`; the model is run over the calibration text."""
     tokens = job.calibration
     if tokens is None:
         folder = str(job.source.checkpoint.folder)
         tokenizer = load_tokenizer(folder, trust_remote_code=job.options.trust_remote_code)
         text = calibration or Calibration(seed=job.options.seed)
         tokens = text.tokens(tokenizer, maximum_context(job.source.model.config))
-    found = choose(job, bpw, target, ladder, tokens)
+    found = choose(job, request, tokens)
     job.source.checkpoint.close()
     return found.recipe
 

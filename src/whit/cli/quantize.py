@@ -16,12 +16,14 @@ from whit.activations import EXAMPLES as ACTIVATION_EXAMPLES
 from whit.activations import SCHEMES
 from whit.calibration import Calibration
 from whit.cli.budget import (
+    FitInto,
     Ladder,
+    Request,
     SaveRecipe,
+    SensitivityOption,
     TargetBpw,
     TargetSize,
     budget_recipe,
-    check_target,
     keep_all,
     save_recipe,
 )
@@ -40,6 +42,7 @@ from whit.recipe import Recipe
 from whit.transforms import TRANSFORMS
 
 CALIBRATION_HELP = "Text or .jsonl file for methods that need data. [default: whit:text]"
+CONTEXT_HELP = "Tokens in each; with --fit, those that the model is to run with. [default: 2048, or the model's]"
 DEFAULT_FORMAT = "int4-g128"
 FORMAT_HELP = (
     "Format of every linear: " + ", ".join(EXAMPLES) + "; with activations: " + ", ".join(SCHEMES) + ". "
@@ -74,11 +77,13 @@ def quantize(
     recipe: Annotated[Path | None, typer.Option(help="A TOML file with method and rules.")] = None,
     target_bpw: TargetBpw = None,
     target_size: TargetSize = None,
+    fit: FitInto = None,
     ladder: Ladder = None,
+    sensitivity: SensitivityOption = None,
     save_recipe_to: SaveRecipe = None,
     calibration: Annotated[str | None, typer.Option(metavar="FILE|whit:text", help=CALIBRATION_HELP)] = None,
     samples: Annotated[int | None, typer.Option(min=1, help="Calibration windows. [default: 128]")] = None,
-    context: Annotated[int | None, typer.Option(min=2, help="Tokens in each. [default: 2048, or the model's]")] = None,
+    context: Annotated[int | None, typer.Option(min=2, help=CONTEXT_HELP)] = None,
     imatrix: Annotated[Path | None, typer.Option(help="Weigh columns by llama.cpp's importance matrix.")] = None,
     seed: Annotated[int, typer.Option(help="The same seed gives the same bytes.")] = 0,
     export: Annotated[str, typer.Option(metavar="NAME", help=EXPORT_HELP)] = "whit",
@@ -98,17 +103,19 @@ def quantize(
         torch.set_num_threads(threads)
     options = Options(seed=seed, device=device, restart=restart, trust_remote_code=trust_remote_code)
     gate = build_gate(max_kl, max_ppl_increase, gate_text, gate_tokens)
-    text = build_calibration(calibration, samples, context, seed)
+    text = build_calibration(calibration, samples, context if fit is None else None, seed)
     if imatrix is not None and recipe is None:
         method = method or "clip"
     taken = format is not None or recipe is not None or imatrix is not None
-    if check_target(target_bpw, target_size, taken, ladder):
+    how = None if sensitivity is None else sensitivity.value
+    request = Request(target_bpw, target_size, fit, context, ladder, how)
+    if request.wanted(taken):
         if activations is not None:
             raise typer.BadParameter("a size is about weights alone; drop one of them", param_hint="--activations")
         start = keep_all(method, parse_rules(rule), transform)
         used = text if start.needs_stats else None  # by the method; the choice of formats always uses it
         undecided = prepare(model, out, start, options, used, export)
-        chosen = budget_recipe(undecided, text, target_bpw, target_size, ladder)
+        chosen = budget_recipe(undecided, text, request)
         job = prepare(model, out, chosen, options, used, export)
     else:
         wanted = build_recipe(method, format, rule, recipe, transform)

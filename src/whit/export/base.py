@@ -87,6 +87,8 @@ class Exporter(Protocol):
     """One line for `--help`."""
     suffix: ClassVar[str]
     """Where not empty, an OUT that ends so is one file, and its account lies beside it, OUT.whit.json."""
+    fuses: ClassVar[bool]
+    """Whether engines join linears of one input (q, k, v; gate, up), which then must have one format."""
 
     def __init__(self, model: PreTrainedModel, folder: Path) -> None: ...
 

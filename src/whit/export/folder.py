@@ -24,6 +24,7 @@ class FolderExport:
     name: ClassVar[str]
     summary: ClassVar[str]
     suffix: ClassVar[str] = ""
+    fuses: ClassVar[bool] = False
 
     def __init__(self, model: PreTrainedModel, folder: Path) -> None:
         self.model = model

@@ -36,6 +36,7 @@ class LinearsExport(FolderExport):
     """Subclasses say which layout holds a format, and what config.json says of it."""
 
     kinds: ClassVar[tuple[str, ...]] = ("linear", "experts")
+    fuses: ClassVar[bool] = True
     usage: ClassVar[str]
 
     def layout(self, format: Format) -> Layout:

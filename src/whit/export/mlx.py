@@ -29,6 +29,7 @@ class MLX(LinearsExport):
     name: ClassVar[str] = "mlx"
     summary: ClassVar[str] = "MLX affine: integers of 2, 3, 4, 5, 6, 8 bits"
     kinds: ClassVar[tuple[str, ...]] = ("linear", "embedding")
+    fuses: ClassVar[bool] = False
     usage: ClassVar[str] = USAGE
 
     def layout(self, format: Format) -> Layout:

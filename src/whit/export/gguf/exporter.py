@@ -49,6 +49,7 @@ class Gguf:
     name: ClassVar[str] = "gguf"
     summary: ClassVar[str] = "llama.cpp's file: ggml's types, with tokenizer and chat template"
     suffix: ClassVar[str] = ".gguf"
+    fuses: ClassVar[bool] = False
 
     def __init__(self, model: PreTrainedModel, folder: Path) -> None:
         self.model, self.folder = model, folder
