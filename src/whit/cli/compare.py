@@ -16,16 +16,19 @@ from whit.report.peers import PEERS
 
 DEFAULT = "int8,nf4-dq,int4-g64,gptq:int4-g64,gptq:int3-g64-asym"
 CANDIDATES_HELP = (
-    "With commas: FORMAT or METHOD:FORMAT, a checkpoint's folder or .gguf file, or an installed peer: "
+    "With commas: FORMAT or METHOD:FORMAT, a recipe.toml, a checkpoint's folder or .gguf file, or an installed peer: "
     + ", ".join(peer.name for peer in PEERS)
     + ". bf16, the original, is always the first."
 )
+SWEEP_HELP = "Also budgeted recipes for all sizes from LOW to HIGH bits per weight; each layer is measured once."
 
 
 def compare(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A model folder, a hub id or whit:model.")],
     out: Annotated[Path, typer.Argument(metavar="OUT_DIR", help="For the report, the rows and the models.")],
     candidates: Annotated[str, typer.Option(help=CANDIDATES_HELP)] = DEFAULT,
+    sweep: Annotated[str | None, typer.Option(metavar="LOW:HIGH[:STEP]", help=SWEEP_HELP)] = None,
+    sweep_method: Annotated[str, typer.Option(help="Method of the budgeted recipes.")] = "gptq",
     text: Annotated[str, typer.Option(help="UTF-8 file, whit:heldout or whit:text.")] = "whit:heldout",
     context: Annotated[int | None, typer.Option(help="Tokens in a window. [default: 2048, or the model's]")] = None,
     max_tokens: Annotated[int | None, typer.Option(help="Score only the first N tokens of the text.")] = None,
@@ -69,16 +72,27 @@ def compare(
         Calibration(calibration, samples, calibration_context, seed), seed, threads,
     )  # fmt: skip
     notes = console()
+    if sweep is not None:
+        from whit.job import Options
+        from whit.report.sweep import Sweep
+        from whit.report.sweep import sweep as budgets
+
+        options = Options(seed=seed, device=device, trust_remote_code=trust_remote_code)
+        files = budgets(
+            model, out, Sweep.parse(sweep), sweep_method, settings.calibration, options,
+            lambda line: notes.print(line, highlight=False, markup=False, soft_wrap=True),
+        )  # fmt: skip
+        entrants = (*entrants, *parse_entrants(",".join(map(str, files)))[1:])
     found = measure(
         model, out, entrants, settings,
         lambda line: notes.print(line, highlight=False, markup=False, soft_wrap=True), speed_again,
     )  # fmt: skip
-    files = write_report(found, out, pictures=not no_pictures)
+    written = write_report(found, out, pictures=not no_pictures)
     if json:
         print_json(found.to_json())
         return
     _show(found.rows)
-    for file in files:
+    for file in written:
         print(file)
 
 

@@ -2,6 +2,7 @@
 
 bf16                        the original itself
 nf4-dq, gptq:int4-g64       whit's own (round to nearest where no method is named)
+recipe.toml                 a recipe in a file
 bitsandbytes:nf4            an installed peer, by its name in report/peers.py
 path/to/folder, model.gguf  a checkpoint of any format that transformers (with whit) reads
 """
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from whit.errors import RecipeError
-from whit.recipe import parse_spec
+from whit.recipe import Recipe, parse_spec
 from whit.report.comparison import Candidate
 from whit.report.peers import find_peer
 
@@ -30,6 +31,13 @@ class Entrant:
     format: str = ""
 
     @property
+    def recipe(self) -> Recipe:
+        """Of one of whit's own."""
+        if self.format.endswith(".toml"):
+            return Recipe.load(self.format)
+        return Recipe(self.method, [("*", self.format)])
+
+    @property
     def folder(self) -> str:
         """A name for its output that any file system takes."""
         return "".join(c if c.isalnum() or c in "-." else "_" for c in self.label)
@@ -42,6 +50,8 @@ def parse_entrant(text: str) -> Entrant:
         library, _, variant = text.partition(":")
         return Entrant(text, "peer", library, variant)
     path = Path(text).expanduser()
+    if path.suffix == ".toml":
+        return Entrant(path.stem, "whit", Recipe.load(path).method.name, str(path))
     if path.is_dir() or (path.suffix == ".gguf" and path.is_file()):
         return Entrant(path.name, "checkpoint", "", str(path))
     if "/" in text:

@@ -88,7 +88,7 @@ class Order:
 
 def make(order: Order) -> dict[str, Any]:
     """Quantize with whit; a finished result is used again."""
-    recipe = Recipe(order.entrant.method, [("*", order.entrant.format)])
+    recipe = order.entrant.recipe
     calibration = order.calibration if recipe.needs_stats else None
     device = order.evaluation.device if recipe.needs_stats else "cpu"
     options = Options(seed=order.seed, device=device, trust_remote_code=order.evaluation.trust_remote_code)
