@@ -9,7 +9,6 @@ import os
 import shutil
 import time
 from dataclasses import dataclass, replace
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +17,13 @@ from torch import Tensor
 
 from whit import Calibration, Options, Recipe
 from whit.allocation import Group, measured
-from whit.checkpoint.gguf import read_gguf
 from whit.evaluation import EvaluationOptions, evaluate
 from whit.evaluation.size import weight_files
 from whit.formats import parse_format
 from whit.importance import measure_importance, write_imatrix
 from whit.integrations.loading import load_causal_lm
-from whit.job import Job, prepare
+from whit.job import Job, open_source, prepare
 from whit.methods import GPTQ
-from whit.modules import remove_packed
 from whit.pipeline import quantize
 from whit.tensor import Format, LayerStats, QuantizedTensor
 
@@ -114,35 +111,39 @@ def importance(s: Setting) -> str:
 
 
 def mix(s: Setting, name: str, imatrix: str) -> dict[str, Any]:
-    """A row: one of llama.cpp's mixes, by its rules, with an importance matrix."""
+    """A row: one of llama.cpp's mixes, by its rules, with an importance matrix.
+
+    The size is that of the tensors in a gguf file; the same codes are scored from a file of whit's own.
+    """
     torch.set_num_threads(1)
-    out = Path(s.scratch) / f"{os.getpid()}-{name}.gguf"
+    out = Path(s.scratch) / f"{os.getpid()}-{name}"
+    options = Options(device=s.device, restart=True)
+    plan = prepare(s.model, out.with_suffix(".gguf"), Recipe("clip", [("*", name)]), options, export="gguf").plan
+    rules = [("*", "bf16"), *plan.formats.items()]
     start = time.monotonic()
-    quantize(
-        s.model, out, Recipe("clip", [("*", name)]), options=Options(device=s.device, restart=True), export="gguf",
-        imatrix=Path(imatrix),
-    )  # fmt: skip
+    quantize(s.model, out, Recipe("clip", rules), options=options, imatrix=Path(imatrix))
     row = _scored(s, out, time.monotonic() - start)
-    out.unlink()
-    return row
+    weights = sum(spec.nbytes for item in plan.items for spec in item.written.values())
+    shutil.rmtree(out)
+    return row | {"weights_bytes": weights, "bits_per_weight": 8 * weights / plan.parameters}
 
 
 def _scored(s: Setting, out: Path, seconds: float) -> dict[str, Any]:
-    """`weights_bytes` leaves out headers, and what a gguf file holds of the tokenizer."""
-    network = load_causal_lm(str(out), device=s.device, dtype="float32")
-    remove_packed(network, torch.float32)
+    """Figures of the dequantized model in float32; bytes and bits are those of the weight files."""
+    source = open_source(out)
+    network = load_causal_lm(s.model, device=s.device, dtype="float32")
+    for name, parameter in network.named_parameters():  # tied ones once
+        parameter.data.copy_(source.read(source.tied.get(name, name)))
+    source.checkpoint.close()
     options = EvaluationOptions(
         baseline=s.model, text=s.text, context=s.context, max_tokens=s.max_tokens, device=s.device, dtype="float32"
     )
-    found = evaluate(str(out), options, network=network)
+    found = evaluate(s.model, options, network=network)
     assert found.baseline is not None
-    if out.suffix == ".gguf":
-        weights = sum(tensor.stop - tensor.start for tensor in read_gguf(out).tensors.values())
-    else:
-        weights = sum(file.stat().st_size for file in weight_files(out))
-    parameters = sum(prod(p.shape) for p in network.parameters())
+    weights = sum(file.stat().st_size for file in weight_files(out))
+    parameters = sum(parameter.numel() for parameter in network.parameters())
     return {
         "kl": found.baseline.kl_mean, "kl_ci95": found.baseline.kl_ci95, "perplexity": found.perplexity,
-        "top1_agreement": found.baseline.top1_agreement, "size_bytes": found.size_bytes, "weights_bytes": weights,
+        "top1_agreement": found.baseline.top1_agreement, "weights_bytes": weights,
         "bits_per_weight": 8 * weights / parameters, "seconds": round(seconds, 1),
     }  # fmt: skip

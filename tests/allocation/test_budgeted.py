@@ -23,11 +23,13 @@ from whit.allocation.sensitivity import ROUNDING
 from whit.calibration import CalibrationTokens
 from whit.calibration.capture import Watch
 from whit.cli import main
+from whit.cli.budget import Request
 from whit.errors import RecipeError
 from whit.evaluation import EvaluationOptions, evaluate
 from whit.formats import parse_format
 from whit.integrations.loading import load_causal_lm
 from whit.job import Job, prepare
+from whit.memory.needs import OVERHEAD
 
 from tiny_models import save_tiny
 
@@ -192,6 +194,15 @@ def test_a_measure_serves_all_sizes_and_no_byte_depends_on_threads(tiny: Path, t
 def test_a_size_that_cannot_be_met_is_refused_with_the_least(tiny: Path, tmp_path: Path):
     with pytest.raises(RecipeError, match="the smallest file"):
         budgeted(undecided(tiny, tmp_path / "out"), 1000, CalibrationTokens(TOKENS, ""), TINY)
+
+
+def test_what_fits_leaves_room_for_the_cache_and_the_process(tiny: Path, tmp_path: Path):
+    job = undecided(tiny, tmp_path / "out")
+    short, long = (Request(fit="600MB", context=context).bytes(job) for context in (16, 64))
+    cache = 2 * 2 * 48 * 2 * 16 * 2  # keys and values, blocks, tokens more, heads, columns, bytes
+    assert 600e6 - OVERHEAD["cpu"] > short > long + cache > 0
+    with pytest.raises(RecipeError, match="must be left for weights"):
+        Request(fit="400MB", context=64).bytes(job)
 
 
 def test_contradictions_are_wrong_usage(run, tiny: Path, tmp_path: Path):
