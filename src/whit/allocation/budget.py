@@ -9,8 +9,12 @@ always decided alike.
 
 from __future__ import annotations
 
+import ctypes
+import os
+import sys
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import gcd
 from typing import Any
@@ -19,7 +23,8 @@ import numpy as np
 
 from whit.errors import RecipeError
 
-SCALE = 1e3  # the least possible error, as the solver sees it: its own gap of 1e-6 then decides nothing
+SCALE = 1e3  # an error nearly as small as can be, as the solver sees it: its own gap of 1e-6 then decides nothing
+HALVINGS = 60  # of the price of a byte
 
 
 @dataclass(frozen=True)
@@ -80,21 +85,58 @@ def _solve(groups: Sequence[Sequence[Choice]], budget: int) -> list[int]:
     sizes = [choice.bytes for group in groups for choice in group]
     unit = gcd(*sizes) or 1
     errors = np.array([choice.error for group in groups for choice in group], dtype=np.float64)
-    least = sum(min(choice.error for choice in group) for group in groups) or errors.max(initial=0.0) or 1.0
+    near = _near(groups, budget) or errors.max(initial=0.0) or 1.0
     one_each = sparse.csr_matrix((np.ones(len(owner)), (owner, np.arange(len(owner)))))
     fits = sparse.csr_matrix(np.array([[size // unit for size in sizes]], dtype=np.float64))
-    found = optimize.milp(
-        errors * (SCALE / least),
-        integrality=np.ones(len(owner)),
-        bounds=optimize.Bounds(0, 1),
-        constraints=[
-            optimize.LinearConstraint(one_each, 1, 1), optimize.LinearConstraint(fits, -np.inf, budget // unit),
-        ],
-        options={"mip_rel_gap": 0.0},
-    )  # fmt: skip
+    with _no_output():
+        found = optimize.milp(
+            errors * (SCALE / near),
+            integrality=np.ones(len(owner)),
+            bounds=optimize.Bounds(0, 1),
+            constraints=[
+                optimize.LinearConstraint(one_each, 1, 1), optimize.LinearConstraint(fits, -np.inf, budget // unit),
+            ],
+            options={"mip_rel_gap": 0.0},
+        )  # fmt: skip
     if found.x is None:
         raise RecipeError(f"budget: the solver ended with {found.message!r}; a choice must exist; allow more bytes")
     return [int(np.argmax(found.x[owner == g])) for g in range(len(groups))]
+
+
+def _near(groups: Sequence[Sequence[Choice]], budget: int) -> float:
+    """The error of choices that fit and are nearly best: each group's least of error + price x bytes, one price."""
+
+    def chosen(price: float) -> tuple[int, float]:
+        picked = [min(group, key=lambda c: (c.error + price * c.bytes, c.bytes)) for group in groups]
+        return sum(c.bytes for c in picked), sum(c.error for c in picked)
+
+    low, high = 0.0, max(c.error for group in groups for c in group) or 1.0  # a byte is never worth more
+    if chosen(low)[0] <= budget:
+        return chosen(low)[1]
+    for _ in range(HALVINGS):
+        middle = (low + high) / 2
+        low, high = (low, middle) if chosen(middle)[0] <= budget else (middle, high)
+    return chosen(high)[1]
+
+
+@contextmanager
+def _no_output() -> Iterator[None]:
+    """HiGHS prints notes to its programmers on standard output, where a command's result alone may stand."""
+    if os.name != "posix":
+        yield
+        return
+    library = ctypes.CDLL(None)
+    sys.stdout.flush()
+    library.fflush(None)
+    kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    try:
+        yield
+    finally:
+        library.fflush(None)
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def _scipy() -> tuple[Any, Any]:
