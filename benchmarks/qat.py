@@ -8,9 +8,9 @@ OUT/cells and is not run again. `--seconds` is the whole budget from the start: 
 time to measure, all else has a fixed number of steps (times --scale). At the end OUT/qat.json, OUT/qat.md and
 OUT/qat.png hold the table and a plot of whatever cells are there.
 
-Measured in bfloat16, dequantized: perplexity on WikiText-2's test text (windows of --context) and on wiki_valid, KL from
-the unquantized model on both, piqa and arc_easy (the first --items of each), bits per weight of the whole file, minutes
-of quantizing and training (beside all other processes), and the most memory that torch held on the device.
+Measured in bfloat16, dequantized: perplexity on WikiText-2's test text (windows of --context) and on wiki_valid, KL
+from the unquantized model on both, piqa and arc_easy (the first --items of each), bits per weight of the whole file,
+minutes of quantizing and training (beside all other processes), and the most memory that torch held on the device.
 """
 
 from __future__ import annotations
@@ -52,6 +52,8 @@ FORMATS = ("int4-g64", "int3-g64", "int2-g64", "int2-g32", "ternary", "binary")
 EFFICIENT = ("int2-g64-asym-f16", "int3-g64-asym-f16")
 WAYS = ("rtn", "gptq", "refine", "blocks", "scales", "full")
 TITLES = {"scales": "blocks + scales", "full": "full, distilled", "efficientqat": "EfficientQAT", "bf16": "bf16"}
+# Of the weights in full training, in steps of the format: the wider the steps, the further there is to go.
+FULL_RATES = {"int4": 0.004, "int3": 0.006, "int2": 0.01, "ternary": 0.015, "binary": 0.015}
 TASKS = ("piqa", "arc_easy")
 LEAVE = 75.0  # seconds that full training leaves for writing and measuring
 
@@ -63,23 +65,24 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--formats", default=",".join(FORMATS))
     parser.add_argument("--ways", default=",".join((*WAYS, "efficientqat")))
-    parser.add_argument("--jobs", type=int, default=12)
+    parser.add_argument("--jobs", type=int, default=14)
     parser.add_argument("--seconds", type=float, default=420.0)
     parser.add_argument("--scale", type=float, default=1.0, help="times the steps of everything")
     parser.add_argument("--full-steps", type=int, default=2000, help="most steps of full training")
-    parser.add_argument("--full-batch", type=int, default=32, help="its windows a step")
+    parser.add_argument("--full-batch", type=int, default=30, help="its windows a step")
     parser.add_argument("--full-context", type=int, default=512)
-    parser.add_argument("--full-rate", type=float, default=0.03)
+    parser.add_argument("--full-rate", type=float, default=1.0, help="times FULL_RATES")
     parser.add_argument("--full-scale-rate", type=float, default=0.01)
     parser.add_argument("--full-kept-rate", type=float, default=0.0005)
-    parser.add_argument("--at-once", type=int, default=8)
+    parser.add_argument("--at-once", type=int, default=6)
     parser.add_argument("--samples", type=int, default=128, help="calibration windows, of --context tokens")
-    parser.add_argument("--efficient-samples", type=int, default=512, help="EfficientQAT's (4096 as published)")
+    parser.add_argument("--efficient-samples", type=int, default=256, help="EfficientQAT's (4096 as published)")
     parser.add_argument("--context", type=int, default=2048)
     parser.add_argument("--valid-tokens", type=int, default=131072)
     parser.add_argument("--test-tokens", type=int, default=None)
     parser.add_argument("--items", type=int, default=500)
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--prepare", action="store_true", help="only turn the texts into tokens, in OUT/tokens")
     parser.add_argument("--mps", action="store_true", help="run the chains under a CUDA multi-process server")
     parser.add_argument("--deadline", type=float, help=argparse.SUPPRESS)
     parser.add_argument("--chain", help=argparse.SUPPRESS)
@@ -91,19 +94,20 @@ def arguments() -> argparse.Namespace:
 
 def token_stream(args: argparse.Namespace, name: str, most: int | None = None) -> Tensor:
     """A text as one run of tokens, kept in OUT for all processes."""
-    path = args.out / "tokens" / f"{Path(name).stem}.pt.npy"
+    path = args.out / "tokens" / f"{Path(name).stem}.npy"
     import numpy
 
     if not path.exists():
         tokenizer = load_tokenizer(args.model)
-        text = (args.shared / name).read_text(encoding="utf-8")[: most * 8 if most else None]
+        text = (args.shared / name).read_text(encoding="utf-8")
         pieces = [text[i : i + 200_000] for i in range(0, len(text), 200_000)] if len(text) > 4_000_000 else [text]
         rows = tokenizer(pieces, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(f".{os.getpid()}.npy")
-        numpy.save(temporary, numpy.concatenate([numpy.asarray(row, dtype=numpy.int32) for row in rows]))
+        whole = numpy.concatenate([numpy.asarray(row, dtype=numpy.int32) for row in rows])
+        numpy.save(temporary, whole.astype(numpy.uint16) if whole.max() < 1 << 16 else whole)
         os.replace(temporary, path)
-    found = torch.from_numpy(numpy.load(path)).to(torch.int64)
+    found = torch.from_numpy(numpy.load(path).astype(numpy.int64))
     return found[:most] if most else found
 
 
@@ -172,22 +176,23 @@ def make(args: argparse.Namespace, format: str, way: str) -> dict[str, Any]:
 
     if way in ("rtn", "gptq", "refine", "blocks"):
         method = {
-            "rtn": RTN(), "gptq": GPTQ(refit=True, sweeps=1), "refine": Refine(steps=steps(200)),
-            "blocks": Blocks(steps=steps(300)),
+            "rtn": RTN(), "gptq": GPTQ(refit=True, sweeps=1), "refine": Refine(steps=steps(200), batch=4),
+            "blocks": Blocks(steps=steps(250), batch=4),
         }[way]  # fmt: skip
         used = calibration if method.needs_stats else None
         whit.quantize(args.model, out, whit.Recipe(method, rules), calibration=used, options=options)
     elif way == "scales":
         course = Course(
-            steps=steps(150), batch=16, scale_rate=0.01, at_once=max(args.at_once // 2, 1), slow=0.95, seed=1
+            steps=steps(100), batch=8, scale_rate=0.01, at_once=max(args.at_once // 2, 1), seed=1
         )  # fmt: skip
         tokens = train_windows(args, course, 1024)
         setting = Setting(options, teacher=args.model)
         start = args.out / "models" / f"{format}__blocks"
         train(prepare_scales(start, out, course, Words(tokens=tokens), setting), seen)
     elif way == "full":
+        rate = args.full_rate * FULL_RATES[format.partition("-")[0]]
         course = Course(
-            steps=args.full_steps, batch=args.full_batch, rate=args.full_rate, scale_rate=args.full_scale_rate,
+            steps=args.full_steps, batch=args.full_batch, rate=rate, scale_rate=args.full_scale_rate,
             kept_rate=args.full_kept_rate, at_once=args.at_once, seed=2,
         )  # fmt: skip
         tokens = train_windows(args, course, args.full_context)
@@ -264,8 +269,8 @@ def chains(args: argparse.Namespace) -> list[str]:
     formats, ways = args.formats.split(","), args.ways.split(",")
     order = sorted(formats, key=lambda f: ("ternary" not in f, "binary" not in f, "int2" not in f))
     found = [f"{f}:full" for f in order if "full" in ways]
-    found += [",".join(f"{f}:{w}" for w in ("blocks", "scales") if w in ways) for f in order]
     found += [f"{f}:efficientqat" for f in EFFICIENT if "efficientqat" in ways]
+    found += [",".join(f"{f}:{w}" for w in ("blocks", "scales") if w in ways) for f in order]
     found += [f"{f}:refine" for f in order if "refine" in ways]
     found += [",".join(f"{f}:{w}" for w in ("rtn", "gptq") if w in ways) for f in order]
     waiting = [",".join(c for c in chain.split(",") if c and not cell_path(args, *c.split(":")).exists()) for chain in
@@ -277,7 +282,10 @@ def run_all(args: argparse.Namespace) -> None:
     began = time.time()
     deadline = began + args.seconds
     args.out.mkdir(parents=True, exist_ok=True)
-    token_stream(args, "data/text/wiki_train.txt")
+    for name in ("data/text/wiki_train.txt", "data/text/wiki_valid.txt", "data/wikitext2/wiki.test.raw"):
+        token_stream(args, name)
+    if args.prepare:
+        return
     print(f"texts are tokens after {time.time() - began:.0f} s", flush=True)
     environment = {**os.environ, "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", "OMP_NUM_THREADS": "1",
                    "TOKENIZERS_PARALLELISM": "false"}  # fmt: skip
