@@ -57,7 +57,7 @@ class Bench:
         known = json.loads(self.path.read_text()) if self.path.exists() else {}
         self.state: dict[str, Any] = {"rows": {}, "measured": {}, **known}
         self.pool = ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn"))
-        self.jobs: int = args.jobs
+        self.jobs, self.ladder = args.jobs, args.ladder
         self.lock = threading.Lock()  # rows come in on a thread of the pool
         Path(args.scratch).mkdir(parents=True, exist_ok=True)
 
@@ -98,7 +98,9 @@ class Bench:
 
     def start_measures(self, job: Job, names: list[str]) -> list[tuple[str, Future[Any]]]:
         """Parts of a model's matrices, one process each; together they are all."""
-        wanted = {n: [str(f) for f in formats] for n, formats in free_formats(job, ladder_of(job)).items()}
+        wanted = {
+            n: [str(f) for f in formats] for n, formats in free_formats(job, self.ladder or ladder_of(job)).items()
+        }
         parts = [dict(list(wanted.items())[i :: self.jobs]) for i in range(min(self.jobs, len(wanted)))]
         todo = [how for how in names if how not in self.state["measured"]]
         return [(how, self.pool.submit(cells.measure, self.setting, how, part)) for how in todo for part in parts]
@@ -199,6 +201,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--method", default="gptq")
     parser.add_argument("--sensitivity", default="probe", choices=MEASURES)
+    parser.add_argument("--ladder", type=lambda s: s.split(","), help="formats to choose from; whit's own unless given")
     parser.add_argument("--stages", default="budget,rank")
     parser.add_argument("--targets", type=lambda s: [float(x) for x in s.split(",")], default="2.5,3,3.5,4,4.5,5")
     parser.add_argument("--mixes", type=lambda s: [x for x in s.split(",") if x], default=",".join(MIXES))
