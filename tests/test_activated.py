@@ -101,3 +101,22 @@ def test_files_that_cannot_say_it_refuse(model: Path, tmp_path: Path):
     for export in ("gptq", "gguf", "bf16"):
         with pytest.raises(RecipeError, match="activations int8"):
             quantize(model, tmp_path / export, Recipe("rtn", [("*", "w8a8")]), export=export)
+
+
+def test_exporters_refuse_what_their_files_cannot_mean(model: Path, tmp_path: Path):
+    for export, format, how, said in (
+        ("compressed-tensors", "int8", "int8", "write compressed-tensors-int8"),
+        ("compressed-tensors-int8", "int8", "int8-outliers", "no outlier columns"),
+        ("bitsandbytes", "int8-absmax", "int8-asym", "use int8 or int8-outliers"),
+    ):
+        with pytest.raises(RecipeError, match=said):
+            quantize(model, tmp_path / "out", Recipe("rtn", [("*", format)], activations=how), export=export)
+    quantize(
+        model, tmp_path / "bnb", Recipe("rtn", [("*", "llm.int8")], activations="int8-outliers"), export="bitsandbytes"
+    )
+    config = json.loads((tmp_path / "bnb" / "config.json").read_text())["quantization_config"]
+    assert config["llm_int8_threshold"] == 6.0
+    quantize(model, tmp_path / "bnb0", Recipe("rtn", [("*", "int8-absmax")], activations="int8"), export="bitsandbytes")
+    assert (
+        json.loads((tmp_path / "bnb0" / "config.json").read_text())["quantization_config"]["llm_int8_threshold"] == 0.0
+    )

@@ -191,7 +191,9 @@ class BlockFeed:
         with watch:
             for sample in self._runner.inputs:  # a moving average is one over samples
                 self._runner.forward(index, sample[None])
-        return {name: static_scales(watch.found[name], how) for name, how in wanted.items()}
+        kinds = {(watch.found[name], how) for name, how in wanted.items()}
+        chosen = {kind: static_scales(*kind) for kind in kinds}
+        return {name: chosen[watch.found[name], how] for name, how in wanted.items()}
 
     def _rescaled(self, unit: Unit) -> Basis:
         """The loaded block in the basis of the recipe's transform; what is kept has its new values from here on."""

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import whit
+from test_calibrated import _words, text  # noqa: F401
 from whit.checkpoint.reader import read_json
 from whit.integrations.loading import load_causal_lm
 from whit.job import open_source
@@ -60,3 +61,28 @@ def test_transformers_computes_the_same_logits(kind: str, folder: Path):
     with torch.no_grad():
         found, wanted = theirs(**tiny_inputs("llama")).logits, ours(**tiny_inputs("llama")).logits
     assert ((found - wanted).norm() / wanted.norm()).item() < 1e-6
+
+
+ACTIVATIONS = [
+    ("fp8", "fp8", 1e-6), ("fp8", "fp8-tensor", 1e-6), ("fp8", "fp8-static", 1e-6), ("int8", "int8-static-asym", 0.02),
+    ("int8", "int8", 0.02), ("int8", "int8-asym", 1e-6), ("int8", "int8-tensor", 0.02),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("format", "how", "near"), ACTIVATIONS)
+def test_it_quantizes_activations_as_whit_does(format: str, how: str, near: float, folder: Path, text: Path):  # noqa: F811
+    """Exactly in fp8; its int8 scale is max|x| / 127.5, and so other values are rounded other ways."""
+    recipe, model = whit.Recipe("rtn", [("*", format)], activations=how), folder / "model"
+    calibration = whit.Calibration(text, samples=4, context=32) if "static" in how else None
+    export = "compressed-tensors-int8" if format == "int8" else "compressed-tensors"
+    whit.quantize(model, folder / f"whit-{how}", recipe, calibration=calibration)
+    whit.quantize(model, folder / f"ct-{how}", recipe, calibration=calibration, export=export)
+    networks = [
+        AutoModelForCausalLM.from_pretrained(folder / f"{kind}-{how}", dtype=torch.float32) for kind in ("whit", "ct")
+    ]
+    with torch.no_grad():
+        ours, theirs = (network(**tiny_inputs("llama")).logits for network in networks)
+    assert ((ours - theirs).norm() / theirs.norm()).item() < near
+    assert (
+        load_file(folder / f"ct-{how}" / "model.safetensors").keys() >= {"model.layers.0.mlp.up_proj.input_scale"}
+    ) == ("static" in how)

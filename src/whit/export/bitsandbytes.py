@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from whit.activations import THRESHOLD, Activations
 from whit.export import decoders
 from whit.export.base import Outcome, Parameter
 from whit.export.linears import LinearsExport, one_format
@@ -43,6 +44,12 @@ class BitsAndBytes(LinearsExport):
     @classmethod
     def fitted(cls, format: Format) -> Format:
         return parse_format("int8-absmax") if str(format) == "int8-channel" else format
+
+    def refuses(self, activations: Activations) -> str | None:
+        plain = activations.kind == "dynamic" and activations.type == "int8" and activations.symmetric
+        if plain and activations.granularity == "token":
+            return None
+        return "bitsandbytes quantizes per token, with or without outlier columns; use int8 or int8-outliers"
 
     def layout(self, format: Format) -> Layout:
         return Bnb8Bit() if str(format).startswith("int8") else Bnb4Bit()
@@ -85,6 +92,7 @@ class BitsAndBytes(LinearsExport):
     def config(self, outcome: Outcome) -> dict[str, Any]:
         format = next(iter(outcome.formats.values()))
         kind = table_name(format)
+        threshold = next((how.threshold for how in outcome.inputs.values()), THRESHOLD)  # it always has one
         dtype = next(p.spec.dtype for p in outcome.parameters if p.format is not None)
         return {
             "quantization_config": {
@@ -93,7 +101,7 @@ class BitsAndBytes(LinearsExport):
                 "bnb_4bit_quant_type": kind or "fp4",
                 "bnb_4bit_use_double_quant": isinstance(format, Codebook) and format.double_quant,
                 "bnb_4bit_compute_dtype": _dtype_name(dtype), "bnb_4bit_quant_storage": "uint8",
-                "llm_int8_threshold": 6.0, "llm_int8_skip_modules": self.kept_linears(outcome),
+                "llm_int8_threshold": threshold, "llm_int8_skip_modules": self.kept_linears(outcome),
                 "llm_int8_enable_fp32_cpu_offload": False, "llm_int8_has_fp16_weight": False,
             }
         }  # fmt: skip

@@ -10,13 +10,14 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from whit.activations import Activations
 from whit.export import decoders
-from whit.export.base import Outcome
+from whit.export.base import Outcome, Parameter
 from whit.export.linears import LinearsExport
 from whit.layouts import Layout
 from whit.layouts.affine import as_affine
 from whit.layouts.compressed_tensors import FloatQuantized, IntQuantized, PackQuantized
-from whit.tensor import Format
+from whit.tensor import Format, TensorSpec
 
 USAGE = """```python
 from transformers import AutoModelForCausalLM  # with compressed-tensors installed; or `vllm serve PATH`
@@ -31,7 +32,21 @@ class CompressedTensors(LinearsExport):
     name: ClassVar[str] = "compressed-tensors"
     summary: ClassVar[str] = "compressed-tensors: integers of 2, 4, 8 bits, fp8"
     usage: ClassVar[str] = USAGE
-    activations: ClassVar[dict[str, Any] | None] = None
+    promised: ClassVar[Activations | None] = None  # where a recipe says nothing of activations
+    types: ClassVar[tuple[str, str]] = ("fp8", "int8 activations belong to int8 weights; write compressed-tensors-int8")
+
+    def refuses(self, activations: Activations) -> str | None:
+        if activations.threshold:
+            return "compressed-tensors knows no outlier columns; write a whit or bitsandbytes file"
+        return None if activations.type == self.types[0] else self.types[1]
+
+    def inputs(self, parameter: Parameter, scales: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        assert parameter.target is not None
+        return {f"{module}.{key}": t for module, _ in self.pieces(parameter.target) for key, t in scales.items()}
+
+    def linear_specs(self, parameter: Parameter, shape: tuple[int, int]) -> Mapping[str, TensorSpec]:
+        beside = {} if parameter.activations is None else parameter.activations.specs
+        return {**super().linear_specs(parameter, shape), **beside}
 
     def layout(self, format: Format) -> Layout:
         return FloatQuantized() if str(format) == "fp8" else PackQuantized()
@@ -44,15 +59,16 @@ class CompressedTensors(LinearsExport):
         return decoders.packed_integers(tensors["weight_packed"], scale, zero, shape, format.bits)
 
     def config(self, outcome: Outcome) -> dict[str, Any]:
-        modules: dict[Format, list[str]] = {}
+        modules: dict[tuple[Format, Activations | None], list[str]] = {}
         for p in outcome.parameters:
             if p.target is not None and p.format is not None:
-                modules.setdefault(p.format, []).extend(module for module, _ in self.pieces(p.target))
+                how = p.activations or self.promised
+                modules.setdefault((p.format, how), []).extend(module for module, _ in self.pieces(p.target))
         groups = {
-            f"group_{number}": self._group(format, ["Linear"] if len(modules) == 1 else names)
-            for number, (format, names) in enumerate(modules.items())
+            f"group_{number}": self._group(format, how, ["Linear"] if len(modules) == 1 else names)
+            for number, ((format, how), names) in enumerate(modules.items())
         }
-        kinds = {self.layout(format).name for format in modules}
+        kinds = {self.layout(format).name for format, _ in modules}
         return {
             "quantization_config": {
                 "quant_method": "compressed-tensors", "format": kinds.pop() if len(kinds) == 1 else "mixed-precision",
@@ -61,7 +77,7 @@ class CompressedTensors(LinearsExport):
             }
         }  # fmt: skip
 
-    def _group(self, format: Format, targets: list[str]) -> dict[str, Any]:
+    def _group(self, format: Format, how: Activations | None, targets: list[str]) -> dict[str, Any]:
         affine = as_affine(format)
         return {
             "targets": targets,
@@ -72,7 +88,8 @@ class CompressedTensors(LinearsExport):
                 "block_structure": None, "dynamic": False, "actorder": None, "observer": "minmax",
                 "observer_kwargs": {},
             },
-            "input_activations": self.activations, "output_activations": None, "format": self.layout(format).name,
+            "input_activations": None if how is None else _arguments(how), "output_activations": None,
+            "format": self.layout(format).name,
         }  # fmt: skip
 
 
@@ -81,10 +98,18 @@ class CompressedTensorsInt8(CompressedTensors):
 
     name: ClassVar[str] = "compressed-tensors-int8"
     summary: ClassVar[str] = "compressed-tensors W8A8: int8 weights, activations quantized as they run"
-    activations: ClassVar[dict[str, Any] | None] = {
-        "num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True, "group_size": None,
-        "block_structure": None, "actorder": None, "observer": None, "observer_kwargs": {},
-    }  # fmt: skip
+    promised: ClassVar[Activations | None] = Activations()
+    types: ClassVar[tuple[str, str]] = ("int8", "fp8 activations belong to fp8 weights; write compressed-tensors")
 
     def layout(self, format: Format) -> Layout:
         return IntQuantized()
+
+
+def _arguments(how: Activations) -> dict[str, Any]:
+    """How activations are quantized, in compressed-tensors' words."""
+    dynamic = how.kind == "dynamic"
+    return {
+        "num_bits": 8, "type": "int" if how.type == "int8" else "float", "symmetric": how.symmetric,
+        "strategy": how.granularity, "dynamic": dynamic, "group_size": None, "block_structure": None,
+        "actorder": None, "observer": None if dynamic else "minmax", "observer_kwargs": {},
+    }  # fmt: skip
