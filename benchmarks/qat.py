@@ -8,7 +8,7 @@ OUT/cells and is not run again. `--seconds` is the whole budget from the start: 
 time to measure, all else has a fixed number of steps (times --scale). At the end OUT/qat.json, OUT/qat.md and
 OUT/qat.png hold the table and a plot of whatever cells are there.
 
-Measured in bfloat16, dequantized: perplexity on WikiText-2's test text (windows of --context) and on wiki_valid, KL
+Measured in bfloat16, dequantized: perplexity on WikiText-2 test (windows of --context) and on wiki_valid, KL
 from the unquantized model on both, piqa and arc_easy (the first --items of each), bits per weight of the whole file,
 minutes of quantizing and training (beside all other processes), and the most memory that torch held on the device.
 """
