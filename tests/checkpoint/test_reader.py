@@ -221,3 +221,16 @@ def test_a_hub_id_is_downloaded_without_pickles_or_code(tmp_path: Path, monkeypa
     assert "*.safetensors" in plain
     assert not {"*.bin", "*.pt", "*.py"} & plain
     assert trusted - plain == {"*.py"}
+
+
+def test_tensors_far_into_a_large_file(tmp_path: Path):
+    path, size = tmp_path / "large.safetensors", 5 << 30  # of holes, which take no room on the disk
+    header = {
+        "first": {"dtype": "U8", "shape": [size - 4], "data_offsets": [0, size - 4]},
+        "last": {"dtype": "U8", "shape": [4], "data_offsets": [size - 4, size]},
+    }
+    text = json.dumps(header).encode()
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + size)
+    assert read_header(path)["last"].stop == path.stat().st_size

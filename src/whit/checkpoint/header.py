@@ -101,7 +101,7 @@ def _parse(path: Path, raw: bytes) -> dict[str, Any]:
 def _entry(path: Path, name: str, value: Any, data: int) -> Entry:
     """The Entry that a header's value describes; `data` is where tensors begin."""
     where = f"{path}: {name}"
-    if not isinstance(value, dict) or not _are_counts(value.get("shape")) or not _are_counts(value.get("data_offsets")):
+    if not isinstance(value, dict) or not _is_shape(value.get("shape")) or not _are_counts(value.get("data_offsets")):
         raise CheckpointError(
             f"{where} has no valid shape and data_offsets; both must be lists of counts; get another copy"
         )
@@ -120,9 +120,12 @@ def _entry(path: Path, name: str, value: Any, data: int) -> Entry:
 
 
 def _are_counts(value: Any) -> bool:
+    return isinstance(value, list) and all(type(v) is int and 0 <= v < MAX_COUNT for v in value)
+
+
+def _is_shape(value: Any) -> bool:
     """Whether these are counts whose product is one too, whichever of them is 0."""
-    counts = isinstance(value, list) and all(type(v) is int and 0 <= v < MAX_COUNT for v in value)
-    return counts and prod(v or 1 for v in value) < MAX_COUNT
+    return _are_counts(value) and prod(v or 1 for v in value) < MAX_COUNT
 
 
 def _check_extents(path: Path, entries: Mapping[str, Entry], data: int, size: int) -> None:
