@@ -54,6 +54,32 @@ def test_llama_cpp_computes_transformers_logits(name: str, tmp_path: Path):
 
 
 @needs_llama_cpp()
+@pytest.mark.parametrize("count", [24, 300])
+def test_phi3_turns_by_its_long_or_short_factors(count: int, tmp_path: Path):
+    """Beyond the original context by the long ones; the file read back says the same."""
+    folder = save(tmp_path / "model", "phi3")
+    config = json.loads((folder / "config.json").read_text())
+    factors = {"long_factor": [1.0 + i for i in range(8)], "short_factor": [1.0 + i / 8 for i in range(8)]}
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 256, **factors}
+    config |= {"rope_parameters": rope, "original_max_position_embeddings": 256, "max_position_embeddings": 1024}
+    (folder / "config.json").write_text(json.dumps(config))
+    run(prepare(folder, tmp_path / "m.gguf", None, Options(), export="gguf"))
+    tokens = torch.randint(3, 128, (count,), generator=torch.Generator().manual_seed(0))
+    dequantize(tmp_path / "m.gguf", tmp_path / "back")
+    logits = []
+    for place in (folder, tmp_path / "back"):
+        model = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32).eval()
+        with torch.no_grad():
+            logits.append(model(tokens[None]).logits[0])
+    theirs = LlamaCpp(tmp_path / "m.gguf")
+    found = theirs.logits(tokens)
+    theirs.close()
+    largest = float(logits[0].abs().max())
+    assert torch.allclose(found, logits[0], atol=2e-3 * largest)
+    assert torch.allclose(logits[1], logits[0], atol=2e-2 * largest)  # read back in bfloat16
+
+
+@needs_llama_cpp()
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2"])
 @pytest.mark.parametrize("spec", ["q8_0", "q5_1", "iq4_nl", "mxfp4"])
 def test_llama_cpp_runs_quantized_weights(name: str, spec: str, tmp_path: Path):

@@ -30,9 +30,9 @@ GPT2 = {
 
 def config_of(
     metadata: Mapping[str, Any], architecture: Architecture, shapes: Mapping[str, tuple[int, ...]],
-    frequencies: Tensor | None, where: str,
+    frequencies: Mapping[str, Tensor], where: str,
 ) -> Any:  # fmt: skip
-    """`shapes` are the tensors' own, `frequencies` the divisors of the rotary ones, where the file has such."""
+    """`shapes` are the tensors' own, `frequencies` the divisors of the rotary ones that the file has, by name."""
     model_type = next(name for name, known in ARCHITECTURES.items() if known == architecture)
     prefix = f"{architecture.name}."
     facts = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
@@ -77,15 +77,21 @@ def _llama_like(
 
 
 def _rope(
-    values: Mapping[str, Any], facts: Mapping[str, Any], architecture: Architecture, frequencies: Tensor | None,
-    where: str,
+    values: Mapping[str, Any], facts: Mapping[str, Any], architecture: Architecture,
+    frequencies: Mapping[str, Tensor], where: str,
 ) -> dict[str, Any]:  # fmt: skip
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": float(facts.get("rope.freq_base", 10000.0))}
     if architecture.name == "phi3":
         rope["partial_rotary_factor"] = values["partial_rotary_factor"]
     kind = facts.get("rope.scaling.type", "none")
-    if frequencies is not None:
-        rope |= _llama3(rope, int(values["head_dim"]), frequencies, where)
+    if architecture.name == "phi3" and {"long", "short"} <= frequencies.keys():
+        factors = {f"{kind}_factor": frequencies[kind].tolist() for kind in ("long", "short")}
+        attention = float(facts.get("rope.scaling.attn_factor", 1.0))
+        original = values["original_max_position_embeddings"]
+        rope |= {"rope_type": "longrope", **factors, "attention_factor": attention}
+        rope["original_max_position_embeddings"] = original
+    elif "freqs" in frequencies:
+        rope |= _llama3(rope, int(values["head_dim"]), frequencies["freqs"], where)
     elif kind in ("linear", "yarn"):
         rope |= {"rope_type": kind, "factor": float(facts["rope.scaling.factor"])}
         if kind == "yarn":

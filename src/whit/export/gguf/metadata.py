@@ -53,7 +53,7 @@ def _llama_like(config: Any, architecture: Architecture, where: str) -> dict[str
         "rope.dimension_count": int(width * rope.get("partial_rotary_factor", 1.0)),
         "rope.freq_base": float(rope.get("rope_theta", 10000.0)),
     }  # fmt: skip
-    shape |= _scaling(rope, where)
+    shape |= _longrope(config, rope) if _is_longrope(architecture.name, rope) else _scaling(rope, where)
     if architecture.name.startswith("gemma"):
         shape |= _gemma(config, width, where)
     elif architecture.name == "phi3":
@@ -92,6 +92,19 @@ def rope_parameters(config: Any) -> dict[str, Any]:
     return dict(rope.get("full_attention", rope))
 
 
+def _is_longrope(name: str, rope: Mapping[str, Any]) -> bool:
+    return name == "phi3" and rope.get("rope_type") in ("longrope", "su")
+
+
+def _longrope(config: Any, rope: Mapping[str, Any]) -> dict[str, Value]:
+    """The factor of the attention as transformers has it; the divisors are tensors."""
+    attention, original = rope.get("attention_factor"), config.original_max_position_embeddings
+    factor = rope.get("factor") or config.max_position_embeddings / original
+    if attention is None:
+        attention = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
+    return {"rope.scaling.attn_factor": float(attention)}
+
+
 def _scaling(rope: dict[str, Any], where: str) -> dict[str, Value]:
     kind = rope.get("rope_type", "default")
     if kind in ("default", "llama3"):
@@ -111,8 +124,16 @@ def _scaling(rope: dict[str, Any], where: str) -> dict[str, Value]:
 
 
 def constants_of(config: Any) -> dict[Info, bytes]:
-    """Tensors that are facts of the config: Llama 3's divisors of the rotary frequencies."""
+    """Tensors that are facts of the config: divisors of the rotary frequencies, Llama 3's and Phi-3's."""
     rope = rope_parameters(config) if getattr(config, "rope_parameters", None) else {}
+    if _is_longrope(config.model_type, rope):
+        found = {}
+        for kind in ("long", "short"):
+            factors = torch.tensor(rope[f"{kind}_factor"], dtype=torch.float32)
+            shape = tuple(factors.shape)
+            named = Info(f"rope_factors_{kind}.weight", shape, F32, TensorSpec(shape, torch.float32))
+            found[named] = factors.numpy().tobytes()
+        return found
     if rope.get("rope_type") != "llama3":
         return {}
     width = head_width(config)

@@ -97,14 +97,17 @@ def _small_files(path: Path, header: GgufHeader, architecture: Architecture, fol
     return config
 
 
-def _frequencies(header: GgufHeader) -> Tensor | None:
-    """Divisors of the rotary frequencies, a tensor of its own in the file."""
-    tensor = header.tensors.get("rope_freqs.weight")
-    if tensor is None or tensor.type != "F32":
-        return None
-    with header.path.open("rb") as file:
-        file.seek(tensor.start)
-        return torch.frombuffer(bytearray(file.read(tensor.stop - tensor.start)), dtype=torch.float32)
+def _frequencies(header: GgufHeader) -> dict[str, Tensor]:
+    """Divisors of the rotary frequencies, tensors of their own in the file: Llama 3's, and Phi-3's long and short."""
+    found = {}
+    for kind, name in (("freqs", "rope_freqs"), ("long", "rope_factors_long"), ("short", "rope_factors_short")):
+        tensor = header.tensors.get(f"{name}.weight")
+        if tensor is not None and tensor.type == "F32" and tensor.stop > tensor.start:
+            with header.path.open("rb") as file:
+                file.seek(tensor.start)
+                data = bytearray(file.read(tensor.stop - tensor.start))
+            found[kind] = torch.frombuffer(data, dtype=torch.float32)
+    return found
 
 
 def _dtype(header: GgufHeader) -> torch.dtype:
