@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
+import torch
 import transformers as hf
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from torch.nn.functional import cross_entropy
 
+import whit
 from whit.data import resolve_text
 from whit.job import Options, prepare
-from whit.pipeline import run
+from whit.pipeline import dequantize, run
 
 from llama_cpp import LlamaCpp, needs_llama_cpp
+from tiny_models import ARCHITECTURES
 
 SPECIAL = ["<unk>", "<s>", "</s>"]
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
@@ -102,3 +107,30 @@ def test_llama_cpp_cuts_texts_alike(make, tmp_path: Path):
         found, wanted = theirs.tokens(text), tokenizer.encode(text, add_special_tokens=False).ids
         assert [*map(tokenizer.id_to_token, found)] == [*map(tokenizer.id_to_token, wanted)], text
     theirs.close()
+
+
+@needs_llama_cpp()
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2"])
+def test_perplexity_is_llama_cpps_for_three_architectures(name: str, tmp_path: Path):
+    """20 kB of text, cut by llama.cpp, under random quantized models: within 0.5 % of the dequantized weights'."""
+    tokenizer, folder = byte_level(), tmp_path / "model"
+    model_class, config_class, options = ARCHITECTURES[name]
+    torch.manual_seed(0)
+    random = model_class(config_class(**{**options, "vocab_size": SIZE}))
+    for parameter in random.parameters():
+        parameter.data *= 6 if parameter.dim() > 1 else 1  # else every token would be as likely as any other
+    random.save_pretrained(folder)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    whit.quantize(folder, tmp_path / "m.gguf", whit.Recipe(rules=[("*", "q5_0")]), export="gguf")
+    dequantize(tmp_path / "m.gguf", tmp_path / "dense")
+    model = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.float32).eval()
+    theirs = LlamaCpp(tmp_path / "m.gguf")
+    tokens = torch.tensor(theirs.tokens("\n".join(lines())[:20_000]))
+    lost = torch.zeros(2, dtype=torch.float64)
+    for window in tokens.split(64)[:-1]:
+        with torch.no_grad():
+            both = model(window[None]).logits[0], theirs.logits(window)
+        lost += torch.tensor([float(cross_entropy(logits[:-1], window[1:], reduction="sum")) for logits in both])
+    theirs.close()
+    assert lost[0] / len(tokens) > 1.03 * math.log(SIZE)  # not what guessing gives
+    assert abs(float(((lost[1] - lost[0]) / len(tokens)).exp()) - 1) < 0.005
