@@ -127,6 +127,20 @@ def test_tensors_that_config_does_not_speak_of(files: Path, tmp_path: Path):
     assert "has quantized tensors, as 14 modules do" in problems(out)
 
 
+def test_what_older_compressed_tensors_may_hold(files: Path, tmp_path: Path):
+    """Zero points a byte each, one out of range; groups by an index, which newer versions do not read."""
+    config = read_json(files / "compressed-tensors/config.json")["quantization_config"]["config_groups"]
+    config["group_0"]["weights"]["symmetric"] = False
+    zeros = torch.zeros(128, 2, dtype=torch.int8)
+    zeros[0, 0] = 9
+    index = torch.arange(64, dtype=torch.int32) % 2
+    added = {f"{LAYER}.weight_zero_point": zeros, f"{LAYER}.weight_g_idx": index}
+    out = changed(files / "compressed-tensors", tmp_path / "out", {"config_groups": config}, **added)
+    assert f"{LAYER}.weight_zero_point: 1 of 256 zero points are out of range of 4 bits" in problems(out)
+    said = "\n".join(map(str, found(out)))
+    assert "compressed-tensors since 0.20: will not take 1 of 14 matrices: act-order by groups" in said
+
+
 def test_act_order_and_padding_are_noted(files: Path, tmp_path: Path):
     index = torch.arange(64, dtype=torch.int32) % 2
     out = changed(files / "gptq", tmp_path / "order", **{f"{LAYER}.g_idx": index})

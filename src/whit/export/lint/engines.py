@@ -7,6 +7,7 @@ from typing import Any
 
 from whit.export.lint.findings import Finding
 from whit.export.readers.base import Packed
+from whit.formats.act_order import ActOrder
 from whit.layouts.affine import integers_of
 
 MARLIN_GROUPS = (0, 32, 64, 128)
@@ -53,6 +54,10 @@ def _transformers_ct(said: Mapping[str, Any], item: Packed) -> str | None:
     return "asymmetric; it fails on the zero point's shape unless given CompressedTensorsConfig(dequantize=True)"
 
 
+def _new_ct(said: Mapping[str, Any], item: Packed) -> str | None:
+    return "act-order by groups, which it no longer reads" if isinstance(item.format, ActOrder) else None
+
+
 def _not_mlx(said: Mapping[str, Any], item: Packed) -> str | None:
     return "MLX's tensors, which only mlx-lm and whit read"
 
@@ -63,5 +68,6 @@ ENGINES: tuple[tuple[str, tuple[str, ...], Refusal], ...] = (
     ("AutoGPTQ before version 2", ("gptq",), _old_gptq),
     ("bitsandbytes on a CPU", ("bitsandbytes",), _bnb_cpu),
     ("transformers with compressed-tensors", ("compressed-tensors",), _transformers_ct),
+    ("compressed-tensors since 0.20", ("compressed-tensors",), _new_ct),
     ("transformers and vLLM", ("mlx",), _not_mlx),
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from math import prod
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ import torch
 from whit.checkpoint.reader import Checkpoint
 from whit.export.lint.findings import Finding
 from whit.export.readers.base import Packed
-from whit.export.readers.compressed_tensors import packing
+from whit.export.readers.compressed_tensors import beyond, packing
 from whit.layouts.affine import integers_of, middle
 from whit.layouts.words import unpack_words
 
@@ -30,6 +31,7 @@ def param_findings(
     if method == "gptq":
         yield from _gptq(said, checkpoint, module, item)
     if method == "compressed-tensors":
+        yield from _zeros(checkpoint, module, item)
         yield from _words(said, checkpoint, module, item)
     if item.format is not None and method in ("gptq", "awq"):
         integers = integers_of(item.format)
@@ -90,6 +92,19 @@ def _claims(said: Mapping[str, Any], module: str, bits: int, group_size: int) ->
         yield Finding(
             "problem", module, f"config.json says group_size {size}, the tensors have {group_size}; correct it"
         )
+
+
+def _zeros(checkpoint: Checkpoint, module: str, item: Packed) -> Iterator[Finding]:
+    """Zero points of older files, a byte each."""
+    key = f"{module}.weight_zero_point"
+    if item.format is None or key not in checkpoint or checkpoint.entries[key].spec.dtype != torch.int8:
+        return
+    if outside := beyond(checkpoint[key], item.format.bits):
+        total = prod(checkpoint.entries[key].spec.shape)
+        yield Finding(
+            "problem", key, f"{outside} of {total} zero points are out of range of {item.format.bits} bits; they "
+            "must be codes; quantize again",
+        )  # fmt: skip
 
 
 def _words(said: Mapping[str, Any], checkpoint: Checkpoint, module: str, item: Packed) -> Iterator[Finding]:

@@ -100,10 +100,21 @@ def _read(
         if stored.dtype == torch.int32 and stored.shape != scale.shape:
             zero = unpack(stored.t().contiguous(), shape[0], format.bits).t().contiguous()
         else:  # older files: signed, one an element
+            if stored.shape == scale.shape and (outside := beyond(stored, format.bits)):
+                raise CheckpointError(
+                    f"{module}.weight_zero_point: {outside} of {stored.numel()} are out of range; all must be codes of "
+                    f"{format.bits} bits; quantize again"
+                )
             zero = (stored.to(torch.int16) + (1 << (format.bits - 1))).to(torch.uint8)
         if zero.shape != scale.shape:
             raise CheckpointError(f"{module}.weight_zero_point: {list(zero.shape)} for {list(scale.shape)} scales")
     return signed(format, shape, codes, scale, zero)
+
+
+def beyond(zero: Tensor, bits: int) -> int:
+    """How many signed zero points are no codes of that many bits."""
+    half = 1 << (bits - 1)
+    return int(((zero < -half) | (zero >= half)).sum())
 
 
 def _by_index(read: Callable[[], QuantizedTensor], index: Tensor) -> QuantizedTensor:
