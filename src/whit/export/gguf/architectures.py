@@ -38,6 +38,12 @@ GPT2 = {
     "ln_1": "attn_norm", "attn.c_attn": "attn_qkv", "attn.c_proj": "attn_output", "ln_2": "ffn_norm",
     "mlp.c_fc": "ffn_up", "mlp.c_proj": "ffn_down",
 }  # fmt: skip
+MIXTURE = {
+    **{part: name for part, name in LLAMA.items() if not part.startswith("mlp.")}, "mlp.gate": "ffn_gate_inp",
+    "mlp.shared_expert_gate": "ffn_gate_inp_shexp", "mlp.shared_expert.gate_proj": "ffn_gate_shexp",
+    "mlp.shared_expert.up_proj": "ffn_up_shexp", "mlp.shared_expert.down_proj": "ffn_down_shexp",
+}  # fmt: skip
+STACK = re.compile(r"model\.layers\.(\d+)\.mlp\.experts\.(gate_up|down)_proj")
 GELU_TANH = ("gelu_pytorch_tanh", "gelu_new")
 
 
@@ -50,6 +56,7 @@ class Architecture:
     activations: tuple[str, ...] = ("silu", "swish")
     interleaved: bool = False
     norm_offset: float = 0.0
+    experts: bool = False
 
     def tensor_name(self, parameter: str) -> str | None:
         """llama.cpp's name of a parameter of transformers, None where it has none."""
@@ -59,6 +66,14 @@ class Architecture:
         if not found or found[2] not in self.parts:
             return None
         return f"blk.{found[1]}.{self.parts[found[2]]}.{found[3]}"
+
+    def stack_names(self, parameter: str) -> tuple[str, ...]:
+        """llama.cpp's names of what a stack of experts holds, its rows in equal parts; none where it is no stack."""
+        found = STACK.fullmatch(parameter)
+        if found is None or not self.experts:
+            return ()
+        parts = ("gate", "up") if found[2] == "gate_up" else ("down",)
+        return tuple(f"blk.{found[1]}.ffn_{part}_exps.weight" for part in parts)
 
     def parameter_name(self, tensor: str) -> str | None:
         """The inverse of `tensor_name`."""
@@ -78,6 +93,9 @@ ARCHITECTURES = {
     "mistral": Architecture("llama", LLAMA, interleaved=True),
     "qwen2": Architecture("qwen2", LLAMA),
     "qwen3": Architecture("qwen3", {**LLAMA, **NORMED_HEADS}),
+    "mixtral": Architecture("llama", MIXTURE, interleaved=True, experts=True),
+    "qwen2_moe": Architecture("qwen2moe", MIXTURE, experts=True),
+    "qwen3_moe": Architecture("qwen3moe", {**MIXTURE, **NORMED_HEADS}, experts=True),
     "gemma2": Architecture("gemma2", GEMMA, GELU_TANH, norm_offset=1.0),
     "gemma3_text": Architecture("gemma3", {**GEMMA, **NORMED_HEADS}, GELU_TANH, norm_offset=1.0),
     "phi3": Architecture("phi3", PHI),

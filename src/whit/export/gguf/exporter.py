@@ -29,7 +29,7 @@ from whit.formats.ggml.mixes import WHOLE_FILE
 from whit.layouts import GGML
 from whit.model.targets import Target
 from whit.recipe import Recipe
-from whit.tensor import Format, PackedWeight, QuantizedTensor, TensorSpec
+from whit.tensor import Format, PackedWeight, QuantizedTensor, TensorSpec, matrix_shape
 
 DTYPES = {torch.float32: F32, torch.float16: 1, torch.bfloat16: 30}
 FALL_BACKS = {
@@ -100,11 +100,7 @@ class Gguf:
         }  # fmt: skip
 
     def specs(self, parameter: Parameter) -> Mapping[str, TensorSpec]:
-        name = self._name(parameter)
-        if parameter.target is not None and parameter.format is not None:
-            return {name: GGML.specs(parameter.format, parameter.target.shape)["data"]}
-        shape = _stored_shape(parameter)
-        return {name: TensorSpec(shape, self._kept_dtype(parameter))}
+        return {info.name: info.spec for info in self._infos(parameter)}
 
     def verbatim(self, parameter: Parameter) -> bool:
         same = list(self.specs(parameter).values()) == [parameter.spec]
@@ -112,46 +108,40 @@ class Gguf:
         return parameter.format is None and same and not moved
 
     def tensors(self, parameter: Parameter, value: Value) -> Mapping[str, Tensor]:
-        ((name, spec),) = self.specs(parameter).items()
+        infos = self._infos(parameter)
         if isinstance(value, QuantizedTensor):
             rows = GGML.pack(value).tensors["data"]
         else:
             rows = value.t() if _is_transposed(parameter) else value
             if offset := self._offset(parameter):
                 rows = rows.to(torch.float32) + offset
-            rows = rows.to(spec.dtype)
+            rows = rows.to(infos[0].spec.dtype)
         order = self._order(parameter)
-        return {name: rows.contiguous() if order is None else rows[order.to(rows.device)]}
+        if order is None:
+            return {infos[0].name: rows.contiguous()}
+        parts = rows.reshape(len(order), -1)[order.to(rows.device)].chunk(len(infos))
+        return {info.name: part.reshape(info.spec.shape) for info, part in zip(infos, parts, strict=True)}
 
     def restore(self, parameter: Parameter, tensors: Mapping[str, Tensor]) -> Value:
-        (rows,) = tensors.values()
-        order = self._order(parameter)
-        if order is not None:
-            rows = rows[order.argsort().to(rows.device)]
+        rows = self._joined(parameter, tensors)
         if parameter.target is not None and parameter.format is not None:
-            return GGML.unpack(PackedWeight(GGML.name, parameter.format, parameter.target.shape, {"data": rows}))
+            data = rows.reshape(matrix_shape(parameter.target.shape)[0], -1)
+            return GGML.unpack(PackedWeight(GGML.name, parameter.format, parameter.target.shape, {"data": data}))
         if offset := self._offset(parameter):
             rows = rows - offset
-        return rows.t() if _is_transposed(parameter) else rows
+        return rows.t() if _is_transposed(parameter) else rows.reshape(parameter.spec.shape)
 
     def decode(self, parameter: Parameter, tensors: Mapping[str, Tensor]) -> Tensor | None:
         """By gguf-py, where it is installed."""
         if parameter.format is None or parameter.target is None or importlib.util.find_spec("gguf") is None:
             return None
         quants, constants = importlib.import_module("gguf.quants"), importlib.import_module("gguf.constants")
-        (data,) = tensors.values()
         number = constants.GGMLQuantizationType(KINDS[str(parameter.format)].number)
-        found = torch.from_numpy(quants.dequantize(data.numpy(), number))
-        order = self._order(parameter)
-        return found if order is None else found[order.argsort()]
+        found = {name: torch.from_numpy(quants.dequantize(data.numpy(), number)) for name, data in tensors.items()}
+        return self._joined(parameter, found).reshape(parameter.target.shape)
 
     def shards(self, parameters: Sequence[Parameter], limit: int) -> tuple[Shard, ...]:
-        infos = []
-        for parameter in parameters:
-            ((name, spec),) = self.specs(parameter).items()
-            quantized = parameter.format is not None and parameter.target is not None
-            number = KINDS[str(parameter.format)].number if quantized else DTYPES[spec.dtype]
-            infos.append(Info(name, _stored_shape(parameter), number, spec))
+        infos = [info for parameter in parameters for info in self._infos(parameter)]
         metadata = {**self.metadata, "general.file_type": _file_type(infos), **self._tokenizer}
         return (gguf_shard("model.gguf", metadata, constants_of(self.model.config), infos),)
 
@@ -165,25 +155,52 @@ class Gguf:
     def _tokenizer(self) -> dict[str, MetadataValue]:
         return tokenizer_metadata(self.folder, self.model.config)
 
-    def _name(self, parameter: Parameter) -> str:
+    def _infos(self, parameter: Parameter) -> tuple[Info, ...]:
+        """The tensors that a parameter becomes: one, or the halves of a stack of experts."""
+        names = self._names(parameter)
+        shape = _stored_shape(parameter)
+        shape = (shape[0], shape[1] // len(names), shape[2]) if len(names) > 1 else shape
+        if parameter.target is not None and parameter.format is not None:
+            spec, number = GGML.specs(parameter.format, shape)["data"], KINDS[str(parameter.format)].number
+        else:
+            spec = TensorSpec(shape, self._kept_dtype(parameter))
+            number = DTYPES[spec.dtype]
+        return tuple(Info(name, shape, number, spec) for name in names)
+
+    def _joined(self, parameter: Parameter, tensors: Mapping[str, Tensor]) -> Tensor:
+        """The rows of all tensors in the model's own order."""
+        parts = list(tensors.values())
+        order = self._order(parameter)
+        if order is None:
+            return parts[0]
+        rows = torch.cat([part.reshape(len(order) // len(parts), -1) for part in parts])
+        rows = rows[order.argsort().to(rows.device)]
+        return rows.reshape(-1) if parts[0].dim() == 1 else rows
+
+    def _names(self, parameter: Parameter) -> tuple[str, ...]:
         name = self.architecture.tensor_name(parameter.name)
-        if name is None:
+        names = self.architecture.stack_names(parameter.name) if name is None else (name,)
+        if not names:
             raise UnsupportedModelError(
                 f"{self.folder}: {parameter.name} in a gguf file; llama.cpp has no such tensor in "
                 f"{self.architecture.name} and every parameter must have a name; choose another --export"
             )
-        return name
+        return names
 
     def _kept_dtype(self, parameter: Parameter) -> torch.dtype:
-        """Vectors and tables of positions in float32, as llama.cpp wants them; matrices as they are."""
-        is_matrix = len(parameter.spec.shape) > 1 and not self._name(parameter).startswith("position_embd")
+        """Vectors, tables of positions and gates in float32, as llama.cpp wants them; matrices as they are."""
+        name = self._names(parameter)[0]
+        is_matrix = len(parameter.spec.shape) > 1 and not ("position_embd" in name or "ffn_gate_inp" in name)
         return parameter.spec.dtype if is_matrix and parameter.spec.dtype in DTYPES else torch.float32
 
     def _offset(self, parameter: Parameter) -> float:
         return self.architecture.norm_offset if parameter.name.endswith("norm.weight") else 0.0
 
     def _order(self, parameter: Parameter) -> Tensor | None:
-        """The order in which llama.cpp wants the rows of q and k: each head's halves interleaved."""
+        """The order in which llama.cpp wants the rows of q and k, each head's halves interleaved, and of experts."""
+        if (parts := len(self._names(parameter))) > 1:  # (experts, parts, rows): part by part
+            experts, rows, _ = parameter.spec.shape
+            return torch.arange(experts * rows).reshape(experts, parts, -1).transpose(0, 1).reshape(-1)
         part = parameter.name.split(".")[-2]
         if not self.architecture.interleaved or part not in ("q_proj", "k_proj"):
             return None

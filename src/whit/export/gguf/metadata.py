@@ -54,11 +54,34 @@ def _llama_like(config: Any, architecture: Architecture, where: str) -> dict[str
         "rope.freq_base": float(rope.get("rope_theta", 10000.0)),
     }  # fmt: skip
     shape |= _longrope(config, rope) if _is_longrope(architecture.name, rope) else _scaling(rope, where)
+    if architecture.experts:
+        shape |= _experts(config, architecture.name, where)
     if architecture.name.startswith("gemma"):
         shape |= _gemma(config, width, where)
     elif architecture.name == "phi3":
         shape["attention.sliding_window"] = config.sliding_window or 0
         shape["rope.scaling.original_context_length"] = config.original_max_position_embeddings
+    return shape
+
+
+def _experts(config: Any, name: str, where: str) -> dict[str, Value]:
+    """What llama.cpp is told of experts; what it computes by the architecture's name must be what the model does."""
+    normed = bool(getattr(config, "norm_topk_prob", True))
+    dense = getattr(config, "mlp_only_layers", None) or getattr(config, "decoder_sparse_step", 1) != 1
+    if dense or normed != (name != "qwen2moe"):
+        what = "blocks without experts" if dense else f"norm_topk_prob {normed}"
+        raise UnsupportedModelError(
+            f"{where}: {what}; llama.cpp computes {name} with experts in every block and norm_topk_prob "
+            f"{name != 'qwen2moe'}; choose another --export"
+        )
+    count = getattr(config, "num_local_experts", None) or config.num_experts
+    shape: dict[str, Value] = {"expert_count": count, "expert_used_count": config.num_experts_per_tok}
+    for key, value in (
+        ("expert_feed_forward_length", getattr(config, "moe_intermediate_size", None)),
+        ("expert_shared_feed_forward_length", getattr(config, "shared_expert_intermediate_size", None)),
+    ):
+        if value is not None:
+            shape[key] = value
     return shape
 
 
