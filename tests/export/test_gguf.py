@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 import whit
 from whit.errors import RecipeError, UnsupportedModelError
 from whit.export.gguf.architectures import ARCHITECTURES
-from whit.job import Options, prepare
+from whit.job import Options, open_source, prepare
 from whit.pipeline import dequantize, run
 
 from llama_cpp import LlamaCpp, needs_llama_cpp
@@ -22,6 +22,7 @@ from tiny_models import tiny_inputs, tiny_model
 
 gguf = pytest.importorskip("gguf", reason="gguf-py is not installed here")
 NAMES = ("llama", "llama-tied", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "gpt2")
+EXPERTS = ("mixtral", "qwen2_moe", "qwen3_moe")
 
 
 def save(folder: Path, name: str, dtype: torch.dtype = torch.float32) -> Path:
@@ -30,6 +31,8 @@ def save(folder: Path, name: str, dtype: torch.dtype = torch.float32) -> Path:
     for config in (model.config, *(m.config for m in model.modules() if hasattr(m, "config"))):
         if hasattr(config, "query_pre_attn_scalar"):
             config.query_pre_attn_scalar = config.head_dim
+    if name == "qwen3_moe":  # as llama.cpp weighs its experts
+        model.config.norm_topk_prob = True
     model.save_pretrained(folder)
     return folder
 
@@ -42,7 +45,7 @@ def expected(folder: Path, name: str) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @needs_llama_cpp()
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, *EXPERTS])
 def test_llama_cpp_computes_transformers_logits(name: str, tmp_path: Path):
     folder = save(tmp_path / "model", name)
     run(prepare(folder, tmp_path / "m.gguf", None, Options(), export="gguf"))
@@ -51,6 +54,25 @@ def test_llama_cpp_computes_transformers_logits(name: str, tmp_path: Path):
     found = theirs.logits(tokens)
     theirs.close()
     assert torch.allclose(found, logits, atol=2e-3 * float(logits.abs().max()))
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+def test_experts_are_stacks_and_come_back(name: str, tmp_path: Path):
+    """gguf-py's decoder agrees, and what is read again has the same numbers."""
+    folder = save(tmp_path / "model", name)
+    account = whit.quantize(folder, tmp_path / "m.gguf", whit.Recipe(rules=[("*", "q4_1")]), export="gguf")
+    assert account.decoded is not None
+    assert account.decoded["largest_error"] == 0
+    tensors = {t.name: t for t in gguf.GGUFReader(tmp_path / "m.gguf").tensors}
+    width = 128 if name == "mixtral" else 32
+    for part, shape in (("gate", [64, width, 4]), ("up", [64, width, 4]), ("down", [width, 64, 4])):
+        assert tensors[f"blk.1.ffn_{part}_exps.weight"].shape.tolist() == shape
+    assert tensors["blk.1.ffn_gate_inp.weight"].tensor_type == gguf.GGMLQuantizationType.F32
+    rules = [("*", "q4_1"), ("lm_head", "q8_0"), ("model.embed_tokens", "q4_1")]
+    whit.quantize(folder, tmp_path / "whit", whit.Recipe(rules=rules))
+    ours, back = open_source(tmp_path / "whit"), open_source(tmp_path / "m.gguf")
+    assert ours.origins.keys() == back.origins.keys()
+    assert all(torch.equal(ours.read(key).float(), back.read(key).float()) for key in ours.origins)
 
 
 @needs_llama_cpp()

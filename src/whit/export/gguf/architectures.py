@@ -75,6 +75,17 @@ class Architecture:
         parts = ("gate", "up") if found[2] == "gate_up" else ("down",)
         return tuple(f"blk.{found[1]}.ffn_{part}_exps.weight" for part in parts)
 
+    def expert_names(self, tensor: str, count: int) -> list[str]:
+        """The hub's names of the matrices of a stack; none where a tensor is no stack."""
+        found = re.fullmatch(r"blk\.(\d+)\.ffn_(gate|up|down)_exps\.weight", tensor)
+        if found is None or not self.experts:
+            return []
+        if self.name == "llama":  # Mixtral
+            part, block = {"gate": "w1", "up": "w3", "down": "w2"}[found[2]], "block_sparse_moe"
+        else:
+            part, block = f"{found[2]}_proj", "mlp"
+        return [f"model.layers.{found[1]}.{block}.experts.{number}.{part}.weight" for number in range(count)]
+
     def parameter_name(self, tensor: str) -> str | None:
         """The inverse of `tensor_name`."""
         gpt2 = self.parts is GPT2

@@ -68,12 +68,24 @@ def _llama_like(
         values["query_pre_attn_scalar"] = values["hidden_size"] // heads if large else values["head_dim"]
         values["attn_logit_softcapping"] = facts.get("attn_logit_softcapping")
         values["final_logit_softcapping"] = facts.get("final_logit_softcapping")
+    if architecture.experts:
+        _experts(values, facts, architecture)
     if window := facts.get("attention.sliding_window"):
         values["sliding_window"] = window
     if architecture.name == "phi3":
         original = facts.get("rope.scaling.original_context_length", values["max_position_embeddings"])
         values["original_max_position_embeddings"] = original
         values["partial_rotary_factor"] = facts.get("rope.dimension_count", values["head_dim"]) / values["head_dim"]
+
+
+def _experts(values: dict[str, Any], facts: Mapping[str, Any], architecture: Architecture) -> None:
+    count = "num_local_experts" if architecture.name == "llama" else "num_experts"
+    values |= {count: facts["expert_count"], "num_experts_per_tok": facts.get("expert_used_count", 2)}
+    if architecture.name != "llama":
+        values |= {"norm_topk_prob": architecture.name != "qwen2moe", "decoder_sparse_step": 1, "mlp_only_layers": []}
+        values["moe_intermediate_size"] = facts.get("expert_feed_forward_length", values["intermediate_size"])
+    if shared := facts.get("expert_shared_feed_forward_length"):
+        values["shared_expert_intermediate_size"] = shared
 
 
 def _rope(

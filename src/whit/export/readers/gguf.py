@@ -11,6 +11,7 @@ import importlib
 import importlib.util
 from collections.abc import Callable
 from functools import partial
+from math import prod
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -55,16 +56,23 @@ def read_gguf_model(path: Path) -> Foreign:
     """A file as if it were a folder that is not quantized; its small files lie in a folder that goes with it."""
     header = read_gguf(path)
     name = header.metadata.get("general.architecture")
-    architecture = next((a for a in ARCHITECTURES.values() if a.name == name), None)
+    has_experts = bool(header.metadata.get(f"{name}.expert_count", 0))
+    architecture = next((a for a in ARCHITECTURES.values() if (a.name, a.experts) == (name, has_experts)), None)
     if architecture is None:
         known = ", ".join(dict.fromkeys(a.name for a in ARCHITECTURES.values()))
-        raise UnsupportedModelError(f"{path}: architecture {name!r}; whit reads {known} from gguf files; convert it")
+        kind = " with experts" if has_experts else ""
+        raise UnsupportedModelError(
+            f"{path}: architecture {name!r}{kind}; whit reads {known} from gguf files; convert it"
+        )
     folder: TemporaryDirectory[str] = TemporaryDirectory(prefix="whit-")
     config = _small_files(path, header, architecture, Path(folder.name) / path.stem)
     names = {tensor: architecture.parameter_name(tensor) or tensor for tensor in header.tensors}
     checkpoint = GgufCheckpoint(header, folder)
-    packed = {}
+    packed: dict[str, Packed] = {}
     for tensor in header.tensors.values():
+        if experts := _experts(checkpoint, tensor, architecture):
+            packed |= experts
+            continue
         item = _packed(checkpoint, tensor, architecture, config)
         if item is not None:
             packed[names[tensor.name]] = item
@@ -134,6 +142,25 @@ def _packed(checkpoint: GgufCheckpoint, tensor: GgufTensor, architecture: Archit
     return Packed((tensor.name,), tensor.shape, None, read, "stored otherwise than transformers does")
 
 
+def _experts(checkpoint: GgufCheckpoint, tensor: GgufTensor, architecture: Architecture) -> dict[str, Packed]:
+    """The matrices of a stack, one by one under the hub's names; none where a tensor is no stack."""
+    names = architecture.expert_names(tensor.name, tensor.shape[0])
+    if not names or len(tensor.shape) != 3:
+        return {}
+    shape, kind, found = tensor.shape[1:], tensor.type.lower(), {}
+    for number, name in enumerate(names):
+        rows = torch.arange(number * shape[0], (number + 1) * shape[0])
+        if kind in KINDS:
+            read: Callable[[], QuantizedTensor | Tensor] = partial(_codes, checkpoint, tensor, rows)
+            found[name] = Packed((tensor.name,), shape, parse_format(kind), read)
+        else:
+            load = _floats if tensor.type in DTYPES else _decoded
+            note = "one of a stack of experts" if tensor.type in DTYPES else f"{tensor.type} is no format of whit"
+            args = (checkpoint, tensor, rows, 0.0) if tensor.type in DTYPES else (checkpoint, tensor, rows)
+            found[name] = Packed((tensor.name,), shape, None, partial(load, *args), note)
+    return found
+
+
 def _order(tensor: GgufTensor, architecture: Architecture, config: Any) -> Tensor | None:
     """Which row of the file each row of the model is."""
     if not architecture.interleaved or tensor.name.split(".")[-2] not in ("attn_q", "attn_k"):
@@ -143,18 +170,21 @@ def _order(tensor: GgufTensor, architecture: Architecture, config: Any) -> Tenso
 
 
 def _codes(checkpoint: GgufCheckpoint, tensor: GgufTensor, order: Tensor | None) -> QuantizedTensor:
-    data = checkpoint[tensor.name].reshape(tensor.shape[0], -1)
+    data = checkpoint[tensor.name].reshape(prod(tensor.shape[:-1]), -1)
     data = data if order is None else data[order]
-    return GGML.unpack(PackedWeight(GGML.name, parse_format(tensor.type.lower()), tensor.shape, {"data": data}))
+    shape = (len(data), tensor.shape[-1])
+    return GGML.unpack(PackedWeight(GGML.name, parse_format(tensor.type.lower()), shape, {"data": data}))
 
 
 def _decoded(checkpoint: GgufCheckpoint, tensor: GgufTensor, order: Tensor | None) -> Tensor:
     quants, constants = importlib.import_module("gguf.quants"), importlib.import_module("gguf.constants")
-    data = checkpoint[tensor.name].reshape(tensor.shape[0], -1)
+    data = checkpoint[tensor.name].reshape(prod(tensor.shape[:-1]), -1)
     floats = torch.from_numpy(quants.dequantize(data.numpy(), constants.GGMLQuantizationType[tensor.type]))
     return floats if order is None else floats[order]
 
 
 def _floats(checkpoint: GgufCheckpoint, tensor: GgufTensor, order: Tensor | None, offset: float) -> Tensor:
     floats = checkpoint[tensor.name].to(torch.float32) - offset
+    if len(tensor.shape) == 3:  # experts below each other
+        floats = floats.reshape(-1, tensor.shape[-1])
     return floats if order is None else floats[order]
