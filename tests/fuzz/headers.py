@@ -3,6 +3,7 @@
 Each kind of file gets its share of the time in a child process, whose memory is capped; atheris (libFuzzer) must be
 installed. Inputs that break a promise of checks.py end the child, are kept, and the next child starts with another
 seed. The seeds, executions and finds are written to FOLDER/report.json; those worth keeping go to tests/fuzz/found.
+corpus.zip holds what an hour found interesting (report.json here says how much it ran), and each run begins with it.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import sys
 import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from zipfile import ZipFile
 
 HERE = Path(__file__).parent
 SHARES = {"gguf": 0.45, "safetensors": 0.4, "imatrix": 0.15}
@@ -117,7 +119,9 @@ def child(kind: str, corpus: Path, seconds: int, seed: int) -> None:
     with atheris.instrument_imports(include=["whit.checkpoint", "whit.export.gguf.imatrix"]):
         from checks import check
     corpus.mkdir(parents=True, exist_ok=True)
-    for index, content in enumerate(seeds(kind)):
+    with ZipFile(HERE / "corpus.zip") as earlier:
+        known = [earlier.read(name) for name in earlier.namelist() if name.startswith(f"{kind}/")]
+    for index, content in enumerate([*seeds(kind), *known]):
         (corpus / f"seed{index}").write_bytes(content)
     torch.set_num_threads(1)
     pages = int(Path("/proc/self/statm").read_text().split()[0])
