@@ -59,12 +59,23 @@ def _bitsandbytes(**options: Any) -> Callable[[str, str], Any]:
 
 
 def _hqq(bits: int, group_size: int) -> Callable[[str, str], Any]:
-    def config(dtype: torch.dtype) -> Any:
-        from transformers import HqqConfig
+    """By hqq itself: transformers 5 has no way to it."""
 
-        return HqqConfig(nbits=bits, group_size=group_size)
+    def load(model: str, device: str) -> Any:
+        from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
+        from torch import nn
+        from transformers import AutoModelForCausalLM
 
-    return _through_transformers(config)
+        network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16, device_map={"": device}).eval()
+        head = network.get_output_embeddings()
+        linears = [(n, m) for n, m in network.named_modules() if isinstance(m, nn.Linear) and m is not head]
+        for name, linear in linears:
+            config = BaseQuantizeConfig(nbits=bits, group_size=group_size)
+            quantized = HQQLinear(linear, config, compute_dtype=torch.bfloat16, device=device)
+            network.set_submodule(name, quantized)
+        return network
+
+    return load
 
 
 def _quanto(weights: str) -> Callable[[str, str], Any]:
@@ -76,14 +87,30 @@ def _quanto(weights: str) -> Callable[[str, str], Any]:
     return _through_transformers(config)
 
 
-def _torchao(name: str, **options: Any) -> Callable[[str, str], Any]:
+def _torchao(make: Callable[[], Any]) -> Callable[[str, str], Any]:
     def config(dtype: torch.dtype) -> Any:
-        import torchao.quantization as ao
         from transformers import TorchAoConfig
 
-        return TorchAoConfig(getattr(ao, name)(**options))
+        return TorchAoConfig(make())
 
     return _through_transformers(config)
+
+
+def _torchao_int8() -> Any:
+    from torchao.quantization import Int8WeightOnlyConfig
+
+    return Int8WeightOnlyConfig()
+
+
+def _torchao_int4() -> Any:
+    """On a processor torchao's four bits are a prototype of it, multiplied by torch's own kernel."""
+    if torch.cuda.is_available():
+        from torchao.quantization import Int4WeightOnlyConfig
+
+        return Int4WeightOnlyConfig(group_size=64)
+    from torchao.prototype.quantization.int4 import PrototypeInt4WeightOnlyConfig
+
+    return PrototypeInt4WeightOnlyConfig(group_size=64)
 
 
 _FOUR = {"load_in_4bit": True}
@@ -98,8 +125,8 @@ PEERS = (
     Peer("hqq-library:int2-g64", "hqq", "hqq", _hqq(2, 64)),
     Peer("quanto:int8", "optimum.quanto", "optimum-quanto", _quanto("int8")),
     Peer("quanto:int4", "optimum.quanto", "optimum-quanto", _quanto("int4")),
-    Peer("torchao:int8", "torchao", "torchao", _torchao("Int8WeightOnlyConfig")),
-    Peer("torchao:int4", "torchao", "torchao", _torchao("Int4WeightOnlyConfig", group_size=64)),
+    Peer("torchao:int8", "torchao", "torchao", _torchao(_torchao_int8)),
+    Peer("torchao:int4", "torchao", "torchao", _torchao(_torchao_int4)),
     *(Peer(f"llama.cpp:{name}", llama_cpp.PACKAGE, llama_cpp.INSTALL, llama_cpp.loader(name))
       for name in llama_cpp.FILE_TYPES),
 )  # fmt: skip
