@@ -18,7 +18,7 @@ LOADING_TESTS := tests/integrations tests/modules tests/evaluation/test_loading.
 PARALLEL := -n auto --maxprocesses 4 --dist worksteal
 test test-transformers: export OMP_NUM_THREADS := 1
 
-.PHONY: demo test test-slow test-transformers test-wheel lint docs report setup clean
+.PHONY: demo test test-slow test-transformers test-wheel lint docs report report-shipped setup clean
 
 demo: $(VENV)/runtime
 	$(BIN)/whit demo
@@ -53,15 +53,29 @@ docs: $(VENV)/runtime
 	$(VENV)/docs/bin/python -m pip install -q "mkdocs-material>=9.5"
 	NO_MKDOCS_2_WARNING=1 $(VENV)/docs/bin/mkdocs build --strict --quiet
 
-# The measured comparison on the shared real model, beside bitsandbytes; models and rows stay in REPORT.
+# The measured comparisons under docs/: on the shared real model, beside bitsandbytes, and on the model that ships.
+# What is measured once is kept in WORK; `make report OPTIONS="--threads 2 --speed-again"` measures speeds alone again.
 SHARED ?= $(HOME)/.cache/whit-shared
-REPORT ?= report-smollm2
-CANDIDATES := int8,nf4-dq,int4-g64,awq:int4-g64,gptq:int4-g64,awq:int3-g64,gptq:int3-g64,int2-g32,codebook(-1,0,1)-g64
+WORK ?= $(HOME)/.cache
+OPTIONS ?= --threads 2
+CANDIDATES := int8,nf4-dq,int4-g64,gptq:int4-g64,awq:int4-g64,gptq:int3-g64,awq:int3-g64,int2-g32,ternary
+SHIPPED := int8,nf4-dq,int4-g64,gptq:int4-g64,gptq:int3-g64-asym,bitsandbytes:nf4
+FILES := report.html report.md results.json *.png
 report: $(VENV)/dev
-	$(BIN)/whit compare $(SHARED)/models/smollm2-135m-fp $(REPORT) \
+	$(BIN)/whit compare $(SHARED)/models/smollm2-135m-fp $(WORK)/report-smollm2 \
 		--candidates '$(CANDIDATES),bitsandbytes:nf4,bitsandbytes:int8' \
-		--text $(SHARED)/data/wikitext2/wiki.test.raw --calibration $(SHARED)/data/text/wiki_train.txt \
-		--tasks piqa,arc_easy --task-data $(SHARED)/data $(OPTIONS)
+		--text $(SHARED)/data/wikitext2/wiki.test.raw --max-tokens 8192 \
+		--calibration $(SHARED)/data/text/wiki_train.txt --samples 32 --calibration-context 512 \
+		--tasks piqa,arc_easy --limit 50 --task-data $(SHARED)/data $(OPTIONS)
+	mkdir -p docs/report-smollm2
+	cd $(WORK)/report-smollm2 && cp $(FILES) $(CURDIR)/docs/report-smollm2
+	$(BIN)/python docs/screenshots.py docs/report-smollm2
+
+report-shipped: $(VENV)/dev
+	$(BIN)/whit compare whit:model $(WORK)/report-shipped --candidates '$(SHIPPED)' --max-tokens 16384 \
+		--samples 32 --calibration-context 512 $(OPTIONS)
+	cd $(WORK)/report-shipped && cp $(FILES) $(CURDIR)/docs/report
+	$(BIN)/python docs/screenshots.py docs/report
 
 setup: $(VENV)/dev
 

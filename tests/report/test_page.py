@@ -107,8 +107,12 @@ def test_the_page_in_a_browser(browser, comparison: Comparison, tmp_path: Path, 
         return js("return document.getElementById('advice').textContent")
 
     assert advice(10).startswith("Nothing fits; the smallest is nf4-dq")
-    assert advice(61).startswith("Deploy nf4-dq: 60.0 MB.")
+    assert advice(61).startswith("Deploy nf4-dq: 60.0 MB, OUT_DIR/models/nf4-dq. It costs ")
+    assert advice(61).endswith("Loading it and writing took 120.0 MB for the whole process.")
     assert "the model as it is fits" in advice(500)
+    js("const b = document.getElementById('basis'); b.value = 'peak'; b.dispatchEvent(new Event('change'))")
+    assert advice(61).startswith("Nothing fits; the smallest is nf4-dq with 120.0 MB")
+    assert advice(190).startswith("Deploy int8: 90.0 MB")
 
     from selenium.webdriver.common.by import By
     from selenium.webdriver.common.keys import Keys
@@ -119,7 +123,7 @@ def test_the_page_in_a_browser(browser, comparison: Comparison, tmp_path: Path, 
         seen.add(js("const e = document.activeElement; return e.tagName + ' ' + (e.id || e.className.baseVal || '')"))
         if js("return document.activeElement.tagName") == "circle":
             assert "KL" in js("return document.getElementById('tip').textContent")
-    assert {"BUTTON theme", "INPUT budget", "SELECT which", "circle best"} <= seen
+    assert {"BUTTON theme", "INPUT budget", "SELECT basis", "SELECT which", "circle best"} <= seen
 
     browser.find_element(By.ID, "which").send_keys("nf4")
     shown = "return [...document.querySelectorAll('.grids')].filter(g => !g.hidden).map(g => g.ariaLabel)"

@@ -71,6 +71,8 @@ def test_a_checkpoint_has_its_pictures(tmp_path: Path):
 
 
 def test_the_same_figure_gives_the_same_bytes():
-    parts = {"weights": [5e9] * 3, "KV cache": [0.0, 1e9, 2e9]}
-    first, second = (figures.png(figures.memory("m", "int8", [0, 1, 2], parts)) for _ in range(2))
+    generating = {"weights": [5e9] * 3, "KV cache": [0.0, 1e9, 2e9]}
+    training = {"weights": [5e9] * 3, "optimizer": [1e9] * 3, "activations": [0.0, 1e9, 2e9]}
+    stacks = {"generating": ([0, 1, 2], generating), "training": ([0, 1, 2], training)}
+    first, second = (figures.png(figures.memory("m", stacks)) for _ in range(2))
     assert first == second

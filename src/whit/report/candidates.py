@@ -40,7 +40,12 @@ class Entrant:
     @property
     def folder(self) -> str:
         """A name for its output that any file system takes."""
-        return "".join(c if c.isalnum() or c in "-." else "_" for c in self.label)
+        return folder_name(self.label)
+
+
+def folder_name(label: str) -> str:
+    """The label with an underscore for everything that a file system may not take."""
+    return "".join(c if c.isalnum() or c in "-." else "_" for c in label)
 
 
 def parse_entrant(text: str) -> Entrant:

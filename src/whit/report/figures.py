@@ -26,7 +26,7 @@ STYLES = (
     (RED, "v", "-"),
     (SKY, "P", "--"),
 )
-HATCHES = ("", "//", "..", "xx")
+PARTS = ("weights", "overhead", "KV cache", "activations", "optimizer")  # of memory
 Row = Mapping[str, Any]
 
 
@@ -165,16 +165,24 @@ def outliers(channels: Mapping[str, np.ndarray]) -> Figure:
     return figure
 
 
-def memory(name: str, spec: str, contexts: Sequence[int], parts: Mapping[str, Sequence[float]]) -> Figure:
-    """A stack of parts (bytes) over the context."""
-    figure, axes = _figure(f"{name} in {spec}: memory against context, batch 1")
-    colours = (BLUE, ORANGE, GREEN, PURPLE)
-    unit, divisor = ("GB", 1e9) if sum(values[-1] for values in parts.values()) >= 1e9 else ("MB", 1e6)
-    stacks = axes.stackplot(
-        contexts, [np.array(v) / divisor for v in parts.values()], labels=list(parts), colors=colours
-    )
-    for stack, hatch in zip(stacks, HATCHES, strict=False):
-        stack.set(hatch=hatch, edgecolor="white")
-    axes.set(xlabel="context, tokens", ylabel=f"memory, {unit}", xlim=(contexts[0], contexts[-1]))
-    axes.legend(fontsize=8, loc="upper left")
+def memory(name: str, stacks: Mapping[str, tuple[Sequence[int], Mapping[str, Sequence[float]]]]) -> Figure:
+    """One panel a situation, which `stacks` maps to (contexts, part -> bytes): parts on top of each other."""
+    figure = Figure(figsize=(5.2 * len(stacks), 4.0))
+    panels = figure.subplots(1, len(stacks), squeeze=False)[0]
+    colours = dict(zip(PARTS, (BLUE, SKY, ORANGE, GREEN, PURPLE), strict=True))
+    hatches = dict(zip(PARTS, ("", "..", "//", "xx", "\\\\"), strict=True))
+    for axes, (situation, (contexts, parts)) in zip(panels, stacks.items(), strict=True):
+        unit, divisor = ("GB", 1e9) if sum(values[-1] for values in parts.values()) >= 1e9 else ("MB", 1e6)
+        drawn = axes.stackplot(
+            contexts, [np.array(v) / divisor for v in parts.values()], labels=list(parts),
+            colors=[colours[part] for part in parts],
+        )  # fmt: skip
+        for stack, part in zip(drawn, parts, strict=True):
+            stack.set(hatch=hatches[part], edgecolor="white")
+        axes.set(xlabel="context, tokens", ylabel=f"memory, {unit}", xlim=(contexts[0], contexts[-1]))
+        axes.set_title(situation, fontsize=10)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8, loc="upper left")
+    figure.suptitle(f"{name}: memory against context, batch 1", fontsize=11)
+    figure.tight_layout()
     return figure

@@ -12,9 +12,10 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from whit.report.candidates import folder_name
 from whit.report.front import chart, front
 from whit.report.layers import grid
-from whit.report.runs import Comparison
+from whit.report.runs import MODELS, Comparison
 from whit.report.tables import columns, markdown
 
 NO_PICTURES = "No pictures: matplotlib is not installed; it must be; pip install 'whit[report]' and run again."
@@ -72,7 +73,7 @@ CAPTIONS = {
     "histogram": "Weights before and after quantization, with the levels that exist.",
     "error_bits": "Error against bits for symmetric, asymmetric, NormalFloat and per-group formats.",
     "outliers": "Largest activation of every channel: outliers are why activations are harder than weights.",
-    "memory": "What takes memory as the context grows.",
+    "memory": "What takes memory as the context grows, in generating and in training.",
 }
 
 
@@ -80,7 +81,9 @@ def _choices(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """What the page's chooser compares: every candidate that works, the original with no divergence."""
     return [
         {
-            "name": row["candidate"], "size": row["size_bytes"], "loaded": row["memory_loaded_bytes"],
+            "name": row["candidate"], "size": row["size_bytes"], "peak": row["memory_peak_bytes"],
+            "place": f"{MODELS}/{folder_name(row['candidate'])}" if row["kind"] == "whit" else "",
+            "decode": row.get("relative", {}).get("decode"),
             "kl": row["kl"]["mean"] if row["kind"] != "original" else 0.0,
             "change": row.get("relative", {}).get("perplexity_change", 0.0), "top1": row["top1_agreement"],
             "kind": row["kind"],

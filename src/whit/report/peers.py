@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
+from torch import nn
 
 from whit.errors import EvaluationError
 from whit.report import llama_cpp
@@ -63,7 +64,6 @@ def _hqq(bits: int, group_size: int) -> Callable[[str, str], Any]:
 
     def load(model: str, device: str) -> Any:
         from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
-        from torch import nn
         from transformers import AutoModelForCausalLM
 
         network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16, device_map={"": device}).eval()
@@ -142,3 +142,16 @@ def load_peer(peer: Peer, model: str, device: str) -> Any:
     if not peer.is_installed:
         raise EvaluationError(f"{peer.name}: {peer.package} is not installed; it must be; pip install {peer.install}")
     return peer.load(model, device)
+
+
+def held_bytes(model: nn.Module) -> int:
+    """Bytes of all parameters and buffers; of a tensor that wraps others, as peers' packed weights do, of those."""
+    found: dict[int, int] = {}
+    waiting: list[Any] = [*model.parameters(), *model.buffers()]
+    while waiting:
+        tensor = waiting.pop()
+        if type(tensor) not in (torch.Tensor, nn.Parameter) and hasattr(tensor, "__tensor_flatten__"):
+            waiting += [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
+        else:
+            found[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
+    return sum(found.values())

@@ -20,6 +20,7 @@ from whit.errors import CheckpointError, WhitError
 from whit.integrations.loading import load_causal_lm, load_tokenizer, maximum_context, model_files
 from whit.job import open_source
 from whit.memory import Planner, Situation, find_subject
+from whit.memory.needs import Weights
 from whit.model.targets import Target, find_targets
 from whit.plan import Source
 from whit.report import figures
@@ -229,14 +230,24 @@ def _watched(network: nn.Module) -> list[str]:
 
 
 def _memory(model: str) -> Figure:
+    """Generating with the weights as they are, and training adapters on them in 4 bits, checkpointed."""
     subject = find_subject(model)
     planner = Planner(subject, Situation(context=1))
-    most = getattr(subject.config, "max_position_embeddings", None) or 8192
-    contexts = [max(most * step // 16, 1) for step in range(17)]
     weights = planner.stored() or planner.weights("bf16")
-    needs = [planner.need(weights, context) for context in contexts]
+    stacks = {f"generating, {weights.format}": _stack(planner, weights, None)}
+    with suppress(WhitError):  # a shape that has no groups of 64
+        training = Planner(subject, Situation(context=1, train="qlora"))
+        stacks["training adapters, nf4-dq"] = _stack(training, training.weights("nf4-dq"), True)
+    return figures.memory(Path(subject.name).name, stacks)
+
+
+def _stack(planner: Planner, weights: Weights, checkpointing: bool | None) -> tuple[list[int], dict[str, list[float]]]:
+    most = getattr(planner.subject.config, "max_position_embeddings", None) or 8192
+    contexts = [max(most * step // 16, 1) for step in range(17)]
+    needs = [planner.need(weights, context, checkpointing) for context in contexts]
     parts = {
-        "weights": [n.weights_bytes for n in needs], "overhead": [n.overhead_bytes for n in needs],
-        "KV cache": [n.kv_cache_bytes for n in needs], "activations": [n.activations_bytes for n in needs],
+        "weights": [float(n.weights_bytes) for n in needs], "overhead": [float(n.overhead_bytes) for n in needs],
+        "KV cache": [float(n.kv_cache_bytes) for n in needs], "optimizer": [float(n.optimizer_bytes) for n in needs],
+        "activations": [float(n.activations_bytes) for n in needs],
     }  # fmt: skip
-    return figures.memory(Path(subject.name).name, weights.format, contexts, parts)
+    return contexts, {part: values for part, values in parts.items() if any(values)}

@@ -33,7 +33,7 @@ from whit.pipeline import quantize
 from whit.recipe import Recipe
 from whit.report.candidates import Entrant
 from whit.report.machine import read_bandwidth
-from whit.report.peers import find_peer, load_peer
+from whit.report.peers import find_peer, held_bytes, load_peer
 from whit.report.speed import SpeedOptions, touch
 
 STATUS = Path("/proc/self/status")
@@ -177,7 +177,7 @@ def _peer_size(order: Order, network: Any) -> dict[str, Any]:
             files = [*Path(folder).glob("*.safetensors"), *Path(folder).glob("*.gguf")]
             size = sum(file.stat().st_size for file in files)
         except Exception as error:  # peers raise whatever they like
-            size, said = network.get_memory_footprint(), f"not saved ({type(error).__name__}): size is that in memory"
+            size, said = held_bytes(network), f"not saved ({type(error).__name__}): size is that in memory"
         else:
             said = ""
     about: dict[str, Any] = {"size_bytes": size, "bits_per_weight": 8 * size / parameters}
