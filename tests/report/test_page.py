@@ -52,6 +52,20 @@ def test_the_files_are_whole_and_say_no_places(comparison: Comparison, tmp_path:
     assert "- 60.0 MB: `nf4-dq`" in files[1].read_text()
 
 
+def test_what_a_reader_must_know_is_said(comparison: Comparison):
+    assert "beside other work" not in html(comparison, "m", {})
+    rows = [dict(row) for row in comparison.rows]
+    rows[1] |= {"made": {"seconds": 700.0, "cpu_seconds": 170.0}, "provenance": {"calibration": {"tokens": 5}}}
+    rows[2] |= {"speed_error": "out of memory"}
+    rows[4] |= {"size_note": "not saved (ValueError): size is that in memory"}
+    page = html(Comparison("m", "m", Settings(), {**comparison.machine, "speed_waves": 2}, tuple(rows)), "m", {})
+    for said in (
+        "beside other work: go by processor seconds", "Calibrated on 128 windows of 2048", "whit:text: int8.",
+        "nf4-dq: no speed: out of memory.", "bitsandbytes:nf4: not saved", "each wave of them",
+    ):  # fmt: skip
+        assert said in page, said
+
+
 def test_the_page_needs_nothing_from_outside_and_escapes_what_it_shows(comparison: Comparison):
     page = html(comparison, "a <model>", {})
     assert not re.findall(r"""(?:src|href)=["'](?!data:|#)""", page)

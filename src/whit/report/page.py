@@ -18,6 +18,7 @@ from whit.report.layers import grid
 from whit.report.runs import MODELS, Comparison
 from whit.report.tables import columns, markdown
 
+BUSY = 10  # seconds that a process may wait for a disk before it is said to have waited for other work
 NO_PICTURES = "No pictures: matplotlib is not installed; it must be; pip install 'whit[report]' and run again."
 
 
@@ -118,6 +119,9 @@ def _remarks(found: Comparison) -> list[str]:
         said.append(f"Calibrated on {windows} of {text}: {', '.join(calibrated)}.")
     if e.tasks:
         said.append(f"Tasks: {f'the first {e.limit} items of each' if e.limit else 'all items'}.")
+    made = [row["made"] for row in found.rows if "cpu_seconds" in row.get("made", {})]
+    if any(each["seconds"] > BUSY + 2 * each["cpu_seconds"] for each in made):
+        said.append("Candidates were quantized beside other work: go by processor seconds (CPU s), not by seconds.")
     if found.machine.get("speed_waves", 1) > 1:
         said.append("Not all candidates fit in memory together; each wave of them took turns with the original alone.")
     said += [f"{row['candidate']}: no speed: {row['speed_error']}." for row in found.rows if row.get("speed_error")]
@@ -131,8 +135,9 @@ def _command(found: Comparison, name: str) -> str:
     original = {row["candidate"]: row for row in found.rows if row["kind"] != "original"}
     parts = [f"whit compare {name} OUT_DIR --candidates '{','.join(original)}'", f"--text {Path(e.text).name}"]
     pairs = (
-        ("--context", e.context), ("--max-tokens", e.max_tokens), ("--tasks", ",".join(e.tasks)), ("--limit", e.limit),
-        ("--calibration", s.calibration.text if s.calibration.text != "whit:text" else None),
+        ("--context", e.context), ("--max-tokens", e.max_tokens), ("--tasks", ",".join(e.tasks)),
+        ("--task-data", "DATA" if e.task_data else None), ("--limit", e.limit),
+        ("--calibration", Path(str(s.calibration.text)).name if s.calibration.text != "whit:text" else None),
         ("--samples", s.calibration.samples), ("--calibration-context", s.calibration.context),
         ("--threads", s.threads), ("--seed", s.seed or None),
     )  # fmt: skip
