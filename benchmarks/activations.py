@@ -33,9 +33,12 @@ ROWS = {
     "LLM.int8()": ("rtn", "llm.int8", None),
     "W8A8 dynamic": ("rtn", "w8a8", None),
     "SmoothQuant, W8A8 dynamic": ("smoothquant", "w8a8", None),
-    "W8A8 static, min-max": ("rtn", "int8", "int8-static"),
-    "W8A8 static, MSE": ("rtn", "int8", "int8-static-mse"),
     "FP8 dynamic": ("rtn", "w8a8-fp8", None),
+    "LLM.int8(), down_proj int8-g64": ("rtn", "llm.int8", None),
+    "W8A8 dynamic, down_proj int8-g64": ("rtn", "w8a8", None),
+    "W8A8 static, min-max": ("rtn", "int8", "int8-static"),
+    "SmoothQuant, W8A8 dynamic, down_proj int8-g64": ("smoothquant", "w8a8", None),
+    "W8A8 static, MSE": ("rtn", "int8", "int8-static-mse"),
     "SmoothQuant, W8A8 static, min-max": ("smoothquant", "int8", "int8-static"),
     "W8A8 dynamic, asymmetric": ("rtn", "int8", "int8-asym"),
     "W8A8 static, percentile 99.99": ("rtn", "int8", "int8-static-percentile99.99"),
@@ -56,7 +59,8 @@ def made(args: argparse.Namespace, label: str) -> str:
     if ROWS[label] is None:
         return str(args.model)
     method, format, activations = ROWS[label]
-    recipe = Recipe(method, [("*", format)], activations=activations)
+    down = [("*down_proj", "int8-g64")] if "down_proj" in label else []  # in groups, and so without activations
+    recipe = Recipe(method, [("*", format), *down], activations=activations)
     out = Path(args.scratch) / "".join(c if c.isalnum() else "_" for c in label)
     text = Calibration(args.calibration, samples=args.samples, context=512, seed=0) if recipe.needs_stats else None
     quantize(args.model, out, recipe, calibration=text, options=Options(device=args.device))

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from test_calibrated import _words, text  # noqa: F401
 from test_transformed import logits, result
@@ -18,7 +18,7 @@ from whit.errors import RecipeError
 from whit.modules import QuantizedLinear
 from whit.pipeline import dequantize, quantize
 
-from tiny_models import save_tiny
+from tiny_models import save_tiny, tiny_inputs
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +95,21 @@ def test_a_killed_run_ends_with_the_same_bytes(model: Path, text: Path, tmp_path
         run(model, tmp_path / "killed", text, recipe, progress=kill)
     run(model, tmp_path / "killed", text, recipe)
     assert result(tmp_path / "killed") == result(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("how", ["int8", "int8-static"])
+def test_an_encoder(how: str, text: Path, tmp_path: Path):  # noqa: F811
+    path = save_tiny(tmp_path / "model", "bert-classifier")
+    run(path, tmp_path / "out", text if "static" in how else None, Recipe("rtn", [("*", "int8")], activations=how))
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert config["inputs"]["bert.encoder.layer.0.output.dense"] == how
+    assert ("bert.pooler.dense" in config["inputs"]) == (how == "int8")  # it is in no block
+    inputs = tiny_inputs("bert-classifier")
+    inputs["attention_mask"][0, 8:] = 0
+    networks = [AutoModelForSequenceClassification.from_pretrained(tmp_path / name) for name in ("model", "out")]
+    with torch.no_grad():
+        exact, found = (network(**inputs).logits for network in networks)
+    assert 0 < float((found - exact).norm() / exact.norm()) < 0.05
 
 
 def test_files_that_cannot_say_it_refuse(model: Path, tmp_path: Path):

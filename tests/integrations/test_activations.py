@@ -18,6 +18,7 @@ from whit.evaluation.listener import Silent
 from whit.evaluation.perplexity import score_windows
 from whit.evaluation.text import read_text, tokenize
 from whit.integrations.loading import load_tokenizer
+from whit.integrations.offload import compute_apart, put_aside
 from whit.modules import QuantizedLinear
 
 from tiny_models import save_tiny, tiny_inputs
@@ -198,3 +199,31 @@ def test_decomposition_keeps_the_perplexity_that_int8_alone_loses():
     assert 5 < exact < 60
     assert abs(perplexity(quantized_copy(model, whit.Activations(threshold=6.0))) / exact - 1) < 0.005
     assert perplexity(quantized_copy(model, whit.Activations())) / exact - 1 > 0.10
+
+
+def test_what_a_device_map_puts_aside_is_kept(tmp_path: Path):
+    folder = save_tiny(tmp_path, "llama")
+    aside = {"model.layers.1": "disk", "lm_head": "disk"}
+    names = ("model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb")
+    places = {**dict.fromkeys(names, "cpu"), **aside}
+    config = whit.QuantizationConfig("llm.int8", llm_int8_enable_fp32_cpu_offload=True)
+    options = {"dtype": torch.bfloat16, "device_map": places, "offload_folder": str(tmp_path / "disk")}
+    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, **options)
+    assert isinstance(model.model.layers[0].mlp.up_proj, QuantizedLinear)
+    kept = model.model.layers[1].mlp.up_proj
+    assert type(kept) is nn.Linear
+    exact = logits(AutoModelForCausalLM.from_pretrained(folder), "llama")
+    found = logits(model, "llama")
+    assert (found - exact).norm() < 0.05 * exact.norm()
+    assert put_aside({"": 0, "lm_head": "cpu"}) == ("lm_head",)
+    assert put_aside({"": "cpu"}) == put_aside("auto") == ()
+
+
+def test_a_part_in_float32_runs_inside_a_model_in_bfloat16(tmp_path: Path):
+    model = AutoModelForCausalLM.from_pretrained(save_tiny(tmp_path, "llama"), dtype=torch.bfloat16)
+    before = logits(model, "llama")
+    model.model.layers[1].float()
+    compute_apart(model, ("model.layers.0", "model.layers.1"), torch.bfloat16)
+    found = logits(model, "llama")
+    assert found.dtype == torch.bfloat16
+    assert 0 < (found - before).float().norm() < 0.05 * before.float().norm()

@@ -41,6 +41,8 @@ class BitsandbytesOptions(TypedDict, total=False):
     llm_int8_threshold: float | None
     skip_modules: Sequence[str] | None
     llm_int8_skip_modules: Sequence[str] | None
+    enable_fp32_cpu_offload: bool
+    llm_int8_enable_fp32_cpu_offload: bool
 
 
 class QuantizationConfig(QuantizationConfigMixin):  # type: ignore[misc]
@@ -50,7 +52,8 @@ class QuantizationConfig(QuantizationConfigMixin):  # type: ignore[misc]
     Format, or a whole Recipe; `rules` are pairs (glob over module names, format) that come after it; `method` a name
     ("rtn", "clip", "hqq") or a Method that needs no data. `activations` ("int8", "fp8") quantizes the inputs of linears
     as they come; with `outlier_threshold` (llm.int8's is 6.0; 0: none) columns that reach it stay in 16 bits, as
-    bitsandbytes has it.
+    bitsandbytes has it, and `enable_fp32_cpu_offload` keeps what a device map puts on the CPU beside a GPU (then in
+    float32), or on disk, unquantized.
     `double_quant` stores a codebook format's absmax in 8 bits. Linears multiply in `compute_dtype` (as their input
     comes unless given). Modules named in `modules_to_not_convert` (or `skip_modules`) are kept, with all inside them.
     Raises FormatError and RecipeError.
@@ -86,6 +89,8 @@ class QuantizationConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.compute_dtype = _dtype(compute_dtype)
         self.formats: dict[str, str] = {}
         self.inputs: dict[str, str] = {}
+        aside = (named.get("enable_fp32_cpu_offload"), named.get("llm_int8_enable_fp32_cpu_offload"))
+        self.fp32_cpu_offload = any(aside)
 
     def to_dict(self) -> dict[str, Any]:
         """What config.json holds; `from_dict` gives the same configuration back."""

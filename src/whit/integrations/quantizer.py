@@ -22,6 +22,7 @@ from whit.arrays import quantize_tensor
 from whit.errors import CheckpointError, WhitError
 from whit.formats.numeric import check_finite
 from whit.integrations.config import QuantizationConfig
+from whit.integrations.offload import compute_apart, is_inside, put_aside
 from whit.integrations.plan import (
     check_absent,
     check_complete,
@@ -56,6 +57,7 @@ class WhitQuantizer(HfQuantizer):  # type: ignore[misc]
         super().__init__(copy.deepcopy(quantization_config), **kwargs)
         self.plan: dict[str, tuple[Target, Format]] = {}
         self.inputs: dict[str, Activations] = {}
+        self.aside: tuple[str, ...] = ()  # kept unquantized
         self.dtype = torch.float32
         self.conversions: list[Any] = []
         self.failures: list[WhitError] = []
@@ -80,6 +82,10 @@ class WhitQuantizer(HfQuantizer):  # type: ignore[misc]
         else:
             ties = shared_weights(model, stored)
             formats = plan_formats(model, self.quantization_config.recipe, ties)
+            if self.quantization_config.fp32_cpu_offload:
+                self.aside = put_aside(device_map)
+                formats = {t: format for t, format in formats.items() if not is_inside(t.holder, self.aside)}
+                model._keep_in_fp32_modules_strict = {*(model._keep_in_fp32_modules_strict or ()), *self.aside}
             self.quantization_config.formats = {target.holder: str(format) for target, format in formats.items()}
             recipe = self.quantization_config.recipe
             how = {target.holder: recipe.activations_for(target.kind, format) for target, format in formats.items()}
@@ -151,6 +157,7 @@ class WhitQuantizer(HfQuantizer):  # type: ignore[misc]
                 withdraw(model, target, format)
                 del self.plan[parameter], self.quantization_config.formats[target.holder]
                 self.quantization_config.inputs.pop(target.holder, None)
+        compute_apart(model, self.aside, self.dtype)
         # Saving must not undo conversions (split experts, rename) on packed tensors.
         self.conversions, model._weight_conversions = conversions, []
 
