@@ -2,6 +2,7 @@
 
     int8                         dynamic: every row (token) of an input has a scale of its own, S = max|x| / 127
     int8-tensor                  dynamic, one scale for the whole input
+    int8-g32                     dynamic, a scale per row and 32 columns: for weights of any 8 bits and fewer
     int8-asym                    with a zero point: x = (code - zero_point) S, codes from -128 to 127
     int8-outliers, -outliers4.5  LLM.int8(): columns in which any |x| reaches the threshold (6) stay in 16 bits
     int8-static                  one scale per linear, from calibration; its range is minmax unless named:
@@ -9,7 +10,7 @@
     fp8, fp8-tensor, fp8-static  the same in E4M3, S = max|x| / 448
 
 Only linears whose weights can enter such a product as they are take part (`Activations.fits`): integers with one
-scale per row for int8, fp8 for fp8. All others multiply floats, as without.
+scale per row for int8, fp8 for fp8, all quantized ones for int8-g32. All others multiply floats, as without.
 """
 
 from __future__ import annotations
@@ -25,13 +26,13 @@ from whit.errors import RecipeError
 from whit.tensor import Activated, Format, TensorSpec, product_dtype
 
 KINDS = ("dynamic", "static")
-GRANULARITIES = ("token", "tensor")
+GRANULARITIES = ("token", "tensor", "group")
 RANGES = ("minmax", "percentile", "mse", "entropy", "moving")
 TYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 THRESHOLD = 6.0  # of LLM.int8()
 PERCENTILE, MOMENTUM = 99.99, 0.01
 PATTERN = re.compile(
-    r"(?P<type>int8|fp8)(?P<tensor>-tensor)?"
+    r"(?P<type>int8|fp8)(?P<tensor>-tensor)?(?P<group>-g32)?"
     r"(?P<static>-static(?:-(?P<range>minmax|percentile|mse|entropy|moving)(?P<value>[0-9.]+)?)?)?"
     r"(?P<outliers>-outliers(?P<threshold>[0-9.]+)?)?(?P<asym>-asym)?"
 )
@@ -41,7 +42,7 @@ SCHEMES = {  # names of a format and activations together
     "w8a8-static": ("int8", "int8-static"),
     "w8a8-fp8": ("fp8", "fp8"),
 }
-EXAMPLES = ("int8", "int8-asym", "int8-outliers", "int8-static", "int8-static-percentile99.9", "fp8")
+EXAMPLES = ("int8", "int8-g32", "int8-asym", "int8-outliers", "int8-static", "int8-static-percentile99.9", "fp8")
 
 
 @dataclass(frozen=True)
@@ -49,10 +50,10 @@ class Activations:
     """How inputs are quantized. `parse_activations(str(a)) == a`.
 
     `kind` dynamic (scales from the input itself) or static (from calibration, one per linear). `type` int8 or fp8.
-    `granularity` token or tensor; static is always tensor. `threshold`, where it is above 0: columns of an input that
-    hold an |x| of at least this are multiplied in the input's own type (dynamic int8 per token only). `range` says
-    how calibration chooses a static range, `percentile` (of |x| or of either end, in percent) and `momentum` are
-    options of two of them. RecipeError for what does not go together.
+    `granularity` token, tensor or group (of 32 columns of a token); static is always tensor. `threshold`, where it is
+    above 0: columns of an input that hold an |x| of at least this are multiplied in the input's own type (dynamic
+    int8 per token only). `range` says how calibration chooses a static range, `percentile` (of |x| or of either end,
+    in percent) and `momentum` are options of two of them. RecipeError for what does not go together.
     """
 
     kind: str = "dynamic"
@@ -70,6 +71,8 @@ class Activations:
         for name, known in (("kind", KINDS), ("type", tuple(TYPES)), ("granularity", GRANULARITIES), ("range", RANGES)):
             if (value := getattr(self, name)) not in known:
                 raise RecipeError(f"activations: {name} {value!r} is not known; it must be one of {', '.join(known)}")
+        if self.granularity == "group" and (self.kind, self.type, self.symmetric) != ("dynamic", "int8", True):
+            raise RecipeError("activations: groups of columns; they are dynamic, symmetric int8; use int8-g32")
         if self.kind == "static" and self.granularity != "tensor":
             raise RecipeError("activations: static scales per token; they are one per linear; use granularity tensor")
         if self.type == "fp8" and not self.symmetric:
@@ -92,6 +95,7 @@ class Activations:
 
     def __str__(self) -> str:
         text = self.type + ("-tensor" if self.granularity == "tensor" and self.kind == "dynamic" else "")
+        text += "-g32" if self.granularity == "group" else ""
         if self.kind == "static":
             value = {"percentile": f"{self.percentile:g}", "moving": f"{self.momentum:g}"}.get(self.range, "")
             text += "-static" + ("" if self.range == "minmax" else f"-{self.range}{value}")
@@ -116,7 +120,7 @@ class Activations:
 
     def fits(self, format: Format) -> bool:
         """Whether a weight in this format can be multiplied by such inputs: its codes are numbers of the same type."""
-        return product_dtype(format) == self.dtype
+        return format.bits <= 8 if self.granularity == "group" else product_dtype(format) == self.dtype
 
     @property
     def specs(self) -> dict[str, TensorSpec]:
@@ -141,13 +145,15 @@ def parse_activations(spec: str | Mapping[str, Any] | Activated) -> Activations:
             raise RecipeError(f"activations: option {unknown[0]!r} does not exist; its options are: {known}")
         return Activations(**spec)
     found = PATTERN.fullmatch(text := str(spec).strip().lower())
-    if found is None or (found["tensor"] and found["static"]):
+    if found is None or sum(bool(found[name]) for name in ("tensor", "static", "group")) > 1:
         raise RecipeError(f"{text!r} says no way to quantize activations; write for example {', '.join(EXAMPLES)}")
     options: dict[str, Any] = {"type": found["type"], "symmetric": not found["asym"]}
     if found["static"]:
         options |= {"kind": "static", "range": found["range"] or "minmax"}
     elif found["tensor"]:
         options["granularity"] = "tensor"
+    elif found["group"]:
+        options["granularity"] = "group"
     if found["outliers"]:
         options["threshold"] = _number(text, found["threshold"], THRESHOLD)
     if found["value"]:

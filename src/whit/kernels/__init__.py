@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from whit.kernels.autograd import packed_linear
 from whit.kernels.base import Kernel
-from whit.kernels.cpu import add_gram
+from whit.kernels.cpu import Cpu8, add_gram
 from whit.kernels.dispatch import KERNELS, Choice, choice_key, explain, select
 from whit.kernels.gpu import Gpu
 from whit.kernels.ops import packed_arguments, packed_linear_op
@@ -13,6 +13,7 @@ from whit.kernels.unpack import dequantize
 __all__ = [
     "KERNELS",
     "Choice",
+    "Cpu8",
     "Gpu",
     "Kernel",
     "add_gram",

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from whit.kernels import float8, int8
+from whit.kernels.reference import dequantize
 from whit.layouts import LAYOUTS, layout_named
 from whit.tensor import Activated, PackedWeight, product_dtype
 
@@ -25,7 +26,7 @@ class Activation8:
             return "activations are not quantized"
         if not any(layout.name == packed.layout for layout in LAYOUTS) or len(packed.shape) != 2:
             return f"layout {packed.layout} of shape {tuple(packed.shape)}"
-        if product_dtype(packed.format) != how.dtype:
+        if how.granularity != "group" and product_dtype(packed.format) != how.dtype:
             return f"{packed.format} is not made of {how.dtype}"
         return None if x.is_floating_point() else f"activations are {x.dtype}, not floats"
 
@@ -36,6 +37,10 @@ class Activation8:
         how = packed.activations
         assert how is not None
         flat = x.reshape(-1, packed.shape[1])
+        if how.granularity == "group":
+            wide = torch.nn.functional.linear(int8.rounded_groups(flat), dequantize(packed))
+            y = (wide if bias is None else wide + bias.to(torch.float32)).to(x.dtype)
+            return y.reshape(*x.shape[:-1], packed.shape[0])
         weight, row_scale = operands(packed)
         if how.dtype != torch.int8:
             y = float8.float8_linear(flat, weight, row_scale, bias, _float8_rows(flat, packed, how))

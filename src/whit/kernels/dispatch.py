@@ -14,12 +14,12 @@ from torch import Tensor
 from whit.errors import KernelError
 from whit.kernels.activated import Activation8
 from whit.kernels.base import Kernel
-from whit.kernels.cpu import Cpu
+from whit.kernels.cpu import Cpu, Cpu8
 from whit.kernels.gpu import Gpu
 from whit.kernels.reference import Reference
 from whit.tensor import PackedWeight
 
-KERNELS: tuple[Kernel, ...] = (Gpu(), Cpu(), Activation8(), Reference())
+KERNELS: tuple[Kernel, ...] = (Gpu(), Cpu(), Cpu8(), Activation8(), Reference())
 
 Choice: TypeAlias = tuple[torch.dtype, str, int]
 

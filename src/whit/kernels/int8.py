@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import linear, pad
 
 LIMIT = 127.0
+GROUP = 32  # columns that share a scale in activations `int8-g32`
 
 
 class Rows(NamedTuple):
@@ -49,6 +50,14 @@ def quantize_rows(x: Tensor, per_tensor: bool = False, symmetric: bool = True) -
     factor = torch.where(width > 0, (2 * LIMIT + 1) / width, 0.0)
     zero = (-LIMIT - 1 - low * factor).round().clamp(-LIMIT - 1, LIMIT)
     return Rows(_codes((wide * factor).round() + zero), width / (2 * LIMIT + 1), zero.to(torch.int32))
+
+
+def rounded_groups(x: Tensor) -> Tensor:
+    """x (rows, in) in float32 as it is after `quantize_rows` of every GROUP columns of a row by themselves."""
+    rows, columns = x.shape
+    groups = pad(x.to(torch.float32), (0, -columns % GROUP)).reshape(-1, GROUP)
+    codes, scale, _ = quantize_rows(groups)
+    return (codes * scale).reshape(rows, -1)[:, :columns]
 
 
 def quantize_static(x: Tensor, scale: Tensor, zero_point: Tensor | None) -> Rows:

@@ -5,5 +5,6 @@ from __future__ import annotations
 from whit.kernels.cpu.binding import library
 from whit.kernels.cpu.gram import add_gram
 from whit.kernels.cpu.kernel import Cpu
+from whit.kernels.cpu.kernel8 import Cpu8
 
-__all__ = ["Cpu", "add_gram", "library"]
+__all__ = ["Cpu", "Cpu8", "add_gram", "library"]

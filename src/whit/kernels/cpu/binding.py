@@ -20,6 +20,7 @@ from whit.kernels.cpu.build import LIBRARY, source_hash
 ABI = 5
 BUILD = "python -m whit.kernels.cpu.build"
 ISAS = ("scalar", "avx2", "avx512", "avx512_bf16")  # by their number in whit_cpu.h, each better than those before it
+ISAS8 = ("scalar", "avx2", "avx512_vnni")  # of the products of 8-bit activations, by their number in int8.cpp
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 CODES, NESTED, NONE = 3, 4, 5
 Pointer = ctypes.c_void_p
@@ -38,6 +39,15 @@ class WeightPlan(ctypes.Structure):
     ]
 
 
+class RowsPlan(ctypes.Structure):
+    """whit_rows8 of int8.h."""
+
+    _fields_: ClassVar = [
+        *((name, Pointer) for name in ("codes", "scale", "sums", "zero")),
+        *((name, ctypes.c_int64) for name in ("count", "stride", "groups")),
+    ]
+
+
 @dataclass(frozen=True)
 class Library:
     """The functions, the instruction sets that this processor runs, and OpenMP's entry point (0: one thread)."""
@@ -46,7 +56,10 @@ class Library:
     dequantize: Callable[..., int]
     read: Callable[..., float]
     gram: Callable[..., int]
+    quantize8: Callable[..., int]
+    product8: Callable[..., int]
     isas: tuple[str, ...]
+    isas8: tuple[str, ...]
     parallel: int
 
 
@@ -67,13 +80,22 @@ def load(path: Path) -> Library | str:
     handle.whit_sources.restype = ctypes.c_char_p
     if handle.whit_abi() != ABI or handle.whit_sources().decode() != source_hash():
         return f"built from other sources; build it again by {BUILD}"
-    handle.whit_linear.argtypes = [Pointer] * 4 + [ctypes.c_int64] + [ctypes.c_int] * 3
-    handle.whit_dequantize.argtypes = [Pointer] * 2 + [ctypes.c_int64] * 2 + [ctypes.c_int] * 3
-    handle.whit_read.argtypes = [Pointer, ctypes.c_int64, Pointer, ctypes.c_int, ctypes.c_int]
+    long, short = ctypes.c_int64, ctypes.c_int
+    for name, arguments in {
+        "linear": [*[Pointer] * 4, long, *[short] * 3],
+        "dequantize": [*[Pointer] * 2, *[long] * 2, *[short] * 3],
+        "read": [Pointer, long, Pointer, *[short] * 2],
+        "gram": [Pointer, *[long] * 2, *[Pointer] * 2, *[short] * 2],
+        "quantize8": [Pointer, *[long] * 2, short, *[Pointer] * 3, *[long] * 2, Pointer, *[short] * 2],
+        "product8": [*[Pointer] * 5, short, Pointer, short, ctypes.c_float, long, *[short] * 2],
+    }.items():
+        getattr(handle, f"whit_{name}").argtypes = arguments
     handle.whit_read.restype = ctypes.c_double
-    handle.whit_gram.argtypes = [Pointer, ctypes.c_int64, ctypes.c_int64, Pointer, Pointer, ctypes.c_int, ctypes.c_int]
-    isas = tuple(name for number, name in enumerate(ISAS) if handle.whit_has(number))
-    return Library(handle.whit_linear, handle.whit_dequantize, handle.whit_read, handle.whit_gram, isas, _team_entry())
+    return Library(
+        handle.whit_linear, handle.whit_dequantize, handle.whit_read, handle.whit_gram, handle.whit_quantize8,
+        handle.whit_product8, tuple(name for number, name in enumerate(ISAS) if handle.whit_has(number)),
+        tuple(name for number, name in enumerate(ISAS8) if handle.whit_has8(number)), _team_entry(),
+    )  # fmt: skip
 
 
 def _team_entry() -> int:

@@ -52,7 +52,7 @@ class Cpu:
         return unsupported(packed)
 
     def prepare(self, packed: PackedWeight) -> CpuWeight:
-        return packed if isinstance(packed, CpuWeight) else plan_weight(packed, _compiled(), move=True)
+        return packed if isinstance(packed, CpuWeight) else plan_weight(packed, compiled_library(), move=True)
 
     def linear(self, x: Tensor, packed: PackedWeight, bias: Tensor | None) -> Tensor:
         weight = _planned(packed)
@@ -62,7 +62,7 @@ class Cpu:
         x = x.contiguous()
         y = torch.empty(*x.shape[:-1], out_features, dtype=x.dtype)
         if rows:
-            compiled = _compiled()
+            compiled = compiled_library()
             bias_pointer = None if bias is None else bias.contiguous().data_ptr()
             status = compiled.linear(
                 weight.address, x.data_ptr(), bias_pointer, y.data_ptr(), rows, TYPES[x.dtype],
@@ -81,7 +81,7 @@ class Cpu:
         return out
 
     def _decode(self, weight: CpuWeight, out: Tensor, first: int, last: int) -> None:
-        compiled = _compiled()
+        compiled = compiled_library()
         status = compiled.dequantize(
             weight.address, out.data_ptr(), first, last, TYPES[out.dtype], self._isa(compiled), torch.get_num_threads()
         )
@@ -105,10 +105,11 @@ class Cpu:
 
 
 def _planned(packed: PackedWeight) -> CpuWeight:
-    return packed if isinstance(packed, CpuWeight) else plan_weight(packed, _compiled(), move=False)
+    return packed if isinstance(packed, CpuWeight) else plan_weight(packed, compiled_library(), move=False)
 
 
-def _compiled() -> Library:
+def compiled_library() -> Library:
+    """The compiled kernels; RuntimeError where there are none."""
     compiled = library()
     if isinstance(compiled, str):
         raise RuntimeError(f"the CPU kernels are {compiled}")

@@ -77,8 +77,9 @@ def plan_weight(packed: PackedWeight, library: Library, move: bool) -> CpuWeight
         zero = tensors["zero_point"]
         plan.zero, plan.zero_type = zero.data_ptr(), TYPES.get(zero.dtype, CODES)
     return CpuWeight(
-        packed.layout, format, packed.shape, tensors, plan=plan, address=ctypes.addressof(plan), held=tuple(held)
-    )
+        packed.layout, format, packed.shape, tensors, plan=plan, address=ctypes.addressof(plan), held=tuple(held),
+        activations=packed.activations,
+    )  # fmt: skip
 
 
 def level_table(format: Format) -> Tensor:

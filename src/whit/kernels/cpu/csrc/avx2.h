@@ -1,0 +1,154 @@
+// AVX2 with FMA and F16C: 16 lanes as two halves of 8.
+#pragma once
+#include <immintrin.h>
+
+#include "isa.h"
+
+namespace {
+
+struct Avx2 {
+  struct F { __m256 a, b; };
+  struct U { __m256i a, b; };
+  using W = F;
+  using X = F;
+  struct Table { __m256 low, high; };
+  struct Window { uint8_t bytes[64]; __m256i shift[2], mask; };
+  static constexpr int CODES_PER_STEP = 1;
+  static constexpr int ROWS = 2;     // of the weight at a time, for one row of activations
+  static constexpr int SIZES = 5;    // the rows of activations at a time, as a sum of 1, 2, 4 and 8
+  static constexpr bool WIDE = false;  // whether blocks that lie in one group have a kernel of their own
+  static constexpr bool COUNTS = true;   // whether converting a small code beats looking it up
+
+  static ALWAYS_INLINE F set1(float v) { return {_mm256_set1_ps(v), _mm256_set1_ps(v)}; }
+  static ALWAYS_INLINE F zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
+  static ALWAYS_INLINE F load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+  static ALWAYS_INLINE F load_x(const char* p) { return load((const float*)p); }
+  static ALWAYS_INLINE void store(float* p, F f) { _mm256_storeu_ps(p, f.a), _mm256_storeu_ps(p + 8, f.b); }
+  static ALWAYS_INLINE F mul(F x, F y) { return {_mm256_mul_ps(x.a, y.a), _mm256_mul_ps(x.b, y.b)}; }
+  static ALWAYS_INLINE F add(F x, F y) { return {_mm256_add_ps(x.a, y.a), _mm256_add_ps(x.b, y.b)}; }
+  static ALWAYS_INLINE F sub(F x, F y) { return {_mm256_sub_ps(x.a, y.a), _mm256_sub_ps(x.b, y.b)}; }
+  static ALWAYS_INLINE F fma(F x, F y, F z) { return {_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)}; }
+  static ALWAYS_INLINE F fnma(F x, F y, F z) {
+    return {_mm256_fnmadd_ps(x.a, y.a, z.a), _mm256_fnmadd_ps(x.b, y.b, z.b)};
+  }
+  static ALWAYS_INLINE F first(W w, X x) { return mul(w, x); }
+  static ALWAYS_INLINE F next(W w, X x, F acc) { return fma(w, x, acc); }
+  static ALWAYS_INLINE float sum(F f) {
+    __m256 s = _mm256_add_ps(f.a, f.b);
+    __m128 q = _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1));
+    q = _mm_add_ps(q, _mm_movehl_ps(q, q));
+    return _mm_cvtss_f32(_mm_add_ss(q, _mm_shuffle_ps(q, q, 1)));
+  }
+  static ALWAYS_INLINE F convert(const void* p, int64_t i, int type) {
+    if (type == WHIT_F32) return load((const float*)p + i);
+    const __m128i* q = (const __m128i*)((const uint16_t*)p + i);
+    __m128i low = _mm_loadu_si128(q), high = _mm_loadu_si128(q + 1);
+    if (type == WHIT_F16) return {_mm256_cvtph_ps(low), _mm256_cvtph_ps(high)};
+    return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(low), 16)),
+            _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(high), 16))};
+  }
+  static ALWAYS_INLINE F repeat(const float* p, int run) {
+    if (run == 1) return load(p);
+    __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    int shift = run == 2 ? 1 : run == 4 ? 2 : run == 8 ? 3 : 4;
+    __m256 v = _mm256_loadu_ps(p);
+    return {_mm256_permutevar8x32_ps(v, _mm256_srli_epi32(lane, shift)),
+            _mm256_permutevar8x32_ps(v, _mm256_srli_epi32(_mm256_add_epi32(lane, _mm256_set1_epi32(8)), shift))};
+  }
+  // Two runs of bytes, one per 128-bit lane, each four dwords of `WIDTH` bits.
+  template <int WIDTH>
+  static ALWAYS_INLINE __m256i spread(const uint8_t* p) {
+    constexpr int RUN = WIDTH / 2;  // bytes of four lanes
+    __m256i v = _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128((const __m128i*)p)),
+                                        _mm_loadu_si128((const __m128i*)(p + RUN)), 1);
+    constexpr int A = WIDTH / 8, B = 2 * WIDTH / 8, C = 3 * WIDTH / 8;
+    const __m256i from = _mm256_setr_epi8(0, 1, 2, 3, A, A + 1, A + 2, A + 3, B, B + 1, B + 2, B + 3, C, C + 1, C + 2,
+                                          C + 3, 0, 1, 2, 3, A, A + 1, A + 2, A + 3, B, B + 1, B + 2, B + 3, C, C + 1,
+                                          C + 2, C + 3);
+    v = _mm256_shuffle_epi8(v, from);
+    if (WIDTH % 8) v = _mm256_srlv_epi32(v, _mm256_setr_epi32(0, 4, 0, 4, 0, 4, 0, 4));
+    return v;
+  }
+  template <int BITS>
+  static ALWAYS_INLINE U block(const uint8_t* p) {
+    constexpr int WIDTH = Block<BITS>::CODES * BITS;
+    if (WIDTH == 32) return {_mm256_loadu_si256((const __m256i*)p), _mm256_loadu_si256((const __m256i*)(p + 32))};
+    if (WIDTH == 16)
+      return {_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)),
+              _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)(p + 16)))};
+    return {spread<WIDTH>(p), spread<WIDTH>(p + WIDTH)};
+  }
+  template <int BITS>
+  static ALWAYS_INLINE U shift(U u) { return {_mm256_srli_epi32(u.a, BITS), _mm256_srli_epi32(u.b, BITS)}; }
+  static ALWAYS_INLINE Table table(const float* levels, int bits) {
+    float t[16];
+    for (int i = 0; i < 16; i++) t[i] = levels[i & ((1 << bits) - 1)];
+    return {_mm256_loadu_ps(t), _mm256_loadu_ps(t + 8)};
+  }
+  static ALWAYS_INLINE __m256 look16(__m256i u, const Table& t) {
+    return _mm256_blendv_ps(_mm256_permutevar8x32_ps(t.low, u), _mm256_permutevar8x32_ps(t.high, u),
+                            _mm256_castsi256_ps(_mm256_slli_epi32(u, 28)));
+  }
+  template <int BITS>
+  static ALWAYS_INLINE F look(U u, const Table& t) {
+    if (BITS <= 3) return {_mm256_permutevar8x32_ps(t.low, u.a), _mm256_permutevar8x32_ps(t.low, u.b)};
+    return {look16(u.a, t), look16(u.b, t)};
+  }
+  static ALWAYS_INLINE F levels(U u, const Table& t) { return look<4>(u, t); }
+  static ALWAYS_INLINE F to_float(U u) { return {_mm256_cvtepi32_ps(u.a), _mm256_cvtepi32_ps(u.b)}; }
+  template <int BITS>
+  static ALWAYS_INLINE U low(U u) {
+    __m256i mask = _mm256_set1_epi32((1 << BITS) - 1);
+    return {_mm256_and_si256(u.a, mask), _mm256_and_si256(u.b, mask)};
+  }
+  template <int BITS>
+  static ALWAYS_INLINE F number(U u) { return to_float(low<BITS>(u)); }
+  static ALWAYS_INLINE F pick(U u, const float* levels) {
+    return {_mm256_i32gather_ps(levels, u.a, 4), _mm256_i32gather_ps(levels, u.b, 4)};
+  }
+  template <int BITS>
+  static ALWAYS_INLINE F gather(U u, const float* levels) { return pick(low<BITS>(u), levels); }
+  // 16 neighbouring codes: lane j is the 16-bit window from byte j bits / 8 on, shifted by j bits % 8.
+  static ALWAYS_INLINE Window window(int bits) {
+    Window w;
+    uint8_t from[2][32];
+    int32_t shift[2][8];
+    memset(from, 0x80, sizeof from);
+    for (int j = 0; j < 16; j++) {
+      int at = j * bits / 8, s = j * bits % 8;
+      from[j / 8][4 * (j % 8)] = (uint8_t)at;
+      if (s + bits > 8) from[j / 8][4 * (j % 8) + 1] = (uint8_t)(at + 1);
+      shift[j / 8][j % 8] = s;
+    }
+    memcpy(w.bytes, from, sizeof from);
+    for (int h = 0; h < 2; h++) w.shift[h] = _mm256_loadu_si256((const __m256i*)shift[h]);
+    w.mask = _mm256_set1_epi32((1 << bits) - 1);
+    return w;
+  }
+  static ALWAYS_INLINE U natural(const uint8_t* p, const Window& w) {
+    __m256i v = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)p));
+    __m256i a = _mm256_shuffle_epi8(v, _mm256_loadu_si256((const __m256i*)w.bytes));
+    __m256i b = _mm256_shuffle_epi8(v, _mm256_loadu_si256((const __m256i*)(w.bytes + 32)));
+    return {_mm256_and_si256(_mm256_srlv_epi32(a, w.shift[0]), w.mask),
+            _mm256_and_si256(_mm256_srlv_epi32(b, w.shift[1]), w.mask)};
+  }
+  static ALWAYS_INLINE __m256i round_bf16(__m256 f) {
+    __m256i u = _mm256_castps_si256(f), odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
+    __m256i r = _mm256_srli_epi32(_mm256_add_epi32(u, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
+    __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(f, f, _CMP_UNORD_Q));
+    return _mm256_blendv_epi8(r, _mm256_set1_epi32(0x7fc0), nan);
+  }
+  static ALWAYS_INLINE void store_as(void* p, int64_t i, F f, int type) {
+    if (type == WHIT_F32) return store((float*)p + i, f);
+    __m128i* to = (__m128i*)((uint16_t*)p + i);
+    if (type == WHIT_F16) {
+      _mm_storeu_si128(to, _mm256_cvtps_ph(f.a, _MM_FROUND_TO_NEAREST_INT));
+      _mm_storeu_si128(to + 1, _mm256_cvtps_ph(f.b, _MM_FROUND_TO_NEAREST_INT));
+      return;
+    }
+    __m256i v = _mm256_packus_epi32(round_bf16(f.a), round_bf16(f.b));
+    _mm256_storeu_si256((__m256i*)to, _mm256_permute4x64_epi64(v, 0xd8));
+  }
+};
+
+}  // namespace

@@ -1,0 +1,48 @@
+// Products of 8-bit activations: the plan of a call, and the kernels of an instruction set.
+//
+//   y[m][n] = sum over groups of  scale_m scale_n (sum level q)  -  offset_n (scale_m sum q),   q the codes of x
+//
+// Levels are codes that the weight stores, or small integers in a table; sums of products are exact int32.
+#pragma once
+#include <type_traits>
+#include <utility>
+
+#include "common.h"
+
+enum { STEP8 = 64, GROUP8 = 32, WIDE8 = 48 };  // columns that x is padded to; columns that share a scale; rows at a time
+
+typedef struct {
+  const int8_t* codes;   // (count, stride), zeros beyond the last column
+  const float* scale;    // (count, groups)
+  const int32_t* sums;   // (count, groups): of the codes
+  const int32_t* zero;   // (count), with one group only; or null
+  int64_t count, stride, groups;  // groups: 1, or one per 32 columns
+} whit_rows8;
+
+struct Product8 {
+  const whit_weight* w;
+  const whit_rows8* x;
+  const float* group_sums;   // (count, sum_stride >= w.groups): scale sum q; where x has several groups
+  const int8_t* arranged;    // (count, arranged_stride): codes in the order of the parts of bytes
+  const float* lanes;        // (count, lane_stride): the scales of x, each as often as it has lanes
+  const int32_t* starts;     // (count, x.groups): -shift sum q, from which sums of many rows start
+  int64_t sum_stride, lane_stride, arranged_stride;
+  const int32_t* row_sums;   // (w.rows): of the levels, where x has zero points
+  const void* bias;
+  void* y;
+  int type;                  // of bias and y
+  int shift;                 // stored level = level + shift
+  float unit;                // level = integer * unit
+  uint8_t table[16];         // stored levels of codes
+  int has_table;
+};
+
+struct Kernels8 {
+  void (*few)(const Product8&, int64_t first, int64_t last, float* scratch);    // rows [first, last) of the weight
+  void (*many)(const Product8&, int64_t first, int64_t last, float* scratch);
+  void (*quantize)(const void* x, int type, int64_t columns, int64_t stride, int64_t groups, int8_t* codes,
+                   float* scale, int32_t* sums);
+  int bytes;                 // of a vector
+};
+
+extern const Kernels8 whit_int8_scalar, whit_int8_avx2, whit_int8_avx512;

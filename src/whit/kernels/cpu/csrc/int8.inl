@@ -1,0 +1,352 @@
+// Products of 8-bit activations over a struct V of an instruction set. Included after kernels.inl, in its namespace.
+//
+// Few rows of x stream past rows of the weight, which stay in the order of their columns. For many rows a panel of 48
+// rows of the weight is decoded once to bytes, four columns of a row to a lane, and stays in the second cache while
+// tiles of 8 rows of x pass by: no lane ever needs another's sum.
+
+// Loops whose indices are constants before the compiler looks at arrays: their elements stay in registers. The body
+// closes by });
+template <int... I>
+struct Indices {
+  template <class F>
+  ALWAYS_INLINE void operator<<(const F& body) const { (body(std::integral_constant<int, I>()), ...); }
+};
+template <int... I>
+static constexpr Indices<I...> indices_of(std::integer_sequence<int, I...>) { return {}; }
+#define EACH(i, count) indices_of(std::make_integer_sequence<int, count>()) << ([&](auto i) __attribute__((always_inline))
+
+template <class V, int BITS, bool TABLE>
+struct Decoder8 {
+  typename V::Bits state;
+  typename V::B table;
+  const uint8_t* end;
+  explicit Decoder8(const Product8& p) : state(V::bits(BITS)), end(p.w->codes + p.w->rows * p.w->row_bytes) {
+    if (TABLE) table = V::table8(p.table);
+  }
+  // Neighbouring columns, as bytes.
+  ALWAYS_INLINE typename V::B operator()(const uint8_t* p) const {
+    uint8_t last[64];
+    typename V::B codes = V::template decode<BITS>(within(p, V::LANES * BITS / 2, last), state);
+    return TABLE ? V::look8(codes, table) : codes;
+  }
+  template <int PARTS>
+  ALWAYS_INLINE void parts(const uint8_t* p, typename V::B (&level)[PARTS]) const {
+    if constexpr (PARTS == 1) {
+      level[0] = (*this)(p);
+    } else {
+      uint8_t last[64];
+      const typename V::B bytes = V::bload((const int8_t*)within(p, V::LANES * 4, last));
+      EACH(i, PARTS) {
+        typename V::B codes = V::template part<i * BITS>(bytes, state);
+        level[i] = TABLE ? V::look8(codes, table) : codes;
+      });
+    }
+  }
+  ALWAYS_INLINE const uint8_t* within(const uint8_t* p, int bytes, uint8_t* last) const {
+    if (__builtin_expect(p + bytes <= end, 1)) return p;
+    memset(last, 0, 64);
+    if (p < end) memcpy(last, p, (size_t)(end - p));
+    return last;
+  }
+};
+
+// Whether pairs of products fit 16 bits; where the instruction needs no such care, one kernel serves all.
+template <class V, int BITS, bool TABLE>
+static constexpr bool small_levels() { return V::EXACT || (!TABLE && BITS < 8); }
+
+static ALWAYS_INLINE void finish8(const Product8& p, int64_t m, int64_t row, float y) {
+  if (p.bias) y += load_as_float(p.bias, row, p.type);
+  store_float(p.y, m * p.w->rows + row, y, p.type);
+}
+
+// One group: exact integers to the end, then the rounding steps of int8.int8_linear.
+static ALWAYS_INLINE void finish_row8(const Product8& p, int64_t m, int64_t row, int32_t sum, float scale) {
+  const whit_rows8& x = *p.x;
+  if (x.zero) sum -= x.zero[m] * p.row_sums[row];
+  finish8(p, m, row, (float)sum * x.scale[m] * scale);
+}
+
+// Few rows of x take a vector of codes as it lies: 8 / BITS columns of a byte lie in as many vectors, to which x was
+// put in the same order (`arranged`). A lane then holds 32 / BITS neighbouring columns. Other widths are spread first.
+template <int BITS>
+static constexpr int parts_of() { return BITS == 4 ? 2 : BITS == 2 ? 4 : 1; }
+
+template <class V, int BITS, bool TABLE, int M, bool GROUPED>
+static ALWAYS_INLINE void few_rows(const Product8& p, const Decoder8<V, BITS, TABLE>& decode, int64_t row, int64_t m0,
+                                   float* scratch) {
+  constexpr int PARTS = parts_of<BITS>(), BYTES = PARTS > 1 ? V::LANES * 4 : V::LANES * BITS / 2, AHEAD = 4096;
+  constexpr int COLUMNS = V::LANES * 4 * PARTS;
+  constexpr bool SMALL = small_levels<V, BITS, TABLE>();
+  const whit_weight& w = *p.w;
+  const whit_rows8& x = *p.x;
+  const int64_t steps = (w.columns + COLUMNS - 1) / COLUMNS, size = w.group_size;
+  const uint8_t* codes = w.codes + row * w.row_bytes;
+  const int8_t* q[M];
+  typename V::I acc[M];
+  typename V::G total[M];
+  EACH(m, M) { q[m] = p.arranged + (m0 + m) * p.arranged_stride, acc[m] = V::izero(), total[m] = V::gzero(); });
+  float *scale = scratch, *zero = scratch + padded_groups(w);
+  group_params<V>(w, row, 0, scale, zero);
+  if constexpr (!GROUPED) {
+    for (int64_t s = 0; s < steps; s++) {
+      __builtin_prefetch(codes + s * BYTES + AHEAD, 0, 3);
+      typename V::B level[PARTS];
+      decode.parts(codes + s * BYTES, level);
+      EACH(m, M) {
+        EACH(i, PARTS) {
+          acc[m] = V::template dot<SMALL>(acc[m], level[i], V::bload(q[m] + s * COLUMNS + i * V::LANES * 4));
+        });
+      });
+    }
+    EACH(m, M) {
+      finish_row8(p, m0 + m, row, V::isum(acc[m]) - p.shift * x.sums[m0 + m], scale[0] * p.unit);
+    });
+  } else {
+    // Lanes share the scales of the weight by runs of 2^run_shift, or all lanes of 2^block_shift steps do.
+    const bool wide = w.groups == 1 || size >= COLUMNS;
+    const int run_shift = __builtin_ctzll((uint64_t)(wide ? COLUMNS : size) / (4 * PARTS));
+    const int block_shift = w.groups == 1 ? 62 : wide ? __builtin_ctzll((uint64_t)(size / COLUMNS)) : 0;
+    const int64_t in_step = wide ? 0 : COLUMNS / size;
+    const float* by[M];
+    EACH(m, M) { by[m] = p.lanes + (m0 + m) * p.lane_stride; });
+    for (int g = 0; g < V::LANES; g++) scale[w.groups + g] = zero[w.groups + g] = 0;
+    for (int64_t s = 0; s < steps; s++) {
+      __builtin_prefetch(codes + s * BYTES + AHEAD, 0, 3);
+      typename V::B level[PARTS];
+      decode.parts(codes + s * BYTES, level);
+      typename V::G own = wide ? V::gset1(scale[s >> block_shift]) : V::grepeat(scale + s * in_step, run_shift);
+      EACH(m, M) {
+        typename V::I dot = V::izero();
+        EACH(i, PARTS) {
+          dot = V::template dot<SMALL>(dot, level[i], V::bload(q[m] + s * COLUMNS + i * V::LANES * 4));
+        });
+        total[m] = V::gfma(V::gmul(V::to_g(dot), V::gload(by[m] + s * V::LANES)), own, total[m]);
+      });
+    }
+    const typename V::G shift = V::gset1(p.unit * (float)p.shift);
+    EACH(m, M) {
+      const float* sums = p.group_sums + (m0 + m) * p.sum_stride;
+      typename V::G less = V::gzero();
+      for (int64_t g = 0; g < w.groups; g += V::LANES) {
+        typename V::G shifted = w.zero ? V::gadd(V::gload(zero + g), shift) : shift;
+        less = V::gfma(V::gmul(V::gload(scale + g), shifted), V::gload(sums + g), less);
+      }
+      finish8(p, m0 + m, row, V::gsum(total[m]) * p.unit - V::gsum(less));
+    });
+  }
+}
+
+template <class V, int BITS, bool TABLE, bool GROUPED>
+static void few_of(const Product8& p, int64_t first, int64_t last, float* scratch) {
+  const Decoder8<V, BITS, TABLE> decode(p);
+  for (int64_t row = first; row < last; row++) {
+    int64_t m = 0;
+    for (; m + 2 <= p.x->count; m += 2) few_rows<V, BITS, TABLE, 2, GROUPED>(p, decode, row, m, scratch);
+    if (m < p.x->count) few_rows<V, BITS, TABLE, 1, GROUPED>(p, decode, row, m, scratch);
+  }
+}
+
+// A panel of 48 rows: bytes (steps of COLUMNS / 4, 48 / LANES vectors) of four columns to a lane; rows that are not
+// there stand for the last one. Params as (groups, 48).
+template <class V, int BITS, bool TABLE>
+static void decode_panel(const Product8& p, int64_t row, int64_t rows, uint8_t* panel) {
+  constexpr int COLUMNS = V::LANES * 4, VECTORS = WIDE8 / V::LANES;
+  const Decoder8<V, BITS, TABLE> decode(p);
+  const whit_weight& w = *p.w;
+  const int64_t steps = (w.columns + COLUMNS - 1) / COLUMNS;
+  for (int v = 0; v < VECTORS; v++) {
+    const uint8_t* from[V::LANES];
+    for (int r = 0; r < V::LANES; r++) {
+      int64_t at = v * V::LANES + r;
+      from[r] = w.codes + (row + (at < rows ? at : rows - 1)) * w.row_bytes;
+    }
+    for (int64_t s = 0; s < steps; s++) {
+      typename V::B lines[V::LANES];
+UNROLL(16)
+      for (int r = 0; r < V::LANES; r++) lines[r] = decode(from[r] + s * (COLUMNS * BITS / 8));
+      V::transpose(lines);
+      uint8_t* to = panel + (s * V::LANES * VECTORS + v) * COLUMNS;
+UNROLL(16)
+      for (int k = 0; k < V::LANES; k++) V::bstore(to + k * VECTORS * COLUMNS, lines[k]);
+    }
+  }
+}
+
+// A tile of M rows of x and 48 of the weight over `run` lanes of four columns from the first on. A function of its own,
+// so that all sums stay in registers. Grouped: what one group of x adds to `total`; else the integers, to `sums`.
+template <class V, int M, bool GROUPED, bool SMALL>
+static __attribute__((noinline)) void run8(const int8_t* q, int64_t stride, const uint8_t* panel, int64_t run,
+                                           const int32_t* start, const float* by, int64_t groups, const float* scale,
+                                           float* total, int32_t* sums) {
+  constexpr int N = WIDE8 / V::LANES;
+  typename V::I acc[M][N];
+  EACH(m, M) {
+    typename V::I first = V::iset1(start[m * groups]);
+    EACH(n, N) { acc[m][n] = first; });
+  });
+  for (int64_t k = 0; k < run; k++) {
+    typename V::B level[N];
+    EACH(n, N) { level[n] = V::bload((const int8_t*)panel + (k * N + n) * V::LANES * 4); });
+    EACH(m, M) {
+      typename V::B four = V::four(q + m * stride + 4 * k);
+      EACH(n, N) { V::template dot_into<SMALL>(acc[m][n], level[n], four); });
+    });
+  }
+  EACH(m, M) {
+    if constexpr (GROUPED) {
+      typename V::G one = V::gset1(by[m * groups]);
+      EACH(n, N) {
+        float* to = total + m * WIDE8 + n * V::LANES;
+        typename V::G part = V::gmul(V::to_g(acc[m][n]), one);
+        V::gstore(to, V::gfma(part, V::gload(scale + n * V::LANES), V::gload(to)));
+      });
+    } else {
+      EACH(n, N) { V::istore(sums + m * WIDE8 + n * V::LANES, acc[m][n]); });
+    }
+  });
+}
+
+template <class V, int M, bool GROUPED, bool SMALL>
+static void tile8(const Product8& p, int64_t row, int64_t rows, int64_t m0, const uint8_t* panel, const float* scale,
+                  const float* offset) {
+  constexpr int N = WIDE8 / V::LANES, RUN = GROUP8 / 4;
+  const whit_weight& w = *p.w;
+  const whit_rows8& x = *p.x;
+  const int8_t* q = x.codes + m0 * x.stride;
+  alignas(64) float total[M * WIDE8];
+  alignas(64) int32_t sums[M * WIDE8];
+  const int32_t* start = p.starts + m0 * x.groups;
+  if constexpr (!GROUPED) {
+    run8<V, M, false, SMALL>(q, x.stride, panel, (w.columns + 3) / 4, start, nullptr, 1, nullptr, nullptr, sums);
+    for (int m = 0; m < M; m++)
+      for (int64_t r = 0; r < rows; r++) finish_row8(p, m0 + m, row + r, sums[m * WIDE8 + r], scale[r]);
+  } else {
+    memset(total, 0, sizeof total);
+    const int64_t runs = (w.columns + GROUP8 - 1) / GROUP8;
+    int64_t g = 0, next = w.groups == 1 ? w.columns : w.group_size;
+    for (int64_t u = 0; u < runs; u++) {
+      run8<V, M, true, SMALL>(q + u * GROUP8, x.stride, panel + u * RUN * WIDE8 * 4, RUN, start + u,
+                              x.scale + m0 * x.groups + u, x.groups, scale + g * WIDE8, total, sums);
+      if ((u + 1) * GROUP8 < next && u + 1 < runs) continue;
+      for (int m = 0; m < M && offset; m++) {
+        typename V::G by = V::gset1(-p.group_sums[(m0 + m) * p.sum_stride + g]);
+        for (int n = 0; n < N; n++) {
+          float* to = total + m * WIDE8 + n * V::LANES;
+          V::gstore(to, V::gfma(V::gload(offset + g * WIDE8 + n * V::LANES), by, V::gload(to)));
+        }
+      }
+      g++, next += w.group_size;
+    }
+    for (int m = 0; m < M; m++)
+      for (int64_t r = 0; r < rows; r++) finish8(p, m0 + m, row + r, total[m * WIDE8 + r]);
+  }
+}
+
+template <class V, bool GROUPED, bool SMALL>
+static void tiles8(const Product8& p, int64_t row, int64_t rows, const uint8_t* panel, const float* scale,
+                   const float* offset) {
+  int64_t m = 0;
+  for (; m + V::TALL <= p.x->count; m += V::TALL)
+    tile8<V, V::TALL, GROUPED, SMALL>(p, row, rows, m, panel, scale, offset);
+  if constexpr (V::TALL > 4)
+    if (m + 4 <= p.x->count) tile8<V, 4, GROUPED, SMALL>(p, row, rows, m, panel, scale, offset), m += 4;
+  if (m + 2 <= p.x->count) tile8<V, 2, GROUPED, SMALL>(p, row, rows, m, panel, scale, offset), m += 2;
+  if (m < p.x->count) tile8<V, 1, GROUPED, SMALL>(p, row, rows, m, panel, scale, offset);
+}
+
+template <class V, int BITS, bool TABLE>
+static void many_of(const Product8& p, int64_t first, int64_t last, float* scratch) {
+  constexpr bool SMALL = small_levels<V, BITS, TABLE>();
+  const whit_weight& w = *p.w;
+  const int64_t groups = padded_groups(w);
+  float *row_scale = scratch, *row_zero = scratch + groups, *scale = scratch + 2 * groups;
+  float* offset = scale + w.groups * WIDE8;
+  uint8_t* panel = (uint8_t*)(((uintptr_t)(offset + w.groups * WIDE8) + 63) & ~(uintptr_t)63);
+  for (int64_t row = first; row < last; row += WIDE8) {
+    const int64_t rows = last - row < WIDE8 ? last - row : WIDE8;
+    for (int64_t r = 0; r < WIDE8; r++) {
+      group_params<V>(w, row + (r < rows ? r : rows - 1), 0, row_scale, row_zero);
+      for (int64_t g = 0; g < w.groups; g++) scale[g * WIDE8 + r] = row_scale[g] * p.unit;
+      for (int64_t g = 0; g < w.groups && w.zero; g++) offset[g * WIDE8 + r] = row_scale[g] * row_zero[g];
+    }
+    decode_panel<V, BITS, TABLE>(p, row, rows, panel);
+    if (p.x->groups == 1) tiles8<V, false, SMALL>(p, row, rows, panel, scale, nullptr);
+    else tiles8<V, true, SMALL>(p, row, rows, panel, scale, w.zero ? offset : nullptr);
+  }
+}
+
+template <class V>
+static void many8(const Product8& p, int64_t first, int64_t last, float* scratch) {
+  switch (p.w->bits) {
+    case 2:
+      if (p.has_table) return many_of<V, 2, true>(p, first, last, scratch);
+      return many_of<V, 2, false>(p, first, last, scratch);
+    case 3:
+      if (p.has_table) return many_of<V, 3, true>(p, first, last, scratch);
+      return many_of<V, 3, false>(p, first, last, scratch);
+    case 4:
+      if (p.has_table) return many_of<V, 4, true>(p, first, last, scratch);
+      return many_of<V, 4, false>(p, first, last, scratch);
+    case 5: return many_of<V, 5, false>(p, first, last, scratch);
+    case 6: return many_of<V, 6, false>(p, first, last, scratch);
+    case 8: return many_of<V, 8, false>(p, first, last, scratch);
+  }
+}
+
+template <class V, bool GROUPED>
+static void few_bits(const Product8& p, int64_t first, int64_t last, float* scratch) {
+  switch (p.w->bits) {
+    case 2:
+      if (p.has_table) return few_of<V, 2, true, GROUPED>(p, first, last, scratch);
+      return few_of<V, 2, false, GROUPED>(p, first, last, scratch);
+    case 3:
+      if (p.has_table) return few_of<V, 3, true, GROUPED>(p, first, last, scratch);
+      return few_of<V, 3, false, GROUPED>(p, first, last, scratch);
+    case 4:
+      if (p.has_table) return few_of<V, 4, true, GROUPED>(p, first, last, scratch);
+      return few_of<V, 4, false, GROUPED>(p, first, last, scratch);
+    case 5: return few_of<V, 5, false, GROUPED>(p, first, last, scratch);
+    case 6: return few_of<V, 6, false, GROUPED>(p, first, last, scratch);
+    case 8: return few_of<V, 8, false, GROUPED>(p, first, last, scratch);
+  }
+}
+
+template <class V>
+static void few8(const Product8& p, int64_t first, int64_t last, float* scratch) {
+  if (p.x->groups == 1) few_bits<V, false>(p, first, last, scratch);
+  else few_bits<V, true>(p, first, last, scratch);
+}
+
+// Codes = round(x 127 / max|x|), scale = max|x| / 127, of a row or of 32 columns at a time, as int8.quantize_rows.
+template <class V>
+static void quantize8(const void* x, int type, int64_t columns, int64_t stride, int64_t groups, int8_t* codes,
+                      float* scale, int32_t* sums) {
+  const int64_t size = groups == 1 ? columns : GROUP8;
+  memset(codes + columns, 0, (size_t)(stride - columns));
+  for (int64_t g = 0; g < groups; g++) {
+    const int64_t first = g * size < columns ? g * size : columns;
+    const int64_t until = first + size < columns ? first + size : columns;
+    const int64_t whole = first + ((until - first) & ~(int64_t)15);
+    typename V::F most = V::zero();
+    uint32_t odd = 0;
+    for (int64_t c = first; c < whole; c += 16) most = V::larger(most, V::convert(x, c, type), odd);
+    float largest = V::largest(most);
+    for (int64_t c = whole; c < until; c++) {
+      float f = load_as_float(x, c, type);
+      f = f < 0 ? -f : f;
+      if (!(f <= 3.4028234663852886e38f)) odd = 1;
+      if (f > largest) largest = f;
+    }
+    const float factor = largest > 0 ? 1.0f / largest * 127.0f : 0;  // in the two steps that torch takes
+    int32_t sum = 0;
+    for (int64_t c = first; c < whole; c += 16)
+      sum += V::round8(V::mul(V::convert(x, c, type), V::set1(factor)), codes + c);
+    for (int64_t c = whole; c < until; c++) {
+      int q = (int)__builtin_nearbyintf(odd ? 0 : load_as_float(x, c, type) * factor);
+      codes[c] = (int8_t)q;
+      sum += q;
+    }
+    scale[g] = odd ? __builtin_nanf("") : largest / 127.0f;
+    sums[g] = sum;
+  }
+}

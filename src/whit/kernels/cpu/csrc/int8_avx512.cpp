@@ -1,0 +1,112 @@
+// AVX-512 with VNNI and VBMI: four products of bytes to a lane in one instruction, codes of any width to bytes in two.
+#include "avx512.h"
+#include "int8.h"
+
+namespace {
+
+#include "kernels.inl"
+
+struct Vnni512 : Avx512 {
+  using B = __m512i;
+  using I = __m512i;
+  using G = __m512;
+  static constexpr int LANES = 16, TALL = 8;
+  static constexpr bool EXACT = true;
+  struct Bits { __m512i from, shift, mask; };
+
+  static ALWAYS_INLINE Bits bits(int bits) {
+    alignas(64) uint8_t from[64], shift[64];
+    for (int i = 0; i < 64; i++) from[i] = (uint8_t)(i / 8 * bits + i % 8), shift[i] = (uint8_t)(i % 8 * bits);
+    __m512i mask = _mm512_set1_epi8((char)((1 << bits) - 1));
+    __asm__("" : "+v"(mask));  // lest it be made anew, from a general register, at every step
+    return {_mm512_load_si512(from), _mm512_load_si512(shift), mask};
+  }
+  template <int BITS>
+  static ALWAYS_INLINE B decode(const uint8_t* p, const Bits& bits) {
+    if constexpr (BITS == 8) return _mm512_loadu_si512(p);
+    if constexpr (BITS == 4) {
+      __m512i v = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)p));
+      return _mm512_ternarylogic_epi64(v, _mm512_slli_epi16(v, 4), bits.mask, 0xa8);  // (a | b) & c
+    }
+    __m512i v = _mm512_maskz_loadu_epi8((__mmask64)-1 >> (64 - 8 * BITS), p);
+    v = _mm512_permutexvar_epi8(bits.from, v);
+    return _mm512_and_si512(_mm512_multishift_epi64_epi8(bits.shift, v), bits.mask);
+  }
+  template <int SHIFT>
+  static ALWAYS_INLINE B part(B bytes, const Bits& bits) {
+    return _mm512_and_si512(SHIFT ? _mm512_srli_epi16(bytes, SHIFT) : bytes, bits.mask);
+  }
+  static ALWAYS_INLINE B table8(const uint8_t* t) { return _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)t)); }
+  static ALWAYS_INLINE B look8(B codes, B table) { return _mm512_shuffle_epi8(table, codes); }
+  static ALWAYS_INLINE B bload(const int8_t* p) { return _mm512_loadu_si512(p); }
+  static ALWAYS_INLINE void bstore(uint8_t* p, B b) { _mm512_storeu_si512(p, b); }
+  static ALWAYS_INLINE B four(const int8_t* p) {
+    int32_t v;
+    memcpy(&v, p, 4);
+    return _mm512_set1_epi32(v);
+  }
+  static ALWAYS_INLINE I izero() { return _mm512_setzero_si512(); }
+  static ALWAYS_INLINE I iset1(int32_t v) { return _mm512_set1_epi32(v); }
+  static ALWAYS_INLINE void istore(int32_t* p, I i) { _mm512_storeu_si512(p, i); }
+  template <bool SMALL>
+  static ALWAYS_INLINE I dot(I acc, B level, B q) { return _mm512_dpbusd_epi32(acc, level, q); }
+  template <bool SMALL>  // in place: compilers tend to move a register full of sums at every step
+  static ALWAYS_INLINE void dot_into(I& acc, B level, B q) {
+    __asm__("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(level), "v"(q));
+  }
+  static ALWAYS_INLINE int32_t isum(I i) { return _mm512_reduce_add_epi32(i); }
+  static ALWAYS_INLINE G gzero() { return _mm512_setzero_ps(); }
+  static ALWAYS_INLINE G gset1(float f) { return _mm512_set1_ps(f); }
+  static ALWAYS_INLINE G gload(const float* p) { return _mm512_loadu_ps(p); }
+  static ALWAYS_INLINE void gstore(float* p, G g) { _mm512_storeu_ps(p, g); }
+  static ALWAYS_INLINE G gadd(G a, G b) { return _mm512_add_ps(a, b); }
+  static ALWAYS_INLINE G gmul(G a, G b) { return _mm512_mul_ps(a, b); }
+  static ALWAYS_INLINE G gfma(G a, G b, G c) { return _mm512_fmadd_ps(a, b, c); }
+  static ALWAYS_INLINE G to_g(I i) { return _mm512_cvtepi32_ps(i); }
+  static ALWAYS_INLINE float gsum(G g) { return sum(g); }
+  static ALWAYS_INLINE G grepeat(const float* p, int shift) {  // lane i has p[i >> shift]
+    return _mm512_permutexvar_ps(_mm512_srl_epi32(lanes(), _mm_cvtsi32_si128(shift)), _mm512_loadu_ps(p));
+  }
+  static ALWAYS_INLINE void transpose(B (&v)[16]) {  // of dwords
+    B t[16];
+UNROLL(8)
+    for (int i = 0; i < 16; i += 2) {
+      t[i] = _mm512_unpacklo_epi32(v[i], v[i + 1]);
+      t[i + 1] = _mm512_unpackhi_epi32(v[i], v[i + 1]);
+    }
+UNROLL(4)
+    for (int i = 0; i < 16; i += 4) {
+      v[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+      v[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+      v[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+      v[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+    }
+UNROLL(4)
+    for (int i = 0; i < 4; i++) {  // v[4 a + i] has column 4 l + i of rows 4 a .. 4 a + 3 in its 128-bit lane l
+      __m512i a = _mm512_shuffle_i32x4(v[i], v[4 + i], 0x88), b = _mm512_shuffle_i32x4(v[8 + i], v[12 + i], 0x88);
+      __m512i c = _mm512_shuffle_i32x4(v[i], v[4 + i], 0xdd), d = _mm512_shuffle_i32x4(v[8 + i], v[12 + i], 0xdd);
+      t[i] = _mm512_shuffle_i32x4(a, b, 0x88);
+      t[8 + i] = _mm512_shuffle_i32x4(a, b, 0xdd);
+      t[4 + i] = _mm512_shuffle_i32x4(c, d, 0x88);
+      t[12 + i] = _mm512_shuffle_i32x4(c, d, 0xdd);
+    }
+UNROLL(16)
+    for (int i = 0; i < 16; i++) v[i] = t[i];
+  }
+  static ALWAYS_INLINE F larger(F most, F x, uint32_t& odd) {
+    odd |= _mm512_fpclass_ps_mask(x, 0x99);  // NaN and infinities
+    return _mm512_max_ps(most, _mm512_abs_ps(x));
+  }
+  static ALWAYS_INLINE float largest(F f) { return _mm512_reduce_max_ps(f); }
+  static ALWAYS_INLINE int32_t round8(F f, int8_t* to) {
+    __m512i q = _mm512_cvtps_epi32(f);
+    _mm_storeu_si128((__m128i*)to, _mm512_cvtsepi32_epi8(q));
+    return _mm512_reduce_add_epi32(q);
+  }
+};
+
+#include "int8.inl"
+
+}  // namespace
+
+const Kernels8 whit_int8_avx512 = {few8<Vnni512>, many8<Vnni512>, quantize8<Vnni512>, 64};

@@ -1,0 +1,107 @@
+"""Products of 8-bit activations on the processor: int8 per token with int8 weights, and per 32 columns with any codes.
+
+A format whose levels are no small integers (nf4) multiplies the rounded activations exactly, as `Cpu` does.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from whit.kernels import int8
+from whit.kernels.cpu.binding import library
+from whit.kernels.cpu.kernel import FLOATS, Cpu, compiled_library
+from whit.kernels.cpu.rows8 import ROW_SUMS, Rows8, levels_of, multiply, padded, quantize_rows
+from whit.kernels.cpu.weight import CpuWeight, plan_weight, unsupported
+from whit.layouts import BITS
+from whit.tensor import PackedWeight, product_dtype
+
+
+@dataclass(frozen=True)
+class Cpu8:
+    """What `packed.activations` says, in int8: the same integers as kernels/int8.py, and the same rounding.
+
+    `isa` is one of binding.ISAS8; None takes the best that the processor has.
+    """
+
+    isa: str | None = None
+    name: ClassVar[str] = "cpu-int8"
+
+    def supports(self, packed: PackedWeight, x: Tensor) -> str | None:
+        how, compiled = packed.activations, library()
+        if how is None:
+            return "activations are not quantized"
+        if x.device.type != "cpu" or packed.device.type != "cpu":
+            return f"activations are on {x.device.type}, the weight is on {packed.device.type}"
+        if x.dtype not in FLOATS or how.dtype != torch.int8:
+            return f"activations are {x.dtype}, to be multiplied as {how.dtype}"
+        if isinstance(compiled, str):
+            return compiled
+        if self.isa is not None and self.isa not in compiled.isas8:
+            return f"this processor does not run {self.isa}, or the compiler did not build it"
+        if how.granularity != "group" and product_dtype(packed.format) != torch.int8:
+            return f"{packed.format} is not made of int8"
+        levels = levels_of(packed.format)
+        return unsupported(packed) or (levels if how.granularity != "group" and isinstance(levels, str) else None)
+
+    def prepare(self, packed: PackedWeight) -> CpuWeight:
+        return packed if isinstance(packed, CpuWeight) else _planned(packed, move=True)
+
+    def linear(self, x: Tensor, packed: PackedWeight, bias: Tensor | None) -> Tensor:
+        weight = packed if isinstance(packed, CpuWeight) else _planned(packed, move=False)
+        flat = x.reshape(-1, weight.shape[1]).contiguous()
+        if not len(flat):
+            return x.new_empty(*x.shape[:-1], weight.shape[0])
+        bias = None if bias is None else bias.contiguous()
+        how = weight.activations
+        if isinstance(levels_of(weight.format), str):  # such as nf4's: exact products of the rounded activations
+            y = Cpu().linear(int8.rounded_groups(flat), weight, None if bias is None else bias.to(torch.float32))
+            y = y.to(x.dtype)
+        elif how is not None and how.threshold > 0:
+            y = self._with_outliers(flat, weight, bias, how.threshold)
+        else:
+            y = multiply(self._rows(flat, weight), weight, bias, x.dtype, compiled_library(), self.isa)
+        return y.reshape(*x.shape[:-1], weight.shape[0])
+
+    def _rows(self, x: Tensor, weight: CpuWeight) -> Rows8:
+        how = weight.activations
+        assert how is not None
+        if how.kind == "dynamic" and how.symmetric and how.granularity != "tensor":
+            return quantize_rows(x, how.granularity == "group", compiled_library(), self.isa)
+        if how.kind == "static":
+            rows = int8.quantize_static(x, weight.tensors["input_scale"], weight.tensors.get("input_zero_point"))
+        else:
+            rows = int8.quantize_rows(x, how.granularity == "tensor", how.symmetric)
+        one = (len(x), 1)
+        zero = None if rows.zero_point is None else rows.zero_point.expand(one).contiguous()
+        codes = pad(rows.codes, (0, padded(x.shape[1]) - x.shape[1]))
+        sums = rows.codes.sum(1, keepdim=True, dtype=torch.int32)
+        return Rows8(codes.contiguous(), rows.scale.expand(one).contiguous(), sums, zero)
+
+    def _with_outliers(self, x: Tensor, weight: CpuWeight, bias: Tensor | None, threshold: float) -> Tensor:
+        """int8.outlier_linear, whose exact part has only the columns that hold an outlier."""
+        compiled = compiled_library()
+        (columns,) = int8.outlier_columns(x, threshold).nonzero(as_tuple=True)
+        if not len(columns):
+            return multiply(quantize_rows(x, False, compiled, self.isa), weight, bias, x.dtype, compiled, self.isa)
+        within = x.index_fill(1, columns, 0)
+        y = multiply(quantize_rows(within, False, compiled, self.isa), weight, None, torch.float32, compiled, self.isa)
+        params = {key: weight.tensors[key] for key in weight.format.param_specs(*weight.shape)}
+        scale: Tensor = weight.format.row_scale(params)  # type: ignore[attr-defined]
+        codes = BITS.unpack(weight).codes[:, columns].to(torch.float32)
+        exact = torch.nn.functional.linear(x[:, columns], (codes * scale).to(x.dtype))
+        y += exact.to(torch.float32)
+        return (y if bias is None else y + bias.to(torch.float32)).to(x.dtype)
+
+
+def _planned(packed: PackedWeight, move: bool) -> CpuWeight:
+    weight = plan_weight(packed, compiled_library(), move)
+    how = packed.activations
+    if how is None or (how.symmetric and "input_zero_point" not in weight.tensors):
+        return weight
+    sums = BITS.unpack(packed).codes.sum(1, dtype=torch.int32)
+    return replace(weight, tensors={**weight.tensors, ROW_SUMS: sums})

@@ -1,0 +1,184 @@
+"""Products of 8-bit activations on the processor against kernels/int8.py and float64."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Generator, Tensor
+
+import whit
+from whit.activations import parse_activations
+from whit.kernels import Cpu8, select
+from whit.kernels.activated import Activation8
+from whit.kernels.cpu import library
+from whit.kernels.cpu.rows8 import Levels, levels_of, quantize_rows
+from whit.kernels.int8 import rounded_groups
+from whit.layouts import BITS
+from whit.modules import QuantizedLinear
+from whit.tensor import PackedWeight
+
+COMPILED = library()
+ISAS_HERE = () if isinstance(COMPILED, str) else COMPILED.isas8
+GROUPED = [
+    *(f"int{bits}-g{group}" for bits in (2, 3, 4, 5, 6, 8) for group in (32, 128)), "int4-g64-asym", "int4-g96",
+    "int3-g256-asym", "int2-g64-asym", "int4-channel", "int8-g32-asym", "int4-g64-asym-fz", "codebook(-1,0,1)-g32",
+    "codebook(-1,-0.75,-0.5,-0.25,0,0.125,0.25,0.5,1)-g32", "int8-tensor", "nf4-dq",
+]  # fmt: skip
+TYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+pytestmark = pytest.mark.skipif(isinstance(COMPILED, str), reason=f"CPU kernels: {COMPILED}")
+
+
+@pytest.fixture(params=ISAS_HERE)
+def kernel(request: pytest.FixtureRequest) -> Cpu8:
+    return Cpu8(request.param)
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def packed(spec: str, rows: int, columns: int, activations: str, random: Generator) -> PackedWeight:
+    weight = BITS.pack(whit.quantize_tensor(torch.randn(rows, columns, generator=random), spec))
+    return replace(weight, activations=parse_activations(activations))
+
+
+@pytest.mark.parametrize("spec", GROUPED)
+def test_groups_of_columns_are_products_of_rounded_activations(kernel: Cpu8, spec: str, random: Generator):
+    for (rows, columns), batch in [((1, 1), 1), ((7, 33), 3), ((50, 257), 1), ((100, 640), 13)]:
+        weight = packed(spec, rows, columns, "int8-g32", random)
+        exact = BITS.unpack(weight).dequantize(torch.float64)
+        x = torch.randn(batch, columns, generator=random)
+        assert kernel.supports(weight, x) is None
+        rounded = rounded_groups(x).double()
+        assert bool(((rounded - x).abs() <= x.abs().max() / 253).all())
+        size = rounded.abs() @ exact.abs().T + 1e-20
+        assert bool(((kernel.linear(x, weight, None).double() - rounded @ exact.T).abs() <= 3e-6 * size).all())
+
+
+@pytest.mark.parametrize("how", ["int8", "int8-asym", "int8-tensor"])
+def test_tokens_give_the_references_bits(kernel: Cpu8, how: str, random: Generator):
+    for rows, columns in [(1, 1), (7, 33), (50, 257), (97, 640)]:
+        weight = packed("int8", rows, columns, how, random)
+        for dtype in TYPES:
+            x = torch.randn(17, columns, generator=random).to(dtype)
+            bias = torch.randn(rows, generator=random).to(dtype)
+            for batch in (1, 2, 3, 4, 9, 17):
+                wanted = Activation8().linear(x[:batch], weight, bias)
+                assert torch.equal(kernel.linear(x[:batch], weight, bias), wanted)
+                assert torch.equal(kernel.linear(x[:batch], kernel.prepare(weight), bias), wanted)
+
+
+def test_any_number_of_rows(kernel: Cpu8, random: Generator):
+    token, group = packed("int8", 61, 288, "int8", random), packed("int4-g32", 61, 288, "int8-g32", random)
+    x = torch.randn(65, 288, generator=random)
+    wanted = rounded_groups(x) @ BITS.unpack(group).dequantize().T
+    for rows in range(1, 66):
+        assert torch.equal(kernel.linear(x[:rows], token, None), Activation8().linear(x[:rows], token, None))
+        torch.testing.assert_close(kernel.linear(x[:rows], group, None), wanted[:rows], rtol=1e-5, atol=1e-4)
+    assert kernel.linear(torch.ones(0, 288), token, None).shape == (0, 61)
+    assert kernel.linear(torch.ones(2, 3, 288), group, None).shape == (2, 3, 61)
+
+
+@pytest.mark.parametrize("how", ["int8", "int8-asym", "int8-outliers1"])
+def test_narrower_weights_with_tokens(kernel: Cpu8, how: str, random: Generator):
+    for bits in (2, 3, 4, 5, 6):
+        weight = packed(f"int{bits}-channel", 21, 200, how, random)
+        for batch in (1, 2, 7):
+            x = torch.randn(batch, 200, generator=random)
+            assert kernel.supports(weight, x) is None
+            torch.testing.assert_close(kernel.linear(x, weight, None), Activation8().linear(x, weight, None))
+
+
+def test_static_scales_and_zero_points(kernel: Cpu8, random: Generator):
+    weight, x = packed("int8", 20, 96, "int8-static-asym", random), torch.randn(5, 96, generator=random)
+    given = {"input_scale": torch.tensor([0.02]), "input_zero_point": torch.tensor([-3], dtype=torch.int8)}
+    weight = replace(weight, tensors={**weight.tensors, **given})
+    assert torch.equal(kernel.linear(x, weight, None), Activation8().linear(x, weight, None))
+
+
+@pytest.mark.parametrize("spec", ["int8", "int8-absmax"])
+def test_outlier_columns_stay_exact(kernel: Cpu8, spec: str, random: Generator):
+    weight, x = packed(spec, 40, 200, "int8-outliers", random), torch.randn(6, 200, generator=random)
+    x[:, [3, 77]] *= 30
+    for dtype, tolerance in zip(TYPES, (1e-5, 1e-2, 2e-3), strict=True):
+        bias = torch.ones(40, dtype=dtype)
+        got, wanted = (k.linear(x.to(dtype), weight, bias) for k in (kernel, Activation8()))
+        torch.testing.assert_close(got, wanted, rtol=tolerance, atol=tolerance * 40)
+    calm = x.clamp(-3, 3)
+    torch.testing.assert_close(kernel.linear(calm, weight, None), Activation8().linear(calm, weight, None))
+
+
+def test_extreme_values_do_not_saturate(kernel: Cpu8):
+    """Every product is as large as it can be: 16-bit sums of two of them would overflow."""
+    weight = packed("int8", 3, 4096, "int8", torch.Generator().manual_seed(0))
+    for code in (0, 255):
+        tensors = {**weight.tensors, "codes": torch.full_like(weight.tensors["codes"], code)}
+        extreme = replace(weight, tensors=tensors)
+        for sign in (1.0, -1.0):
+            x = torch.full((5, 4096), sign)
+            for batch in (1, 5):
+                wanted = Activation8().linear(x[:batch], extreme, None)
+                assert torch.equal(kernel.linear(x[:batch], extreme, None), wanted)
+
+
+@pytest.mark.parametrize(("spec", "how"), [("int4-g64", "int8-g32"), ("int8", "int8"), ("int3-g32-asym", "int8-g32")])
+def test_threads_and_pointers_change_no_bit(kernel: Cpu8, spec: str, how: str, random: Generator, threads: None):
+    weight, x = packed(spec, 300, 320, how, random), torch.randn(9, 320, generator=random)
+
+    def moved(tensor: Tensor) -> Tensor:
+        flat = torch.empty(tensor.numel() + 3, dtype=tensor.dtype)[3:]
+        return flat.reshape(tensor.shape).copy_(tensor)
+
+    elsewhere = replace(weight, tensors={key: moved(tensor) for key, tensor in weight.tensors.items()})
+    for batch in (1, 2, 9):
+        results = [kernel.linear(moved(x[:batch]), elsewhere, None)]
+        for count in (1, 2, 3, 4):
+            torch.set_num_threads(count)
+            results.append(kernel.linear(x[:batch], weight, None))
+        assert all(torch.equal(results[0], result) for result in results[1:])
+
+
+def test_rows_that_are_not_finite_come_out_as_nan(kernel: Cpu8, random: Generator):
+    for spec, how in (("int8", "int8"), ("int4-g32", "int8-g32")):
+        weight, x = packed(spec, 8, 96, how, random), torch.randn(6, 96, generator=random)
+        x[1, 5], x[3, 95], x[4] = torch.nan, torch.inf, 0
+        y = kernel.linear(x, weight, None)
+        assert [bool(row.isnan().all()) for row in y] == [False, True, False, True, False, False]
+        assert bool((y[4] == 0).all())
+
+
+def test_codes_are_rounded_as_the_reference_rounds(kernel: Cpu8, random: Generator):
+    assert not isinstance(COMPILED, str)
+    for dtype in TYPES:
+        x = torch.randn(5, 77, generator=random).to(dtype)
+        rows = quantize_rows(x, True, COMPILED, kernel.isa)
+        floats = (rows.codes.reshape(5, -1, 32) * rows.scale[..., None]).reshape(5, -1)[:, :77]
+        assert torch.equal(floats, rounded_groups(x))
+        assert torch.equal(rows.sums, rows.codes.reshape(5, -1, 32).sum(-1, dtype=torch.int32))
+
+
+def test_levels_are_integers_times_a_unit():
+    from whit.formats import parse_format
+
+    assert levels_of(parse_format("int4-g32")) == Levels(None, 8, 1.0)
+    assert "no multiples" in str(levels_of(parse_format("nf4")))
+    assert "48" in str(levels_of(parse_format("int4-g48")))
+    found = levels_of(parse_format("int8-absmax"))
+    assert isinstance(found, Levels)
+    assert found.shift in (127, 128)
+
+
+def test_is_what_a_module_with_quantized_inputs_runs(random: Generator):
+    quantized = whit.quantize_tensor(torch.randn(64, 128, generator=random), "int4-g32")
+    module = QuantizedLinear.from_quantized(quantized, activations=parse_activations("int8-g32"))
+    x = torch.randn(3, 128, generator=random)
+    assert select(module.packed, x).name == "cpu-int8"
+    exact = x @ quantized.dequantize().T
+    assert 0 < (module(x) - exact).norm() < 0.01 * exact.norm()
