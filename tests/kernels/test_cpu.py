@@ -30,6 +30,7 @@ OTHER = [
     "int4-g128-f32", "int3-channel-asym", "nf4", "nf4-g16", "nf4-dq", "nf4-g128-dq", "nf4-channel", "fp4", "fp8",
     "dynamic8-g64", "codebook(-1,-0.3,0.3,0.5,1)-g64", "codebook(-1,1)-g32", "codebook(-1,0.1,1)-g256",
     "binary-g64", "binary",
+    "q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_nl", "iq4_xs", "tq2_0",
 ]  # fmt: skip
 COMPILED = library()
 ISAS_HERE = () if isinstance(COMPILED, str) else COMPILED.isas
@@ -226,7 +227,7 @@ from whit.layouts import BITS
 random = torch.Generator().manual_seed(0)
 for isa in compiled.isas:
     for spec in ["int1-g16", "int2-g32-asym", "int3-g64", "int4-g48", "nf4-dq", "int5-g32", "int6-channel", "int7-g16",
-                 "int8-g64-asym", "fp8", "int8-tensor", "codebook(-1,0.1,1)-g32"]:
+                 "int8-g64-asym", "fp8", "q4_k", "q6_k", "int8-tensor", "codebook(-1,0.1,1)-g32"]:
         for rows, columns in [(1, 1), (3, 33), (9, 257)]:
             weight = BITS.pack(whit.quantize_tensor(torch.randn(rows, columns, generator=random), spec))
             for batch in (1, 7, 20):

@@ -26,6 +26,7 @@ GROUPED = [
     *(f"int{bits}-g{group}" for bits in (2, 3, 4, 5, 6, 8) for group in (32, 128)), "int4-g64-asym", "int4-g96",
     "int3-g256-asym", "int2-g64-asym", "int4-channel", "int8-g32-asym", "int4-g64-asym-fz", "codebook(-1,0,1)-g32",
     "codebook(-1,-0.75,-0.5,-0.25,0,0.125,0.25,0.5,1)-g32", "int8-tensor", "nf4-dq",
+    "q4_0", "q4_1", "q8_0", "q4_k", "q5_k", "q6_k", "iq4_nl", "iq4_xs",
 ]  # fmt: skip
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -81,6 +81,21 @@ class Ggml:
             return ()
         return ("scale", "min") if self.kind.offset else ("scale",)
 
+    @property
+    def run_size(self) -> int:
+        """Neighbouring columns that share an effective scale (and offset)."""
+        return self.kind.sub_size
+
+    @property
+    def integer_levels(self) -> tuple[int, ...]:
+        """The integers that stored codes, from 0 upwards, mean."""
+        return self.kind.levels or tuple(range(self.kind.low, self.kind.low + (1 << self.kind.bits)))
+
+    @property
+    def scale_bias(self) -> int:
+        """What was added to the integer sub-scales as they are stored."""
+        return self.kind.scale_bias
+
     def sums(self, values: Tensor) -> Tensor:
         return group_sums(values, self.group_size)
 

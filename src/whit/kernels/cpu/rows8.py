@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from whit.kernels.cpu.binding import ISAS8, TYPES, Library, RowsPlan
-from whit.kernels.cpu.weight import CpuWeight, is_consecutive, level_table
+from whit.kernels.cpu.weight import CpuWeight, is_consecutive, level_table, run_size
 from whit.tensor import Format
 
 GROUP = 32  # columns of x that share a scale
@@ -96,8 +96,8 @@ def levels_of(format: Format) -> Levels | str:
     """The levels of a format as integers times a unit, or why they are none."""
     if format.bits not in WIDTHS:
         return f"codes of {format.bits} bits are not multiplied as bytes"
-    if format.group_size % GROUP:
-        return f"groups of {format.group_size} columns are no multiple of {GROUP}"
+    if run_size(format) % GROUP:
+        return f"groups of {run_size(format)} columns are no multiple of {GROUP}"
     levels = level_table(format)
     largest = levels.abs().max()
     step = 1.0 if is_consecutive(format) else ((levels[-1] - levels[0]) / (len(levels) - 1)).item()

@@ -15,6 +15,9 @@ from whit.tensor import Format, PackedWeight, matrix_shape, radix
 
 LANE = 16  # the kernels' runs of columns that share params
 NESTED_GROUP = 256
+PARAMS: tuple[set[str], ...] = (
+    {"scale"}, {"scale", "zero_point"}, {"absmax"}, {"d"}, {"d", "m"}, {"d", "scale"}, {"d", "dmin", "scale", "min"},
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -37,10 +40,10 @@ def unsupported(packed: PackedWeight) -> str | None:
         return f"codes of {format} lie in bytes of base {base}, not in bits"
     if len(packed.shape) != 2 or 0 in packed.shape:
         return f"the weight's shape is {packed.shape}; it must be a matrix"
-    if format.group_size % LANE and format.group_size < packed.shape[1]:
+    if run_size(format) % LANE and run_size(format) < packed.shape[1]:
         return f"groups of {format.group_size} columns are no multiple of {LANE}"
     specs = format.param_specs(*packed.shape)
-    if not ({*specs} <= {"scale", "zero_point"} or {*specs} == {"absmax"}) or not specs:
+    if {*specs} not in PARAMS:
         return f"params {', '.join(specs) or 'none'} are not known to it"
     nested = specs["absmax"].format if "absmax" in specs else None
     if nested is not None and (nested.bits, nested.group_size) != (8, NESTED_GROUP):
@@ -57,10 +60,11 @@ def plan_weight(packed: PackedWeight, library: Library, move: bool) -> CpuWeight
         tensors["codes"] = in_huge_pages(tensors["codes"])
     codes = tensors["codes"]
     levels = level_table(format)
-    groups = -(-columns // format.group_size) if format.group_size else 1
+    size = run_size(format)
+    groups = -(-columns // format.group_size) * (format.group_size // size) if size else 1
     plan = WeightPlan(
         codes=codes.data_ptr(), rows=rows, columns=columns, row_bytes=codes.shape[1], groups=groups,
-        group_size=format.group_size or columns, levels=levels.data_ptr(), bits=format.bits,
+        group_size=size or columns, levels=levels.data_ptr(), bits=format.bits,
         consecutive=is_consecutive(format), zero_type=NONE, parallel=library.parallel,
     )  # fmt: skip
     held = [levels]
@@ -70,16 +74,36 @@ def plan_weight(packed: PackedWeight, library: Library, move: bool) -> CpuWeight
         plan.nested_levels, plan.nested_absmax = held[-1].data_ptr(), tensors["absmax_absmax"].data_ptr()
         plan.nested_offset = tensors["absmax_offset"].data_ptr()
     else:
-        scale = tensors["absmax" if "absmax" in tensors else "scale"]
+        scale = tensors[next(name for name in ("absmax", "d", "scale") if name in tensors)]
         plan.scale, plan.scale_type = scale.data_ptr(), TYPES[scale.dtype]
         plan.scale_stride = groups if scale.numel() > 1 else 0
     if "zero_point" in tensors:
         zero = tensors["zero_point"]
         plan.zero, plan.zero_type = zero.data_ptr(), TYPES.get(zero.dtype, CODES)
+    if "d" in tensors:
+        _add_offsets(plan, format, tensors)
     return CpuWeight(
         packed.layout, format, packed.shape, tensors, plan=plan, address=ctypes.addressof(plan), held=tuple(held),
         activations=packed.activations,
     )  # fmt: skip
+
+
+def _add_offsets(plan: WeightPlan, format: Format, tensors: dict[str, Tensor]) -> None:
+    """The offsets and superblocks of ggml's types."""
+    for name, sign in (("m", -1), ("dmin", 1)):
+        if name in tensors:
+            plan.zero, plan.zero_type, plan.offsets = tensors[name].data_ptr(), TYPES[tensors[name].dtype], sign
+    if "scale" in tensors:
+        plan.subs = format.group_size // run_size(format)
+        plan.sub_bits = format.param_specs(1, format.group_size)["scale"].bits
+        plan.sub_bias = getattr(format, "scale_bias", 0)
+        plan.sub_scale = tensors["scale"].data_ptr()
+        plan.sub_min = tensors["min"].data_ptr() if "min" in tensors else None
+
+
+def run_size(format: Format) -> int:
+    """Neighbouring columns that share an effective scale; 0 stands for the whole row."""
+    return getattr(format, "run_size", format.group_size)
 
 
 def level_table(format: Format) -> Tensor:
@@ -97,7 +121,7 @@ def _levels(format: Format) -> tuple[Tensor, bool]:
     count = 1 << format.bits
     with torch.inference_mode(False):
         table = torch.zeros(count)
-        levels = getattr(format, "levels", None)
+        levels = getattr(format, "levels", None) or getattr(format, "integer_levels", None)
         if levels is not None:  # fewer than 2^bits of them, perhaps
             table[: len(levels)] = torch.tensor(levels, dtype=torch.float32)
         else:

@@ -127,8 +127,10 @@ static ALWAYS_INLINE void few_rows(const Product8& p, const Decoder8<V, BITS, TA
     EACH(m, M) {
       const float* sums = p.group_sums + (m0 + m) * p.sum_stride;
       typename V::G less = V::gzero();
+      for (int64_t g = 0; g < w.groups && w.offsets; g += V::LANES)
+        less = V::gfma(V::gload(zero + g), V::gload(sums + g), less);
       for (int64_t g = 0; g < w.groups; g += V::LANES) {
-        typename V::G shifted = w.zero ? V::gadd(V::gload(zero + g), shift) : shift;
+        typename V::G shifted = w.zero && !w.offsets ? V::gadd(V::gload(zero + g), shift) : shift;
         less = V::gfma(V::gmul(V::gload(scale + g), shifted), V::gload(sums + g), less);
       }
       finish8(p, m0 + m, row, V::gsum(total[m]) * p.unit - V::gsum(less));
@@ -267,7 +269,7 @@ static void many_of(const Product8& p, int64_t first, int64_t last, float* scrat
     for (int64_t r = 0; r < WIDE8; r++) {
       group_params<V>(w, row + (r < rows ? r : rows - 1), 0, row_scale, row_zero);
       for (int64_t g = 0; g < w.groups; g++) scale[g * WIDE8 + r] = row_scale[g] * p.unit;
-      for (int64_t g = 0; g < w.groups && w.zero; g++) offset[g * WIDE8 + r] = row_scale[g] * row_zero[g];
+      for (int64_t g = 0; g < w.groups && w.zero; g++) offset[g * WIDE8 + r] = w.offsets ? row_zero[g] : row_scale[g] * row_zero[g];
     }
     decode_panel<V, BITS, TABLE>(p, row, rows, panel);
     if (p.x->groups == 1) tiles8<V, false, SMALL>(p, row, rows, panel, scale, nullptr);

@@ -25,13 +25,13 @@ static void convert(const void* from, int64_t first, int64_t count, int type, fl
 
 // Integer zero points are streams like the codes. Writes whole runs of 16: `to` needs room for them.
 template <class V>
-static void unpack(const whit_weight& w, int64_t row, float* to) {
-  int64_t stride = (w.groups * w.bits + 7) / 8;
-  const uint8_t *p = (const uint8_t*)w.zero + (w.scale_stride ? row * stride : 0);
-  const uint8_t *end = (const uint8_t*)w.zero + (w.scale_stride ? w.rows : 1) * stride;
-  typename V::Window window = V::window(w.bits);
+static void unpack(const whit_weight& w, const void* stream, int bits, int64_t row, float* to) {
+  int64_t stride = (w.groups * bits + 7) / 8;
+  const uint8_t *p = (const uint8_t*)stream + (w.scale_stride ? row * stride : 0);
+  const uint8_t *end = (const uint8_t*)stream + (w.scale_stride ? w.rows : 1) * stride;
+  typename V::Window window = V::window(bits);
   uint8_t last[16];
-  for (int64_t g = 0; g < w.groups; g += 16, p += 2 * w.bits) {
+  for (int64_t g = 0; g < w.groups; g += 16, p += 2 * bits) {
     const uint8_t* from = p;
     if (p + 16 > end) {
       memset(last, 0, sizeof last);
@@ -42,9 +42,30 @@ static void unpack(const whit_weight& w, int64_t row, float* to) {
   }
 }
 
-// The scales (and zero points, or `shift` without any) of a row, one per group, as float32.
+// What the runs of superblocks share: to = outer (integer - bias), in float32.
+template <class V>
+static void super_params(const whit_weight& w, const void* outer, const uint8_t* inner, float bias, int64_t row,
+                         float* to) {
+  const int64_t supers = w.groups / w.subs, first = row * supers, each = 16 / w.subs;
+  unpack<V>(w, inner, w.sub_bits, row, to);
+  float part[16];
+  for (int64_t g = 0, super = 0; g < w.groups; g += 16, super += each) {
+    for (int64_t i = 0; i < 16; i++)
+      part[i] = i < each && super + i < supers ? load_as_float(outer, first + super + i, w.scale_type) : 0;
+    V::store(to + g, V::mul(V::repeat(part, w.subs), V::sub(V::load(to + g), V::set1(bias))));
+  }
+}
+
+// The scales (and zero points, or `shift` without any) of a row, one per group, as float32; or its offsets.
 template <class V>
 static void group_params(const whit_weight& w, int64_t row, float shift, float* scale, float* zero) {
+  if (w.subs) {
+    super_params<V>(w, w.scale, w.sub_scale, (float)w.sub_bias, row, scale);
+    if (w.zero) super_params<V>(w, w.zero, w.sub_min, 0, row, zero);
+    else if (shift != 0)
+      for (int64_t g = 0; g < w.groups; g++) zero[g] = shift;
+    return;
+  }
   int64_t first = row * w.scale_stride;
   if (w.scale_type == WHIT_NESTED) {
     const uint8_t* codes = (const uint8_t*)w.scale;
@@ -54,10 +75,12 @@ static void group_params(const whit_weight& w, int64_t row, float shift, float* 
   } else {
     convert<V>(w.scale, first, w.groups, w.scale_type, scale);
   }
-  if (w.zero_type == WHIT_CODES) unpack<V>(w, row, zero);
+  if (w.zero_type == WHIT_CODES) unpack<V>(w, w.zero, w.bits, row, zero);
   else if (w.zero) convert<V>(w.zero, first, w.groups, w.zero_type, zero);
   else if (shift != 0) memset(zero, 0, (size_t)w.groups * 4);
-  if (shift != 0)
+  if (w.offsets)
+    for (int64_t g = 0; g < w.groups; g++) zero[g] *= (float)w.offsets;
+  else if (shift != 0)
     for (int64_t g = 0; g < w.groups; g++) zero[g] += shift;
 }
 
@@ -91,7 +114,7 @@ static void tile(const Rows& a, int64_t row, const Params* params, const typenam
   constexpr int STEPS = B::CODES / V::CODES_PER_STEP;
   const whit_weight& w = *a.w;
   const uint8_t* end = w.codes + w.rows * w.row_bytes;
-  const bool has_zero = w.zero || KIND == COUNT;
+  const bool has_zero = (w.zero && !w.offsets) || KIND == COUNT;
   const char* x[M];
   for (int m = 0; m < M; m++) x[m] = (const char*)a.x + m * a.x_bytes;
   typename V::F total[R][M];
@@ -141,8 +164,21 @@ UNROLL(8)
         typename V::F sum = V::load(a.sums + m * a.sum_count + 16 * b);
 UNROLL(4)
         for (int r = 0; r < R; r++) {
-          typename V::F zero = WIDE ? V::set1(params[r].zero[b >> block_shift]) : V::load(params[r].zero + 16 * b);
+          typename V::F zero = w.offsets ? V::set1(-w.levels[0])
+                               : WIDE    ? V::set1(params[r].zero[b >> block_shift])
+                                         : V::load(params[r].zero + 16 * b);
           acc[r][m] = V::fnma(zero, sum, acc[r][m]);
+        }
+      }
+    }
+    if (__builtin_expect(w.offsets, 0)) {
+UNROLL(8)
+      for (int m = 0; m < M; m++) {
+        typename V::F sum = V::load(a.sums + m * a.sum_count + 16 * b);
+UNROLL(4)
+        for (int r = 0; r < R; r++) {
+          typename V::F less = WIDE ? V::set1(params[r].zero[b >> block_shift]) : V::load(params[r].zero + 16 * b);
+          total[r][m] = V::fnma(less, sum, total[r][m]);
         }
       }
     }
@@ -253,8 +289,9 @@ static void dot(const Rows& a, int64_t first, int64_t last, float* scratch) {
   }
 }
 
-// One row in the order of its columns, rounded exactly as (levels[code] - zero) * scale in float32 and then to TYPE.
-template <class V, int KIND, int TYPE, bool ZERO>
+// One row in the order of its columns, rounded exactly as (levels[code] - zero) * scale in float32 and then to TYPE;
+// OFFSET: as levels[code] * scale - offset.
+template <class V, int KIND, int TYPE, bool ZERO, bool OFFSET = false>
 static void dequantize_as(const whit_weight& w, int64_t row, const float* scale, const float* zero, void* out) {
   // Locals, since what is written through `out` might be `w` for all that the compiler knows.
   const typename V::Table table = V::table(w.levels, w.bits);
@@ -271,6 +308,7 @@ static void dequantize_as(const whit_weight& w, int64_t row, const float* scale,
     if constexpr (KIND == LOOK) f = V::levels(codes, table);
     else if constexpr (KIND == COUNT) f = V::add(V::to_float(codes), lowest);
     else f = V::pick(codes, levels);
+    if (OFFSET) return V::sub(V::mul(f, factor), shift);
     return V::mul(ZERO ? V::sub(f, shift) : f, factor);
   };
   for (int64_t c = 0; c < columns; scale++, zero++) {
@@ -291,7 +329,8 @@ template <class V, int KIND, int TYPE>
 static void dequantize_kind(const whit_weight& w, int64_t row, float* scratch, void* out) {
   float *scale = scratch, *zero = scratch + padded_groups(w);
   group_params<V>(w, row, 0, scale, zero);
-  if (w.zero) dequantize_as<V, KIND, TYPE, true>(w, row, scale, zero, out);
+  if (w.offsets) dequantize_as<V, KIND, TYPE, true, true>(w, row, scale, zero, out);
+  else if (w.zero) dequantize_as<V, KIND, TYPE, true>(w, row, scale, zero, out);
   else dequantize_as<V, KIND, TYPE, false>(w, row, scale, zero, out);
 }
 

@@ -11,7 +11,7 @@
 #define WHIT_API extern "C" __attribute__((visibility("default")))
 #endif
 
-enum { WHIT_ABI = 5, WHIT_ROUNDED_ROWS = 8 };
+enum { WHIT_ABI = 6, WHIT_ROUNDED_ROWS = 8 };
 enum whit_type { WHIT_F32 = 0, WHIT_BF16 = 1, WHIT_F16 = 2, WHIT_CODES = 3, WHIT_NESTED = 4, WHIT_NONE = 5 };
 enum whit_isa { WHIT_SCALAR = 0, WHIT_AVX2 = 1, WHIT_AVX512 = 2, WHIT_AVX512_BF16 = 3, WHIT_ISAS = 4 };
 
@@ -32,6 +32,11 @@ typedef struct {
   int32_t bits, scale_type, zero_type;
   int32_t consecutive;           // whether levels[i] = levels[0] + i
   whit_parallel parallel;        // null: one thread
+  // Superblocks: groups share an outer scale (and an outer offset, `zero`) by `subs`, and have integers of their own,
+  // streams of sub_bits like the codes: scale = outer (integer - sub_bias), offset = outer integer. Otherwise subs is 0.
+  const uint8_t *sub_scale, *sub_min;
+  int32_t subs, sub_bits, sub_bias;
+  int32_t offsets;               // not 0: `zero` holds offsets, times this: w = levels[code] scale - offset
 } whit_weight;
 
 // y (rows_of_x, w.rows) = x (rows_of_x, w.columns) w^T + bias, sums in float32. x and y are contiguous and of `type`,
