@@ -286,9 +286,16 @@ def test_two_processes_learn_what_one_does(model, data, tmp_path):
     alone = [sys.executable, "-m", "whit", "finetune", *words[:2], str(tmp_path / "alone"), *words[2:]]
     launcher = ["torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", "--rdzv-backend", "c10d"]
     both = [sys.executable, "-m", *launcher, "--rdzv-endpoint", "localhost:0", "-m", "whit", "finetune"]
-    for command in (alone, [*both, *words[:2], str(tmp_path / "both"), *words[2:]]):
+    commands = (
+        alone,
+        [*both, *words[:2], str(tmp_path / "both"), *words[2:]],
+        [*both, *words[:2], str(tmp_path / "sharded"), *words[2:], "--shard"],
+    )
+    for command in commands:
         subprocess.run(command, check=True, capture_output=True, timeout=300)
     records = [json.loads((tmp_path / name / "whit.json").read_text()) for name in ("alone", "both")]
     assert [r["processes"] for r in records] == [1, 2]
     assert losses(tmp_path / "both") == pytest.approx(losses(tmp_path / "alone"), rel=1e-5)
+    weights = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("both", "sharded")]
+    assert weights[0] == weights[1]
     assert records[1]["held_out_loss"]["last"] == pytest.approx(records[0]["held_out_loss"]["last"], rel=1e-5)

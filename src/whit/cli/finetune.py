@@ -56,6 +56,7 @@ def finetune(
     holdout: Annotated[float, typer.Option(help="Share of the examples that is scored, not trained on.")] = 0.05,
     held_out: Annotated[Path | None, typer.Option(metavar="FILE", help=HELD_OUT_HELP)] = None,
     evaluate_every: Annotated[int | None, typer.Option(help="Steps between scores. [default: ten in a run]")] = None,
+    shard: Annotated[bool, typer.Option("--shard", help="Spread packed weights over the processes.")] = False,
     seed: Annotated[int, typer.Option(help="The same seed gives the same bytes.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
@@ -78,7 +79,7 @@ def finetune(
         dora=dora, rslora=rslora, epochs=epochs, steps=steps, batch=batch, accumulate=accumulate, context=context,
         packing=packing, too_long=too_long, learning_rate=learning_rate, warmup=warmup, weight_decay=weight_decay,  # type: ignore[arg-type]
         clip=clip, optimizer=optimizer, checkpointing=checkpointing, dtype=dtype, holdout=holdout,
-        evaluate_every=evaluate_every,
+        evaluate_every=evaluate_every, shard=shard,
     )  # fmt: skip
     options = Options(seed=seed, device=device, restart=restart, trust_remote_code=trust_remote_code)
     with _processes(device):

@@ -48,8 +48,7 @@ class QuantizedLinear(PackedModule, nn.Linear):
     @property
     def W_q(self) -> Tensor:
         """The packed codes. PEFT asks what has an attribute of this name for `dequantize()`: its DoRA needs norms."""
-        codes: Tensor = self._buffers[self._keys[0]]  # type: ignore[assignment]
-        return codes
+        return self._held(self._keys[0])
 
     def forward(self, input: Tensor) -> Tensor:
         x = input if self.compute_dtype is None else input.to(self.compute_dtype)

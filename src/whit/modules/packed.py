@@ -26,6 +26,7 @@ class PackedModule(nn.Module):
     weight_shape: tuple[int, ...]
     weight: Tensor
     activations: Activated | None
+    _comes_and_goes = False
 
     def hold(self, packed: PackedWeight, dtype: torch.dtype) -> None:
         """Take the packed tensors as buffers; `dtype` is the type in which the module stands in for floats."""
@@ -42,14 +43,40 @@ class PackedModule(nn.Module):
     @property
     def packed(self) -> PackedWeight:
         """The packed weight as it lies now."""
-        tensors: Any = {key: self._buffers[key] for key in self._keys}
+        tensors = {key: self._held(key) for key in self._keys}
         how = self.activations
         return PackedWeight(self.layout, self.format, self.weight_shape, tensors, activations=how)
 
+    def _held(self, key: str) -> Tensor:
+        """A packed tensor: a buffer, or a frozen parameter where `make_shardable` has made it one."""
+        found = self._buffers.get(key)
+        return found if found is not None else self._parameters[key]  # type: ignore[return-value]
+
+    def make_shardable(self) -> list[nn.Parameter]:
+        """Hold the packed tensors as frozen parameters, which torch's `fully_shard` spreads over processes.
+
+        Scalars stay buffers. What a kernel would prepare is not held: other bytes lie there at the next call.
+        """
+        for key in self._keys:
+            tensor = self._buffers.get(key)
+            if tensor is not None and tensor.dim():
+                del self._buffers[key]
+                self.register_parameter(key, nn.Parameter(tensor, requires_grad=False))
+        self._ready.clear()
+        self._comes_and_goes = True
+        return self.shardable
+
+    @property
+    def shardable(self) -> list[nn.Parameter]:
+        """The packed tensors that are parameters: none, unless `make_shardable` was called."""
+        return [p for key in self._keys if (p := self._parameters.get(key)) is not None]
+
     def ready(self, x: Tensor) -> tuple[Kernel, PackedWeight]:
         """The kernel that multiplies activations such as `x`, and the weight as this kernel prepared it, once."""
+        if self._comes_and_goes:
+            return select(stored := self.packed, x), stored
         found = self._ready.get(key := choice_key(x))
-        if found is not None and found[1].tensors[self._keys[0]] is self._buffers[self._keys[0]]:
+        if found is not None and found[1].tensors[self._keys[0]] is self._held(self._keys[0]):
             return found
         stored = self.packed
         kernel = select(stored, x)
@@ -62,7 +89,7 @@ class PackedModule(nn.Module):
         return kernel, prepared
 
     def _holds(self, prepared: PackedWeight) -> bool:
-        return all(prepared.tensors[key] is self._buffers[key] for key in self._keys)
+        return all(prepared.tensors[key] is self._held(key) for key in self._keys)
 
     def _adopt(self, prepared: PackedWeight) -> None:
         """Hold the prepared tensors in place of the stored ones, lest there be two copies."""
@@ -82,7 +109,7 @@ class PackedModule(nn.Module):
         return floats.reshape(*index.shape, -1)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedModule:
-        held = {id(self._buffers[key]) for key in self._keys}
+        held = {id(self._held(key)) for key in self._keys}
 
         def move_only(tensor: Tensor) -> Tensor:
             moved = fn(tensor)

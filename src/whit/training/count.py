@@ -52,7 +52,8 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     A matrix that two modules share counts once. A Linear4bit of bitsandbytes is not known here.
     """
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    plain = sum(p.numel() for p in model.parameters())
+    bytes_of = {id(p) for m in model.modules() if isinstance(m, PackedModule) for p in m.shardable}
+    plain = sum(p.numel() for p in model.parameters() if id(p) not in bytes_of)
     packed = sum(math.prod(m.weight_shape) for m in model.modules() if isinstance(m, PackedModule))
     return trainable, plain + packed
 

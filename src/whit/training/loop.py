@@ -119,10 +119,10 @@ class Loop:
             p.grad = None
         step = self.work.steps[number]
         targets, total = self.work.targets(step), torch.zeros((), device=self.device)
-        for index in range(self.ranks.rank, len(step), self.ranks.size):
+        for index, counts in self.ranks.turns(len(step)):
             with self._own_randomness(derive(self.seed, "dropout", number, index)):
                 with self._precision():
-                    loss = self.loss(self.model, self._batch(step[index], self.work.examples)) / targets
+                    loss = self.loss(self.model, self._batch(step[index], self.work.examples)) / targets * counts
                 loss.backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
         return total
@@ -132,8 +132,8 @@ class Loop:
         self.model.eval()
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         with torch.no_grad(), self._precision():
-            for rows in self.work.scored[self.ranks.rank :: self.ranks.size]:
-                total += self.loss(self.model, self._batch(rows, self.work.held_out))
+            for index, counts in self.ranks.turns(len(self.work.scored)):
+                total += self.loss(self.model, self._batch(self.work.scored[index], self.work.held_out)) * counts
         self.model.train()
         return float(self.ranks.sum(total)) / sum(e.targets for e in self.work.held_out)
 

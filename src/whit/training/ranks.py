@@ -18,10 +18,14 @@ from whit.errors import TrainingError
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among `size` of them; the first, 0, alone writes files and speaks."""
+    """This process among `size` of them; the first, 0, alone writes files and speaks.
+
+    `together`: weights are shared too, and each process has to run as often as the others.
+    """
 
     rank: int = 0
     size: int = 1
+    together: bool = False
 
     @staticmethod
     def here() -> Ranks:
@@ -41,6 +45,15 @@ class Ranks:
                 f"accumulate {accumulate}: {self.size} processes share a step's micro-batches; each must have one; "
                 f"use --accumulate {self.size}, and a smaller --batch for steps of the same size"
             )
+
+    def turns(self, count: int) -> list[tuple[int, bool]]:
+        """Which of `count` micro-batches this process runs, and whether it counts.
+
+        One that does not is the first one again, run because the others still have one.
+        """
+        own = [(index, True) for index in range(self.rank, count, self.size)]
+        missing = -(-count // self.size) - len(own) if self.together else 0
+        return own + [(0, False)] * missing
 
     def sum(self, value: Tensor) -> Tensor:
         """The same tensor, summed over all processes, in place."""

@@ -27,6 +27,7 @@ class Tuning:
     `epochs` where it is given. The learning rate rises over the first `warmup` of the steps and falls to nothing along
     a cosine. `clip` bounds the gradient's norm (0: not). `holdout` is the share of examples that is not trained on but
     scored every `evaluate_every` steps (None: ten times a run), as another file's examples are where one is given.
+    `shard` spreads the packed weights over the processes of a run and changes nothing that is learned.
     Raises TrainingError and FormatError.
     """
 
@@ -53,6 +54,7 @@ class Tuning:
     dtype: str = "auto"
     holdout: float = 0.05
     evaluate_every: int | None = None
+    shard: bool = False
 
     def __post_init__(self) -> None:
         if self.format is not None:

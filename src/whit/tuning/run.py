@@ -22,6 +22,7 @@ from whit.training.loss import ResponseLoss
 from whit.training.optimizers import make_optimizer
 from whit.training.packing import derive
 from whit.training.ranks import Ranks
+from whit.training.shards import shard_packed
 from whit.training.state import load_state, save_state
 from whit.tuning.job import TuningJob
 from whit.tuning.record import record_of_run
@@ -65,19 +66,9 @@ def _train(job: TuningJob, ranks: Ranks, work: WorkFolder | None, watcher: Watch
     log, content = _resumed(work) if work is not None else ([], None)
     content = ranks.share(content, loop.device)
     done = load_state(content, loop.model, loop.optimizer) if content is not None else 0
+    expected = loop.trial() if not done and (watcher is not None or ranks.size > 1) else None
     if watcher is not None:
-        for note in job.notes:
-            watcher.note(note)
-        trainable, total = count_parameters(adapted)
-        watcher.note(
-            f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.4f}"
-        )
-        if done:
-            watcher.note(f"goes on after step {done} of {len(job.work.steps)}")
-        else:
-            watcher.note(
-                f"about {_duration(loop.trial())} for {len(job.work.steps)} steps, by a trial of the fullest batch"
-            )
+        _introduce(watcher, job, adapted, done, expected)
     every = job.save_every or max(len(job.work.steps) // CHECKPOINTS, 1)
     for entries in loop.steps(done):
         log += entries
@@ -88,6 +79,20 @@ def _train(job: TuningJob, ranks: Ranks, work: WorkFolder | None, watcher: Watch
             _save(work, loop, number, log)
     if work is not None:
         _write(job, work, adapted, log, time.perf_counter() - began)
+
+
+def _introduce(watcher: Watcher, job: TuningJob, adapted: Any, done: int, expected: float | None) -> None:
+    """What is about to be trained, and how long it will take."""
+    for note in job.notes:
+        watcher.note(note)
+    trainable, total = count_parameters(adapted)
+    share = 100 * trainable / total
+    watcher.note(f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {share:.4f}")
+    steps = len(job.work.steps)
+    if expected is None:
+        watcher.note(f"goes on after step {done} of {steps}")
+    else:
+        watcher.note(f"about {_duration(expected)} for {steps} steps, by a trial of the fullest batch")
 
 
 def build_loop(job: TuningJob, ranks: Ranks) -> tuple[Loop, Any]:
@@ -105,6 +110,8 @@ def build_loop(job: TuningJob, ranks: Ranks) -> tuple[Loop, Any]:
     loss = ResponseLoss.of(model)
     parameters = adapters(model)
     optimizer = make_optimizer(tuning.optimizer, parameters, tuning.learning_rate, tuning.weight_decay)
+    if tuning.shard:
+        ranks = shard_packed(model, ranks)
     on_gpu = job.device.startswith("cuda")
 
     def memory() -> int:
