@@ -35,26 +35,25 @@ HELD_OUT = 0.1
 
 
 def train(row: str, args: argparse.Namespace) -> dict[str, Any]:
-    """Losses before, on the way and after; or why the row did not run."""
+    """Losses before, on the way and after."""
     format, _, start = row.partition("+")
     tuning = whit.Tuning(
-        format=None if format == "bf16" else format, rank=16, alpha=args.alpha, dropout=0.05, steps=args.steps,
+        format=None if format == "bf16" else format, method=None if format == "bf16" else args.method,
+        init=start or "default", rank=16, alpha=args.alpha, dropout=0.05, steps=args.steps,
         epochs=args.pairs / (len(args.data.read_text().splitlines()) * (1 - HELD_OUT)), batch=4, accumulate=2,
         context=512, learning_rate=args.learning_rate, checkpointing=False, dtype="bfloat16", holdout=HELD_OUT,
         evaluate_every=args.evaluate_every,
     )  # fmt: skip
     options = whit.Options(seed=args.seed, device=args.device)
     job = prepare_tuning(args.model, args.data, Path("unused"), tuning, None, options)
-    loop, adapted = build_loop(job, Ranks())
-    entry: dict[str, Any] = {"row": row, "steps": len(job.work.steps), "notes": list(job.notes)}
-    if start:
-        initialize = getattr(whit, "initialize_adapter", None)
-        if initialize is None:
-            return {**entry, "error": "this whit has no initialize_adapter"}
-        began = time.perf_counter()
-        calibration = {"calibration": whit.Calibration(samples=args.samples, context=512)} if start == "data" else {}
-        initialize(adapted, args.model, method=start, **calibration)
-        entry["init_seconds"] = time.perf_counter() - began
+    began = time.perf_counter()
+    loop, _ = build_loop(job, Ranks())
+    entry: dict[str, Any] = {
+        "row": row,
+        "steps": len(job.work.steps),
+        "notes": list(job.notes),
+        "ready_seconds": time.perf_counter() - began,
+    }
     began = time.perf_counter()
     log = [e for entries in loop.steps(0) for e in entries]
     scores = {e["step"]: e["held_out_loss"] for e in log if "held_out_loss" in e}
@@ -97,7 +96,7 @@ def main() -> None:
     parser.add_argument("--evaluate-every", type=int)
     parser.add_argument("--learning-rate", type=float, default=5e-4)
     parser.add_argument("--alpha", type=float, default=16.0)
-    parser.add_argument("--samples", type=int, default=64, help="calibration windows of 512 tokens for +data")
+    parser.add_argument("--method", help="how weights are quantized, without data: rtn, clip or hqq")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--minutes", type=float, default=10.0, help="no row is begun after these")

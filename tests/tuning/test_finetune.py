@@ -210,6 +210,22 @@ def test_other_settings_train(model, data, tmp_path, options):
     assert record["held_out_loss"]["last"] < record["held_out_loss"]["first"]
 
 
+def test_an_adapter_that_begins_with_what_was_lost(model, data, tmp_path):
+    before = []
+    for init in ("default", "loftq"):
+        tuning = replace(TUNING, format="int2-g32", init=init, steps=1, learning_rate=1e-6, rank=16, dtype="float32")
+        loop, _ = build_loop(prepare_tuning(model, data, tmp_path / "o", tuning, None, whit.Options()), Ranks())
+        job = prepare_tuning(
+            model, data, tmp_path / "o", replace(tuning, format=None, init="default"), None, whit.Options()
+        )
+        plain, _ = build_loop(job, Ranks())
+        tokens = loop.work.examples[0].tokens[None]
+        with torch.no_grad():
+            errors = (loop.model.eval()(tokens).logits - plain.model.eval()(tokens).logits).norm()
+        before.append(float(errors))
+    assert before[1] < 0.9 * before[0]
+
+
 def test_chunks_rows_and_processes_change_no_gradient(model, data, tmp_path):
     """What a step learns from does not depend on how it is cut: 4 rows at once, or one by one."""
     found = []
@@ -238,6 +254,8 @@ WRONG: tuple[tuple[Callable[[], Any], str], ...] = (
     (lambda: whit.Tuning(dropout=1.0), "dropout 1.0: must lie in"),
     (lambda: whit.Tuning(optimizer="sgd"), "optimizer 'sgd': not known; must be one of adamw"),
     (lambda: whit.Tuning("int99"), "int99"),
+    (lambda: whit.Tuning(init="loftq"), "init: nothing is quantized here"),
+    (lambda: whit.Tuning("nf4", init="best"), "init 'best': not known; must be one of default, data, loftq"),
     (lambda: whit.Tuning(targets=("all-linear", "q_proj")), "targets"),
 )
 

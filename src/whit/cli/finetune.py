@@ -16,13 +16,15 @@ from whit.cli.quiet import quiet_transformers
 from whit.cli.shown import size
 from whit.cli.training import Progress, estimate, show_plan
 from whit.job import Options
+from whit.training.init import METHODS as INITS
 from whit.training.optimizers import OPTIMIZERS
 from whit.training.ranks import Ranks
-from whit.training.settings import DTYPES, Tuning
+from whit.training.settings import DEFAULT_INIT, DTYPES, Tuning
 
 DATA_HELP = "JSON lines: `prompt` and `response`, or `messages`."
 TARGET_HELP = "Linears to adapt, by name: q_proj,k_proj,...; or all-linear (the head left out)."
 HELD_OUT_HELP = "Score the examples of this file, instead of a share of DATA."
+INIT_HELP = "Begin at nothing, or at what makes up for what quantization lost, by weights (loftq) or outputs (data)."
 TOO_LONG_HELP = "Examples longer than --context: cut their ends, drop them, or refuse the file."
 
 
@@ -31,6 +33,8 @@ def finetune(
     data: Annotated[Path, typer.Argument(metavar="DATA.jsonl", help=DATA_HELP)],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The adapter's new folder, as PEFT loads it.")],
     format: Annotated[str | None, typer.Option(metavar="SPEC", help="Quantize a full-precision MODEL first.")] = None,
+    method: Annotated[str | None, typer.Option(help="How it is quantized: rtn, clip or hqq. [default: rtn]")] = None,
+    init: Annotated[str, typer.Option(metavar="|".join((DEFAULT_INIT, *INITS)), help=INIT_HELP)] = DEFAULT_INIT,
     rank: Annotated[int, typer.Option(help="Of the adapters.")] = 16,
     alpha: Annotated[float, typer.Option(help="The adapters' product counts alpha / rank times.")] = 8.0,
     target: Annotated[str, typer.Option(metavar="NAMES", help=TARGET_HELP)] = "all-linear",
@@ -75,11 +79,11 @@ def finetune(
     if threads is not None:
         torch.set_num_threads(threads)
     tuning = Tuning(
-        format=format, rank=rank, alpha=alpha, targets=tuple(filter(None, target.split(","))), dropout=dropout,
-        dora=dora, rslora=rslora, epochs=epochs, steps=steps, batch=batch, accumulate=accumulate, context=context,
-        packing=packing, too_long=too_long, learning_rate=learning_rate, warmup=warmup, weight_decay=weight_decay,  # type: ignore[arg-type]
-        clip=clip, optimizer=optimizer, checkpointing=checkpointing, dtype=dtype, holdout=holdout,
-        evaluate_every=evaluate_every, shard=shard,
+        format=format, method=method, init=init, rank=rank, alpha=alpha,
+        targets=tuple(filter(None, target.split(","))), dropout=dropout, dora=dora, rslora=rslora, epochs=epochs,
+        steps=steps, batch=batch, accumulate=accumulate, context=context, packing=packing, too_long=too_long,  # type: ignore[arg-type]
+        learning_rate=learning_rate, warmup=warmup, weight_decay=weight_decay, clip=clip, optimizer=optimizer,
+        checkpointing=checkpointing, dtype=dtype, holdout=holdout, evaluate_every=evaluate_every, shard=shard,
     )  # fmt: skip
     options = Options(seed=seed, device=device, restart=restart, trust_remote_code=trust_remote_code)
     with _processes(device):

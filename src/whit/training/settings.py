@@ -9,10 +9,12 @@ from typing import Any
 from whit.errors import TrainingError
 from whit.formats import parse_format
 from whit.training.data import TooLong
+from whit.training.init import METHODS as INITS
 from whit.training.optimizers import OPTIMIZERS
 from whit.training.packing import Portion
 
 ALL_LINEAR = "all-linear"
+DEFAULT_INIT = "default"
 CONTEXT = 1024
 DTYPES = ("auto", "float32", "bfloat16")
 
@@ -21,17 +23,21 @@ DTYPES = ("auto", "float32", "bfloat16")
 class Tuning:
     """What changes a byte of the adapter, but for the seed.
 
-    `format` quantizes a full-precision MODEL on the way in (None: as it is); `targets` are names of linears, or
-    ("all-linear",), the head left out. A step is `batch` rows of at most `context` tokens (None: 1024, or what the
-    model was built for where that is less), `accumulate` times, on however many processes; `steps` counts instead of
-    `epochs` where it is given. The learning rate rises over the first `warmup` of the steps and falls to nothing along
-    a cosine. `clip` bounds the gradient's norm (0: not). `holdout` is the share of examples that is not trained on but
-    scored every `evaluate_every` steps (None: ten times a run), as another file's examples are where one is given.
-    `shard` spreads the packed weights over the processes of a run and changes nothing that is learned.
+    `format` quantizes a full-precision MODEL on the way in (None: as it is), by `method` (None: to nearest; one that
+    needs no data). The adapters begin at nothing (`init` default), or at what makes up for what quantization lost, by
+    the weights (`loftq`) or by outputs on `whit:text` (`data`; see `initialize_adapter`). `targets` are names of
+    linears, or ("all-linear",), the head left out. A step is `batch` rows of at most `context` tokens (None: 1024, or
+    what the model was built for where that is less), `accumulate` times, on however many processes; `steps` counts
+    instead of `epochs` where it is given. The learning rate rises over the first `warmup` of the steps and falls to
+    nothing along a cosine. `clip` bounds the gradient's norm (0: not). `holdout` is the share of examples that is not
+    trained on but scored every `evaluate_every` steps (None: ten times a run), as another file's examples are where
+    one is given. `shard` spreads the packed weights over the processes of a run and changes nothing that is learned.
     Raises TrainingError and FormatError.
     """
 
     format: str | None = None
+    method: str | None = None
+    init: str = DEFAULT_INIT
     rank: int = 16
     alpha: float = 8.0
     targets: tuple[str, ...] = (ALL_LINEAR,)
@@ -75,6 +81,12 @@ class Tuning:
                     f"{name.replace('_', '-')} {getattr(self, name)}: must not be below 0; use 0 or more"
                 )
         self._one_of("optimizer", OPTIMIZERS)
+        self._one_of("init", (DEFAULT_INIT, *INITS))
+        if self.format is None and (self.init != DEFAULT_INIT or self.method is not None):
+            raise TrainingError(
+                f"{'method' if self.method else 'init'}: nothing is quantized here; the original weights must be known "
+                "for it; give a full-precision MODEL and --format"
+            )
         self._one_of("dtype", DTYPES)
         self._one_of("too_long", ("cut", "drop", "refuse"))
         if not self.targets or (ALL_LINEAR in self.targets and len(self.targets) > 1):

@@ -17,11 +17,13 @@ from whit.integrations.loading import load_causal_lm
 from whit.training.adapters import adapters, add_adapters, check_packing
 from whit.training.count import count_parameters
 from whit.training.curve import draw_curve
+from whit.training.init import initialize_adapter
 from whit.training.loop import Entry, Loop, Watcher
 from whit.training.loss import ResponseLoss
 from whit.training.optimizers import make_optimizer
 from whit.training.packing import derive
 from whit.training.ranks import Ranks
+from whit.training.settings import DEFAULT_INIT
 from whit.training.shards import shard_packed
 from whit.training.state import load_state, save_state
 from whit.tuning.job import TuningJob
@@ -98,7 +100,7 @@ def _introduce(watcher: Watcher, job: TuningJob, adapted: Any, done: int, expect
 def build_loop(job: TuningJob, ranks: Ranks) -> tuple[Loop, Any]:
     """The model loaded, quantized where asked, with adapters on it, and the loop around it; and PEFT's model."""
     tuning = job.tuning
-    quantization = None if tuning.format is None else QuantizationConfig(tuning.format)
+    quantization = None if tuning.format is None else QuantizationConfig(tuning.format, method=tuning.method)
     model = load_causal_lm(
         str(job.folder), device=job.device, dtype=tuning.dtype, quantization=quantization,
         trust_remote_code=job.options.trust_remote_code,
@@ -106,6 +108,8 @@ def build_loop(job: TuningJob, ranks: Ranks) -> tuple[Loop, Any]:
     if tuning.packing:
         check_packing(model)
     adapted = add_adapters(model, tuning, derive(job.options.seed, "adapter"))
+    if tuning.init != DEFAULT_INIT:
+        initialize_adapter(adapted, job.folder, method=tuning.init)
     model.eval()
     loss = ResponseLoss.of(model)
     parameters = adapters(model)
