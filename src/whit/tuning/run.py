@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 
 from whit.checkpoint.reader import read_json
 from whit.checkpoint.work import JOURNAL, RECORD, WorkFolder, disk_errors, is_done
+from whit.errors import WhitError
 from whit.finish import peak_memory
 from whit.integrations.config import QuantizationConfig
 from whit.integrations.loading import load_causal_lm
@@ -47,6 +49,10 @@ def run_tuning(job: TuningJob, watcher: Watcher | None = None) -> dict[str, Any]
                 _train(job, ranks, work, watcher)
             if work is not None:
                 _commit(work)
+    except WhitError:
+        if work is not None and not work.finished:  # nothing is lost, and other settings can be tried at once
+            shutil.rmtree(work.path, ignore_errors=True)
+        raise
     finally:
         if work is not None:
             work.close()
