@@ -248,6 +248,12 @@ def test_experts_are_refused_as_targets_and_trained_around(data, tmp_path):
     assert record["held_out_loss"]["last"] < record["held_out_loss"]["first"]
 
 
+def test_a_gguf_file_is_no_base(data, tmp_path):
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    with pytest.raises(TrainingError, match=r"model.gguf: is one file; .* whit convert"):
+        whit.finetune(tmp_path / "model.gguf", data, tmp_path / "out", TUNING)
+
+
 WRONG: tuple[tuple[Callable[[], Any], str], ...] = (
     (lambda: whit.Tuning(rank=0), "rank 0: must be at least 1"),
     (lambda: whit.Tuning(learning_rate=0.0), "learning-rate 0.0: must be above 0"),

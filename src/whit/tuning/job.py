@@ -66,6 +66,10 @@ def prepare_tuning(
 ) -> TuningJob:
     """Check settings and data and plan every step; no weight is read."""
     folder = resolve_model(model, options.trust_remote_code)
+    if folder.is_file():
+        raise TrainingError(
+            f"{model}: is one file; PEFT must find the base again, in a folder; whit convert {model} FOLDER makes one"
+        )
     check_out(Path(out), folder)
     Ranks.here().check(tuning.accumulate)
     config = load_config(str(model), trust_remote_code=options.trust_remote_code)
