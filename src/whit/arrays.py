@@ -12,6 +12,7 @@ from whit.errors import FormatError
 from whit.formats import parse_format
 from whit.formats.numeric import check_finite
 from whit.methods import RTN, Method, parse_method
+from whit.methods.lowrank import beside
 from whit.tensor import Format, QuantizedTensor, matrix_shape
 
 
@@ -37,7 +38,7 @@ def quantize_tensor(x: Any, format: str | Format, method: str | Method | None = 
     if chosen.needs_stats:
         raise FormatError(f"method {chosen.name}: it needs calibration; use rtn, clip or hqq, or quantize a model")
     matrix = tensor.reshape(matrix_shape(tuple(tensor.shape)))
-    done = chosen(matrix, None, parse_format(format))
+    done = beside(chosen)(matrix, None, parse_format(format))
     return QuantizedTensor(done.format, tuple(tensor.shape), done.codes, done.params)
 
 

@@ -19,6 +19,7 @@ from whit.job import Job
 from whit.layouts import BITS
 from whit.methods import RTN, Method
 from whit.methods.base import BlockMethod
+from whit.methods.lowrank import beside
 from whit.model.graph import find_blocks
 from whit.plan import Item
 from whit.tensor import Format, LayerStats
@@ -180,7 +181,7 @@ def _seconds(method: Method, format: Format, shape: tuple[int, int], device: tor
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16).to(device)
     start = time.perf_counter()
     stats = LayerStats(torch.eye(shape[1], device=device), 1) if method.needs_stats else None
-    quantized = method(weight, stats, format)
+    quantized = beside(method)(weight, stats, format)
     BITS.pack(quantized)
     (quantized.dequantize() - weight).norm().item()
     return time.perf_counter() - start

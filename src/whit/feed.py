@@ -23,11 +23,13 @@ from whit.calibration.capture import BlockStats, Watch
 from whit.calibration.ranges import RangeWatch, static_scales
 from whit.calibration.runner import Runner
 from whit.checkpoint.writer import Written
+from whit.formats.lowrank import without_side_car
 from whit.formats.numeric import check_finite
 from whit.job import Job
 from whit.kernels import add_gram
 from whit.methods import Method, stand_in
 from whit.methods.base import Block, BlockMethod
+from whit.methods.lowrank import beside, repaired
 from whit.methods.together import Together, Work
 from whit.plan import Item, Source, Unit, floats
 from whit.tensor import Format, LayerStats, QuantizedTensor
@@ -103,7 +105,8 @@ def _read_ahead(source: Source, items: Sequence[Item], reader: ThreadPoolExecuto
 
 def _rounding(method: Method, format: Format) -> Rounding:
     """What a method makes of a matrix in a format, or nearly: a transform tries it many times."""
-    return lambda weight, stats: method(weight, stats, format).dequantize()
+    base = without_side_car(format)
+    return lambda weight, stats: method(weight, stats, base).dequantize()
 
 
 class BlockFeed:
@@ -135,7 +138,7 @@ class BlockFeed:
             self._basis = self._rescaled(unit)
             self._inputs = self._ranges(index, items)
             works = self._works(items)
-            self._together = Together(self._method, works)
+            self._together = Together(beside(self._method), works)
             if works and isinstance(self._method, BlockMethod):
                 self._refined = self._refine(self._method, index, items, works)
             yield
@@ -221,7 +224,9 @@ class BlockFeed:
             weight = self._basis.weights.get(item.name, self._parameters[item.name].data)
             check_finite(weight, item.name)
             stats = self._basis.stats(item.name, self._stats.of(item.name))
-            works.append(Work(item.name, item.matrix(weight), stats, item.format))
+            together = isinstance(self._method, BlockMethod)  # a side-car is for what is left in the end
+            format = without_side_car(item.format) if together else item.format
+            works.append(Work(item.name, item.matrix(weight), stats, format))
         return works
 
     def _codes(self, name: str) -> QuantizedTensor | None:
@@ -248,7 +253,9 @@ class BlockFeed:
             {item.name: item.parameter for item in items if item.name in names},
         )
         start = {work.name: self._together.take(work.name) for work in works}
-        return method.refine(block, {work.name: work.weight for work in works}, start)
+        found = method.refine(block, {work.name: work.weight for work in works}, start)
+        formats = {item.name: item.format or work.format for item in items for work in works if work.name == item.name}
+        return {w.name: repaired(found[w.name], w.weight, w.stats[0], formats[w.name]) for w in works}
 
     @cached_property
     def _runner(self) -> Runner:

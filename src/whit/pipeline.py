@@ -24,10 +24,12 @@ from whit.checkpoint.writer import Writer, index_json
 from whit.coverage import Account, Entry, load_account
 from whit.feed import BlockFeed, Feed, Given, ReadAhead
 from whit.finish import finish
+from whit.formats.lowrank import without_side_car
 from whit.formats.numeric import check_finite
 from whit.importance import weighed
 from whit.job import Job, Options, prepare
 from whit.methods import Clip
+from whit.methods.lowrank import beside, repaired
 from whit.methods.stack import proxy_loss, quantize_stack
 from whit.plan import Item, Source, Unit, floats
 from whit.recipe import Recipe
@@ -198,15 +200,16 @@ def _convert(job: Job, item: Item, given: Given) -> tuple[Mapping[str, Tensor], 
     elif given.quantized is not None:
         quantized = given.quantized
     elif given.stats is not None:
-        quantized = quantize_stack(method, matrix, given.stats, item.format)
+        quantized = quantize_stack(beside(method), matrix, given.stats, item.format)
     elif isinstance(method, Clip) and (weights := job.importance.get(item.name)) is not None:
-        quantized = method.weighted(matrix, weights.to(job.device), item.format)
+        plain = method.weighted(matrix, weights.to(job.device), without_side_car(item.format))
+        quantized = repaired(plain, matrix, None, item.format)
     else:
         if job.importance:
             reason = "the importance matrix has nothing for it"
         if method.needs_stats:
             method, reason = Clip(), "by clip: calibration reaches the linears of blocks alone"
-        quantized = method(matrix, None, item.format)
+        quantized = beside(method)(matrix, None, item.format)
     near = quantized.dequantize()
     check_finite(near, f"{item.name}: what {method.name} made of it in {item.format}")
     if given.stats is not None:

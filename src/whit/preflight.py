@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 
 from whit.errors import RecipeError
+from whit.formats.lowrank import refuse_shape
 from whit.methods.stack import can_stack
 from whit.model.targets import Target
 from whit.recipe import Recipe
@@ -38,6 +39,7 @@ def check_recipe(
     chosen = {groups[p][0]: f for p, f in formats.items() if f is not None}
     problems += _misfits(chosen)
     problems += _unreached(recipe, chosen)
+    problems += [f"{t.holder}: {f} for {why}" for t, f in chosen.items() if (why := refuse_shape(f, t.shape))]
     if recipe.needs_stats:
         problems += _unstackable(chosen)
     if fits is not None:

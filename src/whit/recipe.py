@@ -34,6 +34,7 @@ from whit.activations import SCHEMES, Activations, parse_activations
 from whit.errors import FormatError, RecipeError
 from whit.formats import parse_format
 from whit.formats.ggml.mixes import MIXES, ONLY_MIXES
+from whit.formats.lowrank import LowRank, side_car
 from whit.methods import RTN, Clip, Method, method_options, parse_method
 from whit.tensor import Format
 from whit.transforms import TRANSFORMS, Transform, parse_transform, transform_options
@@ -105,6 +106,14 @@ class Recipe:
                 f"activations {how}: the recipe has {self.activations}; there is one; drop one of the two"
             )
         return Recipe(self.method, self.rules, self.transform, self.mix, how)
+
+    def with_side_cars(self, rank: int) -> Recipe:
+        """The same, every format with a low-rank side-car; RecipeError where it can have none."""
+        if self.mix or self.activations is not None:
+            what = f"mix {self.mix}" if self.mix else f"activations {self.activations}"
+            raise RecipeError(f"{what}: goes with no side-car; formats of weights alone must be given; choose one")
+        rules = [(p, f if f.bits == 16 or side_car(f) is not None else LowRank(f, rank)) for p, f in self.rules]
+        return self.with_rules(rules)
 
     @property
     def needs_stats(self) -> bool:

@@ -28,6 +28,7 @@ from whit.calibration.runner import Runner
 from whit.job import Job
 from whit.kernels import add_gram
 from whit.methods import Clip
+from whit.methods.lowrank import beside
 from whit.methods.stack import can_stack, energy, quantize_stack
 from whit.plan import Item
 from whit.tensor import Format, LayerStats
@@ -111,7 +112,7 @@ def _rounded(
     """tr(dW H dW^T), and the rounded parameter in its own shape."""
     matrix = item.matrix(parameter.data)
     count = len(stats) if can_stack(format) else 1
-    near = quantize_stack(ROUNDING, matrix, stats[:count], format).dequantize()
+    near = quantize_stack(beside(ROUNDING), matrix, stats[:count], format).dequantize()
     difference = (matrix.to(torch.float32) - near).chunk(len(stats))
     lost = sum(float(energy(rows, s.hessian).sum()) for rows, s in zip(difference, stats, strict=True))
     return lost, item.parameter(near)

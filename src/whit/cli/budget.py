@@ -75,7 +75,7 @@ class Request:
             raise typer.BadParameter(f"{given[1]} says the size too; drop one of them", param_hint=given[0])
         if given and taken:
             raise typer.BadParameter(
-                "chooses the formats itself; drop --format, --recipe and --imatrix", param_hint=given[0]
+                "chooses the formats itself; drop --format, --recipe, --low-rank and --imatrix", param_hint=given[0]
             )
         if not given and (self.ladder is not None or self.sensitivity is not None):
             name = "--ladder" if self.ladder is not None else "--sensitivity"

@@ -59,6 +59,7 @@ METHOD_HELP = (
     "rtn with that transform, int8 and int8 activations. "
     "[default: rtn]"
 )
+LOW_RANK_HELP = "Repair every linear by two bfloat16 factors of this rank beside its codes; the same as SPEC+rR."
 TRANSFORM_HELP = "What the weights are rescaled by first: " + ", ".join(t.name for t in TRANSFORMS) + "."
 EXPORT_HELP = "What kind of file is written: " + "; ".join(f"{e.name}: {e.summary}" for e in EXPORTERS) + "."
 RULE_HELP = (
@@ -74,6 +75,7 @@ def quantize(
     format: Annotated[str | None, typer.Option(metavar="SPEC", help=FORMAT_HELP)] = None,
     activations: Annotated[str | None, typer.Option(metavar="SPEC", help=ACTIVATIONS_HELP)] = None,
     rule: Annotated[list[str] | None, typer.Option(metavar="GLOB=SPEC", help=RULE_HELP)] = None,
+    low_rank: Annotated[int | None, typer.Option(min=1, metavar="R", help=LOW_RANK_HELP)] = None,
     recipe: Annotated[Path | None, typer.Option(help="A TOML file with method and rules.")] = None,
     target_bpw: TargetBpw = None,
     target_size: TargetSize = None,
@@ -106,7 +108,7 @@ def quantize(
     text = build_calibration(calibration, samples, context if fit is None else None, seed)
     if imatrix is not None and recipe is None:
         method = method or "clip"
-    taken = format is not None or recipe is not None or imatrix is not None
+    taken = any(given is not None for given in (format, recipe, imatrix, low_rank))
     how = None if sensitivity is None else sensitivity.value
     request = Request(target_bpw, target_size, fit, context, ladder, how)
     if request.wanted(taken):
@@ -120,6 +122,7 @@ def quantize(
     else:
         wanted = build_recipe(method, format, rule, recipe, transform)
         wanted = wanted if activations is None else wanted.with_activations(activations)
+        wanted = wanted if low_rank is None else wanted.with_side_cars(low_rank)
         job = prepare(model, out, wanted, options, text, export)
     if job.recipe is not None:
         save_recipe(job.recipe, save_recipe_to)

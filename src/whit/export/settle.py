@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from whit.export.base import Exporter
 from whit.formats import parse_format
 from whit.formats.ggml.mixes import MIXES, Place, Role, mixed_type
+from whit.formats.lowrank import side_car, without_side_car
 from whit.model.targets import Target
 from whit.recipe import Recipe
 from whit.tensor import Format
@@ -48,6 +49,8 @@ def settle(
         if chosen is None:
             continue
         fitting, reason = exporter.adapted(targets[0], chosen)
+        if fitting is not None and side_car(fitting) is not None and targets[0].kind not in ("linear", "conv1d"):
+            fitting, reason = without_side_car(fitting), "a side-car goes beside linears alone"
         if reason is not None:
             reasons[parameter] = reason
         if fitting != wanted:

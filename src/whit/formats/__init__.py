@@ -10,6 +10,7 @@ from whit.formats.act_order import ActOrder
 from whit.formats.affine import Affine
 from whit.formats.codebook import FP4, NF4, Codebook
 from whit.formats.ggml import Ggml
+from whit.formats.lowrank import PATTERN, LowRank
 from whit.formats.microfloat import BFloat16, Float8
 from whit.formats.offset import Offset
 from whit.formats.signs import Binary, Ternary
@@ -45,6 +46,7 @@ EXAMPLES = {
     "binary-g64": "the sign times a bfloat16 scale per 64 columns: 1.25 bits per weight", "binary": "",
     "mxfp4": "4-bit floats in groups of 32 with a power of two as their scale",
     "fp8": "8-bit floats (E4M3), one scale per row", "fp8-tensor": "",
+    "int2-g32+r16": "any format with a side-car of rank 16 for linears: two bfloat16 factors that repair it",
     "bf16": "keep in 16 bits",
 }  # fmt: skip
 
@@ -54,6 +56,8 @@ def parse_format(spec: str | Format) -> Format:
     if not isinstance(spec, str):
         return spec
     text = spec.strip().lower()
+    if pair := PATTERN.fullmatch(text):
+        return LowRank(parse_format(pair["base"]), int(pair["rank"]))
     for family in FORMATS:
         if (found := family.parse(text)) is not None:
             return found
@@ -62,4 +66,6 @@ def parse_format(spec: str | Format) -> Format:
     raise FormatError(f"{spec!r} is not a format; {hint} `whit quantize --help` lists all")
 
 
-__all__ = ["EXAMPLES", "FORMATS", "FP4", "NF4", "Affine", "BFloat16", "Codebook", "Float8", "Ggml", "parse_format"]
+__all__ = [
+    "EXAMPLES", "FORMATS", "FP4", "NF4", "Affine", "BFloat16", "Codebook", "Float8", "Ggml", "LowRank", "parse_format",
+]  # fmt: skip

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from whit.formats import parse_format
+from whit.formats.lowrank import A, B, product, split
 from whit.kernels import reference
 from whit.kernels.cpu import Cpu
 from whit.kernels.gpu.dequantize import dequantize as dequantize_gpu
@@ -16,6 +17,9 @@ from whit.tensor import PackedWeight
 
 def dequantize(packed: PackedWeight, dtype: torch.dtype = torch.float32) -> Tensor:
     """The floats that a packed weight stands for, in its shape."""
+    if (parts := split(packed)) is not None:
+        codes, b, a = parts
+        return (dequantize(codes, torch.float32) + product({B: b, A: a})).to(dtype)
     compiled = Cpu()
     if packed.device.type == "cpu" and not torch.compiler.is_compiling() and compiled.decodes(packed, dtype) is None:
         return compiled.dequantize(packed, dtype)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Protocol, runtime_checkable
+from typing import ClassVar, Protocol, TypeAlias, runtime_checkable
 
 from torch import Tensor, nn
 
 from whit.tensor import Format, LayerStats, QuantizedTensor
+
+Quantizer: TypeAlias = Callable[[Tensor, LayerStats | None, Format], QuantizedTensor]
 
 
 @runtime_checkable

@@ -14,10 +14,39 @@ import torch
 from torch import Tensor
 
 from whit.formats.factors import best_factors
+from whit.formats.lowrank import DTYPE, side_car
+from whit.methods.base import Method, Quantizer
 from whit.methods.stack import energy
-from whit.tensor import QuantizedTensor
+from whit.tensor import Format, LayerStats, QuantizedTensor
 
+ROUNDS = 3
 Quantize = Callable[[Tensor], QuantizedTensor]
+
+
+def beside(method: Method) -> Quantizer:
+    """The method as it is, but for formats with a side-car, of which it chooses the codes and this the product."""
+
+    def quantize(weight: Tensor, stats: LayerStats | None, format: Format) -> QuantizedTensor:
+        found = side_car(format)
+        if found is None:
+            return method(weight, stats, format)
+        base, hessian = found.base, None if stats is None else stats.hessian
+
+        def codes(matrix: Tensor) -> QuantizedTensor:
+            return method(matrix, stats, base)
+
+        return joined(factored(codes, weight, hessian, found.rank, ROUNDS, DTYPE), format)
+
+    return quantize
+
+
+def repaired(quantized: QuantizedTensor, weight: Tensor, stats: LayerStats | None, format: Format) -> QuantizedTensor:
+    """Codes that stay as they are, in a format that may give them a side-car."""
+    found = side_car(format)
+    if found is None:
+        return quantized
+    hessian = None if stats is None else stats.hessian
+    return joined(with_factors(quantized, weight, hessian, found.rank, DTYPE), format)
 
 
 @dataclass(frozen=True)
@@ -65,3 +94,11 @@ def with_factors(
 def lost(error: Tensor, hessian: Tensor | None) -> float:
     """tr(E H E^T), or the sum of squares without a hessian."""
     return float(error.square().sum() if hessian is None else energy(error, hessian).sum())
+
+
+def joined(found: Factored, format: Format) -> QuantizedTensor:
+    """Codes and factors as one value of a format with a side-car."""
+    rank = side_car(format)
+    assert rank is not None, format
+    params = rank.join(found.quantized.params, found.b, found.a)
+    return QuantizedTensor(format, found.quantized.shape, found.quantized.codes, params)

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from whit.methods.base import Method
+from whit.methods.base import Quantizer
 from whit.tensor import Format, LayerStats, QuantizedTensor, tensor_param
 
 
-def quantize_stack(method: Method, weight: Tensor, stats: Sequence[LayerStats], format: Format) -> QuantizedTensor:
+def quantize_stack(method: Quantizer, weight: Tensor, stats: Sequence[LayerStats], format: Format) -> QuantizedTensor:
     """Matrices that lie below each other, (matrices x rows, columns), one LayerStats each."""
     if len(stats) == 1:
         return method(weight, stats[0], format)

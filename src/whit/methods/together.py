@@ -15,7 +15,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from whit.methods.base import Method
+from whit.methods.base import Quantizer
 from whit.methods.stack import can_stack, quantize_stack
 from whit.tensor import Format, LayerStats, QuantizedTensor, tensor_param
 
@@ -36,7 +36,7 @@ class Work:
 class Together:
     """Quantizes the matrices of a block as they are asked for, each with those that it is best done with."""
 
-    def __init__(self, method: Method, works: Sequence[Work]) -> None:
+    def __init__(self, method: Quantizer, works: Sequence[Work]) -> None:
         self._method = method
         self._groups = _groups(works)
         self._lanes = lanes_for(works)
@@ -70,7 +70,7 @@ def _groups(works: Sequence[Work]) -> list[list[Work]]:
     return list(found.values())
 
 
-def _quantize(method: Method, group: Sequence[Work]) -> dict[str, QuantizedTensor]:
+def _quantize(method: Quantizer, group: Sequence[Work]) -> dict[str, QuantizedTensor]:
     first = group[0]
     if len(group) == 1:
         return {first.name: quantize_stack(method, first.weight, first.stats, first.format)}
