@@ -14,7 +14,7 @@ STAGES = (
     ("transforms",), ("formats",), ("methods",), ("arrays", "recipe", "preflight"), ("layouts",), ("kernels",),
     ("modules",), ("export",), ("integrations",), ("training",), ("evaluation",),
     ("plan", "coverage", "job", "transcode", "finish", "estimate", "feed", "importance"),
-    ("pipeline", "allocation"), ("tuning",), ("report", "memory"), ("qat",), ("cli", "__main__"),
+    ("pipeline", "allocation"), ("tuning", "merging"), ("report", "memory"), ("qat",), ("cli", "__main__"),
 )  # fmt: skip
 RANK = {name: rank for rank, stage in enumerate(STAGES) for name in stage}
 MOST_LINES = 400

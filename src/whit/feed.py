@@ -219,7 +219,7 @@ class BlockFeed:
         for item in items:
             assert item.format is not None
             assert self._stats is not None
-            if item.name in self._job.exact:  # keeps the codes that it has
+            if item.name in self._job.exact | self._job.regridded:  # has its codes, or begins with them
                 continue
             weight = self._basis.weights.get(item.name, self._parameters[item.name].data)
             check_finite(weight, item.name)
@@ -233,7 +233,7 @@ class BlockFeed:
         """The codes of a matrix, where they are for the method to choose."""
         if self._refined:
             return self._refined.get(name)
-        if self._together is None or name in self._job.exact:
+        if self._together is None or name in self._job.exact | self._job.regridded:
             return None
         return self._together.take(name)
 

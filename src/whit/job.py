@@ -56,6 +56,8 @@ class Job:
     `importance` weighs the columns (columns,) of parameters by name, where an importance matrix was given.
     `exact` are parameters whose codes are carried over as they are in MODEL; with `requantize`, where they can be.
     `training` says how the values that are written were trained, where they were.
+    `regridded` are those that get new codes and keep the params that they have there. `origin` is a hash of what the
+    bytes depend on beside MODEL.
     """
 
     model: str
@@ -71,6 +73,8 @@ class Job:
     exact: frozenset[str] = frozenset()
     requantize: bool = False
     training: Mapping[str, Any] = field(default_factory=dict)
+    regridded: frozenset[str] = frozenset()
+    origin: str = ""
 
     @cached_property
     def device(self) -> torch.device:
@@ -115,6 +119,8 @@ class Job:
         ]
         if self.training:
             parts.append(dict(self.training))
+        if self.origin:
+            parts.append(self.origin)
         if self.importance:
             parts.append(sha256(b"".join(w.numpy().tobytes() for w in self.importance.values())).hexdigest())
         return sha256(json.dumps(parts).encode()).hexdigest()
@@ -148,7 +154,7 @@ def prepare(
             notes = (f"{model}: quantized already, and rounded again here; the original model would lose less", *notes)
         plan = plan_quantization(source, recipe, exporter, options.shard_size)
     name = Path(model).resolve().name if Path(model).exists() else str(model)
-    tokens = _tokens(source, folder, recipe, options, calibration)
+    tokens = calibration_tokens(source, folder, recipe, options, calibration)
     return Job(name, source, plan, Path(out), recipe, options, exporter, tokens, notes)
 
 
@@ -162,7 +168,7 @@ def _fit(recipe: Recipe, kind: type[Exporter]) -> tuple[Recipe, tuple[str, ...]]
     return recipe.with_rules(rules, recipe.mix), notes
 
 
-def _tokens(
+def calibration_tokens(
     source: Source, folder: Path, recipe: Recipe | None, options: Options, calibration: Calibration | None
 ) -> CalibrationTokens | None:
     """The calibration text as tokens, where the recipe needs it."""

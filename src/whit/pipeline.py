@@ -30,12 +30,14 @@ from whit.importance import weighed
 from whit.job import Job, Options, prepare
 from whit.methods import Clip
 from whit.methods.lowrank import beside, repaired
+from whit.methods.regrid import regrid
 from whit.methods.stack import proxy_loss, quantize_stack
-from whit.plan import Item, Source, Unit, floats
+from whit.plan import Coded, Item, Source, Unit, floats
 from whit.recipe import Recipe
-from whit.tensor import matrix_shape
+from whit.tensor import QuantizedTensor, matrix_shape
 from whit.transcode import taken_over
 
+SCALES = {"same": "its own scales", "moved": "its scales, moved", "new": "new scales"}
 CHUNK = 1 << 20  # weights whose error is measured at a time: about what a processor's cache holds
 
 
@@ -199,6 +201,8 @@ def _convert(job: Job, item: Item, given: Given) -> tuple[Mapping[str, Tensor], 
         quantized, reason = taken.to(job.device), "its codes as they were"
     elif given.quantized is not None:
         quantized = given.quantized
+    elif item.name in job.regridded:
+        quantized, reason = _regridded(job, item, matrix, given)
     elif given.stats is not None:
         quantized = quantize_stack(beside(method), matrix, given.stats, item.format)
     elif isinstance(method, Clip) and (weights := job.importance.get(item.name)) is not None:
@@ -218,6 +222,16 @@ def _convert(job: Job, item: Item, given: Given) -> tuple[Mapping[str, Tensor], 
     entry = replace(entry_of(item, relative_error(matrix, near)), reason=reason, proxy_loss=loss, tokens=given.tokens)
     tensors = {**job.exporter.tensors(item, quantized), **job.exporter.inputs(item, given.inputs)}
     return tensors, entry, item.parameter(near)
+
+
+def _regridded(job: Job, item: Item, matrix: Tensor, given: Given) -> tuple[QuantizedTensor, str]:
+    """New codes between the params that the parameter has in MODEL, and how much of the change lies in these."""
+    assert isinstance(job.source, Coded)
+    present = job.source.quantized(item.name).to(job.device)
+    found = regrid(matrix, present, None if given.stats is None else given.stats[0])
+    how = "lossless: its codes as they were" if found.lossless else f"new codes on {SCALES[found.scales]}"
+    near = "" if given.stats is not None or found.lossless else ", to nearest: calibration does not reach it"
+    return found.quantized, f"{how}{near}; {100 * found.share:.3g} % of the change lies in scales and zero points"
 
 
 def _note(given: Given) -> str | None:

@@ -57,7 +57,7 @@ def prepare_transcode(
         raise RecipeError("\n".join(lost))
     if not chosen:
         raise RecipeError(f"{model}: nothing of it is quantized; a {export} file needs a format; add --format")
-    rules = Recipe("rtn", _rules(targets, chosen))
+    rules = Recipe("rtn", rules_for(targets, chosen))
     plan = plan_quantization(source, rules, exporter, options.shard_size)
     name = folder.resolve().name if Path(model).is_dir() else str(model)
     return Job(name, source, plan, Path(out), rules, options, exporter, exact=exact, requantize=requantize)
@@ -150,7 +150,7 @@ def taken_over(job: Job, name: str, format: Format) -> QuantizedTensor | None:
         return None
 
 
-def _rules(targets: Sequence[Target], formats: Mapping[Target, Format]) -> list[tuple[str, Format | str]]:
+def rules_for(targets: Sequence[Target], formats: Mapping[Target, Format]) -> list[tuple[str, Format | str]]:
     """Rules that give every target its format: the commonest by `*`, the others by name."""
     common = Counter(formats.values()).most_common(1)[0][0]
     rules: list[tuple[str, Format | str]] = [("*", common)]

@@ -130,6 +130,7 @@ def test_by_data_the_model_begins_nearer_to_the_original(llama, text):
     assert distance["data"] < distance["loftq"] < 0.9 * distance["none"]
 
 
+@pytest.mark.slow
 def test_more_iterations_move_the_packed_weights_and_lose_less(llama, text):
     once, often = adapted(llama), adapted(llama)
     first = whit.initialize_adapter(once, llama, method="data", calibration=text)
@@ -161,6 +162,7 @@ def test_doras_magnitudes_change_nothing_at_the_start(llama):
     torch.testing.assert_close(magnitude.weight, effective.norm(dim=1))
 
 
+@pytest.mark.slow
 def test_the_same_bits_on_any_number_of_threads(llama, text):
     found, before = [], torch.get_num_threads()
     try:

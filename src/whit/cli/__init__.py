@@ -18,6 +18,7 @@ from whit.cli import (
     imatrix,
     inspect,
     memory,
+    merge,
     quantize,
     train,
 )
@@ -33,6 +34,7 @@ COMMANDS = (
     ("convert", convert.convert),
     ("train", train.train),
     ("imatrix", imatrix.imatrix),
+    ("merge", merge.merge),
     ("inspect", inspect.inspect),
     ("memory", memory.memory),
     ("bench", bench.bench),

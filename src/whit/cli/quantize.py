@@ -168,18 +168,23 @@ def parse_rules(rules: list[str] | None) -> list[tuple[str, str]]:
     return found
 
 
-def run_and_show(job: Job, as_json: bool) -> Account:
-    """Run with progress, then print the account."""
+def run_account(job: Job) -> Account:
+    """Run with progress; on standard error what a user should know of it."""
     notes = console()
     for note in job.notes:
         notes.print(note, highlight=False, soft_wrap=True)
     for name, reason in job.source.dropped.items():
         notes.print(f"dropped {name}: {reason}", highlight=False, soft_wrap=True)
-    done_before = job.out.exists() and not job.options.restart
-    if not done_before:
+    if not _is_done(job):
         notes.print(cost(job, estimate(job)), highlight=False, soft_wrap=True)
     with progress(notes) as step:
-        account = run(replace(job, options=replace(job.options, progress=step)))
+        return run(replace(job, options=replace(job.options, progress=step)))
+
+
+def run_and_show(job: Job, as_json: bool) -> Account:
+    """Run with progress, then print the account."""
+    done_before = _is_done(job)
+    account = run_account(job)
     if as_json:
         print_json(account.to_json())
         return account
@@ -190,6 +195,10 @@ def run_and_show(job: Job, as_json: bool) -> Account:
         screen.print(read_back(account.decoded), highlight=False, soft_wrap=True)
     screen.print(f"{job.out}: {'was done already' if done_before else took}", highlight=False, soft_wrap=True)
     return account
+
+
+def _is_done(job: Job) -> bool:
+    return job.out.exists() and not job.options.restart
 
 
 def read_back(decoded: Mapping[str, Any]) -> str:

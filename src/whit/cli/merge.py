@@ -1,0 +1,90 @@
+"""`whit merge`: an adapter into the model that it was trained on."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from whit.cli.console import console, print_json
+from whit.cli.quantize import CALIBRATION_HELP, EXPORT_HELP, FORMAT_HELP, build_calibration, run_account
+from whit.cli.quiet import quiet_transformers
+from whit.cli.watching import Watching
+from whit.coverage import Account
+from whit.job import Options
+from whit.merging import ROUTES, Measured, Merge, Text, measure_routes, prepare_merge
+
+ROUTE_HELP = (
+    "requantize: new codes on the model's own scales, chosen by what the linears see, or --format; sidecar: the codes "
+    "stay, the adapter lies beside them in bfloat16; bf16: no codes. "
+    "[default: requantize, or bf16 where MODEL is not quantized]"
+)
+SOURCE_HELP = "The model in full precision, to merge into its weights in place of the quantized ones."
+
+
+def merge(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="What the adapter was trained on: a folder or hub id.")],
+    adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="A LoRA adapter's folder, as PEFT saves it.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The new folder; it appears when it is complete.")],
+    route: Annotated[str | None, typer.Option(metavar="|".join(ROUTES), help=ROUTE_HELP)] = None,
+    format: Annotated[str | None, typer.Option(metavar="SPEC", help="Quantize anew. " + FORMAT_HELP)] = None,
+    source: Annotated[str | None, typer.Option(metavar="MODEL", help=SOURCE_HELP)] = None,
+    calibration: Annotated[str | None, typer.Option(metavar="FILE|whit:text", help=CALIBRATION_HELP)] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="Calibration windows. [default: 128]")] = None,
+    context: Annotated[int | None, typer.Option(min=2, help="Tokens in each. [default: 2048, or the model's]")] = None,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same bytes.")] = 0,
+    export: Annotated[str, typer.Option(metavar="NAME", help=EXPORT_HELP)] = "whit",
+    text: Annotated[str, typer.Option(metavar="FILE", help="Text that the merge is measured on.")] = "whit:heldout",
+    max_tokens: Annotated[int, typer.Option(min=2, help="Measure on its first N tokens.")] = 16384,
+    measured: Annotated[bool, typer.Option("--measure/--no-measure", help="Run base, adapter and result.")] = True,
+    device: Annotated[str, typer.Option(help="Where to compute: auto, cpu or cuda.")] = "auto",
+    restart: Annotated[bool, typer.Option("--restart", help="Begin again, and replace an older result.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run the model's own code.")] = False,
+) -> None:
+    """Merge an adapter into a model, and say what that costs: the KL divergence from the two side by side."""
+    seen = build_calibration(calibration, samples, context, seed)
+    wanted = Merge(route, format, source, seen, export)
+    options = Options(seed=seed, device=device, restart=restart, trust_remote_code=trust_remote_code)
+    account = run_account(prepare_merge(model, adapter, out, wanted, options))
+    found: tuple[Measured, ...] = ()
+    if measured:
+        quiet_transformers()
+        with Watching(console()) as watching:
+            done = route or "merged"
+            found = measure_routes(model, adapter, {done: out}, Text(text, None, max_tokens), device, watching)
+    if as_json:
+        print_json({**account.to_json(), "measured": [asdict(each) for each in found]})
+        return
+    screen = Console()
+    for line in said(account):
+        screen.print(line, highlight=False, soft_wrap=True)
+    if found:
+        screen.print(table(found, text))
+    screen.print(f"{out}: {account.bits_per_weight:.3f} bits per weight", highlight=False, soft_wrap=True)
+
+
+def said(account: Account) -> list[str]:
+    """How many parameters were merged without loss, and how much of the others' change their scales could take."""
+    reasons = [entry.reason for entry in account.parameters if entry.reason and "of the change lies in" in entry.reason]
+    if not reasons:
+        return []
+    free = [reason for reason in reasons if "lossless" in reason]
+    shares = [float(reason.rpartition("; ")[2].partition(" %")[0]) for reason in reasons if reason not in free]
+    lines = [f"{len(free)} of {len(reasons)} parameters merged without loss, into scales and zero points"]
+    if shares:
+        mean = sum(shares) / len(shares)
+        lines.append(f"{len(shares)} have new codes: only {mean:.3g} % of their change lies in scales and zero points")
+    return lines
+
+
+def table(found: tuple[Measured, ...], text: str) -> Table:
+    """The routes and their divergence from base and adapter."""
+    made = Table("route", "KL", "likeliest token agrees", title=f"from base and adapter on {text}")
+    for each in found:
+        made.add_row(each.route, f"{each.kl:.6g}", f"{100 * each.agreement:.2f} %")
+    return made

@@ -1,0 +1,339 @@
+"""Merging adapters; the oracles are PEFT's own forward, PEFT's own merge into floats, and searches written out here."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+import whit
+from whit.export.packed import PackedSource
+from whit.job import Options, open_source
+from whit.merging import Merge, Text, measure_routes, merge
+from whit.merging.measure import DROPPED, ROUNDED, load_with_adapter, round_in_place
+from whit.methods.regrid import regrid, share_in_params
+from whit.methods.stack import energy
+from whit.tensor import LayerStats, QuantizedTensor
+from whit.training.peft_file import read_adapter
+
+from tiny_models import save_tiny
+
+TARGETS = ["q_proj", "v_proj", "down_proj"]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> whit.Calibration:
+    words = torch.randint(1, 128, (3000,), generator=torch.Generator().manual_seed(7)).tolist()
+    path: Path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(" ".join(f"w{i}" for i in words))
+    return whit.Calibration(path, samples=8, context=48)
+
+
+@pytest.fixture(autouse=True)
+def _words(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(128)}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    made = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0")
+    for place in ("whit.job.load_tokenizer", "whit.merging.measure.load_tokenizer"):
+        monkeypatch.setattr(place, lambda *_, **__: made)
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("plain"), "llama", torch.bfloat16)
+
+
+@pytest.fixture(scope="module")
+def packed(plain: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out: Path = tmp_path_factory.mktemp("packed") / "int4"
+    whit.quantize(plain, out, whit.Recipe("rtn", [("*", "int4-g32")]))
+    return out
+
+
+def adapter(model: Path, folder: Path, size: float = 0.02, **options) -> Path:
+    """A random adapter, as PEFT saves it."""
+    chosen = {"r": 4, "lora_alpha": 8, "target_modules": TARGETS, "task_type": "CAUSAL_LM", **options}
+    base = AutoModelForCausalLM.from_pretrained(model)
+    base = base.dequantize() if options.get("use_dora") and hasattr(base, "hf_quantizer") else base
+    made = peft.get_peft_model(base, peft.LoraConfig(**chosen))
+    g = torch.Generator().manual_seed(3)
+    for name, parameter in made.named_parameters():
+        if "lora_" in name and "magnitude" not in name:
+            parameter.data = size * torch.randn(parameter.shape, generator=g) * (10 if "lora_A" in name else 1)
+        elif "magnitude" in name:
+            parameter.data *= 1 + 0.1 * torch.rand(parameter.shape, generator=g)
+    made.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(packed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return adapter(packed, tmp_path_factory.mktemp("adapter"))
+
+
+def logits(model: object) -> Tensor:
+    tokens = torch.randint(3, 128, (4, 24), generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        found: Tensor = model(tokens).logits.float()  # type: ignore[operator]
+    return found
+
+
+def distance(folder: Path, model: Path, adapter: Path) -> float:
+    exact = logits(load_with_adapter(model, adapter))
+    return float((logits(AutoModelForCausalLM.from_pretrained(folder)) - exact).norm() / exact.norm())
+
+
+def codes(folder: Path, name: str) -> QuantizedTensor:
+    source = open_source(folder)
+    assert isinstance(source, PackedSource)
+    return source.quantized(name)
+
+
+@pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"use_dora": True}, {"alpha_pattern": {"v_proj": 2}}])
+def test_bf16_is_pefts_own_merge_rounded_once(packed: Path, tmp_path: Path, options: dict):
+    made = adapter(packed, tmp_path / "adapter", **options)
+    merge(packed, made, tmp_path / "out", Merge("bf16"))
+    floats = AutoModelForCausalLM.from_pretrained(packed, dtype=torch.float32).dequantize()
+    wanted = peft.PeftModel.from_pretrained(floats, made).merge_and_unload().state_dict()
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    for name in (n for n in found if n.endswith("proj.weight")):
+        torch.testing.assert_close(found[name].float(), wanted[name].float(), rtol=2**-7, atol=1e-6)
+    assert found["model.layers.0.self_attn.q_proj.weight"].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "gpt_neox"])
+def test_other_architectures_merge(architecture: str, tmp_path: Path):
+    folder = save_tiny(tmp_path / "model", architecture)
+    targets = {"gpt2": ["c_attn", "c_proj"], "gpt_neox": ["query_key_value", "dense"]}[architecture]
+    made = adapter(folder, tmp_path / "adapter", target_modules=targets, fan_in_fan_out=architecture == "gpt2")
+    merge(folder, made, tmp_path / "out")
+    assert distance(tmp_path / "out", folder, made) < 0.02
+
+
+def test_a_side_car_keeps_the_codes_and_nearly_the_adapter(packed: Path, trained: Path, tmp_path: Path):
+    account = merge(packed, trained, tmp_path / "out", Merge("sidecar"))
+    name = "model.layers.1.self_attn.v_proj.weight"
+    assert next(e for e in account.parameters if e.name == name).format == "int4-g32+r4"
+    before, after = codes(packed, name), codes(tmp_path / "out", name)
+    assert torch.equal(before.codes, after.codes)
+    assert torch.equal(before.params["scale"], after.params["scale"])
+    assert distance(tmp_path / "out", packed, trained) < 0.01
+    again = adapter(tmp_path / "out", tmp_path / "second")
+    merge(tmp_path / "out", again, tmp_path / "twice", Merge("sidecar"))
+    assert str(codes(tmp_path / "twice", name).format) == "int4-g32+r8"
+    assert distance(tmp_path / "twice", tmp_path / "out", again) < 0.01
+
+
+def test_requantized_codes_lie_on_the_same_scales(packed: Path, trained: Path, tmp_path: Path, text):
+    account = merge(packed, trained, tmp_path / "out", Merge(calibration=text))
+    entries = {e.name: e for e in account.parameters if e.status == "quantized"}
+    for name, entry in entries.items():
+        before, after = codes(packed, name), codes(tmp_path / "out", name)
+        assert str(after.format) == "int4-g32"
+        touched = any(target in name for target in TARGETS)
+        assert torch.equal(before.codes, after.codes) is not touched
+        same = torch.equal(before.params["scale"], after.params["scale"])
+        assert same is (not touched or "its own scales;" in str(entry.reason))
+        assert ("new codes on" in str(entry.reason)) is touched
+    network = AutoModelForCausalLM.from_pretrained(packed)
+    exact = logits(load_with_adapter(packed, trained))
+    assert round_in_place(network, read_adapter(trained))
+    rounded = float((logits(network) - exact).norm() / exact.norm())
+    assert distance(tmp_path / "out", packed, trained) < 0.8 * rounded
+
+
+@pytest.mark.slow
+def test_a_stopped_merge_ends_with_the_same_bytes_on_other_threads(packed, trained, tmp_path, text):
+    def stop(unit: str, done: int, total: int) -> None:
+        if unit.endswith(".0"):
+            raise KeyboardInterrupt
+
+    before = torch.get_num_threads()
+    merge(packed, trained, tmp_path / "whole", Merge(calibration=text))
+    with pytest.raises(KeyboardInterrupt):
+        merge(packed, trained, tmp_path / "parts", Merge(calibration=text), Options(progress=stop))
+    assert not (tmp_path / "parts").exists()
+    try:
+        torch.set_num_threads(2)
+        merge(packed, trained, tmp_path / "parts", Merge(calibration=text))
+    finally:
+        torch.set_num_threads(before)
+    whole, parts = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "parts"))
+    assert whole == parts
+    with pytest.raises(whit.WhitError, match="another model, recipe"):
+        merge(packed, adapter(packed, tmp_path / "other", 0.03), tmp_path / "parts", Merge(calibration=text))
+
+
+@pytest.mark.slow
+def test_into_the_original_or_into_another_format(plain: Path, packed: Path, trained: Path, tmp_path: Path, text):
+    merge(packed, trained, tmp_path / "original", Merge("bf16", source=plain))
+    floats = AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float32)
+    wanted = logits(peft.PeftModel.from_pretrained(floats, trained).merge_and_unload())
+    found = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "original"))
+    assert float((found - wanted).norm() / wanted.norm()) < 0.02
+    merge(packed, trained, tmp_path / "grid", Merge(source=plain, calibration=text))
+    assert str(codes(tmp_path / "grid", "model.layers.0.mlp.down_proj.weight").format) == "int4-g32"
+    account = merge(packed, trained, tmp_path / "int8", Merge(format="int8", calibration=text))
+    assert {e.format for e in account.parameters if e.status == "quantized"} == {"int8-channel"}
+    assert distance(tmp_path / "int8", packed, trained) < 0.02
+
+
+def test_what_is_printed_is_what_can_be_measured_again(packed: Path, trained: Path, tmp_path: Path, text):
+    merge(packed, trained, tmp_path / "sidecar", Merge("sidecar"))
+    said = measure_routes(packed, trained, {"sidecar": tmp_path / "sidecar"}, Text(str(text.text), 48, 480), "cpu")
+    assert [m.route for m in said] == ["sidecar", DROPPED, ROUNDED]
+    words = [int(w[1:]) for w in Path(text.text).read_text().split()][:480]
+    tokens = torch.tensor(words).reshape(10, 48)
+    reference = load_with_adapter(packed, trained)
+    for measured, network in ((said[0], AutoModelForCausalLM.from_pretrained(tmp_path / "sidecar")),
+                              (said[1], AutoModelForCausalLM.from_pretrained(packed))):  # fmt: skip
+        with torch.no_grad():
+            p, q = (m(tokens).logits[:, :-1].double().log_softmax(-1) for m in (reference, network))
+        kl = (p.exp() * (p - q)).sum(-1).mean()
+        assert measured.kl == pytest.approx(float(kl), rel=1e-4, abs=2e-8)
+    assert said[0].kl < 0.05 * said[1].kl
+
+
+def stats(columns: int) -> LayerStats:
+    """Of inputs with a few strong directions, as activations have them."""
+    g = torch.Generator().manual_seed(1)
+    x = torch.randn(300, columns, generator=g) + 5 * torch.randn(300, 4, generator=g) @ torch.randn(
+        4, columns, generator=g
+    )
+    return LayerStats(x.T @ x, 300)
+
+
+@pytest.mark.parametrize("format", ["int4-g32", "int3-g32-asym", "nf4-dq", "int4-g32+r3"])
+def test_codes_are_better_for_the_outputs_than_the_old_and_the_nearest(format: str):
+    g = torch.Generator().manual_seed(0)
+    present = whit.quantize_tensor(torch.randn(24, 64, generator=g), format)
+    target = present.dequantize() + 0.02 * torch.randn(24, 64, generator=g)
+    seen = stats(64)
+    found = regrid(target, present, seen)
+    nearest = regrid(target, present, None)
+
+    def lost(q: QuantizedTensor) -> float:
+        return float(energy(target - q.dequantize(), seen.hessian).sum())
+
+    assert lost(found.quantized) < 0.9 * min(lost(present), lost(nearest.quantized))
+    assert not found.lossless
+    assert found.share < 0.2
+    if found.scales == "same":
+        for name, param in present.params.items():
+            assert not isinstance(param, Tensor) or torch.equal(found.quantized.params[name], param)
+    else:
+        assert found.scales == "moved"
+
+
+def test_what_lies_in_zero_points_or_scales_is_merged_without_loss():
+    g = torch.Generator().manual_seed(0)
+    weight = torch.randn(16, 96, generator=g)
+    by_group = 0.05 * (torch.randn(16, 2, generator=g) @ torch.randn(2, 3, generator=g)).repeat_interleave(32, dim=1)
+    present = whit.quantize_tensor(weight, "int4-g32-asym-fz")
+    found = regrid(present.dequantize() + by_group, present, stats(96))
+    assert found.lossless
+    assert torch.equal(found.quantized.codes, present.codes)
+    left = found.quantized.dequantize() - present.dequantize() - by_group
+    step = present.params["scale"].float().abs().max()
+    assert float(left.abs().max()) < float(step) * 2**-7  # float16 zero points of up to 16
+    symmetric = whit.quantize_tensor(weight, "int4-g32-f32")
+    scaled = regrid(1.03 * symmetric.dequantize(), symmetric, stats(96))
+    assert scaled.lossless
+    torch.testing.assert_close(scaled.quantized.dequantize(), 1.03 * symmetric.dequantize())
+    assert share_in_params(by_group, symmetric) < 0.3  # no zero point to take it
+    assert share_in_params(torch.zeros(16, 96), symmetric) == 1
+
+
+def _rewrite(folder: Path, out: Path, change) -> Path:
+    shutil.copytree(folder, out)
+    tensors, config = (
+        load_file(out / "adapter_model.safetensors"),
+        json.loads((out / "adapter_config.json").read_text()),
+    )
+    change(tensors, config)
+    save_file(tensors, out / "adapter_model.safetensors")
+    (out / "adapter_config.json").write_text(json.dumps(config))
+    return out
+
+
+KEY = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+BROKEN = {
+    "one factor of two": lambda t, c: t.pop(KEY),
+    "weights must be finite": lambda t, c: t[KEY].fill_(float("nan")),
+    "says rank 4": lambda t, c: t.update({KEY: torch.zeros(3, 64)}),
+    "both must agree": lambda t, c: t.update({KEY: torch.zeros(4, 32)}),
+    "a IA3 adapter": lambda t, c: c.update(peft_type="IA3"),
+    "no part of LoRA": lambda t, c: t.update({"base_model.model.strange": torch.zeros(1)}),
+    "no sum of matrices": lambda t, c: c.update(alora_invocation_tokens=[1]),
+    "lacks DoRA": lambda t, c: c.update(use_dora=True),
+    "no such linear": lambda t, c: t.update({KEY.replace("layers.0", "layers.7"): t.pop(KEY), KEY.replace(
+        "layers.0", "layers.7").replace("lora_A", "lora_B"): t.pop(KEY.replace("lora_A", "lora_B"))}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("said", BROKEN)
+def test_an_adapter_that_does_not_fit_is_refused_in_a_sentence(said: str, packed: Path, trained: Path, tmp_path: Path):
+    broken = _rewrite(trained, tmp_path / "broken", BROKEN[said])
+    with pytest.raises(whit.WhitError, match=said) as refusal:
+        merge(packed, broken, tmp_path / "out", Merge("sidecar"))
+    assert "\n" not in str(refusal.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_routes_that_cannot_be_gone_are_refused(plain: Path, packed: Path, trained: Path, tmp_path: Path):
+    out = tmp_path / "out"
+    for model, wanted, said in (
+        (packed, Merge("melt"), "must be one of requantize, sidecar, bf16"),
+        (plain, Merge("sidecar"), "is not quantized"),
+        (plain, Merge("requantize"), "add --format"),
+        (packed, Merge("bf16", "int4"), "drop one of them"),
+        (packed, Merge(source=packed), "must be the model in full precision"),
+        (packed, Merge("sidecar", export="gptq"), "gptq"),
+    ):
+        with pytest.raises(whit.WhitError, match=said):
+            merge(model, trained, out, wanted)
+    with pytest.raises(whit.WhitError, match="holds no adapter_config"):
+        merge(packed, plain, out)
+    dora = adapter(packed, tmp_path / "dora", use_dora=True)
+    with pytest.raises(whit.WhitError, match="DoRA rescales whole rows"):
+        merge(packed, dora, out, Merge("sidecar"))
+    other = save_tiny(tmp_path / "gpt2", "gpt2")
+    with pytest.raises(whit.WhitError, match="no such linear"):
+        merge(other, trained, out)
+    tied = save_tiny(tmp_path / "tied", "llama-tied")
+    with pytest.raises(whit.WhitError, match="shares its weight"):
+        merge(tied, adapter(tied, tmp_path / "head", target_modules=["lm_head"]), out)
+    assert not out.exists()
+
+
+def test_modules_that_were_trained_whole_are_taken_over(packed: Path, tmp_path: Path):
+    made = adapter(packed, tmp_path / "adapter", modules_to_save=["lm_head"])
+    tensors = load_file(made / "adapter_model.safetensors")
+    (key,) = [k for k in tensors if "lm_head" in k]
+    tensors[key] = tensors[key] + 0.25
+    save_file(tensors, made / "adapter_model.safetensors")
+    merge(packed, made, tmp_path / "out", Merge("sidecar"))
+    assert distance(tmp_path / "out", packed, made) < 0.01
+
+
+def test_the_command_line(packed: Path, trained: Path, tmp_path: Path, text, capsys: pytest.CaptureFixture[str]):
+    from typer.testing import CliRunner
+
+    from whit.cli import build_app
+
+    arguments = ["merge", str(packed), str(trained), str(tmp_path / "out"), "--text", str(text.text)]
+    more = ["--max-tokens", "200", "--route", "sidecar", "--json", "--device", "cpu"]
+    done = CliRunner().invoke(build_app(), [*arguments, *more])
+    assert done.exit_code == 0, done.output
+    account = json.loads(done.stdout)
+    assert [m["route"] for m in account["measured"]] == ["sidecar", DROPPED, ROUNDED]
+    assert account["measured"][0]["kl"] < account["measured"][1]["kl"]
+    assert account["source"]["model"].endswith("int4 + " + trained.name)
