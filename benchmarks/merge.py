@@ -87,6 +87,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=16384)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--routes", nargs="+", default=("sidecar", "bf16", "requantize", "requantize-anew", "source"))
     parser.add_argument("--name", default="merge")
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
@@ -101,17 +102,18 @@ def main() -> None:
     whit.quantize(args.model, base, recipe, calibration=seen if recipe.needs_stats else None, options=options)
     losses = None if (adapter / "adapter_config.json").exists() else train(base, adapter, records[HELD_OUT:], args)
     wanted = {
-        "requantize": Merge("requantize", calibration=seen),
-        "requantize, new scales": Merge("requantize", args.format, calibration=seen),
-        "requantize --source": Merge("requantize", source=args.model, calibration=seen),
         "sidecar": Merge("sidecar"),
         "bf16": Merge("bf16"),
+        "requantize": Merge("requantize", calibration=seen),
+        "requantize-anew": Merge("requantize", args.format, calibration=seen),  # GPTQ, as for a new model
+        "source": Merge("requantize", source=args.model, calibration=seen),
     }
-    outs = {name: args.folder / name.replace(" ", "-").replace(",", "") for name in wanted}
+    wanted = {name: wanted[name] for name in args.routes}
+    outs = {name: args.folder / name for name in wanted}
     notes = {}
     for name, how in wanted.items():
         start = time.monotonic()
-        account = merge(base, adapter, outs[name], how, whit.Options(device=args.device, restart=True))
+        account = merge(base, adapter, outs[name], how, options)
         reasons = sorted({e.reason for e in account.parameters if e.reason and "change lies" in e.reason})
         notes[name] = {"seconds": time.monotonic() - start, "bits_per_weight": account.bits_per_weight,
                        "reasons": reasons[:3]}  # fmt: skip
