@@ -109,7 +109,7 @@ def test_bf16_is_pefts_own_merge_rounded_once(packed: Path, tmp_path: Path, opti
     assert found["model.layers.0.self_attn.q_proj.weight"].dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("architecture", ["gpt2", "gpt_neox"])
+@pytest.mark.parametrize("architecture", ["gpt2", pytest.param("gpt_neox", marks=pytest.mark.slow)])
 def test_other_architectures_merge(architecture: str, tmp_path: Path):
     folder = save_tiny(tmp_path / "model", architecture)
     targets = {"gpt2": ["c_attn", "c_proj"], "gpt_neox": ["query_key_value", "dense"]}[architecture]

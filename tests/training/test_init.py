@@ -90,7 +90,7 @@ def test_loftq_is_the_papers(llama, format, rounds):
         assert start.after < start.before
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gpt_neox"])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", pytest.param("gpt_neox", marks=pytest.mark.slow)])
 def test_by_data_each_linear_is_best_for_what_it_sees(architecture, tmp_path, text):
     folder = save_tiny(tmp_path, architecture)
     model = adapted(folder, architecture=architecture)

@@ -19,8 +19,8 @@ from whit.job import Options
 from whit.merging import ROUTES, Measured, Merge, Text, measure_routes, prepare_merge
 
 ROUTE_HELP = (
-    "requantize: new codes on the model's own scales, chosen by what the linears see, or --format; sidecar: the codes "
-    "stay, the adapter lies beside them in bfloat16; bf16: no codes. "
+    "requantize: new codes in the model's own formats, chosen by what the linears see, on their scales or on better "
+    "ones, or in --format; sidecar: the codes stay, the adapter lies beside them in bfloat16; bf16: no codes. "
     "[default: requantize, or bf16 where MODEL is not quantized]"
 )
 SOURCE_HELP = "The model in full precision, to merge into its weights in place of the quantized ones."

@@ -1,8 +1,8 @@
 """The ways in which an adapter can go into a model, each a run like any other: planned, streamed, resumed, atomic.
 
-`requantize`: the merged weights on the model's own grid, codes chosen by what the linears see (`methods.regrid`), or
-in another format by GPTQ. `sidecar`: codes as they are, the adapter as a low-rank side-car beside them, in bfloat16.
-`bf16`: the merged weights in bfloat16, rounded once, from float32.
+`requantize`: the merged weights in the model's own formats, codes chosen by what the linears see, on the scales that
+are there, moved or new (`methods.regrid`), or in another format by GPTQ. `sidecar`: codes as they are, the adapter as
+a low-rank side-car beside them, in bfloat16. `bf16`: the merged weights in bfloat16, rounded once, from float32.
 """
 
 from __future__ import annotations
