@@ -127,7 +127,7 @@ def measure(args: argparse.Namespace, folder: str, baseline: Any) -> dict[str, A
         kl = loss = torch.zeros((), dtype=torch.float64, device=device)
         count = 0
         with torch.inference_mode():
-            for batch in torch.split(windows, 4 if on_gpu(args) else 1):
+            for batch in torch.split(windows, 2 if on_gpu(args) else 1):
                 logits = model(input_ids=batch, use_cache=False).logits[:, :-1].flatten(0, 1)
                 loss = loss + text_loss(logits, batch[:, 1:].flatten())
                 if model is not baseline:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 
+import torch
 from torch import Tensor
 
 from whit.feed import Given
@@ -13,10 +14,13 @@ from whit.tensor import QuantizedTensor
 
 
 class Ready:
-    """`values` by name of the parameter; what has none, and what errors are measured from, comes from the `source`."""
+    """`values` by name of the parameter; what has none, and what errors are measured from, comes from the `source`.
 
-    def __init__(self, source: Source, values: Mapping[str, QuantizedTensor | Tensor]) -> None:
-        self.source, self.values = source, values
+    Codes are handed out on `device`, where their errors are measured.
+    """
+
+    def __init__(self, source: Source, values: Mapping[str, QuantizedTensor | Tensor], device: torch.device) -> None:
+        self.source, self.values, self.device = source, values, device
 
     def unit(self, unit: Unit) -> AbstractContextManager[None]:
         return nullcontext()
@@ -27,7 +31,7 @@ class Ready:
     def give(self, item: Item) -> Given:
         value = self.values.get(item.name)
         if isinstance(value, QuantizedTensor):
-            return Given(self.source.read(item.name), quantized=value)
+            return Given(self.source.read(item.name), quantized=value.to(self.device))
         if value is not None:
             return Given(value.cpu(), note="trained")
         return Given(self.source.read(item.name))

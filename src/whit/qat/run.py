@@ -142,7 +142,7 @@ def train(
     if not is_done(job.out, job.fingerprint, job.options.restart):
         state = StateFile(training.place / "state.safetensors", job.fingerprint, save_every, job.options.restart)
         values = _trained(training, state, progress)
-        account = write(job, Ready(job.source, values))
+        account = write(job, Ready(job.source, values, job.device))
         shutil.rmtree(training.place, ignore_errors=True)
         if training.begin is not None:
             shutil.rmtree(training.begin.out, ignore_errors=True)
