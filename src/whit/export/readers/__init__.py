@@ -9,6 +9,7 @@ from whit.checkpoint.reader import Checkpoint
 from whit.errors import CheckpointError
 from whit.export.readers.awq import read_awq
 from whit.export.readers.base import Foreign, Packed, Reader, sentences
+from whit.export.readers.bitnet import read_bitnet
 from whit.export.readers.bitsandbytes import read_bitsandbytes
 from whit.export.readers.compressed_tensors import read_compressed_tensors
 from whit.export.readers.gptq import read_gptq
@@ -22,6 +23,7 @@ READERS: tuple[tuple[str, Reader], ...] = (
     ("compressed-tensors", read_compressed_tensors),
     ("mlx", read_mlx),
     ("hqq", read_hqq),
+    ("bitnet", read_bitnet),
 )
 
 
