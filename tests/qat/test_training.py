@@ -12,11 +12,13 @@ import whit
 from forking import in_child
 from whit.errors import OutputError, RecipeError
 from whit.integrations.loading import load_causal_lm
+from whit.methods.straight import Straight
 from whit.qat import Course, Setting, Training, Words, prepare_full, prepare_scales, train
 from whit.qat.loop import Loop
 from whit.qat.losses import divergence, hidden_loss, text_loss
 from whit.qat.network import Network
 from whit.qat.run import _codes, _reader, prepare_trained
+from whit.qat.trained import Matrices, Part, can_join, join
 
 from tiny_models import save_tiny
 
@@ -203,3 +205,35 @@ def test_gradients_of_scales_are_finite_differences_of_the_loss(model: Path, tmp
                 moving.variables["scale"][row, 0] -= sign * step
             expected = float((ends[0] - ends[1]) / (2 * step))
             assert abs(float(gradient[row, 0]) - expected) < 0.01 * abs(expected) + 1e-3 * float(gradient.abs().max())
+
+
+@pytest.mark.parametrize("spec", ["int2-g32", "int3-g32-asym", "ternary", "q4_0", "q4_k"])
+def test_joined_matrices_are_trained_as_each_alone(spec: str, random: torch.Generator):
+    """What a GPU does for speed: rows of several matrices below each other."""
+    format = whit.parse_format(spec)
+    weights = {name: torch.randn(rows, 256, generator=random) for name, rows in (("a", 8), ("b", 24))}
+    starts = {name: whit.RTN()(weight, None, format) for name, weight in weights.items()}
+    assert can_join(format, 256)
+    assert not can_join(whit.parse_format("nf4-dq"), 256)
+    assert not can_join(whit.parse_format("int4-tensor"), 256)
+
+    def matrices(names: str) -> Matrices:
+        parts = [Part(name, len(weights[name]), lambda m: m, lambda m: m) for name in names]
+        start = join([starts[name] for name in names])
+        return Matrices(parts, Straight(torch.cat([weights[name] for name in names]), start, 0.9))
+
+    both, alone = matrices("ab"), [matrices("a"), matrices("b")]
+    pull = {name: torch.randn(weight.shape, generator=random) for name, weight in weights.items()}
+    for _ in range(3):
+        for one in (both, *alone):
+            one.decode()
+            for key, gradient in one.gradients(pull).items():
+                one.variables[key].sub_(gradient.sign(), alpha=0.3)
+            one.confine()
+    decoded, values = both.decode(), both.values()
+    for one, name in zip(alone, "ab", strict=True):
+        assert torch.equal(decoded[name], one.decode()[name])
+        own = one.values()[name]
+        assert torch.equal(values[name].codes, own.codes)
+        assert torch.equal(values[name].dequantize(), decoded[name])
+        assert all(torch.equal(values[name].params[key], own.params[key]) for key in own.params)

@@ -105,7 +105,7 @@ def prepare_full(
     given = setting.start is not None
     if given:
         recipe = Recipe("rtn", recipe.rules, None, recipe.mix)
-    calibration = None if given else setting.calibration
+    calibration = setting.calibration if recipe.needs_stats else None
     job = prepare(model, out, recipe, setting.options, calibration, setting.export)
     if isinstance(job.source, Coded):
         raise RecipeError(f"{model}: quantized already; full training begins with the unquantized model; use scales")

@@ -1,0 +1,58 @@
+"""`whit train`: each way of training from the command line, without data, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+import whit
+from whit.cli import build_app
+from whit.errors import RecipeError
+
+from tiny_models import save_tiny
+
+SHORT = ("--text", "self", "--context", "16", "--steps", "3", "--batch", "2", "--windows", "4", "--start", "rtn")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("train") / "model", "llama")
+
+
+def train(*words: object) -> dict[str, object]:
+    result = CliRunner().invoke(build_app(), ["train", *map(str, words), "--json"], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
+
+
+def test_full_and_then_scales(model: Path, tmp_path: Path):
+    full = train(model, tmp_path / "full", "--format", "int2-g32", "--qat", "full", *SHORT)
+    assert full["training"]["mode"] == "full"
+    assert full["recipe"]["rules"] == [{"match": "*", "format": "int2-g32"}]
+    scales = train(tmp_path / "full", tmp_path / "scales", "--teacher", model, *SHORT)
+    assert scales["training"]["mode"] == "scales"
+    assert scales["training"]["course"]["distill"] == 1.0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["full", "scales"]
+
+
+def test_the_cost_comes_first(model: Path, tmp_path: Path):
+    words = ["train", str(model), str(tmp_path / "out"), "--format", "int2-g32", *SHORT, "--dry-run"]
+    result = CliRunner().invoke(build_app(), words, catch_exceptions=False)
+    assert "3 steps of 2 windows, 96 tokens in all" in result.stderr
+    assert "of memory on cpu" in result.stderr
+    assert not any(tmp_path.iterdir())
+
+
+def test_what_does_not_go_together(model: Path, tmp_path: Path):
+    whit.quantize(model, tmp_path / "q", whit.Recipe("rtn", [("*", "int4-g32")]))
+    for words, said in (
+        ([model, tmp_path / "out"], "add --format"),
+        ([tmp_path / "q", tmp_path / "out", "--format", "int4-g32"], "drop --format"),
+        ([tmp_path / "q", tmp_path / "out", "--qat", "full"], "--qat scales"),
+        ([tmp_path / "q", tmp_path / "out", "--text", "self"], "name --teacher"),
+    ):
+        with pytest.raises(RecipeError, match=said):
+            CliRunner().invoke(build_app(), ["train", *map(str, words)], catch_exceptions=False)
