@@ -40,6 +40,13 @@ def bitnet(folder: Path, kind: str, random: torch.Generator) -> dict[str, torch.
     return meant
 
 
+def eight_bits(module: torch.nn.Module, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+    """BitLinear's activations: round(x 127 / max|x|) per token, and back."""
+    (x,) = inputs
+    scale = 127 / x.abs().amax(-1, keepdim=True)
+    return ((x * scale).round() / scale,)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_weights_are_those_of_transformers(kind: str, tmp_path: Path, random: torch.Generator):
     meant = bitnet(tmp_path / "model", kind, random)
@@ -51,8 +58,13 @@ def test_weights_are_those_of_transformers(kind: str, tmp_path: Path, random: to
     plain = whit.integrations.loading.load_causal_lm(str(save_tiny(tmp_path / "plain", "llama")))
     for name, weight in meant.items():
         plain.get_parameter(name).data = weight
+        plain.get_submodule(name.removesuffix(".weight")).register_forward_pre_hook(eight_bits)
     tokens = torch.arange(3, 23)[None]
-    assert torch.allclose(model(tokens).logits, plain(tokens).logits, atol=1e-5)
+    found, wanted = model(tokens).logits, plain(tokens).logits
+    # Where an input lies between two of the 255 levels, sums in another order may choose the other one.
+    assert (found - wanted).abs().mean() < 2e-3 * wanted.abs().mean()
+    for name in meant:
+        assert str(model.get_submodule(name.removesuffix(".weight")).activations) == "int8"
 
 
 def test_what_is_damaged_is_said(tmp_path: Path, random: torch.Generator):

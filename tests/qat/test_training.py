@@ -237,3 +237,30 @@ def test_joined_matrices_are_trained_as_each_alone(spec: str, random: torch.Gene
         assert torch.equal(values[name].codes, own.codes)
         assert torch.equal(values[name].dequantize(), decoded[name])
         assert all(torch.equal(values[name].params[key], own.params[key]) for key in own.params)
+
+
+def test_bitnet_s_linears(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Weights of mean |w| in every step, inputs in 8 bits: the packed model computes what was trained."""
+    loops: list[Loop] = []
+    init = Loop.__init__
+    monkeypatch.setattr(Loop, "__init__", lambda self, *args: (init(self, *args), loops.append(self))[0])
+    recipe = whit.Recipe("rtn", [("*", "ternary-absmean")], activations="int8")
+    losses: list[float] = []
+    course = Course(steps=15, batch=8, rate=0.03, fitted=True)
+    training = prepare_full(model, tmp_path / "out", recipe, course, WORDS)
+    train(training, lambda what, step, total, loss: losses.append(loss))
+    assert losses[-1] < 0.9 * losses[0]
+    (loop,) = loops
+    packed = load_causal_lm(str(tmp_path / "out"), dtype="float32")
+    for name, one in loop.trained.items():
+        weight = one.moving.master * one.moving.unit
+        scale = weight.abs().mean(1, keepdim=True)
+        module = packed.get_submodule(name.removesuffix(".weight"))
+        assert str(module.activations) == "int8"
+        assert torch.allclose(
+            module.dequantize(torch.float32), (weight / scale).round().clamp(-1, 1) * scale, rtol=1e-5
+        )
+    decoded = {name: value for one in loop.trained.values() for name, value in one.decode().items()}
+    with torch.no_grad(), loop.network.holding(decoded):
+        logits = loop.network.run(TOKENS)[0]
+        assert torch.allclose(packed(TOKENS).logits, logits, atol=1e-3 * float(logits.abs().max()))

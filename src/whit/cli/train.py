@@ -28,7 +28,7 @@ from whit.pipeline import run
 from whit.qat import Course, Setting, Training, Words, prepare_full, prepare_scales
 from whit.qat import train as train_whole
 from whit.qat.needs import memory_bytes
-from whit.qat.recipes import NAMES, efficientqat
+from whit.qat.recipes import BITNET_ACTIVATIONS, BITNET_FORMAT, NAMES, efficientqat
 from whit.recipe import Recipe
 
 TEXT_HELP = "What to train on: a text or .jsonl file, whit:text, or self: text that the model itself writes."
@@ -37,7 +37,8 @@ QAT_HELP = (
     "params of a quantized MODEL alone (an unquantized one is trained by blocks first). [default: full; scales where "
     "MODEL is quantized]"
 )
-RECIPE_HELP = f"Hyper-parameters by name, of blocks and scales: {', '.join(NAMES)}."
+ACTIVATIONS_HELP = "Round the inputs of linears too, in training as in the model: int8 (full only)."
+RECIPE_HELP = f"Hyper-parameters by name, or BitNet's linears: {', '.join(NAMES)}."
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ class Asked:
     blocks: Blocks
     calibration: Calibration
     start: str
+    activations: str | None
     as_json: bool
     dry_run: bool
 
@@ -61,8 +63,9 @@ def train(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The new folder; it appears when it is complete.")],
     format: Annotated[str | None, typer.Option(metavar="SPEC", help=FORMAT_HELP)] = None,
     rule: Annotated[list[str] | None, typer.Option(metavar="GLOB=SPEC", help=RULE_HELP)] = None,
+    activations: Annotated[str | None, typer.Option(metavar="SPEC", help=ACTIVATIONS_HELP)] = None,
     qat: Annotated[Literal["full", "blocks", "scales"] | None, typer.Option(help=QAT_HELP)] = None,
-    recipe: Annotated[Literal["whit", "efficientqat"], typer.Option(help=RECIPE_HELP)] = "whit",
+    recipe: Annotated[Literal["whit", "efficientqat", "bitnet"], typer.Option(help=RECIPE_HELP)] = "whit",
     text: Annotated[str, typer.Option(metavar="FILE|whit:text|self", help=TEXT_HELP)] = "whit:text",
     steps: Annotated[int | None, typer.Option(min=1, help="Steps (of each block). [default: 400]")] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Windows a step. [default: 16; blocks: 8]")] = None,
@@ -95,6 +98,9 @@ def train(
         torch.set_num_threads(threads)
     options = Options(seed=seed, device=device, restart=restart, trust_remote_code=trust_remote_code)
     mode = qat or ("scales" if _is_quantized(model, trust_remote_code) else "full")
+    if recipe == "bitnet":
+        format, activations = format or BITNET_FORMAT, activations or BITNET_ACTIVATIONS
+        start = "rtn" if start == "gptq" else start
     rules = [("*", format), *parse_rules(rule)] if format is not None else parse_rules(rule)
     blocks, course = Blocks(seed=seed), Course(seed=seed)
     if recipe == "efficientqat":
@@ -102,7 +108,7 @@ def train(
         blocks, course = replace(phases.blocks, seed=seed), replace(phases.scales, seed=seed)
         samples = samples or phases.calibration_samples
     else:
-        course = replace(course, distill=distill, text=next_token, hidden=hidden)
+        course = replace(course, distill=distill, text=next_token, hidden=hidden, fitted=recipe == "bitnet")
     changed = {"steps": steps, "batch": batch, "rate": rate, "scale_rate": scale_rate}
     given = {key: value for key, value in changed.items() if value is not None}
     blocks, course = replace(blocks, **given), replace(course, **given)  # type: ignore[arg-type]
@@ -112,7 +118,8 @@ def train(
         mode, rules, course, Words(text, windows or course.steps * course.batch, context),
         Setting(options, export, Calibration("whit:text" if text == "self" else text, samples or 128, context, seed),
                 folder, teacher),
-        blocks, Calibration("whit:text" if text == "self" else text, samples or 128, context, seed), start, as_json,
+        blocks, Calibration("whit:text" if text == "self" else text, samples or 128, context, seed), start, activations,
+        as_json,
         dry_run,
     )  # fmt: skip
     _do(model, out, asked)
@@ -124,9 +131,12 @@ def _do(model: str, out: Path, asked: Asked) -> None:
         raise RecipeError(f"{model}: not quantized; training needs the format it is for; add --format, say int2-g64")
     if quantized and (asked.rules or asked.mode != "scales"):
         raise RecipeError(f"{model}: quantized already; its own formats stay; drop --format, and use --qat scales")
+    if asked.activations is not None and asked.mode != "full":
+        raise RecipeError(f"activations {asked.activations}: rounded in full training only; use --qat full, or drop it")
     if asked.mode == "full":
         method = "rtn" if asked.setting.start is not None else parse_method(asked.start)
-        training = prepare_full(model, out, Recipe(method, asked.rules), asked.course, asked.words, asked.setting)
+        wanted = Recipe(method, asked.rules, activations=asked.activations)
+        training = prepare_full(model, out, wanted, asked.course, asked.words, asked.setting)
         _whole(training, asked)
     elif quantized:
         _whole(prepare_scales(model, out, asked.course, asked.words, asked.setting), asked)

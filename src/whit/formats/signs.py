@@ -141,6 +141,15 @@ class Ternary(Signs):
     def searches(self) -> bool:
         return not self.absmean
 
+    @property
+    def product_dtype(self) -> torch.dtype | None:
+        """int8 where there is one scale per row: BitLinear's product with 8-bit activations."""
+        return None if self.group_size else torch.int8
+
+    def row_scale(self, params: Params) -> Tensor:
+        """float32 (rows, 1)."""
+        return tensor_param(params, "scale").to(torch.float32)
+
     def fit(self, weight: Tensor, importance: Tensor | None = None) -> Params:
         best = self._mean(weight, None) if self.absmean else self._least(weight, importance)
         # A group of zeros decodes to zeros at any scale; 1 is one by which can be divided.

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from whit.activations import parse_activations
 from whit.checkpoint.reader import Checkpoint, read_json
 from whit.export.foreign import ForeignSource
-from whit.export.readers import READERS, quant_method, read_foreign
+from whit.export.readers import INPUTS, READERS, quant_method, read_foreign
 from whit.export.whit import quantization_config
 from whit.layouts import BITS
 from whit.model.skeleton import load_skeleton
@@ -52,7 +53,9 @@ def load_foreign(folder: Path, dtype: torch.dtype | str, trust_remote_code: bool
         state |= {f"{holder}.{key}": t for key, t in BITS.pack(source.quantized(name)).tensors.items()}
     source.checkpoint.close()
     plain = copy.deepcopy(skeleton.config)
-    plain.quantization_config = quantization_config(Recipe("rtn"), formats, {})
+    how = INPUTS.get(quant_method(config) or "")
+    inputs = {} if how is None else {holder: parse_activations(how) for holder in formats}
+    plain.quantization_config = quantization_config(Recipe("rtn"), formats, inputs)
     return type(skeleton).from_pretrained(
         None, config=plain, state_dict=state, dtype=dtype, output_loading_info=True, **placement
     )

@@ -74,3 +74,41 @@ class Straight:
     def quantized(self) -> QuantizedTensor:
         """What `decode` last gave, as it will be stored."""
         return QuantizedTensor(self.format, self.shape, self.codes, self.format.seal(self.learned.params))
+
+
+class Fitted:
+    """One matrix in training whose params are none of their own: in every step the format fits them to the weights.
+
+    What BitNet b1.58 does (Ma et al. 2024) with `ternary-absmean`: s = mean |w|, and every weight gets the gradient.
+    """
+
+    def __init__(self, weight: Tensor, quantized: QuantizedTensor) -> None:
+        self.format, self.shape = quantized.format, quantized.shape
+        exact = weight.to(torch.float32)
+        size = exact.square().mean(dim=1, keepdim=True).sqrt_()
+        self.unit = torch.where(size > 0, size, 1.0)
+        self.master = exact / self.unit
+        self.codes, self._params = quantized.codes, quantized.params
+
+    @property
+    def variables(self) -> dict[str, Tensor]:
+        """What may be moved in place, in units of a row's root mean square."""
+        return {"": self.master}
+
+    def decode(self) -> Tensor:
+        """w^ (rows, columns) float32, as it will be stored."""
+        weight = self.master * self.unit
+        self._params = self.format.seal(self.format.fit(weight))
+        self.codes = self.format.encode(weight, self._params)
+        return self.format.decode(self.codes, self._params)
+
+    def gradients(self, gradient: Tensor) -> dict[str, Tensor]:
+        """From a loss's gradient in the w^ that `decode` gave."""
+        return {"": gradient.to(torch.float32) * self.unit}
+
+    def confine(self) -> None:
+        """Weights may go anywhere."""
+
+    def quantized(self) -> QuantizedTensor:
+        """What `decode` last gave, as it will be stored."""
+        return QuantizedTensor(self.format, self.shape, self.codes, self._params)

@@ -18,8 +18,9 @@ class Course:
     `rate` moves weights, `scale_rate` params, `kept_rate` what is not quantized (0: it stays), all counted in steps of
     the format and in the size of a row, or, with `units` "plain", as they are. They rise over a share `warmup` of the
     steps and fall as a cosine to `floor`. `distill`, `text`, `hidden` weigh the losses (`losses.py`). `clip` bounds the
-    norm of the gradient (0: not). `at_once` windows are run together; on a CPU each alone. `seconds`, where given, ends
-    the run early: the rates then follow the clock, and no second run gives the same bytes.
+    norm of the gradient (0: not). With `fitted`, params are not learned: the format fits them to the weights in every
+    step. `at_once` windows are run together; on a CPU each alone. `seconds`, where given, ends the run early: the rates
+    then follow the clock, and no second run gives the same bytes.
     """
 
     steps: int = 400
@@ -36,6 +37,7 @@ class Course:
     hidden: float = 0.0
     clip: float = 0.0
     inside: float = 0.9
+    fitted: bool = False
     at_once: int = 4
     seconds: float | None = None
     seed: int = 0

@@ -5,12 +5,16 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from whit.activations import Activations
+from whit.errors import RecipeError
+from whit.kernels import float8, int8
 from whit.methods.refine import replaced
 from whit.plan import Source
 
@@ -48,6 +52,19 @@ class Network:
         other.model = copy.deepcopy(self.model, same)
         return other
 
+    def quantize_inputs(self, how: Mapping[str, Activations]) -> None:
+        """From here on the inputs of these modules are rounded as they will be when the model runs packed.
+
+        Gradients pass as if they were not. Scales come from the input itself; RecipeError for others.
+        """
+        for holder, activations in how.items():
+            if activations.kind != "dynamic" or activations.threshold:
+                raise RecipeError(
+                    f"{holder}: activations {activations}; training rounds inputs by scales of their own; use int8"
+                )
+            rounded = partial(_rounded_input, activations)
+            self.model.get_submodule(holder).register_forward_pre_hook(rounded)
+
     def parameter(self, name: str) -> nn.Parameter:
         """A parameter of the model."""
         found: nn.Parameter = self.model.get_parameter(name)
@@ -73,3 +90,14 @@ class Network:
             module._parameters[key] = nn.Parameter(value.contiguous(), requires_grad=False)
         else:
             module._buffers[key] = value
+
+
+def _rounded_input(how: Activations, module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    x, *others = inputs
+    flat, whole = x.detach().reshape(-1, x.shape[-1]), how.granularity == "tensor"
+    if how.dtype == torch.int8:
+        codes, scale, zero = int8.quantize_rows(flat, whole, how.symmetric)
+    else:
+        codes, scale, zero = float8.quantize_rows(flat, whole)
+    near = codes.to(torch.float32) if zero is None else codes.to(torch.float32) - zero
+    return x + ((near * scale).reshape(x.shape).to(x.dtype) - x.detach()), *others

@@ -6,19 +6,22 @@ epochs of AdamW on 4096 samples of 2048 tokens, batches of 2, squared error agai
 on 4096 samples (4096 tokens where the model takes them), batches of 32, next-token loss, 2e-5 at 2 bits and 1e-5 above
 for the scales alone, a cosine to 0 after a warm-up of 3 %, gradients clipped to 0.3. It was made for asymmetric
 integers in groups of 64 or 128.
+
+`bitnet`: BitLinear of BitNet b1.58 (Ma et al. 2024): `ternary-absmean` weights, whose scale is mean |w| in every step,
+and inputs in 8 bits by max |x| of each token; here one scale per row, where the paper has one per matrix.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from whit.calibration import Calibration
 from whit.methods import RTN, Blocks
 from whit.qat.course import Course
 from whit.tensor import Format
 
 SAMPLES = 4096
-NAMES = ("whit", "efficientqat")
+NAMES = ("whit", "efficientqat", "bitnet")
+BITNET_FORMAT, BITNET_ACTIVATIONS = "ternary-absmean", "int8"
 
 
 @dataclass(frozen=True)
@@ -43,8 +46,3 @@ def efficientqat(format: Format, samples: int = SAMPLES) -> Phases:
         slow=0.999, distill=0.0, text=1.0, clip=0.3, at_once=2,
     )  # fmt: skip
     return Phases(blocks, scales, samples, samples)
-
-
-def calibration(phases: Phases, text: str, context: int | None, seed: int) -> Calibration:
-    """The samples of the first phase."""
-    return Calibration(text, phases.calibration_samples, context, seed)

@@ -28,7 +28,7 @@ from whit.errors import RecipeError
 from whit.integrations.loading import load_tokenizer, maximum_context
 from whit.job import Job, Options, open_source, prepare
 from whit.methods.refine import Moving
-from whit.methods.straight import Straight
+from whit.methods.straight import Fitted, Straight
 from whit.pipeline import run as write
 from whit.plan import Coded, Item, Source
 from whit.qat.course import Course
@@ -104,7 +104,7 @@ def prepare_full(
     setting, words = setting or Setting(), words or Words()
     given = setting.start is not None
     if given:
-        recipe = Recipe("rtn", recipe.rules, None, recipe.mix)
+        recipe = Recipe("rtn", recipe.rules, None, recipe.mix, recipe.activations)
     calibration = setting.calibration if recipe.needs_stats else None
     job = prepare(model, out, recipe, setting.options, calibration, setting.export)
     if isinstance(job.source, Coded):
@@ -165,6 +165,8 @@ def _trained(
         exact = open_source(resolve_model(training.setting.teacher, trusted), trusted)
         teacher = Network(exact, _reader(exact), job.device, training.dtype)
     tokens = _tokens(training, teacher or network)
+    activated = {i.target.holder: i.activations for i in job.plan.items if i.target is not None and i.activations}
+    network.quantize_inputs(activated)
     with torch.no_grad():
         trained = prepare_trained(training, codes)
         if course.kept_rate > 0:
@@ -187,7 +189,7 @@ def prepare_trained(training: Training, codes: Callable[[Item], QuantizedTensor]
             moving: Moving = Frozen(start, plain)
         else:
             weight = torch.cat([item.matrix(job.source.read(item.name).to(job.device)) for item in items])
-            moving = Straight(weight, start, course.inside, plain)
+            moving = Fitted(weight, start) if course.fitted else Straight(weight, start, course.inside, plain)
         trained[items[0].name] = Matrices(parts, moving)
     return trained
 

@@ -26,6 +26,9 @@ READERS: tuple[tuple[str, Reader], ...] = (
     ("bitnet", read_bitnet),
 )
 
+# How the linears of a kind of file round their inputs, which is no part of the weights.
+INPUTS = {"bitnet": "int8"}
+
 
 def quant_method(config: Mapping[str, Any]) -> str | None:
     """How config.json says that a model is quantized; None where it says nothing."""
@@ -55,4 +58,4 @@ def read_foreign(config: Mapping[str, Any], checkpoint: Checkpoint) -> Foreign:
     raise CheckpointError(f"{checkpoint.folder}: quantized by {method}; whit reads {known}; use the original model")
 
 
-__all__ = ["READERS", "Foreign", "Packed", "Reader", "quant_method", "read_foreign"]
+__all__ = ["INPUTS", "READERS", "Foreign", "Packed", "Reader", "quant_method", "read_foreign"]
