@@ -35,10 +35,9 @@ from whit.plan import plan_quantization
 
 import harness
 
-UNIFORM = tuple(f"int{bits}-g{size}-asym" for bits in (2, 3, 4, 5) for size in (128, 64, 32, 16))
-HEADS = ("", "int8")
+UNIFORM = tuple(f"int{bits}-g{size}-asym" for bits in (2, 3, 4, 5) for size in (128, 96, 64, 48, 32, 24, 16))
+HEADS = {"": 3, "int8": 1}  # format of the embedding, where it is another, and how many below a target are measured
 MIXES = ("q2_k", "q3_k_s", "q3_k_m", "q3_k_l", "iq4_xs", "q4_k_s", "q4_k_m", "q5_k_m", "q6_k")
-NEAREST = 3  # uniform recipes below a target that are measured: the largest ones
 MEASURES = ("hessian", "probe", "kl")
 RECIPES = 20
 NO_SETTINGS = ("scratch", "stages", "limit_seconds", "targets", "mixes", "table", "name", "jobs")
@@ -164,12 +163,20 @@ def uniform_recipes(job: Job, targets: list[float], method: str) -> list[tuple[s
                 plan = plan_quantization(job.source, recipe, job.exporter)
             except RecipeError:  # rows that its groups do not divide
                 continue
-            sized.append((plan.bits_per_weight, f"uniform-{form}" + (f"+{head}" if head else ""), recipe))
+            sized.append((plan.bits_per_weight, head, f"uniform-{form}" + (f"+{head}" if head else ""), recipe))
     sized.sort(key=lambda entry: -entry[0])
     chosen = {}
     for bits in targets:
-        chosen |= {label: recipe for _, label, recipe in [e for e in sized if e[0] <= bits][:NEAREST]}
+        for head, count in HEADS.items():
+            chosen |= {label: recipe for _, _, label, recipe in _largest(sized, head, bits)[:count]}
     return list(chosen.items())
+
+
+def _largest(
+    sized: list[tuple[float, str, str, Recipe]], head: str, bits: float
+) -> list[tuple[float, str, str, Recipe]]:
+    """Those with this head that are at most as large, the largest first."""
+    return [entry for entry in sized if entry[0] <= bits and entry[1] == head]
 
 
 def rank_stage(bench: Bench, job: Job, args: argparse.Namespace) -> None:
