@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -44,7 +44,8 @@ class Account:
     SHA-256. `source` names the model and holds the fingerprint by which a run knows its own result again. `export` is
     the kind of file; `decoded` says how many parameters a decoder that shares nothing with the writer read back, and
     by how much (relative error) they differ at most from what was meant. `training` has the options of a model that was
-    trained end to end.
+    trained end to end. `budget` says how the recipe was found and what it was expected to lose, where a size was asked
+    for; `measured` what the written model lost, where that was measured.
     """
 
     version: str
@@ -62,6 +63,8 @@ class Account:
     export: str = "whit"
     decoded: Mapping[str, Any] | None = None
     training: Mapping[str, Any] | None = None
+    budget: Mapping[str, Any] | None = None
+    measured: Mapping[str, Any] | None = None
 
     def counts(self) -> dict[str, int]:
         """Number of parameters of each status."""
@@ -82,6 +85,14 @@ def load_account(out: Path) -> Account:
         raise CheckpointError(
             f"{record_of(out)}: not an account of whit ({error}); it must be as whit wrote it; quantize again"
         ) from None
+
+
+def add_measured(out: Path, measured: Mapping[str, Any]) -> None:
+    """Put what a written model was found to lose into its account, in one step."""
+    record = record_of(out)
+    partial = record.with_name(f".{record.name}.partial")
+    partial.write_bytes(account_bytes(replace(load_account(out), measured=measured)))
+    partial.replace(record)
 
 
 def account_bytes(account: Account) -> bytes:

@@ -59,6 +59,7 @@ def _account(job: Job, finished: dict[str, Any], files: dict[str, str]) -> Accou
         calibration=job.calibration.to_json() if job.calibration is not None else None,
         export=job.exporter.name,
         decoded=_decoded([error for unit in units for error in unit.get("decoded", ())]),
+        budget=job.budget,
         training=dict(job.training) or None,
     )  # fmt: skip
 

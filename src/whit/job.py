@@ -54,6 +54,7 @@ class Job:
 
     `calibration` is there where the recipe needs it. `notes` are sentences that a user should read.
     `importance` weighs the columns (columns,) of parameters by name, where an importance matrix was given.
+    `budget` says how the recipe was found, where a size was asked for.
     `exact` are parameters whose codes are carried over as they are in MODEL; with `requantize`, where they can be.
     `training` says how the values that are written were trained, where they were.
     `regridded` are those that get new codes and keep the params that they have there. `origin` is a hash of what the
@@ -75,6 +76,7 @@ class Job:
     training: Mapping[str, Any] = field(default_factory=dict)
     regridded: frozenset[str] = frozenset()
     origin: str = ""
+    budget: Mapping[str, Any] | None = None
 
     @cached_property
     def device(self) -> torch.device:

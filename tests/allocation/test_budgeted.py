@@ -24,6 +24,7 @@ from whit.calibration import CalibrationTokens
 from whit.calibration.capture import Watch
 from whit.cli import main
 from whit.cli.budget import Request
+from whit.coverage import load_account
 from whit.errors import RecipeError
 from whit.evaluation import EvaluationOptions, evaluate
 from whit.formats import parse_format
@@ -72,6 +73,11 @@ def test_a_size_is_met_and_the_result_is_better_than_uniform(run, tmp_path: Path
     )
     assert status == 0, said
     assert 0.995 * size <= len(weights(tmp_path / "out")) <= size
+    account = load_account(tmp_path / "out")
+    assert account.budget is not None
+    assert account.measured is not None
+    assert account.budget["unit"] == "nats per token"
+    assert 0.3 < account.measured["kl"] / account.budget["expected"] < 3
     formats = {str(form) for _, form in Recipe.load(saved).rules}
     assert len(formats) > 1
     assert formats <= set(LADDER3.split(","))

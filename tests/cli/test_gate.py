@@ -11,6 +11,7 @@ import pytest
 
 from whit.cli import main
 from whit.cli.gate import Gate
+from whit.coverage import load_account
 from whit.errors import QualityGateError
 from whit.evaluation import EvaluationOptions, evaluate
 from whit.evaluation.result import BaselineResult, EvaluationResult
@@ -45,6 +46,9 @@ def test_a_gate_that_is_not_met_exits_with_three_and_keeps_the_result(whit, tmp_
     against = evaluate(str(out), options).baseline
     assert against is not None
     assert float(said[1]) == pytest.approx(against.kl_mean, rel=1e-4)
+    measured = load_account(out).measured
+    assert measured is not None
+    assert (measured["kl"], measured["text"]) == (against.kl_mean, "whit:heldout")
     status, _, notes = whit(*words, "--max-kl", "10", "--max-ppl-increase", "500")  # the finished result is used
     assert status == 0
     assert f"mean KL divergence {said[1]}" in notes

@@ -22,6 +22,8 @@ from whit.recipe import Recipe
 
 KEEP = ("*", "bf16")
 DEFAULT_CONTEXT = 2048
+DEFAULT: Measure = "probe"
+UNITS = {"kl": "nats per token", "probe": "nats per token", "hessian": "shares of blocks' outputs"}
 
 TargetBpw: TypeAlias = Annotated[
     float | None, typer.Option(metavar="BITS", min=0.0, help="Choose formats: at most so many bits per weight in all.")
@@ -120,24 +122,25 @@ def keep_all(method: str | None, rules: list[tuple[str, str]], transform: str | 
 def choose(job: Job, request: Request, tokens: CalibrationTokens) -> Budgeted:
     """The recipe for the size that was asked for, said in a line."""
     wanted = request.bytes(job)
-    measure = request.sensitivity or "probe"
+    measure = request.sensitivity or DEFAULT
     notes = console()
     with progress(notes) as step:
         shown = replace(job, options=replace(job.options, progress=step))
         found = budgeted(shown, wanted, tokens, request.formats(job), measure)
     counts = Counter(str(format) for format in found.plan.formats.values())
     said = ", ".join(f"{count} x {name}" for name, count in sorted(counts.items()))
-    unit = "of blocks' outputs" if measure == "hessian" else "nats per token"
     notes.print(
         f"chosen: {size(found.plan.size_bytes)} of {size(wanted)}, {found.plan.bits_per_weight:.3f} bits per weight: "
-        f"{said}; expected error {found.error:.4g} {unit}",
+        f"{said}; expected error {found.error:.4g} {UNITS[measure]}",
         highlight=False, soft_wrap=True,
     )  # fmt: skip
     return found
 
 
-def budget_recipe(job: Job, calibration: Calibration | None, request: Request) -> Recipe:
-    """What `choose` finds for a job prepared with `keep_all`; the model is run over the calibration text."""
+def budget_recipe(
+    job: Job, calibration: Calibration | None, request: Request
+) -> tuple[Recipe, dict[str, float | int | str]]:
+    """What `choose` finds for a job prepared with `keep_all`, and how; the model is run over the calibration text."""
     tokens = job.calibration
     if tokens is None:
         folder = str(job.source.checkpoint.folder)
@@ -146,7 +149,9 @@ def budget_recipe(job: Job, calibration: Calibration | None, request: Request) -
         tokens = text.tokens(tokenizer, maximum_context(job.source.model.config))
     found = choose(job, request, tokens)
     job.source.checkpoint.close()
-    return found.recipe
+    measure = request.sensitivity or DEFAULT
+    expected = float(f"{found.error:.5g}")
+    return found.recipe, {"sensitivity": measure, "expected": expected, "unit": UNITS[measure]}
 
 
 def save_recipe(recipe: Recipe, path: Path | None) -> None:

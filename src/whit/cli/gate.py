@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, TypeAlias
+from typing import Annotated, Any, TypeAlias
 
 import typer
 
 from whit.cli.console import console
 from whit.cli.quiet import quiet_transformers
 from whit.cli.watching import Watching
+from whit.coverage import add_measured
 from whit.data import resolve_text
-from whit.errors import EvaluationError, QualityGateError
+from whit.errors import EvaluationError, QualityGateError, WhitError
 from whit.evaluation.result import EvaluationResult
 from whit.job import Options
 
 HELDOUT = "whit:heldout"
+FEW = 8192  # tokens on which a budget's divergence is measured where no gate names others
 MaxKL: TypeAlias = Annotated[
     float | None, typer.Option(help="Exit with 3 if the mean KL divergence from the baseline is above this.")
 ]
@@ -71,22 +74,36 @@ def build_gate(max_kl: float | None, increase: float | None, text: str | None, m
     return gate
 
 
-def measure(model: str, out: Path, gate: Gate, options: Options) -> None:
-    """Compare what lies in `out` with the model that it was made from; say what is found, raise if it is not met."""
-    if not gate.is_set:
+def measure(model: str, out: Path, gate: Gate, options: Options, budget: Mapping[str, Any] | None = None) -> None:
+    """Compare what lies in `out` with the model that it was made from, where there is a gate or a `budget`.
+
+    Says what is found and puts it into the account; raises if the gate is not met.
+    """
+    if not gate.is_set and budget is None:
         return
     from whit.evaluation import EvaluationOptions, evaluate
 
     quiet_transformers()
     how = EvaluationOptions(
-        baseline=model, text=gate.text, max_tokens=gate.max_tokens, device=options.device,
+        baseline=model, text=gate.text, max_tokens=gate.max_tokens if gate.is_set else FEW, device=options.device,
         trust_remote_code=options.trust_remote_code,
     )  # fmt: skip
     notes = console()
-    with Watching(notes) as watching:
-        result = evaluate(str(out), how, watching)
+    try:
+        with Watching(notes) as watching:
+            result = evaluate(str(out), how, watching)
+    except WhitError as error:
+        if gate.is_set:
+            raise
+        notes.print(f"not measured: {error}", highlight=False, markup=False, soft_wrap=True)
+        return
     against = result.baseline
     assert against is not None
     found = f"mean KL divergence {against.kl_mean:.6g}, perplexity {result.perplexity:.4f} ({against.perplexity:.4f})"
-    notes.print(f"{gate.text}: {found}", highlight=False, soft_wrap=True)
+    expected = "" if budget is None else f"; expected {budget['expected']:.4g} {budget['unit']}"
+    notes.print(f"{gate.text}: {found}{expected}", highlight=False, soft_wrap=True)
+    add_measured(out, {
+        "text": Path(gate.text).name, "tokens": result.tokens, "kl": against.kl_mean, "perplexity": result.perplexity,
+        "baseline_perplexity": against.perplexity,
+    })  # fmt: skip
     gate.check(result, f"; what was written is kept in {out}")

@@ -121,6 +121,16 @@ def show_account(account: Account, verified: bool) -> None:
         f"in {account.seconds:.1f} s with {size(account.peak_memory_bytes)} of memory ({libraries})",
         highlight=False, soft_wrap=True,
     )  # fmt: skip
+    if account.budget is not None:
+        expected = f"{account.budget['expected']:.4g} {account.budget['unit']}"
+        screen.print(f"chosen for its size; expected to lose {expected}", highlight=False, soft_wrap=True)
+    if account.measured is not None:
+        found = account.measured
+        screen.print(
+            f"measured on {found['tokens']} tokens of {found['text']}: mean KL divergence {found['kl']:.4g}, "
+            f"perplexity {found['perplexity']:.4f} ({found['baseline_perplexity']:.4f})",
+            highlight=False, soft_wrap=True,
+        )  # fmt: skip
     if verified:
         console().print(f"{len(account.files)} weight files are as they were written", highlight=False)
 

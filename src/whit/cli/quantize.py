@@ -117,8 +117,8 @@ def quantize(
         start = keep_all(method, parse_rules(rule), transform)
         used = text if start.needs_stats else None  # by the method; the choice of formats always uses it
         undecided = prepare(model, out, start, options, used, export)
-        chosen = budget_recipe(undecided, text, request)
-        job = prepare(model, out, chosen, options, used, export)
+        chosen, found = budget_recipe(undecided, text, request)
+        job = replace(prepare(model, out, chosen, options, used, export), budget=found)
     else:
         wanted = build_recipe(method, format, rule, recipe, transform)
         wanted = wanted if activations is None else wanted.with_activations(activations)
@@ -131,7 +131,7 @@ def quantize(
         show_plan(job, as_json)
     else:
         run_and_show(job, as_json)
-        measure(model, out, gate, options)
+        measure(model, out, gate, options, job.budget)
 
 
 def build_calibration(text: str | None, samples: int | None, context: int | None, seed: int) -> Calibration | None:
