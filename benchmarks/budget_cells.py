@@ -17,11 +17,12 @@ from torch import Tensor
 
 from whit import Calibration, Options, Recipe
 from whit.allocation import Group, measured
+from whit.data import resolve_model
 from whit.evaluation import EvaluationOptions, evaluate
 from whit.evaluation.size import weight_files
 from whit.formats import parse_format
 from whit.importance import measure_importance, write_imatrix
-from whit.integrations.loading import load_causal_lm
+from whit.integrations.loading import load_causal_lm, load_tokenizer
 from whit.job import Job, open_source, prepare
 from whit.methods import GPTQ
 from whit.pipeline import quantize
@@ -61,7 +62,8 @@ class HostGPTQ(GPTQ):
 def undecided(s: Setting) -> Job:
     """The job that a budget starts from."""
     recipe = Recipe(method_of(s), [("*", "bf16")])
-    return prepare(s.model, Path(s.scratch) / "none", recipe, Options(device=s.device), s.tokens)
+    tokens = s.tokens if recipe.needs_stats else None
+    return prepare(s.model, Path(s.scratch) / "none", recipe, Options(device=s.device), tokens)
 
 
 def method_of(s: Setting) -> Any:
@@ -74,9 +76,9 @@ def measure(s: Setting, how: str, wanted: dict[str, list[str]]) -> dict[str, Any
     torch.set_num_threads(1)
     start = time.monotonic()
     job = undecided(s)
-    assert job.calibration is not None
+    tokens = job.calibration or s.tokens.tokens(load_tokenizer(resolve_model(s.model)))
     formats = {name: tuple(parse_format(f) for f in specs) for name, specs in wanted.items()}
-    groups = measured(job, job.calibration.tokens, formats, how)  # type: ignore[arg-type]
+    groups = measured(job, tokens.tokens, formats, how)  # type: ignore[arg-type]
     errors = {" ".join(g.parameters): {str(f): e for f, e in g.errors.items()} for g in groups}
     return {"errors": errors, "seconds": time.monotonic() - start}
 
