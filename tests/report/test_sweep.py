@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
 
 from whit import Calibration, Options, Recipe
 from whit.allocation.space import LADDERS
+from whit.data import resolve_model
 from whit.errors import RecipeError
 from whit.report import sweep as module
 from whit.report.candidates import parse_entrants
@@ -24,10 +27,20 @@ def test_spans():
             Sweep.parse(wrong)
 
 
-def test_one_measure_serves_all_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """The first block of the shipped model."""
+    folder = tmp_path / "model"
+    shutil.copytree(resolve_model("whit:model"), folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 1}))
+    return folder
+
+
+def test_one_measure_serves_all_sizes(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(LADDERS, "whit", ("int2-g64", "int4-g64"))
     said: list[str] = []
-    ask = ("whit:model", tmp_path, Sweep(2, 4, 1), "rtn", Calibration(samples=1, context=16), Options(device="cpu"))
+    ask = (str(model), tmp_path, Sweep(2, 4, 1), "rtn", Calibration(samples=1, context=16), Options(device="cpu"))
     files = sweep(*ask, said.append)
     assert [file.name.rpartition("-")[0] for file in files] == ["budget-3", "budget-4"]
     assert any("2 bits per weight: left out" in line for line in said)
@@ -38,6 +51,6 @@ def test_one_measure_serves_all_sizes(tmp_path: Path, monkeypatch: pytest.Monkey
     assert small.recipe == Recipe.load(files[0])
     assert small.recipe != large.recipe
     table = (tmp_path / "sweep" / "layers.md").read_text().splitlines()
-    assert len(table) == 2 + 57 + 1
+    assert len(table) == 2 + 8 + 1
     assert float(table[-1].split("|")[2]) > float(table[-1].split("|")[3]) > 0
     assert (tmp_path / "sweep" / "layers.png").stat().st_size > 1000
