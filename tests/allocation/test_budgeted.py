@@ -207,6 +207,8 @@ def test_what_fits_leaves_room_for_the_cache_and_the_process(tiny: Path, tmp_pat
     short, long = (Request(fit="600MB", context=context).bytes(job) for context in (16, 64))
     cache = 2 * 2 * 48 * 2 * 16 * 2  # keys and values, blocks, tokens more, heads, columns, bytes
     assert 600e6 - OVERHEAD["cpu"] > short > long + cache > 0
+    wide = Request(fit="600MB", context=16, ladder="q4_k,int4-g32")  # superblocks are wider than its rows
+    assert wide.bytes(job) >= short
     with pytest.raises(RecipeError, match="must be left for weights"):
         Request(fit="400MB", context=64).bytes(job)
 

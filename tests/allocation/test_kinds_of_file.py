@@ -46,7 +46,7 @@ def undecided(model: Path, out: Path, kind: str) -> Job:
     return prepare(model, out, Recipe(None, [("*", "bf16")]), Options(device="cpu"), export=kind)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [pytest.param(k, marks=pytest.mark.slow) if k == "gptq-v2" else k for k in KINDS])
 def test_formats_of_the_recipe_are_those_of_the_file(kind: str, model: Path, tmp_path: Path):
     job = undecided(model, tmp_path / "none", kind)
     size = int(KINDS[kind] * job.plan.parameters / 8)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
@@ -17,7 +18,7 @@ from whit.cli.shown import parse_size, progress, size
 from whit.errors import OutputError, RecipeError
 from whit.integrations.loading import load_tokenizer, maximum_context
 from whit.job import Job
-from whit.memory import Planner, Situation, find_subject
+from whit.memory import Need, Planner, Situation, find_subject
 from whit.recipe import Recipe
 
 KEEP = ("*", "bf16")
@@ -96,7 +97,7 @@ class Request:
         context = self.context or maximum_context(job.source.model.config) or DEFAULT_CONTEXT
         subject = find_subject(str(job.source.checkpoint.folder), job.options.trust_remote_code)
         planner = Planner(subject, Situation(context, device=job.device.type))
-        need = max(planner.rows(self.formats(job)), key=lambda row: row.total_bytes - row.weights_bytes)
+        need = max(_needs(planner, self.formats(job)), key=lambda row: row.total_bytes - row.weights_bytes)
         left = total - (need.total_bytes - need.weights_bytes)
         parts = (
             f"cache of {context:,} tokens {size(need.kv_cache_bytes)}, activations {size(need.activations_bytes)}, "
@@ -112,6 +113,15 @@ class Request:
     def formats(self, job: Job) -> tuple[str, ...]:
         """The formats to choose from."""
         return tuple(self.ladder.split(",")) if self.ladder else ladder_of(job)
+
+
+def _needs(planner: Planner, formats: tuple[str, ...]) -> list[Need]:
+    """What the model needs in each format that fits all its matrices; in the usual ones where none does."""
+    found = []
+    for format in formats:
+        with suppress(RecipeError):  # a choice for some of the matrices
+            found += planner.rows((format,))
+    return found or planner.rows(())
 
 
 def keep_all(method: str | None, rules: list[tuple[str, str]], transform: str | None) -> Recipe:
