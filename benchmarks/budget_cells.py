@@ -5,6 +5,8 @@ Models are scored in float32 with their weights dequantized, so that the figures
 
 from __future__ import annotations
 
+import gc
+import math
 import os
 import shutil
 import time
@@ -17,9 +19,12 @@ from torch import Tensor
 
 from whit import Calibration, Options, Recipe
 from whit.allocation import Group, measured
-from whit.data import resolve_model
-from whit.evaluation import EvaluationOptions, evaluate
+from whit.data import resolve_model, resolve_text
+from whit.evaluation.divergence import LiveBaseline, compare_windows
+from whit.evaluation.listener import Silent
 from whit.evaluation.size import weight_files
+from whit.evaluation.statistics import blocks
+from whit.evaluation.text import cut_windows, read_text, tokenize
 from whit.formats import parse_format
 from whit.importance import measure_importance, write_imatrix
 from whit.integrations.loading import load_causal_lm, load_tokenizer
@@ -79,6 +84,7 @@ def measure(s: Setting, how: str, wanted: dict[str, list[str]]) -> dict[str, Any
     tokens = job.calibration or s.tokens.tokens(load_tokenizer(resolve_model(s.model)))
     formats = {name: tuple(parse_format(f) for f in specs) for name, specs in wanted.items()}
     groups = measured(job, tokens.tokens, formats, how)  # type: ignore[arg-type]
+    release()
     errors = {" ".join(g.parameters): {str(f): e for f, e in g.errors.items()} for g in groups}
     return {"errors": errors, "seconds": time.monotonic() - start}
 
@@ -97,6 +103,7 @@ def make(s: Setting, label: str, recipe: dict[str, Any]) -> dict[str, Any]:
     calibration = s.tokens if asked.needs_stats else None
     start = time.monotonic()
     quantize(s.model, out, asked, calibration=calibration, options=Options(device=s.device, restart=True))
+    release()
     row = _scored(s, out, time.monotonic() - start)
     shutil.rmtree(out)
     return row
@@ -131,21 +138,36 @@ def mix(s: Setting, name: str, imatrix: str) -> dict[str, Any]:
 
 
 def _scored(s: Setting, out: Path, seconds: float) -> dict[str, Any]:
-    """Figures of the dequantized model in float32; bytes and bits are those of the weight files."""
+    """Figures of the dequantized model in float32; bytes and bits are those of the weight files.
+
+    A window at a time: many processes share a GPU's memory.
+    """
     source = open_source(out)
-    network = load_causal_lm(s.model, device=s.device, dtype="float32")
+    network, original = (load_causal_lm(resolve_model(s.model), device=s.device, dtype="float32") for _ in range(2))
     for name, parameter in network.named_parameters():  # tied ones once
         parameter.data.copy_(source.read(source.tied.get(name, name)))
     source.checkpoint.close()
-    options = EvaluationOptions(
-        baseline=s.model, text=s.text, context=s.context, max_tokens=s.max_tokens, device=s.device, dtype="float32"
-    )
-    found = evaluate(s.model, options, network=network)
-    assert found.baseline is not None
+    tokenizer = load_tokenizer(resolve_model(s.model))
+    tokens = tokenize(read_text(resolve_text(s.text)), tokenizer, s.max_tokens, s.text)
+    baseline = LiveBaseline(original)
+    windows = torch.split(cut_windows(tokens, s.context), 1)
+    found = [compare_windows(network, baseline, window, Silent()) for window in windows]
+    kl = blocks(torch.cat([each.kl for each in found]))
     weights = sum(file.stat().st_size for file in weight_files(out))
     parameters = sum(parameter.numel() for parameter in network.parameters())
-    return {
-        "kl": found.baseline.kl_mean, "kl_ci95": found.baseline.kl_ci95, "perplexity": found.perplexity,
-        "top1_agreement": found.baseline.top1_agreement, "weights_bytes": weights,
-        "bits_per_weight": 8 * weights / parameters, "seconds": round(seconds, 1),
+    row = {
+        "kl": kl.mean, "kl_ci95": kl.interval(0),
+        "perplexity": math.exp(torch.cat([each.losses for each in found]).mean()),
+        "top1_agreement": float(torch.cat([each.agreement for each in found]).double().mean()),
+        "weights_bytes": weights, "bits_per_weight": 8 * weights / parameters, "seconds": round(seconds, 1),
     }  # fmt: skip
+    del network, original, baseline
+    release()
+    return row
+
+
+def release() -> None:
+    """Give the GPU's memory to the other processes."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
