@@ -120,20 +120,18 @@ class Bench:
 
 def budget_stage(bench: Bench, job: Job, args: argparse.Namespace) -> None:
     """Targets, uniform recipes and mixes."""
-    begun = bench.start_measures(job, [args.sensitivity])
+    new = [name for name in args.mixes if f"mix-{name}" not in bench.state["rows"]]
+    imatrix = bench.pool.submit(cells.importance, bench.setting) if new else None
+    bench.end_measures(bench.start_measures(job, [args.sensitivity]))
+    groups = bench.groups(args.sensitivity)
+    mixes = [bench.row(f"mix-{name}", cells.mix, name, imatrix.result(), kind="mix") for name in new if imatrix]
     futures = [
+        budget_row(bench, job, groups, f"budget-{bits:g}", int(bits * job.plan.parameters / 8)) for bits in args.targets
+    ]
+    futures += [
         bench.row(label, cells.make, label, recipe.to_dict(), kind="uniform")
         for label, recipe in uniform_recipes(job, args.targets, args.method)
     ]
-    if args.mixes and any(f"mix-{name}" not in bench.state["rows"] for name in args.mixes):
-        imatrix = bench.pool.submit(cells.importance, bench.setting).result()
-        mixes = [bench.row(f"mix-{name}", cells.mix, name, imatrix, kind="mix") for name in args.mixes]
-    else:
-        mixes = []
-    bench.end_measures(begun)
-    groups = bench.groups(args.sensitivity)
-    for bits in args.targets:
-        futures.append(budget_row(bench, job, groups, f"budget-{bits:g}", int(bits * job.plan.parameters / 8)))
     bench.wait(mixes)
     for name in args.mixes:
         if size := bench.state["rows"].get(f"mix-{name}", {}).get("weights_bytes"):
