@@ -40,7 +40,7 @@ HEADS = {"": 3, "int8": 1}  # format of the embedding, where it is another, and 
 MIXES = ("q2_k", "q3_k_s", "q3_k_m", "q3_k_l", "iq4_xs", "q4_k_s", "q4_k_m", "q5_k_m", "q6_k")
 MEASURES = ("hessian", "probe", "kl")
 RECIPES = 20
-NO_SETTINGS = ("scratch", "stages", "limit_seconds", "targets", "mixes", "table", "name", "jobs")
+NO_SETTINGS = ("scratch", "stages", "limit_seconds", "targets", "mixes", "ranked", "table", "name", "jobs")
 
 
 class Bench:
@@ -179,14 +179,14 @@ def _largest(
 
 def rank_stage(bench: Bench, job: Job, args: argparse.Namespace) -> None:
     """Random recipes, and what each measure says of them."""
-    bench.end_measures(bench.start_measures(job, list(MEASURES)))
+    bench.end_measures(bench.start_measures(job, args.ranked))
     draw = random.Random(0)
-    ladder = bench.groups("kl")
+    ladder = bench.groups(args.ranked[0])
     futures = []
     for number in range(RECIPES):
         formats = {p: draw.choice(list(g.errors)) for g in ladder for p in g.parameters}
         predicted = {}
-        for how in MEASURES:
+        for how in args.ranked:
             predicted[how] = sum(g.errors[formats[g.parameters[0]]] for g in bench.groups(how))
         recipe = recipe_of(job, formats)
         label = f"random-{number}"
@@ -210,6 +210,7 @@ def main() -> None:
     parser.add_argument("--stages", default="budget,rank")
     parser.add_argument("--targets", type=lambda s: [float(x) for x in s.split(",")], default="2.5,3,3.5,4,4.5,5")
     parser.add_argument("--mixes", type=lambda s: [x for x in s.split(",") if x], default=",".join(MIXES))
+    parser.add_argument("--ranked", type=lambda s: s.split(","), default=",".join(MEASURES), help="in stage rank")
     parser.add_argument("--limit-seconds", type=float, default=1e9)
     parser.add_argument("--name", default="budget")
     parser.add_argument("--scratch", default="/tmp/whit-budget")
