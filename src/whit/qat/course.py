@@ -25,7 +25,7 @@ class Course:
 
     steps: int = 400
     batch: int = 16
-    rate: float = 0.02
+    rate: float = 0.01
     scale_rate: float = 0.005
     kept_rate: float = 0.0
     units: str = "steps"
