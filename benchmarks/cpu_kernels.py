@@ -1,7 +1,8 @@
 """Products with packed weights on the processor: python benchmarks/cpu_kernels.py
 
 One process, cold weights, all kernels of a case in turn; medians, ratio to torch's bfloat16 product, share of the
-limit of this machine. Writes results/cpu_kernels.json and results/cpu_kernels.md. About 15 minutes on two quiet cores.
+limit of this machine. Writes results/cpu_kernels.json and results/cpu_kernels.md. About 15 minutes on two quiet cores;
+five with --shapes 1 --rounds 3. --formats takes any, such as q4_k and q6_k.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ import copy
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from itertools import cycle
 from typing import Any
@@ -19,10 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from whit.activations import parse_activations
 from whit.arrays import quantize_tensor
 from whit.formats import parse_format
 from whit.kernels.base import Kernel
-from whit.kernels.cpu import Cpu, library
+from whit.kernels.cpu import Cpu, Cpu8, library
 from whit.kernels.cpu.memory import in_huge_pages
 from whit.kernels.reference import Reference
 from whit.layouts import BITS
@@ -31,6 +32,7 @@ from whit.tensor import PackedWeight
 SHAPES = ((4096, 4096), (11008, 4096), (4096, 14336))
 FORMATS = ("int4-g128", "nf4", "int3-g128", "int2-g128", "int8-channel")
 ROWS = (1, 16, 512)
+INPUTS = ("int8", "int8-g32")
 COLD = 320 << 20
 READ = 512 << 20
 TURN = 0.2  # seconds after which the next kernel has its turn
@@ -91,6 +93,11 @@ def measure(
     for kernel in (Cpu(), Reference()):
         if kernel.supports(packed, x) is None and (rows > 1 or kernel.name != "reference"):
             candidates[kernel.name] = _ours(kernel, packed)
+    for inputs in INPUTS:
+        how = parse_activations(inputs)
+        rounded = replace(packed, activations=how)
+        if how.fits(packed.format) and Cpu8().supports(rounded, x) is None:
+            candidates[f"cpu, {inputs} inputs"] = _ours(Cpu8(), rounded)
     if peers:
         candidates |= _peers(weight, format)
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
@@ -136,7 +143,7 @@ def _ours(kernel: Kernel, packed: PackedWeight) -> tuple[list[Call], int]:
     copies = []
     for _ in range(_copies(packed.nbytes)):
         tensors = {key: tensor.clone() for key, tensor in packed.tensors.items()}
-        copies.append(kernel.prepare(PackedWeight(packed.layout, packed.format, packed.shape, tensors)))
+        copies.append(kernel.prepare(replace(packed, tensors=tensors)))
     return [lambda x, w=w: kernel.linear(x, w, None) for w in copies], packed.nbytes  # type: ignore[misc]
 
 
