@@ -230,14 +230,14 @@ def _watched(network: nn.Module) -> list[str]:
 
 
 def _memory(model: str) -> Figure:
-    """Generating with the weights as they are, and training adapters on them in 4 bits, checkpointed."""
+    """Generating with the weights as they are, and training all of them in bf16, checkpointed."""
     subject = find_subject(model)
     planner = Planner(subject, Situation(context=1))
     weights = planner.stored() or planner.weights("bf16")
     stacks = {f"generating, {weights.format}": _stack(planner, weights, None)}
-    with suppress(WhitError):  # a shape that has no groups of 64
-        training = Planner(subject, Situation(context=1, train="qlora"))
-        stacks["training adapters, nf4-dq"] = _stack(training, training.weights("nf4-dq"), True)
+    with suppress(WhitError):  # packed weights are not trained
+        training = Planner(subject, Situation(context=1, train="full"))
+        stacks["training all weights, bf16"] = _stack(training, training.weights("bf16"), True)
     return figures.memory(Path(subject.name).name, stacks)
 
 
