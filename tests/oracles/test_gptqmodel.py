@@ -1,7 +1,11 @@
-"""GPTQModel, through transformers, computes from whit's GPTQ and AWQ files what whit computes from them."""
+"""GPTQModel, through transformers, computes from whit's GPTQ and AWQ files what whit computes from them.
+
+Transformers asks for optimum too. Neither is installed with its dependencies: they would bring another torch.
+"""
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -12,11 +16,15 @@ import whit
 from whit.integrations.loading import load_causal_lm
 
 pytest.importorskip("gptqmodel", reason="gptqmodel is not installed")
+pytest.importorskip("optimum", reason="transformers opens GPTQ files with optimum only")
 pytestmark = pytest.mark.slow
-CASES = {
-    "int2-g32": "gptq", "int3-g32": "gptq", "int4-g32": "gptq", "int8-g32": "gptq",
-    "int4-g32-asym": "gptq-v2", "int4-g64-asym": "awq", "int4-g32-act": "gptq",
-}  # fmt: skip
+CASES = [
+    ("int2-g32", "gptq"), ("int3-g32", "gptq"), ("int4-g32", "gptq"), ("int8-g32", "gptq"), ("int3-channel", "gptq"),
+    ("int2-g32-act", "gptq"), ("int3-g32-act", "gptq"), ("int4-g32-act", "gptq"), ("int8-g32-act", "gptq"),
+    ("int4-g32-asym", "gptq-v2"), ("int8-g32-asym", "gptq-v2"), ("int2-g32-asym-act", "gptq-v2"),
+    ("int3-g32-asym-act", "gptq-v2"), ("int4-g32-asym-act", "gptq-v2"), ("int4-g64-asym", "awq"), ("int4-g32", "awq"),
+]  # fmt: skip
+KERNELS = {"gptq": "TorchLinear", "gptq-v2": "TorchLinear", "awq": "AwqTorchLinear"}  # theirs that run on any processor
 
 
 @pytest.fixture(scope="module")
@@ -31,13 +39,18 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("format", CASES)
-def test_logits(format: str, model: Path, tmp_path: Path):
-    whit.quantize(model, tmp_path / "out", whit.Recipe(rules=[("*", format)]), export=CASES[format])
-    backend = hf.AwqConfig(backend="torch_awq") if CASES[format] == "awq" else None
+@pytest.mark.parametrize(("format", "export"), CASES)
+def test_logits(format: str, export: str, model: Path, tmp_path: Path):
+    whit.quantize(model, tmp_path / "out", whit.Recipe(rules=[("*", format)]), export=export)
+    backend = hf.AwqConfig(backend="torch_awq") if export == "awq" else None
     config = backend or hf.GPTQConfig(bits=int(format[3]), backend="gptq_torch")
     options = {"quantization_config": config, "device_map": "cpu", "dtype": torch.float16}
     theirs = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "out", **options).eval()
+    kinds = [type(module) for module in theirs.modules()]
+    assert Counter(k.__name__ for k in kinds if k.__module__.startswith("gptqmodel.")) == {KERNELS[export]: 14}
+    if export != "awq":
+        index = theirs.model.layers[0].mlp.down_proj.g_idx
+        assert bool((index.diff() < 0).any()) == format.endswith("-act")
     ours = load_causal_lm(str(tmp_path / "out"), device="cpu", dtype="float16")
     tokens = torch.randint(3, 128, (2, 12), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
