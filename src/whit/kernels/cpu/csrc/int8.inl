@@ -59,10 +59,11 @@ static ALWAYS_INLINE void finish8(const Product8& p, int64_t m, int64_t row, flo
   store_float(p.y, m * p.w->rows + row, y, p.type);
 }
 
-// One group: exact integers to the end, then the rounding steps of int8.int8_linear.
+// One group: exact integers to the end, then the rounding steps of int8.int8_linear. Modulo 2^32, as the zero point of a
+// row that is not finite is any integer; its scale makes the result NaN.
 static ALWAYS_INLINE void finish_row8(const Product8& p, int64_t m, int64_t row, int32_t sum, float scale) {
   const whit_rows8& x = *p.x;
-  if (x.zero) sum -= x.zero[m] * p.row_sums[row];
+  if (x.zero) sum = (int32_t)((uint32_t)sum - (uint32_t)x.zero[m] * (uint32_t)p.row_sums[row]);
   finish8(p, m, row, (float)sum * x.scale[m] * scale);
 }
 
