@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -213,48 +212,6 @@ def test_without_a_compiler_the_reason_is_given(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(RuntimeError, match="failed"):
         builder.build(tmp_path / "library.so", compiler="false")
     assert not list(tmp_path.iterdir())
-
-
-SANITIZED = """
-import sys, torch, whit
-from whit.kernels.cpu import kernel as module
-from whit.kernels.cpu.binding import load
-from pathlib import Path
-compiled = load(Path(sys.argv[1]))
-assert not isinstance(compiled, str), compiled
-module.library = lambda: compiled
-from whit.layouts import BITS
-random = torch.Generator().manual_seed(0)
-for isa in compiled.isas:
-    for spec in ["int1-g16", "int2-g32-asym", "int3-g64", "int4-g48", "nf4-dq", "int5-g32", "int6-channel", "int7-g16",
-                 "int8-g64-asym", "fp8", "q4_k", "q6_k", "int8-tensor", "codebook(-1,0.1,1)-g32"]:
-        for rows, columns in [(1, 1), (3, 33), (9, 257)]:
-            weight = BITS.pack(whit.quantize_tensor(torch.randn(rows, columns, generator=random), spec))
-            for batch in (1, 7, 20):
-                for dtype in (torch.float32, torch.bfloat16, torch.float16):
-                    module.Cpu(isa).linear(torch.randn(batch, columns, generator=random).to(dtype), weight, None)
-print("clean")
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux" or builder.find_compiler() is None, reason="needs Linux and a compiler")
-def test_sanitizers_find_nothing(tmp_path: Path):
-    library_path = tmp_path / "sanitized.so"
-    builder.build(library_path, extra=builder.SANITIZERS)
-    runtimes = [
-        subprocess.run([builder.find_compiler(), f"-print-file-name={name}"], capture_output=True, text=True).stdout
-        for name in ("libasan.so", "libubsan.so")
-    ]
-    environment = {
-        "LD_PRELOAD": ":".join(name.strip() for name in runtimes), "PYTHONPATH": ":".join(sys.path),
-        "ASAN_OPTIONS": "detect_leaks=0", "PATH": "/usr/bin:/bin",
-    }  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, "-c", SANITIZED, str(library_path)], capture_output=True, text=True, env=environment
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "clean" in done.stdout
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
