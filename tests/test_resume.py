@@ -54,16 +54,21 @@ def undisturbed(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
 
 
 def kill_at_random(model: Path, out: Path, kills: int) -> int:
-    """Kill `kills` runs at random moments, then let one finish; how many of them left units for the next."""
-    recipe, seeds, useful = Recipe(SlowRTN(), RULES), randomness.Random(0), 0
+    """Kill `kills` runs at random moments, and more until one has left units for the next, then let one finish; how
+    many of them left some. A run that was quicker than its killer is taken away."""
+    recipe, seeds, useful, tries = Recipe(SlowRTN(), RULES), randomness.Random(0), 0, 0
     start = time.monotonic()
     assert in_child(lambda: quantize(model, out.with_name("timed"), recipe, options=OPTIONS)) == 0
     whole = time.monotonic() - start  # of a run that nobody kills, as busy as this machine is
     shutil.rmtree(out.with_name("timed"))
-    for _ in range(kills):
+    while tries < kills or (not useful and tries < 100):
+        tries += 1
         moment = seeds.uniform(0.05, 0.9) * whole
         status = in_child(lambda: quantize(model, out, recipe, options=OPTIONS), kill_after=moment)
         assert status in (0, -signal.SIGKILL)
+        if status == 0:
+            shutil.rmtree(out)
+            continue
         journal = out.parent / f".{out.name}.partial/journal.jsonl"
         useful += journal.exists() and journal.read_bytes().count(b"\n") > 1
     assert in_child(lambda: quantize(model, out, recipe, options=OPTIONS)) == 0
