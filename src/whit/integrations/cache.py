@@ -106,8 +106,9 @@ class QuantizedLayer(DynamicLayer):  # type: ignore[misc]
         return len(self.packed[0]) + self.keys.shape[2] if self.is_initialized else 0
 
     def reset(self) -> None:
-        super().reset()
-        self.packed = ()
+        """Empty, as it was made; older transformers would keep the shapes."""
+        self.packed, self.is_initialized = (), False
+        self.keys = self.values = None  # type: ignore[assignment]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.batch_select_indices(beam_idx)
