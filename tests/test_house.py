@@ -12,7 +12,7 @@ ROOT = Path(whit.__file__).parent
 STAGES = (
     ("errors", "named", "tensor", "activations", "data"), ("checkpoint",), ("model",), ("calibration",),
     ("transforms",), ("formats",), ("methods",), ("arrays", "recipe", "preflight"), ("layouts",), ("kernels",),
-    ("modules",), ("export",), ("integrations",), ("training",), ("evaluation",),
+    ("modules",), ("export",), ("integrations",), ("compiled",), ("training",), ("evaluation",),
     ("plan", "coverage", "job", "transcode", "finish", "estimate", "feed", "importance"),
     ("pipeline", "allocation"), ("tuning", "merging"), ("report", "memory"), ("qat",), ("cli", "__main__"),
 )  # fmt: skip

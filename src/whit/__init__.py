@@ -3,6 +3,7 @@
 from whit.activations import Activations
 from whit.arrays import error, quantize_tensor
 from whit.calibration import Calibration
+from whit.compiled import compile
 from whit.data import resolve_model
 from whit.errors import WhitError
 from whit.formats import Affine, BFloat16, Codebook, Float8, parse_format
@@ -47,6 +48,7 @@ __all__ = [
     "Tuning",
     "WhitError",
     "bits_per_weight",
+    "compile",
     "count_parameters",
     "error",
     "finetune",
