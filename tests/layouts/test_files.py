@@ -28,6 +28,7 @@ HELD = {
     "int-quantized": ("int8", "int8-channel-bf16"),
     "float-quantized": ("fp8",),
     "mlx": ("int2-g32", "int3-g32-f16", "int4-g64", "int5-g32", "int6-g32", "int8-g64", "int4-g32-offset"),
+    "matmulnbits": ("int2-g32-f32", "int4-g32", "int4-g64-asym-f32", "int2-g16-asym-f32", "int8-g64-asym"),
     "hqq": ("int1-g32-f16", "int2-g32-asym-f16", "int3-g32-asym-fz-f16", "int4-g64-f16", "int8-g32-asym-fz-f16"),
 }  # fmt: skip
 PAIRS = [(layout, format) for layout, formats in HELD.items() for format in formats]
@@ -140,6 +141,10 @@ def test_dense_and_padded_words(bits: int, count: int, seed: int):
         ("mlx", "int4-g32-asym", (32, 64), "use int4-g64"),
         ("hqq", "int4-g32", (32, 64), "float16 scales"),
         ("pack-quantized", "int3-g32", (32, 64), "2, 4, 8 bits"),
+        ("matmulnbits", "int3-g32", (32, 64), "2, 4, 8 bits"),
+        ("matmulnbits", "int4-g96", (32, 96), "further powers of two, and not of 96; use -g32 or -g128"),
+        ("matmulnbits", "int8-channel", (32, 64), "and not whole rows"),
+        ("matmulnbits", "int4-g32-act", (32, 64), "gptq and gptq-v2 hold it"),
     ],
 )
 def test_what_does_not_fit_is_said(layout: str, spec: str, shape: tuple[int, int], said: str):

@@ -81,7 +81,7 @@ def test_the_pairs_are_those_that_are_promised():
     """Symmetric GPTQ, compressed-tensors and MLX; AWQ; Q4_0 and Q8_0: each from each."""
     shape = (64, 128)
     four = {layout.name for layout in LAYOUTS if held(layout, parse_format("int4-g32-f16"), shape)}
-    assert four >= {"bits", "ggml", "gptq", "gptq-v2", "awq", "pack-quantized", "mlx", "hqq"}
+    assert four >= {"bits", "ggml", "gptq", "gptq-v2", "awq", "pack-quantized", "mlx", "hqq", "matmulnbits"}
     assert str(held(GGML, parse_format("int4-g64-f16"), shape)) == "q4_0"
     assert str(held(GGML, parse_format("int8-g64"), shape)) == "q8_0"
     ordered = {layout.name for layout in LAYOUTS if held(layout, parse_format("int4-g32-f16-act"), shape)}

@@ -14,10 +14,12 @@ from whit.export.gguf import Gguf
 from whit.export.gptq import GPTQ, GPTQv2
 from whit.export.hqq import HQQFile
 from whit.export.mlx import MLX
+from whit.export.onnx import Onnx
 from whit.export.whit import Whit
 
 EXPORTERS: tuple[type[Exporter], ...] = (
     Whit, Dense, Gguf, GPTQ, GPTQv2, AWQ, BitsAndBytes, CompressedTensors, CompressedTensorsInt8, MLX, HQQFile,
+    Onnx,
 )  # fmt: skip
 
 

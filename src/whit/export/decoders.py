@@ -5,6 +5,8 @@ They share nothing with `layouts/` and are slow and plain on purpose.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -91,3 +93,17 @@ def hqq(packed: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
     codes = np.concatenate([(raw >> shift) % (1 << bits) for shift in shifts])[: scale.numel()]
     values = (codes.astype(np.float32) - zero.float().numpy()) * scale.float().numpy()
     return torch.from_numpy(values)
+
+
+def matmul_nbits(blocks: Tensor, scales: Tensor, zero_points: Tensor | None, bits: int) -> Tensor:
+    """scale (q - z): bytes (N, K / s, s b / 8) with the first code in the lowest bits; z = 2^(b-1) where not given."""
+
+    def spread(data: NDArray[np.uint8]) -> NDArray[np.float32]:
+        parts = [(data >> shift) & ((1 << bits) - 1) for shift in range(0, 8, bits)]
+        return np.stack(parts, axis=-1).reshape(*data.shape[:-1], -1).astype(np.float32)
+
+    scale = scales.float().numpy()[..., None]
+    zero: Any = 1 << (bits - 1)
+    if zero_points is not None:
+        zero = spread(zero_points.numpy())[:, : scale.shape[1], None]
+    return torch.from_numpy((spread(blocks.numpy()) - zero) * scale).reshape(len(scale), -1)

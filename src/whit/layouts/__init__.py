@@ -11,13 +11,14 @@ from whit.layouts.compressed_tensors import FloatQuantized, IntQuantized, PackQu
 from whit.layouts.ggml import GgmlBlocks
 from whit.layouts.gptq import GPTQLayout
 from whit.layouts.hqq import HQQLayout
+from whit.layouts.matmul_nbits import MatMulNBits
 from whit.layouts.mlx import MLXLayout
 
 BITS = Bits()
 GGML = GgmlBlocks()
 LAYOUTS: tuple[Layout, ...] = (
     BITS, GGML, GPTQLayout(1), GPTQLayout(2), AWQLayout(), Bnb4Bit(), Bnb8Bit(), PackQuantized(), IntQuantized(),
-    FloatQuantized(), MLXLayout(), HQQLayout(),
+    FloatQuantized(), MLXLayout(), HQQLayout(), MatMulNBits(),
 )  # fmt: skip
 
 
