@@ -52,13 +52,19 @@ def estimate(job: Job) -> Estimate:
     seconds += job.plan.size_bytes / WRITE_RATE
     memory = peak_memory() + WORKING_BYTES * largest
     if job.recipe is not None:
-        seconds += _solving(job, job.recipe.method, quantized)
+        for method in job.recipe.all_methods:
+            seconds += _solving(
+                job, method, [item for item in quantized if (item.method or job.recipe.method) == method]
+            )
         if job.recipe.transform is not None:  # it rounds to nearest with every scale that it tries
             seconds += job.recipe.transform.trials * _solving(job, RTN(), quantized)
         if job.calibration is not None:
             blocks = _blocks(job)
-            seconds += _running(job, job.recipe.method, blocks)
-            memory += _holding(job, job.recipe.method, blocks)
+            slowest = max(
+                job.recipe.all_methods, key=lambda method: (isinstance(method, BlockMethod), method.needs_exact)
+            )
+            seconds += _running(job, slowest, blocks)
+            memory += _holding(job, slowest, blocks)
             if job.recipe.transform is not None:  # a block waits in its new basis, in float32
                 memory += max(sum(4 * prod(item.spec.shape) for item in unit.items) for unit in job.plan.units)
     return Estimate(seconds, memory, job.plan.size_bytes)

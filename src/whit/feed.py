@@ -117,7 +117,7 @@ class BlockFeed:
         self._next = 0  # the block whose inputs the runner holds
         self._parameters: dict[str, nn.Parameter] = {}
         self._stats: BlockStats | None = None
-        self._together: Together | None = None
+        self._together: Mapping[str, Together] = {}  # by parameter
         self._refined: Mapping[str, QuantizedTensor] = {}
         self._basis = Basis()
         self._inputs: Mapping[str, Mapping[str, Tensor]] = {}
@@ -138,14 +138,14 @@ class BlockFeed:
             self._basis = self._rescaled(unit)
             self._inputs = self._ranges(index, items)
             works = self._works(items)
-            self._together = Together(beside(self._method), works)
-            if works and isinstance(self._method, BlockMethod):
-                self._refined = self._refine(self._method, index, items, works)
+            self._together = self._by_method(works)
+            if any(isinstance(self._method_of(item), BlockMethod) for item in items):
+                self._refined = self._refine(index, items, works)
             yield
             if index + 1 < len(self._runner.names):
                 self._runner.run(index)
         self._next, self._parameters, self._stats = index + 1, {}, None
-        self._together, self._refined, self._basis, self._inputs = None, {}, Basis(), {}
+        self._together, self._refined, self._basis, self._inputs = {}, {}, Basis(), {}
 
     def changes(self, item: Item) -> bool:
         return item.name in self._basis.weights
@@ -203,8 +203,10 @@ class BlockFeed:
         recipe, stats = self._job.recipe, self._stats
         if recipe is None or recipe.transform is None or stats is None:
             return Basis()
-        quick = stand_in(self._method)
-        rounding = {item.name: _rounding(quick, item.format) for item in unit.items if item.format is not None}
+        rounding = {
+            item.name: _rounding(stand_in(self._method_of(item)), item.format)
+            for item in unit.items if item.format is not None
+        }  # fmt: skip
         seen = {name: stats.of(name) for name in rounding}
         dtypes = {item.name: item.spec.dtype for item in unit.items}
         weights = {name: parameter.data for name, parameter in self._parameters.items()}
@@ -224,42 +226,75 @@ class BlockFeed:
             weight = self._basis.weights.get(item.name, self._parameters[item.name].data)
             check_finite(weight, item.name)
             stats = self._basis.stats(item.name, self._stats.of(item.name))
-            together = isinstance(self._method, BlockMethod)  # a side-car is for what is left in the end
+            together = isinstance(self._method_of(item), BlockMethod)  # a side-car is for what is left in the end
             format = without_side_car(item.format) if together else item.format
             works.append(Work(item.name, item.matrix(weight), stats, format))
         return works
+
+    def _method_of(self, item: Item) -> Method:
+        return item.method or self._method
+
+    def _by_method(self, works: Sequence[Work]) -> dict[str, Together]:
+        """Matrices that one method quantizes are done together."""
+        methods = {item.name: self._method_of(item) for item in self._job.plan.items}
+        found: dict[str, Together] = {}
+        for method in dict.fromkeys(methods[work.name] for work in works):
+            mine = [work for work in works if methods[work.name] == method]
+            found |= dict.fromkeys((work.name for work in mine), Together(beside(method), mine))
+        return found
 
     def _codes(self, name: str) -> QuantizedTensor | None:
         """The codes of a matrix, where they are for the method to choose."""
         if self._refined:
             return self._refined.get(name)
-        if self._together is None or name in self._job.exact | self._job.regridded:
+        if name not in self._together or name in self._job.exact | self._job.regridded:
             return None
-        return self._together.take(name)
+        return self._together[name].take(name)
 
-    def _refine(
-        self, method: BlockMethod, index: int, items: Sequence[Item], works: Sequence[Work]
-    ) -> Mapping[str, QuantizedTensor]:
-        """All codes of a block, chosen together."""
-        runner, names = self._runner, {work.name for work in works}
+    def _refine(self, index: int, items: Sequence[Item], works: Sequence[Work]) -> Mapping[str, QuantizedTensor]:
+        """All codes of a block: those that methods of blocks choose together, while the others hold theirs."""
+        known = {item.name: item for item in items}
+        found = {work.name: self._together[work.name].take(work.name) for work in works}
+        for method in dict.fromkeys(self._method_of(known[work.name]) for work in works):
+            if not isinstance(method, BlockMethod):
+                continue
+            mine = [work for work in works if self._method_of(known[work.name]) == method]
+            refining = {work.name: known[work.name] for work in mine}
+            block = self._block(index, refining)
+            with self._placed([(known[n], near) for n, near in found.items() if n not in refining]):
+                refined = method.refine(block, {w.name: w.weight for w in mine}, {w.name: found[w.name] for w in mine})
+            for work in mine:
+                format = known[work.name].format or work.format
+                found[work.name] = repaired(refined[work.name], work.weight, work.stats[0], format)
+        return found
+
+    def _block(self, index: int, items: Mapping[str, Item]) -> Block:
+        """The block as it is loaded, for a method that moves these of its parameters."""
+        runner = self._runner
         assert runner.exact is not None
-        assert self._together is not None
-        block = Block(
+        return Block(
             runner.blocks[index],
             lambda samples: runner.forward(index, samples),
             runner.inputs,
             runner.exact,
-            {item.name: self._parameters[item.name] for item in items if item.name in names},
-            {item.name: item.parameter for item in items if item.name in names},
+            {name: self._parameters[name] for name in items},
+            {name: item.parameter for name, item in items.items()},
         )
-        start = {work.name: self._together.take(work.name) for work in works}
-        found = method.refine(block, {work.name: work.weight for work in works}, start)
-        formats = {item.name: item.format or work.format for item in items for work in works if work.name == item.name}
-        return {w.name: repaired(found[w.name], w.weight, w.stats[0], formats[w.name]) for w in works}
+
+    @contextmanager
+    def _placed(self, values: Sequence[tuple[Item, QuantizedTensor]]) -> Iterator[None]:
+        """Parameters of the loaded block at what their codes stand for, for a while."""
+        exact = [self._parameters[item.name].data.clone() for item, _ in values]
+        for item, near in values:
+            self._parameters[item.name].data.copy_(item.parameter(near.dequantize()).to(item.spec.dtype))
+        yield
+        for (item, _), before in zip(values, exact, strict=True):
+            self._parameters[item.name].data.copy_(before)
 
     @cached_property
     def _runner(self) -> Runner:
-        job, twice = self._job, self._method.needs_exact
+        job = self._job
+        twice = self._method.needs_exact or (job.recipe is not None and job.recipe.needs_exact)
         return Runner(job.source.model, self._read, self._tokens.tokens, job.device, self._written, twice)
 
     def _read(self, name: str) -> Tensor:

@@ -196,7 +196,9 @@ def _convert(job: Job, item: Item, given: Given) -> tuple[Mapping[str, Tensor], 
         return tensors, entry, dense
     check_finite(weight, item.name)
     matrix = item.matrix(weight).to(job.device)
-    method, reason, loss = job.recipe.method, _note(given), None
+    method, reason, loss = item.method or job.recipe.method, _note(given), None
+    if item.method is not None:
+        reason = "; ".join(filter(None, (f"by {item.method.name}, as a rule says", reason)))
     if (taken := taken_over(job, item.name, item.format)) is not None:
         quantized, reason = taken.to(job.device), "its codes as they were"
     elif given.quantized is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import cached_property
 from itertools import groupby
@@ -20,6 +20,7 @@ from whit.checkpoint.writer import Shard
 from whit.errors import RecipeError
 from whit.export.base import Exporter, Parameter, Value
 from whit.export.settle import settle
+from whit.methods import Method
 from whit.model.graph import find_blocks
 from whit.model.source import Origin
 from whit.model.targets import Target, find_targets
@@ -70,12 +71,14 @@ class Coded(Source, Protocol):
 class Item(Parameter):
     """One parameter: quantized to `format`, or kept because of `reason`. `written` are the tensors that it becomes.
 
-    `is_copy`: kept, and its bytes go into the file as they are.
+    `is_copy`: kept, and its bytes go into the file as they are. `method`: the one that a rule names, None for the
+    recipe's own.
     """
 
     reason: str | None
     written: Mapping[str, TensorSpec]
     is_copy: bool
+    method: Method | None = field(default=None, kw_only=True)
 
     @property
     def bits_per_weight(self) -> float:
@@ -158,7 +161,8 @@ def plan_quantization(source: Source, recipe: Recipe, exporter: Exporter, shard_
         if format is None and reason is None:
             reason = _reason(recipe, name, target, buffers)
         how = recipe.activations_for(target.kind, format) if target is not None and name.startswith(reached) else None
-        items.append(_item(exporter, Parameter(name, origin.spec, target, format, activations=how), reason))
+        method = _method(recipe, groups.get(name, ())) if format is not None else None
+        items.append(_item(exporter, Parameter(name, origin.spec, target, format, activations=how), reason, method))
     return _assemble(source.model, items, exporter, shard_size)
 
 
@@ -172,11 +176,17 @@ def plan_dense(source: Source, exporter: Exporter, shard_size: int = SHARD_SIZE)
     return _assemble(source.model, items, exporter, shard_size)
 
 
-def _item(exporter: Exporter, parameter: Parameter, reason: str | None) -> Item:
+def _method(recipe: Recipe, targets: tuple[Target, ...]) -> Method | None:
+    """The method that a rule names for one of the targets that share a parameter, None where it is the recipe's own."""
+    named = [method for target in targets if (method := recipe.method_for(target.holder)) is not None]
+    return named[0] if named and named[0] != recipe.method else None
+
+
+def _item(exporter: Exporter, parameter: Parameter, reason: str | None, method: Method | None = None) -> Item:
     written = exporter.specs(parameter)
     is_copy = parameter.format is None and exporter.verbatim(parameter)
     named = (parameter.name, parameter.spec, parameter.target, parameter.format)
-    return Item(*named, reason, written, is_copy, activations=parameter.activations)
+    return Item(*named, reason, written, is_copy, activations=parameter.activations, method=method)
 
 
 def _tied_group(targets: Mapping[str, Target], tied: Mapping[str, str], parameter: str) -> tuple[Target, ...]:

@@ -12,6 +12,10 @@
     [[rules]]
     match = "lm_head"
     format = "int8"
+    method = "rtn"              # may be left out; a table `{ name = "gptq", damp = 0.05 }` gives options
+
+A rule may name a method as well as a format, or a method alone: of the rules that match a module and name a method, the
+last one counts, and where none does the recipe's own.
 
 In the place of a format for `*` a rule may name one of llama.cpp's mixes (`q4_k_m`): `mix`, which the plan of a run
 turns into a format for each matrix of the model; other rules come after it. Or it may name a format and activations
@@ -35,7 +39,7 @@ from whit.errors import FormatError, RecipeError
 from whit.formats import parse_format
 from whit.formats.ggml.mixes import MIXES, ONLY_MIXES
 from whit.formats.lowrank import LowRank, side_car
-from whit.methods import RTN, Clip, Method, method_options, parse_method
+from whit.methods import METHODS, RTN, Clip, Method, method_options, parse_method
 from whit.tensor import Format
 from whit.transforms import TRANSFORMS, Transform, parse_transform, transform_options
 
@@ -57,7 +61,8 @@ class Recipe:
     The method may name both: "awq+gptq"; "awq" alone is the paper's, with clipping. `mix` names one of llama.cpp's
     mixes, over which the rules go; it is empty where there is none. `activations` (a shorthand, options by name, or
     Activations) say how the inputs of linears are quantized while the model runs, None that they are not; a transform
-    that is made for them has them be int8, and the weights int8, unless others are named.
+    that is made for them has them be int8, and the weights int8, unless others are named. `methods` are other methods
+    for some of the modules (glob, method); a rule's shorthand may name one too: ("*.down_proj", "gptq:int4-g64").
     """
 
     method: Method
@@ -65,6 +70,7 @@ class Recipe:
     transform: Transform | None
     mix: str
     activations: Activations | None
+    methods: tuple[tuple[str, Method], ...]
 
     def __init__(
         self,
@@ -73,6 +79,7 @@ class Recipe:
         transform: Transform | str | None = None,
         mix: str = "",
         activations: Activations | str | Mapping[str, Any] | None = None,
+        methods: Sequence[tuple[str, Method | str | Mapping[str, Any]]] = (),
     ) -> None:
         if isinstance(method, str) and (both := _transform_and_method(method)):
             if transform is not None:
@@ -80,7 +87,8 @@ class Recipe:
             transform, method = both
         chosen = None if transform is None else parse_transform(transform)
         usual = DEFAULT_RULES if chosen is None or not chosen.for_activations else SMOOTHED_RULES
-        parsed, mix, named = _parse_rules(usual if rules is None else rules, mix)
+        rules, others = split_methods(usual if rules is None else rules)
+        parsed, mix, named = _parse_rules(rules, mix)
         how = None if activations is None else parse_activations(activations)
         if named is not None and how not in (None, named):
             raise RecipeError(f"activations: {how}, and a rule names {named}; there must be one; drop one of the two")
@@ -93,10 +101,11 @@ class Recipe:
         object.__setattr__(self, "transform", chosen)
         object.__setattr__(self, "mix", mix)
         object.__setattr__(self, "activations", how or named)
+        object.__setattr__(self, "methods", tuple((p, parse_method(m)) for p, m in (*methods, *others)))
 
     def with_rules(self, rules: Sequence[tuple[str, Format | str]], mix: str = "") -> Recipe:
-        """The same with other rules."""
-        return Recipe(self.method, rules, self.transform, mix, self.activations)
+        """The same with other rules; methods of its own rules stay."""
+        return Recipe(self.method, rules, self.transform, mix, self.activations, self.methods)
 
     def with_activations(self, activations: Activations | str) -> Recipe:
         """The same with activations; RecipeError where it has others."""
@@ -105,7 +114,12 @@ class Recipe:
             raise RecipeError(
                 f"activations {how}: the recipe has {self.activations}; there is one; drop one of the two"
             )
-        return Recipe(self.method, self.rules, self.transform, self.mix, how)
+        return Recipe(self.method, self.rules, self.transform, self.mix, how, self.methods)
+
+    def with_methods(self, methods: Sequence[tuple[str, Method]]) -> Recipe:
+        """The same with other methods for some of the modules, before those that its own rules name."""
+        more = (*methods, *self.methods)
+        return Recipe(self.method, self.rules, self.transform, self.mix, self.activations, more)
 
     def with_side_cars(self, rank: int) -> Recipe:
         """The same, every format with a low-rank side-car; RecipeError where it can have none."""
@@ -118,7 +132,18 @@ class Recipe:
     @property
     def needs_stats(self) -> bool:
         """Whether calibration is needed."""
-        return any(part is not None and part.needs_stats for part in (self.method, self.transform, self.activations))
+        parts = (self.transform, self.activations, *self.all_methods)
+        return any(part is not None and part.needs_stats for part in parts)
+
+    @property
+    def all_methods(self) -> tuple[Method, ...]:
+        """Its own method, and those of rules."""
+        return tuple(dict.fromkeys((self.method, *(method for _, method in self.methods))))
+
+    @property
+    def needs_exact(self) -> bool:
+        """Whether a method wants to know what the unquantized model computes."""
+        return any(method.needs_exact for method in self.all_methods)
 
     @property
     def title(self) -> str:
@@ -127,7 +152,11 @@ class Recipe:
             return f"transform {self.transform.name}"
         if self.activations is not None and self.activations.needs_stats and not self.method.needs_stats:
             return f"activations {self.activations}"
-        return f"method {self.method.name}"
+        return f"method {next((m for m in self.all_methods if m.needs_stats), self.method).name}"
+
+    def method_for(self, name: str) -> Method | None:
+        """The method that rules name for a module; None where it is the recipe's own."""
+        return next((method for pattern, method in reversed(self.methods) if fnmatchcase(name, pattern)), None)
 
     def format_for(self, name: str, kept_by_default: bool = False) -> Format | None:
         """The format of a module, None to keep it as it is.
@@ -155,15 +184,29 @@ class Recipe:
 
     def unmatched(self, names: Sequence[str]) -> tuple[str, ...]:
         """Globs that match none of the modules: most likely a slip of the pen."""
-        return tuple(p for p, _ in self.rules if not any(fnmatchcase(name, p) for name in names))
+        globs = dict.fromkeys(pattern for pattern, _ in (*self.rules, *self.methods))
+        return tuple(glob for glob in globs if not any(fnmatchcase(name, glob) for name in names))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON and TOML; `from_dict` gives the same recipe back."""
-        rules = [{"match": pattern, "format": str(format)} for pattern, format in self.rules]
         transform = {} if self.transform is None else {"transform": transform_options(self.transform)}
         mix = {"mix": self.mix} if self.mix else {}
         how = {} if self.activations is None else {"activations": str(self.activations)}
-        return {"version": VERSION, "method": method_options(self.method), **transform, **mix, **how, "rules": rules}
+        rules = {"rules": self._rules()}
+        return {"version": VERSION, "method": method_options(self.method), **transform, **mix, **how, **rules}
+
+    def _rules(self) -> list[dict[str, Any]]:
+        """Rules as a file holds them: formats and methods together where they are for the same modules."""
+        found: list[dict[str, Any]] = []
+        methods = [{"match": pattern, "method": _brief(method)} for pattern, method in self.methods]
+        for pattern, format in self.rules:
+            if any(rule["match"] == pattern for rule in methods):
+                while methods[0]["match"] != pattern:  # their order is kept
+                    found.append(methods.pop(0))
+                found.append({"match": pattern, "format": str(format), "method": methods.pop(0)["method"]})
+            else:
+                found.append({"match": pattern, "format": str(format)})
+        return [*found, *methods]
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], where: str = "recipe") -> Recipe:
@@ -173,12 +216,19 @@ class Recipe:
         if values.get("version", VERSION) != VERSION:
             raise RecipeError(f"{where}: version {values['version']}; this whit reads {VERSION}; update whit")
         rules: list[tuple[str, Format | str]] = []
+        methods: list[tuple[str, Method | str | Mapping[str, Any]]] = []
         for rule in values.get("rules", ()):
-            if not isinstance(rule, Mapping) or set(rule) != {"match", "format"}:
-                raise RecipeError(f"{where}: rule {rule!r}; a rule has just `match` and `format`; correct it")
+            keys = set(rule) if isinstance(rule, Mapping) else set()
+            if "match" not in keys or not {"match"} < keys <= {"match", "format", "method"}:
+                raise RecipeError(
+                    f"{where}: rule {rule!r}; a rule has just `match` and `format`, `method` or both; correct it"
+                )
+            if "method" in keys:
+                methods.append((rule["match"], rule["method"]))
             try:
-                spec = str(rule["format"])
-                rules.append((rule["match"], spec if spec in (*ONLY_MIXES, *SCHEMES) else parse_format(spec)))
+                spec = str(rule["format"]) if "format" in keys else None
+                if spec is not None:
+                    rules.append((rule["match"], spec if spec in (*ONLY_MIXES, *SCHEMES) else parse_format(spec)))
             except FormatError as error:
                 raise RecipeError(f"{where}: rule {rule['match']!r}: {error}") from None
         method, transform = values.get("method", "rtn"), values.get("transform")
@@ -191,6 +241,7 @@ class Recipe:
             None if transform is None else parse_transform(transform),
             mix,
             values.get("activations"),
+            methods,
         )
 
     @classmethod
@@ -213,8 +264,8 @@ class Recipe:
         if self.transform is not None:
             options = transform_options(self.transform)
             lines += ["", "[transform]", *(f"{key} = {_toml(value)}" for key, value in options.items())]
-        for pattern, format in self.rules:
-            lines += ["", "[[rules]]", f"match = {_toml(pattern)}", f"format = {_toml(str(format))}"]
+        for rule in self._rules():
+            lines += ["", "[[rules]]", *(f"{key} = {_toml(value)}" for key, value in rule.items())]
         return "\n".join(lines) + "\n"
 
 
@@ -222,6 +273,29 @@ def parse_spec(spec: str) -> str:
     """A format's or a scheme's own name, for what a rule for everything may name; FormatError where it is neither."""
     name = spec.strip().lower()
     return name if name in SCHEMES else str(parse_format(spec))
+
+
+def split_methods(
+    rules: Sequence[tuple[str, Format | str]],
+) -> tuple[list[tuple[str, Format | str]], list[tuple[str, str]]]:
+    """Rules without the methods that lead their shorthands (`gptq:int4-g64`), and these."""
+    plain: list[tuple[str, Format | str]] = []
+    methods = []
+    for rule in rules:
+        named = len(rule) == 2 and not isinstance(rule, str) and isinstance(rule[1], str)
+        lead, colon, format = str(rule[1]).partition(":") if named else ("", "", "")
+        method = lead.strip().lower()
+        if colon and any(method == known.name for known in METHODS):
+            methods.append((rule[0], method))
+            plain.append((rule[0], format))
+        else:
+            plain.append(rule)
+    return plain, methods
+
+
+def _brief(method: Method) -> str | dict[str, Any]:
+    """Its name, or a table where an option is not the usual one."""
+    return method.name if method == parse_method(method.name) else method_options(method)
 
 
 def _parse_rules(

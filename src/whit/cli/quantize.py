@@ -63,7 +63,8 @@ LOW_RANK_HELP = "Repair every linear by two bfloat16 factors of this rank beside
 TRANSFORM_HELP = "What the weights are rescaled by first: " + ", ".join(t.name for t in TRANSFORMS) + "."
 EXPORT_HELP = "What kind of file is written: " + "; ".join(f"{e.name}: {e.summary}" for e in EXPORTERS) + "."
 RULE_HELP = (
-    "A format for the modules that a glob matches, such as 'lm_head=int8' or '*.0.*=bf16'; the last match counts."
+    "A format for the modules that a glob matches, such as 'lm_head=int8', '*.0.*=bf16' or, with a method of its own, "
+    "'*.down_proj=gptq:int4-g64'; the last match counts."
 )
 
 

@@ -127,7 +127,7 @@ def _with_threshold(recipe: Recipe, threshold: float) -> Recipe:
     if how is None:
         raise RecipeError("outlier_threshold: activations are not quantized; they must be; use llm.int8, or drop it")
     how = replace(how, threshold=threshold)
-    return Recipe(recipe.method, recipe.rules, recipe.transform, recipe.mix, how)
+    return Recipe(recipe.method, recipe.rules, recipe.transform, recipe.mix, how, recipe.methods)
 
 
 def _double(format: str | Format) -> Format:

@@ -137,7 +137,8 @@ class WhitQuantizer(HfQuantizer):  # type: ignore[misc]
         target, format = self.plan[parameter]
         check_finite(weight, parameter)
         matrix = weight.T.contiguous() if target.transposed else weight
-        quantized = quantize_tensor(matrix, format, self.quantization_config.recipe.method)
+        recipe = self.quantization_config.recipe
+        quantized = quantize_tensor(matrix, format, recipe.method_for(target.holder) or recipe.method)
         packed = BITS.pack(quantized)
         withdraw(model, target, format)
         install(model, target, self._empty(target, format), self.dtypes(model, target.holder))

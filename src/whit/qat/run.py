@@ -113,7 +113,13 @@ def prepare_full(
     begin = None
     if not given:
         start = job.out.parent / f".{job.out.name}.start"
-        begin = prepare(model, start, Recipe(job.recipe.method, job.recipe.rules), setting.options, calibration)
+        begin = prepare(
+            model,
+            start,
+            Recipe(job.recipe.method, job.recipe.rules, methods=job.recipe.methods),
+            setting.options,
+            calibration,
+        )
     told = {"start": _account_hash(setting.start) if setting.start is not None else None}
     job = replace(job, training={"mode": "full", **_described(course, words), **told})
     return Training("full", job, course, words, setting, begin)
