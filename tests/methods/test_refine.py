@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,9 @@ from torch import nn
 import whit
 from whit import GPTQ, RTN, Recipe, Refine
 from whit.methods import method_options, parse_method
+from whit.methods import refine as refine_module
 from whit.methods.base import Block
+from whit.methods.joined import grouped
 from whit.methods.latent import Latent
 from whit.tensor import LayerStats, QuantizedTensor, tensor_param
 
@@ -140,6 +143,38 @@ def test_gradients_of_the_params_are_those_of_the_loss(spec: str, random: torch.
             values.append(float((latent.decode().double() * towards).sum()))
         slope = (values[0] - values[1]) / 2e-2
         assert float(gradients[name][place]) == pytest.approx(slope, rel=2e-3)
+
+
+class Gated(nn.Module):
+    """Two matrices of one input, which a GPU moves as one."""
+
+    def __init__(self, random: torch.Generator) -> None:
+        super().__init__()
+        self.gate = nn.Parameter(torch.randn(64, 64, generator=random) / 8, requires_grad=False)
+        self.up = nn.Parameter(torch.randn(64, 64, generator=random) / 8, requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + nn.functional.silu(x @ self.gate.T) * (x @ self.up.T)
+
+
+@pytest.mark.parametrize("method", [FAST, whit.Blocks(steps=20, batch=4, rate=0.03, scale_rate=0.02)])
+def test_matrices_moved_as_one_go_where_each_goes(
+    method: Refine, random: torch.Generator, monkeypatch: pytest.MonkeyPatch
+):
+    module, format = Gated(random), whit.parse_format("int3-g32-asym")
+    inputs = torch.randn(4, 24, 64, generator=random)
+    weights = {name: parameter.data.clone() for name, parameter in module.named_parameters()}
+    shaped: dict[str, Callable] = {name: lambda m: m for name in weights}
+    block = Block(module, module, inputs, module(inputs), dict(module.named_parameters()), shaped)
+    start = {name: RTN()(weight, None, format) for name, weight in weights.items()}
+    method = replace(method, steps=10)
+    alone = refine(method, block, weights, start)
+    as_on_a_gpu = partial(grouped, device=torch.device("cuda"))
+    monkeypatch.setattr(refine_module, "grouped", lambda shapes, device: as_on_a_gpu(shapes))
+    together = refine(method, block, weights, start)
+    for name, value in alone.items():
+        assert torch.equal(together[name].codes, value.codes)
+        assert all(torch.equal(together[name].params[key], param) for key, param in value.params.items())
 
 
 def test_a_group_without_steps_stays(random: torch.Generator):

@@ -12,13 +12,13 @@ import whit
 from forking import in_child
 from whit.errors import OutputError, RecipeError
 from whit.integrations.loading import load_causal_lm
+from whit.methods.joined import Matrices, Part, can_join, join
 from whit.methods.straight import Straight
 from whit.qat import Course, Setting, Training, Words, prepare_full, prepare_scales, train
 from whit.qat.loop import Loop
 from whit.qat.losses import divergence, hidden_loss, text_loss
 from whit.qat.network import Network
 from whit.qat.run import _codes, _reader, prepare_trained
-from whit.qat.trained import Matrices, Part, can_join, join
 
 from tiny_models import save_tiny
 

@@ -20,7 +20,8 @@ from typing import ClassVar
 from torch import Tensor
 
 from whit.errors import RecipeError
-from whit.methods.refine import Moving, Refine
+from whit.methods.joined import Moving
+from whit.methods.refine import Refine
 from whit.methods.straight import Straight
 from whit.tensor import QuantizedTensor
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import ClassVar, Protocol
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from whit.errors import RecipeError
 from whit.methods.base import Block, Method
 from whit.methods.gptq import GPTQ
+from whit.methods.joined import Matrices, Moving, Part, grouped, join
 from whit.methods.latent import Latent
 from whit.methods.workers import Workers, workers
 from whit.tensor import Format, LayerStats, QuantizedTensor
@@ -34,31 +35,6 @@ LOSSES = ("relative", "mse")
 DECAY = (0.9, 0.95)  # of Adam's two averages
 EPSILON = 1e-20  # only to divide by no zero: what moves has no scale of its own
 RESIDENT = 3  # the samples lie on a GPU when they take less than the free memory by this factor
-
-
-class Moving(Protocol):
-    """A quantized matrix that a gradient can move."""
-
-    @property
-    def variables(self) -> dict[str, Tensor]:
-        """What may be moved in place: what lies behind the codes under "", the params' moves under their names."""
-        ...
-
-    def decode(self) -> Tensor:
-        """The weights (rows, columns) float32 as they now are, rounded as stored."""
-        ...
-
-    def gradients(self, gradient: Tensor) -> dict[str, Tensor]:
-        """From a loss's gradient in the weights that `decode` gave to those in `variables`."""
-        ...
-
-    def confine(self) -> None:
-        """Bring back what went too far."""
-        ...
-
-    def quantized(self) -> QuantizedTensor:
-        """What `decode` last gave, as it will be stored."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -127,11 +103,19 @@ class Refine:
         """The best of the start and of what is found on the way, in the loss over all samples."""
         device = next(iter(weights.values())).device
         with workers(device) as team:
-            made = team.map(lambda name: self.moving(weights[name], quantized[name]), weights)
-            latents = dict(zip(weights, made, strict=True))
+            shapes = [(name, q.format, (q.codes.shape[0], q.codes.shape[1])) for name, q in quantized.items()]
+            groups = grouped(shapes, device)
+            latents = list(team.map(lambda names: self._joined(names, weights, quantized), groups))
             samples = _Samples(block, device, self._targets(block, team))
             descent = _Descent(self, block, latents, samples, team)
             return descent.run(quantized)
+
+    def _joined(
+        self, names: list[str], weights: Mapping[str, Tensor], quantized: Mapping[str, QuantizedTensor]
+    ) -> Matrices:
+        parts = [Part(name, len(weights[name]), _itself, _itself) for name in names]
+        weight = torch.cat([weights[name] for name in names])
+        return Matrices(parts, self.moving(weight, join([quantized[name] for name in names])))
 
     def moving(self, weight: Tensor, quantized: QuantizedTensor) -> Moving:
         """What gradients move: offsets within the cells of the start."""
@@ -185,14 +169,12 @@ class _Samples:
 class _Descent:
     """The loop over the steps, for one block."""
 
-    def __init__(
-        self, method: Refine, block: Block, latents: dict[str, Moving], samples: _Samples, team: Workers
-    ) -> None:
+    def __init__(self, method: Refine, block: Block, latents: list[Matrices], samples: _Samples, team: Workers) -> None:
         self.method, self.block, self.latents, self.samples, self.team = method, block, latents, samples, team
-        self.averages = {
-            name: {key: (torch.zeros_like(v), torch.zeros_like(v)) for key, v in latent.variables.items()}
-            for name, latent in latents.items()
-        }
+        self.averages = [
+            {key: (torch.zeros_like(v), torch.zeros_like(v)) for key, v in latent.variables.items()}
+            for latent in latents
+        ]
 
     def run(self, start: Mapping[str, QuantizedTensor]) -> Mapping[str, QuantizedTensor]:
         """All steps; returns the best that was met."""
@@ -202,7 +184,7 @@ class _Descent:
             self.step(step, numbers)
             if step * method.checks // method.steps > (step - 1) * method.checks // method.steps:
                 self._decode()
-                found = {name: latent.quantized() for name, latent in self.latents.items()}
+                found = {name: value for latent in self.latents for name, value in latent.values().items()}
                 loss = self.loss(found)
                 if loss < least:
                     best, least = found, loss
@@ -220,20 +202,21 @@ class _Descent:
         """Move everything once, by the gradient over the samples of these numbers."""
         decoded = self._decode()
         with self._holding(decoded) as leaves:
-            sums = {name: torch.zeros_like(leaf, dtype=torch.float32) for name, leaf in leaves.items()}
-            for part in self.team.map(lambda part: self._gradients(part, leaves), self._parts(numbers)):
+            parts = self._parts(numbers)
+            sums: dict[str, Tensor] = {}
+            for part in self.team.map(lambda part: self._gradients(part, leaves), parts):
                 for name, gradient in part.items():
-                    sums[name] += gradient
+                    sums[name] = gradient if len(parts) == 1 else _added(sums.get(name), gradient)
 
-        def move(name: str) -> None:
-            latent = self.latents[name]
-            for key, gradient in latent.gradients(sums[name]).items():
+        def move(number: int) -> None:
+            latent, averages = self.latents[number], self.averages[number]
+            for key, gradient in latent.gradients(sums).items():
                 rate = self.method.scale_rate if key else self.method.rate
                 rate *= self.method.length(step)
-                self._update(latent.variables[key], gradient, self.averages[name][key], step, rate)
+                self._update(latent.variables[key], gradient, averages[key], step, rate)
             latent.confine()
 
-        list(self.team.map(move, sums))
+        list(self.team.map(move, range(len(self.latents))))
 
     def _update(self, value: Tensor, gradient: Tensor, averages: tuple[Tensor, Tensor], step: int, rate: float) -> None:
         if self.method.optimizer == "sign":
@@ -261,9 +244,8 @@ class _Descent:
         return list(torch.split(numbers, 1 if self.team.share else self.method.batch))
 
     def _decode(self) -> dict[str, Tensor]:
-        return dict(
-            zip(self.latents, self.team.map(lambda latent: latent.decode(), self.latents.values()), strict=True)
-        )
+        found = self.team.map(lambda latent: latent.decode(), self.latents)
+        return {name: value for some in found for name, value in some.items()}
 
     @contextmanager
     def _holding(self, decoded: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
@@ -293,6 +275,14 @@ class _Descent:
         if self.method.loss == "relative":
             error = error / targets.square().mean(dim=-1).clamp(min=torch.finfo(torch.float32).tiny)
         return error.sum(dtype=torch.float64)
+
+
+def _itself(matrix: Tensor) -> Tensor:
+    return matrix
+
+
+def _added(total: Tensor | None, part: Tensor) -> Tensor:
+    return part.to(torch.float32) if total is None else total.add_(part)
 
 
 @contextmanager

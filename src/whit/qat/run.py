@@ -27,7 +27,7 @@ from whit.coverage import Account, load_account
 from whit.errors import RecipeError
 from whit.integrations.loading import load_tokenizer, maximum_context
 from whit.job import Job, Options, open_source, prepare
-from whit.methods.refine import Moving
+from whit.methods.joined import Matrices, Moving, Part, grouped, join
 from whit.methods.straight import Fitted, Straight
 from whit.pipeline import run as write
 from whit.plan import Coded, Item, Source
@@ -37,12 +37,11 @@ from whit.qat.network import Network
 from whit.qat.ready import Ready
 from whit.qat.sampled import sample_windows
 from whit.qat.state import StateFile
-from whit.qat.trained import Frozen, Kept, Matrices, Part, Trained, Value, can_join, join
+from whit.qat.trained import Frozen, Kept, Trained, Value
 from whit.recipe import Recipe
-from whit.tensor import Format, QuantizedTensor
+from whit.tensor import QuantizedTensor
 from whit.transcode import prepare_transcode, recast
 
-JOINED = 1 << 24  # weights; what they are decoded to and led back through takes 64 MB a tensor
 OWN_TEXT = "self"  # in the place of a text: what the model itself writes
 
 
@@ -184,7 +183,7 @@ def _trained(
 
 
 def prepare_trained(training: Training, codes: Callable[[Item], QuantizedTensor]) -> dict[str, Trained]:
-    """Every quantized parameter, made ready from its start; joined where that is as well, up to JOINED weights."""
+    """Every quantized parameter, made ready from its start; joined where that computes the same."""
     job, course = training.job, training.course
     trained: dict[str, Trained] = {}
     for items in _joined(job):
@@ -201,20 +200,14 @@ def prepare_trained(training: Training, codes: Callable[[Item], QuantizedTensor]
 
 
 def _joined(job: Job) -> list[list[Item]]:
-    """Items that are trained as one. On a CPU each is a task of its own."""
-    groups: list[list[Item]] = []
-    open_groups: dict[tuple[Format, int], list[Item]] = {}
-    for item in job.plan.items:
-        if item.format is None or item.target is None:
-            continue
-        columns = item.target.shape[-1]
-        group = open_groups.get((item.format, columns))
-        size = prod(item.spec.shape) + sum(prod(other.spec.shape) for other in group or ())
-        if group is None or job.device.type == "cpu" or size > JOINED or not can_join(item.format, columns):
-            group = open_groups[item.format, columns] = []
-            groups.append(group)
-        group.append(item)
-    return groups
+    """Items that are trained as one."""
+    items = {item.name: item for item in job.plan.items if item.target is not None}
+    shapes = []
+    for name, item in items.items():
+        if item.format is not None and item.target is not None:
+            columns = item.target.shape[-1]
+            shapes.append((name, item.format, (prod(item.spec.shape) // columns, columns)))
+    return [[items[name] for name in names] for names in grouped(shapes, job.device)]
 
 
 def _codes(training: Training) -> Callable[[Item], QuantizedTensor]:

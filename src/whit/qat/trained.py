@@ -3,14 +3,12 @@
 What is learned of a parameter: all of it (`methods/straight`, weights and params), the params alone while its codes
 lie packed (`Frozen`), or the floats of one that is kept (`Kept`).
 
-Matrices of as many columns and one format are joined, one below the other, where no param is shared between rows: a
-GPU is then asked for a few large kernels in the place of many small ones, and computes the same.
+Matrices of as many columns and one format are joined (`methods/joined`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Protocol, TypeAlias
 
 import torch
@@ -19,10 +17,8 @@ from torch import Tensor
 from whit.layouts import BITS
 from whit.methods.latent import Latent
 from whit.methods.learned import Learned
-from whit.methods.refine import Moving
-from whit.tensor import Format, PackedWeight, QuantizedTensor
+from whit.tensor import PackedWeight, QuantizedTensor
 
-Shape: TypeAlias = Callable[[Tensor], Tensor]
 Value: TypeAlias = QuantizedTensor | Tensor
 
 
@@ -46,78 +42,9 @@ class Trained(Protocol):
         """Bring back what went too far."""
         ...
 
-    def values(self) -> dict[str, Value]:
+    def values(self) -> Mapping[str, Value]:
         """What `decode` last gave, as it will be stored."""
         ...
-
-
-@dataclass(frozen=True)
-class Part:
-    """A parameter among joined ones: `matrix` brings the model's shape to its `rows`, `parameter` back."""
-
-    name: str
-    rows: int
-    matrix: Shape
-    parameter: Shape
-
-
-@dataclass(frozen=True)
-class Matrices:
-    """Quantized parameters, their rows one below the other."""
-
-    parts: Sequence[Part]
-    moving: Moving
-
-    @property
-    def variables(self) -> dict[str, Tensor]:
-        return self.moving.variables
-
-    def decode(self) -> dict[str, Tensor]:
-        rows = self._split(self.moving.decode())
-        return {part.name: part.parameter(own) for part, own in zip(self.parts, rows, strict=True)}
-
-    def gradients(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return self.moving.gradients(torch.cat([part.matrix(gradients[part.name]) for part in self.parts]))
-
-    def confine(self) -> None:
-        self.moving.confine()
-
-    def values(self) -> dict[str, Value]:
-        whole = self.moving.quantized()
-        if len(self.parts) == 1:
-            return {self.parts[0].name: whole}
-        found: dict[str, Value] = {}
-        first = 0
-        for part in self.parts:
-            rows = slice(first, first := first + part.rows)
-            params = {name: param[rows] for name, param in whole.params.items() if isinstance(param, Tensor)}
-            codes = whole.codes[rows]
-            found[part.name] = QuantizedTensor(whole.format, tuple(codes.shape), codes, params)
-        return found
-
-    def _split(self, matrix: Tensor) -> tuple[Tensor, ...]:
-        return torch.split(matrix, [part.rows for part in self.parts])
-
-
-def can_join(format: Format, columns: int) -> bool:
-    """Whether matrices of this format can lie one below the other: no param belongs to two rows."""
-    specs = format.param_specs(2, columns).values()
-    return format.row_independent and all(spec.format is None and spec.shape[0] == 2 for spec in specs)
-
-
-def join(values: Sequence[QuantizedTensor]) -> QuantizedTensor:
-    """Matrices one below the other."""
-    if len(values) == 1:
-        return values[0]
-    codes = torch.cat([value.codes for value in values])
-    params = {name: torch.cat([_tensor(value, name) for value in values]) for name in values[0].params}
-    return QuantizedTensor(values[0].format, tuple(codes.shape), codes, params)
-
-
-def _tensor(value: QuantizedTensor, name: str) -> Tensor:
-    param = value.params[name]
-    assert isinstance(param, Tensor)
-    return param
 
 
 class Frozen:
