@@ -58,10 +58,12 @@ class Library:
     dequantize: Callable[..., int]
     read: Callable[..., float]
     gram: Callable[..., int]
+    many: Callable[..., int]
     quantize8: Callable[..., int]
     product8: Callable[..., int]
     isas: tuple[str, ...]
     isas8: tuple[str, ...]
+    isas_many: tuple[str, ...]
     parallel: int
 
 
@@ -87,6 +89,7 @@ def load(path: Path) -> Library | str:
         "linear": [*[Pointer] * 4, long, *[short] * 3],
         "dequantize": [*[Pointer] * 2, *[long] * 2, *[short] * 3],
         "read": [Pointer, long, Pointer, *[short] * 2],
+        "many": [*[Pointer] * 4, long, *[short] * 3],
         "gram": [Pointer, *[long] * 2, *[Pointer] * 2, *[short] * 2],
         "quantize8": [Pointer, *[long] * 2, short, *[Pointer] * 3, *[long] * 2, Pointer, *[short] * 2],
         "product8": [*[Pointer] * 5, short, Pointer, short, ctypes.c_float, long, *[short] * 2],
@@ -94,9 +97,11 @@ def load(path: Path) -> Library | str:
         getattr(handle, f"whit_{name}").argtypes = arguments
     handle.whit_read.restype = ctypes.c_double
     return Library(
-        handle.whit_linear, handle.whit_dequantize, handle.whit_read, handle.whit_gram, handle.whit_quantize8,
-        handle.whit_product8, tuple(name for number, name in enumerate(ISAS) if handle.whit_has(number)),
-        tuple(name for number, name in enumerate(ISAS8) if handle.whit_has8(number)), _team_entry(),
+        handle.whit_linear, handle.whit_dequantize, handle.whit_read, handle.whit_gram, handle.whit_many,
+        handle.whit_quantize8, handle.whit_product8,
+        tuple(name for number, name in enumerate(ISAS) if handle.whit_has(number)),
+        tuple(name for number, name in enumerate(ISAS8) if handle.whit_has8(number)),
+        tuple(name for number, name in enumerate(ISAS) if handle.whit_has_many(number)), _team_entry(),
     )  # fmt: skip
 
 

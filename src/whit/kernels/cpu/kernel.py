@@ -1,8 +1,10 @@
 """Products on the processor, in whit's own compiled code.
 
 Few rows of activations stream the codes past them, dequantizing in registers; the sums are float32 and the weights
-are exactly those of the reference, not rounded to the activations' type. Many rows take weights a few hundred rows at
-a time, dequantized to the activations' type in the cache, to torch's own product.
+are exactly those of the reference, not rounded to the activations' type. More rows, in bfloat16, meet strips of 16 rows
+of the weight, whose integers are exact in bfloat16 and whose scales are applied to float32 sums; tables' levels are
+rounded. In other types, and on processors without such products, they take weights a few hundred rows at a time,
+dequantized to the activations' type in the cache, to torch's own product.
 """
 
 from __future__ import annotations
@@ -15,11 +17,13 @@ from torch import Tensor
 
 from whit.kernels.base import QUANTIZED_INPUTS
 from whit.kernels.cpu.binding import ISAS, TYPES, Library, library
-from whit.kernels.cpu.weight import CpuWeight, plan_weight, unsupported
+from whit.kernels.cpu.weight import CpuWeight, exact_in, plan_weight, unsupported
 from whit.tensor import PackedWeight
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 STREAMED_ROWS = {True: 16, False: 8}  # for 1 to 4 bits, and more: up to here streaming beats dequantizing
+# In bfloat16: from here on strips beat streaming, where levels are exact in bfloat16 and where they are to be rounded.
+STRIPS_FROM = {True: 5, False: 8}
 PANEL = 1 << 19  # weights dequantized at a time: 1 MiB of 16-bit floats, which stay in the second cache
 
 
@@ -57,14 +61,16 @@ class Cpu:
     def linear(self, x: Tensor, packed: PackedWeight, bias: Tensor | None) -> Tensor:
         weight = _planned(packed)
         rows, (out_features, columns) = x.numel() // weight.shape[1], weight.shape
-        if rows > STREAMED_ROWS[weight.format.bits <= 4]:
+        strips = self._strips(weight, x.dtype, rows)
+        if not strips and rows > STREAMED_ROWS[weight.format.bits <= 4]:
             return self._panels(x.reshape(rows, columns), weight, bias).view(*x.shape[:-1], out_features)
         x = x.contiguous()
         y = torch.empty(*x.shape[:-1], out_features, dtype=x.dtype)
         if rows:
             compiled = compiled_library()
             bias_pointer = None if bias is None else bias.contiguous().data_ptr()
-            status = compiled.linear(
+            product = compiled.many if strips else compiled.linear
+            status = product(
                 weight.address, x.data_ptr(), bias_pointer, y.data_ptr(), rows, TYPES[x.dtype],
                 self._isa(compiled), torch.get_num_threads(),
             )  # fmt: skip
@@ -99,6 +105,12 @@ class Cpu:
             part = None if bias is None else bias[first:last]
             y[:, first:last] = torch.nn.functional.linear(x, panel[: last - first], part)
         return y
+
+    def _strips(self, weight: CpuWeight, dtype: torch.dtype, rows: int) -> bool:
+        compiled = compiled_library()
+        if dtype != torch.bfloat16 or (self.isa or compiled.isas[-1]) not in compiled.isas_many:
+            return False
+        return rows >= STRIPS_FROM[exact_in(weight.format, dtype)]
 
     def _isa(self, compiled: Library) -> int:
         return ISAS.index(self.isa or compiled.isas[-1])

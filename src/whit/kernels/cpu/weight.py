@@ -117,6 +117,13 @@ def is_consecutive(format: Format) -> bool:
 
 
 @cache
+def exact_in(format: Format, dtype: torch.dtype) -> bool:
+    """Whether a format's levels are numbers of `dtype`."""
+    levels = level_table(format)
+    return torch.equal(levels.to(dtype).to(levels.dtype), levels)
+
+
+@cache
 def _levels(format: Format) -> tuple[Tensor, bool]:
     count = 1 << format.bits
     with torch.inference_mode(False):

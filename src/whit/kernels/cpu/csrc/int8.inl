@@ -345,7 +345,8 @@ static void quantize8(const void* x, int type, int64_t columns, int64_t stride, 
     for (int64_t c = first; c < whole; c += 16)
       sum += V::round8(V::mul(V::convert(x, c, type), V::set1(factor)), codes + c);
     for (int64_t c = whole; c < until; c++) {
-      int q = (int)__builtin_nearbyintf(odd ? 0 : load_as_float(x, c, type) * factor);
+      const float f = load_as_float(x, c, type) * factor;
+      int q = f > -128 && f < 127.5f ? (int)__builtin_nearbyintf(f) : 0;  // out of range: x is not finite
       codes[c] = (int8_t)q;
       sum += q;
     }

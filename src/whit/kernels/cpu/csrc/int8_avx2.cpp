@@ -129,7 +129,10 @@ UNROLL(4)
     return most;
   }
   static ALWAYS_INLINE int32_t round8(F f, int8_t* to) {
-    __m256i a = _mm256_cvtps_epi32(f.a), b = _mm256_cvtps_epi32(f.b);
+    // Beyond the bytes are only rows that are not finite, and their sum must not overflow.
+    const __m256 low = _mm256_set1_ps(-128), high = _mm256_set1_ps(127);
+    __m256i a = _mm256_cvtps_epi32(_mm256_min_ps(_mm256_max_ps(f.a, low), high));
+    __m256i b = _mm256_cvtps_epi32(_mm256_min_ps(_mm256_max_ps(f.b, low), high));
     __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(a, b), 0xd8);
     __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
     _mm_storeu_si128((__m128i*)to, bytes);

@@ -1,6 +1,7 @@
 // AVX-512 with VNNI and VBMI: four products of bytes to a lane in one instruction, codes of any width to bytes in two.
 #include "avx512.h"
 #include "int8.h"
+#include "transpose.h"
 
 namespace {
 
@@ -67,38 +68,15 @@ struct Vnni512 : Avx512 {
   static ALWAYS_INLINE G grepeat(const float* p, int shift) {  // lane i has p[i >> shift]
     return _mm512_permutexvar_ps(_mm512_srl_epi32(lanes(), _mm_cvtsi32_si128(shift)), _mm512_loadu_ps(p));
   }
-  static ALWAYS_INLINE void transpose(B (&v)[16]) {  // of dwords
-    B t[16];
-UNROLL(8)
-    for (int i = 0; i < 16; i += 2) {
-      t[i] = _mm512_unpacklo_epi32(v[i], v[i + 1]);
-      t[i + 1] = _mm512_unpackhi_epi32(v[i], v[i + 1]);
-    }
-UNROLL(4)
-    for (int i = 0; i < 16; i += 4) {
-      v[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
-      v[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-      v[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
-      v[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
-    }
-UNROLL(4)
-    for (int i = 0; i < 4; i++) {  // v[4 a + i] has column 4 l + i of rows 4 a .. 4 a + 3 in its 128-bit lane l
-      __m512i a = _mm512_shuffle_i32x4(v[i], v[4 + i], 0x88), b = _mm512_shuffle_i32x4(v[8 + i], v[12 + i], 0x88);
-      __m512i c = _mm512_shuffle_i32x4(v[i], v[4 + i], 0xdd), d = _mm512_shuffle_i32x4(v[8 + i], v[12 + i], 0xdd);
-      t[i] = _mm512_shuffle_i32x4(a, b, 0x88);
-      t[8 + i] = _mm512_shuffle_i32x4(a, b, 0xdd);
-      t[4 + i] = _mm512_shuffle_i32x4(c, d, 0x88);
-      t[12 + i] = _mm512_shuffle_i32x4(c, d, 0xdd);
-    }
-UNROLL(16)
-    for (int i = 0; i < 16; i++) v[i] = t[i];
-  }
+  static ALWAYS_INLINE void transpose(B (&v)[16]) { transpose16(v); }
   static ALWAYS_INLINE F larger(F most, F x, uint32_t& odd) {
     odd |= _mm512_fpclass_ps_mask(x, 0x99);  // NaN and infinities
     return _mm512_max_ps(most, _mm512_abs_ps(x));
   }
   static ALWAYS_INLINE float largest(F f) { return _mm512_reduce_max_ps(f); }
   static ALWAYS_INLINE int32_t round8(F f, int8_t* to) {
+    // Beyond the bytes are only rows that are not finite, and their sum must not overflow.
+    f = _mm512_min_ps(_mm512_max_ps(f, _mm512_set1_ps(-128)), _mm512_set1_ps(127));
     __m512i q = _mm512_cvtps_epi32(f);
     _mm_storeu_si128((__m128i*)to, _mm512_cvtsepi32_epi8(q));
     return _mm512_reduce_add_epi32(q);

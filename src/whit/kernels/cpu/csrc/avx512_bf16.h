@@ -1,0 +1,42 @@
+// AVX-512 with BF16: pairs of bfloat16 products summed in float32, for activations in bfloat16 and levels that are
+// exact in it (integers). A lane holds two codes per step, in its two 16-bit words.
+#pragma once
+#include "avx512.h"
+
+namespace {
+
+struct Pairs : Avx512 {
+  using W = __m512bh;
+  using X = __m512bh;
+  using Table = __m512i;
+  static constexpr int CODES_PER_STEP = 2;
+
+  static ALWAYS_INLINE X load_x(const char* p) { return (__m512bh)_mm512_loadu_si512(p); }
+  static ALWAYS_INLINE F first(W w, X x) { return _mm512_dpbf16_ps(zero(), w, x); }
+  static ALWAYS_INLINE F next(W w, X x, F acc) { return _mm512_dpbf16_ps(acc, w, x); }
+  template <int BITS>
+  static ALWAYS_INLINE U block(const uint8_t* p) {
+    if constexpr (BITS == 1) return _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)p));
+    if constexpr (BITS == 2 || BITS == 4) return _mm512_loadu_si512(p);
+    // Four codes of 3 bits per word: 12 bits from byte 12 w / 8 on, shifted by 0 or 4.
+    const __m512i dwords = _mm512_setr_epi32(0, 1, 2, 0, 3, 4, 5, 0, 6, 7, 8, 0, 9, 10, 11, 0);
+    __m512i v = _mm512_permutexvar_epi32(dwords, _mm512_maskz_loadu_epi32(0x0fff, p));
+    v = _mm512_shuffle_epi8(
+        v, _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 1, 2, 3, 4, 4, 5, 6, 7, 7, 8, 9, 10, 10, 11)));
+    return _mm512_srlv_epi16(v, _mm512_set1_epi32(4 << 16));
+  }
+  template <int BITS>
+  static ALWAYS_INLINE U shift(U u) { return _mm512_srli_epi16(u, BITS); }
+  static ALWAYS_INLINE Table table(const float* levels, int bits) {
+    if (bits > 4) return _mm512_setzero_si512();
+    uint16_t t[32];
+    for (int i = 0; i < 32; i++) t[i] = float_to_bf16(levels[i & ((1 << bits) - 1)]);
+    return _mm512_loadu_si512(t);
+  }
+  template <int BITS>
+  static ALWAYS_INLINE W look(U u, const Table& t) {  // the index's low 5 bits
+    return (__m512bh)_mm512_permutexvar_epi16(u, t);
+  }
+};
+
+}  // namespace

@@ -1,0 +1,237 @@
+// Many rows of bfloat16 with AVX512-BF16, exact where levels are exact in bfloat16 (integers): products and sums of a
+// group are float32, its scale is applied to the sum.
+//
+// 16 rows of the weight are a strip. Its codes are turned, as they lie, so that a lane holds neighbouring codes of one
+// row: 4 bits stay 4 bits, and a strip stays in the second cache. Every step takes two codes of each lane through a
+// table in a register and multiplies them with 16 rows of x, broadcast from memory: two instructions to decode for 16
+// that multiply, whatever the number of rows.
+#include "avx512_bf16.h"
+#include "many.h"
+#include "transpose.h"
+
+namespace {
+
+#include "kernels.inl"
+
+// How codes lie in a turned dword: CODES of them, of which a step takes k and k + CODES / 2.
+template <int BITS>
+struct Turned {
+  static constexpr int CODES = BITS <= 2 ? 16 : BITS <= 4 ? 8 : 4, STEPS = CODES / 2, SHIFT = BITS <= 4 ? BITS : 8;
+  static constexpr int BYTES = 16 * CODES * BITS / 8;  // of a row in one vector
+  static ALWAYS_INLINE __m512i load(const uint8_t* p) {
+    if constexpr (BITS <= 4) return Pairs::block<BITS>(p);
+    if constexpr (BITS == 8) return _mm512_loadu_si512(p);
+    alignas(64) uint8_t from[64], shift[64];
+    for (int i = 0; i < 64; i++) from[i] = (uint8_t)(i / 8 * BITS + i % 8), shift[i] = (uint8_t)(i % 8 * BITS);
+    __m512i v = _mm512_maskz_loadu_epi8((__mmask64)-1 >> (64 - 8 * BITS), p);
+    v = _mm512_multishift_epi64_epi8(_mm512_load_si512(shift), _mm512_permutexvar_epi8(_mm512_load_si512(from), v));
+    return _mm512_and_si512(v, _mm512_set1_epi8((1 << BITS) - 1));
+  }
+};
+
+// 2^BITS levels in bfloat16, in registers; an index is the low BITS of each word.
+template <int BITS>
+struct Look {
+  static constexpr int COUNT = BITS <= 5 ? 1 : 1 << (BITS - 5);
+  __m512i table[COUNT];
+  explicit Look(const float* levels) {
+    for (int i = 0; i < COUNT; i++) {
+      uint16_t t[32];
+      for (int j = 0; j < 32; j++) t[j] = float_to_bf16(levels[(32 * i + j) & ((1 << BITS) - 1)]);
+      table[i] = _mm512_loadu_si512(t);
+    }
+  }
+  ALWAYS_INLINE __m512i half(__m512i index, int first) const {  // by 7 bits of the index
+    __m512i low = _mm512_permutex2var_epi16(table[first], index, table[first + 1]);
+    __m512i high = _mm512_permutex2var_epi16(table[first + 2], index, table[first + 3]);
+    return _mm512_mask_blend_epi16(_mm512_test_epi16_mask(index, _mm512_set1_epi16(64)), low, high);
+  }
+  ALWAYS_INLINE __m512i operator()(__m512i index) const {
+    if constexpr (COUNT == 1) return _mm512_permutexvar_epi16(index, table[0]);
+    else if constexpr (COUNT == 2) return _mm512_permutex2var_epi16(table[0], index, table[1]);
+    else if constexpr (COUNT == 4) return half(index, 0);
+    else return _mm512_mask_blend_epi16(_mm512_test_epi16_mask(index, _mm512_set1_epi16(128)), half(index, 0),
+                                        half(index, 4));
+  }
+};
+
+struct Strip {
+  const __m512i* codes;          // (dwords) of 16 rows
+  const float *scale, *less;     // (groups, 16); less: zero * scale or the offset, null without
+  const uint8_t* next;           // what is read after this strip
+};
+
+// total (M, 16) = x (M, columns) times a strip, group by group.
+template <int BITS, int M>
+static __attribute__((noinline)) void tile(const whit_weight& w, const Strip& strip, const uint32_t* x,
+                                           const float* sums, const Look<BITS>& looks, __m512* total) {
+  using T = Turned<BITS>;
+  const Look<BITS> look = looks;
+  const int64_t all = (w.columns + T::CODES - 1) / T::CODES, run = w.groups == 1 ? all : w.group_size / T::CODES;
+  for (int m = 0; m < M; m++) total[m] = _mm512_setzero_ps();
+  for (int64_t g = 0, c = 0; c < all; g++) {
+    const int64_t until = c + run < all ? c + run : all;
+    __m512 acc[M];
+#pragma GCC unroll 16
+    for (int m = 0; m < M; m++) acc[m] = _mm512_setzero_ps();
+    for (; c < until; c++) {
+      __m512i codes = strip.codes[c];
+      __builtin_prefetch(strip.next + 64 * c, 0, 2);
+#pragma GCC unroll 8
+      for (int k = 0; k < T::STEPS; k++, x += ROWS_IN_TILE) {
+        const __m512i level = look(k ? _mm512_srli_epi16(codes, T::SHIFT * k) : codes);
+#pragma GCC unroll 16
+        for (int m = 0; m < M; m++)  // broadcasts from memory, which costs nothing
+          __asm__("vdpbf16ps %2%{1to16%}, %1, %0" : "+v"(acc[m]) : "v"(level), "m"(x[m]));
+      }
+    }
+    const __m512 scale = _mm512_loadu_ps(strip.scale + 16 * g);
+#pragma GCC unroll 16
+    for (int m = 0; m < M; m++) total[m] = _mm512_fmadd_ps(acc[m], scale, total[m]);
+    if (!strip.less) continue;
+    const __m512 less = _mm512_loadu_ps(strip.less + 16 * g);
+#pragma GCC unroll 16
+    for (int m = 0; m < M; m++) total[m] = _mm512_fnmadd_ps(less, _mm512_set1_ps(sums[16 * g + m]), total[m]);
+  }
+}
+
+static void finish(const Many& a, int64_t m0, int64_t row, const __m512* total) {
+  const whit_weight& w = *a.w;
+  const int64_t rows = w.rows - row < STRIP ? w.rows - row : STRIP;
+  const int64_t count = a.count - m0 < ROWS_IN_TILE ? a.count - m0 : ROWS_IN_TILE;
+  __m512 bias = _mm512_setzero_ps();
+  if (a.bias && rows == STRIP) bias = Avx512::convert(a.bias, row, a.type);
+  for (int64_t m = 0; m < count; m++) {
+    const int64_t at = (m0 + m) * w.rows + row;
+    if (rows == STRIP) {
+      Avx512::store_as(a.y, at, _mm512_add_ps(total[m], bias), a.type);
+      continue;
+    }
+    float y[16];
+    _mm512_storeu_ps(y, total[m]);
+    for (int64_t r = 0; r < rows; r++)
+      store_float(a.y, at + r, y[r] + (a.bias ? load_as_float(a.bias, row + r, a.type) : 0), a.type);
+  }
+}
+
+// The codes of 16 rows, turned. Rows that are not there stand for the last one.
+template <int BITS>
+static void turn(const whit_weight& w, int64_t row, __m512i* to) {
+  using T = Turned<BITS>;
+  const uint8_t* end = w.codes + w.rows * w.row_bytes;
+  const int64_t all = (w.columns + T::CODES - 1) / T::CODES;
+  for (int64_t c = 0, at = 0; c < all; c += 16, at += T::BYTES) {
+    __m512i v[16];
+#pragma GCC unroll 16
+    for (int r = 0; r < STRIP; r++) {
+      const int64_t own = row + r < w.rows ? row + r : w.rows - 1;
+      const uint8_t* p = w.codes + own * w.row_bytes + at;
+      uint8_t last[64];
+      if (__builtin_expect(p + 64 > end, 0)) {
+        memset(last, 0, sizeof last);
+        memcpy(last, p, (size_t)(end - p < 64 ? end - p : 64));
+        p = last;
+      }
+      v[r] = T::load(p);
+    }
+    transpose16(v);
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; i++) _mm512_store_si512(to + c + i, v[i]);
+  }
+}
+
+static void params(const whit_weight& w, int64_t row, float* own, float* scale, float* less) {
+  float* zero = own + padded_groups(w);
+  for (int64_t r = 0; r < STRIP; r++) {
+    group_params<Avx512>(w, row + r < w.rows ? row + r : w.rows - 1, 0, own, zero);
+    for (int64_t g = 0; g < w.groups; g++) scale[16 * g + r] = own[g];
+    for (int64_t g = 0; g < w.groups && w.zero; g++) less[16 * g + r] = w.offsets ? zero[g] : zero[g] * own[g];
+  }
+}
+
+template <int BITS>
+static void multiply_bits(const Many& a, int64_t first, int64_t last, void* scratch) {
+  using T = Turned<BITS>;
+  const whit_weight& w = *a.w;
+  const Look<BITS> look(w.levels);
+  const int64_t dwords = ((w.columns + T::CODES - 1) / T::CODES + 15) & ~(int64_t)15, params_size = 16 * w.groups;
+  __m512i* codes = (__m512i*)(((uintptr_t)scratch + 63) & ~(uintptr_t)63);
+  float *scale = (float*)(codes + a.strips * dwords), *less = scale + a.strips * params_size;
+  float* own = less + a.strips * params_size;
+  for (int64_t row = first; row < last; row += a.strips * STRIP) {
+    const int64_t left = (last - row + STRIP - 1) / STRIP, strips = left < a.strips ? left : a.strips;
+    for (int64_t s = 0; s < strips; s++) {
+      turn<BITS>(w, row + s * STRIP, codes + s * dwords);
+      params(w, row + s * STRIP, own, scale + s * params_size, less + s * params_size);
+    }
+    for (int64_t m = 0; m < a.count; m += ROWS_IN_TILE) {
+      const uint32_t* x = a.x + m * a.pairs;
+      const float* sums = w.zero ? a.sums + m * w.groups : nullptr;
+      for (int64_t s = 0; s < strips; s++) {
+        const int64_t after = m ? row : row + (a.strips + s) * STRIP;
+        Strip strip = {codes + s * dwords, scale + s * params_size, w.zero ? less + s * params_size : nullptr,
+                       w.codes + (after < w.rows ? after : 0) * w.row_bytes};
+        __m512 total[ROWS_IN_TILE];
+        if (a.count - m > 12) tile<BITS, 16>(w, strip, x, sums, look, total);
+        else if (a.count - m > 8) tile<BITS, 12>(w, strip, x, sums, look, total);
+        else if (a.count - m > 4) tile<BITS, 8>(w, strip, x, sums, look, total);
+        else tile<BITS, 4>(w, strip, x, sums, look, total);
+        finish(a, m, row + s * STRIP, total);
+      }
+    }
+  }
+}
+
+static void multiply(const Many& a, int64_t first, int64_t last, void* scratch) {
+  switch (a.w->bits) {
+    case 1: return multiply_bits<1>(a, first, last, scratch);
+    case 2: return multiply_bits<2>(a, first, last, scratch);
+    case 3: return multiply_bits<3>(a, first, last, scratch);
+    case 4: return multiply_bits<4>(a, first, last, scratch);
+    case 5: return multiply_bits<5>(a, first, last, scratch);
+    case 6: return multiply_bits<6>(a, first, last, scratch);
+    case 7: return multiply_bits<7>(a, first, last, scratch);
+    default: return multiply_bits<8>(a, first, last, scratch);
+  }
+}
+
+static void arrange_tile(const Many& a, const void* from, int64_t tile, uint32_t* to, float* sums) {
+  const whit_weight& w = *a.w;
+  const uint16_t* x = (const uint16_t*)from + tile * ROWS_IN_TILE * w.columns;
+  const int64_t rows = a.count - tile * ROWS_IN_TILE;
+  const int codes = w.bits <= 2 ? 16 : w.bits <= 4 ? 8 : 4;
+  uint16_t order[32];
+  for (int i = 0; i < 32; i++) {
+    const int pair = i / 2 % (codes / 2);
+    order[i] = (uint16_t)(i / codes * codes + pair + (i & 1) * (codes / 2));
+  }
+  const __m512i by = _mm512_loadu_si512(order);
+  for (int64_t c = 0; c < w.columns; c += 32, to += 16 * ROWS_IN_TILE) {
+    const __mmask32 mask = w.columns - c >= 32 ? ~(__mmask32)0 : ((__mmask32)1 << (w.columns - c)) - 1;
+    __m512i v[16];
+#pragma GCC unroll 16
+    for (int r = 0; r < ROWS_IN_TILE; r++) {
+      v[r] = r < rows ? _mm512_maskz_loadu_epi16(mask, x + r * w.columns + c) : _mm512_setzero_si512();
+      v[r] = _mm512_permutexvar_epi16(by, v[r]);
+    }
+    transpose16(v);
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; i++) _mm512_storeu_si512(to + i * ROWS_IN_TILE, v[i]);
+  }
+  if (!sums) return;
+  for (int64_t g = 0; g < w.groups; g++, sums += 16)
+    for (int64_t r = 0; r < 16; r++) {
+      const int64_t size = w.groups == 1 ? w.columns : w.group_size, first = g * size;
+      const int64_t until = first + size < w.columns ? first + size : w.columns;
+      int64_t c = first;
+      __m512 sum = _mm512_setzero_ps();
+      for (; r < rows && c + 16 <= until; c += 16)
+        sum = _mm512_add_ps(sum, Avx512::convert(x + r * w.columns, c, WHIT_BF16));
+      sums[r] = Avx512::sum(sum);
+      for (; r < rows && c < until; c++) sums[r] += bf16_to_float(x[r * w.columns + c]);
+    }
+}
+
+}  // namespace
+
+const ManyKernels whit_many_bf16 = {arrange_tile, multiply};
