@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from whit.compiled.static import Capture, Decoder, PlainStep, State, captured_on_cuda, static_layers
+from whit.compiled.fused import best_step
+from whit.compiled.static import Capture, Decoder, State, captured_on_cuda, static_layers
 from whit.errors import UnsupportedModelError
 
 LEAST_LENGTH = 256  # of a cache
@@ -73,7 +74,7 @@ class Generator:
             rounded = max(LEAST_LENGTH, 1 << (length - 1).bit_length())
             limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or rounded
             state = State(self.model, batch, max(min(rounded, limit), length))
-            self._decoder = Decoder(self.model, state, PlainStep(self.model), self.capture)
+            self._decoder = Decoder(self.model, state, best_step(self.model, state), self.capture)
         return self._decoder
 
     def generate(self, inputs: Any = None, generation_config: Any = None, **kwargs: Any) -> Any:

@@ -46,10 +46,7 @@ class State:
 
 
 class Step(Protocol):
-    """Computes `state.logits` for `state.tokens` and puts their keys and values into the cache at `state.slot`.
-
-    It also counts the tokens that each layer of the cache holds, as transformers' own step does.
-    """
+    """Computes `state.logits` for `state.tokens` and puts their keys and values into the cache at `state.slot`."""
 
     def __call__(self, state: State) -> None: ...
 

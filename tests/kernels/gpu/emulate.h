@@ -97,6 +97,25 @@ static void multiply(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 
     for (int e = 0; e < 4; e++) d[e] += w.d[lane][e];
 }
 
+// A value from the lane whose number differs in the bits of `flip`; all 32 come here.
+struct Exchange { float in[32], out[32]; int count, turn; };
+static std::vector<Exchange> exchanges;
+static float from_lane(float v, int flip) {
+    Exchange &e = exchanges[current / 32];
+    int lane = current % 32, turn = e.turn;
+    e.in[lane] = v;
+    if (++e.count == 32) {
+        for (int l = 0; l < 32; l++) e.out[l] = e.in[l ^ flip];
+        e.count = 0, e.turn++;
+    }
+    while (e.turn == turn) yield();
+    threadIdx.x = current;
+    return e.out[lane];
+}
+static float power_of_two(float v) { return std::exp2(v); }
+static float inverse_root(float v) { return 1 / std::sqrt(v); }
+static float logistic(float v) { return 1 / (1 + std::exp(-v)); }
+
 template <class Body> static void run_grid(dim3 grid, int block_threads, Body body) {
     static Body *entry;
     entry = &body;
@@ -107,7 +126,7 @@ template <class Body> static void run_grid(dim3 grid, int block_threads, Body bo
                 blockIdx = {x, y, z};
                 memset(shared, 0xFF, sizeof shared);
                 fibers.assign(threads, Fiber{});
-                warps.assign(threads / 32, Warp{});
+                warps.assign(threads / 32, Warp{}), exchanges.assign(threads / 32, Exchange{});
                 arrived_at_barrier = 0;
                 for (current = 0; current < threads; current++) {
                     Fiber &f = fibers[current];

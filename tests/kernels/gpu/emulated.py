@@ -92,3 +92,10 @@ def dequantize(packed: PackedWeight, dtype: torch.dtype, stored: Storage) -> Ten
     kernel = library(unpacking.SOURCE, macros)
     kernel.run(ctypes.byref(params), -(-w.shape[0] // params.rows_per_block), 1, 1)
     return w
+
+
+def run_decoding(source, macros, grid, threads, shared, params, device):
+    """`decoding.launch` on the CPU."""
+    stated = macros if "THREADS" in dict(macros) or source.stem == "attend" else (*macros, ("THREADS", threads))
+    assert shared <= 16 << 14
+    library(source, stated).run(ctypes.byref(params), *grid)

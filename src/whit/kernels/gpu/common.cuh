@@ -66,6 +66,14 @@ DEVICE u32 round_pair(float low, float high) {
     asm("cvt.rn." TYPE "x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
     return d;
 }
+[[maybe_unused]] DEVICE float from_lane(float v, int flip) { return __shfl_xor_sync(0xFFFFFFFFu, v, flip); }
+[[maybe_unused]] DEVICE float power_of_two(float v) {
+    float d;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(d) : "f"(v));
+    return d;
+}
+[[maybe_unused]] DEVICE float inverse_root(float v) { return rsqrtf(v); }
+[[maybe_unused]] DEVICE float logistic(float v) { return 1.0f / (1.0f + expf(-v)); }
 DEVICE float widen(u32 low) {
 #if HALF
     float f;
@@ -87,6 +95,7 @@ DEVICE void multiply(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 
 }
 #endif
 
+#ifdef SCALE
 struct Scales {
     const void *scale;
     const u8 *codes;        // SCALE 3: scale = levels[codes] * scale[index / 256] + *offset
@@ -121,4 +130,5 @@ DEVICE float load_zero(const Scales &p, int out, int group) {
     return ZERO == 3 ? 0.5f : 0.0f;
 #endif
 }
+#endif
 

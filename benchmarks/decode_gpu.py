@@ -1,0 +1,287 @@
+"""Decoding on a GPU through whit.compile: checked on small models, then timed on a Llama-3-8B-shaped one.
+
+    python benchmarks/decode_gpu.py --seconds 110 --out FOLDER
+
+Checked: greedy tokens of whit.compile against transformers' own generate, for a random two-layer Llama and the model
+that ships with whit. Timed: one token at batch 1 and 16 in bfloat16, int4-g128 and nf4-dq (random weights, made on the
+device; embedding and head in bfloat16), the prompt's pass of 2,048 tokens, and peak memory. --layers 2 --small tries
+the script out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+import whit
+from whit.compiled import cuda, static
+from whit.formats import parse_format
+from whit.layouts import BITS
+from whit.modules import QuantizedLinear
+from whit.tensor import PackedWeight
+
+from harness import machine
+
+LLAMA = {
+    "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32,
+    "num_key_value_heads": 8, "max_position_embeddings": 8192, "rms_norm_eps": 1e-5,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
+}  # fmt: skip
+SMALL = LLAMA | {"vocab_size": 512, "hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4}
+SMALL |= {"num_key_value_heads": 2}
+FORMATS = ("bf16", "int4-g128", "nf4-dq")
+PROMPT, NEW, STEPS, PREFILL = 128, 64, 40, 2048  # three times STEPS after PROMPT fit in a cache of 256
+
+
+def random_packed(spec: str, shape: tuple[int, int], device: str, random: torch.Generator) -> PackedWeight:
+    """Random codes and params such that weights are about 0.02."""
+    format, tensors = parse_format(spec), {}
+    for name, want in BITS.specs(format, shape).items():
+        if want.dtype == torch.uint8:
+            tensors[name] = torch.randint(0, 256, want.shape, dtype=torch.uint8, device=device, generator=random)
+        else:
+            low = 0.004 if name == "scale" else 0.02
+            values = torch.rand(want.shape, device=device, generator=random) * low + low / 2
+            tensors[name] = values.to(want.dtype)
+    return PackedWeight(BITS.name, format, shape, tensors)
+
+
+def random_model(spec: str, options: dict[str, Any], device: str, seed: int = 0) -> Any:
+    """A Llama with random weights made where it will run; linears of the blocks in a format."""
+    config = transformers.LlamaConfig(**options, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    random = torch.Generator(device).manual_seed(seed)
+    with torch.device("meta"):
+        model = transformers.LlamaForCausalLM(config)
+    model = model.to(torch.bfloat16).eval()
+    model.model.rotary_emb = LlamaRotaryEmbedding(config).to(device)
+    for name, module in list(model.named_modules()):
+        parent = model.get_submodule(name.rpartition(".")[0])
+        if isinstance(module, nn.Linear):
+            shape = (module.out_features, module.in_features)
+            if spec != "bf16" and name != "lm_head":
+                new: nn.Module = QuantizedLinear(random_packed(spec, shape, device, random), None, torch.bfloat16)
+            else:
+                new = nn.Linear(1, 1, bias=False)
+                weight = torch.empty(shape, dtype=torch.bfloat16, device=device).normal_(0, 0.02, generator=random)
+                new.weight = nn.Parameter(weight, requires_grad=False)
+                new.out_features, new.in_features = shape
+            setattr(parent, name.rpartition(".")[2], new)
+        elif isinstance(module, nn.Embedding):
+            weight = torch.empty(module.weight.shape, dtype=torch.bfloat16, device=device).normal_(generator=random)
+            module.weight = nn.Parameter(weight, requires_grad=False)
+        elif type(module).__name__ == "LlamaRMSNorm":
+            module.weight = nn.Parameter(torch.ones(module.weight.shape, dtype=torch.bfloat16, device=device))
+    model.requires_grad_(False)
+    return model
+
+
+def compiled(model: Any, device: str) -> Any:
+    """`whit.compile` on a GPU; elsewhere the same loop without graphs."""
+    return whit.compile(model, strict=True) if device == "cuda" else cuda.compile_cuda(model, {}, lambda work: work)
+
+
+def same_tokens(model: Any, tokens: Tensor, device: str, count: int = 32) -> dict[str, Any]:
+    """Greedy tokens of transformers and of whit.compile; where they part, how near the two likeliest tokens were."""
+    settings = {"max_new_tokens": count, "do_sample": False, "eos_token_id": None}
+    mask = torch.ones_like(tokens)
+    wanted = type(model).generate(model, tokens, attention_mask=mask, **settings)
+    eager_static = type(model).generate(
+        model, tokens, attention_mask=mask, cache_implementation="static", disable_compile=True, **settings
+    )
+    found = compiled(model, device).generate(tokens, attention_mask=mask, **settings)
+    result: dict[str, Any] = {
+        "equal": torch.equal(found, wanted), "static_equals_dynamic": torch.equal(eager_static, wanted),
+        "step": type(model.generate.__self__._decoder._step).__name__,
+    }  # fmt: skip
+    if not result["equal"]:
+        row, column = (found != wanted).nonzero()[0].tolist()
+        with torch.no_grad():
+            logits = model(wanted[row : row + 1, :column]).logits[0, -1].float()
+        best = logits.topk(2).values
+        result |= {
+            "parts_at": column - tokens.shape[1], "row": row, "gap": (best[0] - best[1]).item(),
+            "largest_logit": best[0].item(), "chosen_behind_best": (best[0] - logits[found[row, column]]).item(),
+        }  # fmt: skip
+    model.__dict__.pop("generate", None)
+    return result
+
+
+def checks(device: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Tokens equal to eager's."""
+    random = torch.Generator(device).manual_seed(1)
+    found = {}
+    for spec in FORMATS:
+        model = random_model(spec, options | {"num_hidden_layers": 2}, device)
+        for batch in (1, 16):
+            tokens = torch.randint(3, options["vocab_size"], (batch, 20), device=device, generator=random)
+            found[f"random {spec} batch {batch}"] = same_tokens(model, tokens, device)
+    folder = whit.resolve_model("whit:model")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    text = tokenizer("The history of the town", return_tensors="pt").input_ids.to(device)
+    for spec in FORMATS:
+        settings = {} if spec == "bf16" else {"quantization_config": whit.QuantizationConfig(spec)}
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, **settings)
+        found[f"shipped {spec}"] = same_tokens(model.to(device), text, device, 48)
+    for name, each in found.items():
+        print(name, each, flush=True)
+    return found
+
+
+def seconds(work: Callable[[], object], device: str, repeats: int = 3) -> float:
+    """Median wall time of a call, the device idle before and after."""
+
+    def wait() -> None:
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    times = []
+    for _ in range(repeats):
+        wait()
+        start = time.perf_counter()
+        work()
+        wait()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def timed(spec: str, options: dict[str, Any], device: str, batches: tuple[int, ...]) -> dict[str, Any]:
+    """One format: a token's time and generate's, by batch; the prompt's pass; peak memory."""
+    if device == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    start = time.perf_counter()
+    model = random_model(spec, options, device)
+    found: dict[str, Any] = {"format": spec, "made_seconds": time.perf_counter() - start}
+    random = torch.Generator(device).manual_seed(2)
+    draw = lambda *shape: torch.randint(3, options["vocab_size"], shape, device=device, generator=random)  # noqa: E731
+    with torch.no_grad():
+        long = draw(1, PREFILL if device == "cuda" else 64)
+        pass_ = lambda: model(long, use_cache=False, logits_to_keep=1)  # noqa: E731
+        pass_()
+        found["prefill_seconds"] = seconds(pass_, device)
+    plain = seconds(
+        lambda: model.generate(draw(1, PROMPT), max_new_tokens=8, do_sample=False, eos_token_id=None), device, 2
+    )
+    found["eager_token_seconds"] = plain / 8
+    for batch in batches:
+        compiled(model, device)
+        tokens = draw(batch, PROMPT)
+        settings = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None}
+        settings["attention_mask"] = torch.ones_like(tokens)
+        start = time.perf_counter()
+        model.generate(tokens, **settings)
+        first = time.perf_counter() - start
+        generate = seconds(lambda tokens=tokens, settings=settings: model.generate(tokens, **settings), device)
+        decoder = model.generate.__self__._decoder
+
+        def many(decoder: static.Decoder = decoder) -> None:
+            for _ in range(STEPS):
+                decoder.step()
+                decoder.choose()
+
+        with torch.no_grad():
+            decoder.prefill(tokens, None, None)
+            token = seconds(many, device) / STEPS
+        key = f"batch {batch}"
+        found[key] = {
+            "token_seconds": token, "generate_token_seconds": generate / NEW, "first_call_seconds": first,
+            "step": type(decoder._step).__name__,
+        }  # fmt: skip
+        if batch == 1 and device == "cuda":
+            found[key]["kernels"] = kernels(decoder)
+            found[key]["model_forward_token_seconds"] = plain_graph(model, decoder, tokens)
+        print(spec, key, {k: v for k, v in found[key].items() if k != "kernels"}, flush=True)
+        model.__dict__.pop("generate")
+    if device == "cuda":
+        found["peak_bytes"] = torch.cuda.max_memory_allocated()
+    return found
+
+
+def plain_graph(model: Any, decoder: static.Decoder, tokens: Tensor) -> float:
+    """A token by the model's own forward in a graph, without whit's norms, attention and gates."""
+    with torch.no_grad():
+        own = static.Decoder(model, decoder.state, static.PlainStep(model), static.captured_on_cuda)
+        own.prefill(tokens, None, None)
+        return seconds(lambda: [own.step() for _ in range(STEPS)], "cuda") / STEPS
+
+
+def kernels(decoder: static.Decoder) -> dict[str, Any]:
+    """Microseconds per token and launches by kernel."""
+    from torch.profiler import ProfilerActivity, profile
+
+    try:
+        decoder.state.slot.fill_(PROMPT)
+        with profile(activities=[ProfilerActivity.CUDA]) as seen:
+            for _ in range(4):
+                decoder.step()
+            torch.cuda.synchronize()
+        found = {e.key[:60]: (e.device_time_total / 4, e.count / 4) for e in seen.key_averages() if e.device_time_total}
+    except Exception as error:
+        return {"error": str(error)[:200]}
+    ranked = dict(sorted(found.items(), key=lambda item: -item[1][0])[:14])
+    for name, (time_, count) in ranked.items():
+        print(f"    {time_:8.1f} us {count:6.1f} x {name}", flush=True)
+    return ranked
+
+
+def ratios(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Times as fast as the same path in bfloat16."""
+    first = next((r for r in rows if r["format"] == "bf16"), None)
+    found = {}
+    for row in rows if first else ():
+        cells = {"prefill": first["prefill_seconds"] / row["prefill_seconds"]}
+        cells |= {k: first[k]["token_seconds"] / v["token_seconds"] for k, v in row.items() if k.startswith("batch")}
+        cells["generate"] = first["batch 1"]["generate_token_seconds"] / row["batch 1"]["generate_token_seconds"]
+        found[row["format"]] = {**cells, "peak_GB": row.get("peak_bytes", 0) / 1e9}
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=110)
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--small", action="store_true")
+    parser.add_argument("--no-checks", action="store_true")
+    parser.add_argument("--formats", nargs="+", default=FORMATS)
+    parser.add_argument("--out", type=Path, default=Path("gpu-results"))
+    given = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    end = time.perf_counter() + given.seconds
+    options = (SMALL if given.small else LLAMA) | {"num_hidden_layers": given.layers}
+    result: dict[str, Any] = {
+        "machine": machine(),
+        "layers": given.layers,
+    }
+    given.out.mkdir(parents=True, exist_ok=True)
+    rows: list[dict[str, Any]] = []
+
+    def write() -> None:
+        result.update(rows=rows, ratios=ratios(rows))
+        (given.out / "decode_gpu.json").write_text(json.dumps(result, indent=1, default=str) + "\n")
+
+    if not given.no_checks:
+        result["checks"] = checks(device, SMALL)
+        write()
+    for spec in given.formats:
+        if time.perf_counter() > end - 15:
+            print(f"no time left for {spec}")
+            break
+        rows.append(timed(spec, options, device, (1, 16)))
+        print({k: v for k, v in rows[-1].items() if not k.startswith("batch")}, flush=True)
+        write()
+    for name, row in result["ratios"].items():
+        print(name, {k: round(v, 2) for k, v in row.items()}, flush=True)
+
+
+if __name__ == "__main__":
+    main()

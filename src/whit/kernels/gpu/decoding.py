@@ -1,0 +1,154 @@
+"""What lies between the products of a decoder when it makes one token: norms, attention over a static cache, gates.
+
+Each is one launch, in bfloat16 or float16, and rounds where the modules of transformers do (normalize.cu, attend.cu,
+gate.cu).
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from math import log2
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from whit.errors import KernelError
+from whit.kernels.gpu import nvrtc
+
+HERE = Path(__file__).parent
+NORM, GATE, ATTEND = HERE / "normalize.cu", HERE / "gate.cu", HERE / "attend.cu"
+GATE_THREADS = 256
+ATTEND_THREADS = 128
+CHUNK = 64  # places of the cache per block
+HEAD_SIZES = (64, 128, 256)
+LOG2_E = log2(2.718281828459045)
+Macros: TypeAlias = tuple[tuple[str, int], ...]
+Grid: TypeAlias = tuple[int, int, int]
+Run: TypeAlias = Callable[[Path, Macros, Grid, int, int, ctypes.Structure, torch.device], None]
+
+
+class NormParams(ctypes.Structure):
+    """The argument of normalize.cu."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("residual", "added", "weight", "y")), ("epsilon", ctypes.c_float),
+    )  # fmt: skip
+
+
+class GateParams(ctypes.Structure):
+    """The argument of gate.cu."""
+
+    _fields_ = (*((name, ctypes.c_void_p) for name in ("gate", "up", "y")), ("units", ctypes.c_int))
+
+
+class AttendParams(ctypes.Structure):
+    """The argument of attend.cu."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in (
+            "q", "k", "v", "cosine", "sine", "keys", "values", "mask", "slot", "y", "partial", "arrived",
+        )),
+        ("length", ctypes.c_int), ("scale", ctypes.c_float),
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=64)
+def build(source: Path, macros: Macros, device: int) -> nvrtc.Function:
+    """The compiled kernel on a device; it is called what its file is called."""
+    return nvrtc.build(source, dict(macros), source.stem, device)
+
+
+def launch(
+    source: Path, macros: Macros, grid: Grid, threads: int, shared: int, params: ctypes.Structure, device: torch.device
+) -> None:
+    """Enqueue a kernel on torch's current stream."""
+    where = torch.cuda.current_stream(device).cuda_stream
+    build(source, macros, device.index).launch(grid, threads, shared, params, where)
+
+
+def half(x: Tensor) -> int:
+    """1 for float16, 0 for bfloat16. Raises KernelError for other types."""
+    if x.dtype not in (torch.bfloat16, torch.float16):
+        raise KernelError(f"decoding kernels: x is {x.dtype}; it must be bfloat16 or float16; convert the model")
+    return int(x.dtype == torch.float16)
+
+
+def norm_threads(columns: int) -> int:
+    """A thread per eight columns, up to 512."""
+    return min(max(-(-columns // 8 // 32) * 32, 32), 512)
+
+
+def norm(residual: Tensor, added: Tensor | None, weight: Tensor, epsilon: float, run: Run = launch) -> Tensor:
+    """residual (rows, columns) += added, in place; its RMS norm times weight (columns,). Columns: a multiple of 8."""
+    rows, columns = residual.shape
+    y = torch.empty_like(residual)
+    threads, adds = norm_threads(columns), int(added is not None)
+    macros = (("HALF", half(residual)), ("COLUMNS", columns), ("THREADS", threads), ("ADDED", adds))
+    params = NormParams(
+        residual.data_ptr(), None if added is None else added.data_ptr(), weight.data_ptr(), y.data_ptr(), epsilon
+    )
+    run(NORM, macros, (rows, 1, 1), threads, 128, params, residual.device)
+    return y
+
+
+def gate(gates: Tensor, ups: Tensor, run: Run = launch) -> Tensor:
+    """silu(gates) * ups, elementwise; as many elements as a multiple of 8."""
+    y = torch.empty_like(gates)
+    units = gates.numel() // 8
+    macros = (("HALF", half(gates)), ("THREADS", GATE_THREADS))
+    params = GateParams(gates.data_ptr(), ups.data_ptr(), y.data_ptr(), units)
+    run(GATE, macros, (-(-units // GATE_THREADS), 1, 1), GATE_THREADS, 0, params, gates.device)
+    return y
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """What `attend` needs besides its inputs, the same for all layers.
+
+    `mask` (batch, length) bool: places that may be seen; `slot` (1,) int64: the place of the new token; `partial`
+    float32 and `arrived` int32 (zeros): room for blocks to meet.
+    """
+
+    mask: Tensor
+    slot: Tensor
+    partial: Tensor
+    arrived: Tensor
+
+    @classmethod
+    def like(cls, mask: Tensor, slot: Tensor, key_heads: int, group: int, size: int) -> Workspace:
+        """Room for a cache of (batch, key_heads, length, size) and `group` heads of q for each."""
+        batch, length = mask.shape
+        chunks = -(-length // CHUNK)
+        partial = torch.empty(batch, key_heads, chunks, group, size + 2, dtype=torch.float32, device=mask.device)
+        return cls(mask, slot, partial, torch.zeros(batch, key_heads, dtype=torch.int32, device=mask.device))
+
+
+def attend_shared(group: int, size: int) -> int:
+    """Bytes of `Shared` in attend.cu."""
+    return 4 * (group * size + group * CHUNK + 4 * group * size + 2 * group + 1)
+
+
+def attend(
+    heads: tuple[Tensor, Tensor, Tensor], rotary: tuple[Tensor, Tensor], cache: tuple[Tensor, Tensor],
+    room: Workspace, scale: float, run: Run = launch,
+) -> Tensor:  # fmt: skip
+    """Attention of one new token per sequence; puts its key and value into the cache.
+
+    heads: q (batch, heads size), k and v (batch, key heads size), not rotated; rotary: cosine and sine (batch, size);
+    cache: keys and values (batch, key heads, length, size), contiguous. Gives (batch, heads size).
+    """
+    (q, k, v), (cosine, sine), (keys, values) = heads, rotary, cache
+    batch, key_heads, length, size = keys.shape
+    group = q.shape[1] // (key_heads * size)
+    y = torch.empty_like(q)
+    macros: Mapping[str, Any] = {"HALF": half(q), "D": size, "GROUP": group, "CHUNK": CHUNK}
+    borrowed = (q, k, v, cosine, sine, keys, values, room.mask, room.slot, y, room.partial, room.arrived)
+    params = AttendParams(*(t.data_ptr() for t in borrowed), length, scale * LOG2_E)
+    grid = -(-length // CHUNK), key_heads, batch
+    run(ATTEND, tuple(macros.items()), grid, ATTEND_THREADS, attend_shared(group, size), params, q.device)
+    return y

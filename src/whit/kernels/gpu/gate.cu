@@ -1,0 +1,19 @@
+// y = round(silu(gate)) * up, rounded, elementwise, eight at a time. Built after common.cuh. Macro: THREADS.
+
+struct Params {
+    const uint4 *gate, *up;
+    uint4 *y;
+    int units;
+};
+
+DEVICE u32 gated(u32 gate, u32 up) {
+    float low = widen(gate & 0xFFFF), high = widen(gate >> 16);
+    return scale_by(round_pair(low * logistic(low), high * logistic(high)), up);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS) gate(const Params p) {
+    int i = blockIdx.x * THREADS + threadIdx.x;
+    if (i >= p.units) return;
+    uint4 g = p.gate[i], u = p.up[i];
+    p.y[i] = make_uint4(gated(g.x, u.x), gated(g.y, u.y), gated(g.z, u.z), gated(g.w, u.w));
+}

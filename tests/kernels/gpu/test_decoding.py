@@ -1,0 +1,89 @@
+"""The kernels between a decoder's products, compiled for the CPU, against transformers' own modules."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
+
+from whit.compiled import fused
+from whit.compiled.static import PlainStep, State
+from whit.kernels.gpu import decoding
+
+import emulated
+from tiny_models import tiny_model
+
+pytestmark = pytest.mark.skipif(emulated.COMPILER is None, reason="no g++ here")
+BF16, F16 = torch.bfloat16, torch.float16
+LIMIT = {BF16: 4e-3, F16: 1e-3}
+
+
+def error(found, wanted):
+    return ((found.double() - wanted.double()).norm() / wanted.double().norm()).item()
+
+
+@pytest.mark.parametrize(("dtype", "columns", "added"), [(BF16, 4104, True), (F16, 80, False)])
+def test_norm(dtype, columns, added, random):
+    module = LlamaRMSNorm(columns, eps=1e-5).to(dtype)
+    module.weight.data = torch.randn(columns, generator=random).to(dtype)
+    residual = torch.randn(2, columns, generator=random).to(dtype)
+    more = torch.randn(2, columns, generator=random).to(dtype) if added else None
+    total = residual + more if added else residual.clone()
+    found = decoding.norm(residual, more, module.weight.data, 1e-5, emulated.run_decoding)
+    assert torch.equal(residual, total)
+    assert error(found, module(total)) < 1e-4
+
+
+def test_gate(random):
+    gates, ups = torch.randn(3, 344, generator=random).to(BF16), torch.randn(3, 344, generator=random).to(BF16)
+    found = decoding.gate(gates, ups, emulated.run_decoding)
+    assert torch.equal(found, torch.nn.functional.silu(gates) * ups)
+
+
+@pytest.mark.parametrize(("dtype", "group", "size", "slot"), [(BF16, 4, 128, 150), (F16, 7, 64, 63)])
+def test_attention(dtype, group, size, slot, random):
+    """Against float64 over the cache as it is afterwards; two sequences, one of them padded on the left."""
+    batch, key_heads, length = 2, 2, 192
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=random).to(dtype)
+
+    q, k, v = draw(batch, key_heads * group * size), draw(batch, key_heads * size), draw(batch, key_heads * size)
+    keys, values = draw(batch, key_heads, length, size), draw(batch, key_heads, length, size)
+    angles = torch.rand(batch, size // 2, generator=random) * 6
+    cosine, sine = (f(angles).repeat(1, 2).to(dtype) for f in (torch.cos, torch.sin))
+    mask = torch.ones(batch, length, dtype=torch.bool)
+    mask[1, : slot // 2] = False
+    before = keys.clone()
+    room = decoding.Workspace.like(mask, torch.tensor([slot]), key_heads, group, size)
+    scale = size**-0.5
+    found = decoding.attend((q, k, v), (cosine, sine), (keys, values), room, scale, emulated.run_decoding)
+
+    wide = q.view(batch, -1, 1, size), k.view(batch, -1, 1, size)
+    turned, new = apply_rotary_pos_emb(*wide, cosine[:, None], sine[:, None])
+    before[:, :, slot] = new[:, :, 0]
+    assert torch.equal(keys, before)
+    assert torch.equal(values[:, :, slot], v.view(batch, -1, size))
+    seen = mask & (torch.arange(length) <= slot)
+    scores = turned.double().view(batch, key_heads, group, size) @ keys.double().transpose(2, 3) * scale
+    weights = scores.masked_fill(~seen[:, None, None], -torch.inf).softmax(-1)
+    assert error(found, (weights @ values.double()).reshape(batch, -1)) < LIMIT[dtype]
+    assert not room.arrived.any()
+
+
+SLOWER = [pytest.param(name, marks=pytest.mark.slow) for name in ("qwen2", "qwen3")]
+
+
+@pytest.mark.parametrize("architecture", ["llama", *SLOWER])
+def test_a_fused_step_gives_the_logits_of_the_models_own(architecture, random):
+    model = tiny_model(architecture, dtype=BF16)
+    assert fused.why_not(model) is None
+    with torch.no_grad():
+        state = State(model, 2, 12)
+        step = fused.best_step(model, state, emulated.run_decoding)
+        assert isinstance(step, fused.FusedStep)
+        wanted, found = (fused.trial(model, state, each) for each in (PlainStep(model), step))
+        assert error(found, wanted) < 2e-2
+        layer = model.model.layers[0].input_layernorm
+        layer.register_forward_hook(lambda *_: None)
+    assert "hooks" in str(fused.why_not(model))
