@@ -15,13 +15,13 @@ from whit.errors import KernelError
 from whit.kernels.activated import Activation8
 from whit.kernels.base import Kernel
 from whit.kernels.cpu import Cpu, Cpu8
-from whit.kernels.gpu import Gpu
+from whit.kernels.gpu import Gpu, Gpu8
 from whit.kernels.reference import Reference
 from whit.kernels.side_car import SideCar
 from whit.tensor import PackedWeight
 
 KERNELS: tuple[Kernel, ...] = (
-    SideCar(Gpu()), SideCar(Cpu()), Gpu(), Cpu(), Cpu8(), Activation8(), Reference(),
+    SideCar(Gpu()), SideCar(Cpu()), Gpu(), Gpu8(), Cpu(), Cpu8(), Activation8(), Reference(),
 )  # fmt: skip
 
 Choice: TypeAlias = tuple[torch.dtype, str, int]

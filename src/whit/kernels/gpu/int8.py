@@ -1,0 +1,308 @@
+"""Products of int8 rows and int8 weights on Hopper: rows quantized by one kernel, multiplied by another.
+
+int8_quantize.cu says how rows become codes, int8_product.cu how they are multiplied, int8_mark.cu finds the columns
+of LLM.int8() where there are several rows. All begin before the kernel in front of them is done, and wait for it where
+they need what it made; so the weight is on its way while the rows are being quantized.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from whit.errors import KernelError
+from whit.kernels.gpu import nvrtc
+
+HERE = Path(__file__).parent
+MARK, QUANTIZE, PRODUCT = (HERE / f"int8_{name}.cu" for name in ("mark", "quantize", "product"))
+BYTES = {"BITS": 8, "CODEBOOK": 0, "OFFSET": 0, "SCALE": 2, "ZERO": 0}  # common.cuh asks; nothing here depends on it
+STEP = 128  # columns of a tile, one byte each
+AT_ONCE = 8  # outlier columns in shared memory, as in int8_warp.cuh
+MARK_THREADS, MARK_COLUMNS = 256, 256
+SLICES, SLICE = 16, 64  # of rows that are marked by themselves: how many at most, and of how many rows at least
+LARGEST_SHARED = 227 << 10
+CHUNKS, LARGEST_BLOCK = 8, 1024  # of eight columns that a thread of int8_quantize.cu holds, and its threads, at most
+Mapped: TypeAlias = Callable[[int, int, int, int], "ctypes.Array[ctypes.c_uint64]"]
+MOST_COLUMNS = 8 * CHUNKS * LARGEST_BLOCK  # and sums of weights from 0 to 255 stay within 32 bits up to 65,793
+
+
+@dataclass(frozen=True)
+class Config:
+    """How the work is cut; int8_product.cu explains the names. `split` blocks share the columns of a tile."""
+
+    groups: int = 1
+    outs: int = 128
+    stages: int = 6
+    split: int = 1
+    pair: int = 1
+
+    @property
+    def rows(self) -> int:
+        return 64 * self.groups
+
+    @property
+    def threads(self) -> int:
+        return 128 * (self.groups + 1)
+
+    def tiles(self, outs: int, rows: int) -> int:
+        """Tiles of a product, or pairs of them."""
+        return -(-rows // (self.rows * self.pair)) * -(-outs // self.outs)
+
+    def grid(self, outs: int, rows: int, processors: int) -> nvrtc.Dims:
+        """Blocks: a cluster per tile, or as many as run at a time, which take one tile after the other."""
+        tiles = self.tiles(outs, rows)
+        if self.split > 1:
+            return tiles * self.split, 1, 1
+        return min(tiles, max(processors // self.pair, 1)) * self.pair, 1, 1
+
+    def shared_bytes(self, outliers: bool, shifted: bool) -> int:
+        """Dynamic shared memory: up to 1,024 bytes to where stages may begin, these, barriers, and what lies aside."""
+        aside = 4 * (2 * self.outs + 2 * self.rows)
+        aside += 4 * (self.outs + self.rows) if shifted else 0
+        aside += 8 + 4 * AT_ONCE * (self.outs + self.rows) if outliers else 0
+        return 1024 + self.stages * (self.rows + self.outs) * STEP + 16 * self.stages + aside
+
+    def macros(self, half: bool, outliers: bool, shifted: bool) -> dict[str, int]:
+        """What int8_product.cu is compiled with."""
+        return BYTES | {
+            "HALF": int(half), "WG": self.groups, "BN": self.outs, "STAGES": self.stages, "SPLITS": self.split,
+            "PAIR": self.pair, "OUTLIERS": int(outliers), "SHIFTED": int(shifted),
+        }  # fmt: skip
+
+
+def best(outs: int, columns: int, rows: int, processors: int) -> Config:
+    """The cut for a shape: few rows share the columns of a tile out, many take pairs of large tiles."""
+    if rows <= 64:
+        return Config(1, 128, 6, _split(-(-outs // 128), columns, processors))
+    if rows <= 512:
+        wide = Config(2, 128, 6)
+        return Config(2, 128, 5, _split(wide.tiles(outs, rows), columns, processors))
+    return Config(2, 256, 4, pair=2)
+
+
+def _split(tiles: int, columns: int, processors: int) -> int:
+    """Blocks per tile, a power of two up to 8, such that all run at once and each has four steps or more."""
+    split = 1
+    while split < 8 and 2 * split * tiles <= processors and 2 * split * 4 * STEP <= columns:
+        split *= 2
+    return split
+
+
+class MarkParams(ctypes.Structure):
+    """The argument of int8_mark.cu, field by field."""
+
+    _fields_ = (
+        ("x", ctypes.c_void_p), ("marks", ctypes.c_void_p), ("threshold", ctypes.c_float), ("rows", ctypes.c_int),
+        ("columns", ctypes.c_int), ("slice", ctypes.c_int),
+    )  # fmt: skip
+
+
+class QuantizeParams(ctypes.Structure):
+    """The argument of int8_quantize.cu, field by field."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("x", "marks", "codes", "scale", "offset", "listed")),
+        ("threshold", ctypes.c_float), *((name, ctypes.c_int) for name in ("rows", "columns", "slices")),
+    )  # fmt: skip
+
+
+class ProductParams(ctypes.Structure):
+    """The argument of int8_product.cu, field by field."""
+
+    _fields_ = (
+        ("x_map", ctypes.c_uint64 * 16), ("weight_map", ctypes.c_uint64 * 16),
+        *((name, ctypes.c_void_p) for name in (
+            "codes", "floats", "scale", "offset", "zero", "row_scale", "sums", "bias", "listed", "y",
+        )),
+        *((name, ctypes.c_int) for name in ("outs", "columns", "rows")),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Quantized rows on the device: int8 codes (rows, in), float32 scale and int32 offset (rows,), which is 128 times
+    the sum of a row's codes; int32 zero point (rows,) or None. With outliers `listed` int32 (1 + in,), a count and that
+    many columns, and `floats`, what was quantized."""
+
+    codes: Tensor
+    scale: Tensor
+    offset: Tensor
+    zero: Tensor | None = None
+    listed: Tensor | None = None
+    floats: Tensor | None = None
+
+
+def mark_params(x: Tensor, marks: Tensor, threshold: float) -> MarkParams:
+    """The kernel's argument; it borrows the tensors' memory. `marks` uint8 (slices, columns / 8)."""
+    slice = -(-x.shape[0] // len(marks))
+    return MarkParams(x.data_ptr(), marks.data_ptr(), _rounded(threshold, x.dtype), *x.shape, slice)
+
+
+def mark_grid(x: Tensor, marks: Tensor) -> nvrtc.Dims:
+    """Blocks along columns and slices."""
+    return -(-x.shape[1] // MARK_COLUMNS), len(marks), 1
+
+
+def slices(rows: int) -> int:
+    """Slices in which rows are marked; none of them empty."""
+    size = max(SLICE, -(-rows // SLICES))
+    return -(-rows // size)
+
+
+def quantize_macros(columns: int, half: bool, outliers: bool) -> dict[str, int]:
+    """What int8_quantize.cu is compiled with: two chunks per thread where the block is not too large for that."""
+    chunks = -(-columns // 8)
+    threads = next((t for t in (128, 256, 512) if chunks <= 4 * t), LARGEST_BLOCK)
+    sizes = {"THREADS": threads, "CHUNKS": -(-chunks // threads)}
+    return BYTES | {"HALF": int(half), "OUTLIERS": int(outliers)} | sizes
+
+
+def quantize_params(x: Tensor, rows: Rows, marks: Tensor | None, threshold: float) -> QuantizeParams:
+    """The kernel's argument; it borrows the tensors' memory."""
+    tensors = (x, marks, rows.codes, rows.scale, rows.offset, rows.listed)
+    pointers = [None if t is None else t.data_ptr() for t in tensors]
+    return QuantizeParams(*pointers, _rounded(threshold, x.dtype), *x.shape, 0 if marks is None else len(marks))
+
+
+def empty_rows(x: Tensor, outliers: bool) -> Rows:
+    """Room for what int8_quantize.cu makes of x (rows, columns)."""
+    (rows, columns), device = x.shape, x.device
+    return Rows(
+        torch.empty(rows, columns, dtype=torch.int8, device=device),
+        torch.empty(rows, dtype=torch.float32, device=device),
+        torch.empty(rows, dtype=torch.int32, device=device),
+        listed=torch.empty(1 + columns, dtype=torch.int32, device=device) if outliers else None,
+        floats=x if outliers else None,
+    )
+
+
+@dataclass(frozen=True)
+class Weight:
+    """The other side: codes uint8 (outs, columns), each 128 above its value, float32 row_scale (outs,), a bias in the
+    rows' own type or None, and, where rows have zero points, int32 sums (outs,) of the values."""
+
+    codes: Tensor
+    row_scale: Tensor
+    bias: Tensor | None = None
+    sums: Tensor | None = None
+
+
+def product_params(
+    rows: Rows, weight: Weight, y: Tensor, config: Config, mapped: Mapped | None = None
+) -> ProductParams:
+    """The kernel's argument; it borrows the tensors' memory. `mapped` makes maps, as `tiles_of` does."""
+    (count, outs), columns, mapped = y.shape, rows.codes.shape[1], mapped or tiles_of
+    pointers = {
+        "codes": weight.codes, "floats": rows.floats, "scale": rows.scale, "offset": rows.offset, "zero": rows.zero,
+        "row_scale": weight.row_scale, "sums": weight.sums, "bias": weight.bias, "listed": rows.listed, "y": y,
+    }  # fmt: skip
+    return ProductParams(
+        mapped(rows.codes.data_ptr(), count, columns, config.rows),
+        mapped(weight.codes.data_ptr(), outs, columns, config.outs // config.pair),
+        **{name: None if tensor is None else tensor.data_ptr() for name, tensor in pointers.items()},
+        outs=outs, columns=columns, rows=count,
+    )  # fmt: skip
+
+
+def quantize(x: Tensor, threshold: float = 0.0) -> Rows:
+    """Contiguous x (rows, columns) by a scale per row; with a threshold without its outlier columns, which are listed.
+
+    Equals `kernels.int8.quantize_rows` bit for bit. Columns are a multiple of 16, and at most MOST_COLUMNS.
+    """
+    device, where = x.device.index, torch.cuda.current_stream(x.device).cuda_stream
+    half, marks, rows = x.dtype == torch.float16, None, empty_rows(x, threshold > 0)
+    if threshold > 0 and len(x) > 1:
+        marks = torch.empty(slices(len(x)), x.shape[1] // 8, dtype=torch.uint8, device=x.device)
+        function = _build(MARK, tuple((BYTES | {"HALF": int(half)}).items()), device)
+        enqueue(function, mark_grid(x, marks), MARK_THREADS, MARK_THREADS, mark_params(x, marks, threshold), where)
+    macros = quantize_macros(x.shape[1], half, threshold > 0)
+    function, threads = _build(QUANTIZE, tuple(macros.items()), device), macros["THREADS"]
+    blocks = min(len(x), 16 * torch.cuda.get_device_properties(device).multi_processor_count)
+    params = quantize_params(x, rows, marks, threshold)
+    enqueue(function, (blocks, 1, 1), threads, 3 * 4 * threads // 32, params, where)
+    return rows
+
+
+def multiply(rows: Rows, weight: Weight, y: Tensor, config: Config) -> None:
+    """Fill y (rows, outs) with rows through the weight."""
+    device = y.device.index
+    outliers, shifted = rows.listed is not None, rows.zero is not None
+    function = _build(PRODUCT, tuple(config.macros(y.dtype == torch.float16, outliers, shifted).items()), device)
+    params = product_params(rows, weight, y, config)
+    grid = config.grid(y.shape[1], len(y), torch.cuda.get_device_properties(device).multi_processor_count)
+    shared, where = config.shared_bytes(outliers, shifted), torch.cuda.current_stream(y.device).cuda_stream
+    enqueue(function, grid, config.threads, shared, params, where, config.split * config.pair)
+
+
+@lru_cache(maxsize=256)
+def _build(source: Path, macros: tuple[tuple[str, int], ...], device: int) -> nvrtc.Function:
+    return nvrtc.build(source, dict(macros), source.stem, device)
+
+
+def _rounded(threshold: float, dtype: torch.dtype) -> float:
+    """A threshold as torch compares it with floats of that type."""
+    return torch.tensor(threshold, dtype=dtype).item()
+
+
+# What the driver asks for beyond a plain launch: CUlaunchConfig, its attributes, and maps of matrices.
+
+CLUSTER_DIMENSION, BEGIN_EARLY = 4, 6
+UINT8, SWIZZLE_128, AHEAD_256 = 0, 3, 3
+
+
+class Attribute(ctypes.Structure):
+    """CUlaunchAttribute."""
+
+    _fields_ = (("id", ctypes.c_int), ("pad", ctypes.c_int), ("value", ctypes.c_uint * 16))
+
+
+class LaunchConfig(ctypes.Structure):
+    """CUlaunchConfig."""
+
+    _fields_ = (
+        ("grid", ctypes.c_uint * 3), ("block", ctypes.c_uint * 3), ("shared", ctypes.c_uint),
+        ("stream", ctypes.c_void_p), ("attributes", ctypes.POINTER(Attribute)), ("count", ctypes.c_uint),
+    )  # fmt: skip
+
+
+def enqueue(
+    function: nvrtc.Function, grid: nvrtc.Dims, threads: int, shared: int, params: ctypes.Structure, stream: int,
+    cluster: int = 1,
+) -> None:  # fmt: skip
+    """Launch a kernel that may begin before the one in front of it is done, in clusters of so many blocks."""
+    if shared > function.shared:
+        _checked(nvrtc.driver().cuFuncSetAttribute(function.handle, nvrtc.MAX_DYNAMIC_SHARED, shared), function.name)
+        function.shared = shared
+    attributes = (Attribute * 2)()
+    attributes[0].id, attributes[0].value[0] = BEGIN_EARLY, 1
+    attributes[1].id, attributes[1].value[:3] = CLUSTER_DIMENSION, (cluster, 1, 1)
+    config = LaunchConfig(grid, (threads, 1, 1), shared, stream, attributes, 2 if cluster > 1 else 1)
+    pointers = (ctypes.c_void_p * 1)(ctypes.addressof(params))
+    status = nvrtc.driver().cuLaunchKernelEx(ctypes.byref(config), function.handle, pointers, None)
+    _checked(status, function.name)
+
+
+@lru_cache(maxsize=4096)
+def tiles_of(address: int, rows: int, columns: int, tall: int) -> ctypes.Array[ctypes.c_uint64]:
+    """A map of a contiguous matrix of bytes for tiles of `tall` rows and STEP columns; what lies outside is 0."""
+    room = ctypes.create_string_buffer(192)
+    at = -(-ctypes.addressof(room) // 64) * 64
+    status = nvrtc.driver().cuTensorMapEncodeTiled(
+        ctypes.c_void_p(at), UINT8, 2, ctypes.c_void_p(address), (ctypes.c_uint64 * 2)(columns, rows),
+        (ctypes.c_uint64 * 1)(columns), (ctypes.c_uint32 * 2)(STEP, tall), (ctypes.c_uint32 * 2)(1, 1),
+        0, SWIZZLE_128, AHEAD_256, 0,
+    )  # fmt: skip
+    _checked(status, f"map of {rows} x {columns} bytes")
+    return (ctypes.c_uint64 * 16).from_buffer_copy((ctypes.c_char * 128).from_address(at))
+
+
+def _checked(status: int, where: str) -> None:
+    if status:
+        raise KernelError(f"gpu kernel {where}: CUDA error {status}; set CUDA_LAUNCH_BLOCKING=1 and report it")

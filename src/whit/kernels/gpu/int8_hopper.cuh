@@ -1,0 +1,123 @@
+// Hopper's instructions for int8: products of four warps out of shared memory, and tiles that another engine copies.
+//
+// wgmma takes 64 rows of the left tile and BN of the right one, 32 columns of each, from shared memory, where both lie
+// as rows of 128 bytes in the 128-byte swizzle: 16-byte unit u of row r is at unit u ^ (r & 7).
+
+#ifndef EMULATED
+typedef unsigned long long u64;
+struct alignas(64) Map {  // CUtensorMap
+    u64 opaque[16];
+};
+#define KERNEL_ARGUMENT const __grid_constant__
+
+DEVICE u32 shared_address(const void *p) { return (u32)__cvta_generic_to_shared(p); }
+DEVICE u32 shared_address(const void *p, u32 rank) {  // the same place in another block of the cluster
+    u32 at;
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(at) : "r"(shared_address(p)), "r"(rank));
+    return at;
+}
+[[maybe_unused]] DEVICE u32 cluster_rank() {
+    u32 rank;
+    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    return rank;
+}
+[[maybe_unused]] DEVICE void cluster_barrier() {
+    asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
+}
+[[maybe_unused]] DEVICE int4 load_from(const int *p, u32 rank) {
+    int4 v;
+    asm volatile("ld.shared::cluster.v4.s32 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(shared_address(p, rank)) : "memory");
+    return v;
+}
+
+// Barriers within a block, of so many threads: some wait, others only say that they were there.
+template <int ID, int COUNT> DEVICE void meet() { asm volatile("bar.sync %0, %1;" ::"n"(ID), "n"(COUNT) : "memory"); }
+template <int ID, int COUNT> DEVICE void announce() { asm volatile("bar.arrive %0, %1;" ::"n"(ID), "n"(COUNT) : "memory"); }
+
+DEVICE void make_barrier(u64 *barrier, u32 count) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(count) : "memory");
+}
+DEVICE void publish_barriers() {
+    asm volatile("fence.mbarrier_init.release.cluster;\nfence.proxy.async.shared::cta;" ::: "memory");
+}
+DEVICE void arrive(u64 *barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
+[[maybe_unused]] DEVICE void arrive(u64 *barrier, u32 rank) {
+    asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(shared_address(barrier, rank)) : "memory");
+}
+DEVICE void expect(u64 *barrier, u32 bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes) : "memory");
+}
+DEVICE void await(u64 *barrier, u32 phase) {
+    asm volatile("{.reg .pred p;\nagain: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%0], %1;\n"
+                 "@p bra done;\nbra again;\ndone:}" ::"r"(shared_address(barrier)), "r"(phase) : "memory");
+}
+DEVICE void copy_tile(void *to, const Map &map, int column, int row, u64 *barrier) {
+    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];"
+                 ::"r"(shared_address(to)), "l"(&map), "r"(column), "r"(row), "r"(shared_address(barrier)) : "memory");
+}
+// To the same place in every block of `blocks` (a bit for each), whose barriers at that place count the bytes.
+[[maybe_unused]] DEVICE void copy_tile(void *to, const Map &map, int column, int row, u64 *barrier, u16 blocks) {
+    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
+                 " [%0], [%1, {%2, %3}], [%4], %5;"
+                 ::"r"(shared_address(to)), "l"(&map), "r"(column), "r"(row), "r"(shared_address(barrier)), "h"(blocks) : "memory");
+}
+
+#define R16 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15"
+#define R32 R16 ",%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
+#define R64 R32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
+#define R128 R64 ",%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95,%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111,%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
+#define D1(n) "+r"(d[n][0]), "+r"(d[n][1]), "+r"(d[n][2]), "+r"(d[n][3])
+#define D4(n) D1(n), D1(n + 1), D1(n + 2), D1(n + 3)
+#define D16(n) D4(n), D4(n + 4), D4(n + 8), D4(n + 12)
+#if BN == 32
+#define SHAPE "m64n32k32"
+#define SUMS R16
+#define ENDS "%16, %17"
+#define ALL D4(0)
+#elif BN == 64
+#define SHAPE "m64n64k32"
+#define SUMS R32
+#define ENDS "%32, %33"
+#define ALL D4(0), D4(4)
+#elif BN == 128
+#define SHAPE "m64n128k32"
+#define SUMS R64
+#define ENDS "%64, %65"
+#define ALL D16(0)
+#elif BN == 256
+#define SHAPE "m64n256k32"
+#define SUMS R128
+#define ENDS "%128, %129"
+#define ALL D16(0), D16(16)
+#endif
+
+// With two times four warps that multiply there are too few registers for all: the other four warps give theirs.
+template <int N> DEVICE void hold_registers() {
+    if constexpr (N == 2) asm volatile("setmaxnreg.inc.sync.aligned.u32 224;");
+}
+template <int N> DEVICE void give_registers() {
+    if constexpr (N == 2) asm volatile("setmaxnreg.dec.sync.aligned.u32 56;");
+}
+
+// Where a tile lies: groups of 8 rows follow each other after 1,024 bytes.
+DEVICE u64 describe(const void *tile) { return (u64)(shared_address(tile) & 0x3FFFF) >> 4 | 1ull << 16 | 64ull << 32 | 1ull << 62; }
+DEVICE void begin_products() {
+    __syncwarp();
+    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+}
+DEVICE void end_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int LEFT> DEVICE void await_products() { asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(LEFT) : "memory"); }
+// d += left (64 rows, signed) right (BN rows, unsigned)^T over columns [32 step, 32 step + 32) of the tiles.
+DEVICE void multiply_tiles(int (&d)[BN / 8][4], u64 left, u64 right, int step) {
+    asm volatile("{.reg .pred p; setp.eq.u32 p, 0, 0;\n"
+                 "wgmma.mma_async.sync.aligned." SHAPE ".s32.s8.u8 {" SUMS "}, " ENDS ", p;}"
+                 : ALL : "l"(left + 2 * step), "l"(right + 2 * step));
+}
+DEVICE void settle(int (&d)[BN / 8][4]) {  // nothing moves across that reads or makes these
+#pragma unroll
+    for (int n = 0; n < BN / 8; n++) asm volatile("" : D1(n)::"memory");
+}
+#endif

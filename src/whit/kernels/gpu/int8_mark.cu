@@ -1,0 +1,42 @@
+// Which columns of x (rows, columns) hold an |x| of at least `threshold`: a bit for each, of every slice of rows.
+//
+// A warp reads 256 neighbouring columns of a row, a block eight rows at a time; slices are joined by whoever reads
+// the marks (int8_quantize.cu), so that nothing has to be zero before.
+#include "int8_warp.cuh"
+
+constexpr int THREADS = 256, LANES = THREADS / 32;
+
+struct Params {
+    const u16 *x;
+    u8 *marks;  // (slices, columns / 8)
+    float threshold;
+    int rows, columns, slice;  // rows of a slice
+};
+
+DEVICE u32 reached(u32 pair, float threshold) {
+    return (u32)(fabsf(widen(pair & 0xFFFF)) >= threshold) | (u32)(fabsf(widen(pair >> 16)) >= threshold) << 1;
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS) int8_mark(const Params p) {
+    extern __shared__ uint4 shared[];
+    u8 *found = (u8 *)shared;
+    int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, column = (blockIdx.x * 32 + lane) * 8;
+    int end = min((int)(blockIdx.y + 1) * p.slice, p.rows);
+    if (threadIdx.x == 0) let_next_begin();
+    await_earlier();
+    u32 mark = 0;
+    if (column < p.columns) {
+#pragma unroll 8
+        for (int row = blockIdx.y * p.slice + warp; row < end; row += LANES) {
+            uint4 v = fresh16(p.x + (long long)row * p.columns + column);
+            mark |= reached(v.x, p.threshold) | reached(v.y, p.threshold) << 2;
+            mark |= reached(v.z, p.threshold) << 4 | reached(v.w, p.threshold) << 6;
+        }
+    }
+    found[threadIdx.x] = mark;
+    __syncthreads();
+    if (warp == 0 && column < p.columns) {
+        for (int i = 1; i < LANES; i++) mark |= found[i * 32 + lane];
+        p.marks[(long long)blockIdx.y * (p.columns / 8) + column / 8] = mark;
+    }
+}

@@ -1,0 +1,365 @@
+// y (rows, outs) = codes (rows, columns) W (outs, columns)^T, both int8, with everything that follows the exact sums.
+//
+// Built at run time after common.cuh, for Hopper. The host (int8.py) also defines
+//   WG, BN             tiles of 64 rows, and outs, of a block's tile
+//   STAGES             steps of 128 columns in shared memory
+//   SPLITS             blocks of a cluster that share the columns of one tile
+//   PAIR               2: the two blocks of a cluster multiply neighbouring rows with the same weights; otherwise 1
+//   OUTLIERS, SHIFTED  columns in 16 bits; zero points of the rows
+//
+// Why it is fast. The weights are read as they lie in the file, as unsigned codes + 128, and wgmma multiplies signed by
+// unsigned: sums are 128 sum_j code_j too large, which the quantizing kernel counted. One thread asks for tiles of both
+// matrices, four steps and more ahead; those of the weight even before the kernel in front of this one has made x. The
+// scales, the outlier columns and the bias are fetched by warps of their own while the products run, and are applied in
+// registers, so that no int32 is ever written. For few rows blocks share the columns, and add up out of each other's
+// shared memory: integers, in whatever order the same. Outliers are multiplied eight columns at a time, all there are.
+#include "int8_warp.cuh"
+#include "int8_hopper.cuh"
+
+constexpr int BM = 64 * WG, BK = 128, CONSUMERS = 128 * WG, HELPERS = 96, THREADS = CONSUMERS + 32 + HELPERS, CLUSTER = SPLITS * PAIR;
+constexpr int X_BYTES = BM * BK, W_BYTES = BN * BK, STAGE = X_BYTES + W_BYTES, PITCH = BN + 8;
+constexpr int GROUP = 16 / PAIR;  // tiles of rows that are multiplied with the same weights, one after the other
+enum { READY = 1, FREE, AMONG };  // barriers
+
+struct Params {
+    Map x, weight;         // the codes as (columns, rows) and (columns, outs)
+    const u8 *codes;       // the weight's again
+    const u16 *floats;     // (rows, columns), what was quantized
+    const float *scale;    // of the rows
+    const int *offset;     // of the rows
+    const int *zero;       // of the rows, where SHIFTED
+    const float *row_scale;  // of the outs
+    const int *sums;       // of the outs' signed codes, where SHIFTED
+    const u16 *bias;       // of the outs, or null
+    const int *listed;     // how many columns are outliers, then these
+    u16 *y;
+    int outs, columns, rows;
+};
+
+struct Aside {  // what a tile needs beside the sums
+    float row_scale[BN], bias[BN], scale[BM];
+    int offset[BM];
+#if SHIFTED
+    int sums[BN], zero[BM];
+#endif
+#if OUTLIERS
+    int count, here;  // columns that are outliers; how many of them lie here
+    float x[OUTLIERS_AT_ONCE][BM], weight[OUTLIERS_AT_ONCE][BN];
+#endif
+};
+
+struct Tile {
+    int row, out;
+};
+
+struct Block {
+    u8 *stages;
+    u64 *full, *empty;
+    Aside *aside;
+    int tiles, first, stride;  // tiles there are (pairs of them), this block's first, and how far on the next is
+    int begin, steps;          // of the columns
+    u32 rank;
+};
+
+DEVICE Tile tile_of(const Params &p, const Block &b, int index) {
+    int across = (p.rows + BM * PAIR - 1) / (BM * PAIR), outs = (p.outs + BN - 1) / BN;
+    int first = index / (GROUP * outs) * GROUP, size = min(across - first, GROUP), within = index % (GROUP * outs);
+    return {((first + within % size) * PAIR + (PAIR > 1 ? (int)b.rank : 0)) * BM, within / size * BN};
+}
+
+DEVICE void ask_weight(const Params &p, const Block &b, const Tile &tile, int step, int slot) {
+    u8 *to = b.stages + slot * STAGE + X_BYTES;
+    int column = (b.begin + step) * BK;
+#if PAIR > 1  // each asks for half of it, for both
+    copy_tile(to + b.rank * (W_BYTES / 2), p.weight, column, tile.out + b.rank * (BN / 2), b.full + slot, (u16)3);
+#else
+    copy_tile(to, p.weight, column, tile.out, b.full + slot);
+#endif
+}
+
+DEVICE void produce(const Params &p, const Block &b) {
+    int asked = 0, ahead = b.first < b.tiles ? min(b.steps, STAGES) : 0;
+    Tile tile = tile_of(p, b, b.first);
+    for (; asked < ahead; asked++) {
+        expect(b.full + asked, STAGE);
+        ask_weight(p, b, tile, asked, asked);
+    }
+    await_earlier();
+    for (int i = 0; i < ahead; i++) copy_tile(b.stages + i * STAGE, p.x, (b.begin + i) * BK, tile.row, b.full + i);
+    for (int index = b.first, step = ahead; index < b.tiles; index += b.stride, step = 0) {
+        tile = tile_of(p, b, index);
+        for (; step < b.steps; step++, asked++) {
+            int slot = asked % STAGES;
+            if (asked >= STAGES) await(b.empty + slot, (asked / STAGES - 1) & 1);
+            expect(b.full + slot, STAGE);
+            ask_weight(p, b, tile, step, slot);
+            copy_tile(b.stages + slot * STAGE, p.x, (b.begin + step) * BK, tile.row, b.full + slot);
+        }
+    }
+}
+
+#if OUTLIERS
+// Outlier columns [from, from + OUTLIERS_AT_ONCE) of the tile; a weight is rounded as if it had been dequantized.
+DEVICE void fetch_outliers(const Params &p, Aside &a, const Tile &tile, int count, int from, int tid, int threads) {
+    int here = min(max(count - from, 0), OUTLIERS_AT_ONCE);
+    for (int i = 0; i < here; i++) {
+        int column = fresh(p.listed + 1 + from + i);
+        for (int m = tid; m < BM; m += threads)
+            a.x[i][m] = tile.row + m < p.rows ? widen(fresh(p.floats + (long long)(tile.row + m) * p.columns + column)) : 0;
+        for (int n = tid; n < BN; n += threads) {
+            float w = 0;
+            if (tile.out + n < p.outs)
+                w = multiplied((float)p.codes[(long long)(tile.out + n) * p.columns + column] - 128, p.row_scale[tile.out + n]);
+            a.weight[i][n] = widen(round_pair(w, w) & 0xFFFF);
+        }
+    }
+    if (tid == 0) a.count = count, a.here = here;
+}
+#endif
+
+DEVICE void assist(const Params &p, const Block &b, int tid) {
+    Aside &a = *b.aside;
+    for (int index = b.first; index < b.tiles; index += b.stride) {
+        Tile tile = tile_of(p, b, index);
+        if (index != b.first) meet<FREE, CONSUMERS + HELPERS>();
+        for (int n = tid; n < BN; n += HELPERS) {
+            int out = min(tile.out + n, p.outs - 1);
+            a.row_scale[n] = p.row_scale[out], a.bias[n] = p.bias ? widen(p.bias[out]) : 0;
+#if SHIFTED
+            a.sums[n] = p.sums[out];
+#endif
+        }
+        if (index == b.first) await_earlier();
+        for (int m = tid; m < BM; m += HELPERS) {
+            int row = min(tile.row + m, p.rows - 1);
+            a.scale[m] = fresh(p.scale + row), a.offset[m] = fresh(p.offset + row);
+#if SHIFTED
+            a.zero[m] = fresh(p.zero + row);
+#endif
+        }
+#if OUTLIERS
+        fetch_outliers(p, a, tile, fresh(p.listed), 0, tid, HELPERS);
+#endif
+        announce<READY, CONSUMERS + HELPERS>();
+    }
+}
+
+// An exact sum as a float, but for the outliers and the bias.
+DEVICE float scaled(const Aside &a, int sum, int m, int n) {
+    sum -= a.offset[m];
+#if SHIFTED
+    sum -= a.zero[m] * a.sums[n];
+#endif
+    return multiplied(multiplied((float)sum, a.scale[m]), a.row_scale[n]);
+}
+
+// The next outlier columns, where there are more than lie here; all consumers come here.
+DEVICE bool more_outliers(const Params &p, Aside &a, const Tile &tile, int &from, int tid) {
+#if OUTLIERS
+    from += OUTLIERS_AT_ONCE;
+    if (from >= a.count) return false;
+    meet<AMONG, CONSUMERS>();
+    fetch_outliers(p, a, tile, a.count, from, tid, CONSUMERS);
+    meet<AMONG, CONSUMERS>();
+    return true;
+#else
+    return false;
+#endif
+}
+
+// Sixteen bytes of y, or as much as there is.
+DEVICE void store8(const Params &p, int row, int out, const u32 (&pairs)[4]) {
+    u16 *to = p.y + (long long)row * p.outs + out;
+    if (row >= p.rows) return;
+    if (p.outs % 8 == 0 && out < p.outs) {
+        *(uint4 *)to = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
+        return;
+    }
+#pragma unroll
+    for (int i = 0; i < 8; i++)
+        if (out + i < p.outs) to[i] = (u16)(pairs[i >> 1] >> 16 * (i & 1));
+}
+
+#if SPLITS == 1
+// Four lanes hold two outs each of four neighbouring eights; afterwards each holds a whole eight.
+DEVICE void gather_eights(u32 (&v)[4], int lane) {
+    bool odd = lane & 1, high = lane & 2;
+    u32 a = exchange(odd ? v[0] : v[1], 1), b = exchange(odd ? v[2] : v[3], 1);
+    (odd ? v[0] : v[1]) = a, (odd ? v[2] : v[3]) = b;
+    u32 c = exchange(high ? v[0] : v[2], 2), d = exchange(high ? v[1] : v[3], 2);
+    (high ? v[0] : v[2]) = c, (high ? v[1] : v[3]) = d;
+}
+
+DEVICE void finish(const Params &p, const Block &b, const Tile &tile, const int (&sums)[BN / 8][4], int tid) {
+    Aside &a = *b.aside;
+    int lane = tid & 31, m = (tid >> 5) * 16 + (lane >> 2), n = 2 * (lane & 3);
+    meet<READY, CONSUMERS + HELPERS>();
+    float y[BN / 8][4];
+#pragma unroll
+    for (int j = 0; j < BN / 8; j++)
+#pragma unroll
+        for (int e = 0; e < 4; e++) y[j][e] = scaled(a, sums[j][e], m + (e >> 1) * 8, j * 8 + n + (e & 1));
+#if OUTLIERS
+    int from = 0;
+    do {
+#pragma unroll 1
+        for (int i = 0; i < a.here; i++) {
+            float top = a.x[i][m], bottom = a.x[i][m + 8];
+#pragma unroll
+            for (int j = 0; j < BN / 8; j++) {
+                float left = a.weight[i][j * 8 + n], right = a.weight[i][j * 8 + n + 1];
+                y[j][0] += top * left, y[j][1] += top * right, y[j][2] += bottom * left, y[j][3] += bottom * right;
+            }
+        }
+    } while (more_outliers(p, a, tile, from, tid));
+#endif
+#pragma unroll
+    for (int h = 0; h < 2; h++)
+#pragma unroll
+        for (int j = 0; j < BN / 8; j += 4) {
+            u32 pairs[4];
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                int at = (j + i) * 8 + n;
+                pairs[i] = round_pair(y[j + i][2 * h] + a.bias[at], y[j + i][2 * h + 1] + a.bias[at + 1]);
+            }
+            gather_eights(pairs, lane);
+            store8(p, tile.row + m + h * 8, tile.out + (j + (lane & 3)) * 8, pairs);
+        }
+    announce<FREE, CONSUMERS + HELPERS>();
+}
+#else
+// The blocks of a cluster lay down their sums, and each finishes a part of the tile: eight outs per thread and turn.
+DEVICE void lay_down(const Block &b, const int (&sums)[BN / 8][4], int tid) {
+    int *block = (int *)b.stages, lane = tid & 31, m = (tid >> 5) * 16 + (lane >> 2), n = 2 * (lane & 3);
+    meet<AMONG, CONSUMERS>();  // nobody reads the stages any more
+#pragma unroll
+    for (int j = 0; j < BN / 8; j++) {
+        *(int2 *)(block + m * PITCH + j * 8 + n) = make_int2(sums[j][0], sums[j][1]);
+        *(int2 *)(block + (m + 8) * PITCH + j * 8 + n) = make_int2(sums[j][2], sums[j][3]);
+    }
+}
+
+DEVICE void finish_share(const Params &p, const Block &b, const Tile &tile, int tid) {
+    Aside &a = *b.aside;
+    const int *block = (const int *)b.stages;
+    int eights = min(p.rows - tile.row, BM) * (BN / 8), from = 0;
+    constexpr int TURNS = BM * BN / 8 / (CONSUMERS * SPLITS);  // at most
+    static_assert(TURNS * CONSUMERS * SPLITS == BM * BN / 8, "a tile is shared out evenly");
+    float y[TURNS][8];
+    meet<READY, CONSUMERS + HELPERS>();
+#pragma unroll
+    for (int turn = 0; turn < TURNS; turn++) {
+        int i = (turn * SPLITS + b.rank) * CONSUMERS + tid, m = i / (BN / 8), n = i % (BN / 8) * 8;
+        if (i >= eights) continue;
+        int total[8] = {};
+#pragma unroll
+        for (int r = 0; r < SPLITS; r++)
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                int4 v = load_from(block + m * PITCH + n + 4 * h, r);
+                total[4 * h] += v.x, total[4 * h + 1] += v.y, total[4 * h + 2] += v.z, total[4 * h + 3] += v.w;
+            }
+#pragma unroll
+        for (int e = 0; e < 8; e++) y[turn][e] = scaled(a, total[e], m, n + e);
+    }
+#if OUTLIERS
+    do {
+#pragma unroll
+        for (int turn = 0; turn < TURNS; turn++) {
+            int i = (turn * SPLITS + b.rank) * CONSUMERS + tid, m = i / (BN / 8), n = i % (BN / 8) * 8;
+            if (i >= eights) continue;
+            for (int k = 0; k < a.here; k++)
+#pragma unroll
+                for (int e = 0; e < 8; e++) y[turn][e] += a.x[k][m] * a.weight[k][n + e];
+        }
+    } while (more_outliers(p, a, tile, from, tid));
+#endif
+#pragma unroll
+    for (int turn = 0; turn < TURNS; turn++) {
+        int i = (turn * SPLITS + b.rank) * CONSUMERS + tid, m = i / (BN / 8), n = i % (BN / 8) * 8;
+        if (i >= eights) continue;
+        u32 pairs[4];
+#pragma unroll
+        for (int e = 0; e < 4; e++)
+            pairs[e] = round_pair(y[turn][2 * e] + a.bias[n + 2 * e], y[turn][2 * e + 1] + a.bias[n + 2 * e + 1]);
+        store8(p, tile.row + m, tile.out + n, pairs);
+    }
+}
+#endif
+
+DEVICE void release(const Block &b, int slot, int lane) {
+    if (lane) return;
+#if PAIR > 1
+    for (u32 rank = 0; rank < 2; rank++) arrive(b.empty + slot, rank);
+#else
+    arrive(b.empty + slot);
+#endif
+}
+
+DEVICE void consume(const Params &p, const Block &b, int tid) {
+    int lane = tid & 31, taken = 0;
+    for (int index = b.first; index < b.tiles; index += b.stride) {
+        Tile tile = tile_of(p, b, index);
+        int sums[BN / 8][4] = {};
+        settle(sums);
+#pragma unroll 1
+        for (int step = 0; step < b.steps; step++, taken++) {
+            int slot = taken % STAGES;
+            await(b.full + slot, taken / STAGES & 1);
+            const u8 *stage = b.stages + slot * STAGE;
+            u64 left = describe(stage + (tid >> 7) * (64 * BK)), right = describe(stage + X_BYTES);
+            begin_products();
+#pragma unroll
+            for (int k = 0; k < BK / 32; k++) multiply_tiles(sums, left, right, k);
+            end_products();
+            await_products<1>();
+            if (step) release(b, (taken + STAGES - 1) % STAGES, lane);
+        }
+        await_products<0>();
+        settle(sums);
+        if (b.steps) release(b, (taken + STAGES - 1) % STAGES, lane);
+#if SPLITS == 1
+        finish(p, b, tile, sums, tid);
+#else
+        lay_down(b, sums, tid);
+#endif
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1) int8_product(KERNEL_ARGUMENT Params p) {
+    extern __shared__ uint4 shared[];
+    int tid = threadIdx.x, warp = tid >> 5, steps = (p.columns + BK - 1) / BK, share = (steps + SPLITS - 1) / SPLITS;
+    Block b;
+    b.stages = (u8 *)shared + (-shared_address(shared) & 1023);
+    b.full = (u64 *)(b.stages + STAGES * STAGE), b.empty = b.full + STAGES, b.aside = (Aside *)(b.empty + STAGES);
+    b.rank = CLUSTER > 1 ? cluster_rank() : 0;
+    b.tiles = (p.rows + BM * PAIR - 1) / (BM * PAIR) * ((p.outs + BN - 1) / BN);
+    b.first = blockIdx.x / CLUSTER, b.stride = gridDim.x / CLUSTER;
+    b.begin = SPLITS > 1 ? min((int)b.rank * share, steps) : 0, b.steps = min(share, steps - b.begin);
+    if (tid == 0) {
+        for (int i = 0; i < STAGES; i++) make_barrier(b.full + i, 1), make_barrier(b.empty + i, 4 * WG * PAIR);
+        publish_barriers();
+        let_next_begin();
+    }
+    if (PAIR > 1) cluster_barrier();
+    else __syncthreads();
+
+    if (warp < 4 * WG) {
+        hold_registers<WG>();
+        consume(p, b, tid);
+    } else {
+        give_registers<WG>();
+        if (warp > 4 * WG) assist(p, b, tid - CONSUMERS - 32);
+        else if ((tid & 31) == 0) produce(p, b);
+    }
+#if SPLITS * PAIR > 1  // the others' shared memory is read, or written to, until all have come this far
+    __syncwarp();
+    cluster_barrier();
+#endif
+#if SPLITS > 1
+    if (warp < 4 * WG) finish_share(p, b, tile_of(p, b, b.first), tid);
+    __syncwarp();
+    cluster_barrier();
+#endif
+}

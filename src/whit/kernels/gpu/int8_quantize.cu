@@ -1,0 +1,113 @@
+// Rows of x (rows, columns) as int8 codes and a scale: codes = round(x 127 / max|x|), as kernels/int8.py defines.
+//
+// The host (int8.py) defines THREADS of a block and CHUNKS of eight columns that a thread holds, so that a row is read
+// once. With OUTLIERS, columns that int8_mark.cu has marked (a single row marks its own) get codes 0, count in no
+// row's maximum, and are listed by the first block. |x| is compared as its bits: so a NaN is the largest of all.
+#include "int8_warp.cuh"
+
+constexpr int WARPS = THREADS / 32;
+
+struct Params {
+    const u16 *x;
+    const u8 *marks;  // (slices, columns / 8), or null: x is one row
+    signed char *codes;
+    float *scale;
+    int *offset;  // of the rows' products with weights from 0 to 255 where they should be from -128 to 127
+    int *listed;  // how many columns are outliers, then these
+    float threshold;
+    int rows, columns, slices;
+};
+
+DEVICE float element(const uint4 &v, int i) {
+    u32 pair = i < 2 ? v.x : i < 4 ? v.y : i < 6 ? v.z : v.w;
+    return widen(i & 1 ? pair >> 16 : pair & 0xFFFF);
+}
+
+// The list, thread by thread: always in the same order.
+DEVICE void list_columns(const Params &p, const u32 (&marks)[CHUNKS], u32 *turns) {
+    int tid = threadIdx.x, warp = tid >> 5, count = 0, at = 0;
+#pragma unroll
+    for (int k = 0; k < CHUNKS; k++) count += count_bits(marks[k]);
+    int upto = warp_prefix(count);
+    if ((tid & 31) == 31) turns[warp] = upto;
+    __syncthreads();
+    for (int i = 0; i < warp; i++) at += turns[i];
+    at += upto;  // behind the thread's own
+    if (tid == THREADS - 1) p.listed[0] = at;
+    at -= count;
+#pragma unroll
+    for (int k = 0; k < CHUNKS; k++)
+        for (int i = 0; i < 8; i++)
+            if (marks[k] >> i & 1) p.listed[++at] = (tid + k * THREADS) * 8 + i;
+    __syncthreads();
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS) int8_quantize(const Params p) {
+    extern __shared__ uint4 shared[];
+    u32 *turns = (u32 *)shared, *largest = turns + WARPS;
+    int *sums = (int *)(largest + WARPS);
+    int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, chunks = p.columns / 8;
+    if (tid == 0) let_next_begin();
+    await_earlier();
+    u32 marks[CHUNKS] = {};
+#if OUTLIERS
+    if (p.marks) {
+#pragma unroll
+        for (int k = 0; k < CHUNKS; k++)
+            if (tid + k * THREADS < chunks)
+                for (int s = 0; s < p.slices; s++) marks[k] |= fresh(p.marks + (long long)s * chunks + tid + k * THREADS);
+        if (blockIdx.x == 0) list_columns(p, marks, turns);
+    }
+#endif
+    for (int row = blockIdx.x; row < p.rows; row += gridDim.x) {
+        const u16 *from = p.x + (long long)row * p.columns;
+        uint4 held[CHUNKS];
+        u32 most = 0;
+#pragma unroll
+        for (int k = 0; k < CHUNKS; k++) {
+            held[k] = make_uint4(0, 0, 0, 0);
+            if (tid + k * THREADS < chunks) held[k] = fresh16(from + (tid + k * THREADS) * 8);
+        }
+#if OUTLIERS
+        if (!p.marks) {
+#pragma unroll
+            for (int k = 0; k < CHUNKS; k++)
+#pragma unroll
+                for (int i = 0; i < 8; i++) marks[k] |= (u32)(fabsf(element(held[k], i)) >= p.threshold) << i;
+            list_columns(p, marks, turns);
+        }
+#endif
+#pragma unroll
+        for (int k = 0; k < CHUNKS; k++)
+#pragma unroll
+            for (int i = 0; i < 8; i++)
+                if (!(marks[k] >> i & 1)) most = max(most, float_bits(element(held[k], i)) & 0x7FFFFFFF);
+        most = warp_max(most);
+        if (lane == 0) largest[warp] = most;
+        __syncthreads();
+        for (int i = 0; i < WARPS; i++) most = max(most, largest[i]);
+        float absmax = bits_float(most), factor = absmax > 0 ? multiplied(divided(1, absmax), 127) : 0;
+        int sum = 0;
+#pragma unroll
+        for (int k = 0; k < CHUNKS; k++) {
+            u32 words[2] = {};
+#pragma unroll
+            for (int i = 0; i < 8; i++) {
+                int code = marks[k] >> i & 1 ? 0 : nearest(multiplied(element(held[k], i), factor));
+                code = max(min(code, 127), -128);
+                sum += code;
+                words[i >> 2] |= (u32)(code & 0xFF) << 8 * (i & 3);
+            }
+            if (tid + k * THREADS < chunks)
+                *(uint2 *)(p.codes + (long long)row * p.columns + (tid + k * THREADS) * 8) = make_uint2(words[0], words[1]);
+        }
+        sum = warp_sum(sum);
+        if (lane == 0) sums[warp] = sum;
+        __syncthreads();
+        if (tid == 0) {
+            for (int i = 1; i < WARPS; i++) sum += sums[i];
+            p.scale[row] = divided(absmax, 127), p.offset[row] = 128 * sum;
+        }
+        __syncthreads();
+    }
+}

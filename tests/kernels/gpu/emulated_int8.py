@@ -1,0 +1,68 @@
+"""The kernels of int8 activations compiled for the CPU: clusters of blocks, and Hopper's instructions as loops."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+import tempfile
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from whit.kernels.gpu import int8, nvrtc
+from whit.kernels.gpu.int8 import Config, Rows, Weight
+
+import emulated
+
+BLOCKS = 'extern "C" void run(const Params *p, int x, int y) {{ run_grid({{x, y, 1}}, THREADS, [&] {{ {}(*p); }}); }}'
+CLUSTERS = (
+    'extern "C" void run(const Params *p, int x, int y) {{ run_clusters(x, THREADS, CLUSTER, [&] {{ {}(*p); }}); }}'
+)
+
+
+@lru_cache
+def library(kernel: Path, macros: tuple[tuple[str, int], ...], driver: str) -> ctypes.CDLL:
+    folder = Path(tempfile.mkdtemp(prefix="emulated-"))
+    source, target = folder / "kernel.cpp", folder / "kernel.so"
+    included = (emulated.HERE / "emulate.h", emulated.HERE / "emulate_int8.h", nvrtc.COMMON, kernel)
+    setup = "exchanges.assign(64, Exchange{}), "
+    body = driver.format(kernel.stem).replace("run_grid", f"{setup}run_grid")
+    source.write_text("".join(f'#include "{path}"\n' for path in included) + body)
+    flags = [f"-D{name}={value}" for name, value in macros]
+    command = [str(emulated.COMPILER), "-std=c++17", "-O1", "-w", "-shared", "-fPIC", *flags, str(source)]
+    done = subprocess.run([*command, "-o", str(target)], capture_output=True, text=True)
+    assert not done.returncode, done.stderr
+    loaded = ctypes.CDLL(str(target))
+    shutil.rmtree(folder)
+    return loaded
+
+
+def quantize(x: Tensor, threshold: float = 0.0) -> Rows:
+    """As `int8.quantize`."""
+    half, marks, rows = x.dtype == torch.float16, None, int8.empty_rows(x, threshold > 0)
+    if threshold > 0 and len(x) > 1:
+        marks = torch.full((int8.slices(len(x)), x.shape[1] // 8), 0xFF, dtype=torch.uint8)
+        params = int8.mark_params(x, marks, threshold)
+        kernel = library(int8.MARK, tuple((int8.BYTES | {"HALF": int(half)}).items()), BLOCKS)
+        kernel.run(ctypes.byref(params), *int8.mark_grid(x, marks)[:2])
+    macros = int8.quantize_macros(x.shape[1], half, threshold > 0)
+    params = int8.quantize_params(x, rows, marks, threshold)
+    library(int8.QUANTIZE, tuple(macros.items()), BLOCKS).run(ctypes.byref(params), min(len(x), 3), 1)
+    return rows
+
+
+def multiply(rows: Rows, weight: Weight, dtype: torch.dtype, config: Config, processors: int = 4) -> Tensor:
+    """As `int8.multiply`, on so many multiprocessors."""
+    y = torch.full((len(rows.codes), len(weight.codes)), float("nan"), dtype=dtype)
+    params = int8.product_params(rows, weight, y, config, _map)
+    macros = config.macros(dtype == torch.float16, rows.listed is not None, rows.zero is not None)
+    grid = config.grid(y.shape[1], len(y), processors)
+    library(int8.PRODUCT, tuple(macros.items()), CLUSTERS).run(ctypes.byref(params), *grid[:2])
+    return y
+
+
+def _map(address: int, rows: int, columns: int, tall: int) -> ctypes.Array[ctypes.c_uint64]:
+    return (ctypes.c_uint64 * 16)(address, rows, columns, tall)

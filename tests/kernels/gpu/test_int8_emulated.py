@@ -1,0 +1,115 @@
+"""The kernels of int8 activations, compiled for the CPU, against the functions that define their results.
+
+What this cannot see: the instructions themselves, the order of memory between engines, and speed.
+benchmarks/int8_gpu.py checks the same on a GPU.
+"""
+
+from __future__ import annotations
+
+import emulated_int8
+import pytest
+import torch
+from torch import Generator, Tensor
+
+from whit.kernels import int8 as reference
+from whit.kernels.gpu import int8
+from whit.kernels.gpu.int8 import Config, Weight
+
+import emulated
+
+pytestmark = pytest.mark.skipif(emulated.COMPILER is None, reason="no g++ here")
+BF16, F16 = torch.bfloat16, torch.float16
+
+
+def planted(rows: int, columns: int, dtype: torch.dtype, random: Generator, outliers: int = 0) -> Tensor:
+    """Numbers below 6, but for so many columns in which some row reaches it."""
+    x = torch.randn(rows, columns, generator=random).clamp(-5, 5)
+    for column in torch.randperm(columns, generator=random)[:outliers]:
+        x[torch.randint(rows, (1,), generator=random), column] = 6.0 + column
+    return x.to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16])
+@pytest.mark.parametrize(("rows", "columns"), [(1, 48), (7, 1072)])
+def test_rows_are_the_references_bit_for_bit(rows: int, columns: int, dtype: torch.dtype, random: Generator):
+    x = planted(rows, columns, dtype, random)
+    x[-1, 5], x[0, 0] = -70.0, 0.3  # a row's largest is negative
+    if rows > 1:
+        x[1], x[2, 3], x[3, 4] = 0.0, float("nan"), float("inf")
+    found, wanted = emulated_int8.quantize(x), reference.quantize_rows(x)
+    finite = x.isfinite().all(1)
+    assert torch.equal(found.codes[finite], wanted.codes[finite])
+    assert torch.equal(found.scale[finite], wanted.scale[finite, 0])
+    assert torch.equal(found.offset, 128 * found.codes.sum(1, dtype=torch.int32))
+    assert not found.scale[~finite].isfinite().any()
+
+
+@pytest.mark.parametrize(("rows", "outliers"), [(1, 0), (1, 3), (130, 0), (130, 21)])
+def test_outlier_columns_are_listed_and_count_in_no_scale(rows: int, outliers: int, random: Generator):
+    x = planted(rows, 1072, BF16, random, outliers)
+    found, columns = emulated_int8.quantize(x, 6.0), reference.outlier_columns(x, 6.0)
+    wanted = reference.quantize_rows(torch.where(columns, 0, x))
+    assert torch.equal(found.codes, wanted.codes)
+    assert torch.equal(found.scale, wanted.scale[:, 0])
+    assert found.listed is not None
+    count = int(found.listed[0])
+    assert count == outliers
+    assert sorted(found.listed[1 : 1 + count].tolist()) == columns.nonzero()[:, 0].tolist()
+
+
+CUTS = [
+    (Config(1, 128, 3, 4), 5, 200, 784),  # blocks share the columns; an uneven share
+    (Config(1, 32, 2, 1), 70, 70, 144),  # ragged rows and outs, one tile after the other
+    (Config(2, 64, 2, 2), 129, 72, 400),
+    (Config(1, 64, 3, 1, 2), 200, 136, 400),  # pairs, of which one has no rows
+]
+
+
+def operands(rows: int, outs: int, columns: int, random: Generator, outliers: int = 0) -> tuple[Tensor, ...]:
+    codes = torch.randint(0, 256, (outs, columns), dtype=torch.uint8, generator=random)
+    scale = torch.rand(outs, generator=random) * 0.02 - 0.005
+    return planted(rows, columns, BF16, random, outliers), codes, scale, torch.randn(outs, generator=random).to(BF16)
+
+
+@pytest.mark.parametrize(("config", "rows", "outs", "columns"), CUTS)
+def test_the_product_is_the_references_bit_for_bit(
+    config: Config, rows: int, outs: int, columns: int, random: Generator
+):
+    x, codes, scale, bias = operands(rows, outs, columns, random)
+    signed = (codes.to(torch.int16) - 128).to(torch.int8)
+    wanted = reference.int8_linear(x, signed, scale, bias, reference.quantize_rows(x))
+    found = emulated_int8.multiply(emulated_int8.quantize(x), Weight(codes, scale, bias), BF16, config)
+    assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize("outliers", [0, 3, 19])
+@pytest.mark.parametrize(("config", "rows", "outs", "columns"), [CUTS[0], CUTS[3]])
+def test_however_many_outliers_there_are_none_is_dropped(
+    config: Config, rows: int, outs: int, columns: int, outliers: int, random: Generator
+):
+    x, codes, scale, bias = operands(rows, outs, columns, random, outliers)
+    signed = (codes.to(torch.int16) - 128).to(torch.int8)
+    wanted = reference.outlier_linear(x.float(), signed, scale[:, None], bias, 6.0)
+    found = emulated_int8.multiply(emulated_int8.quantize(x, 6.0), Weight(codes, scale, bias), BF16, config).float()
+    assert (found - wanted).norm() < 6e-3 * wanted.norm()  # of bfloat16, as the weight's outlier columns are
+
+
+def test_rows_with_zero_points(random: Generator):
+    x, codes, scale, bias = operands(9, 40, 144, random)
+    signed = (codes.to(torch.int16) - 128).to(torch.int8)
+    known = reference.quantize_rows(x, symmetric=False)
+    assert known.zero_point is not None
+    offset = known.codes.sum(1, dtype=torch.int32) * 128
+    rows = int8.Rows(known.codes, known.scale.contiguous(), offset, known.zero_point.contiguous())
+    sums = signed.sum(1, dtype=torch.int32)
+    found = emulated_int8.multiply(rows, Weight(codes, scale, bias, sums), BF16, Config(1, 32, 2))
+    assert torch.equal(found, reference.int8_linear(x, signed, scale, bias, known))
+
+
+@pytest.mark.parametrize("rows", [1, 16, 64, 65, 256, 1024, 4096])
+@pytest.mark.parametrize(("outs", "columns"), [(4096, 4096), (14336, 4096), (4096, 14336), (576, 1536), (16, 16)])
+def test_every_cut_fits_a_multiprocessor(rows: int, outs: int, columns: int):
+    config = int8.best(outs, columns, rows, 132)
+    assert config.shared_bytes(outliers=True, shifted=True) <= int8.LARGEST_SHARED
+    assert config.grid(outs, rows, 132)[0] % (config.split * config.pair) == 0
+    assert config.rows * config.outs % (8 * 128 * config.groups * config.split) == 0
