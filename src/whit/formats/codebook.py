@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 
 import torch
 from torch import Tensor
@@ -31,6 +31,7 @@ MAX_LEVELS = 256
 TINY = 1e-38  # below this a group counts as zero: its reciprocal would overflow
 
 
+@cache
 def dynamic_levels() -> tuple[float, ...]:
     """The signed 8-bit dynamic table: 0, 1 and, for each decade 10^(e-6), e = 0..6, 2^e midpoints of [0.1, 1], +-."""
     positive = []
@@ -98,7 +99,7 @@ class Codebook:
     @property
     def nested(self) -> Format:
         """The format of absmax under double quantization."""
-        return Codebook(TABLES["dynamic8"], group_size=256, centered=True)
+        return _absmax_format()
 
     @property
     def row_independent(self) -> bool:
@@ -191,6 +192,12 @@ def _count_below(values: Tensor, bounds: tuple[float, ...]) -> Tensor:
     for bound in bounds:
         counts += values > bound
     return counts
+
+
+@cache
+def _absmax_format() -> Codebook:
+    """Made once: a table of 256 levels takes longer to check than a small product takes on a GPU."""
+    return Codebook(TABLES["dynamic8"], group_size=256, centered=True)
 
 
 def _mean(values: Tensor) -> Tensor:
