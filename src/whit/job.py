@@ -16,13 +16,14 @@ from torch import Tensor
 import whit
 from whit.calibration import Calibration, CalibrationTokens
 from whit.checkpoint.hub import resolve_model
+from whit.checkpoint.onnx import onnx_graph
 from whit.checkpoint.reader import Checkpoint, read_json
 from whit.checkpoint.work import check_out
 from whit.errors import RecipeError
 from whit.export import Exporter, exporter_named
 from whit.export.foreign import ForeignSource
 from whit.export.packed import PackedSource
-from whit.export.readers import quant_method, read_foreign
+from whit.export.readers import open_foreign, quant_method
 from whit.export.readers.gguf import read_gguf_model
 from whit.export.whit import QUANT_METHOD
 from whit.integrations.loading import load_tokenizer, maximum_context
@@ -193,11 +194,11 @@ def open_source(folder: Path, trust_remote_code: bool = False) -> Source:
     if folder.is_file():
         gguf = read_gguf_model(folder)
         return ForeignSource(load_skeleton(gguf.folder), gguf)
-    config = read_json(folder / "config.json")
-    model = load_skeleton(folder, trust_remote_code)
-    checkpoint, method = Checkpoint(folder), quant_method(config)
+    config, is_graph = read_json(folder / "config.json"), onnx_graph(folder) is not None
+    model, method = load_skeleton(folder, trust_remote_code), quant_method(config)
+    if is_graph or method not in (None, QUANT_METHOD):
+        return ForeignSource(model, open_foreign(folder, config))
+    checkpoint = Checkpoint(folder)
     if method is None:
         return ModelSource(model, checkpoint)
-    if method == QUANT_METHOD:
-        return PackedSource(model, checkpoint, config["quantization_config"])
-    return ForeignSource(model, read_foreign(config, checkpoint))
+    return PackedSource(model, checkpoint, config["quantization_config"])

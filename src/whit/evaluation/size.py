@@ -55,7 +55,7 @@ def weight_files(path: Path) -> list[Path]:
         return [path]
     if (path / INDEX).is_file():
         return _indexed(path, INDEX)
-    for pattern in ("model*.safetensors", "*.safetensors", "*.gguf"):
+    for pattern in ("model*.safetensors", "*.safetensors", "*.gguf", "*.onnx*"):
         if found := sorted(path.glob(pattern)):
             return found
     raise CheckpointError(f"{path}: no weight file (*.safetensors); a model folder must hold one; check the path")

@@ -26,8 +26,9 @@ class ForeignSource(ModelSource):
         super().__init__(model, foreign)  # type: ignore[arg-type]  # it has what is used of a Checkpoint
 
     def entry(self, name: str) -> Entry | None:
-        """None for what is quantized in the file."""
-        return None if any(key in self.foreign.packed for key in self.origins[name].keys) else super().entry(name)
+        """None for what is quantized in the file, or has no place of its own there."""
+        found = None if any(key in self.foreign.packed for key in self.origins[name].keys) else super().entry(name)
+        return found if found is not None and found.stop > found.start else None
 
     def format(self, name: str) -> Format | None:
         """The format in which a parameter can be had without quantizing it again; None where it has none."""

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from whit.activations import parse_activations
-from whit.checkpoint.reader import Checkpoint, read_json
+from whit.checkpoint.onnx import onnx_graph
+from whit.checkpoint.reader import read_json
 from whit.export.foreign import ForeignSource
-from whit.export.readers import INPUTS, READERS, quant_method, read_foreign
+from whit.export.readers import INPUTS, READERS, open_foreign, quant_method
 from whit.export.whit import quantization_config
 from whit.layouts import BITS
 from whit.model.skeleton import load_skeleton
@@ -28,14 +29,14 @@ def is_foreign(folder: Path) -> bool:
     """Whether a model folder holds a kind of quantized file that whit reads itself."""
     path = folder / "config.json"
     method = quant_method(read_json(path)) if path.is_file() else None
-    return any(method == name for name, _ in READERS)
+    return any(method == name for name, _ in READERS) or onnx_graph(folder) is not None
 
 
 def load_foreign(folder: Path, dtype: torch.dtype | str, trust_remote_code: bool = False, **placement: Any) -> Any:
     """The model, as `from_pretrained` gives it, with its loading information; `dtype` "auto" is config.json's."""
     config = read_json(folder / "config.json")
     skeleton = load_skeleton(folder, trust_remote_code)
-    source = ForeignSource(skeleton, read_foreign(config, Checkpoint(folder)))
+    source = ForeignSource(skeleton, open_foreign(folder, config))
     if dtype == "auto":
         dtype = getattr(torch, str(config.get("dtype") or config.get("torch_dtype") or "float32"))
     assert isinstance(dtype, torch.dtype)

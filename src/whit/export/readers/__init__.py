@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from whit.checkpoint.onnx import onnx_graph
 from whit.checkpoint.reader import Checkpoint
 from whit.errors import CheckpointError
 from whit.export.readers.awq import read_awq
@@ -15,6 +17,7 @@ from whit.export.readers.compressed_tensors import read_compressed_tensors
 from whit.export.readers.gptq import read_gptq
 from whit.export.readers.hqq import read_hqq
 from whit.export.readers.mlx import read_mlx
+from whit.export.readers.onnx import read_onnx_model
 
 READERS: tuple[tuple[str, Reader], ...] = (
     ("gptq", read_gptq),
@@ -40,6 +43,12 @@ def quant_method(config: Mapping[str, Any]) -> str | None:
     return str(found.get("quant_method", "mlx" if "group_size" in found and "bits" in found else "unknown"))
 
 
+def open_foreign(folder: Path, config: Mapping[str, Any]) -> Foreign:
+    """The checkpoint of a folder that another program quantized: safetensors by its config.json, or a graph of ONNX."""
+    graph = onnx_graph(folder)
+    return read_onnx_model(graph) if graph is not None else read_foreign(config, Checkpoint(folder))
+
+
 def read_foreign(config: Mapping[str, Any], checkpoint: Checkpoint) -> Foreign:
     """A foreign checkpoint as if it were not quantized. CheckpointError where it is of no known kind, or damaged."""
     method = quant_method(config)
@@ -58,4 +67,4 @@ def read_foreign(config: Mapping[str, Any], checkpoint: Checkpoint) -> Foreign:
     raise CheckpointError(f"{checkpoint.folder}: quantized by {method}; whit reads {known}; use the original model")
 
 
-__all__ = ["INPUTS", "READERS", "Foreign", "Packed", "Reader", "quant_method", "read_foreign"]
+__all__ = ["INPUTS", "READERS", "Foreign", "Packed", "Reader", "open_foreign", "quant_method", "read_foreign"]
