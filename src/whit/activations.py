@@ -40,6 +40,8 @@ SCHEMES = {  # names of a format and activations together
     "llm.int8": ("int8-absmax", "int8-outliers"),
     "w8a8": ("int8", "int8"),
     "w8a8-static": ("int8", "int8-static"),
+    "w4a8": ("int4-channel", "int8"),
+    "w4a8-static": ("int4-channel", "int8-static"),
     "w8a8-fp8": ("fp8", "fp8"),
 }
 EXAMPLES = ("int8", "int8-g32", "int8-asym", "int8-outliers", "int8-static", "int8-static-percentile99.9", "fp8")

@@ -7,9 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 import whit
 from forking import in_child
+from test_calibrated import tokenizer
+from whit.cli import build_app
 from whit.errors import OutputError, RecipeError
 from whit.integrations.loading import load_causal_lm
 from whit.methods.joined import Matrices, Part, can_join, join
@@ -19,6 +22,7 @@ from whit.qat.loop import Loop
 from whit.qat.losses import divergence, hidden_loss, text_loss
 from whit.qat.network import Network
 from whit.qat.run import _codes, _reader, prepare_trained
+from whit.qat.sampled import sample_windows
 
 from tiny_models import save_tiny
 
@@ -155,6 +159,32 @@ def test_text_of_its_own(model: Path, tmp_path: Path):
     for name in ("a", "b"):
         train(prepare_full(model, tmp_path / name, whit.Recipe("rtn", MIXED), Course(steps=3, batch=4), words))
     assert weights(tmp_path / "a") == weights(tmp_path / "b")
+
+
+@pytest.mark.parametrize("mode", ["full", pytest.param("blocks", marks=pytest.mark.slow)])
+def test_what_calibrates_the_start_is_of_the_model_s_own_text_too(
+    mode: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Without data: no code is chosen by another text than the one that the model has written."""
+    used: list[torch.Tensor] = []
+    feed = whit.pipeline.BlockFeed
+    monkeypatch.setattr(whit.job, "load_tokenizer", lambda *_, **__: tokenizer())
+    monkeypatch.setattr(whit.pipeline, "BlockFeed", lambda job, method, calibration, work: (
+        used.append(calibration.tokens), feed(job, method, calibration, work))[1])  # fmt: skip
+    words = ["train", str(model), str(tmp_path / "out"), "--qat", mode, "--format", "int3-g32", "--text", "self"]
+    words += ["--samples", "4", "--context", "24", "--steps", "2", "--batch", "2", "--windows", "4", "--seed", "3"]
+    result = CliRunner().invoke(build_app(), words, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    source = whit.job.open_source(model)
+    own = sample_windows(Network(source, source.read, torch.device("cpu"), torch.float32), 4, 24, 3)
+    assert [torch.equal(tokens, own) for tokens in used] == [True]
+
+
+def test_hidden_states_can_be_followed(model: Path, tmp_path: Path):
+    course = Course(steps=15, batch=4, rate=0.08, scale_rate=0.03, distill=0.0, hidden=1.0)
+    losses: list[float] = []
+    train(full(model, tmp_path / "out", course), lambda what, step, total, loss: losses.append(loss))
+    assert losses[-1] < 0.9 * losses[0]
 
 
 def test_losses_and_their_gradients(random: torch.Generator):

@@ -25,10 +25,11 @@ from whit.formats import parse_format
 from whit.job import Options, prepare
 from whit.methods import Blocks, parse_method
 from whit.pipeline import run
-from whit.qat import Course, Setting, Training, Words, prepare_full, prepare_scales
+from whit.qat import OWN_TEXT, Course, Setting, Training, Words, prepare_full, prepare_scales
 from whit.qat import train as train_whole
 from whit.qat.needs import memory_bytes
 from whit.qat.recipes import BITNET_ACTIVATIONS, BITNET_FORMAT, NAMES, efficientqat
+from whit.qat.sampled import own_calibration
 from whit.recipe import Recipe
 
 TEXT_HELP = "What to train on: a text or .jsonl file, whit:text, or self: text that the model itself writes."
@@ -37,7 +38,10 @@ QAT_HELP = (
     "params of a quantized MODEL alone (an unquantized one is trained by blocks first). [default: full; scales where "
     "MODEL is quantized]"
 )
-ACTIVATIONS_HELP = "Round the inputs of linears too, in training as in the model: int8 (full only)."
+ACTIVATIONS_HELP = (
+    "Round the inputs of linears too, in training as in the model (full only): int8, int8-g32, fp8, or, with ranges "
+    "that are learned, int8-static and int8-static-asym. --format w4a8-static names both."
+)
 RECIPE_HELP = f"Hyper-parameters by name, or BitNet's linears: {', '.join(NAMES)}."
 
 
@@ -114,12 +118,11 @@ def train(
     blocks, course = replace(blocks, **given), replace(course, **given)  # type: ignore[arg-type]
     course = replace(course, kept_rate=kept_rate, at_once=at_once, seconds=None if minutes is None else 60 * minutes)
     folder = Path(start) if Path(start).is_dir() else None
+    # What the model writes itself is not there yet; windows of this text are as many and as long.
+    calibration = Calibration("whit:text" if text == OWN_TEXT else text, samples or 128, context, seed)
     asked = Asked(
         mode, rules, course, Words(text, windows or course.steps * course.batch, context),
-        Setting(options, export, Calibration("whit:text" if text == "self" else text, samples or 128, context, seed),
-                folder, teacher),
-        blocks, Calibration("whit:text" if text == "self" else text, samples or 128, context, seed), start, activations,
-        as_json,
+        Setting(options, export, calibration, folder, teacher), blocks, calibration, start, activations, as_json,
         dry_run,
     )  # fmt: skip
     _do(model, out, asked)
@@ -152,7 +155,10 @@ def _blocks_first(model: str, out: Path, asked: Asked, options: Options) -> None
     job = prepare(model, place, recipe, options, asked.calibration, asked.setting.export if only else "whit")
     if asked.dry_run:
         show_plan(job, asked.as_json)
-    elif only:
+        return
+    if asked.words.text == OWN_TEXT and job.calibration is not None:
+        job = replace(job, calibration=own_calibration(job))
+    if only:
         run_and_show(job, asked.as_json)
     else:
         notes = console()

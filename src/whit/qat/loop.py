@@ -57,7 +57,7 @@ class Loop:
                 self.seconds = time.monotonic() - began
                 if progress is not None and (self.step % every == 0 or self.step == total):
                     progress(self.step, total, float(loss))
-                if state is not None and state.due():
+                if state is not None and (state.due() or self._done() >= 1):
                     state.save(self.step, self.seconds, self.variables, self.optimizer)
             for one in self.trained.values():
                 one.decode()

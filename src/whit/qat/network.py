@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 
 import torch
 from accelerate import init_empty_weights
@@ -13,10 +12,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from whit.activations import Activations
-from whit.errors import RecipeError
-from whit.kernels import float8, int8
 from whit.methods.refine import replaced
 from whit.plan import Source
+from whit.qat.inputs import Range, round_inputs
 
 Read = Callable[[str], Tensor]
 
@@ -32,6 +30,7 @@ class Network:
         with init_empty_weights(include_buffers=False):  # buffers that no checkpoint holds are computed
             model: PreTrainedModel = type(skeleton)(skeleton.config)
         self.model, self.device, self.dtype = model.eval().requires_grad_(False), device, dtype
+        self.exact: set[str] = set()  # parameters that stay float32
         model.config.use_cache = False
         model.config._experts_implementation = "eager"
         for name in source.origins:
@@ -52,18 +51,15 @@ class Network:
         other.model = copy.deepcopy(self.model, same)
         return other
 
-    def quantize_inputs(self, how: Mapping[str, Activations]) -> None:
+    def quantize_inputs(self, how: Mapping[str, Activations], ranges: Mapping[str, Range]) -> None:
         """From here on the inputs of these modules are rounded as they will be when the model runs packed.
 
-        Gradients pass as if they were not. Scales come from the input itself; RecipeError for others.
+        Static ones have `ranges`, whose values may be held like those of other parameters.
         """
         for holder, activations in how.items():
-            if activations.kind != "dynamic" or activations.threshold:
-                raise RecipeError(
-                    f"{holder}: activations {activations}; training rounds inputs by scales of their own; use int8"
-                )
-            rounded = partial(_rounded_input, activations)
-            self.model.get_submodule(holder).register_forward_pre_hook(rounded)
+            start = ranges[holder].start if holder in ranges else None
+            round_inputs(self.model.get_submodule(holder), activations, start)
+            self.exact |= set(ranges[holder].names.values()) if holder in ranges else set()
 
     def parameter(self, name: str) -> nn.Parameter:
         """A parameter of the model."""
@@ -72,8 +68,14 @@ class Network:
 
     @contextmanager
     def holding(self, values: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
-        """The model computes with these values, rounded to its dtype; yields leaves to take gradients in."""
-        leaves = {name: value.to(self.dtype).detach().requires_grad_() for name, value in values.items()}
+        """The model computes with these values, rounded to its dtype; yields leaves to take gradients in.
+
+        Ranges of inputs stay in float32.
+        """
+        leaves = {
+            name: value.to(torch.float32 if name in self.exact else self.dtype).detach().requires_grad_()
+            for name, value in values.items()
+        }
         with replaced(self.model, {id(self.parameter(name)): leaf for name, leaf in leaves.items()}):
             yield leaves
 
@@ -90,14 +92,3 @@ class Network:
             module._parameters[key] = nn.Parameter(value.contiguous(), requires_grad=False)
         else:
             module._buffers[key] = value
-
-
-def _rounded_input(how: Activations, module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    x, *others = inputs
-    flat, whole = x.detach().reshape(-1, x.shape[-1]), how.granularity == "tensor"
-    if how.dtype == torch.int8:
-        codes, scale, zero = int8.quantize_rows(flat, whole, how.symmetric)
-    else:
-        codes, scale, zero = float8.quantize_rows(flat, whole)
-    near = codes.to(torch.float32) if zero is None else codes.to(torch.float32) - zero
-    return x + ((near * scale).reshape(x.shape).to(x.dtype) - x.detach()), *others

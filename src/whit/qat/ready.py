@@ -31,10 +31,16 @@ class Ready:
     def give(self, item: Item) -> Given:
         value = self.values.get(item.name)
         if isinstance(value, QuantizedTensor):
-            return Given(self.source.read(item.name), quantized=value.to(self.device))
+            return Given(self.source.read(item.name), quantized=value.to(self.device), inputs=self._inputs(item))
         if value is not None:
             return Given(value.cpu(), note="trained")
         return Given(self.source.read(item.name))
+
+    def _inputs(self, item: Item) -> dict[str, Tensor]:
+        """The trained range of a linear's inputs, where it is static."""
+        keys = () if item.activations is None or item.target is None else item.activations.specs
+        found = {key: self.values[f"{item.target.holder}.{key}"] for key in keys if item.target is not None}
+        return {key: value for key, value in found.items() if isinstance(value, Tensor)}
 
     def take_back(self, item: Item, approximation: Tensor) -> None:
         """Nothing runs, so nothing needs it."""

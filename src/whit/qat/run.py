@@ -10,7 +10,7 @@ What is written is what was computed with in the last step, bit for bit. The sta
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from hashlib import sha256
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from whit.calibration import Calibration
 from whit.checkpoint.hub import resolve_model
+from whit.checkpoint.reader import Checkpoint, read_json
 from whit.checkpoint.work import is_done
 from whit.coverage import Account, load_account
 from whit.errors import RecipeError
@@ -32,10 +33,11 @@ from whit.methods.straight import Fitted, Straight
 from whit.pipeline import run as write
 from whit.plan import Coded, Item, Source
 from whit.qat.course import Course
+from whit.qat.inputs import Range
 from whit.qat.loop import Loop
 from whit.qat.network import Network
 from whit.qat.ready import Ready
-from whit.qat.sampled import sample_windows
+from whit.qat.sampled import own_calibration, sample_windows
 from whit.qat.state import StateFile
 from whit.qat.trained import Frozen, Kept, Trained, Value
 from whit.recipe import Recipe
@@ -112,13 +114,11 @@ def prepare_full(
     begin = None
     if not given:
         start = job.out.parent / f".{job.out.name}.start"
-        begin = prepare(
-            model,
-            start,
-            Recipe(job.recipe.method, job.recipe.rules, methods=job.recipe.methods),
-            setting.options,
-            calibration,
-        )
+        static = job.recipe.activations if job.recipe.activations and job.recipe.activations.needs_stats else None
+        first = Recipe(job.recipe.method, job.recipe.rules, activations=static, methods=job.recipe.methods)
+        begin = prepare(model, start, first, setting.options, calibration)
+    else:
+        job = replace(job, calibration=None)  # ranges are those of the start
     told = {"start": _account_hash(setting.start) if setting.start is not None else None}
     job = replace(job, training={"mode": "full", **_described(course, words), **told})
     return Training("full", job, course, words, setting, begin)
@@ -133,10 +133,21 @@ def prepare_scales(
         course = replace(course, distill=0.0, hidden=0.0, text=course.text or 1.0)
     if setting.teacher is None and words.text == OWN_TEXT:
         raise RecipeError("train: text self without a teacher; the model's own errors teach nothing; name --teacher")
+    _refuse_activations(str(model), setting.options.trust_remote_code)
     job = prepare_transcode(model, out, setting.export, setting.options)
     teacher = None if setting.teacher is None else str(setting.teacher)
     training = {"mode": "scales", **_described(course, words), "teacher": teacher}
     return Training("scales", replace(job, training=training, exact=frozenset()), course, words, setting)
+
+
+def _refuse_activations(model: str, trusted: bool) -> None:
+    folder = resolve_model(model, trusted)
+    config = read_json(folder / "config.json") if folder.is_dir() else {}
+    if config.get("quantization_config", {}).get("inputs"):
+        raise RecipeError(
+            f"{model}: its inputs are quantized too; training scales alone knows weights only; "
+            "train the unquantized model with --qat full and --activations"
+        )
 
 
 def train(
@@ -145,21 +156,26 @@ def train(
     """Do a prepared run, or what a killed one left of it. `progress` gets what is done, steps, their total, loss."""
     job = training.job
     if not is_done(job.out, job.fingerprint, job.options.restart):
-        state = StateFile(training.place / "state.safetensors", job.fingerprint, save_every, job.options.restart)
-        values = _trained(training, state, progress)
-        account = write(job, Ready(job.source, values, job.device))
-        shutil.rmtree(training.place, ignore_errors=True)
-        if training.begin is not None:
-            shutil.rmtree(training.begin.out, ignore_errors=True)
-        return account
+        return finish(training, learn(training, progress, save_every))
     return load_account(job.out)
 
 
-def _trained(
-    training: Training, state: StateFile, progress: Callable[[str, int, int, float], None] | None
+def finish(training: Training, values: Mapping[str, Value]) -> Account:
+    """Write what `learn` gave. Until that is done the state lies on the disk: a failure here costs no training."""
+    job = training.job
+    account = write(job, Ready(job.source, values, job.device))
+    shutil.rmtree(training.place, ignore_errors=True)
+    if training.begin is not None:
+        shutil.rmtree(training.begin.out, ignore_errors=True)
+    return account
+
+
+def learn(
+    training: Training, progress: Callable[[str, int, int, float], None] | None = None, save_every: float = 60.0
 ) -> dict[str, Value]:
-    """The values of all parameters after the last step, on the CPU."""
+    """The first part of `train`: the values of all parameters after the last step, on the CPU."""
     job, course = training.job, training.course
+    state = StateFile(training.place / "state.safetensors", job.fingerprint, save_every, job.options.restart)
     codes = _codes(training)
     quantized = {item.name for item in job.plan.items if item.format is not None}
     own = training.mode == "full"
@@ -170,10 +186,12 @@ def _trained(
         exact = open_source(resolve_model(training.setting.teacher, trusted), trusted)
         teacher = Network(exact, _reader(exact), job.device, training.dtype)
     tokens = _tokens(training, teacher or network)
+    ranges = _ranges(training)
     activated = {i.target.holder: i.activations for i in job.plan.items if i.target is not None and i.activations}
-    network.quantize_inputs(activated)
+    network.quantize_inputs(activated, ranges)
     with torch.no_grad():
         trained = prepare_trained(training, codes)
+        trained |= {f"{holder}.inputs": one for holder, one in ranges.items()}
         if course.kept_rate > 0:
             trained |= _kept(job, network)
     loop = Loop(network, teacher, trained, tokens, course)
@@ -216,10 +234,10 @@ def _codes(training: Training) -> Callable[[Item], QuantizedTensor]:
     source: Source = job.source
     if training.mode == "full":
         if training.begin is not None:
-            write(training.begin)
-        folder = training.begin.out if training.begin is not None else training.setting.start
-        assert folder is not None
-        source = open_source(folder)
+            own = training.words.text == OWN_TEXT and training.begin.calibration is not None
+            begin = replace(training.begin, calibration=own_calibration(training.begin)) if own else training.begin
+            write(begin)
+        source = open_source(_start(training))
     assert isinstance(source, Coded)
 
     def read(item: Item) -> QuantizedTensor:
@@ -229,6 +247,34 @@ def _codes(training: Training) -> Callable[[Item], QuantizedTensor]:
         return QuantizedTensor(found.format, tuple(found.codes.shape), found.codes, found.params)
 
     return read
+
+
+def _start(training: Training) -> Path:
+    """The folder that full training begins with."""
+    folder = training.begin.out if training.begin is not None else training.setting.start
+    assert folder is not None
+    return folder
+
+
+def _ranges(training: Training) -> dict[str, Range]:
+    """The static ranges of inputs, as the start has them."""
+    job, found = training.job, dict[str, Range]()
+    static = [i for i in job.plan.items if i.target is not None and i.activations and i.activations.needs_stats]
+    if not static:
+        return found
+    with Checkpoint(_start(training)) as stored:
+        for item in static:
+            assert item.target is not None
+            assert item.activations is not None
+            holder = item.target.holder
+            if missing := [key for key in item.activations.specs if f"{holder}.{key}" not in stored]:
+                raise RecipeError(
+                    f"{holder}: the start has no {missing[0]}; activations {item.activations} must begin with a "
+                    "calibrated range; quantize the start with them, or name a method as --start"
+                )
+            values = {key: stored[f"{holder}.{key}"] for key in item.activations.specs}
+            found[holder] = Range(holder, item.activations, values, job.device)
+    return found
 
 
 def _tokens(training: Training, writer: Network) -> Tensor:

@@ -7,11 +7,14 @@ shape, and all others are drawn from the model's own distribution.
 from __future__ import annotations
 
 from collections.abc import Callable
+from hashlib import sha256
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from whit.calibration import CalibrationTokens
+from whit.job import Job
 from whit.methods.workers import workers
 from whit.qat.network import Network
 
@@ -33,6 +36,16 @@ def sample_windows(
             if progress is not None:
                 progress(sum(map(len, found)), count)
     return torch.cat(found)
+
+
+def own_calibration(job: Job) -> CalibrationTokens:
+    """In the place of a job's calibration text: as many windows that its model writes. The whole model is in memory."""
+    assert job.calibration is not None
+    samples, context = job.calibration.tokens.shape
+    dtype = torch.bfloat16 if job.device.type == "cuda" else torch.float32
+    network = Network(job.source, job.source.read, job.device, dtype)
+    tokens = sample_windows(network, samples, context, job.options.seed)
+    return CalibrationTokens(tokens, sha256(tokens.numpy().astype("<i8").tobytes()).hexdigest())
 
 
 def _write(network: Network, firsts: Tensor, context: int, seed: int) -> Tensor:

@@ -1,0 +1,302 @@
+"""One cell of the table of `qat.py`: a model quantized or trained in one way, and what is measured of it.
+
+What was found is on the disk as soon as it is known: a model that was trained end to end is measured from its trained
+values before it is written, and its cell is kept whatever happens after that.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import qat_text
+import whit
+from whit.calibration import Calibration
+from whit.errors import OutputError
+from whit.evaluation.listener import Silent
+from whit.evaluation.tasks import builtin
+from whit.evaluation.text import cut_windows
+from whit.evaluation.zeroshot import Scorer, run_task
+from whit.finish import peak_memory
+from whit.integrations.loading import load_causal_lm, load_tokenizer, maximum_context
+from whit.methods import GPTQ, RTN, Blocks, Refine
+from whit.modules import PackedModule, remove_packed
+from whit.qat import Course, Setting, Training, Words, finish, learn, prepare_full, prepare_scales
+from whit.qat.losses import divergence, text_loss
+from whit.qat.recipes import efficientqat
+from whit.tensor import QuantizedTensor
+
+WAYS = ("rtn", "gptq", "refine", "blocks", "scales", "full")
+TASKS = ("piqa", "arc_easy")
+# Full training by the kind of format: the rate of weights in steps of the format, and the most steps. The wider the
+# steps, the further there is to go; where two kinds have as many steps as there are, the clock ends them.
+FULL = {"int4": (0.004, 150), "int3": (0.006, 250), "int2": (0.01, 400)}
+LONG_RATE, LONG_STEPS = 0.015, 5000  # ternary and binary
+
+
+def on_gpu(args: argparse.Namespace) -> bool:
+    return torch.cuda.is_available() and args.device != "cpu"
+
+
+def cell_path(args: argparse.Namespace, format: str, way: str) -> Path:
+    return Path(args.out / "cells" / f"{format}__{way}.json")
+
+
+def model_path(args: argparse.Namespace, format: str, way: str) -> Path:
+    return Path(args.out / "models" / f"{format}__{way}")
+
+
+def save(path: Path, record: Mapping[str, Any]) -> None:
+    """Whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(record, indent=1))
+    os.replace(temporary, path)
+
+
+class Cell:
+    """One format in one way; `run` makes it and measures it."""
+
+    def __init__(self, args: argparse.Namespace, format: str, way: str, baseline: Callable[[], Any]) -> None:
+        self.args, self.format, self.way, self.baseline = args, format, way, baseline
+        self.options = whit.Options(device="cuda" if on_gpu(args) else "cpu")
+        self.rules = [("*", format)]
+        text = qat_text.calibration_text(args.out / "tokens")
+        self.calibration = Calibration(text, args.samples, args.context)
+        self.out = model_path(args, format, way)
+        self.record: dict[str, Any] = {"format": format, "way": way}
+
+    def run(self) -> dict[str, Any]:
+        """The record, which is in its file as well."""
+        self.began = time.monotonic()
+        if on_gpu(self.args):
+            torch.cuda.reset_peak_memory_stats()
+        if self.way == "bf16":
+            self.record |= {"bits_per_weight": 16.0, "minutes": 0.0, "peak_memory_bytes": 0}
+            self._keep(measure(self.args, self.baseline(), None))
+            return self.record
+        make: dict[str, Callable[[], None]] = {
+            "scales": self._scales, "full": self._full, "efficientqat": self._efficientqat,
+        }  # fmt: skip
+        make.get(self.way, self._quantized)()
+        self._read_account()
+        if "wikitext2" not in self.record:
+            self.record |= measure(self.args, load(self.args, self.out), self.baseline())
+        self._keep({})
+        return self.record
+
+    def _quantized(self) -> None:
+        method: Any = {
+            "rtn": RTN(), "gptq": GPTQ(), "refine": Refine(steps=self._steps(200), batch=4, checks=2),
+            "blocks": Blocks(steps=self._steps(250), batch=4, checks=2),
+        }[self.way]  # fmt: skip
+        calibration = self.calibration if method.needs_stats else None
+        recipe = whit.Recipe(method, self.rules)
+        self._again(lambda o: whit.quantize(self.args.model, self.out, recipe, calibration=calibration, options=o))
+        self._taken()
+
+    def _scales(self) -> None:
+        course = Course(
+            steps=self._steps(100), batch=8, scale_rate=0.01, at_once=min(self.args.at_once, 8), seed=1
+        )  # fmt: skip
+        start = model_path(self.args, self.format, "blocks")
+        words = Words(tokens=windows(self.args, course, 1024))
+        self._train(
+            lambda o: prepare_scales(start, self.out, course, words, Setting(o, teacher=self.args.model)), course
+        )
+
+    def _full(self) -> None:
+        course = self._course()
+        words = Words(tokens=windows(self.args, course, self.args.full_context))
+        start = model_path(self.args, self.format, "blocks")
+        given = start if (start / "whit.json").exists() else None
+        self.record["start"] = "blocks" if given else "gptq"
+        recipe = whit.Recipe(GPTQ(), self.rules)
+        calibration = replace(self.calibration, samples=max(self.args.samples // 4, 1))
+
+        def prepare(options: whit.Options) -> Training:
+            setting = Setting(options, calibration=None if given else calibration, start=given)
+            return prepare_full(self.args.model, self.out, recipe, course, words, setting)
+
+        self._train(prepare, course)
+
+    def _course(self) -> Course:
+        """Of full training. What a first call has settled on is on the disk: a second one goes on with it."""
+        path = self.args.out / "courses" / f"{self.format}.json"
+        if path.exists():
+            return Course(**json.loads(path.read_text()))
+        kind = self.format.partition("-")[0]
+        rate, steps = FULL.get(kind, (LONG_RATE, LONG_STEPS))
+        course = Course(
+            steps=self._steps(steps), batch=self.args.full_batch, rate=self.args.full_rate * rate,
+            scale_rate=self.args.full_scale_rate, kept_rate=self.args.full_kept_rate, at_once=self.args.at_once, seed=2,
+        )  # fmt: skip
+        if kind not in FULL:
+            course = replace(course, **chosen(self.args))
+        if self.args.deadline:
+            course = replace(course, seconds=max(self.args.deadline - time.time() - self.args.leave, 10.0))
+        save(path, course.to_json())
+        return course
+
+    def _efficientqat(self) -> None:
+        phases = efficientqat(whit.parse_format(self.format), self.args.efficient_samples)
+        first = model_path(self.args, self.format, "efficientqat-blocks")
+        published = replace(self.calibration, samples=phases.calibration_samples)
+        recipe = whit.Recipe(phases.blocks, self.rules)
+        self._again(lambda o: whit.quantize(self.args.model, first, recipe, calibration=published, options=o))
+        self.record["samples"] = phases.calibration_samples
+        self.record["blocks_minutes"] = (time.monotonic() - self.began) / 60
+        words = Words(tokens=windows(self.args, phases.scales, 2 * self.args.context))
+        self._train(lambda o: prepare_scales(first, self.out, phases.scales, words, Setting(o)), phases.scales)
+
+    def _train(self, prepare: Callable[[whit.Options], Training], course: Course) -> None:
+        """Learn, measure what was learned, keep that, and only then write it and compare the two."""
+        if (self.out / "whit.json").exists():
+            return
+        training = prepare(self.options)
+        try:
+            values = learn(training, self._seen, math.inf)
+        except OutputError:  # the state is of other options
+            training = prepare(replace(self.options, restart=True))
+            values = learn(training, self._seen, math.inf)
+        self._taken()
+        self.record["training"] = dict(training.job.training)
+        self.record["bits_per_weight"] = training.job.plan.bits_per_weight
+        self.record |= measure(self.args, filled(self.args, training, values), self.baseline())
+        self._keep({"written": False})
+        finish(training, values)
+        self._keep({"written": True, "packed_equals_trained": equal(self.out, training, values)})
+
+    def _seen(self, what: str, step: int, total: int, loss: float) -> None:
+        self.record |= {"steps": step, "loss": loss}
+        print(f"{self.format} {self.way}: {step}/{total} loss {loss:.4f}, {self._minutes():.1f} min", flush=True)
+
+    def _again(self, do: Callable[[whit.Options], object]) -> None:
+        """Go on with what an earlier call began; begin anew where that had other options."""
+        try:
+            do(self.options)
+        except OutputError:
+            do(replace(self.options, restart=True))
+
+    def _steps(self, count: int) -> int:
+        return max(round(count * self.args.scale), 2)
+
+    def _minutes(self) -> float:
+        return (time.monotonic() - self.began) / 60
+
+    def _taken(self) -> None:
+        peak = torch.cuda.max_memory_allocated() if on_gpu(self.args) else peak_memory()
+        self.record |= {"minutes": self._minutes(), "peak_memory_bytes": peak}
+
+    def _read_account(self) -> None:
+        account = json.loads((self.out / "whit.json").read_text())
+        self.record |= {key: account[key] for key in ("bits_per_weight", "size_bytes", "training")}
+        self.record["recipe"] = account["recipe"]["method"]
+        self.record.setdefault("minutes", account["seconds"] / 60)
+        self.record.setdefault("peak_memory_bytes", account["peak_memory_bytes"])
+
+    def _keep(self, more: Mapping[str, Any]) -> None:
+        self.record |= more
+        save(cell_path(self.args, self.format, self.way), self.record)
+
+
+def chosen(args: argparse.Namespace) -> dict[str, Any]:
+    """What the pilot found best for ternary and binary, where it has run."""
+    path = args.out / "pilot.json"
+    return dict(json.loads(path.read_text())["best"]) if path.exists() else {"text": args.full_text}
+
+
+def windows(args: argparse.Namespace, course: Course, context: int) -> Tensor:
+    """Windows of the training text, as many as the course takes or there are, in a seeded order."""
+    cut = cut_windows(qat_text.stream(args.out / "tokens", qat_text.TRAIN), context)[: -qat_text.HELD_OUT]
+    order = torch.randperm(len(cut), generator=torch.Generator().manual_seed(course.seed))
+    return cut[order[: course.steps * course.batch]]
+
+
+# What is measured
+
+
+def load(args: argparse.Namespace, folder: Path | str) -> Any:
+    """A model in bfloat16 (float32 on a CPU), dequantized."""
+    gpu = on_gpu(args)
+    model = load_causal_lm(str(folder), device="cuda" if gpu else "cpu", dtype="bfloat16" if gpu else "float32")
+    remove_packed(model, model.dtype)
+    return model
+
+
+def filled(args: argparse.Namespace, training: Training, values: Mapping[str, QuantizedTensor | Tensor]) -> Any:
+    """The unquantized model with trained values, as `load` gives it once it is written."""
+    model = load(args, args.model)
+    items = {item.name: item for item in training.job.plan.items}
+    for name, value in values.items():
+        value = value.to(model.device)
+        near = items[name].parameter(value.dequantize()) if isinstance(value, QuantizedTensor) else value
+        model.get_parameter(name).data.copy_(near)
+    return model
+
+
+def equal(folder: Path, training: Training, values: Mapping[str, QuantizedTensor | Tensor]) -> bool:
+    """Whether the packed model has the bits that were trained."""
+    device = training.job.device
+    model = load_causal_lm(str(folder), device=device.type)
+    packed = {name: module for name, module in model.named_modules() if isinstance(module, PackedModule)}
+    items = {item.name: item for item in training.job.plan.items}
+    found = [
+        torch.equal(packed[name.removesuffix(".weight")].dequantize(torch.float32), value.to(device).dequantize())
+        for name, value in values.items()
+        if isinstance(value, QuantizedTensor) and not items[name].target.transposed
+    ]
+    return bool(found) and all(found)
+
+
+def measure(args: argparse.Namespace, model: Any, baseline: Any | None) -> dict[str, Any]:
+    """Perplexities, divergences and tasks of a model."""
+    began = time.monotonic()
+    found: dict[str, Any] = {}
+    for name, most in ((qat_text.TEST, args.test_tokens), (qat_text.VALID, args.valid_tokens)):
+        cut = cut_windows(qat_text.stream(args.out / "tokens", name, most), args.context).to(model.device)
+        perplexity, kl = compare(model, baseline, cut)
+        found[name] = {"perplexity": perplexity, "kl": kl, "tokens": cut[:, 1:].numel()}
+    try:
+        found |= zero_shot(args, model)
+    except Exception as error:  # the rest is known, and worth more
+        traceback.print_exc()
+        found |= {"tasks": {}, "average": None, "tasks_failed": str(error)}
+    return found | {"measuring_seconds": time.monotonic() - began}
+
+
+def compare(model: Any, baseline: Any | None, cut: Tensor) -> tuple[float, float]:
+    """Perplexity of windows, and the mean KL from the baseline."""
+    kl = loss = torch.zeros((), dtype=torch.float64, device=cut.device)
+    with torch.inference_mode():
+        for batch in torch.split(cut, max(4096 // cut.shape[1], 1)):
+            logits = model(input_ids=batch, use_cache=False).logits[:, :-1].flatten(0, 1)
+            loss = loss + text_loss(logits, batch[:, 1:].flatten())
+            if baseline is not None:
+                kl = kl + divergence(logits, baseline(input_ids=batch, use_cache=False).logits[:, :-1].flatten(0, 1))
+    count = cut[:, 1:].numel()
+    return math.exp(float(loss) / count), float(kl) / count
+
+
+def zero_shot(args: argparse.Namespace, model: Any) -> dict[str, Any]:
+    """The first items of each task."""
+    scorer = Scorer(model, load_tokenizer(args.model), maximum_context(model.config))
+    tasks = {}
+    for name in TASKS if args.items else ():
+        task = builtin(name)
+        assert task is not None
+        result = run_task(task, task.read(args.shared / "data", args.items), scorer, Silent())
+        tasks[name] = {"accuracy": result.accuracy, "stderr": result.stderr, "items": result.items}
+    average = sum(t["accuracy"] for t in tasks.values()) / len(tasks) if tasks else None
+    return {"tasks": tasks, "average": average}
