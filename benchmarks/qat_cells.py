@@ -42,6 +42,7 @@ TASKS = ("piqa", "arc_easy")
 # Full training by the kind of format: the rate of weights in steps of the format, and the most steps. The wider the
 # steps, the further there is to go; where two kinds have as many steps as there are, the clock ends them.
 FULL = {"int4": (0.004, 150), "int3": (0.006, 250), "int2": (0.01, 400)}
+SAVE_EVERY = 200.0  # seconds; the last step is saved anyhow
 LONG_RATE, LONG_STEPS = 0.015, 5000  # ternary and binary
 
 
@@ -134,7 +135,7 @@ class Cell:
     def _course(self) -> Course:
         """Of full training. What a first call has settled on is on the disk: a second one goes on with it."""
         path = self.args.out / "courses" / f"{self.format}.json"
-        if path.exists():
+        if path.exists() and (self.out.parent / f".{self.out.name}.training" / "state.safetensors").exists():
             return Course(**json.loads(path.read_text()))
         kind = self.format.partition("-")[0]
         rate, steps = FULL.get(kind, (LONG_RATE, LONG_STEPS))
@@ -166,10 +167,10 @@ class Cell:
             return
         training = prepare(self.options)
         try:
-            values = learn(training, self._seen, math.inf)
+            values = learn(training, self._seen, SAVE_EVERY)
         except OutputError:  # the state is of other options
             training = prepare(replace(self.options, restart=True))
-            values = learn(training, self._seen, math.inf)
+            values = learn(training, self._seen, SAVE_EVERY)
         self._taken()
         self.record["training"] = dict(training.job.training)
         self.record["bits_per_weight"] = training.job.plan.bits_per_weight
@@ -197,7 +198,12 @@ class Cell:
 
     def _taken(self) -> None:
         peak = torch.cuda.max_memory_allocated() if on_gpu(self.args) else peak_memory()
-        self.record |= {"minutes": self._minutes(), "peak_memory_bytes": peak}
+        begun = cell_path(self.args, self.format, "blocks")
+        if (self.way == "scales" or self.record.get("start") == "blocks") and begun.exists():
+            before = float(json.loads(begun.read_text())["minutes"])
+        else:
+            before = 0.0
+        self.record |= {"minutes": self._minutes() + before, "minutes_before": before, "peak_memory_bytes": peak}
 
     def _read_account(self) -> None:
         account = json.loads((self.out / "whit.json").read_text())
