@@ -104,10 +104,12 @@ def chains(args: argparse.Namespace) -> list[str]:
     formats, ways = args.formats.split(","), args.ways.split(",")
     order = sorted(formats, key=lambda f: ("ternary" not in f, "binary" not in f, "int2" not in f))
     found = [",".join(f"{f}:{w}" for w in ("blocks", "full") if w in ways) for f in order]
-    found += [f"{f}:efficientqat" for f in args.efficient_formats.split(",") if f and "efficientqat" in ways]
+    efficient = [f for f in args.efficient_formats.split(",") if f and "efficientqat" in ways]
+    found += [f"{f}:efficientqat" for f in efficient]
     found += [f"{f}:refine" for f in order if "refine" in ways]
     found += [",".join(f"{f}:{w}" for w in ("gptq", "rtn") if w in ways) for f in order]
     found += [f"{f}:scales" for f in order if "scales" in ways]
+    found += [f"{f}:gptq,{f}:blocks,{f}:scales" for f in efficient if {"blocks", "scales"} <= set(ways)]
     found += [f"{f}:resume" for f in order[:1] if "resume" in ways]
     return [left for chain in ["bf16:bf16", *found] if (left := unfinished(args, chain))]
 

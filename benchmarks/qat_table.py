@@ -21,10 +21,11 @@ def report(out: Path, formats: Sequence[str], efficient: Sequence[str]) -> None:
     (out / "qat.json").write_text(json.dumps({"machine": machine(), "cells": cells}, indent=1))
     found = {(cell["format"], cell["way"]): cell for cell in cells}
     lines = [
-        "| format | way | bits | WikiText-2 | KL | gap closed | wiki_valid | KL | zero-shot | minutes | memory |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "| format | way | bits | WikiText-2 | KL | gap closed | wiki_valid | KL | tasks | tokens | minutes | memory |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     lines += [row(cell, found.get((cell["format"], "gptq"))) for cell in cells]
+    lines += ["", *said(found)]
     (out / "qat.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines), flush=True)
     try:
@@ -44,8 +45,40 @@ def row(cell: Mapping[str, Any], gptq: Mapping[str, Any] | None) -> str:
     return (
         f"| {cell['format']} | {TITLES.get(cell['way'], cell['way'])} | {cell['bits_per_weight']:.2f} | "
         f"{test['perplexity']:.2f} | {test['kl']:.4f} | {closed} | {valid['perplexity']:.2f} | {valid['kl']:.4f} | "
-        f"{average} | {cell['minutes']:.1f} | {cell['peak_memory_bytes'] / 1e9:.1f} GB |"
+        f"{average} | {trained(cell)} | {cell['minutes']:.1f} | {cell['peak_memory_bytes'] / 1e9:.1f} GB |"
     )
+
+
+def trained(cell: Mapping[str, Any]) -> str:
+    """Million tokens that a run from end to end has seen."""
+    training = cell.get("training")
+    if not training or "steps" not in cell:
+        return ""
+    return f"{cell['steps'] * training['course']['batch'] * training['words']['context'] / 1e6:.1f} M"
+
+
+def said(found: Mapping[tuple[str, str], Mapping[str, Any]]) -> list[str]:
+    """What the table was made for, in words."""
+    lines = []
+    exact = found.get(("bf16", "bf16"))
+    for (format, way), cell in found.items():
+        test = cell["wikitext2"]
+        if way == "full" and exact is not None:
+            ratio = test["perplexity"] / exact["wikitext2"]["perplexity"]
+            start = cell.get("start", "gptq")
+            lines.append(f"- {format}, full: {ratio:.2f} times bf16's perplexity on WikiText-2; began with {start}.")
+        if way == "scales" and (gptq := found.get((format, "gptq"))):
+            closed = [1 - cell[text]["kl"] / gptq[text]["kl"] for text in ("wikitext2", "wiki_valid")]
+            lines.append(
+                f"- {format}, blocks + scales: {closed[0]:.0%} of GPTQ's KL closed ({closed[1]:.0%} wiki_valid)."
+            )
+        if way == "efficientqat":
+            lines.append(f"- {format}, EfficientQAT's recipe with {cell.get('samples')} samples (4096 as published).")
+        if cell.get("written") is False:
+            lines.append(f"- {format}, {way}: measured as trained, not yet written.")
+        if cell.get("packed_equals_trained") is False:
+            lines.append(f"- {format}, {way}: the packed weights differ from the trained ones.")
+    return lines
 
 
 def plot(path: Path, found: Mapping[tuple[str, str], Mapping[str, Any]], formats: Sequence[str]) -> None:

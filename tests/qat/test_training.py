@@ -140,6 +140,23 @@ def test_repair_moves_scales_and_no_code(export: str, model: Path, tmp_path: Pat
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("spec", "export"), [("int4-g32-asym-f16", "awq"), ("q4_0", "gguf")])
+def test_repair_of_files_that_other_programs_read(spec: str, export: str, tmp_path: Path):
+    """A file for AutoAWQ, or one for llama.cpp: the codes stay, scales are trained, and it is such a file again."""
+    suffix = ".gguf" if export == "gguf" else ""
+    bad, good = tmp_path / f"bad{suffix}", tmp_path / f"good{suffix}"
+    whit.quantize("whit:model", bad, whit.Recipe("rtn", [("*", spec)]), export=export)
+    course, words = Course(steps=3, batch=2, scale_rate=0.05), Words(windows=6, context=64)
+    training = prepare_scales(bad, good, course, words, Setting(teacher="whit:model", export=export))
+    train(training)
+    old, new = whit.job.open_source(bad), whit.job.open_source(good)
+    item = next(item for item in training.job.plan.items if item.format is not None)
+    a, b = old.quantized(item.name), new.quantized(item.name)
+    assert torch.equal(a.codes, b.codes)
+    assert not torch.equal(a.dequantize(), b.dequantize())
+
+
+@pytest.mark.slow
 def test_scales_without_a_teacher_learn_from_the_text(model: Path, tmp_path: Path):
     whit.quantize(model, tmp_path / "bad", whit.Recipe("rtn", [("*", "int2-g32")]))
     training = prepare_scales(tmp_path / "bad", tmp_path / "good", Course(steps=10, batch=8), WORDS)

@@ -27,8 +27,8 @@ class _Divergence(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, teacher: Tensor) -> Tensor:
         gradient, total = torch.empty_like(logits), logits.new_zeros((), dtype=torch.float64)
         for rows in _chunks(logits):
-            q = torch.log_softmax(_wide(logits[rows]), dim=-1)
-            p = torch.log_softmax(_wide(teacher[rows]), dim=-1)
+            q = _log_softmax(logits[rows])
+            p = _log_softmax(teacher[rows])
             weight = p.exp()
             total += (p.sub_(q).mul_(weight)).masked_fill_(weight == 0, 0.0).sum(dtype=torch.float64)
             gradient[rows] = q.exp_().sub_(weight)
@@ -47,7 +47,7 @@ class _Text(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
         gradient, total = torch.empty_like(logits), logits.new_zeros((), dtype=torch.float64)
         for rows in _chunks(logits):
-            q = torch.log_softmax(_wide(logits[rows]), dim=-1)
+            q = _log_softmax(logits[rows])
             picked = targets[rows, None]
             total -= q.gather(1, picked).sum(dtype=torch.float64)
             gradient[rows] = q.exp_().scatter_add_(1, picked, q.new_full(picked.shape, -1.0))
@@ -77,6 +77,11 @@ def hidden_loss(hidden: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
         error = (_wide(own) - wanted).square().sum(dim=-1)
         total = total + (error / wanted.square().sum(dim=-1).clamp(min=TINY)).sum(dtype=torch.float64)
     return total / max(len(hidden) - 1, 1)
+
+
+def _log_softmax(logits: Tensor) -> Tensor:
+    """In float32 or wider, without a wide copy of the logits."""
+    return torch.log_softmax(logits, dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
 
 
 def _wide(values: Tensor) -> Tensor:
