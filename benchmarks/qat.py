@@ -8,7 +8,8 @@
 Chains of cells (format x way) run side by side, each in a process of its own: blocks and then full training from them;
 gptq and rtn; refine; scales, which begin with what blocks left; and EfficientQAT's published recipe. A finished cell
 is a JSON file in OUT/cells and is not made again; a second call goes on with the rest. `--seconds` is the whole budget:
-ternary and binary are trained until it is nearly over, all else has a fixed number of steps (times --scale).
+ternary is trained until it is nearly over, all else has a fixed number of steps (times --scale). With `--gpus 2`
+ternary and binary are trained on the second.
 OUT/qat.json, OUT/qat.md and OUT/qat.png hold the table and a plot of whatever cells are there.
 
 Measured in bfloat16, dequantized: perplexity on WikiText-2 test (windows of --context) and on wiki_valid, KL
@@ -60,12 +61,13 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--full-text", type=float, default=0.3, help="weight of the next token, ternary and binary")
     parser.add_argument("--at-once", type=int, default=8, help="windows that run together")
     parser.add_argument("--samples", type=int, default=128, help="calibration windows, of --context tokens")
-    parser.add_argument("--efficient-samples", type=int, default=1024, help="EfficientQAT's (4096 as published)")
+    parser.add_argument("--efficient-samples", type=int, default=512, help="EfficientQAT's (4096 as published)")
     parser.add_argument("--context", type=int, default=2048)
     parser.add_argument("--valid-tokens", type=int, default=131072)
     parser.add_argument("--test-tokens", type=int, default=None)
-    parser.add_argument("--items", type=int, default=500)
+    parser.add_argument("--items", type=int, default=300)
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--gpus", type=int, default=1)
     parser.add_argument("--prepare", action="store_true", help="only turn the texts into tokens, in OUT/tokens")
     parser.add_argument("--smoke", action="store_true", help="every way on the first blocks of the model, pass or fail")
     parser.add_argument("--pilot", action="store_true", help="choose ternary's rates by short runs: OUT/pilot.json")
@@ -156,8 +158,16 @@ class Runner:
             name = chain.replace(":", "_").replace(",", "+")
             log = (self.args.out / "logs" / f"{name}.log").open("ab")
             command = [sys.executable, *sys.argv, "--chain", chain, "--deadline", str(self.deadline)]
-            process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=self.environment)
+            process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=self._beside(chain))
             self.running[chain] = process, log
+
+    def _beside(self, chain: str) -> dict[str, str]:
+        """The environment of a chain: with several GPUs, long training has one of its own."""
+        if self.args.gpus < 2:
+            return self.environment
+        long = chain.startswith(("ternary", "binary", "pilot:fast", "pilot:slow")) and ":scales" not in chain
+        alone = long and ("full" in chain or "pilot" in chain)
+        return {**self.environment, "CUDA_VISIBLE_DEVICES": "1" if alone else "0"}
 
     def _ended(self, chain: str, status: int, log: Any) -> None:
         log.close()

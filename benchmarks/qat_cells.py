@@ -39,11 +39,12 @@ from whit.tensor import QuantizedTensor
 
 WAYS = ("rtn", "gptq", "refine", "blocks", "scales", "full")
 TASKS = ("piqa", "arc_easy")
-# Full training by the kind of format: the rate of weights in steps of the format, and the most steps. The wider the
-# steps, the further there is to go; where two kinds have as many steps as there are, the clock ends them.
-FULL = {"int4": (0.004, 150), "int3": (0.006, 250), "int2": (0.01, 400)}
+# Full training by the kind of format: the rate of weights in steps of the format, and the steps. The wider the steps
+# of the format, the further there is to go; ternary has all that is left, and the clock ends it.
+FULL = {"int4": (0.004, 100), "int3": (0.006, 150), "int2": (0.01, 250), "binary": (0.015, 700)}
+PILOTED = ("ternary", "binary")  # which take the rates that the pilot chose
 SAVE_EVERY = 200.0  # seconds; the last step is saved anyhow
-LONG_RATE, LONG_STEPS = 0.015, 5000  # ternary and binary
+LONG_RATE, LONG_STEPS = 0.015, 5000
 
 
 def on_gpu(args: argparse.Namespace) -> bool:
@@ -99,8 +100,8 @@ class Cell:
 
     def _quantized(self) -> None:
         method: Any = {
-            "rtn": RTN(), "gptq": GPTQ(), "refine": Refine(steps=self._steps(200), batch=4, checks=2),
-            "blocks": Blocks(steps=self._steps(250), batch=4, checks=2),
+            "rtn": RTN(), "gptq": GPTQ(), "refine": Refine(steps=self._steps(150), batch=4, checks=2),
+            "blocks": Blocks(steps=self._steps(200), batch=4, checks=2),
         }[self.way]  # fmt: skip
         calibration = self.calibration if method.needs_stats else None
         recipe = whit.Recipe(method, self.rules)
@@ -109,7 +110,7 @@ class Cell:
 
     def _scales(self) -> None:
         course = Course(
-            steps=self._steps(100), batch=8, scale_rate=0.01, at_once=min(self.args.at_once, 8), seed=1
+            steps=self._steps(80), batch=8, scale_rate=0.01, at_once=min(self.args.at_once, 8), seed=1
         )  # fmt: skip
         start = model_path(self.args, self.format, "blocks")
         words = Words(tokens=windows(self.args, course, 1024))
@@ -143,7 +144,7 @@ class Cell:
             steps=self._steps(steps), batch=self.args.full_batch, rate=self.args.full_rate * rate,
             scale_rate=self.args.full_scale_rate, kept_rate=self.args.full_kept_rate, at_once=self.args.at_once, seed=2,
         )  # fmt: skip
-        if kind not in FULL:
+        if kind in PILOTED:
             course = replace(course, **chosen(self.args))
         if self.args.deadline:
             course = replace(course, seconds=max(self.args.deadline - time.time() - self.args.leave, 10.0))
