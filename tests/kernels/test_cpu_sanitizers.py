@@ -71,6 +71,37 @@ for rows, columns in [(1, 1), (2, 47), (7, 48), (128, 49), (129, 97), (300, 200)
     x = torch.randn(rows, columns, generator=random).to(torch.bfloat16)
     assert add_gram(x, torch.zeros(columns, columns)) == ("avx512_bf16" in compiled.isas)
 """
+# A decoder of every kind of matrix, in a team of two, past the 512 keys that attention takes at a time.
+DECODER = """
+import sys
+from dataclasses import replace as changed
+sys.path.insert(0, sys.argv[2])
+from tiny_models import tiny_model
+from transformers import DynamicCache
+from whit.compiled.llama import Compiled
+from whit.compiled.loop import States
+from whit.modules import QuantizedLinear
+torch.set_num_threads(2)
+def linear(old, spec, how):
+    quantized = whit.quantize_tensor(old.weight.detach().float(), spec)
+    return QuantizedLinear.from_quantized(quantized, old.bias, old.weight.dtype, how and parse_activations(how))
+for architecture, length in (("qwen2", 5), ("qwen3", 520)):
+    for dtype in TYPES:
+        for spec, how in (("int4-g32", None), ("nf4", None), ("int4-g32-asym", "int8-g32"), ("int8", "int8")):
+            model = tiny_model(architecture, dtype=dtype)
+            for layer in model.model.layers:
+                layer.self_attn.q_proj = linear(layer.self_attn.q_proj, spec, how)
+                layer.mlp.down_proj = linear(layer.mlp.down_proj, spec, how)
+            for isa, isa8 in zip(compiled.isas, ("scalar", "avx2", "avx512_vnni", "avx512_vnni")):
+                if isa8 not in compiled.isas8:
+                    continue
+                only = Compiled(model, changed(compiled, isas=(isa,), isas8=compiled.isas8[:compiled.isas8.index(isa8) + 1]))
+                cache = DynamicCache(config=model.config)
+                for layer in range(2):
+                    keys = torch.randn(1, 2, length, 16, generator=random).to(dtype)
+                    cache.update(keys, keys.flip(2), layer)
+                assert len(States(only, cache, length + 3).decode(5, 3, [])) == 3
+"""
 
 
 @pytest.mark.slow
@@ -86,9 +117,12 @@ def test_sanitizers_find_nothing(tmp_path: Path):
         "LD_PRELOAD": ":".join(name.strip() for name in runtimes), "PYTHONPATH": ":".join(sys.path),
         "ASAN_OPTIONS": "detect_leaks=0", "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1",
     }  # fmt: skip
-    script = START + FLOATS + INT8 + GRAM + "print('clean')"
+    script = START + FLOATS + INT8 + GRAM + DECODER + "print('clean')"
     done = subprocess.run(
-        [sys.executable, "-c", script, str(library_path)], capture_output=True, text=True, env=environment
+        [sys.executable, "-c", script, str(library_path), str(Path(__file__).parents[1])],
+        capture_output=True,
+        text=True,
+        env=environment,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "clean" in done.stdout

@@ -17,7 +17,7 @@ import torch
 
 from whit.kernels.cpu.build import LIBRARY, source_hash
 
-ABI = 6
+ABI = 7
 BUILD = "python -m whit.kernels.cpu.build"
 ISAS = ("scalar", "avx2", "avx512", "avx512_bf16")  # by their number in whit_cpu.h, each better than those before it
 ISAS8 = ("scalar", "avx2", "avx512_vnni")  # of the products of 8-bit activations, by their number in int8.cpp
@@ -52,7 +52,7 @@ class RowsPlan(ctypes.Structure):
 
 @dataclass(frozen=True)
 class Library:
-    """The functions, the instruction sets that this processor runs, and OpenMP's entry point (0: one thread)."""
+    """The functions, the instruction sets that this processor runs, and OpenMP's entry points (0: one thread)."""
 
     linear: Callable[..., int]
     dequantize: Callable[..., int]
@@ -61,10 +61,13 @@ class Library:
     many: Callable[..., int]
     quantize8: Callable[..., int]
     product8: Callable[..., int]
+    decode: Callable[..., int]
     isas: tuple[str, ...]
     isas8: tuple[str, ...]
     isas_many: tuple[str, ...]
     parallel: int
+    team_size: int
+    team_member: int
 
 
 @cache
@@ -93,21 +96,23 @@ def load(path: Path) -> Library | str:
         "gram": [Pointer, *[long] * 2, *[Pointer] * 2, *[short] * 2],
         "quantize8": [Pointer, *[long] * 2, short, *[Pointer] * 3, *[long] * 2, Pointer, *[short] * 2],
         "product8": [*[Pointer] * 5, short, Pointer, short, ctypes.c_float, long, *[short] * 2],
+        "decode": [*[Pointer] * 2, *[long] * 2, Pointer, long, Pointer],
     }.items():
         getattr(handle, f"whit_{name}").argtypes = arguments
-    handle.whit_read.restype = ctypes.c_double
+    handle.whit_read.restype, handle.whit_decode.restype = ctypes.c_double, long
     return Library(
         handle.whit_linear, handle.whit_dequantize, handle.whit_read, handle.whit_gram, handle.whit_many,
-        handle.whit_quantize8, handle.whit_product8,
+        handle.whit_quantize8, handle.whit_product8, handle.whit_decode,
         tuple(name for number, name in enumerate(ISAS) if handle.whit_has(number)),
         tuple(name for number, name in enumerate(ISAS8) if handle.whit_has8(number)),
-        tuple(name for number, name in enumerate(ISAS) if handle.whit_has_many(number)), _team_entry(),
+        tuple(name for number, name in enumerate(ISAS) if handle.whit_has_many(number)),
+        *(_of_openmp(name) for name in ("GOMP_parallel", "omp_get_num_threads", "omp_get_thread_num")),
     )  # fmt: skip
 
 
-def _team_entry() -> int:
-    """The address of GOMP_parallel in the OpenMP that torch uses; LLVM's and Intel's have it under that name too."""
+def _of_openmp(name: str) -> int:
+    """An address in the OpenMP that torch uses; LLVM's and Intel's have these names too. 0: not found."""
     try:
-        return ctypes.cast(ctypes.CDLL(None).GOMP_parallel, Pointer).value or 0
+        return ctypes.cast(getattr(ctypes.CDLL(None), name), Pointer).value or 0
     except (AttributeError, OSError):
         return 0

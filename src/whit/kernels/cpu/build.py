@@ -29,11 +29,11 @@ FLAGS = (
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-O0")
 AVX2 = ("-mavx2", "-mfma", "-mf16c")
 AVX512 = (*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")
-BASE = ("entry", "gram", "int8", "int8_scalar", "many")
+BASE = ("entry", "decoder", "decoder_scalar", "gram", "int8", "int8_scalar", "many")
 # An instruction set: its compiler flags, and its files beside the one that has its name.
 X86: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "avx2": (AVX2, ()),
-    "avx512": (AVX512, ()),
+    "avx2": (AVX2, ("decoder_avx2",)),
+    "avx512": (AVX512, ("decoder_avx512",)),
     "avx512_bf16": ((*AVX512, "-mavx512bf16"), ("gram_bf16",)),
     "many_bf16": ((*AVX512, "-mavx512bf16", "-mavx512vbmi"), ()),
     "int8_avx2": (AVX2, ()),

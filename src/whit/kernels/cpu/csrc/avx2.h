@@ -31,6 +31,16 @@ struct Avx2 {
   static ALWAYS_INLINE F fnma(F x, F y, F z) {
     return {_mm256_fnmadd_ps(x.a, y.a, z.a), _mm256_fnmadd_ps(x.b, y.b, z.b)};
   }
+  static ALWAYS_INLINE F div(F x, F y) { return {_mm256_div_ps(x.a, y.a), _mm256_div_ps(x.b, y.b)}; }
+  static ALWAYS_INLINE F most(F x, F y) { return {_mm256_max_ps(x.a, y.a), _mm256_max_ps(x.b, y.b)}; }
+  static ALWAYS_INLINE F least(F x, F y) { return {_mm256_min_ps(x.a, y.a), _mm256_min_ps(x.b, y.b)}; }
+  static ALWAYS_INLINE F floor(F x) { return {_mm256_floor_ps(x.a), _mm256_floor_ps(x.b)}; }
+  static ALWAYS_INLINE F power(F n) {  // 2^n, n whole and from -126 to 127
+    return from_bits(mul(add(n, set1(127)), set1(8388608.0f)));
+  }
+  static ALWAYS_INLINE F from_bits(F x) {
+    return {_mm256_castsi256_ps(_mm256_cvttps_epi32(x.a)), _mm256_castsi256_ps(_mm256_cvttps_epi32(x.b))};
+  }
   static ALWAYS_INLINE F first(W w, X x) { return mul(w, x); }
   static ALWAYS_INLINE F next(W w, X x, F acc) { return fma(w, x, acc); }
   static ALWAYS_INLINE float sum(F f) {

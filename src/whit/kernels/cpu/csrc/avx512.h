@@ -29,6 +29,14 @@ struct Avx512 {
   static ALWAYS_INLINE F sub(F x, F y) { return _mm512_sub_ps(x, y); }
   static ALWAYS_INLINE F fma(F x, F y, F z) { return _mm512_fmadd_ps(x, y, z); }
   static ALWAYS_INLINE F fnma(F x, F y, F z) { return _mm512_fnmadd_ps(x, y, z); }
+  static ALWAYS_INLINE F div(F x, F y) { return _mm512_div_ps(x, y); }
+  static ALWAYS_INLINE F most(F x, F y) { return _mm512_max_ps(x, y); }
+  static ALWAYS_INLINE F least(F x, F y) { return _mm512_min_ps(x, y); }
+  static ALWAYS_INLINE F floor(F x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }
+  static ALWAYS_INLINE F power(F n) {  // 2^n, n whole and from -126 to 127
+    return from_bits(_mm512_mul_ps(_mm512_add_ps(n, set1(127)), set1(8388608.0f)));
+  }
+  static ALWAYS_INLINE F from_bits(F x) { return _mm512_castsi512_ps(_mm512_cvttps_epi32(x)); }
   static ALWAYS_INLINE F first(W w, X x) { return mul(w, x); }
   static ALWAYS_INLINE F next(W w, X x, F acc) { return fma(w, x, acc); }
   static ALWAYS_INLINE float sum(F f) {

@@ -75,11 +75,6 @@ int64_t task_rows(const whit_weight& w) {
   return rows < 8 ? 8 : rows > 1024 ? 1024 : rows & ~(int64_t)7;
 }
 
-size_t row_scratch(const whit_weight& w) {
-  int64_t lanes = w.columns / 4 + 64;  // 16 per block of at least 64 columns, and the last block
-  return sizeof(float) * (size_t)(2 * 8 * (w.groups + 48 + lanes));
-}
-
 struct Dot {
   const Kernels* kernels;
   const Rows* rows;
@@ -107,6 +102,18 @@ void decode_task(void* context, int64_t first, int64_t last, float* scratch) {
 
 }  // namespace
 
+size_t whit_row_scratch(const whit_weight& w) {
+  int64_t lanes = w.columns / 4 + 64;  // 16 per block of at least 64 columns, and the last block
+  return sizeof(float) * (size_t)(2 * 8 * (w.groups + 48 + lanes));
+}
+
+const Kernels* whit_kernels(const whit_weight& w, int type, int64_t rows_of_x, int isa) {
+  // A table's levels are rounded to bfloat16, as torch would round the weights, only where many rows pay for it.
+  if (isa == WHIT_AVX512_BF16 && (type != WHIT_BF16 || w.bits > 4 || (!w.consecutive && rows_of_x < WHIT_ROUNDED_ROWS)))
+    isa = WHIT_AVX512;
+  return kernels_for(isa);
+}
+
 int whit_run(Team& team, whit_parallel parallel, int threads) {
   int64_t tasks = (team.rows + team.task - 1) / team.task;
   if (threads > tasks) threads = (int)tasks;
@@ -127,10 +134,7 @@ int whit_has(int isa) { return kernels_for(isa) != nullptr && (isa == WHIT_SCALA
 
 int whit_linear(const whit_weight* w, const void* x, const void* bias, void* y, int64_t rows_of_x, int type, int isa,
                 int threads) {
-  // A table's levels are rounded to bfloat16, as torch would round the weights, only where many rows pay for it.
-  if (isa == WHIT_AVX512_BF16 && (type != WHIT_BF16 || w->bits > 4 || (!w->consecutive && rows_of_x < WHIT_ROUNDED_ROWS)))
-    isa = WHIT_AVX512;
-  const Kernels* kernels = kernels_for(isa);
+  const Kernels* kernels = whit_kernels(*w, type, rows_of_x, isa);
   if (!kernels) return -1;
   if (rows_of_x < 1 || rows_of_x > 64) return -2;
   const int codes = w->bits <= 2 ? 16 : w->bits <= 4 ? 8 : 4;
@@ -156,7 +160,7 @@ int whit_linear(const whit_weight* w, const void* x, const void* bias, void* y, 
   Dot dot = {kernels, rows, count};
   Team team;
   team.rows = w->rows, team.task = task_rows(*w), team.work = dot_task, team.context = &dot;
-  team.scratch_bytes = row_scratch(*w);
+  team.scratch_bytes = whit_row_scratch(*w);
   return whit_run(team, w->parallel, threads);
 }
 
@@ -166,7 +170,7 @@ int whit_dequantize(const whit_weight* w, void* out, int64_t first, int64_t last
   Decode decode = {kernels, w, (char*)out, first, w->columns * (type == WHIT_F32 ? 4 : 2), type};
   Team team;
   team.rows = last - first, team.task = task_rows(*w), team.work = decode_task, team.context = &decode;
-  team.scratch_bytes = row_scratch(*w);
+  team.scratch_bytes = whit_row_scratch(*w);
   return whit_run(team, w->parallel, threads);
 }
 

@@ -36,54 +36,10 @@ const Kernels8* find(int isa) {
   }
 }
 
-const Kernels8* kernels_for(int isa) {  // asked once: a virtual machine takes microseconds to say what it has
-  static const Kernels8* const found[] = {find(0), find(1), find(2)};
-  return isa >= 0 && isa < 3 ? found[isa] : nullptr;
-}
-
 // Few rows share scales by powers of two.
 bool runs_pow2(const whit_weight& w) {
   const int64_t runs = w.group_size / GROUP8;
   return w.groups == 1 || (runs & (runs - 1)) == 0;
-}
-
-// What all threads read of x: sums, scales and codes in the order in which the kernels meet them.
-bool derive(Product8& p, bool few, int vector) {
-  const whit_weight& w = *p.w;
-  const whit_rows8& x = *p.x;
-  const bool grouped = x.groups > 1;
-  const int parts = w.bits == 4 ? 2 : w.bits == 2 ? 4 : 1, in_group = GROUP8 / 4 / parts, block = vector * parts;
-  p.arranged_stride = few ? (x.stride + block - 1) / block * block : 0;
-  p.sum_stride = grouped ? (w.groups + 15) & ~(int64_t)15 : 0;
-  p.lane_stride = grouped ? p.arranged_stride / (4 * parts) : 0;
-  const int64_t floats = p.sum_stride + p.lane_stride + x.groups;
-  float* room = (float*)sums8.get((size_t)(x.count * (4 * floats + p.arranged_stride)) + 64);
-  if (!room) return false;
-  float *sums = room, *lanes = sums + x.count * p.sum_stride;
-  int32_t* starts = (int32_t*)(lanes + x.count * p.lane_stride);
-  int8_t* arranged = (int8_t*)(starts + x.count * x.groups);
-  p.group_sums = sums, p.lanes = lanes, p.starts = starts, p.arranged = arranged;
-  for (int64_t i = 0; i < x.count * x.groups; i++) starts[i] = -p.shift * x.sums[i];
-  for (int64_t m = 0; m < x.count; m++) {
-    const float* scale = x.scale + m * x.groups;
-    const int64_t size = w.groups == 1 ? x.groups : w.group_size / GROUP8;
-    for (int64_t g = 0; g < p.sum_stride; g++, sums++) {
-      float sum = 0;
-      for (int64_t u = g * size; g < w.groups && u < (g + 1) * size && u < x.groups; u++)
-        sum += scale[u] * (float)x.sums[m * x.groups + u];
-      *sums = sum;
-    }
-    for (int64_t i = 0; i < p.lane_stride; i++) *lanes++ = i / in_group < x.groups ? scale[i / in_group] : 0;
-    for (int64_t c = 0; c < p.arranged_stride; c += block) {
-      int8_t own[256];
-      const int64_t left = x.stride - c < block ? x.stride - c : block;
-      memset(own, 0, sizeof own);
-      if (left > 0) memcpy(own, x.codes + m * x.stride + c, (size_t)left);
-      for (int part = 0; part < parts; part++)
-        for (int i = 0; i < vector; i++) *arranged++ = own[i * parts + part];
-    }
-  }
-  return true;
 }
 
 struct Call8 {
@@ -120,10 +76,57 @@ void quantize_task(void* context, int64_t first, int64_t last, float*) {
 
 }  // namespace
 
+size_t whit_derived8(Product8& p, bool few, int vector) {
+  const whit_weight& w = *p.w;
+  const whit_rows8& x = *p.x;
+  const bool grouped = x.groups > 1;
+  const int parts = w.bits == 4 ? 2 : w.bits == 2 ? 4 : 1, block = vector * parts;
+  p.arranged_stride = few ? (x.stride + block - 1) / block * block : 0;
+  p.sum_stride = grouped ? (w.groups + 15) & ~(int64_t)15 : 0;
+  p.lane_stride = grouped ? p.arranged_stride / (4 * parts) : 0;
+  return (size_t)(x.count * (4 * (p.sum_stride + p.lane_stride + x.groups) + p.arranged_stride)) + 64;
+}
+
+void whit_derive8(Product8& p, bool few, int vector, void* room) {
+  const whit_weight& w = *p.w;
+  const whit_rows8& x = *p.x;
+  whit_derived8(p, few, vector);
+  const int parts = w.bits == 4 ? 2 : w.bits == 2 ? 4 : 1, in_group = GROUP8 / 4 / parts, block = vector * parts;
+  float *sums = (float*)room, *lanes = sums + x.count * p.sum_stride;
+  int32_t* starts = (int32_t*)(lanes + x.count * p.lane_stride);
+  int8_t* arranged = (int8_t*)(starts + x.count * x.groups);
+  p.group_sums = sums, p.lanes = lanes, p.starts = starts, p.arranged = arranged;
+  for (int64_t i = 0; i < x.count * x.groups; i++) starts[i] = -p.shift * x.sums[i];
+  for (int64_t m = 0; m < x.count; m++) {
+    const float* scale = x.scale + m * x.groups;
+    const int64_t size = w.groups == 1 ? x.groups : w.group_size / GROUP8;
+    for (int64_t g = 0; g < p.sum_stride; g++, sums++) {
+      float sum = 0;
+      for (int64_t u = g * size; g < w.groups && u < (g + 1) * size && u < x.groups; u++)
+        sum += scale[u] * (float)x.sums[m * x.groups + u];
+      *sums = sum;
+    }
+    for (int64_t i = 0; i < p.lane_stride; i++) *lanes++ = i / in_group < x.groups ? scale[i / in_group] : 0;
+    for (int64_t c = 0; c < p.arranged_stride; c += block) {
+      int8_t own[256];
+      const int64_t left = x.stride - c < block ? x.stride - c : block;
+      memset(own, 0, sizeof own);
+      if (left > 0) memcpy(own, x.codes + m * x.stride + c, (size_t)left);
+      for (int part = 0; part < parts; part++)
+        for (int i = 0; i < vector; i++) *arranged++ = own[i * parts + part];
+    }
+  }
+}
+
+const Kernels8* whit_kernels8(int isa) {  // asked once: a virtual machine takes microseconds to say what it has
+  static const Kernels8* const found[] = {find(0), find(1), find(2)};
+  return isa >= 0 && isa < 3 ? found[isa] : nullptr;
+}
+
 WHIT_API8 int whit_quantize8(const void* x, int64_t count, int64_t columns, int type, int8_t* codes, float* scale,
                              int32_t* sums, int64_t stride, int64_t groups, whit_parallel parallel, int isa,
                              int threads) {
-  const Kernels8* kernels = kernels_for(isa);
+  const Kernels8* kernels = whit_kernels8(isa);
   if (!kernels) return -1;
   const int64_t element = type == WHIT_F32 ? 4 : 2;
   Quantize8 call = {kernels, (const char*)x, columns, stride, groups, columns * element, type, codes, scale, sums};
@@ -136,14 +139,16 @@ WHIT_API8 int whit_quantize8(const void* x, int64_t count, int64_t columns, int 
 WHIT_API8 int whit_product8(const whit_weight* w, const whit_rows8* x, const int32_t* row_sums, const void* bias,
                             void* y, int type, const uint8_t* table, int shift, float unit, int64_t few, int isa,
                             int threads) {
-  const Kernels8* kernels = kernels_for(isa);
+  const Kernels8* kernels = whit_kernels8(isa);
   if (!kernels) return -1;
   Product8 product = {};
   product.w = w, product.x = x, product.row_sums = row_sums, product.bias = bias, product.y = y, product.type = type;
   product.shift = shift, product.unit = unit, product.has_table = table != nullptr;
   if (table) memcpy(product.table, table, 16);
   few = runs_pow2(*w) ? few : 0;
-  if (!derive(product, x->count <= few, kernels->bytes)) return -3;
+  void* room = sums8.get(whit_derived8(product, x->count <= few, kernels->bytes));
+  if (!room) return -3;
+  whit_derive8(product, x->count <= few, kernels->bytes, room);
   Call8 call = {kernels, &product};
   Team team;
   const size_t params = sizeof(float) * (size_t)(2 * 4 * (w->groups + 48));
@@ -159,4 +164,4 @@ WHIT_API8 int whit_product8(const whit_weight* w, const whit_rows8* x, const int
   return whit_run(team, w->parallel, threads);
 }
 
-WHIT_API8 int whit_has8(int isa) { return kernels_for(isa) != nullptr; }
+WHIT_API8 int whit_has8(int isa) { return whit_kernels8(isa) != nullptr; }

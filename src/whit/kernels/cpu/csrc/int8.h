@@ -46,3 +46,9 @@ struct Kernels8 {
 };
 
 extern const Kernels8 whit_int8_scalar, whit_int8_avx2, whit_int8_avx512;
+
+const Kernels8* whit_kernels8(int isa);
+
+// What all threads read of x: sums, scales and codes in the order in which the kernels meet them, in `room`.
+size_t whit_derived8(Product8& p, bool few, int vector);  // how many bytes that takes
+void whit_derive8(Product8& p, bool few, int vector, void* room);

@@ -32,6 +32,17 @@ struct Scalar {
   static ALWAYS_INLINE F sub(F a, F b) { return a - b; }
   static ALWAYS_INLINE F fma(F a, F b, F c) { return a * b + c; }
   static ALWAYS_INLINE F fnma(F a, F b, F c) { return c - a * b; }
+  static ALWAYS_INLINE F div(F a, F b) { return a / b; }
+  static ALWAYS_INLINE F most(F a, F b) { for (int i = 0; i < 16; i++) a[i] = a[i] > b[i] ? a[i] : b[i]; return a; }
+  static ALWAYS_INLINE F least(F a, F b) { for (int i = 0; i < 16; i++) a[i] = a[i] < b[i] ? a[i] : b[i]; return a; }
+  static ALWAYS_INLINE F floor(F a) { for (int i = 0; i < 16; i++) a[i] = __builtin_floorf(a[i]); return a; }
+  static ALWAYS_INLINE F power(F n) { return from_bits((n + 127.0f) * 8388608.0f); }  // 2^n, n from -126 to 127
+  static ALWAYS_INLINE F from_bits(F a) {
+    U u;
+    for (int i = 0; i < 16; i++) u[i] = (uint32_t)(a[i] == a[i] ? a[i] : 0);
+    memcpy(&a, &u, 64);
+    return a;
+  }
   static ALWAYS_INLINE F first(W w, X x) { return w * x; }
   static ALWAYS_INLINE F next(W w, X x, F acc) { return acc + w * x; }
   static ALWAYS_INLINE float sum(F f) {

@@ -1,0 +1,352 @@
+// Tokens, one after the other: one team of threads from the first to the last, each with its own rows of every matrix.
+//
+// Between products the team waits at a barrier; what is cheap (norms, the order in which kernels meet their inputs) each
+// member does for itself instead. A row is summed by one thread in one order, whatever the size of the team.
+#include "decoder.h"
+
+#include <sched.h>
+
+#include "team.h"
+
+#if defined(__x86_64__) || defined(__i386__)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+enum { SPINS = 2000, ALIGNED_ROWS = 8, LINE = 64 };
+
+// Waits by spinning for some microseconds and then by giving way: other programs may need the processor.
+struct Barrier {
+  std::atomic<int> arrived{0}, phase{0};
+  void wait(int members) {
+    if (members == 1) return;
+    const int now = phase.load(std::memory_order_relaxed);
+    if (arrived.fetch_add(1, std::memory_order_acq_rel) == members - 1) {
+      arrived.store(0, std::memory_order_relaxed);
+      phase.store(now + 1, std::memory_order_release);
+      return;
+    }
+    for (int spins = 0; phase.load(std::memory_order_acquire) == now; spins++) {
+      if (spins < SPINS) {
+#if defined(__x86_64__) || defined(__i386__)
+        _mm_pause();
+#endif
+      } else {
+        sched_yield();
+      }
+    }
+  }
+};
+
+struct Best {  // of one member's logits
+  float value;
+  int64_t token;
+  char padding[LINE - 16];
+};
+
+struct Run {
+  const whit_decoder* d;
+  const Steps* steps;
+  const int64_t* stops;
+  int64_t *tokens, position, count, stop_count, done;
+  char *x, *q, *k, *v, *mixed, *gate, *up, *y;  // what the team shares, of the model's type
+  void* logits;
+  Best* best;
+  Barrier barrier;
+  std::atomic<int> failed{0};
+};
+
+thread_local Scratch shared_room, own_room;
+
+size_t element(const whit_decoder& d) { return d.type == WHIT_F32 ? 4 : 2; }
+
+// The inputs of a product in the order in which its kernel meets them; kept until another vector or order is asked for.
+struct Inputs {
+  const void* x = nullptr;
+  int64_t columns = 0, group_size = 0;
+  int inputs = 0, codes = 0, type = 0;
+  const void* kernels = nullptr;
+  Rows rows;
+  Product8 product;
+  whit_rows8 rows8;
+  char *room, *lanes;
+};
+
+struct Member {
+  Run& run;
+  const whit_decoder& d;
+  const Steps& steps;
+  int rank, size;
+  Inputs inputs;
+  float *params, *scores, *sums;  // room of the kernels, and of attention
+  char* normed;
+
+  void wait() { run.barrier.wait(size); }
+  char* at(char* base, int64_t index) const { return base + index * (int64_t)element(d); }
+  void share(int64_t rows, int64_t step, int64_t& first, int64_t& last) const {
+    const int64_t each = (rows + step * size - 1) / (step * size) * step;
+    first = each * rank < rows ? each * rank : rows;
+    last = first + each < rows ? first + each : rows;
+  }
+};
+
+bool same(Inputs& now, const void* x, const whit_matrix& m, const void* kernels, int codes, int64_t group_size) {
+  if (now.x == x && now.columns == m.columns && now.inputs == m.inputs && now.kernels == kernels &&
+      now.codes == codes && now.group_size == group_size)
+    return true;
+  now.x = x, now.columns = m.columns, now.inputs = m.inputs, now.kernels = kernels;
+  now.codes = codes, now.group_size = group_size;
+  return false;
+}
+
+// Floats as they are, through packed weights.
+void exact(Member& me, const whit_matrix& m, const void* x, void* y, int64_t first, int64_t last) {
+  const whit_weight& w = *m.packed;
+  const Kernels& kernels = *whit_kernels(w, me.d.type, 1, me.d.isa);
+  const int codes = w.bits <= 2 ? 16 : w.bits <= 4 ? 8 : 4;
+  Rows& rows = me.inputs.rows;
+  if (!same(me.inputs, x, m, &kernels, codes, 0)) {
+    rows.blocks = (w.columns + 16 * codes - 1) / (16 * codes), rows.sum_count = 16 * rows.blocks;
+    rows.x_bytes = rows.blocks * 16 * codes * (kernels.pairs ? 2 : 4);
+    rows.x = me.inputs.room, rows.sums = (float*)(me.inputs.room + rows.x_bytes);
+    kernels.arrange(x, me.d.type, w.columns, w.bits, me.inputs.room, (float*)(me.inputs.room + rows.x_bytes));
+  }
+  rows.w = &w, rows.m = 1, rows.bias = m.bias, rows.y = y, rows.type = me.d.type;
+  kernels.dot(rows, first, last, me.params);
+}
+
+// Inputs rounded to int8.
+void quantized(Member& me, const whit_matrix& m, const void* x, void* y, int64_t first, int64_t last) {
+  const whit_weight& w = *m.packed;
+  const Kernels8& kernels = *whit_kernels8(me.d.isa8);
+  Product8& p = me.inputs.product;
+  whit_rows8& q = me.inputs.rows8;
+  const bool known = same(me.inputs, x, m, &kernels, w.bits == 4 || w.bits == 2 ? w.bits : 8, w.group_size);
+  if (!known) {
+    q.count = 1, q.stride = (w.columns + STEP8 - 1) / STEP8 * STEP8, q.zero = nullptr;
+    q.groups = m.inputs == WHIT_PER_GROUP ? q.stride / GROUP8 : 1;
+    char* room = me.inputs.room;
+    q.codes = (const int8_t*)room, q.scale = (const float*)(room + q.stride);
+    q.sums = (const int32_t*)(q.scale + q.groups);
+    kernels.quantize(x, me.d.type, w.columns, q.stride, q.groups, (int8_t*)room, (float*)(room + q.stride),
+                     (int32_t*)(q.scale + q.groups));
+    me.inputs.lanes = (char*)(((uintptr_t)(q.sums + q.groups) + LINE - 1) & ~(uintptr_t)(LINE - 1));
+  }
+  const bool shifted = !known || p.shift != m.shift;
+  p.w = &w, p.x = &q, p.row_sums = nullptr, p.bias = m.bias, p.y = y, p.type = me.d.type;
+  p.shift = m.shift, p.unit = m.unit, p.has_table = m.table != nullptr;
+  if (m.table) memcpy(p.table, m.table, 16);
+  if (shifted) whit_derive8(p, true, kernels.bytes, me.inputs.lanes);
+  kernels.few(p, first, last, me.params);
+}
+
+void floating(Member& me, const whit_matrix& m, const void* x, void* y, int64_t first, int64_t last) {
+  if (!same(me.inputs, x, m, nullptr, 0, 0)) me.steps.floats(x, m.columns, me.d.type, (float*)me.inputs.room);
+  me.steps.dense(m, (const float*)me.inputs.room, first, last, y, me.d.type);
+}
+
+// This member's rows of y = m x. Results stay where they are until the team has met.
+void multiply(Member& me, const whit_matrix& m, const void* x, void* y, int64_t first, int64_t last) {
+  if (first >= last) return;
+  if (!m.packed) floating(me, m, x, y, first, last);
+  else if (m.inputs == WHIT_EXACT) exact(me, m, x, y, first, last);
+  else quantized(me, m, x, y, first, last);
+}
+
+void multiply(Member& me, const whit_matrix& m, const void* x, void* y) {
+  int64_t first, last;
+  me.share(m.rows, ALIGNED_ROWS, first, last);
+  multiply(me, m, x, y, first, last);
+}
+
+const void* normalize(Member& me, const void* x, const void* weight) {
+  me.steps.norm(x, weight, me.d.hidden, me.d.epsilon, me.d.type, (float*)me.inputs.room, me.normed);
+  me.inputs.x = nullptr;  // the same place, another vector
+  return me.normed;
+}
+
+void rotate_heads(Member& me, const whit_block& b, int64_t position) {
+  const whit_decoder& d = me.d;
+  const int64_t dim = d.head_dim, bytes = dim * (int64_t)element(d);
+  const char *cos = (const char*)d.cos + position * bytes, *sin = (const char*)d.sin + position * bytes;
+  int64_t first, last;
+  me.share(d.heads + d.kv_heads, 1, first, last);
+  for (int64_t h = first; h < last; h++) {
+    const bool is_key = h >= d.heads;
+    const int64_t own = is_key ? h - d.heads : h;
+    char* x = (is_key ? me.run.k : me.run.q) + own * bytes;
+    const void* weight = is_key ? b.k_norm : b.q_norm;
+    if (weight) me.steps.norm(x, weight, dim, d.epsilon, d.type, me.sums, x);
+    me.steps.rotate(x, cos, sin, dim, d.type);
+    if (!is_key) continue;
+    const int64_t place = (own * d.capacity + position) * bytes;
+    memcpy((char*)b.keys + place, x, (size_t)bytes);
+    memcpy((char*)b.values + place, me.run.v + own * bytes, (size_t)bytes);
+  }
+}
+
+void attend_heads(Member& me, const whit_block& b, int64_t position) {
+  const whit_decoder& d = me.d;
+  const int64_t dim = d.head_dim, bytes = dim * (int64_t)element(d);
+  int64_t first, last;
+  me.share(d.heads, 1, first, last);
+  for (int64_t h = first; h < last; h++) {
+    const int64_t place = h / (d.heads / d.kv_heads) * d.capacity * bytes;
+    me.steps.attend({me.run.q + h * bytes, (const char*)b.keys + place, (const char*)b.values + place,
+                     me.run.mixed + h * bytes, position + 1, dim, d.scale, d.type, me.scores, me.sums});
+  }
+}
+
+// x += m input, this member's rows of it.
+void add_product(Member& me, const whit_matrix& m, const void* input) {
+  int64_t first, last;
+  me.share(m.rows, ALIGNED_ROWS, first, last);
+  multiply(me, m, input, me.run.y, first, last);
+  if (first < last) me.steps.add(me.at(me.run.x, first), me.at(me.run.y, first), last - first, me.d.type);
+}
+
+void pass_block(Member& me, const whit_block& b, int64_t position) {
+  Run& run = me.run;
+  const void* x = normalize(me, run.x, b.attention_norm);
+  multiply(me, b.q, x, run.q);
+  multiply(me, b.k, x, run.k);
+  multiply(me, b.v, x, run.v);
+  me.wait();
+  rotate_heads(me, b, position);
+  me.wait();
+  attend_heads(me, b, position);
+  me.wait();
+  me.inputs.x = nullptr;
+  add_product(me, b.o, run.mixed);
+  me.wait();
+  x = normalize(me, run.x, b.mlp_norm);
+  int64_t first, last;
+  me.share(me.d.intermediate, ALIGNED_ROWS, first, last);
+  multiply(me, b.gate, x, run.gate, first, last);
+  multiply(me, b.up, x, run.up, first, last);
+  if (first < last) me.steps.gate(me.at(run.gate, first), me.at(run.up, first), last - first, me.d.type);
+  me.wait();
+  me.inputs.x = nullptr;
+  add_product(me, b.down, run.gate);
+  me.wait();
+}
+
+void embed(Member& me, int64_t token) {
+  const whit_matrix& m = me.d.embedding;
+  const size_t bytes = (size_t)m.columns * element(me.d);
+  if (me.rank == 0 && m.packed)
+    whit_kernels(*m.packed, me.d.type, 1, me.d.isa)->dequantize(*m.packed, token, me.params, me.run.x, me.d.type);
+  else if (me.rank == 0)
+    memcpy(me.run.x, (const char*)m.dense + (size_t)token * bytes, bytes);
+  me.wait();
+}
+
+// The first of the likeliest tokens; a NaN is above all, as it is to torch.
+bool above(float a, float b) { return a > b || (a != a && b == b); }
+
+int64_t choose(Member& me) {
+  const whit_decoder& d = me.d;
+  Run& run = me.run;
+  int64_t first, last;
+  me.share(d.vocabulary, ALIGNED_ROWS, first, last);
+  multiply(me, d.head, normalize(me, run.x, d.norm), run.logits, first, last);
+  Best best = {0, -1, {0}};
+  for (int64_t token = first; token < last; token++) {
+    const float value = load_as_float(run.logits, token, d.type);
+    if (best.token < 0 || above(value, best.value)) best.value = value, best.token = token;
+  }
+  run.best[me.rank] = best;
+  me.wait();
+  best = run.best[0];
+  for (int i = 1; i < me.size; i++)
+    if (run.best[i].token >= 0 && above(run.best[i].value, best.value)) best = run.best[i];
+  return best.token;
+}
+
+int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+
+size_t params_room(const whit_matrix& m, size_t room) {
+  return m.packed ? (size_t)most((int64_t)room, (int64_t)whit_row_scratch(*m.packed)) : room;
+}
+
+size_t params_room(const whit_decoder& d) {
+  size_t room = params_room(d.head, params_room(d.embedding, 64));
+  for (int64_t i = 0; i < d.blocks; i++) {
+    const whit_block& b = d.block[i];
+    for (const whit_matrix* m : {&b.q, &b.k, &b.v, &b.o, &b.gate, &b.up, &b.down}) room = params_room(*m, room);
+  }
+  return (room + LINE - 1) & ~(size_t)(LINE - 1);
+}
+
+void decode(Member& me) {
+  Run& run = me.run;
+  for (int64_t i = 0; i < run.count; i++) {
+    embed(me, run.tokens[i]);
+    for (int64_t b = 0; b < me.d.blocks; b++) pass_block(me, me.d.block[b], run.position + i);
+    const int64_t token = choose(me);
+    bool stops = false;
+    for (int64_t s = 0; s < run.stop_count; s++) stops = stops || run.stops[s] == token;
+    if (me.rank == 0) run.tokens[i + 1] = token, run.done = i + 1;
+    me.wait();  // `best` and `tokens` are read by all before they are written again
+    if (stops) return;
+  }
+}
+
+void join(void* argument) {
+  Run& run = *(Run*)argument;
+  const whit_decoder& d = *run.d;
+  const int size = d.parallel && d.threads > 1 ? d.team_size() : 1, rank = size > 1 ? d.team_member() : 0;
+  const int64_t widest = most(most(d.hidden, d.intermediate), d.heads * d.head_dim) + 1024;
+  const size_t inputs = 16 * (size_t)widest, params = params_room(d), scores = 4 * (WHIT_SPLIT + 16);
+  const size_t sums = (8 * (size_t)d.head_dim + 2 * LINE + LINE - 1) & ~(size_t)(LINE - 1);
+  char* room = (char*)own_room.get(inputs + params + scores + sums + (size_t)d.hidden * 4);
+  if (!room) run.failed = 1;
+  Member me = {run, d, *run.steps, rank, size, {}, nullptr, nullptr, nullptr, nullptr};
+  me.wait();
+  if (run.failed) return;
+  me.inputs.room = room, room += inputs;
+  me.params = (float*)room, room += params;
+  me.scores = (float*)room, room += scores;
+  me.sums = (float*)room, room += sums;
+  me.normed = room;
+  decode(me);
+}
+
+const Steps* steps_for(int isa) {
+  switch (isa) {
+#if defined(WHIT_HAVE_AVX2)
+    case WHIT_AVX2: return &whit_steps_avx2;
+#endif
+#if defined(WHIT_HAVE_AVX512)
+    case WHIT_AVX512:
+    case WHIT_AVX512_BF16: return &whit_steps_avx512;
+#endif
+    default: return &whit_steps_scalar;
+  }
+}
+
+}  // namespace
+
+// Writes the likeliest tokens after tokens[0], which stands at `position`, to tokens[1] and so on: `count` of them, or
+// fewer if one of `stops` comes, which is the last then. `logits` (vocabulary, of the model's type) are those of the
+// last one. Returns how many there are, or a negative number if there is no memory.
+WHIT_API int64_t whit_decode(const whit_decoder* d, int64_t* tokens, int64_t position, int64_t count,
+                             const int64_t* stops, int64_t stop_count, void* logits) {
+  const size_t size = element(*d), line = LINE;
+  const int64_t widths[] = {d->hidden, d->heads * d->head_dim, d->kv_heads * d->head_dim, d->kv_heads * d->head_dim,
+                            d->heads * d->head_dim, d->intermediate, d->intermediate, d->hidden};
+  size_t bytes = sizeof(Best) * (size_t)d->threads;
+  for (int64_t width : widths) bytes += ((size_t)width * size + line - 1) & ~(line - 1);
+  char* room = (char*)shared_room.get(bytes);
+  if (!room) return -3;
+  Run run;
+  run.d = d, run.steps = steps_for(d->isa), run.stops = stops, run.tokens = tokens, run.position = position;
+  run.count = count, run.stop_count = stop_count, run.done = 0, run.logits = logits, run.best = (Best*)room;
+  room += sizeof(Best) * (size_t)d->threads;
+  char** parts[] = {&run.x, &run.q, &run.k, &run.v, &run.mixed, &run.gate, &run.up, &run.y};
+  for (int i = 0; i < 8; i++) *parts[i] = room, room += ((size_t)widths[i] * size + line - 1) & ~(line - 1);
+  if (d->parallel && d->threads > 1) d->parallel(join, &run, (unsigned)d->threads, 0);
+  else join(&run);
+  return run.failed ? -4 : run.done;
+}

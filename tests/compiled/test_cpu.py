@@ -1,0 +1,217 @@
+"""Compiled decoding on the processor: the tokens of transformers' own loop, and who decodes what is not covered."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, DynamicCache, MaxLengthCriteria, StoppingCriteriaList, TextStreamer
+from transformers.generation.streamers import BaseStreamer
+
+import whit
+from whit.compiled.llama import Compiled
+from whit.compiled.loop import States
+from whit.errors import UnsupportedModelError
+from whit.kernels.cpu import library
+
+from tiny_models import save_tiny, tiny_model
+
+pytestmark = pytest.mark.skipif(isinstance(library(), str), reason="the CPU kernels are not built")
+LLAMAS = ("llama", "llama-tied", "mistral", "qwen2", "qwen3")
+GREEDY = {"max_new_tokens": 30, "do_sample": False}
+
+
+def prompt(length: int = 9, seed: int = 0) -> torch.Tensor:
+    return torch.randint(3, 128, (1, length), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture
+def llama():
+    """A tiny model with its own `generate` beside the compiled one."""
+    model = tiny_model("llama")
+    whit.compile(model, strict=True)
+    model.plain = model.generate.uncompiled
+    return model
+
+
+def same(model, *args, **kwargs):
+    """What both loops generate, compared; no warning may say that the compiled one did not run."""
+    expected = model.plain(*args, **kwargs)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = model.generate(*args, **kwargs)
+    assert torch.equal(getattr(expected, "sequences", expected), getattr(found, "sequences", found))
+    return expected, found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("architecture", LLAMAS)
+def test_the_tokens_are_those_of_the_model(architecture, dtype):
+    model = tiny_model(architecture, dtype=dtype)
+    prompts = [prompt(length, length) for length in (1, 2, 17)]
+    expected = [model.generate(ids, **GREEDY) for ids in prompts]
+    assert whit.compile(model, strict=True) is model
+    for ids, tokens in zip(prompts, expected, strict=True):
+        assert torch.equal(model.generate(ids, **GREEDY), tokens)
+
+
+@pytest.mark.parametrize(
+    ("spec", "inputs"),
+    [("int4-g32", ""), ("int3-g16-asym", ""), ("nf4-dq", ""), ("int8", ""), ("q4_0", ""), ("q5_1", ""),
+     ("int4-g32", "int8-g32"), ("int4-g64-asym", "int8-g32"), ("int8", "int8"), ("q8_0", "int8-g32")],
+)  # fmt: skip
+def test_packed_weights_and_quantized_inputs(tmp_path: Path, spec, inputs):
+    folder = save_tiny(tmp_path / "model", "llama-tied", torch.bfloat16)
+    recipe = whit.Recipe(rules=[("*", spec)], activations=inputs or None)
+    config = whit.QuantizationConfig(recipe)
+    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=torch.bfloat16)
+    expected = model.generate(prompt(), **GREEDY)
+    assert torch.equal(whit.compile(model, strict=True).generate(prompt(), **GREEDY), expected)
+
+
+def logits_of_a_step(model, compiled_library, length):
+    """The logits after `length` tokens, from the model and from the decoder."""
+    tokens, cache = prompt(length + 1), DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(tokens[:, :-1], past_key_values=cache, use_cache=True, logits_to_keep=1)
+        expected = model(tokens, logits_to_keep=1).logits[0, -1]
+        states = States(Compiled(model, compiled_library), cache, length + 1)
+    states.decode(int(tokens[0, -1]), 1, [])
+    return expected, states.decoder.logits
+
+
+@pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512", "avx512_bf16"])
+def test_every_instruction_set_gives_the_models_logits(isa):
+    compiled = library()
+    if isa not in compiled.isas:
+        pytest.skip(f"this processor does not run {isa}")
+    only = replace(compiled, isas=(isa,), isas8=("scalar",))
+    for architecture, length in (("qwen3", 30), ("llama", 600)):  # beyond 512 attention goes on in a second part
+        expected, found = logits_of_a_step(tiny_model(architecture), only, length)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_team_of_any_size_gives_the_same_bits():
+    model, threads = tiny_model("qwen2"), torch.get_num_threads()
+    try:
+        found = []
+        for count in (1, 2, 3, 5):
+            torch.set_num_threads(count)
+            found.append(logits_of_a_step(model, library(), 40)[1])
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(found[0], other) for other in found[1:])
+
+
+def test_sampling_draws_what_transformers_would_draw(llama):
+    drawing = {"max_new_tokens": 30, "do_sample": True, "temperature": 1.5, "top_k": 50, "top_p": 0.9}
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        expected = llama.plain(prompt(), **drawing)
+        torch.manual_seed(3)
+        assert torch.equal(llama.generate(prompt(), **drawing), expected)
+
+
+def test_processors_criteria_and_stop_tokens(llama):
+    same(llama, prompt(), repetition_penalty=1.7, no_repeat_ngram_size=2, **GREEDY)
+    tokens = llama.plain(prompt(), **GREEDY)[0, 9:].tolist()
+    _, found = same(llama, prompt(), eos_token_id=[tokens[7], 127], pad_token_id=0, **GREEDY)
+    assert found.shape[1] == 9 + tokens.index(tokens[7]) + 1
+    same(llama, prompt(), stopping_criteria=StoppingCriteriaList([MaxLengthCriteria(14)]), **GREEDY)
+    same(llama, prompt(), max_new_tokens=1, do_sample=False)
+
+
+def test_scores_logits_and_the_cache_come_back(llama):
+    asked = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True}
+    expected, found = same(llama, prompt(), repetition_penalty=1.2, **asked, **GREEDY)
+    for name in ("scores", "logits"):
+        torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=1e-4, atol=1e-5)
+    for ours, theirs in zip(found.past_key_values.layers, expected.past_key_values.layers, strict=True):
+        torch.testing.assert_close(ours.keys, theirs.keys, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(ours.values, theirs.values, rtol=1e-4, atol=1e-5)
+    more = torch.cat([found.sequences, prompt(4)], dim=1)
+    continued = llama.generate(more, past_key_values=found.past_key_values, **GREEDY)
+    assert torch.equal(continued, llama.plain(more, **GREEDY))
+
+
+def test_the_cache_grows(llama, monkeypatch):
+    monkeypatch.setattr("whit.compiled.loop.ROOM", 3)
+    same(llama, prompt(), max_new_tokens=90, do_sample=False, eos_token_id=None)
+
+
+class Heard(BaseStreamer):
+    def __init__(self):
+        self.tokens, self.ended = [], False
+
+    def put(self, value):
+        self.tokens.append(value.flatten().tolist())
+
+    def end(self):
+        self.ended = True
+
+
+def test_streamers_hear_every_token_as_it_comes(llama):
+    ours, theirs = Heard(), Heard()
+    llama.generate(prompt(), streamer=ours, **GREEDY)
+    llama.plain(prompt(), streamer=theirs, **GREEDY)
+    assert ours.tokens == theirs.tokens
+    assert ours.ended
+    assert issubclass(TextStreamer, BaseStreamer)
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [({"num_beams": 2}, "beam_search is neither"), ({"use_cache": False}, "the cache is a"),
+     ({"cache_implementation": "static"}, "not a DynamicCache"),
+     ({"attention_mask": torch.tensor([[0] + [1] * 8])}, "some tokens are masked"),
+     ({"inputs": prompt().expand(2, -1)}, "takes one row"),
+     ({"return_dict_in_generate": True, "output_hidden_states": True}, "hidden states are asked for")],
+)  # fmt: skip
+def test_transformers_takes_what_is_not_covered_and_a_warning_says_so(llama, options, why):
+    call = {"inputs": prompt(), **GREEDY, **options}
+    expected = llama.plain(**call)
+    with pytest.warns(UserWarning, match=f"{why}.*transformers' own loop takes this call"):
+        found = llama.generate(**call)
+    assert torch.equal(getattr(expected, "sequences", expected), getattr(found, "sequences", found))
+
+
+def test_a_window_that_the_text_does_not_reach_is_no_obstacle():
+    model = tiny_model("mistral")
+    model.config.sliding_window = 64
+    expected = model.generate(prompt(), **GREEDY)
+    whit.compile(model, strict=True)
+    assert torch.equal(model.generate(prompt(), **GREEDY), expected)
+    model.config.sliding_window = 20
+    with pytest.warns(UserWarning, match="attention slides over 20 tokens"):
+        assert torch.equal(model.generate(prompt(), **GREEDY), model.generate.uncompiled(prompt(), **GREEDY))
+
+
+def test_a_model_that_changed_is_read_again(llama):
+    other = tiny_model("llama", seed=1)
+    llama.load_state_dict(other.state_dict())
+    same(llama, prompt(), **GREEDY)
+    llama.model.layers[0].mlp.up_proj = torch.nn.Linear(64, 128, bias=False)
+    same(llama, prompt(), **GREEDY)
+    llama.bfloat16()
+    same(llama, prompt(), **GREEDY)
+    llama.model.norm.register_forward_hook(lambda *_: None)
+    with pytest.warns(UserWarning, match=r"model\.norm has a hook"):
+        llama.generate(prompt(), **GREEDY)
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "gemma2", "phi3", "mixtral"])
+def test_other_architectures_are_refused(architecture):
+    with pytest.raises(UnsupportedModelError, match="is none of LlamaForCausalLM"):
+        whit.compile(tiny_model(architecture), strict=True)
+
+
+def test_a_second_compile_does_not_wrap_the_first(llama):
+    assert whit.compile(llama, strict=True).generate.uncompiled == llama.plain
+
+
+def test_options_are_refused(llama):
+    with pytest.raises(TypeError, match="tokens mean nothing on the processor"):
+        whit.compile(llama, tokens=3)
