@@ -36,6 +36,7 @@ X86: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "avx512": (AVX512, ("decoder_avx512",)),
     "avx512_bf16": ((*AVX512, "-mavx512bf16"), ("gram_bf16",)),
     "many_bf16": ((*AVX512, "-mavx512bf16", "-mavx512vbmi"), ()),
+    "many_int8": ((*AVX512, "-mavx512vnni", "-mavx512vbmi"), ()),
     "int8_avx2": (AVX2, ()),
     "int8_avx512": ((*AVX512, "-mavx512vnni", "-mavx512vbmi"), ()),
 }

@@ -1,5 +1,5 @@
 // Calls of the products of 8-bit activations.
-#include "int8.h"
+#include "many.h"
 #include "team.h"
 
 #if defined(__x86_64__) || defined(__i386__)
@@ -82,7 +82,7 @@ size_t whit_derived8(Product8& p, bool few, int vector) {
   const bool grouped = x.groups > 1;
   const int parts = w.bits == 4 ? 2 : w.bits == 2 ? 4 : 1, block = vector * parts;
   p.arranged_stride = few ? (x.stride + block - 1) / block * block : 0;
-  p.sum_stride = grouped ? (w.groups + 15) & ~(int64_t)15 : 0;
+  p.sum_stride = grouped && (few || w.zero) ? (w.groups + 15) & ~(int64_t)15 : 0;
   p.lane_stride = grouped ? p.arranged_stride / (4 * parts) : 0;
   return (size_t)(x.count * (4 * (p.sum_stride + p.lane_stride + x.groups) + p.arranged_stride)) + 64;
 }
@@ -149,6 +149,10 @@ WHIT_API8 int whit_product8(const whit_weight* w, const whit_rows8* x, const int
   void* room = sums8.get(whit_derived8(product, x->count <= few, kernels->bytes));
   if (!room) return -3;
   whit_derive8(product, x->count <= few, kernels->bytes, room);
+  if (isa == 2 && x->groups > 1 && x->count > few) {
+    const int status = whit_strips8(product, threads);
+    if (status != -1) return status;
+  }
   Call8 call = {kernels, &product};
   Team team;
   const size_t params = sizeof(float) * (size_t)(2 * 4 * (w->groups + 48));

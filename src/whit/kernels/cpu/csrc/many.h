@@ -1,8 +1,8 @@
 // Products of many rows of x with strips of 16 rows of a weight, one row of the weight to a lane.
 #pragma once
-#include "common.h"
+#include "int8.h"
 
-enum { STRIP = 16, ROWS_IN_TILE = 16, PAIRS_IN_BLOCK = 16 };
+enum { STRIP = 16, ROWS_IN_TILE = 16, PAIRS_IN_BLOCK = 16, ROWS8_IN_TILE = 12, WIDTH8 = GROUP8 / 4 + 2 };
 
 struct Many {
   const whit_weight* w;
@@ -12,7 +12,8 @@ struct Many {
   const void* bias;
   void* y;             // (count, w.rows) of `type`, like the bias
   int type;
-  int strips;          // that are decoded at a time
+  int strips;          // that are turned at a time
+  bool decoded;        // to bfloat16, where more than 5 bits make looking a level up worth more than reading it
 };
 
 struct ManyKernels {
@@ -21,11 +22,29 @@ struct ManyKernels {
   void (*multiply)(const Many&, int64_t first, int64_t last, void* scratch);  // rows [first, last) of the weight
 };
 
-extern const ManyKernels whit_many_bf16;
+// 8-bit activations. A tile of 12 rows, or 8 or 4 at the end: per 32 columns eight dwords of codes of each row, then of
+// each row -shift times their sum, then the scale.
+struct Many8 {
+  const Product8* p;
+  const uint32_t* x;
+  const float* sums;   // (tiles, w.groups, rows of the tile): scale times the sum of codes; null where nothing needs it
+  int64_t width;       // dwords of a row of x
+  int strips;
+};
 
-// Bytes of scratch of `multiply`: codes turned, and params of each strip; params of one row.
-static inline size_t many_scratch(const whit_weight& w, int strips) {
-  const int64_t dwords = (w.columns + 3) / 4 + 64;  // at least 4 columns in each
-  const int64_t row = 4 * 2 * (w.groups + 48), strip = 64 * dwords + 2 * 64 * w.groups;
-  return (size_t)(row + strips * strip + 256);
+struct ManyKernels8 {
+  void (*arrange)(const Many8&, int64_t first, uint32_t* to, float* sums);  // the tile of x that begins at row `first`
+  void (*multiply)(const Many8&, int64_t first, int64_t last, void* scratch);
+};
+
+static inline int64_t tile_rows8(int64_t left) { return left > 8 ? 12 : left > 4 ? 8 : 4; }
+
+// Bytes of scratch of `multiply`: the vectors of each strip, and params of each and of one row.
+static inline size_t many_scratch(const whit_weight& w, int strips, int64_t vectors) {
+  return (size_t)(4 * 2 * (w.groups + 48) + strips * 64 * (vectors + 2 * w.groups) + 256);
 }
+
+extern const ManyKernels whit_many_bf16;
+extern const ManyKernels8 whit_many_int8;
+
+int whit_strips8(const Product8& p, int threads);  // as whit_product8; -1 where this processor cannot

@@ -12,6 +12,7 @@
 namespace {
 
 #include "kernels.inl"
+#include "strips.inl"
 
 // How codes lie in a turned dword: CODES of them, of which a step takes k and k + CODES / 2.
 template <int BITS>
@@ -20,12 +21,7 @@ struct Turned {
   static constexpr int BYTES = 16 * CODES * BITS / 8;  // of a row in one vector
   static ALWAYS_INLINE __m512i load(const uint8_t* p) {
     if constexpr (BITS <= 4) return Pairs::block<BITS>(p);
-    if constexpr (BITS == 8) return _mm512_loadu_si512(p);
-    alignas(64) uint8_t from[64], shift[64];
-    for (int i = 0; i < 64; i++) from[i] = (uint8_t)(i / 8 * BITS + i % 8), shift[i] = (uint8_t)(i % 8 * BITS);
-    __m512i v = _mm512_maskz_loadu_epi8((__mmask64)-1 >> (64 - 8 * BITS), p);
-    v = _mm512_multishift_epi64_epi8(_mm512_load_si512(shift), _mm512_permutexvar_epi8(_mm512_load_si512(from), v));
-    return _mm512_and_si512(v, _mm512_set1_epi8((1 << BITS) - 1));
+    else return bytes_of<BITS>(p);
   }
 };
 
@@ -56,18 +52,19 @@ struct Look {
 };
 
 struct Strip {
-  const __m512i* codes;          // (dwords) of 16 rows
+  const __m512i* codes;          // (dwords) of 16 rows; or their levels in bfloat16, (dwords, steps)
   const float *scale, *less;     // (groups, 16); less: zero * scale or the offset, null without
   const uint8_t* next;           // what is read after this strip
 };
 
 // total (M, 16) = x (M, columns) times a strip, group by group.
-template <int BITS, int M>
+template <int BITS, int M, bool DECODED>
 static __attribute__((noinline)) void tile(const whit_weight& w, const Strip& strip, const uint32_t* x,
                                            const float* sums, const Look<BITS>& looks, __m512* total) {
   using T = Turned<BITS>;
   const Look<BITS> look = looks;
   const int64_t all = (w.columns + T::CODES - 1) / T::CODES, run = w.groups == 1 ? all : w.group_size / T::CODES;
+#pragma GCC unroll 16
   for (int m = 0; m < M; m++) total[m] = _mm512_setzero_ps();
   for (int64_t g = 0, c = 0; c < all; g++) {
     const int64_t until = c + run < all ? c + run : all;
@@ -75,11 +72,12 @@ static __attribute__((noinline)) void tile(const whit_weight& w, const Strip& st
 #pragma GCC unroll 16
     for (int m = 0; m < M; m++) acc[m] = _mm512_setzero_ps();
     for (; c < until; c++) {
-      __m512i codes = strip.codes[c];
+      __m512i codes = DECODED ? _mm512_setzero_si512() : strip.codes[c];
       __builtin_prefetch(strip.next + 64 * c, 0, 2);
 #pragma GCC unroll 8
       for (int k = 0; k < T::STEPS; k++, x += ROWS_IN_TILE) {
-        const __m512i level = look(k ? _mm512_srli_epi16(codes, T::SHIFT * k) : codes);
+        const __m512i level =
+            DECODED ? strip.codes[c * T::STEPS + k] : look(k ? _mm512_srli_epi16(codes, T::SHIFT * k) : codes);
 #pragma GCC unroll 16
         for (int m = 0; m < M; m++)  // broadcasts from memory, which costs nothing
           __asm__("vdpbf16ps %2%{1to16%}, %1, %0" : "+v"(acc[m]) : "v"(level), "m"(x[m]));
@@ -95,103 +93,71 @@ static __attribute__((noinline)) void tile(const whit_weight& w, const Strip& st
   }
 }
 
-static void finish(const Many& a, int64_t m0, int64_t row, const __m512* total) {
-  const whit_weight& w = *a.w;
-  const int64_t rows = w.rows - row < STRIP ? w.rows - row : STRIP;
-  const int64_t count = a.count - m0 < ROWS_IN_TILE ? a.count - m0 : ROWS_IN_TILE;
-  __m512 bias = _mm512_setzero_ps();
-  if (a.bias && rows == STRIP) bias = Avx512::convert(a.bias, row, a.type);
-  for (int64_t m = 0; m < count; m++) {
-    const int64_t at = (m0 + m) * w.rows + row;
-    if (rows == STRIP) {
-      Avx512::store_as(a.y, at, _mm512_add_ps(total[m], bias), a.type);
-      continue;
-    }
-    float y[16];
-    _mm512_storeu_ps(y, total[m]);
-    for (int64_t r = 0; r < rows; r++)
-      store_float(a.y, at + r, y[r] + (a.bias ? load_as_float(a.bias, row + r, a.type) : 0), a.type);
-  }
+template <int BITS, bool DECODED>
+static ALWAYS_INLINE void some(const whit_weight& w, int64_t rows, const Strip& strip, const uint32_t* x,
+                               const float* sums, const Look<BITS>& look, __m512* total) {
+  if (rows > 12) tile<BITS, 16, DECODED>(w, strip, x, sums, look, total);
+  else if (rows > 8) tile<BITS, 12, DECODED>(w, strip, x, sums, look, total);
+  else if (rows > 4) tile<BITS, 8, DECODED>(w, strip, x, sums, look, total);
+  else tile<BITS, 4, DECODED>(w, strip, x, sums, look, total);
 }
 
-// The codes of 16 rows, turned. Rows that are not there stand for the last one.
-template <int BITS>
-static void turn(const whit_weight& w, int64_t row, __m512i* to) {
-  using T = Turned<BITS>;
-  const uint8_t* end = w.codes + w.rows * w.row_bytes;
-  const int64_t all = (w.columns + T::CODES - 1) / T::CODES;
-  for (int64_t c = 0, at = 0; c < all; c += 16, at += T::BYTES) {
-    __m512i v[16];
-#pragma GCC unroll 16
-    for (int r = 0; r < STRIP; r++) {
-      const int64_t own = row + r < w.rows ? row + r : w.rows - 1;
-      const uint8_t* p = w.codes + own * w.row_bytes + at;
-      uint8_t last[64];
-      if (__builtin_expect(p + 64 > end, 0)) {
-        memset(last, 0, sizeof last);
-        memcpy(last, p, (size_t)(end - p < 64 ? end - p : 64));
-        p = last;
-      }
-      v[r] = T::load(p);
-    }
-    transpose16(v);
-#pragma GCC unroll 16
-    for (int i = 0; i < 16; i++) _mm512_store_si512(to + c + i, v[i]);
-  }
-}
-
-static void params(const whit_weight& w, int64_t row, float* own, float* scale, float* less) {
-  float* zero = own + padded_groups(w);
-  for (int64_t r = 0; r < STRIP; r++) {
-    group_params<Avx512>(w, row + r < w.rows ? row + r : w.rows - 1, 0, own, zero);
-    for (int64_t g = 0; g < w.groups; g++) scale[16 * g + r] = own[g];
-    for (int64_t g = 0; g < w.groups && w.zero; g++) less[16 * g + r] = w.offsets ? zero[g] : zero[g] * own[g];
-  }
-}
-
-template <int BITS>
+// DECODED: a table of several registers is asked once, not for every 16 rows of x.
+template <int BITS, bool DECODED>
 static void multiply_bits(const Many& a, int64_t first, int64_t last, void* scratch) {
   using T = Turned<BITS>;
   const whit_weight& w = *a.w;
   const Look<BITS> look(w.levels);
   const int64_t dwords = ((w.columns + T::CODES - 1) / T::CODES + 15) & ~(int64_t)15, params_size = 16 * w.groups;
+  const int64_t vectors = DECODED ? dwords * T::STEPS : dwords;
   __m512i* codes = (__m512i*)(((uintptr_t)scratch + 63) & ~(uintptr_t)63);
-  float *scale = (float*)(codes + a.strips * dwords), *less = scale + a.strips * params_size;
+  float *scale = (float*)(codes + a.strips * vectors), *less = scale + a.strips * params_size;
   float* own = less + a.strips * params_size;
   for (int64_t row = first; row < last; row += a.strips * STRIP) {
     const int64_t left = (last - row + STRIP - 1) / STRIP, strips = left < a.strips ? left : a.strips;
     for (int64_t s = 0; s < strips; s++) {
-      turn<BITS>(w, row + s * STRIP, codes + s * dwords);
-      params(w, row + s * STRIP, own, scale + s * params_size, less + s * params_size);
+      __m512i* to = codes + s * vectors;
+      turn<T>(w, row + s * STRIP, [&](int64_t i, __m512i v) __attribute__((always_inline)) {
+        if constexpr (!DECODED) _mm512_store_si512(to + i, v);
+        else
+          for (int k = 0; k < T::STEPS; k++)
+            _mm512_store_si512(to + i * T::STEPS + k, look(_mm512_srli_epi16(v, T::SHIFT * k)));
+      });
+      strip_params(w, row + s * STRIP, 1, own, scale + s * params_size, less + s * params_size);
     }
     for (int64_t m = 0; m < a.count; m += ROWS_IN_TILE) {
       const uint32_t* x = a.x + m * a.pairs;
       const float* sums = w.zero ? a.sums + m * w.groups : nullptr;
+      const int64_t rows = a.count - m < ROWS_IN_TILE ? a.count - m : ROWS_IN_TILE;
       for (int64_t s = 0; s < strips; s++) {
         const int64_t after = m ? row : row + (a.strips + s) * STRIP;
-        Strip strip = {codes + s * dwords, scale + s * params_size, w.zero ? less + s * params_size : nullptr,
+        Strip strip = {codes + s * vectors, scale + s * params_size, w.zero ? less + s * params_size : nullptr,
                        w.codes + (after < w.rows ? after : 0) * w.row_bytes};
         __m512 total[ROWS_IN_TILE];
-        if (a.count - m > 12) tile<BITS, 16>(w, strip, x, sums, look, total);
-        else if (a.count - m > 8) tile<BITS, 12>(w, strip, x, sums, look, total);
-        else if (a.count - m > 4) tile<BITS, 8>(w, strip, x, sums, look, total);
-        else tile<BITS, 4>(w, strip, x, sums, look, total);
-        finish(a, m, row + s * STRIP, total);
+        expect_strip(w, a.y, a.type, m, rows, row + s * STRIP);
+        some<BITS, DECODED>(w, rows, strip, x, sums, look, total);
+        finish_strip(w, a.bias, a.y, a.type, m, rows, row + s * STRIP, total);
       }
     }
   }
 }
 
+template <int BITS>
+static void multiply_wide(const Many& a, int64_t first, int64_t last, void* scratch) {
+  if (a.decoded) multiply_bits<BITS, true>(a, first, last, scratch);
+  else multiply_bits<BITS, false>(a, first, last, scratch);
+}
+
 static void multiply(const Many& a, int64_t first, int64_t last, void* scratch) {
   switch (a.w->bits) {
-    case 1: return multiply_bits<1>(a, first, last, scratch);
-    case 2: return multiply_bits<2>(a, first, last, scratch);
-    case 3: return multiply_bits<3>(a, first, last, scratch);
-    case 4: return multiply_bits<4>(a, first, last, scratch);
-    case 5: return multiply_bits<5>(a, first, last, scratch);
-    case 6: return multiply_bits<6>(a, first, last, scratch);
-    case 7: return multiply_bits<7>(a, first, last, scratch);
-    default: return multiply_bits<8>(a, first, last, scratch);
+    case 1: return multiply_bits<1, false>(a, first, last, scratch);
+    case 2: return multiply_bits<2, false>(a, first, last, scratch);
+    case 3: return multiply_bits<3, false>(a, first, last, scratch);
+    case 4: return multiply_bits<4, false>(a, first, last, scratch);
+    case 5: return multiply_bits<5, false>(a, first, last, scratch);
+    case 6: return multiply_wide<6>(a, first, last, scratch);
+    case 7: return multiply_wide<7>(a, first, last, scratch);
+    default: return multiply_wide<8>(a, first, last, scratch);
   }
 }
 
