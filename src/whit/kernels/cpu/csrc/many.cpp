@@ -81,7 +81,7 @@ thread_local Scratch arranged_many;
 
 // What is turned at a time stays in the second cache, and is used once for each tile of x.
 int strips_of(int64_t vectors, int64_t count) {
-  const int64_t most = count <= 2 * ROWS_IN_TILE ? 1 : 8, strips = (256 << 10) / (64 * vectors);
+  const int64_t most = count <= 2 * ROWS_IN_TILE ? 1 : 8, strips = (64 << 10) / (64 * vectors);
   return (int)(strips < 1 ? 1 : strips < most ? strips : most);
 }
 
