@@ -14,6 +14,7 @@ import argparse
 import json
 import statistics
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -116,6 +117,15 @@ def same_tokens(model: Any, tokens: Tensor, device: str, count: int = 32) -> dic
     return result
 
 
+def attempted(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What it finds, or how it failed."""
+    try:
+        return work()
+    except Exception as error:
+        traceback.print_exc()
+        return {"failed": f"{type(error).__name__}: {str(error)[:300]}"}
+
+
 def checks(device: str, options: dict[str, Any]) -> dict[str, Any]:
     """Tokens equal to eager's."""
     random = torch.Generator(device).manual_seed(1)
@@ -124,14 +134,14 @@ def checks(device: str, options: dict[str, Any]) -> dict[str, Any]:
         model = random_model(spec, options | {"num_hidden_layers": 2}, device)
         for batch in (1, 16):
             tokens = torch.randint(3, options["vocab_size"], (batch, 20), device=device, generator=random)
-            found[f"random {spec} batch {batch}"] = same_tokens(model, tokens, device)
+            found[f"random {spec} batch {batch}"] = attempted(lambda m=model, t=tokens: same_tokens(m, t, device))
     folder = whit.resolve_model("whit:model")
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     text = tokenizer("The history of the town", return_tensors="pt").input_ids.to(device)
     for spec in FORMATS:
         settings = {} if spec == "bf16" else {"quantization_config": whit.QuantizationConfig(spec)}
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, **settings)
-        found[f"shipped {spec}"] = same_tokens(model.to(device), text, device, 48)
+        found[f"shipped {spec}"] = attempted(lambda m=model: same_tokens(m.to(device), text, device, 48))
     for name, each in found.items():
         print(name, each, flush=True)
     return found
@@ -276,7 +286,11 @@ def main() -> None:
         if time.perf_counter() > end - 15:
             print(f"no time left for {spec}")
             break
-        rows.append(timed(spec, options, device, (1, 16)))
+        found = attempted(lambda spec=spec: timed(spec, options, device, (1, 16)))
+        if "failed" in found:
+            result.setdefault("failures", []).append(found)
+            continue
+        rows.append(found)
         print({k: v for k, v in rows[-1].items() if not k.startswith("batch")}, flush=True)
         write()
     for name, row in result["ratios"].items():

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from whit.kernels.gpu import dequantize as unpacking
-from whit.kernels.gpu import nvrtc, stream, tiled
+from whit.kernels.gpu import few, nvrtc, stream, tiled
 from whit.kernels.gpu.scales import Storage
 from whit.kernels.gpu.stream import Config, Operands, Scheme
 from whit.tensor import PackedWeight, matrix_shape
@@ -92,6 +92,17 @@ def dequantize(packed: PackedWeight, dtype: torch.dtype, stored: Storage) -> Ten
     kernel = library(unpacking.SOURCE, macros)
     kernel.run(ctypes.byref(params), -(-w.shape[0] // params.rows_per_block), 1, 1)
     return w
+
+
+def few_linear(x: Tensor, packed: PackedWeight, bias: Tensor | None, scheme: Scheme, config: few.Config) -> Tensor:
+    """What the kernel for up to 8 rows computes, with three blocks that stay."""
+    y = torch.full((x.shape[0], packed.shape[0]), float("nan"), dtype=x.dtype)
+    operands = Operands(x, y, bias, packed, None, None)
+    assert few.fits(scheme, config, *x.shape)
+    macros = few.macros(scheme, config, x.dtype == torch.float16, x.shape[0])
+    kernel = library(few.SOURCE, tuple(macros.items()))
+    kernel.run(ctypes.byref(stream.params(operands, scheme, 1)), few.grid(scheme, config, packed.shape, 1, 3), 1, 1)
+    return y
 
 
 def run_decoding(source, macros, grid, threads, shared, params, device):

@@ -12,7 +12,7 @@ from torch import Generator, Tensor
 
 import whit
 from whit.kernels import reference
-from whit.kernels.gpu import kernel, stream, tiled, tuned
+from whit.kernels.gpu import few, kernel, stream, tiled, tuned
 from whit.kernels.gpu.scales import storage
 from whit.kernels.gpu.stream import Config, Scheme
 from whit.layouts import BITS
@@ -52,6 +52,29 @@ FUSED = [
     ("int5-g128-asym-fz", BF16, 70, Config(1, 1, 2, 1, 1, 1)),
     ("int7-channel-asym", F16, 4, Config(1, 1, 2, 2, 1, 1)),
 ]
+
+
+FEW = [
+    ("int4-g128", BF16, 1, few.Config(4, 2, 1)),
+    ("int4-g64-asym", F16, 3, few.Config(2, 4, 1)),
+    ("nf4-dq", BF16, 8, few.Config(4, 1, 1)),
+    ("fp4-g32", F16, 2, few.Config(2, 2, 1)),
+    ("int8-channel", BF16, 5, few.Config(2, 2, 1)),
+    ("int3-channel", BF16, 1, few.Config(4, 3, 1)),
+    ("int7-g128-asym-fz", F16, 1, few.Config(1, 2, 1)),
+    ("int2-g64", BF16, 4, few.Config(4, 2, 1)),
+]
+
+
+@pytest.mark.parametrize(("spec", "dtype", "rows", "config"), FEW)
+def test_product_of_few_rows_equals_float64(
+    spec: str, dtype: torch.dtype, rows: int, config: few.Config, random: Generator
+):
+    weight = packed(spec, 70, 768, random)
+    x, bias = torch.randn(rows, 768, generator=random).to(dtype), torch.randn(70, generator=random).to(dtype)
+    found = emulated.few_linear(x, weight, bias, scheme_of(weight), config)
+    wanted = x.double() @ reference.dequantize(weight, torch.float32).double().T + bias.double()
+    assert error(found, wanted) < LIMIT[dtype]
 
 
 @pytest.mark.parametrize(("spec", "dtype", "rows", "config"), FUSED)

@@ -54,14 +54,24 @@ DEVICE constexpr u32 minus_offset() {  // -(1024 + OFFSET) or -(128 + OFFSET), t
     return both(0xC300u + OFFSET);  // 128 .. 255 has steps of 1
 }
 
-// The four operands of a unit of one row of W.
-DEVICE void decode(u32 (&pairs)[4], const u32 (&words)[WORDS], int unit, const u32 *table) {
+// Where a codebook's pairs lie in shared memory, and the copy that a lane reads.
+struct Table {
+    const u8 *pairs;
+    u32 lane;  // times 4
+};
+DEVICE u32 look_up(const Table &table, u32 at) {
+    return *(const u32 *)(table.pairs + under_exponent(at, 0x7F80, table.lane));
+}
+
+// The four operands of a unit of one row of W; RAW: integers that still lack minus_offset().
+constexpr bool HAS_RAW = !CODEBOOK && BITS < 8;
+template <bool RAW = false> DEVICE void decode(u32 (&pairs)[4], const u32 (&words)[WORDS], int unit, const Table &table) {
     constexpr u32 MASK = both((1u << BITS) - 1);
 #pragma unroll
     for (int i = 0; i < 4; i++) {
         if constexpr (CODEBOOK) {
-            u32 word = words[unit], at = i == 0 ? word << 5 : word >> (8 * i - 5);
-            pairs[i] = table[at & 0x1FE0u];
+            u32 word = words[unit];
+            pairs[i] = look_up(table, i == 0 ? word << 7 : word >> (8 * i - 7));
         } else if constexpr (BITS == 8) {
             u32 word = words[2 * unit + i / 2];
             if constexpr (HALF) {
@@ -73,7 +83,8 @@ DEVICE void decode(u32 (&pairs)[4], const u32 (&words)[WORDS], int unit, const u
             }
         } else if constexpr (DENSE) {
             int word = unit * 8 / PERIOD, code = unit % (PERIOD / 8) * 4 + i;
-            pairs[i] = add_pair(under_exponent(words[word] >> (BITS * code), MASK, MAGIC), minus_offset());
+            u32 v = under_exponent(words[word] >> (BITS * code), MASK, MAGIC);
+            pairs[i] = RAW ? v : add_pair(v, minus_offset());
         } else {  // 32 codes in 2 BITS half words; code j + 16 lies BITS half words after code j
             int bit = BITS * (unit * 4 + i), at = bit >> 4, shift = bit & 15;
             auto halves = [&](int k) {
@@ -83,7 +94,7 @@ DEVICE void decode(u32 (&pairs)[4], const u32 (&words)[WORDS], int unit, const u
             u32 here = shift + BITS <= 16 ? MASK : both((1u << (16 - shift)) - 1);
             u32 v = under_exponent(halves(at) >> shift, here, MAGIC);
             if (shift + BITS > 16) v = under_exponent(halves(at + 1) << (16 - shift), MASK & ~here, v);
-            pairs[i] = add_pair(v, minus_offset());
+            pairs[i] = RAW ? v : add_pair(v, minus_offset());
         }
     }
 }

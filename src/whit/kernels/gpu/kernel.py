@@ -10,7 +10,7 @@ from torch import Tensor
 
 from whit.formats import parse_format
 from whit.kernels.base import QUANTIZED_INPUTS
-from whit.kernels.gpu import nvrtc, stream, tiled, tuned
+from whit.kernels.gpu import few, nvrtc, stream, tiled, tuned
 from whit.kernels.gpu.dequantize import dequantize
 from whit.kernels.gpu.scales import storage
 from whit.tensor import PackedWeight
@@ -139,6 +139,16 @@ def multiply_tiled(
     operands = _operands(x, packed, bias, config.splits, tiled.grid(config, packed.shape[0], x.shape[0]))
     tiled.launch(operands, scheme, config, tiled.has_wgmma(x.device) if wgmma is None else wgmma)
     return operands.y
+
+
+def multiply_few(
+    x: Tensor, packed: PackedWeight, bias: Tensor | None, scheme: stream.Scheme, config: few.Config
+) -> Tensor:
+    """The same for up to 8 rows, where `few.fits`."""
+    y = torch.empty(x.shape[0], packed.shape[0], dtype=x.dtype, device=x.device)
+    operands = stream.Operands(x, y, bias, packed, None, None)
+    few.launch(operands, scheme, config, device_of(x)[1])
+    return y
 
 
 def _operands(

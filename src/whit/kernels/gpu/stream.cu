@@ -59,7 +59,7 @@ struct Sums {
     float all[MT][NT][4];
 };
 
-DEVICE void compute(Sums &sums, const Held &held, const uint4 *xs, const u32 *table, int steps, int slot, int rows, int lane) {
+DEVICE void compute(Sums &sums, const Held &held, const uint4 *xs, const Table &table, int steps, int slot, int rows, int lane) {
 #pragma unroll
     for (int u = 0; u < DEPTH; u++) {
         if (slot + u >= steps) break;
@@ -119,7 +119,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) stream(const P
     int first_row = blockIdx.z * ROWS, rows = min(p.rows - first_row, ROWS);
     int begin = blockIdx.y * p.split_steps, end = min(begin + p.split_steps, p.columns / STEP);
     int stages = (end - begin + STAGE - 1) / STAGE;
-    const u32 *table = (const u32 *)shared + lane;
+    Table table = {(const u8 *)shared, (u32)lane * 4};
     uint4 *xs[2] = {shared + TABLE, shared + TABLE + STAGE * UNITS * 4 * rows};
 
     Held first, second;

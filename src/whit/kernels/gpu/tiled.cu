@@ -45,7 +45,7 @@ DEVICE void load_held(Held &held, const Params &p, int step, int first_out, int 
 }
 
 // The operands of a unit of one row, scaled where a group has its own scale.
-DEVICE void operands(u32 (&pairs)[4], const Held &held, int m, int h, int unit, const u32 *table) {
+DEVICE void operands(u32 (&pairs)[4], const Held &held, int m, int h, int unit, const Table &table) {
     decode(pairs, held.words[m][h], unit, table);
 #if STEPS_PER_GROUP
     float scale = held.scale[m][h], zero = held.zero[m][h];
@@ -143,7 +143,7 @@ DEVICE void multiply_batch(Sums &sums, Operands &w, const uint4 *x, int lane) {
 #endif
 }
 
-DEVICE void multiply_step(Sums &sums, const Held &held, const Ring &ring, const u32 *table, int step, int lane) {
+DEVICE void multiply_step(Sums &sums, const Held &held, const Ring &ring, const Table &table, int step, int lane) {
     wait_for(ring, step);
 #pragma unroll
     for (int unit = 0; unit < UNITS; unit += BATCH) {
@@ -189,7 +189,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) tiled(const Pa
     int begin = blockIdx.y * p.split_steps, steps = min(p.split_steps, all_steps - begin);
     const uint4 *x = (const uint4 *)p.x + ((long long)blockIdx.z * all_steps + begin) * STAGE;
     Ring ring = {shared + 8 + TABLE, (u64 *)shared, (u64 *)shared + STAGES, x, steps};
-    const u32 *table = (const u32 *)(shared + 8) + lane;
+    Table table = {(const u8 *)(shared + 8), (u32)lane * 4};
 
     Held held[AHEAD];
 #pragma unroll

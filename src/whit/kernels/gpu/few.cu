@@ -1,0 +1,221 @@
+// y (rows, outs) = x (rows, columns) W (outs, columns)^T + bias for up to 8 rows, as fast as W can be read.
+//
+// Built at run time, one kernel per format and cut, after common.cuh. The host (few.py) also defines
+//   CHUNK, STEPS_PER_GROUP    as codes.cuh says
+//   ROWS               1, 2, 4 or 8: rows rounded up
+//   WARPS              of a block; they share the columns of a tile of 16 outs
+//   AHEAD              steps of W that a warp has under way
+//   MIN_BLOCKS         blocks per multiprocessor to leave registers for
+//
+// What bounds a stream of codes is instructions, so there are few per code. Blocks stay and take tile after tile: x, in
+// the order of the operands, and the table of a codebook are laid into shared memory once. Integers are multiplied with
+// the exponent's bit that the unpacking leaves in them; the sum of x over a step, made once, takes it off again, and the
+// zero point with it. Scales stay as they were loaded until their step is due. The next tile's codes are asked for
+// before the warps add up, always in the same order.
+#include "codes.cuh"
+#include "sums.cuh"
+
+constexpr int THREADS = 32 * WARPS;
+constexpr bool SUMMED = HAS_RAW || ZERO;  // needs sums of x
+constexpr float BIAS = HAS_RAW ? (HALF ? 1024.0f : 128.0f) + OFFSET : 0.0f;  // what is added to a code
+constexpr int LEVELS = SCALE == 3 ? 64 : 0;  // of uint4: the levels of quantized scales
+constexpr int PER_STEP = UNITS * ROWS * 4;   // of uint4: a step of x
+constexpr int SHARERS = 4 * UNITS;           // uint4 of a row and step
+
+struct Raw {  // a scale as it is stored
+    u32 bits;
+    float absmax;
+};
+struct Held {  // what a thread holds of W for one step: rows 8 apart
+    u32 words[2][WORDS];
+    Raw scale[2];
+    float zero[2];
+};
+struct Rows {  // where a thread's two rows of W lie, from the warp's first step on
+    const u32 *codes[2];
+    int out[2];
+};
+
+DEVICE Raw load_raw(const Scales &p, int out, int group) {
+    long long index = (long long)out * p.groups + group;
+#if SCALE == 3
+    return {p.codes[index], ((const float *)p.scale)[index >> 8]};
+#elif SCALE == 2
+    return {0, ((const float *)p.scale)[index]};
+#else
+    return {((const u16 *)p.scale)[index], 0};
+#endif
+}
+DEVICE float scale_of(const Raw &raw, const float *levels, float offset) {
+#if SCALE == 3
+    return levels[raw.bits] * raw.absmax + offset;
+#elif SCALE == 2
+    return raw.absmax;
+#elif SCALE == 1
+    return widen_f16(raw.bits);
+#else
+    return bits_float(raw.bits << 16);
+#endif
+}
+
+DEVICE void load_held(Held &held, const Params &p, const Rows &rows, int begin, int step) {
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+        load_words(held.words[h], rows.codes[h] + step * 4 * WORDS);
+#if STEPS_PER_GROUP
+        held.scale[h] = load_raw(p.scales, rows.out[h], (begin + step) / STEPS_PER_GROUP);
+        if (ZERO) held.zero[h] = load_zero(p.scales, rows.out[h], (begin + step) / STEPS_PER_GROUP);
+#endif
+    }
+}
+
+DEVICE Rows rows_of(const Params &p, int tile, int begin, int lane) {
+    Rows rows;
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+        rows.out[h] = min(tile * 16 + h * 8 + (lane >> 2), p.outs - 1);
+        rows.codes[h] = p.codes + (long long)rows.out[h] * p.row_words + (begin * 4 + (lane & 3)) * WORDS;
+    }
+    return rows;
+}
+
+// x in the order of the operands, [step][unit][row][lane & 3], and its sums, [step][row].
+DEVICE void stage(uint4 *xs, float *sums, const Params &p, int steps, u32 tid) {
+    u32 count = steps * SHARERS * ROWS;
+#pragma unroll 2
+    for (u32 i = tid; i < count; i += THREADS) {
+        u32 unit = i % UNITS, t = i / UNITS % 4, step = i / SHARERS % steps, row = i / SHARERS / steps;
+        const u16 *chunk = p.x + (long long)min((int)row, p.rows - 1) * p.columns + step * STEP + t * CHUNK;
+        xs[((step * UNITS + unit) * ROWS + row) * 4 + t] = load_opposite(chunk, unit);
+    }
+    if (!SUMMED) return;
+    __syncthreads();
+    for (u32 first = tid / 32 * 32; first < count; first += THREADS) {
+        u32 i = first + tid % 32, at = i / SHARERS, step = at / ROWS, row = at % ROWS, in = i % SHARERS;
+        float sum = 0;
+        if (i < count) {
+            uint4 v = xs[((step * UNITS + in / 4) * ROWS + row) * 4 + in % 4];
+            sum = (widen(v.x & 0xFFFF) + widen(v.x >> 16)) + (widen(v.y & 0xFFFF) + widen(v.y >> 16)) +
+                  (widen(v.z & 0xFFFF) + widen(v.z >> 16)) + (widen(v.w & 0xFFFF) + widen(v.w >> 16));
+        }
+#pragma unroll
+        for (int flip = SHARERS / 2; flip; flip /= 2) sum += from_lane(sum, flip);
+        if (i < count && in == 0) sums[at] = sum;
+    }
+}
+
+struct Shared {
+    const uint4 *x;      // the lane's row and columns of the warp's first step
+    const float *sums;   // of the warp's first step
+    const float *levels;
+    Table table;
+};
+
+// Four sums of a thread: rows 2 t and 2 t + 1 of x with its two rows of W.
+DEVICE void add_step(float (&all)[4], float (&total)[2], const Held &held, const Shared &s, const Params &p, int step, int lane) {
+#if STEPS_PER_GROUP
+    float part[4] = {};
+#else
+    float(&part)[4] = all;
+#endif
+    const uint4 *x = s.x + step * PER_STEP;
+#pragma unroll
+    for (int unit = 0; unit < UNITS; unit++) {
+        uint4 b = x[unit * ROWS * 4];
+        u32 top[4], bottom[4];
+        decode<HAS_RAW>(top, held.words[0], unit, s.table);
+        decode<HAS_RAW>(bottom, held.words[1], unit, s.table);
+        multiply(part, top[0], bottom[0], top[1], bottom[1], b.x, b.y);
+        multiply(part, top[2], bottom[2], top[3], bottom[3], b.z, b.w);
+    }
+    if (SUMMED) {
+        const float *sums = s.sums + step * ROWS;
+        float first = sums[min(2 * (lane & 3), ROWS - 1)], second = sums[min(2 * (lane & 3) + 1, ROWS - 1)];
+#if STEPS_PER_GROUP
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            float bias = BIAS + (ZERO ? held.zero[h] : 0.0f);
+            part[2 * h] -= bias * first, part[2 * h + 1] -= bias * second;
+        }
+#else
+        total[0] += first, total[1] += second;
+#endif
+    }
+#if STEPS_PER_GROUP
+    float offset = SCALE == 3 ? *p.scales.offset : 0.0f;
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+        float scale = scale_of(held.scale[h], s.levels, offset);
+        all[2 * h] += scale * part[2 * h], all[2 * h + 1] += scale * part[2 * h + 1];
+    }
+#endif
+}
+
+// The warps' sums of a tile, [warp][row][out], become outs of y.
+DEVICE void join(float *block, const float (&all)[4], const Params &p, int tile, int tid) {
+    int lane = tid & 31, warp = tid >> 5;
+#pragma unroll
+    for (int e = 0; e < 4; e++) {
+        int row = 2 * (lane & 3) + (e & 1), out = (e >> 1) * 8 + (lane >> 2);
+        if (row < ROWS) block[(warp * ROWS + row) * 16 + out] = all[e];
+    }
+    __syncthreads();
+#pragma unroll 1
+    for (int i = tid; i < 16 * p.rows; i += THREADS) {
+        int out = tile * 16 + i % 16;
+        float sum = 0;
+#pragma unroll
+        for (int w = 0; w < WARPS; w++) sum += block[w * ROWS * 16 + i];
+        if (out < p.outs) store(p, i / 16, out, sum);
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) few(const Params p) {
+    extern __shared__ uint4 shared[];  // table, levels, x, its sums, the warps' sums of two tiles
+    int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5;
+    int all_steps = p.columns / STEP, per_warp = (all_steps + WARPS - 1) / WARPS;
+    int begin = warp * per_warp, steps = min(per_warp, all_steps - begin), tiles = (p.outs + 15) / 16;
+    uint4 *xs = shared + TABLE + LEVELS;
+    float *sums = (float *)(xs + all_steps * PER_STEP), *blocks = sums + (SUMMED ? (all_steps * ROWS + 3) / 4 * 4 : 0);
+
+    Held held[AHEAD];
+    Rows rows = rows_of(p, blockIdx.x, begin, lane);
+#pragma unroll
+    for (int j = 0; j < AHEAD; j++)
+        if (j < steps) load_held(held[j], p, rows, begin, j);
+    if (CODEBOOK) fill_table(shared, p.table, THREADS);
+    if (LEVELS)
+        for (int i = tid; i < 4 * LEVELS; i += THREADS) ((float *)(shared + TABLE))[i] = p.scales.levels[i];
+    stage(xs, sums, p, all_steps, tid);
+    __syncthreads();
+
+    Shared s = {xs + begin * PER_STEP + min(lane >> 2, ROWS - 1) * 4 + (lane & 3), sums + begin * ROWS,
+                (const float *)(shared + TABLE), {(const u8 *)shared, (u32)lane * 4}};
+    int turn = 0;
+#pragma unroll 1
+    for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x, turn ^= 1) {
+        float all[4] = {}, total[2] = {};
+#pragma unroll 1
+        for (int first = 0; first < steps; first += AHEAD)
+#pragma unroll
+            for (int j = 0; j < AHEAD; j++) {
+                if (first + j >= steps) break;
+                add_step(all, total, held[j], s, p, first + j, lane);
+                if (first + j + AHEAD < steps) load_held(held[j], p, rows, begin, first + j + AHEAD);
+            }
+#if !STEPS_PER_GROUP
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            float scale = load_scale(p.scales, rows.out[h], 0);
+            all[2 * h] = scale * (all[2 * h] - BIAS * total[0]), all[2 * h + 1] = scale * (all[2 * h + 1] - BIAS * total[1]);
+        }
+#endif
+        if (tile + gridDim.x < tiles) {
+            rows = rows_of(p, tile + gridDim.x, begin, lane);
+#pragma unroll
+            for (int j = 0; j < AHEAD; j++)
+                if (j < steps) load_held(held[j], p, rows, begin, j);
+        }
+        join(blocks + turn * WARPS * ROWS * 16, all, p, tile, tid);
+    }
+}
