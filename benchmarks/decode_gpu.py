@@ -27,6 +27,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 import whit
 from whit.compiled import cuda, static
 from whit.formats import parse_format
+from whit.kernels.gpu import nvrtc
 from whit.layouts import BITS
 from whit.modules import QuantizedLinear
 from whit.tensor import PackedWeight
@@ -210,6 +211,7 @@ def timed(spec: str, options: dict[str, Any], device: str, batches: tuple[int, .
         if batch == 1 and device == "cuda":
             found[key]["kernels"] = kernels(decoder)
             found[key]["model_forward_token_seconds"] = plain_graph(model, decoder, tokens)
+            found[key]["without_early_token_seconds"] = without_early(model, decoder, tokens)
         print(spec, key, {k: v for k, v in found[key].items() if k != "kernels"}, flush=True)
         model.__dict__.pop("generate")
     if device == "cuda":
@@ -223,6 +225,19 @@ def plain_graph(model: Any, decoder: static.Decoder, tokens: Tensor) -> float:
         own = static.Decoder(model, decoder.state, static.PlainStep(model), static.captured_on_cuda)
         own.prefill(tokens, None, None)
         return seconds(lambda: [own.step() for _ in range(STEPS)], "cuda") / STEPS
+
+
+def without_early(model: Any, decoder: static.Decoder, tokens: Tensor) -> float:
+    """A token in a graph in which each kernel begins when the one before it has ended."""
+    normal = nvrtc.Function.launch_early
+    nvrtc.Function.launch_early = nvrtc.Function.launch  # type: ignore[method-assign]
+    try:
+        with torch.no_grad():
+            own = static.Decoder(model, decoder.state, decoder._step, static.captured_on_cuda)
+            own.prefill(tokens, None, None)
+            return seconds(lambda: [own.step() for _ in range(STEPS)], "cuda") / STEPS
+    finally:
+        nvrtc.Function.launch_early = normal  # type: ignore[method-assign]
 
 
 def kernels(decoder: static.Decoder) -> dict[str, Any]:

@@ -25,7 +25,16 @@ from whit.kernels.gpu import few, stream, tiled, tuned
 from whit.kernels.gpu import kernel as gpu_kernel
 from whit.tensor import PackedWeight
 
-from gpu_harness import Budget, Kitchen, random_packed, random_weights, random_x, relative_error, seconds_cold
+from gpu_harness import (
+    Budget,
+    Kitchen,
+    early_works,
+    random_packed,
+    random_weights,
+    random_x,
+    relative_error,
+    seconds_cold,
+)
 from harness import machine
 
 SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336), (28672, 8192), (1024, 4096))
@@ -132,6 +141,7 @@ def main() -> None:
     given.out.mkdir(parents=True, exist_ok=True)
     torch.cuda.init()
     generator = torch.Generator("cuda").manual_seed(0)
+    early = early_works()
     sources = []
     for (spec, scheme), config in itertools.product(schemes(SPECS).items(), CONFIGS):
         for rows in (1, 8) if spec in MORE_ROWS else (1,):
@@ -143,7 +153,12 @@ def main() -> None:
     cuts = itertools.product((2, 3), (4, 6), (2, 3))
     kitchen.prepare_tiled((int4, tiled.Config(1, 2, 4, a, s, 1, b), False, True) for a, s, b in cuts)
     print(f"compiled, {budget.left:.0f} s left", flush=True)
-    result: dict[str, Any] = {"machine": machine(), "check": check(budget, generator), "six": six_stages(generator)}
+    result: dict[str, Any] = {
+        "machine": machine(),
+        "early": early,
+        "check": check(budget, generator),
+        "six": six_stages(generator),
+    }
     print(f"checked, {budget.left:.0f} s left", flush=True)
     plain: dict[tuple[tuple[int, int], int], float] = {}
     for shape, rows in itertools.product(SHAPES, (1, 8)):

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from whit.errors import KernelError
 from whit.formats import parse_format
-from whit.kernels.gpu import Gpu, nvrtc, stream, tiled
+from whit.kernels.gpu import Gpu, decoding, nvrtc, stream, tiled
 from whit.kernels.gpu.stream import Config, Scheme
 from whit.layouts import BITS
 from whit.tensor import PackedWeight
@@ -137,3 +137,34 @@ def relative_error(found: Tensor, wanted: Tensor) -> float:
     found, wanted = found.double().cpu(), wanted.double().cpu()
     error = ((found - wanted).norm() / wanted.norm().clamp(min=1e-30)).item()
     return error if error == error else float("inf")
+
+
+def early_works() -> bool:
+    """Whether kernels that begin early give what they give otherwise, in a graph too; if not, none does from now on."""
+    x = torch.randn(4, 4096, device="cuda").bfloat16()
+    weight, normal = torch.ones(4096, device="cuda").bfloat16(), nvrtc.Function.launch_early
+
+    def chain() -> Tensor:
+        residual, y = x.clone(), x
+        for _ in range(20):
+            y = decoding.norm(residual, y, weight, 1e-5)
+        return y
+
+    try:
+        nvrtc.Function.launch_early = nvrtc.Function.launch  # type: ignore[method-assign]
+        wanted = chain()
+        nvrtc.Function.launch_early = normal  # type: ignore[method-assign]
+        found, graph = [chain()], torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            inside = chain()
+        for _ in range(5):
+            graph.replay()
+            found.append(inside.clone())
+        works = all(torch.equal(each, wanted) for each in found)
+        print("early launches:", "right" if works else "WRONG", flush=True)
+    except Exception as error:
+        print(f"early launches FAIL: {type(error).__name__}: {str(error)[:300]}", flush=True)
+        works = False
+    if not works:
+        nvrtc.Function.launch_early = nvrtc.Function.launch  # type: ignore[method-assign]
+    return works

@@ -96,6 +96,17 @@ def test_what_the_loop_does_not_know_goes_to_transformers():
     assert torch.equal(wanted, found)
 
 
+def test_a_step_that_cannot_be_captured_is_launched_and_said_to_be():
+    def refusing(work):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    model, plain = tiny_model("llama"), tiny_model("llama")
+    compiled = compile_cuda(model, {}, capture=refusing)
+    with pytest.warns(UserWarning, match="not permitted"):
+        found = compiled.generate(prompt(), max_new_tokens=6, do_sample=False)
+    assert torch.equal(found, plain.generate(prompt(), max_new_tokens=6, do_sample=False))
+
+
 @pytest.mark.parametrize(("architecture", "why"), [("t5", "encoder"), ("gemma2", "StaticSlidingWindow")])
 def test_refusals(architecture, why):
     with pytest.raises(UnsupportedModelError, match=why):

@@ -8,6 +8,7 @@ caller's, scores to be returned) goes to transformers' own `generate`.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from whit.compiled.fused import best_step
-from whit.compiled.static import Capture, Decoder, State, captured_on_cuda, static_layers
+from whit.compiled.static import Capture, Decoder, State, captured_on_cuda, static_layers, uncaptured
 from whit.errors import UnsupportedModelError
 
 LEAST_LENGTH = 256  # of a cache
@@ -74,8 +75,21 @@ class Generator:
             rounded = max(LEAST_LENGTH, 1 << (length - 1).bit_length())
             limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or rounded
             state = State(self.model, batch, max(min(rounded, limit), length))
-            self._decoder = Decoder(self.model, state, best_step(self.model, state), self.capture)
+            self._decoder = self._made(state)
         return self._decoder
+
+    def _made(self, state: State) -> Decoder:
+        step = best_step(self.model, state)
+        try:
+            return Decoder(self.model, state, step, self.capture)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # a step that asks the device something cannot be captured
+            why, name = str(error).splitlines()[0], type(self.model).__name__
+            message = f"compile: a step of {name} cannot be one CUDA graph ({why}); its kernels are launched one by one"
+            warnings.warn(message, stacklevel=2)
+            self.capture = uncaptured
+            return Decoder(self.model, state, step, self.capture)
 
     def generate(self, inputs: Any = None, generation_config: Any = None, **kwargs: Any) -> Any:
         """As transformers' `generate`."""

@@ -71,6 +71,11 @@ def captured_on_cuda(work: Replay) -> Replay:
     return graph.replay
 
 
+def uncaptured(work: Replay) -> Replay:
+    """`work` itself."""
+    return work
+
+
 class Decoder:
     """A state, its prefill, and its step and greedy choice as they were captured.
 

@@ -53,6 +53,8 @@ static uint2 load8(const void *p) { if ((uintptr_t)p % 8) __builtin_trap(); uint
 static u32 load4(const void *p) { if ((uintptr_t)p % 4) __builtin_trap(); u32 v; memcpy(&v, p, 4); return v; }
 static void copy_behind(void *to, const void *from) { *(uint4 *)to = load16(from); }
 static void end_copies() {}
+static void previous_done() {}
+static void next_may_begin() {}
 template <int N> static void copies_left() {}
 static float load_uncached(const float *p) { return *p; }
 static u32 under_exponent(u32 bits, u32 mask, u32 exponent) { return (bits & mask) | exponent; }

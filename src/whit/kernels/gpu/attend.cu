@@ -128,6 +128,7 @@ DEVICE float summed(const Shared &s, int g, int i) {
 
 extern "C" __global__ void __launch_bounds__(THREADS) attend(const Params p) {
     extern __shared__ uint4 shared[];
+    next_may_begin(), previous_done();
     Shared &s = *(Shared *)shared;
     int slot = (int)*p.slot, chunks = slot / CHUNK + 1, chunk = blockIdx.x, tid = threadIdx.x;
     if (chunk >= chunks) return;

@@ -41,6 +41,16 @@ DEVICE float load_uncached(const float *p) {
     return v;
 }
 
+// A kernel that is launched `early` (nvrtc.py) may begin while the one before it ends. Until `previous_done` it may
+// only read what no kernel writes: weights. `next_may_begin` says the same to the one behind it.
+#if __CUDA_ARCH__ >= 900
+[[maybe_unused]] DEVICE void previous_done() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+[[maybe_unused]] DEVICE void next_may_begin() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+#else
+[[maybe_unused]] DEVICE void previous_done() {}
+[[maybe_unused]] DEVICE void next_may_begin() {}
+#endif
+
 #if HALF
 #define TYPE "f16"
 #else

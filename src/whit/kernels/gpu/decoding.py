@@ -68,7 +68,7 @@ def launch(
 ) -> None:
     """Enqueue a kernel on torch's current stream."""
     where = torch.cuda.current_stream(device).cuda_stream
-    build(source, macros, device.index).launch(grid, threads, shared, params, where)
+    build(source, macros, device.index).launch_early(grid, threads, shared, params, where)
 
 
 def half(x: Tensor) -> int:

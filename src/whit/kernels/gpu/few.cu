@@ -186,6 +186,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) few(const Para
     if (CODEBOOK) fill_table(shared, p.table, THREADS);
     if (LEVELS)
         for (int i = tid; i < 4 * LEVELS; i += THREADS) ((float *)(shared + TABLE))[i] = p.scales.levels[i];
+    next_may_begin(), previous_done();
     stage(xs, sums, p, all_steps, tid);
     __syncthreads();
 

@@ -82,4 +82,4 @@ def launch(operands: Operands, scheme: Scheme, config: Config, multiprocessors: 
     blocks = grid(scheme, config, shape, rows, multiprocessors)
     argument, shared = stream.params(operands, scheme, 1), shared_bytes(scheme, config, rows, columns)
     where = torch.cuda.current_stream(x.device).cuda_stream
-    function.launch((blocks, 1, 1), config.threads, shared, argument, where)
+    function.launch_early((blocks, 1, 1), config.threads, shared, argument, where)

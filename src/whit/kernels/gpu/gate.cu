@@ -12,6 +12,7 @@ DEVICE u32 gated(u32 gate, u32 up) {
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS) gate(const Params p) {
+    next_may_begin(), previous_done();
     int i = blockIdx.x * THREADS + threadIdx.x;
     if (i >= p.units) return;
     uint4 g = p.gate[i], u = p.up[i];

@@ -19,6 +19,7 @@ DEVICE u32 multiply_pair(u32 a, float factor) { return round_pair(widen(a & 0xFF
 
 extern "C" __global__ void __launch_bounds__(THREADS) normalize(const Params p) {
     extern __shared__ uint4 shared[];
+    next_may_begin(), previous_done();
     float *sums = (float *)shared, sum = 0;
     long long row = (long long)blockIdx.x * UNITS;
     uint4 held[HELD];

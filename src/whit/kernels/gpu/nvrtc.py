@@ -19,6 +19,7 @@ from whit.errors import KernelError
 COMMON = Path(__file__).with_name("common.cuh")
 Dims = tuple[int, int, int]
 MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+EARLY = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 FREE_SHARED = 48 * 1024  # more must be asked for
 
 
@@ -99,6 +100,21 @@ def build(source: Path, macros: Mapping[str, int], name: str, device: int) -> Fu
         return Function(code, name)
 
 
+class Attribute(ctypes.Structure):
+    """CUlaunchAttribute with an integer for its value."""
+
+    _fields_ = (("id", ctypes.c_int), ("padding", ctypes.c_int), ("value", ctypes.c_int), ("rest", ctypes.c_int * 15))
+
+
+class LaunchConfig(ctypes.Structure):
+    """CUlaunchConfig."""
+
+    _fields_ = (
+        *((name, ctypes.c_uint) for name in ("grid_x", "grid_y", "grid_z", "block_x", "block_y", "block_z", "shared")),
+        ("stream", ctypes.c_void_p), ("attributes", ctypes.c_void_p), ("count", ctypes.c_uint),
+    )  # fmt: skip
+
+
 class Function:
     """A kernel loaded into the current device's context; it keeps its module for as long as the process lives."""
 
@@ -110,13 +126,26 @@ class Function:
 
     def launch(self, grid: Dims, threads: int, shared: int, params: ctypes.Structure, stream: int) -> None:
         """Enqueue it on a stream (its address); `shared` bytes of dynamic shared memory."""
-        if shared > self.shared:
-            _checked(driver().cuFuncSetAttribute(self.handle, MAX_DYNAMIC_SHARED, shared), self.name)
-            self.shared = shared
+        self._reserve(shared)
         pointers = (ctypes.c_void_p * 1)(ctypes.addressof(params))
         where = ctypes.c_void_p(stream)
         status = driver().cuLaunchKernel(self.handle, *grid, threads, 1, 1, shared, where, pointers, None)
         _checked(status, self.name)
+
+    def launch_early(self, grid: Dims, threads: int, shared: int, params: ctypes.Structure, stream: int) -> None:
+        """The same for a kernel that waits for the one before it by itself (common.cuh), on Hopper and newer."""
+        if torch.cuda.get_device_capability() < (9, 0):
+            return self.launch(grid, threads, shared, params, stream)
+        self._reserve(shared)
+        pointers = (ctypes.c_void_p * 1)(ctypes.addressof(params))
+        early = Attribute(EARLY, 0, 1)
+        config = LaunchConfig(*grid, threads, 1, 1, shared, stream, ctypes.addressof(early), 1)
+        _checked(driver().cuLaunchKernelEx(ctypes.byref(config), self.handle, pointers, None), self.name)
+
+    def _reserve(self, shared: int) -> None:
+        if shared > self.shared:
+            _checked(driver().cuFuncSetAttribute(self.handle, MAX_DYNAMIC_SHARED, shared), self.name)
+            self.shared = shared
 
     def resources(self) -> dict[str, int]:
         """Registers and bytes of local memory per thread, as the driver reports them."""
