@@ -61,8 +61,8 @@ def check(budget: Budget, generator: torch.Generator) -> list[dict[str, Any]]:
         packed = random_packed(spec, (4072, 4096), generator)
         for rows, config in itertools.product((1, 3, 8), (CONFIGS[0], CONFIGS[4])):
             x = random_x(rows, 4096, generator)
-            y = gpu_kernel.multiply_few(x, packed, None, scheme, config)
-            again = gpu_kernel.multiply_few(x, packed, None, scheme, config)
+            (y,) = gpu_kernel.multiply_few(x, [packed], [None], scheme, config)
+            (again,) = gpu_kernel.multiply_few(x, [packed], [None], scheme, config)
             error = relative_error(y, wanted(x, packed))
             found.append({"spec": spec, "rows": rows, "config": astuple(config), "error": error})
             if not error < LIMIT or not torch.equal(y, again):
@@ -118,13 +118,13 @@ def timed(spec: str, shape: tuple[int, int], rows: int, generator: torch.Generat
         if not few.fits(scheme, config, rows, shape[1]):
             continue
         try:
-            if few.build(scheme, config, False, few.rounded(rows), 0).resources()["local_bytes"]:
+            if few.build(scheme, config, False, few.rounded(rows), 1, 0).resources()["local_bytes"]:
                 continue
-            error = relative_error(gpu_kernel.multiply_few(x, weights[0], None, scheme, config), right)
+            error = relative_error(gpu_kernel.multiply_few(x, weights[:1], [None], scheme, config)[0], right)
             if not error < LIMIT:
                 print(f"WRONG {spec} {shape} {rows} {config}: {error:.1e}", flush=True)
                 continue
-            calls = [lambda w=w, c=config: gpu_kernel.multiply_few(x, w, None, scheme, c) for w in weights]
+            calls = [lambda w=w, c=config: gpu_kernel.multiply_few(x, [w], [None], scheme, c) for w in weights]
             ranking.append((seconds_cold(calls, 5), astuple(config)))
         except (KernelError, RuntimeError) as problem:
             print(f"FAIL {spec} {shape} {rows} {config}: {str(problem)[:200]}", flush=True)

@@ -22,7 +22,9 @@ from whit.tensor import PackedWeight, matrix_shape
 HERE = Path(__file__).parent
 COMPILER = shutil.which("g++")
 DRIVER = """
-extern "C" void run(const Params *p, int x, int y, int z) {{ run_grid({{x, y, z}}, THREADS, [&] {{ {kernel}(*p); }}); }}
+extern "C" void run(const {argument} *p, int x, int y, int z) {{
+    run_grid({{x, y, z}}, THREADS, [&] {{ {kernel}(*p); }});
+}}
 """
 
 
@@ -30,8 +32,9 @@ extern "C" void run(const Params *p, int x, int y, int z) {{ run_grid({{x, y, z}
 def library(kernel: Path, macros: tuple[tuple[str, int], ...]) -> ctypes.CDLL:
     folder = Path(tempfile.mkdtemp(prefix="emulated-"))
     source = folder / "kernel.cpp"
+    driver = DRIVER.format(kernel=kernel.stem, argument="Several" if kernel == few.SOURCE else "Params")
     included = (HERE / "emulate.h", nvrtc.COMMON, kernel)
-    source.write_text("".join(f'#include "{path}"\n' for path in included) + DRIVER.format(kernel=kernel.stem))
+    source.write_text("".join(f'#include "{path}"\n' for path in included) + driver)
     target = folder / f"{hashlib.sha1(repr(macros).encode()).hexdigest()}.so"
     flags = [f"-D{name}={value}" for name, value in macros]
     command = [str(COMPILER), "-std=c++17", "-O1", "-w", "-shared", "-fPIC", *flags, str(source), "-o", str(target)]
@@ -94,15 +97,17 @@ def dequantize(packed: PackedWeight, dtype: torch.dtype, stored: Storage) -> Ten
     return w
 
 
-def few_linear(x: Tensor, packed: PackedWeight, bias: Tensor | None, scheme: Scheme, config: few.Config) -> Tensor:
-    """What the kernel for up to 8 rows computes, with three blocks that stay."""
-    y = torch.full((x.shape[0], packed.shape[0]), float("nan"), dtype=x.dtype)
-    operands = Operands(x, y, bias, packed, None, None)
+def few_linears(
+    x: Tensor, packed: list[PackedWeight], bias: Tensor | None, scheme: Scheme, config: few.Config
+) -> list[Tensor]:
+    """What the kernel for up to 8 rows computes for weights that share x, with three blocks that stay."""
+    ys = [torch.full((x.shape[0], weight.shape[0]), float("nan"), dtype=x.dtype) for weight in packed]
+    operands = [Operands(x, y, bias, weight, None, None) for y, weight in zip(ys, packed, strict=True)]
     assert few.fits(scheme, config, *x.shape)
-    macros = few.macros(scheme, config, x.dtype == torch.float16, x.shape[0])
-    kernel = library(few.SOURCE, tuple(macros.items()))
-    kernel.run(ctypes.byref(stream.params(operands, scheme, 1)), few.grid(scheme, config, packed.shape, 1, 3), 1, 1)
-    return y
+    macros = few.macros(scheme, config, x.dtype == torch.float16, x.shape[0], len(packed))
+    blocks = few.grid(scheme, config, [weight.shape[0] for weight in packed], x.shape, 3)
+    library(few.SOURCE, tuple(macros.items())).run(ctypes.byref(few.params(operands, scheme)), blocks, 1, 1)
+    return ys
 
 
 def run_decoding(source, macros, grid, threads, shared, params, device):

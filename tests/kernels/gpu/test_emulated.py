@@ -54,6 +54,16 @@ FUSED = [
 ]
 
 
+def test_weights_that_share_an_input_are_multiplied_in_one_launch(random: Generator):
+    weights = [packed("nf4", outs, 256, random) for outs in (48, 17, 16)]
+    x = torch.randn(2, 256, generator=random).to(BF16)
+    for weight, found in zip(
+        weights, emulated.few_linears(x, weights, None, scheme_of(weights[0]), few.Config(2, 2, 1)), strict=True
+    ):
+        wanted = x.double() @ reference.dequantize(weight, torch.float32).double().T
+        assert error(found, wanted) < LIMIT[BF16]
+
+
 FEW = [
     ("int4-g128", BF16, 1, few.Config(4, 2, 1)),
     ("int4-g64-asym", F16, 3, few.Config(2, 4, 1)),
@@ -72,7 +82,7 @@ def test_product_of_few_rows_equals_float64(
 ):
     weight = packed(spec, 70, 768, random)
     x, bias = torch.randn(rows, 768, generator=random).to(dtype), torch.randn(70, generator=random).to(dtype)
-    found = emulated.few_linear(x, weight, bias, scheme_of(weight), config)
+    (found,) = emulated.few_linears(x, [weight], bias, scheme_of(weight), config)
     wanted = x.double() @ reference.dequantize(weight, torch.float32).double().T + bias.double()
     assert error(found, wanted) < LIMIT[dtype]
 

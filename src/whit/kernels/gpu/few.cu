@@ -5,6 +5,7 @@
 //   ROWS               1, 2, 4 or 8: rows rounded up
 //   WARPS              of a block; they share the columns of a tile of 16 outs
 //   AHEAD              steps of W that a warp has under way
+//   PARTS              weights of one format and width that are multiplied by the same x, one after the other
 //   MIN_BLOCKS         blocks per multiprocessor to leave registers for
 //
 // What bounds a stream of codes is instructions, so there are few per code. Blocks stay and take tile after tile: x, in
@@ -33,7 +34,11 @@ struct Held {  // what a thread holds of W for one step: rows 8 apart
 };
 struct Rows {  // where a thread's two rows of W lie, from the warp's first step on
     const u32 *codes[2];
-    int out[2];
+    int out[2], part, tile;
+    Scales scales;
+};
+struct Several {  // weights of the same format and columns, which share x
+    Params part[PARTS];
 };
 
 DEVICE Raw load_raw(const Scales &p, int out, int group) {
@@ -58,19 +63,27 @@ DEVICE float scale_of(const Raw &raw, const float *levels, float offset) {
 #endif
 }
 
-DEVICE void load_held(Held &held, const Params &p, const Rows &rows, int begin, int step) {
+DEVICE void load_held(Held &held, const Rows &rows, int begin, int step) {
 #pragma unroll
     for (int h = 0; h < 2; h++) {
         load_words(held.words[h], rows.codes[h] + step * 4 * WORDS);
 #if STEPS_PER_GROUP
-        held.scale[h] = load_raw(p.scales, rows.out[h], (begin + step) / STEPS_PER_GROUP);
-        if (ZERO) held.zero[h] = load_zero(p.scales, rows.out[h], (begin + step) / STEPS_PER_GROUP);
+        held.scale[h] = load_raw(rows.scales, rows.out[h], (begin + step) / STEPS_PER_GROUP);
+        if (ZERO) held.zero[h] = load_zero(rows.scales, rows.out[h], (begin + step) / STEPS_PER_GROUP);
 #endif
     }
 }
 
-DEVICE Rows rows_of(const Params &p, int tile, int begin, int lane) {
+DEVICE int tiles_of(const Params &p) { return (p.outs + 15) / 16; }
+
+DEVICE Rows rows_of(const Several &all, int tile, int begin, int lane) {
     Rows rows;
+    rows.part = 0;
+#pragma unroll
+    for (int i = 0; i < PARTS - 1; i++)
+        if (rows.part == i && tile >= tiles_of(all.part[i])) tile -= tiles_of(all.part[i]), rows.part++;
+    const Params &p = all.part[rows.part];
+    rows.scales = p.scales, rows.tile = tile;
 #pragma unroll
     for (int h = 0; h < 2; h++) {
         rows.out[h] = min(tile * 16 + h * 8 + (lane >> 2), p.outs - 1);
@@ -112,7 +125,7 @@ struct Shared {
 };
 
 // Four sums of a thread: rows 2 t and 2 t + 1 of x with its two rows of W.
-DEVICE void add_step(float (&all)[4], float (&total)[2], const Held &held, const Shared &s, const Params &p, int step, int lane) {
+DEVICE void add_step(float (&all)[4], float (&total)[2], const Held &held, const Shared &s, const Rows &rows, int step, int lane) {
 #if STEPS_PER_GROUP
     float part[4] = {};
 #else
@@ -142,7 +155,7 @@ DEVICE void add_step(float (&all)[4], float (&total)[2], const Held &held, const
 #endif
     }
 #if STEPS_PER_GROUP
-    float offset = SCALE == 3 ? *p.scales.offset : 0.0f;
+    float offset = SCALE == 3 ? *rows.scales.offset : 0.0f;
 #pragma unroll
     for (int h = 0; h < 2; h++) {
         float scale = scale_of(held.scale[h], s.levels, offset);
@@ -170,24 +183,30 @@ DEVICE void join(float *block, const float (&all)[4], const Params &p, int tile,
     }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) few(const Params p) {
+DEVICE void begin_tile(Held (&held)[AHEAD], const Rows &rows, int begin, int steps) {
+#pragma unroll
+    for (int j = 0; j < AHEAD; j++)
+        if (j < steps) load_held(held[j], rows, begin, j);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) few(const Several p) {
     extern __shared__ uint4 shared[];  // table, levels, x, its sums, the warps' sums of two tiles
-    int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5;
-    int all_steps = p.columns / STEP, per_warp = (all_steps + WARPS - 1) / WARPS;
-    int begin = warp * per_warp, steps = min(per_warp, all_steps - begin), tiles = (p.outs + 15) / 16;
+    int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, tiles = 0;
+    int all_steps = p.part[0].columns / STEP, per_warp = (all_steps + WARPS - 1) / WARPS;
+    int begin = warp * per_warp, steps = min(per_warp, all_steps - begin);
     uint4 *xs = shared + TABLE + LEVELS;
     float *sums = (float *)(xs + all_steps * PER_STEP), *blocks = sums + (SUMMED ? (all_steps * ROWS + 3) / 4 * 4 : 0);
+#pragma unroll
+    for (int i = 0; i < PARTS; i++) tiles += tiles_of(p.part[i]);
 
     Held held[AHEAD];
     Rows rows = rows_of(p, blockIdx.x, begin, lane);
-#pragma unroll
-    for (int j = 0; j < AHEAD; j++)
-        if (j < steps) load_held(held[j], p, rows, begin, j);
-    if (CODEBOOK) fill_table(shared, p.table, THREADS);
+    begin_tile(held, rows, begin, steps);
+    if (CODEBOOK) fill_table(shared, p.part[0].table, THREADS);
     if (LEVELS)
-        for (int i = tid; i < 4 * LEVELS; i += THREADS) ((float *)(shared + TABLE))[i] = p.scales.levels[i];
+        for (int i = tid; i < 4 * LEVELS; i += THREADS) ((float *)(shared + TABLE))[i] = p.part[0].scales.levels[i];
     next_may_begin(), previous_done();
-    stage(xs, sums, p, all_steps, tid);
+    stage(xs, sums, p.part[0], all_steps, tid);
     __syncthreads();
 
     Shared s = {xs + begin * PER_STEP + min(lane >> 2, ROWS - 1) * 4 + (lane & 3), sums + begin * ROWS,
@@ -201,22 +220,21 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) few(const Para
 #pragma unroll
             for (int j = 0; j < AHEAD; j++) {
                 if (first + j >= steps) break;
-                add_step(all, total, held[j], s, p, first + j, lane);
-                if (first + j + AHEAD < steps) load_held(held[j], p, rows, begin, first + j + AHEAD);
+                add_step(all, total, held[j], s, rows, first + j, lane);
+                if (first + j + AHEAD < steps) load_held(held[j], rows, begin, first + j + AHEAD);
             }
 #if !STEPS_PER_GROUP
 #pragma unroll
         for (int h = 0; h < 2; h++) {
-            float scale = load_scale(p.scales, rows.out[h], 0);
+            float scale = load_scale(rows.scales, rows.out[h], 0);
             all[2 * h] = scale * (all[2 * h] - BIAS * total[0]), all[2 * h + 1] = scale * (all[2 * h + 1] - BIAS * total[1]);
         }
 #endif
+        int part = rows.part, in_part = rows.tile;
         if (tile + gridDim.x < tiles) {
             rows = rows_of(p, tile + gridDim.x, begin, lane);
-#pragma unroll
-            for (int j = 0; j < AHEAD; j++)
-                if (j < steps) load_held(held[j], p, rows, begin, j);
+            begin_tile(held, rows, begin, steps);
         }
-        join(blocks + turn * WARPS * ROWS * 16, all, p, tile, tid);
+        join(blocks + turn * WARPS * ROWS * 16, all, p.part[part], in_part, tid);
     }
 }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -34,11 +36,11 @@ def rounded(rows: int) -> int:
     return 1 << (rows - 1).bit_length()
 
 
-def macros(scheme: Scheme, config: Config, half: bool, rows: int) -> dict[str, int]:
-    """What few.cu is compiled with, for up to `rows` rows."""
+def macros(scheme: Scheme, config: Config, half: bool, rows: int, parts: int = 1) -> dict[str, int]:
+    """What few.cu is compiled with, for up to `rows` rows and that many weights."""
     return scheme.storage.macros | {
         "HALF": int(half), "CHUNK": scheme.chunk, "STEPS_PER_GROUP": scheme.steps_per_group, "ROWS": rounded(rows),
-        "WARPS": config.warps, "AHEAD": config.ahead, "MIN_BLOCKS": config.min_blocks,
+        "WARPS": config.warps, "AHEAD": config.ahead, "MIN_BLOCKS": config.min_blocks, "PARTS": parts,
     }  # fmt: skip
 
 
@@ -60,26 +62,29 @@ def resident(scheme: Scheme, config: Config, rows: int, columns: int) -> int:
     return max(min(config.min_blocks, MOST_SHARED // shared_bytes(scheme, config, rows, columns)), 1)
 
 
-def grid(scheme: Scheme, config: Config, shape: tuple[int, int], rows: int, multiprocessors: int) -> int:
-    """Blocks for a weight of `shape` (outs, columns): as many as stay at a time."""
-    tiles = -(-shape[0] // 16)
-    most = multiprocessors * resident(scheme, config, rows, shape[1])
-    return min(tiles, most)
+def grid(scheme: Scheme, config: Config, outs: Sequence[int], x: tuple[int, int], multiprocessors: int) -> int:
+    """Blocks for weights of these `outs` and x (rows, columns): as many as stay at a time."""
+    tiles = sum(-(-n // 16) for n in outs)
+    return min(tiles, multiprocessors * resident(scheme, config, *x))
+
+
+def params(operands: Sequence[Operands], scheme: Scheme) -> ctypes.Structure:
+    """The kernel's argument for weights that share x."""
+    kind = type("Several", (ctypes.Structure,), {"_fields_": [("part", stream.Params * len(operands))]})
+    return kind((stream.Params * len(operands))(*(stream.params(each, scheme, 1) for each in operands)))  # type: ignore[no-any-return]
 
 
 @lru_cache(maxsize=512)
-def build(scheme: Scheme, config: Config, half: bool, rows: int, device: int) -> nvrtc.Function:
+def build(scheme: Scheme, config: Config, half: bool, rows: int, parts: int, device: int) -> nvrtc.Function:
     """The compiled kernel on a device, for `rows` (1, 2, 4 or 8)."""
-    return nvrtc.build(SOURCE, macros(scheme, config, half, rows), "few", device)
+    return nvrtc.build(SOURCE, macros(scheme, config, half, rows, parts), "few", device)
 
 
-def launch(operands: Operands, scheme: Scheme, config: Config, multiprocessors: int) -> None:
-    """Fill operands.y."""
-    x = operands.x
+def launch(operands: Sequence[Operands], scheme: Scheme, config: Config, multiprocessors: int) -> None:
+    """Fill y of each; they have the same x."""
+    x = operands[0].x
     rows, columns = x.shape
-    function = build(scheme, config, x.dtype == torch.float16, rounded(rows), x.device.index)
-    shape = (operands.y.shape[1], columns)
-    blocks = grid(scheme, config, shape, rows, multiprocessors)
-    argument, shared = stream.params(operands, scheme, 1), shared_bytes(scheme, config, rows, columns)
-    where = torch.cuda.current_stream(x.device).cuda_stream
-    function.launch_early((blocks, 1, 1), config.threads, shared, argument, where)
+    function = build(scheme, config, x.dtype == torch.float16, rounded(rows), len(operands), x.device.index)
+    blocks = grid(scheme, config, [each.y.shape[1] for each in operands], (rows, columns), multiprocessors)
+    shared, where = shared_bytes(scheme, config, rows, columns), torch.cuda.current_stream(x.device).cuda_stream
+    function.launch_early((blocks, 1, 1), config.threads, shared, params(operands, scheme), where)

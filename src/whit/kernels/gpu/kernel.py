@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -142,13 +143,16 @@ def multiply_tiled(
 
 
 def multiply_few(
-    x: Tensor, packed: PackedWeight, bias: Tensor | None, scheme: stream.Scheme, config: few.Config
-) -> Tensor:
-    """The same for up to 8 rows, where `few.fits`."""
-    y = torch.empty(x.shape[0], packed.shape[0], dtype=x.dtype, device=x.device)
-    operands = stream.Operands(x, y, bias, packed, None, None)
+    x: Tensor, packed: Sequence[PackedWeight], biases: Sequence[Tensor | None], scheme: stream.Scheme,
+    config: few.Config,
+) -> list[Tensor]:  # fmt: skip
+    """x (rows, columns) through weights of one scheme, up to 8 rows, where `few.fits`; in one launch."""
+    operands = []
+    for weight, bias in zip(packed, biases, strict=True):
+        y = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype, device=x.device)
+        operands.append(stream.Operands(x, y, bias, weight, None, None))
     few.launch(operands, scheme, config, device_of(x)[1])
-    return y
+    return [each.y for each in operands]
 
 
 def _operands(
