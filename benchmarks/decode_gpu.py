@@ -11,6 +11,7 @@ the script out.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import time
@@ -27,7 +28,9 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 import whit
 from whit.compiled import cuda, static
 from whit.formats import parse_format
-from whit.kernels.gpu import nvrtc
+from whit.kernels import dequantize
+from whit.kernels.gpu import kernel as gpu_kernel
+from whit.kernels.gpu import nvrtc, tuned
 from whit.layouts import BITS
 from whit.modules import QuantizedLinear
 from whit.tensor import PackedWeight
@@ -269,6 +272,23 @@ def ratios(rows: list[dict[str, Any]]) -> dict[str, Any]:
         cells["generate"] = first["batch 1"]["generate_token_seconds"] / row["batch 1"]["generate_token_seconds"]
         found[row["format"]] = {**cells, "peak_GB": row.get("peak_bytes", 0) / 1e9}
     return found
+
+
+def few_rows_right() -> bool:
+    """Whether the kernel for few rows is right here; if not, it is left out of what follows."""
+    random, right = torch.Generator("cuda").manual_seed(5), True
+    for spec, shape in itertools.product(("int4-g128", "nf4-dq"), ((4096, 4096), (4096, 14336))):
+        packed = random_packed(spec, shape, "cuda", random)
+        weight = dequantize(packed, torch.bfloat16).double()
+        for rows in (1, 5):
+            x = torch.randn(rows, shape[1], device="cuda", generator=random).bfloat16()
+            wanted = x.double() @ weight.T
+            for y in gpu_kernel.products(x, [packed, packed], [None, None]):
+                error = ((y.double() - wanted).norm() / wanted.norm()).item()
+                if not error < 5e-3:
+                    print(f"few rows WRONG: {spec} {shape} {rows}: {error:.1e}", flush=True)
+                    right = False
+    return right
 
 
 def main() -> None:

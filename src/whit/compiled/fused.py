@@ -6,14 +6,17 @@ a model is of another kind, or its logits differ from its own forward's in a tri
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from whit.compiled.static import PlainStep, State, Step
-from whit.kernels.gpu import decoding
+from whit.kernels.gpu import Gpu, decoding
+from whit.kernels.gpu.kernel import products as gpu_products
 from whit.kernels.gpu.kernel import why_not as no_kernels
+from whit.modules import QuantizedLinear
 
 MODELS = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 ROTARY = ("default", "linear", "llama3", "yarn")  # whose angles depend on nothing but the position
@@ -34,13 +37,13 @@ class FusedStep:
         added = None
         for layer, cache in zip(base.layers, state.cache.layers, strict=True):
             attention, x = layer.self_attn, self._norm(layer.input_layernorm, hidden, added)
-            q, k, v = (linear(x) for linear in (attention.q_proj, attention.k_proj, attention.v_proj))
+            q, k, v = products(x, (attention.q_proj, attention.k_proj, attention.v_proj))
             if hasattr(attention, "q_norm"):
                 q, k = self._norm_heads(attention.q_norm, q), self._norm_heads(attention.k_norm, k)
             held = cache.keys, cache.values
             y = decoding.attend((q, k, v), (cosine, sine), held, room, attention.scaling, self.run)
             x = self._norm(layer.post_attention_layernorm, hidden, attention.o_proj(y))
-            gates, ups = layer.mlp.gate_proj(x), layer.mlp.up_proj(x)
+            gates, ups = products(x, (layer.mlp.gate_proj, layer.mlp.up_proj))
             added = layer.mlp.down_proj(decoding.gate(gates, ups, self.run))
         state.logits.copy_(self.model.lm_head(self._norm(base.norm, hidden, added)))
 
@@ -57,6 +60,23 @@ class FusedStep:
             group = attention.num_key_value_groups
             self.room = decoding.Workspace.like(state.mask, state.slot, heads, group, size)
         return self.room
+
+
+def products(x: Tensor, linears: Sequence[Any]) -> list[Tensor]:
+    """x (rows, columns) through linears that share it, packed ones of one format in one launch where that can be."""
+    packed = [
+        linear for linear in linears if type(linear) is QuantizedLinear and linear.compute_dtype in (None, x.dtype)
+    ]
+    if len(packed) < len(linears):
+        return [linear(x) for linear in linears]
+    ready = [linear.ready(x) for linear in packed]
+    if any(kernel != Gpu() for kernel, _ in ready) or any(b is not None and b.dtype != x.dtype for b in biases(packed)):
+        return [linear(x) for linear in linears]
+    return gpu_products(x, [weight for _, weight in ready], biases(packed))
+
+
+def biases(linears: Sequence[Any]) -> list[Tensor | None]:
+    return [linear.bias for linear in linears]
 
 
 def why_not(model: Any) -> str | None:

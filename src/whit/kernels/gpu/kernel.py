@@ -94,11 +94,13 @@ def product(x: Tensor, packed: PackedWeight, bias: Tensor | None, invariant: boo
     rows = x.numel() // max(columns, 1)
     if rows and streams(packed) is None:
         scheme, where, shape = scheme_of(packed), device_of(x), (packed.shape[0], columns)
-        way = "stream" if invariant else tuned.route(scheme, shape, rows, where)
+        cut = None if invariant else tuned.best_few(scheme, shape, rows)
+        way = "stream" if invariant else "few" if cut else tuned.route(scheme, shape, rows, where)
         if way != "dequantize":
-            flat = x.reshape(rows, columns).contiguous()
-            flat = flat if flat.data_ptr() % 8 == 0 else flat.clone()
-            if way == "stream":
+            flat = aligned(x, rows)
+            if cut is not None:
+                (y,) = multiply_few(flat, [packed], [bias], scheme, cut)
+            elif way == "stream":
                 config = tuned.best(scheme, shape, rows, where, invariant)
                 y = multiply(flat, packed, bias, scheme, stream.fitted(config, scheme, columns))
             else:
@@ -108,6 +110,26 @@ def product(x: Tensor, packed: PackedWeight, bias: Tensor | None, invariant: boo
     stored = storage(packed.format)
     assert not isinstance(stored, str)
     return torch.nn.functional.linear(x, dequantize(packed, x.dtype, stored), bias)
+
+
+def products(x: Tensor, packed: Sequence[PackedWeight], biases: Sequence[Tensor | None]) -> list[Tensor]:
+    """x (..., columns) through several weights: in one launch where they are alike and the rows few."""
+    columns = x.shape[-1]
+    rows = x.numel() // max(columns, 1)
+    found = {stream.scheme(weight.format, columns) for weight in packed}
+    scheme = found.pop()
+    if found or isinstance(scheme, str) or not rows or any(streams(weight) is not None for weight in packed):
+        return [product(x, weight, bias) for weight, bias in zip(packed, biases, strict=True)]
+    cut = tuned.best_few(scheme, (sum(weight.shape[0] for weight in packed), columns), rows)
+    if cut is None:
+        return [product(x, weight, bias) for weight, bias in zip(packed, biases, strict=True)]
+    return [y.reshape(*x.shape[:-1], -1) for y in multiply_few(aligned(x, rows), packed, biases, scheme, cut)]
+
+
+def aligned(x: Tensor, rows: int) -> Tensor:
+    """x as contiguous rows that begin where eight bytes can be read at a time."""
+    flat = x.reshape(rows, x.shape[-1]).contiguous()
+    return flat if flat.data_ptr() % 8 == 0 else flat.clone()
 
 
 def scheme_of(packed: PackedWeight) -> stream.Scheme:

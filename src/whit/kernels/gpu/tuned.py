@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from math import log2
 
-from whit.kernels.gpu import stream, tiled
+from whit.kernels.gpu import few, stream, tiled
 from whit.kernels.gpu.stream import Config, Scheme, row_tiles
 from whit.kernels.gpu.tables import ROUTES, STREAM, TILED, Route, Shape
 
@@ -48,6 +48,12 @@ def best(scheme: Scheme, shape: Shape, rows: int, device: Device, invariant: boo
         return default(scheme, shape, tiles, device[1])
     config = Config(*table[kind(scheme), tiles, near])
     return replace(config, splits=rescaled(config.outs, config.splits, near, shape))
+
+
+def best_few(scheme: Scheme, shape: Shape, rows: int) -> few.Config | None:
+    """The configuration of the kernel for up to 8 rows; None where x is too large for it."""
+    config = few.Config(8, 4, 2) if shape[1] // scheme.step >= 16 else few.Config(4, 2, 4)
+    return config if few.fits(scheme, config, rows, shape[1]) else None
 
 
 def best_tiled(scheme: Scheme, shape: Shape, rows: int, device: Device) -> tiled.Config:
