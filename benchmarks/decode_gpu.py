@@ -35,6 +35,7 @@ from whit.layouts import BITS
 from whit.modules import QuantizedLinear
 from whit.tensor import PackedWeight
 
+from gpu_harness import early_works
 from harness import machine
 
 LLAMA = {
@@ -303,10 +304,11 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     end = time.perf_counter() + given.seconds
     options = (SMALL if given.small else LLAMA) | {"num_hidden_layers": given.layers}
-    result: dict[str, Any] = {
-        "machine": machine(),
-        "layers": given.layers,
-    }
+    result: dict[str, Any] = {"machine": machine(), "layers": given.layers}
+    if device == "cuda":
+        result |= {"early_launches": early_works(), "few_rows": attempted(lambda: {"right": few_rows_right()})}
+        if result["few_rows"].get("right") is not True:
+            tuned.best_few = lambda *_: None  # type: ignore[assignment]
     given.out.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
 
