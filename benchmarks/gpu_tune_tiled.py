@@ -65,6 +65,7 @@ def tune_tiled(kitchen: Kitchen, budget: Budget, generator: torch.Generator) -> 
                 continue
             seconds, best = found["ranking"][0]
             table[tuned.kind(scheme), rows, shape] = astuple(best)
+            gpu_kernel.plan.cache_clear()
             speed = 2 * rows * shape[0] * shape[1] / seconds / 1e12
             print(f"{spec:12} rows {rows:4} {shape!s:14} {seconds * 1e6:7.2f} us {speed:4.0f} T {best}", flush=True)
     print("TILED = {")

@@ -98,16 +98,21 @@ def dequantize(packed: PackedWeight, dtype: torch.dtype, stored: Storage) -> Ten
 
 
 def few_linears(
-    x: Tensor, packed: list[PackedWeight], bias: Tensor | None, scheme: Scheme, config: few.Config
+    x: Tensor, packed: list[PackedWeight], bias: Tensor | None, scheme: Scheme, config: few.Config, cuts: int = 1
 ) -> list[Tensor]:
-    """What the kernel for up to 8 rows computes for weights that share x, with three blocks that stay."""
-    ys = [torch.full((x.shape[0], weight.shape[0]), float("nan"), dtype=x.dtype) for weight in packed]
-    operands = [Operands(x, y, bias, weight, None, None) for y, weight in zip(ys, packed, strict=True)]
-    assert few.fits(scheme, config, *x.shape)
+    """What the kernel for up to 16 rows computes for weights that share x, with few blocks that stay."""
+    operands = []
+    for weight in packed:
+        y = torch.full((x.shape[0], weight.shape[0]), float("nan"), dtype=x.dtype)
+        partial = torch.full((cuts, *y.shape), float("nan"))
+        arrived = torch.zeros(-(-weight.shape[0] // 16), dtype=torch.int32)
+        operands.append(Operands(x, y, bias, weight, partial, arrived))
+    assert few.fits(scheme, config, x.shape[0])
     macros = few.macros(scheme, config, x.dtype == torch.float16, x.shape[0], len(packed))
-    blocks = few.grid(scheme, config, [weight.shape[0] for weight in packed], x.shape, 3)
-    library(few.SOURCE, tuple(macros.items())).run(ctypes.byref(few.params(operands, scheme)), blocks, 1, 1)
-    return ys
+    blocks = few.grid(config, [weight.shape[0] for weight in packed], cuts, 3 * cuts)
+    library(few.SOURCE, tuple(macros.items())).run(ctypes.byref(few.params(operands, scheme, cuts)), *blocks)
+    assert not any(each.arrived.any() for each in operands)
+    return [each.y for each in operands]
 
 
 def run_decoding(source, macros, grid, threads, shared, params, device):

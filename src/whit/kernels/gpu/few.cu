@@ -1,8 +1,8 @@
-// y (rows, outs) = x (rows, columns) W (outs, columns)^T + bias for up to 8 rows, as fast as W can be read.
+// y (rows, outs) = x (rows, columns) W (outs, columns)^T + bias for up to 16 rows, as fast as W can be read.
 //
 // Built at run time, one kernel per format and cut, after common.cuh. The host (few.py) also defines
 //   CHUNK, STEPS_PER_GROUP    as codes.cuh says
-//   ROWS               1, 2, 4 or 8: rows rounded up
+//   ROWS               1, 2, 4, 8 or 16: rows rounded up
 //   WARPS              of a block; they share the columns of a tile of 16 outs
 //   AHEAD              steps of W that a warp has under way
 //   PARTS              weights of one format and width that are multiplied by the same x, one after the other
@@ -12,7 +12,8 @@
 // the order of the operands, and the table of a codebook are laid into shared memory once. Integers are multiplied with
 // the exponent's bit that the unpacking leaves in them; the sum of x over a step, made once, takes it off again, and the
 // zero point with it. Scales stay as they were loaded until their step is due. The next tile's codes are asked for
-// before the warps add up, always in the same order.
+// before the warps add up, always in the same order. Where x is too large for a block it is cut into slices of columns
+// (blockIdx.y), and the last block to come to a tile adds them.
 #include "codes.cuh"
 #include "sums.cuh"
 
@@ -22,6 +23,7 @@ constexpr float BIAS = HAS_RAW ? (HALF ? 1024.0f : 128.0f) + OFFSET : 0.0f;  // 
 constexpr int LEVELS = SCALE == 3 ? 64 : 0;  // of uint4: the levels of quantized scales
 constexpr int PER_STEP = UNITS * ROWS * 4;   // of uint4: a step of x
 constexpr int SHARERS = 4 * UNITS;           // uint4 of a row and step
+constexpr int NT = ROWS > 8 ? ROWS / 8 : 1;  // tiles of 8 rows
 
 struct Raw {  // a scale as it is stored
     u32 bits;
@@ -93,12 +95,12 @@ DEVICE Rows rows_of(const Several &all, int tile, int begin, int lane) {
 }
 
 // x in the order of the operands, [step][unit][row][lane & 3], and its sums, [step][row].
-DEVICE void stage(uint4 *xs, float *sums, const Params &p, int steps, u32 tid) {
+DEVICE void stage(uint4 *xs, float *sums, const Params &p, int first_step, int steps, u32 tid) {
     u32 count = steps * SHARERS * ROWS;
 #pragma unroll 2
     for (u32 i = tid; i < count; i += THREADS) {
         u32 unit = i % UNITS, t = i / UNITS % 4, step = i / SHARERS % steps, row = i / SHARERS / steps;
-        const u16 *chunk = p.x + (long long)min((int)row, p.rows - 1) * p.columns + step * STEP + t * CHUNK;
+        const u16 *chunk = p.x + (long long)min((int)row, p.rows - 1) * p.columns + (first_step + step) * STEP + t * CHUNK;
         xs[((step * UNITS + unit) * ROWS + row) * 4 + t] = load_opposite(chunk, unit);
     }
     if (!SUMMED) return;
@@ -119,68 +121,111 @@ DEVICE void stage(uint4 *xs, float *sums, const Params &p, int steps, u32 tid) {
 
 struct Shared {
     const uint4 *x;      // the lane's row and columns of the warp's first step
-    const float *sums;   // of the warp's first step
+    const float *sums;   // of x, from the warp's first step on
     const float *levels;
     Table table;
 };
 
-// Four sums of a thread: rows 2 t and 2 t + 1 of x with its two rows of W.
-DEVICE void add_step(float (&all)[4], float (&total)[2], const Held &held, const Shared &s, const Rows &rows, int step, int lane) {
+// A thread's sums: per tile of 8 rows, rows 2 t and 2 t + 1 with its two rows of W; and x's own.
+struct Sums {
+    float all[NT][4], x[NT][2];
+};
+
+DEVICE void add_step(Sums &sums, const Held &held, const Shared &s, const Rows &rows, int step, int lane) {
 #if STEPS_PER_GROUP
-    float part[4] = {};
+    float part[NT][4] = {};
 #else
-    float(&part)[4] = all;
+    float(&part)[NT][4] = sums.all;
 #endif
     const uint4 *x = s.x + step * PER_STEP;
 #pragma unroll
     for (int unit = 0; unit < UNITS; unit++) {
-        uint4 b = x[unit * ROWS * 4];
         u32 top[4], bottom[4];
         decode<HAS_RAW>(top, held.words[0], unit, s.table);
         decode<HAS_RAW>(bottom, held.words[1], unit, s.table);
-        multiply(part, top[0], bottom[0], top[1], bottom[1], b.x, b.y);
-        multiply(part, top[2], bottom[2], top[3], bottom[3], b.z, b.w);
+#pragma unroll
+        for (int n = 0; n < NT; n++) {
+            uint4 b = x[(unit * ROWS + 8 * n) * 4];
+            multiply(part[n], top[0], bottom[0], top[1], bottom[1], b.x, b.y);
+            multiply(part[n], top[2], bottom[2], top[3], bottom[3], b.z, b.w);
+        }
     }
-    if (SUMMED) {
-        const float *sums = s.sums + step * ROWS;
-        float first = sums[min(2 * (lane & 3), ROWS - 1)], second = sums[min(2 * (lane & 3) + 1, ROWS - 1)];
+#pragma unroll
+    for (int n = 0; n < NT; n++) {
+        if (SUMMED) {
+            const float *of_x = s.sums + step * ROWS + 8 * n;
+            float first = of_x[min(2 * (lane & 3), ROWS - 1)], second = of_x[min(2 * (lane & 3) + 1, ROWS - 1)];
 #if STEPS_PER_GROUP
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                float bias = BIAS + (ZERO ? held.zero[h] : 0.0f);
+                part[n][2 * h] -= bias * first, part[n][2 * h + 1] -= bias * second;
+            }
+#else
+            sums.x[n][0] += first, sums.x[n][1] += second;
+#endif
+        }
+#if STEPS_PER_GROUP
+        float offset = SCALE == 3 ? *rows.scales.offset : 0.0f;
 #pragma unroll
         for (int h = 0; h < 2; h++) {
-            float bias = BIAS + (ZERO ? held.zero[h] : 0.0f);
-            part[2 * h] -= bias * first, part[2 * h + 1] -= bias * second;
+            float scale = scale_of(held.scale[h], s.levels, offset);
+            sums.all[n][2 * h] += scale * part[n][2 * h], sums.all[n][2 * h + 1] += scale * part[n][2 * h + 1];
         }
-#else
-        total[0] += first, total[1] += second;
 #endif
     }
-#if STEPS_PER_GROUP
-    float offset = SCALE == 3 ? *rows.scales.offset : 0.0f;
-#pragma unroll
-    for (int h = 0; h < 2; h++) {
-        float scale = scale_of(held.scale[h], s.levels, offset);
-        all[2 * h] += scale * part[2 * h], all[2 * h + 1] += scale * part[2 * h + 1];
-    }
-#endif
 }
 
-// The warps' sums of a tile, [warp][row][out], become outs of y.
-DEVICE void join(float *block, const float (&all)[4], const Params &p, int tile, int tid) {
-    int lane = tid & 31, warp = tid >> 5;
+// Where a row has one scale it comes last.
+DEVICE void scale_sums(Sums &sums, const Rows &rows) {
 #pragma unroll
-    for (int e = 0; e < 4; e++) {
-        int row = 2 * (lane & 3) + (e & 1), out = (e >> 1) * 8 + (lane >> 2);
-        if (row < ROWS) block[(warp * ROWS + row) * 16 + out] = all[e];
+    for (int h = 0; h < 2; h++) {
+        float scale = load_scale(rows.scales, rows.out[h], 0);
+#pragma unroll
+        for (int n = 0; n < NT; n++)
+#pragma unroll
+            for (int e = 0; e < 2; e++) sums.all[n][2 * h + e] = scale * (sums.all[n][2 * h + e] - BIAS * sums.x[n][e]);
     }
+}
+
+// The warps' sums of a tile, [warp][row][out], become outs of y, or of a slice.
+DEVICE void join(float *block, u32 *ticket, const Sums &sums, const Params &p, int tile, int tid) {
+    int lane = tid & 31, warp = tid >> 5, slices = gridDim.y, slice = blockIdx.y;
+#pragma unroll
+    for (int n = 0; n < NT; n++)
+#pragma unroll
+        for (int e = 0; e < 4; e++) {
+            int row = 8 * n + 2 * (lane & 3) + (e & 1), out = (e >> 1) * 8 + (lane >> 2);
+            if (row < ROWS) block[(warp * ROWS + row) * 16 + out] = sums.all[n][e];
+        }
     __syncthreads();
 #pragma unroll 1
     for (int i = tid; i < 16 * p.rows; i += THREADS) {
-        int out = tile * 16 + i % 16;
+        int out = tile * 16 + i % 16, row = i / 16;
         float sum = 0;
 #pragma unroll
         for (int w = 0; w < WARPS; w++) sum += block[w * ROWS * 16 + i];
-        if (out < p.outs) store(p, i / 16, out, sum);
+        if (out >= p.outs) continue;
+        if (slices == 1) store(p, row, out, sum);
+        else p.partial[((long long)slice * p.rows + row) * p.outs + out] = sum;
     }
+    if (slices == 1) return;
+    __threadfence();
+    __syncthreads();
+    if (tid == 0) *ticket = atomicAdd(p.arrived + tile, 1u);
+    __syncthreads();
+    if (*ticket != (u32)slices - 1) return;
+    __threadfence();
+#pragma unroll 1
+    for (int i = tid; i < 16 * p.rows; i += THREADS) {
+        int out = tile * 16 + i % 16, row = i / 16;
+        if (out >= p.outs) continue;
+        float sum = 0;
+#pragma unroll 4
+        for (int k = 0; k < slices; k++) sum += load_uncached(p.partial + ((long long)k * p.rows + row) * p.outs + out);
+        store(p, row, out, sum);
+    }
+    if (tid == 0) p.arrived[tile] = 0;
 }
 
 DEVICE void begin_tile(Held (&held)[AHEAD], const Rows &rows, int begin, int steps) {
@@ -190,12 +235,14 @@ DEVICE void begin_tile(Held (&held)[AHEAD], const Rows &rows, int begin, int ste
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) few(const Several p) {
-    extern __shared__ uint4 shared[];  // table, levels, x, its sums, the warps' sums of two tiles
+    extern __shared__ uint4 shared[];  // table, levels, x, its sums, the warps' sums of two tiles, a ticket
     int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, tiles = 0;
-    int all_steps = p.part[0].columns / STEP, per_warp = (all_steps + WARPS - 1) / WARPS;
-    int begin = warp * per_warp, steps = min(per_warp, all_steps - begin);
+    int in_slice = p.part[0].split_steps, first_step = blockIdx.y * in_slice;
+    int all_steps = min(in_slice, p.part[0].columns / STEP - first_step), per_warp = (all_steps + WARPS - 1) / WARPS;
+    int in_block = warp * per_warp, begin = first_step + in_block, steps = min(per_warp, all_steps - in_block);
     uint4 *xs = shared + TABLE + LEVELS;
-    float *sums = (float *)(xs + all_steps * PER_STEP), *blocks = sums + (SUMMED ? (all_steps * ROWS + 3) / 4 * 4 : 0);
+    float *x_sums = (float *)(xs + in_slice * PER_STEP), *blocks = x_sums + (SUMMED ? (in_slice * ROWS + 3) / 4 * 4 : 0);
+    u32 *ticket = (u32 *)(blocks + 2 * WARPS * ROWS * 16);
 #pragma unroll
     for (int i = 0; i < PARTS; i++) tiles += tiles_of(p.part[i]);
 
@@ -206,35 +253,29 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) few(const Seve
     if (LEVELS)
         for (int i = tid; i < 4 * LEVELS; i += THREADS) ((float *)(shared + TABLE))[i] = p.part[0].scales.levels[i];
     next_may_begin(), previous_done();
-    stage(xs, sums, p.part[0], all_steps, tid);
+    stage(xs, x_sums, p.part[0], first_step, all_steps, tid);
     __syncthreads();
 
-    Shared s = {xs + begin * PER_STEP + min(lane >> 2, ROWS - 1) * 4 + (lane & 3), sums + begin * ROWS,
+    Shared s = {xs + in_block * PER_STEP + min(lane >> 2, ROWS - 1) * 4 + (lane & 3), x_sums + in_block * ROWS,
                 (const float *)(shared + TABLE), {(const u8 *)shared, (u32)lane * 4}};
     int turn = 0;
 #pragma unroll 1
     for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x, turn ^= 1) {
-        float all[4] = {}, total[2] = {};
+        Sums sums = {};
 #pragma unroll 1
         for (int first = 0; first < steps; first += AHEAD)
 #pragma unroll
             for (int j = 0; j < AHEAD; j++) {
                 if (first + j >= steps) break;
-                add_step(all, total, held[j], s, rows, first + j, lane);
+                add_step(sums, held[j], s, rows, first + j, lane);
                 if (first + j + AHEAD < steps) load_held(held[j], rows, begin, first + j + AHEAD);
             }
-#if !STEPS_PER_GROUP
-#pragma unroll
-        for (int h = 0; h < 2; h++) {
-            float scale = load_scale(rows.scales, rows.out[h], 0);
-            all[2 * h] = scale * (all[2 * h] - BIAS * total[0]), all[2 * h + 1] = scale * (all[2 * h + 1] - BIAS * total[1]);
-        }
-#endif
+        if (!STEPS_PER_GROUP) scale_sums(sums, rows);
         int part = rows.part, in_part = rows.tile;
         if (tile + gridDim.x < tiles) {
             rows = rows_of(p, tile + gridDim.x, begin, lane);
             begin_tile(held, rows, begin, steps);
         }
-        join(blocks + turn * WARPS * ROWS * 16, all, p.part[part], in_part, tid);
+        join(blocks + turn * WARPS * ROWS * 16, ticket, sums, p.part[part], in_part, tid);
     }
 }

@@ -1,4 +1,4 @@
-"""The fused product for up to 8 rows: blocks that stay, and few instructions per code (few.cu says how)."""
+"""The fused product for up to 16 rows: blocks that stay, and few instructions per code (few.cu says how)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from whit.kernels.gpu import nvrtc, stream
 from whit.kernels.gpu.stream import Operands, Scheme
 
 SOURCE = Path(__file__).with_name("few.cu")
-MOST_ROWS = 8
+MOST_ROWS = 16
 MOST_SHARED = 226 << 10
 
 
@@ -32,7 +32,7 @@ class Config:
 
 
 def rounded(rows: int) -> int:
-    """Rows that the kernel is built for: 1, 2, 4 or 8."""
+    """Rows that the kernel is built for: 1, 2, 4, 8 or 16."""
     return 1 << (rows - 1).bit_length()
 
 
@@ -44,47 +44,57 @@ def macros(scheme: Scheme, config: Config, half: bool, rows: int, parts: int = 1
     }  # fmt: skip
 
 
-def shared_bytes(scheme: Scheme, config: Config, rows: int, columns: int) -> int:
-    """Dynamic shared memory of a block: table, levels of scales, x, its sums, and the warps' sums of two tiles."""
+def shared_bytes(scheme: Scheme, config: Config, rows: int, steps: int) -> int:
+    """Dynamic shared memory of a block: table, levels of scales, `steps` of x and their sums, sums of two tiles."""
     rows = rounded(rows)
-    steps = columns // scheme.step
     table = (stream.TABLE_BYTES if scheme.storage.levels else 0) + (1024 if scheme.storage.scale == 3 else 0)
-    return table + 2 * rows * columns + -(-steps * rows // 4) * 16 + 2 * config.warps * rows * 64
+    return table + 2 * rows * steps * scheme.step + -(-steps * rows // 4) * 16 + 2 * config.warps * rows * 64 + 16
 
 
-def fits(scheme: Scheme, config: Config, rows: int, columns: int) -> bool:
-    """Whether the kernel can run it: few rows, and x in shared memory."""
-    return rows <= MOST_ROWS and shared_bytes(scheme, config, rows, columns) <= MOST_SHARED
+@lru_cache(maxsize=4096)
+def slices(scheme: Scheme, config: Config, rows: int, columns: int) -> int:
+    """Into how many slices of columns x is cut, so that `min_blocks` fit a multiprocessor; none is empty."""
+    steps, room = columns // scheme.step, MOST_SHARED // config.min_blocks
+    per_slice = max((n for n in range(1, steps + 1) if shared_bytes(scheme, config, rows, n) <= room), default=1)
+    count = -(-steps // per_slice)
+    return -(-steps // -(-steps // count))
 
 
-def resident(scheme: Scheme, config: Config, rows: int, columns: int) -> int:
-    """Blocks per multiprocessor."""
-    return max(min(config.min_blocks, MOST_SHARED // shared_bytes(scheme, config, rows, columns)), 1)
+def fits(scheme: Scheme, config: Config, rows: int) -> bool:
+    """Whether the kernel can run it: few rows, and a step of x in shared memory."""
+    return rows <= MOST_ROWS and shared_bytes(scheme, config, rows, 1) * config.min_blocks <= MOST_SHARED
 
 
-def grid(scheme: Scheme, config: Config, outs: Sequence[int], x: tuple[int, int], multiprocessors: int) -> int:
-    """Blocks for weights of these `outs` and x (rows, columns): as many as stay at a time."""
+def grid(config: Config, outs: Sequence[int], cuts: int, multiprocessors: int) -> tuple[int, int, int]:
+    """Blocks for weights of these `outs` in `cuts` slices: as many as stay at a time."""
     tiles = sum(-(-n // 16) for n in outs)
-    return min(tiles, multiprocessors * resident(scheme, config, *x))
+    return min(tiles, max(multiprocessors * config.min_blocks // cuts, 1)), cuts, 1
 
 
-def params(operands: Sequence[Operands], scheme: Scheme) -> ctypes.Structure:
-    """The kernel's argument for weights that share x."""
-    kind = type("Several", (ctypes.Structure,), {"_fields_": [("part", stream.Params * len(operands))]})
-    return kind((stream.Params * len(operands))(*(stream.params(each, scheme, 1) for each in operands)))  # type: ignore[no-any-return]
+def params(operands: Sequence[Operands], scheme: Scheme, cuts: int) -> ctypes.Structure:
+    """The kernel's argument for weights that share x; `partial` and `arrived` are needed where there are cuts."""
+    parts = [stream.params(each, scheme, cuts) for each in operands]
+    return several(len(parts))((stream.Params * len(parts))(*parts))
+
+
+@lru_cache(maxsize=8)
+def several(parts: int) -> type[ctypes.Structure]:
+    """The type of the kernel's argument for that many weights."""
+    return type("Several", (ctypes.Structure,), {"_fields_": [("part", stream.Params * parts)]})
 
 
 @lru_cache(maxsize=512)
 def build(scheme: Scheme, config: Config, half: bool, rows: int, parts: int, device: int) -> nvrtc.Function:
-    """The compiled kernel on a device, for `rows` (1, 2, 4 or 8)."""
+    """The compiled kernel on a device, for `rows` (1, 2, 4, 8 or 16)."""
     return nvrtc.build(SOURCE, macros(scheme, config, half, rows, parts), "few", device)
 
 
-def launch(operands: Sequence[Operands], scheme: Scheme, config: Config, multiprocessors: int) -> None:
-    """Fill y of each; they have the same x."""
+def launch(operands: Sequence[Operands], scheme: Scheme, config: Config, cuts: int, multiprocessors: int) -> None:
+    """Fill y of each; they have the same x, in `cuts` slices (`slices`)."""
     x = operands[0].x
     rows, columns = x.shape
     function = build(scheme, config, x.dtype == torch.float16, rounded(rows), len(operands), x.device.index)
-    blocks = grid(scheme, config, [each.y.shape[1] for each in operands], (rows, columns), multiprocessors)
-    shared, where = shared_bytes(scheme, config, rows, columns), torch.cuda.current_stream(x.device).cuda_stream
-    function.launch_early((blocks, 1, 1), config.threads, shared, params(operands, scheme), where)
+    blocks = grid(config, [each.y.shape[1] for each in operands], cuts, multiprocessors)
+    shared = shared_bytes(scheme, config, rows, -(-(columns // scheme.step) // cuts))
+    where = torch.cuda.current_stream(x.device).cuda_stream
+    function.launch_early(blocks, config.threads, shared, params(operands, scheme, cuts), where)

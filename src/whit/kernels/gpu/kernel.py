@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -93,23 +94,31 @@ def product(x: Tensor, packed: PackedWeight, bias: Tensor | None, invariant: boo
     columns = x.shape[-1]
     rows = x.numel() // max(columns, 1)
     if rows and streams(packed) is None:
-        scheme, where, shape = scheme_of(packed), device_of(x), (packed.shape[0], columns)
-        cut = None if invariant else tuned.best_few(scheme, shape, rows)
-        way = "stream" if invariant else "few" if cut else tuned.route(scheme, shape, rows, where)
-        if way != "dequantize":
-            flat = aligned(x, rows)
-            if cut is not None:
-                (y,) = multiply_few(flat, [packed], [bias], scheme, cut)
-            elif way == "stream":
-                config = tuned.best(scheme, shape, rows, where, invariant)
-                y = multiply(flat, packed, bias, scheme, stream.fitted(config, scheme, columns))
-            else:
-                tiles = tuned.best_tiled(scheme, shape, rows, where)
-                y = multiply_tiled(flat, packed, bias, scheme, tiled.fitted(tiles, scheme, columns))
-            return y.reshape(*x.shape[:-1], -1)
+        scheme = scheme_of(packed)
+        way, cut = plan(scheme, (packed.shape[0], columns), rows, device_of(x), invariant)
+        if cut is not None:
+            return _WAYS[way](aligned(x, rows), packed, bias, scheme, cut).reshape(*x.shape[:-1], -1)
     stored = storage(packed.format)
     assert not isinstance(stored, str)
     return torch.nn.functional.linear(x, dequantize(packed, x.dtype, stored), bias)
+
+
+Cut: TypeAlias = few.Config | stream.Config | tiled.Config | None
+
+
+@lru_cache(maxsize=4096)
+def plan(
+    scheme: stream.Scheme, shape: tuple[int, int], rows: int, where: tuned.Device, invariant: bool
+) -> tuple[str, Cut]:
+    """The way for x (rows, columns) and a weight of `shape` (outs, columns), and how it is cut; None: dequantize."""
+    if not invariant and (cut := tuned.best_few(scheme, shape, rows)):
+        return "few", cut
+    way = "stream" if invariant else tuned.route(scheme, shape, rows, where)
+    if way == "stream":
+        return way, stream.fitted(tuned.best(scheme, shape, rows, where, invariant), scheme, shape[1])
+    if way == "tiled":
+        return way, tiled.fitted(tuned.best_tiled(scheme, shape, rows, where), scheme, shape[1])
+    return way, None
 
 
 def products(x: Tensor, packed: Sequence[PackedWeight], biases: Sequence[Tensor | None]) -> list[Tensor]:
@@ -120,8 +129,9 @@ def products(x: Tensor, packed: Sequence[PackedWeight], biases: Sequence[Tensor 
     scheme = found.pop()
     if found or isinstance(scheme, str) or not rows or any(streams(weight) is not None for weight in packed):
         return [product(x, weight, bias) for weight, bias in zip(packed, biases, strict=True)]
-    cut = tuned.best_few(scheme, (sum(weight.shape[0] for weight in packed), columns), rows)
-    if cut is None:
+    shape = sum(weight.shape[0] for weight in packed), columns
+    _, cut = plan(scheme, shape, rows, device_of(x), False)
+    if not isinstance(cut, few.Config):
         return [product(x, weight, bias) for weight, bias in zip(packed, biases, strict=True)]
     return [y.reshape(*x.shape[:-1], -1) for y in multiply_few(aligned(x, rows), packed, biases, scheme, cut)]
 
@@ -141,8 +151,13 @@ def scheme_of(packed: PackedWeight) -> stream.Scheme:
 
 def device_of(x: Tensor) -> tuned.Device:
     """What configurations depend on."""
-    device = torch.cuda.get_device_properties(x.device)
-    return device.major, device.multi_processor_count
+    return _device_of(x.device)
+
+
+@lru_cache(maxsize=32)
+def _device_of(device: torch.device) -> tuned.Device:
+    found = torch.cuda.get_device_properties(device)
+    return found.major, found.multi_processor_count
 
 
 def multiply(
@@ -168,13 +183,18 @@ def multiply_few(
     x: Tensor, packed: Sequence[PackedWeight], biases: Sequence[Tensor | None], scheme: stream.Scheme,
     config: few.Config,
 ) -> list[Tensor]:  # fmt: skip
-    """x (rows, columns) through weights of one scheme, up to 8 rows, where `few.fits`; in one launch."""
-    operands = []
-    for weight, bias in zip(packed, biases, strict=True):
-        y = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype, device=x.device)
-        operands.append(stream.Operands(x, y, bias, weight, None, None))
-    few.launch(operands, scheme, config, device_of(x)[1])
+    """x (rows, columns) through weights of one scheme, up to 16 rows, where `few.fits`; in one launch."""
+    cuts = few.slices(scheme, config, *x.shape)
+    operands = [
+        _operands(x, weight, bias, cuts, (-(-weight.shape[0] // 16), cuts, 1))
+        for weight, bias in zip(packed, biases, strict=True)
+    ]
+    few.launch(operands, scheme, config, cuts, device_of(x)[1])
     return [each.y for each in operands]
+
+
+def _one(x: Tensor, packed: PackedWeight, bias: Tensor | None, scheme: stream.Scheme, cut: few.Config) -> Tensor:
+    return multiply_few(x, [packed], [bias], scheme, cut)[0]
 
 
 def _operands(
@@ -189,6 +209,9 @@ def _operands(
         if arrived is None or len(arrived) < cut[0] * cut[2]:
             arrived = torch.zeros(cut[0] * cut[2], dtype=torch.int32, device=x.device)
     return stream.Operands(x, y, bias, packed, partial, arrived)
+
+
+_WAYS: dict[str, Callable[..., Tensor]] = {"few": _one, "stream": multiply, "tiled": multiply_tiled}
 
 
 def linear_op(x: Tensor, tensors: list[Tensor], bias: Tensor | None, keys: str, spec: str, invariant: bool) -> Tensor:

@@ -70,7 +70,7 @@ def scales(packed: PackedWeight, stored: Storage) -> Scales:
     if stored.scale == NESTED:
         rows = matrix_shape(packed.shape)[0]
         codes = tensors["absmax_codes"]
-        levels = table(dynamic_levels(), torch.float32, codes.device)
+        levels = nested_table(codes.device)
         absmax, offset = tensors["absmax_absmax"], tensors["absmax_offset"]
         groups = codes.numel() // rows
         return Scales(absmax.data_ptr(), codes.data_ptr(), levels.data_ptr(), offset.data_ptr(), None, groups, 0)
@@ -80,6 +80,12 @@ def scales(packed: PackedWeight, stored: Storage) -> Scales:
     return Scales(
         scale.data_ptr(), None, None, None, None if zero is None else zero.data_ptr(), scale.shape[1], zero_bytes
     )
+
+
+@lru_cache(maxsize=16)
+def nested_table(device: torch.device) -> Tensor:
+    """The 256 levels of quantized scales on the device."""
+    return torch.tensor(dynamic_levels(), dtype=torch.float32, device=device)
 
 
 @lru_cache(maxsize=64)

@@ -218,7 +218,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) tiled(const Pa
     for (int m = 0; m < MT; m++) settle(sums.all[m]);
 #endif
     __syncthreads();
-    write_sums(sums, (float *)shared, p, first_out, warp_out, lane);
+    float *block = (float *)(shared + 8);  // behind the barriers: their memory must not be written before they are done
+    write_sums(sums, block, p, first_out, warp_out, lane);
     __syncthreads();
-    finish(p, (float *)shared, STRIDE, OUTS, first_row, min(p.rows - first_row, ROWS), THREADS);
+    finish(p, block, STRIDE, OUTS, first_row, min(p.rows - first_row, ROWS), THREADS);
 }

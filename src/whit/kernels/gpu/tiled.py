@@ -77,7 +77,7 @@ def shared_bytes(scheme: Scheme, config: Config) -> int:
     """Dynamic shared memory of a block: barriers, the table, the stages of x; at the end the sums."""
     table = stream.TABLE_BYTES if scheme.storage.levels else 0
     stages = config.stages * scheme.step * config.rows * 2
-    return max(BARRIER_BYTES + table + stages, config.rows * (config.outs + 4) * 4)
+    return BARRIER_BYTES + max(table + stages, config.rows * (config.outs + 4) * 4)
 
 
 def grid(config: Config, outs: int, rows: int) -> tuple[int, int, int]:

@@ -51,9 +51,9 @@ def best(scheme: Scheme, shape: Shape, rows: int, device: Device, invariant: boo
 
 
 def best_few(scheme: Scheme, shape: Shape, rows: int) -> few.Config | None:
-    """The configuration of the kernel for up to 8 rows; None where x is too large for it."""
+    """The configuration of the kernel for up to 16 rows; None for more."""
     config = few.Config(8, 4, 2) if shape[1] // scheme.step >= 16 else few.Config(4, 2, 4)
-    return config if few.fits(scheme, config, rows, shape[1]) else None
+    return config if few.fits(scheme, config, rows) else None
 
 
 def best_tiled(scheme: Scheme, shape: Shape, rows: int, device: Device) -> tiled.Config:
