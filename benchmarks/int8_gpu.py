@@ -1,0 +1,435 @@
+"""Eight-bit activations on a Hopper GPU: python benchmarks/int8_gpu.py [--seconds 90] [--out results/int8_gpu.json]
+
+First checks, each kind in a process of its own, so that one that hangs or faults is told and the others go on: W8A8
+equals torch._int_mm and the CPU's functions bit for bit; LLM.int8() with planted outlier columns, more of them than lie
+in shared memory at a time, and all columns; rows with zero points; FP8; CUDA graphs, torch.compile, and that nothing
+waits for the device. Then times: cold weights (more than 400 MB of distinct ones in each CUDA graph), medians, beside
+torch's bf16 product in the same run, for every cut that may be the best, with the share of the limit: bytes of the
+weight at the memory's rate, or operations at the tensor cores', whichever takes longer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from whit.activations import parse_activations
+from whit.errors import KernelError
+from whit.formats import parse_format
+from whit.kernels import int8 as reference
+from whit.kernels.activated import Activation8
+from whit.kernels.gpu import Gpu8, int8, kernel8
+from whit.kernels.gpu.int8 import Config
+from whit.layouts import BITS
+from whit.modules import QuantizedLinear
+from whit.tensor import PackedWeight
+
+from gpu_harness import Budget, Kitchen, copies, seconds_cold
+from harness import RESULTS, machine, markdown
+
+SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336))
+ROWS = (1, 16, 64, 256, 1024, 4096)
+SHARE = 0.001  # of columns are outliers
+BYTES_PER_SECOND = {"H100": 3.35e12, "H200": 4.8e12}  # NVIDIA's data sheets
+OPERATIONS = 1979e12  # of int8, dense
+GOALS = {
+    "W8A8": {1: 1.8, 16: 1.8, 64: 1.8, 4096: 1.6},
+    "LLM.int8()": {1: 1.6, 16: 1.6, 64: 1.6, 256: 1.0, 1024: 1.0, 4096: 1.4},
+}
+FEW = (
+    Config(1, 128, 8, 4), Config(1, 128, 6, 4), Config(1, 128, 4, 4), Config(1, 64, 8, 2), Config(1, 64, 12, 2),
+    Config(1, 64, 8, 4), Config(1, 128, 8, 8), Config(1, 128, 8, 2), Config(1, 128, 8), Config(1, 64, 12),
+    Config(1, 64, 6), Config(1, 32, 12), Config(1, 256, 5, 8),
+)  # fmt: skip
+SOME = (
+    Config(2, 128, 6, 2), Config(2, 128, 6), Config(1, 128, 8), Config(1, 128, 8, 2), Config(2, 64, 8, 2),
+    Config(2, 256, 4), Config(2, 128, 6, 4), Config(1, 256, 5, 2),
+)  # fmt: skip
+MANY = (Config(2, 256, 4, pair=2), Config(2, 256, 4), Config(2, 128, 6, pair=2), Config(2, 128, 6))
+CUTS = {1: FEW, 16: FEW, 64: FEW, 256: SOME, 1024: (*MANY, Config(1, 256, 5)), 4096: MANY}
+
+
+# Operands
+
+
+def weight(shape: tuple[int, int], how: str, generator: torch.Generator, spec: str = "int8") -> PackedWeight:
+    """Random codes as they lie in a file, prepared."""
+    tensors = {"codes": torch.randint(0, 256, shape, dtype=torch.uint8, device="cuda", generator=generator)}
+    scale = torch.rand(shape[0], 1, device="cuda", generator=generator) * 0.01 + 0.001
+    tensors |= dict.fromkeys(parse_format(spec).param_specs(*shape), scale)
+    plain = PackedWeight(BITS.name, parse_format(spec), shape, tensors, activations=parse_activations(how))
+    return Gpu8().prepare(plain)
+
+
+def inputs(rows: int, columns: int, outliers: int, generator: torch.Generator) -> Tensor:
+    """bfloat16 (rows, columns) below 6, but for so many columns that hold 20 in every seventh row."""
+    x = torch.randn(rows, columns, device="cuda", generator=generator).clamp(-5, 5)
+    which = torch.randperm(columns, device="cuda", generator=generator)[:outliers]
+    x[::7, which] += 20
+    return x.to(torch.bfloat16)
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator("cuda").manual_seed(seed)
+
+
+# Checks
+
+
+def on_cpu(packed: PackedWeight) -> PackedWeight:
+    tensors = {name: tensor.cpu() for name, tensor in packed.tensors.items()}
+    return PackedWeight(packed.layout, packed.format, packed.shape, tensors, activations=packed.activations)
+
+
+def compare(found: Tensor, x: Tensor, packed: PackedWeight, bias: Tensor | None) -> float:
+    """Relative distance to the functions that define correct, on the CPU in float32 for what is not exact; 0: equal."""
+    exact = packed.activations is not None and not packed.activations.threshold
+    there = x.cpu() if exact else x.cpu().float()
+    wanted = Activation8().linear(there, on_cpu(packed), None if bias is None else bias.cpu())
+    found = found.cpu()
+    if exact and torch.equal(found, wanted):
+        return 0.0
+    error = (found.double() - wanted.double()).norm() / wanted.double().norm()
+    return float(error) if error == error else float("inf")
+
+
+def check_product(
+    config: Config, shape: tuple[int, int], rows: int, how: str, outliers: int
+) -> tuple[str, float, float]:
+    """A label, the error, and what it may be."""
+    seed = generator(rows + outliers)
+    packed = weight(shape, how, seed, "int8-absmax" if "outliers" in how else "int8")
+    x, bias = inputs(rows, shape[1], outliers, seed), torch.randn(shape[0], device="cuda", generator=seed).bfloat16()
+    y = torch.full((rows, shape[0]), float("nan"), dtype=x.dtype, device="cuda")
+    kernel8.product(x, packed, bias, y, config)
+    torch.cuda.synchronize()
+    label = f"{how}, {rows} rows, {shape[0]}x{shape[1]}, {outliers} outliers, {config}"
+    return label, compare(y, x, packed, bias), 4e-3 if outliers else 0.0
+
+
+def plain_checks() -> Iterator[tuple[str, float, float]]:
+    yield from rows_checks()
+    for config in (
+        Config(1, 64, 4),
+        Config(1, 32, 3),
+        Config(1, 128, 8),
+        Config(2, 128, 6),
+        Config(2, 256, 4),
+        Config(1, 256, 5),
+    ):
+        yield check_product(config, (1048, 1168), 200, "int8", 0)
+        yield check_product(config, (1048, 1168), 200, "int8-outliers", 21)
+
+
+def rows_checks() -> Iterator[tuple[str, float, float]]:
+    for rows, columns, threshold in ((1, 4096, 0.0), (64, 14336, 0.0), (1, 4096, 6.0), (300, 4112, 6.0)):
+        x = inputs(rows, columns, 5 if threshold else 0, generator(rows))
+        found = int8.quantize(x, threshold)
+        outlier = reference.outlier_columns(x.cpu(), threshold) if threshold else torch.zeros(columns, dtype=torch.bool)
+        wanted = reference.quantize_rows(torch.where(outlier, 0, x.cpu()))
+        same = torch.equal(found.codes.cpu(), wanted.codes) and torch.equal(found.scale.cpu(), wanted.scale[:, 0])
+        if threshold and found.listed is not None:
+            same &= sorted(found.listed[1 : 1 + int(found.listed[0])].tolist()) == outlier.nonzero()[:, 0].tolist()
+        yield f"rows of {rows}x{columns}, threshold {threshold}", 0.0 if same else 1.0, 0.0
+
+
+def split_checks() -> Iterator[tuple[str, float, float]]:
+    for config in (
+        Config(1, 128, 8, 4),
+        Config(1, 64, 8, 2),
+        Config(1, 128, 6, 8),
+        Config(2, 128, 6, 2),
+        Config(1, 256, 5, 8),
+    ):
+        for rows in (1, 16, 64, 100):
+            yield check_product(config, (1048, 4112), rows, "int8", 0)
+        yield check_product(config, (1048, 4112), 64, "int8-outliers", 21)
+        yield check_product(config, (1048, 4112), 1, "int8-outliers", 4)
+
+
+def pair_checks() -> Iterator[tuple[str, float, float]]:
+    for config in (Config(2, 128, 6, pair=2), Config(2, 256, 4, pair=2), Config(1, 64, 4, pair=2)):
+        for rows in (300, 1500):
+            yield check_product(config, (1048, 1168), rows, "int8", 0)
+        yield check_product(config, (1048, 1168), 300, "int8-outliers", 21)
+        yield check_product(config, (4096, 4096), 1024, "int8", 0)
+
+
+def whole_checks() -> Iterator[tuple[str, float, float]]:
+    """Through the module, as a model runs it."""
+    for how in ("int8", "int8-outliers", "int8-asym", "int8-tensor"):
+        for rows, outliers in ((1, 0), (16, 4), (64, 4), (256, 4), (1500, 4)):
+            seed = generator(rows)
+            packed = weight((2048, 2048), how, seed)
+            x = inputs(rows, 2048, outliers if "outliers" in how else 0, seed)
+            with no_waiting():
+                found = Gpu8().linear(x, packed, None)
+            error = compare(found, x, packed, None)
+            yield f"{how}, {rows} rows, by dispatch", error, 1e-2 if how != "int8" else 0.0
+    x, packed = inputs(32, 2048, 2048, generator(1)) + 9, weight((512, 2048), "int8-outliers", generator(2))
+    yield "every column an outlier", compare(Gpu8().linear(x, packed, None), x, packed, None), 4e-3
+    x = inputs(24, 2048, 0, generator(3))
+    x[5, 7], x[6, 8] = float("nan"), float("inf")
+    y, good = Gpu8().linear(x, weight((512, 2048), "int8", generator(4)), None), torch.ones(24, dtype=torch.bool)
+    good[5:7] = False
+    right = bool(y[good].isfinite().all()) and not y[~good].isfinite().any()
+    yield "rows that are not finite, and only they, come out so", 0.0 if right else 1.0, 0.0
+    yield from graph_checks()
+
+
+class no_waiting:
+    """An error where something inside waits for the device."""
+
+    def __enter__(self) -> None:
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+
+    def __exit__(self, *_: object) -> None:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def graph_checks() -> Iterator[tuple[str, float, float]]:
+    packed = weight((1024, 2048), "int8-outliers", generator(5), "int8-absmax")
+    x = inputs(32, 2048, 3, generator(6))
+    Gpu8().linear(x, packed, None)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = x
+        for _ in range(2):
+            y = Gpu8().linear(y.repeat(1, 2048 // y.shape[1]), packed, None)
+    for seed, outliers in ((7, 0), (8, 40)):  # how many outliers there are is found anew
+        x.copy_(inputs(32, 2048, outliers, generator(seed)))
+        graph.replay()
+        wanted = Gpu8().linear(Gpu8().linear(x, packed, None).repeat(1, 2), packed, None)
+        yield f"a CUDA graph with {outliers} outliers", 0.0 if torch.equal(y, wanted) else 1.0, 0.0
+    linear = QuantizedLinear(packed, None, torch.bfloat16)
+    compiled = torch.compile(lambda v: linear(torch.nn.functional.silu(v)) * 2, fullgraph=True)
+    wanted = linear(torch.nn.functional.silu(x)) * 2
+    with torch.inference_mode():
+        error = (compiled(x).float() - wanted.float()).norm() / wanted.float().norm()
+    yield "torch.compile, whole", float(error), 1e-2
+
+
+def float8_checks() -> Iterator[tuple[str, float, float]]:
+    for how in ("fp8", "fp8-tensor"):
+        for rows in (1, 16, 300):
+            seed = generator(rows)
+            codes = (torch.randn(512, 1024, device="cuda", generator=seed) * 30).to(torch.float8_e4m3fn)
+            scale = torch.rand(512, 1, device="cuda", generator=seed) * 0.01
+            tensors = {"codes": codes.view(torch.uint8), "scale": scale}
+            packed = PackedWeight(
+                BITS.name, parse_format("fp8"), (512, 1024), tensors, activations=parse_activations(how)
+            )
+            x = inputs(rows, 1024, 3, seed)
+            with no_waiting():
+                found = Activation8().linear(x, packed, None)
+            wanted = Activation8().linear(x.cpu(), on_cpu(packed), None)
+            yield (
+                f"{how}, {rows} rows",
+                float((found.cpu().double() - wanted.double()).norm() / wanted.double().norm()),
+                4e-3,
+            )
+
+
+CHECKS: dict[str, Callable[[], Iterator[tuple[str, float, float]]]] = {
+    "plain": plain_checks, "split": split_checks, "pair": pair_checks, "whole": whole_checks, "float8": float8_checks,
+}  # fmt: skip
+
+
+# Times
+
+
+def limit_seconds(shape: tuple[int, int], rows: int) -> float:
+    """What a product takes at the memory's rate, or the tensor cores'."""
+    rate = next((r for name, r in BYTES_PER_SECOND.items() if name in torch.cuda.get_device_name()), 3.35e12)
+    moved = shape[0] * shape[1] + rows * (2 * shape[0] + 2 * shape[1])
+    return max(moved / rate, 2 * rows * shape[0] * shape[1] / OPERATIONS)
+
+
+def may_be_best(config: Config, shape: tuple[int, int], rows: int) -> bool:
+    """Whether all blocks of a tile have work, and no more clusters wait than a few turns' worth."""
+    blocks = config.tiles(shape[0], rows) * config.split * config.pair
+    return config.split == 1 or (blocks <= 300 and config.split * 512 <= shape[1])
+
+
+def time_shape(shape: tuple[int, int], budget: Budget, log: Callable[[dict[str, Any]], None]) -> None:
+    seed, size = generator(1), shape[0] * shape[1]
+    dense = [torch.randn(shape, device="cuda", generator=seed).bfloat16() for _ in range(copies(2 * size))]
+    ours = [weight(shape, "int8", seed) for _ in range(copies(size))]
+    for rows in ROWS:
+        if budget.left > 3:
+            share = 4 if rows >= 1024 else 1  # of the weights are enough, where products are long
+            some = (weights[: max(len(weights) // share, 2)] for weights in (dense, ours))
+            log(time_cell(inputs(rows, shape[1], round(SHARE * shape[1]), seed), *some))
+
+
+def time_cell(x: Tensor, dense: list[Tensor], ours: list[PackedWeight]) -> dict[str, Any]:
+    """Seconds of each way, for one shape and number of rows."""
+    rows, shape = len(x), tuple(dense[0].shape)
+    how = parse_activations("int8-outliers")
+    outlying = [PackedWeight(w.layout, w.format, w.shape, w.tensors, activations=how) for w in ours]
+    cell: dict[str, Any] = {"shape": shape, "rows": rows, "limit": limit_seconds(shape, rows)}
+    cell["bf16"] = seconds_cold([lambda w=w: torch.nn.functional.linear(x, w) for w in dense])
+    cell["rows alone"] = seconds_cold([lambda: int8.quantize(x) for _ in range(8)])
+    cell["rows alone, outliers"] = seconds_cold([lambda: int8.quantize(x, 6.0) for _ in range(8)])
+    cell["W8A8"], cell["cuts"] = best_of(ours, x)
+    config = next(c for c in CUTS[rows] if str(c) == min(cell["cuts"], key=cell["cuts"].get))
+    cell["LLM.int8()"] = seconds_cold([timed(w, x, config) for w in outlying])
+    cell["by dispatch"] = seconds_cold([lambda w=w: Gpu8().linear(x, w, None) for w in ours])
+    codes = int8.quantize(x).codes
+    if rows > 16:
+        signed = [w.tensors["codes"].view(torch.int8).t() for w in ours]
+        cell["torch._int_mm alone"] = seconds_cold([lambda w=w: torch._int_mm(codes, w) for w in signed])
+    cell["torch._scaled_mm, FP8, alone"] = time_float8(ours, x)
+    return cell
+
+
+def timed(packed: PackedWeight, x: Tensor, config: Config) -> Callable[[], object]:
+    y = torch.empty(len(x), packed.shape[0], dtype=x.dtype, device=x.device)
+    return lambda: kernel8.product(x, packed, None, y, config)
+
+
+def best_of(
+    weights: list[PackedWeight], x: Tensor, shape: tuple[int, int], rows: int
+) -> tuple[float, dict[str, float]]:
+    """Seconds of the fastest cut, and of each."""
+    found = {}
+    for config in CUTS[rows]:
+        if may_be_best(config, shape, rows):
+            try:
+                found[str(config)] = seconds_cold([timed(w, x, config) for w in weights])
+            except KernelError as error:
+                print(f"{config}: {error}", flush=True)
+    return min(found.values()), found
+
+
+def time_float8(weights: list[PackedWeight], x: Tensor) -> float | None:
+    """torch's product of E4M3 codes with scales per row, of what is quantized already."""
+    one, each = torch.ones(len(x), 1, device="cuda"), torch.ones(1, weights[0].shape[0], device="cuda")
+    codes = x.clamp(-5, 5).to(torch.float8_e4m3fn)
+    rights = [(w.tensors["codes"] & 0xB7).view(torch.float8_e4m3fn).t() for w in weights]
+    try:
+        return seconds_cold(
+            [
+                lambda w=w: torch._scaled_mm(codes, w, scale_a=one, scale_b=each, out_dtype=torch.bfloat16)
+                for w in rights
+            ]
+        )
+    except RuntimeError as error:
+        print(f"_scaled_mm: {str(error)[:200]}", flush=True)
+        return None
+
+
+def time_all(seconds: float) -> None:
+    """Prints a line of JSON per cell."""
+    budget, kitchen = Budget(seconds), Kitchen()
+    wanted = [
+        (int8.PRODUCT, config.macros(False, outliers, False).items())
+        for config in {c for each in CUTS.values() for c in each}
+        for outliers in (False, True)
+    ]
+    wanted += [(int8.QUANTIZE, int8.quantize_macros(c, False, o).items()) for c in (4096, 14336) for o in (False, True)]
+    start = time.monotonic()
+    kitchen.prepare([*wanted, (int8.MARK, (int8.BYTES | {"HALF": 0}).items())])
+    kitchen.pool.terminate()
+    print(f"compiled in {time.monotonic() - start:.1f} s", flush=True)
+    if budget.left > 20:
+        overlapped()
+    for shape in SHAPES:
+        time_shape(shape, budget, lambda cell: print("CELL " + json.dumps(cell), flush=True))
+        torch.cuda.empty_cache()
+
+
+def overlapped() -> None:
+    """What it brings that kernels begin before the one in front of them is done."""
+    weights, x = [weight((4096, 4096), "int8", generator(1)) for _ in range(24)], inputs(16, 4096, 0, generator(2))
+    together = seconds_cold([timed(w, x, FEW[0]) for w in weights])
+    early, int8.BEGIN_EARLY = int8.BEGIN_EARLY, 0  # an attribute that is ignored
+    alone = seconds_cold([timed(w, x, FEW[0]) for w in weights])
+    int8.BEGIN_EARLY = early
+    print("CELL " + json.dumps({"overlapped": together, "one after the other": alone}), flush=True)
+
+
+# The whole
+
+
+def run_part(part: str, seconds: float) -> None:
+    if part == "times":
+        time_all(seconds)
+        return
+    for label, error, allowed in CHECKS[part]():
+        print("CHECK " + json.dumps([part, label, error, error <= allowed]), flush=True)
+
+
+def start_part(part: str, seconds: float) -> subprocess.Popen[str]:
+    command = [sys.executable, __file__, "--part", part, "--seconds", str(seconds)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def finished(process: subprocess.Popen[str], seconds: float) -> str:
+    """What a part printed, and how it ended where that was not well."""
+    try:
+        text, _ = process.communicate(timeout=max(seconds, 1))
+    except subprocess.TimeoutExpired:
+        process.kill()
+        return (process.communicate()[0] or "") + "\nFAILED: it took too long\n"
+    return text + (f"\nFAILED: status {process.returncode}\n" if process.returncode else "")
+
+
+def table(cells: list[dict[str, Any]]) -> str:
+    """Times bf16, and in brackets the share of the limit."""
+    lines = []
+    for cell in cells:
+        if "rows" in cell:
+            speeds = [
+                f"{cell['bf16'] / cell[name]:.2f} ({100 * cell['limit'] / cell[name]:.0f} %)"
+                for name in ("W8A8", "LLM.int8()")
+            ]
+            lines.append(("{}x{}".format(*cell["shape"]), cell["rows"], f"{1e6 * cell['bf16']:.1f}", *speeds))
+    return markdown(("shape", "rows", "bf16, µs", "W8A8", "LLM.int8()"), lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seconds", type=float, default=90)
+    parser.add_argument("--out", type=Path, default=RESULTS / "int8_gpu.json")
+    parser.add_argument("--part", choices=[*CHECKS, "times"])
+    args = parser.parse_args()
+    if args.part:
+        run_part(args.part, args.seconds)
+        return
+    budget = Budget(args.seconds)
+    running = {part: start_part(part, 40) for part in CHECKS}
+    texts = {part: finished(process, min(budget.left, 45)) for part, process in running.items()}
+    print(f"checked after {args.seconds - budget.left:.0f} s", flush=True)
+    times = start_part("times", budget.left - 8)
+    texts["times"] = finished(times, budget.left - 1)
+    lines = [line for text in texts.values() for line in text.splitlines()]
+    checks = [json.loads(line[6:]) for line in lines if line.startswith("CHECK ")]
+    cells = [json.loads(line[5:]) for line in lines if line.startswith("CELL ")]
+    other = {
+        part: [t for t in text.splitlines() if not t.startswith(("CHECK ", "CELL "))] for part, text in texts.items()
+    }
+    failed = [c for c in checks if not c[3]]
+    result = {"machine": machine(), "checks": checks, "cells": cells, "said": {k: v[-30:] for k, v in other.items()}}
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(result, indent=1) + "\n")
+    for part, said in other.items():
+        print(f"--- {part}", *said[-25:], sep="\n")
+    print(f"{len(checks) - len(failed)} checks of {len(checks)} passed", *failed, sep="\n")
+    print(table(cells))
+    for cell in cells:
+        print(json.dumps(cell))
+
+
+if __name__ == "__main__":
+    main()
