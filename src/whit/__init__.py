@@ -11,6 +11,7 @@ from whit.integrations.cache import QuantizedCache
 from whit.integrations.transformers import QuantizationConfig, register
 from whit.job import Options
 from whit.methods import GPTQ, HQQ, RTN, Blocks, Clip, Refine
+from whit.modules import track_ranges
 from whit.pipeline import quantize
 from whit.recipe import Recipe
 from whit.tensor import Format, PackedWeight, QuantizedTensor, bits_per_weight
@@ -58,4 +59,5 @@ __all__ = [
     "quantize",
     "quantize_tensor",
     "resolve_model",
+    "track_ranges",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from whit.modules.embedding import QuantizedEmbedding, TiedEmbedding
 from whit.modules.experts import QuantizedExperts
 from whit.modules.linear import QuantizedLinear
+from whit.modules.online import track_ranges
 from whit.modules.packed import PackedModule, prepare
 from whit.modules.swap import Dtypes, announce, empty_packed, install, install_tied, remove_packed, withdraw
 from whit.modules.tied import TiedHead
@@ -23,5 +24,6 @@ __all__ = [
     "install_tied",
     "prepare",
     "remove_packed",
+    "track_ranges",
     "withdraw",
 ]
