@@ -173,7 +173,9 @@ class BlockFeed:
     def _watch(self, index: int, items: Sequence[Item]) -> BlockStats:
         """The statistics of a block's inputs; the unquantized model's samples go one block on."""
         runner = self._runner
-        watch = Watch({item.name: self._parameters[item.name] for item in items}, add_gram)
+        transform = None if self._job.recipe is None else self._job.recipe.transform
+        sampled = transform is not None and transform.for_activations
+        watch = Watch({item.name: self._parameters[item.name] for item in items}, add_gram, sampled)
         with watch:
             exact = repeat(None) if runner.exact is None else runner.batches(runner.exact)
             for samples, unquantized in zip(runner.batches(runner.inputs), exact, strict=False):

@@ -167,7 +167,8 @@ class LayerStats:
     """What calibration saw at the input x of a linear: `hessian` (in, in) float32 is the sum of x x^T over tokens.
 
     `drift` (in, in) is the sum of (x~ - x) x^T, where x~ is what the linear would see had nothing before it been
-    quantized, `magnitude` (in,) the sum of |x| and `peak` (in,) the largest; None where that was not watched.
+    quantized, `magnitude` (in,) the sum of |x| and `peak` (in,) the largest, `sample` (tokens, in) float32 some of the
+    x themselves; None where that was not watched.
     """
 
     hessian: Tensor
@@ -175,13 +176,15 @@ class LayerStats:
     drift: Tensor | None = None
     magnitude: Tensor | None = None
     peak: Tensor | None = None
+    sample: Tensor | None = None
 
     def rescaled(self, scale: Tensor) -> LayerStats:
         """The statistics of x / scale, scale (in,) positive: what a linear sees whose columns were multiplied by it."""
         drift = None if self.drift is None else self.drift / scale[:, None] / scale
         magnitude = None if self.magnitude is None else self.magnitude / scale
         peak = None if self.peak is None else self.peak / scale
-        return LayerStats(self.hessian / scale[:, None] / scale, self.token_count, drift, magnitude, peak)
+        sample = None if self.sample is None else self.sample / scale
+        return LayerStats(self.hessian / scale[:, None] / scale, self.token_count, drift, magnitude, peak, sample)
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,8 @@ from whit.tensor import LayerStats
 
 EXPERT_TOKENS = 128  # an expert that saw fewer is quantized with the statistics of all experts together
 
+SAMPLED, EVERY = 512, 16  # tokens of a linear's input that are kept at most, and every how many-th
+
 MIRRORED = 512  # rows of a triangle mirrored at a time
 
 Place = tuple[str, int]  # a parameter and the matrix in it: 0, or an expert
@@ -59,7 +61,9 @@ def _sum(found: tuple[LayerStats, ...]) -> LayerStats:
     hessian, tokens = torch.stack([s.hessian for s in found]).sum(0), sum(s.token_count for s in found)
     peaks = [s.peak for s in found if s.peak is not None]
     peak = torch.stack(peaks).amax(0) if len(peaks) == len(found) else None
-    return LayerStats(hessian, tokens, magnitude=magnitude, peak=peak)
+    samples = [s.sample for s in found if s.sample is not None]
+    sample = torch.cat(samples)[:SAMPLED] if samples else None
+    return LayerStats(hessian, tokens, magnitude=magnitude, peak=peak, sample=sample)
 
 
 class Products(TorchFunctionMode):
@@ -91,12 +95,14 @@ class Watch(Products):
     """Sums x^T x and |x| for every product of an activation with a watched parameter, while it is entered.
 
     The parameters are (out, in), (in, out) of a Conv1D, or (experts, out, in). What is run inside `exact()` is the
-    same sample as the unquantized model sees it: it comes first, and gives the pairs of which `drift` is summed.
+    same sample as the unquantized model sees it: it comes first, and gives the pairs of which `drift` is summed. With
+    `sampled` the first SAMPLED of every EVERY-th token are kept.
     """
 
-    def __init__(self, parameters: Mapping[str, Tensor], gram: Gram | None = None) -> None:
+    def __init__(self, parameters: Mapping[str, Tensor], gram: Gram | None = None, sampled: bool = False) -> None:
         super().__init__(parameters)
-        self._gram = gram
+        self._gram, self._sampled = gram, sampled
+        self.samples: dict[Place, Tensor] = {}
         self._triangles: set[Place] = set()  # whose sums are right in the lower triangle only
         self.hessians: dict[Place, Tensor] = {}
         self.crosses: dict[Place, Tensor] = {}
@@ -143,6 +149,7 @@ class Watch(Products):
                     self._drift(place),
                     self.magnitudes.get(place, empty[0]),
                     self.peaks.get(place, empty[0]),
+                    self.samples.get(place),
                 )
                 for place in leaders
             )
@@ -166,6 +173,8 @@ class Watch(Products):
         size, peak = absolute.sum(0, dtype=torch.float32), absolute.amax(0).to(torch.float32)
         self.magnitudes[place] = self.magnitudes[place] + size if place in self.magnitudes else size
         self.peaks[place] = torch.maximum(self.peaks[place], peak) if place in self.peaks else peak
+        if self._sampled and (known := self.samples.get(place, rows[:0].to(torch.float32))).shape[0] < SAMPLED:
+            self.samples[place] = torch.cat([known, rows[::EVERY].to(torch.float32)])[:SAMPLED]
         if place in self._exact:
             _add(self.crosses, place, self._exact.pop(place).reshape(rows.shape), rows)
         self.tokens[place] += len(rows)

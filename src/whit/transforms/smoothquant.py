@@ -4,12 +4,13 @@ The input channels of the linears that share an activation x are multiplied by
 
     s = max|x|^alpha / max|w|^(1 - alpha)     (the paper's eq. 4), max|w| over all rows of all of them,
 
-and x is divided by s where it comes from (`fold.py`). With `steps` alpha is searched in 0, 1/steps, ..., 1 for each
-activation: the least expected squared error of the outputs, of rounding the weights and of rounding the activations,
+and x is divided by s where it comes from (`fold.py`). The paper gives all activations of a model one alpha. Here it is
+searched for each in 0, 1/steps, ..., 1, with max|x| over tokens as they are and over tokens of the same length: few
+tokens may have most of what is large, and their own scale takes care of it. What is least is the error of the outputs
 
-    sum tr(D H D^T) + n e^2 / 12 ||W s||^2,   D = W s - Q(W s),   e = max|x / s| / 127
+    sum over tokens of |Q(x / s) Q(W s)^T - x W^T|^2 / |x W^T|^2
 
-with H that of x / s, n the number of tokens and e the step of the activations in the worst token.
+on a sample of tokens, with both sides rounded, x by a scale per token. No scale at all is tried too.
 """
 
 from __future__ import annotations
@@ -23,7 +24,6 @@ import torch
 from torch import Tensor
 
 from whit.errors import CalibrationError, RecipeError
-from whit.transforms.awq import output_error
 from whit.transforms.base import Consumer
 
 SMALLEST = 1e-5  # of a weight or an activation: dead channels are scaled like these
@@ -32,38 +32,41 @@ LEVELS = 127
 
 @dataclass(frozen=True)
 class SmoothQuant:
-    """Smoothing with a given alpha, or with the best of `steps` + 1 where steps is not 0."""
+    """Smoothing with a given alpha, or, where it is None, with the best of `steps` + 1 for each activation."""
 
-    alpha: float = 0.5
-    steps: int = 0
+    alpha: float | None = None
+    steps: int = 20
 
     name: ClassVar[str] = "smoothquant"
     needs_stats: ClassVar[bool] = True
     for_activations: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if not 0 <= self.alpha <= 1 or self.steps < 0:
+        if self.steps < 1 or (self.alpha is not None and not 0 <= self.alpha <= 1):
             raise RecipeError(
-                f"smoothquant: alpha {self.alpha}, steps {self.steps}; they must be in [0, 1] and at least 0; "
-                "correct the recipe"
+                f"smoothquant: alpha {self.alpha}, steps {self.steps}; they must be in [0, 1], or left out to be "
+                "searched, and at least 1; correct the recipe"
             )
 
     @property
     def trials(self) -> int:
-        return self.steps + 1 if self.steps else 0
+        return 2 * (self.steps + 1) + 1 if self.alpha is None else 0
 
     def search(self, consumers: Sequence[Consumer], channels: Tensor) -> Tensor:
-        """The scale; ties go to the smaller alpha. CalibrationError where max|x| was not watched."""
-        peaks = [stats.peak for consumer in consumers for stats in consumer.stats]
-        known = [peak for peak in peaks if peak is not None]
-        if len(known) < len(peaks):
+        """The scale; ties go to the one tried first. CalibrationError where max|x| was not watched."""
+        seen = [stats for consumer in consumers for stats in consumer.stats]
+        peaks = [stats.peak for stats in seen if stats.peak is not None]
+        samples = [stats.sample for stats in seen if stats.sample is not None]
+        if len(peaks) < len(seen) or (self.alpha is None and len(samples) < len(seen)):
             raise CalibrationError("smoothquant: max|x| was not watched; it must be; calibrate the model")
-        activation = _largest(torch.stack(known), channels)
+        activation = _largest(torch.stack(peaks), channels)
         weight = _largest(torch.cat([c.weight.abs().flatten(0, 1) for c in consumers]), channels)
-        if not self.steps:
+        if self.alpha is not None:
             return smoothing(activation, weight, self.alpha)
-        tried = [smoothing(activation, weight, step / self.steps) for step in range(self.trials)]
-        errors = [expected_error(consumers, scale, activation) for scale in tried]
+        even = _largest(torch.stack([evened(sample).abs().amax(0) for sample in samples]), channels)
+        steps = [step / self.steps for step in range(self.steps + 1)]
+        tried = [torch.ones_like(weight), *(smoothing(size, weight, a) for size in (activation, even) for a in steps)]
+        errors = [relative_error(consumers, scale) for scale in tried]
         return tried[errors.index(min(errors))]
 
 
@@ -73,14 +76,27 @@ def smoothing(activation: Tensor, weight: Tensor, alpha: float) -> Tensor:
     return torch.where((activation > 0) & (weight > 0), scale, 1.0)
 
 
-def expected_error(consumers: Sequence[Consumer], scale: Tensor, activation: Tensor) -> float:
-    """What rounding the weights costs, and what rounding the activations to steps of their worst token costs."""
-    step = float((activation / scale).max()) / LEVELS
-    costs = [output_error(consumers, scale)]
+def evened(x: Tensor) -> Tensor:
+    """Tokens (tokens, in) of the same length: the root mean square of each is 1, or 0."""
+    return x / x.square().mean(1, keepdim=True).sqrt().clamp(min=SMALLEST)
+
+
+def rounded(x: Tensor) -> Tensor:
+    """x (tokens, in) as int8 codes with a scale per token make it."""
+    step = x.abs().amax(1, keepdim=True) / LEVELS
+    return torch.where(step > 0, (x / step).round() * step, 0.0)
+
+
+def relative_error(consumers: Sequence[Consumer], scale: Tensor) -> float:
+    """What rounding both sides costs, as a share of each token's output, summed over the sample of every matrix."""
+    costs: list[float] = []
     for consumer in consumers:
         for weight, stats in zip(consumer.weight, consumer.stats, strict=True):
-            squares = (weight * scale).square().sum(dim=1, dtype=torch.float64)
-            costs.append(stats.token_count * step**2 / 12 * fsum(squares.tolist()))
+            assert stats.sample is not None
+            exact, scaled = stats.sample @ weight.T, weight * scale
+            near = rounded(stats.sample / scale) @ consumer.rounding(scaled, stats.rescaled(scale)).T
+            size = exact.square().sum(1, dtype=torch.float64).clamp(min=SMALLEST**2)
+            costs += ((near - exact).square().sum(1, dtype=torch.float64) / size).tolist()
     return fsum(costs)
 
 
