@@ -135,3 +135,19 @@ def test_exporters_refuse_what_their_files_cannot_mean(model: Path, tmp_path: Pa
     assert (
         json.loads((tmp_path / "bnb0" / "config.json").read_text())["quantization_config"]["llm_int8_threshold"] == 0.0
     )
+
+
+def test_some_linears_have_activations_of_their_own(model: Path, text: Path, tmp_path: Path):  # noqa: F811
+    recipe = Recipe("rtn", [("*", "w8a8-static"), ("*down_proj", "w8a8")])
+    assert Recipe.from_dict(recipe.to_dict()) == recipe
+    (tmp_path / "recipe.toml").write_text(recipe.to_toml())
+    assert Recipe.load(tmp_path / "recipe.toml") == recipe
+    account = run(model, tmp_path / "out", text, recipe)
+    found = {e.name: e.activations for e in account.parameters if e.activations}
+    assert {how for name, how in found.items() if "down_proj" in name} == {"int8"}
+    assert {how for name, how in found.items() if "down_proj" not in name} == {"int8-static"}
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert str(loaded.model.layers[0].mlp.down_proj.activations) == "int8"
+    assert difference(tmp_path / "out", model) < 0.05
+    loaded.save_pretrained(tmp_path / "again")
+    assert torch.equal(logits(tmp_path / "again"), logits(tmp_path / "out"))

@@ -146,13 +146,13 @@ def plan_quantization(source: Source, recipe: Recipe, exporter: Exporter, shard_
     holders = [target.holder for target in targets.values()]
     settled = settle(recipe, exporter, source.model, groups)
     recipe = settled.recipe
-    if recipe.activations is not None and (problem := exporter.refuses(recipe.activations)) is not None:
-        raise RecipeError(f"activations {recipe.activations}: {problem}")
+    for how in recipe.all_activations:
+        if (problem := exporter.refuses(how)) is not None:
+            raise RecipeError(f"activations {how}: {problem}")
     formats = check_recipe(recipe, groups, holders, calibrated=True, fits=exporter.problems)
-    how = recipe.activations
     # static scales are known where calibration runs the model: in its blocks
-    static = how is not None and how.needs_stats
-    reached = tuple(f"{name}." for name in find_blocks(source.model).names) if static else ("",)
+    static = any(how.needs_stats for how in recipe.all_activations)
+    reached = tuple(f"{name}." for name in find_blocks(source.model).names) if static else ()
     buffers = {name for name, _ in source.model.named_buffers()}
     items = []
     for name, origin in source.origins.items():
@@ -160,9 +160,11 @@ def plan_quantization(source: Source, recipe: Recipe, exporter: Exporter, shard_
         reason = settled.reasons.get(name)
         if format is None and reason is None:
             reason = _reason(recipe, name, target, buffers)
-        how = recipe.activations_for(target.kind, format) if target is not None and name.startswith(reached) else None
+        taken = None if target is None else recipe.activations_for(target.holder, target.kind, format)
+        if taken is not None and taken.needs_stats and not name.startswith(reached):
+            taken = None
         method = _method(recipe, groups.get(name, ())) if format is not None else None
-        items.append(_item(exporter, Parameter(name, origin.spec, target, format, activations=how), reason, method))
+        items.append(_item(exporter, Parameter(name, origin.spec, target, format, activations=taken), reason, method))
     return _assemble(source.model, items, exporter, shard_size)
 
 

@@ -88,8 +88,8 @@ def _unstackable(formats: Mapping[Target, Format]) -> list[str]:
 
 def _unreached(recipe: Recipe, formats: Mapping[Target, Format]) -> list[str]:
     """Activations that no linear takes."""
-    how, names = recipe.activations, sorted({str(f) for f in formats.values()})
-    if how is None or not formats or any(recipe.activations_for(t.kind, f) for t, f in formats.items()):
+    how, names = next(iter(recipe.all_activations), None), sorted({str(f) for f in formats.values()})
+    if how is None or not formats or any(recipe.activations_for(t.holder, t.kind, f) for t, f in formats.items()):
         return []
     return [
         f"activations {how}: no linear can be multiplied by them in {', '.join(names)}; its weights must be of the "

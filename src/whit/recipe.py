@@ -19,7 +19,8 @@ last one counts, and where none does the recipe's own.
 
 In the place of a format for `*` a rule may name one of llama.cpp's mixes (`q4_k_m`): `mix`, which the plan of a run
 turns into a format for each matrix of the model; other rules come after it. Or it may name a format and activations
-together (`w8a8`, `llm.int8`): `activations.SCHEMES`.
+together (`w8a8`, `llm.int8`): `activations.SCHEMES`. A rule for other modules may name such a pair too, and so give
+their inputs activations of their own (`activation_rules`).
 
 A rule's glob is held against module names (`model.layers.0.self_attn.q_proj`), `*` crosses dots; of the rules that
 match, the last one counts.
@@ -29,7 +30,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,7 @@ else:
     import tomli as tomllib
 
 VERSION = 1
-KEYS = frozenset(("version", "method", "transform", "mix", "activations", "rules"))
+KEYS = frozenset(("version", "method", "transform", "mix", "activations", "activation_rules", "rules"))
 DEFAULT_RULES = (("*", "int4-g128"),)
 SMOOTHED_RULES = (("*", "int8"),)  # with a transform that is made for quantized activations
 
@@ -63,6 +64,8 @@ class Recipe:
     Activations) say how the inputs of linears are quantized while the model runs, None that they are not; a transform
     that is made for them has them be int8, and the weights int8, unless others are named. `methods` are other methods
     for some of the modules (glob, method); a rule's shorthand may name one too: ("*.down_proj", "gptq:int4-g64").
+    `activation_rules` are those of some modules, by glob: of those that match the last one counts, before what
+    `activations` says.
     """
 
     method: Method
@@ -71,6 +74,7 @@ class Recipe:
     mix: str
     activations: Activations | None
     methods: tuple[tuple[str, Method], ...]
+    activation_rules: tuple[tuple[str, Activations], ...]
 
     def __init__(
         self,
@@ -80,6 +84,7 @@ class Recipe:
         mix: str = "",
         activations: Activations | str | Mapping[str, Any] | None = None,
         methods: Sequence[tuple[str, Method | str | Mapping[str, Any]]] = (),
+        activation_rules: Sequence[tuple[str, Activations | str]] = (),
     ) -> None:
         if isinstance(method, str) and (both := _transform_and_method(method)):
             if transform is not None:
@@ -88,7 +93,9 @@ class Recipe:
         chosen = None if transform is None else parse_transform(transform)
         usual = DEFAULT_RULES if chosen is None or not chosen.for_activations else SMOOTHED_RULES
         rules, others = split_methods(usual if rules is None else rules)
-        parsed, mix, named = _parse_rules(rules, mix)
+        parsed, mix, schemes = _parse_rules(rules, mix)
+        named = next((found for pattern, found in reversed(schemes) if pattern == "*"), None)
+        some = [(pattern, parse_activations(found)) for pattern, found in activation_rules]
         how = None if activations is None else parse_activations(activations)
         if named is not None and how not in (None, named):
             raise RecipeError(f"activations: {how}, and a rule names {named}; there must be one; drop one of the two")
@@ -102,10 +109,16 @@ class Recipe:
         object.__setattr__(self, "mix", mix)
         object.__setattr__(self, "activations", how or named)
         object.__setattr__(self, "methods", tuple((p, parse_method(m)) for p, m in (*methods, *others)))
+        some += [scheme for scheme in schemes if scheme[0] != "*" and scheme not in some]
+        object.__setattr__(self, "activation_rules", tuple(some))
+
+    def changed(self, **changes: Any) -> Recipe:
+        """The same with other values for some of its fields."""
+        return Recipe(**{field.name: getattr(self, field.name) for field in fields(self)} | changes)
 
     def with_rules(self, rules: Sequence[tuple[str, Format | str]], mix: str = "") -> Recipe:
-        """The same with other rules; methods of its own rules stay."""
-        return Recipe(self.method, rules, self.transform, mix, self.activations, self.methods)
+        """The same with other rules; methods and activations of its own rules stay."""
+        return self.changed(rules=rules, mix=mix)
 
     def with_activations(self, activations: Activations | str) -> Recipe:
         """The same with activations; RecipeError where it has others."""
@@ -114,17 +127,16 @@ class Recipe:
             raise RecipeError(
                 f"activations {how}: the recipe has {self.activations}; there is one; drop one of the two"
             )
-        return Recipe(self.method, self.rules, self.transform, self.mix, how, self.methods)
+        return self.changed(activations=how)
 
     def with_methods(self, methods: Sequence[tuple[str, Method]]) -> Recipe:
         """The same with other methods for some of the modules, before those that its own rules name."""
-        more = (*methods, *self.methods)
-        return Recipe(self.method, self.rules, self.transform, self.mix, self.activations, more)
+        return self.changed(methods=(*methods, *self.methods))
 
     def with_side_cars(self, rank: int) -> Recipe:
         """The same, every format with a low-rank side-car; RecipeError where it can have none."""
-        if self.mix or self.activations is not None:
-            what = f"mix {self.mix}" if self.mix else f"activations {self.activations}"
+        if self.mix or self.all_activations:
+            what = f"mix {self.mix}" if self.mix else f"activations {self.all_activations[0]}"
             raise RecipeError(f"{what}: goes with no side-car; formats of weights alone must be given; choose one")
         rules = [(p, f if f.bits == 16 or side_car(f) is not None else LowRank(f, rank)) for p, f in self.rules]
         return self.with_rules(rules)
@@ -132,13 +144,19 @@ class Recipe:
     @property
     def needs_stats(self) -> bool:
         """Whether calibration is needed."""
-        parts = (self.transform, self.activations, *self.all_methods)
+        parts = (self.transform, *self.all_methods, *self.all_activations)
         return any(part is not None and part.needs_stats for part in parts)
 
     @property
     def all_methods(self) -> tuple[Method, ...]:
         """Its own method, and those of rules."""
         return tuple(dict.fromkeys((self.method, *(method for _, method in self.methods))))
+
+    @property
+    def all_activations(self) -> tuple[Activations, ...]:
+        """Those of all linears, and those of some."""
+        general = () if self.activations is None else (self.activations,)
+        return (*general, *(how for _, how in self.activation_rules))
 
     @property
     def needs_exact(self) -> bool:
@@ -150,8 +168,9 @@ class Recipe:
         """What of it uses data, as an error names it: its transform, method or activations."""
         if self.transform is not None:
             return f"transform {self.transform.name}"
-        if self.activations is not None and self.activations.needs_stats and not self.method.needs_stats:
-            return f"activations {self.activations}"
+        static = [how for how in self.all_activations if how.needs_stats]
+        if static and not self.method.needs_stats:
+            return f"activations {static[0]}"
         return f"method {next((m for m in self.all_methods if m.needs_stats), self.method).name}"
 
     def method_for(self, name: str) -> Method | None:
@@ -176,9 +195,12 @@ class Recipe:
             if fnmatchcase(name, pattern) and not (kept_by_default and pattern.rpartition(".")[2] == "*")
         )
 
-    def activations_for(self, kind: str, format: Format | None) -> Activations | None:
-        """How the inputs of a target are quantized (`Target.kind`): only linears' are, whose format fits."""
-        how = self.activations
+    def activations_for(self, name: str, kind: str, format: Format | None) -> Activations | None:
+        """How the inputs of a module are quantized (`Target.kind`): only linears' are, whose format fits."""
+        how = next(
+            (found for pattern, found in reversed(self.activation_rules) if fnmatchcase(name, pattern)),
+            self.activations,
+        )
         takes = how is not None and kind in ("linear", "conv1d") and format is not None and how.fits(format)
         return how if takes else None
 
@@ -191,7 +213,11 @@ class Recipe:
         """Plain values for JSON and TOML; `from_dict` gives the same recipe back."""
         transform = {} if self.transform is None else {"transform": transform_options(self.transform)}
         mix = {"mix": self.mix} if self.mix else {}
-        how = {} if self.activations is None else {"activations": str(self.activations)}
+        how: dict[str, Any] = {} if self.activations is None else {"activations": str(self.activations)}
+        if self.activation_rules:
+            how["activation_rules"] = [
+                {"match": pattern, "activations": str(found)} for pattern, found in self.activation_rules
+            ]
         rules = {"rules": self._rules()}
         return {"version": VERSION, "method": method_options(self.method), **transform, **mix, **how, **rules}
 
@@ -234,7 +260,11 @@ class Recipe:
         method, transform = values.get("method", "rtn"), values.get("transform")
         if isinstance(method, Mapping) and set(method) == {"name"}:
             method = str(method["name"])  # which may name a transform too
-        mix = str(values.get("mix", ""))
+        mix, some = str(values.get("mix", "")), values.get("activation_rules", ())
+        if wrong := [rule for rule in some if not isinstance(rule, Mapping) or set(rule) != {"match", "activations"}]:
+            raise RecipeError(
+                f"{where}: activation rule {wrong[0]!r}; it has just `match` and `activations`; correct it"
+            )
         return cls(
             method if isinstance(method, str) else parse_method(method),
             rules or (() if mix else None),
@@ -242,6 +272,7 @@ class Recipe:
             mix,
             values.get("activations"),
             methods,
+            [(rule["match"], rule["activations"]) for rule in some],
         )
 
     @classmethod
@@ -264,6 +295,8 @@ class Recipe:
         if self.transform is not None:
             options = transform_options(self.transform)
             lines += ["", "[transform]", *(f"{key} = {_toml(value)}" for key, value in options.items())]
+        for pattern, found in self.activation_rules:
+            lines += ["", "[[activation_rules]]", f"match = {_toml(pattern)}", f"activations = {_toml(str(found))}"]
         for rule in self._rules():
             lines += ["", "[[rules]]", *(f"{key} = {_toml(value)}" for key, value in rule.items())]
         return "\n".join(lines) + "\n"
@@ -300,28 +333,27 @@ def _brief(method: Method) -> str | dict[str, Any]:
 
 def _parse_rules(
     rules: Sequence[tuple[str, Format | str]], mix: str
-) -> tuple[list[tuple[str, Format]], str, Activations | None]:
-    """Rules with formats, the mix and the activations that a rule for everything names."""
+) -> tuple[list[tuple[str, Format]], str, list[tuple[str, Activations]]]:
+    """Rules with formats, the mix that a rule for everything names, and the activations that rules name."""
     parsed: list[tuple[str, Format]] = []
-    how = None
+    schemes = []
     for rule in rules:
         if not isinstance(rule, Sequence) or isinstance(rule, str) or len(rule) != 2:
             raise RecipeError(f"rule {rule!r}: a rule is a pair of a glob and a format; write ('*', 'int4-g128')")
         name = str(rule[1]).strip().lower()
-        if (name in ONLY_MIXES or name in SCHEMES) and rule[0] != "*":
-            what, such = ("a mix of types", MIXES[name]) if name in ONLY_MIXES else ("a scheme", SCHEMES[name][0])
+        if name in ONLY_MIXES and rule[0] != "*":
             raise RecipeError(
-                f"rule {rule[0]!r}: {name} is {what} for a whole model; a rule for '*' can name it; "
-                f"give this one a type, such as {such}"
+                f"rule {rule[0]!r}: {name} is a mix of types for a whole model; a rule for '*' can name it; "
+                f"give this one a type, such as {MIXES[name]}"
             )
         if name in ONLY_MIXES:
             mix, parsed = name, []
         elif name in SCHEMES:
             parsed.append((str(rule[0]), parse_format(SCHEMES[name][0])))
-            how = parse_activations(SCHEMES[name][1])
+            schemes.append((str(rule[0]), parse_activations(SCHEMES[name][1])))
         else:
             parsed.append((str(rule[0]), parse_format(rule[1])))
-    return parsed, mix, how
+    return parsed, mix, schemes
 
 
 def _transform_and_method(name: str) -> tuple[str, Method | str] | None:

@@ -26,6 +26,7 @@ KEYS = {
     "method",
     "transform",
     "activations",
+    "activation_rules",
     "mix",
     "rules",
     "formats",
@@ -106,7 +107,7 @@ class QuantizationConfig(QuantizationConfigMixin):  # type: ignore[misc]
         """Raises RecipeError for keys or versions that this whit does not know, FormatError for a layout."""
         if unknown := sorted(set(config_dict) - KEYS):
             raise RecipeError(f"quantization_config: key {unknown[0]!r} is not known; update whit to read this model")
-        named = ("version", "method", "transform", "activations", "mix", "rules")
+        named = ("version", "method", "transform", "activations", "activation_rules", "mix", "rules")
         recipe = {key: config_dict[key] for key in named if key in config_dict}
         config = cls(Recipe.from_dict(recipe, "quantization_config"), compute_dtype=config_dict.get("compute_dtype"))
         config.layout = layout_named(str(config_dict.get("layout", "bits"))).name
@@ -127,7 +128,7 @@ def _with_threshold(recipe: Recipe, threshold: float) -> Recipe:
     if how is None:
         raise RecipeError("outlier_threshold: activations are not quantized; they must be; use llm.int8, or drop it")
     how = replace(how, threshold=threshold)
-    return Recipe(recipe.method, recipe.rules, recipe.transform, recipe.mix, how, recipe.methods)
+    return recipe.changed(activations=how)
 
 
 def _double(format: str | Format) -> Format:

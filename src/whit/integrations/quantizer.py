@@ -88,7 +88,7 @@ class WhitQuantizer(HfQuantizer):  # type: ignore[misc]
                 model._keep_in_fp32_modules_strict = {*(model._keep_in_fp32_modules_strict or ()), *self.aside}
             self.quantization_config.formats = {target.holder: str(format) for target, format in formats.items()}
             recipe = self.quantization_config.recipe
-            how = {target.holder: recipe.activations_for(target.kind, format) for target, format in formats.items()}
+            how = {t.holder: recipe.activations_for(t.holder, t.kind, f) for t, f in formats.items()}
             self.inputs = {holder: activations for holder, activations in how.items() if activations is not None}
             self.quantization_config.inputs = {holder: str(how) for holder, how in self.inputs.items()}
             for target, format in formats.items():

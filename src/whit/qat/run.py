@@ -105,7 +105,7 @@ def prepare_full(
     setting, words = setting or Setting(), words or Words()
     given = setting.start is not None
     if given:
-        recipe = Recipe("rtn", recipe.rules, None, recipe.mix, recipe.activations)
+        recipe = recipe.changed(method="rtn", methods=(), transform=None)
     calibration = setting.calibration if recipe.needs_stats else None
     job = prepare(model, out, recipe, setting.options, calibration, setting.export)
     if isinstance(job.source, Coded):
