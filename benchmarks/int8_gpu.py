@@ -298,13 +298,11 @@ def timed(packed: PackedWeight, x: Tensor, config: Config) -> Callable[[], objec
     return lambda: kernel8.product(x, packed, None, y, config)
 
 
-def best_of(
-    weights: list[PackedWeight], x: Tensor, shape: tuple[int, int], rows: int
-) -> tuple[float, dict[str, float]]:
+def best_of(weights: list[PackedWeight], x: Tensor) -> tuple[float, dict[str, float]]:
     """Seconds of the fastest cut, and of each."""
-    found = {}
-    for config in CUTS[rows]:
-        if may_be_best(config, shape, rows):
+    found, (outs, columns) = {}, weights[0].shape
+    for config in CUTS[len(x)]:
+        if may_be_best(config, (outs, columns), len(x)):
             try:
                 found[str(config)] = seconds_cold([timed(w, x, config) for w in weights])
             except KernelError as error:

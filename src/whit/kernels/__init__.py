@@ -7,7 +7,7 @@ from whit.kernels.base import Kernel
 from whit.kernels.cpu import Cpu8, add_gram
 from whit.kernels.dispatch import KERNELS, Choice, choice_key, explain, select
 from whit.kernels.gpu import Gpu
-from whit.kernels.ops import packed_arguments, packed_linear_op
+from whit.kernels.ops import packed_arguments, packed_linear_op, packed_numbers
 from whit.kernels.unpack import dequantize
 
 __all__ = [
@@ -23,5 +23,6 @@ __all__ = [
     "packed_arguments",
     "packed_linear",
     "packed_linear_op",
+    "packed_numbers",
     "select",
 ]

@@ -14,7 +14,7 @@ from torch.nn.functional import linear
 from whit.kernels.int8 import Rows
 
 LARGEST = 448.0
-OLDEST = (8, 9)
+OLDEST, HOPPER = (8, 9), 9
 
 
 def quantize_rows(x: Tensor, per_tensor: bool = False) -> Rows:
@@ -35,6 +35,8 @@ def quantize_static(x: Tensor, scale: Tensor) -> Rows:
 
 def float8_linear(x: Tensor, weight: Tensor, row_scale: Tensor, bias: Tensor | None, rows: Rows) -> Tensor:
     """`rows` through codes float8_e4m3fn (out, in) times `row_scale` (out, 1) or (1, 1): (rows, out) in x.dtype."""
+    if has_units(x, weight) and x.dtype == torch.bfloat16 and torch.cuda.get_device_capability(x.device)[0] == HOPPER:
+        return _finished_by_units(rows, weight, row_scale, bias)
     if has_units(x, weight):
         y = _by_units(rows, weight)
     else:
@@ -53,3 +55,10 @@ def _by_units(rows: Rows, weight: Tensor) -> Tensor:
     """Codes times codes, float32 (rows, out)."""
     one = torch.ones((), device=weight.device)
     return torch._scaled_mm(rows.codes, weight.t(), scale_a=one, scale_b=one, out_dtype=torch.float32)
+
+
+def _finished_by_units(rows: Rows, weight: Tensor, row_scale: Tensor, bias: Tensor | None) -> Tensor:
+    """The whole product in bfloat16 (rows, out): scales and bias are applied before the sums are rounded, once."""
+    left = rows.scale.expand(len(rows.codes), 1).contiguous()
+    right = row_scale.reshape(1, -1).expand(1, len(weight)).contiguous()
+    return torch._scaled_mm(rows.codes, weight.t(), scale_a=left, scale_b=right, bias=bias, out_dtype=torch.bfloat16)

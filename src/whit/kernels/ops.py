@@ -24,9 +24,19 @@ _format: Any = cache(parse_format)
 _activations: Any = cache(parse_activations)
 
 
-def packed_arguments(packed: PackedWeight) -> tuple[list[Tensor], tuple[str, str, str, list[int]]]:
-    """The tensors of a packed weight, and the arguments (keys, layout, format, shape) that say what they are."""
-    numbers = str(packed.format) if packed.activations is None else f"{packed.format} {packed.activations}"
+def packed_numbers(packed: PackedWeight) -> str:
+    """The SPEC of a packed weight, and the shorthand of its activations where there are any."""
+    return str(packed.format) if packed.activations is None else f"{packed.format} {packed.activations}"
+
+
+def packed_arguments(
+    packed: PackedWeight, numbers: str | None = None
+) -> tuple[list[Tensor], tuple[str, str, str, list[int]]]:
+    """The tensors of a packed weight, and the arguments (keys, layout, format, shape) that say what they are.
+
+    `numbers` is `packed_numbers(packed)`, made before: torch.compile does not follow every way to print a value.
+    """
+    numbers = packed_numbers(packed) if numbers is None else numbers
     return list(packed.tensors.values()), (",".join(packed.tensors), packed.layout, numbers, list(packed.shape))
 
 

@@ -53,7 +53,7 @@ class QuantizedLinear(PackedModule, nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         x = input if self.compute_dtype is None else input.to(self.compute_dtype)
         if torch.compiler.is_compiling():
-            tensors, names = packed_arguments(self.packed)
+            tensors, names = packed_arguments(self.packed, self._numbers)
             return packed_linear_op(x, tensors, self.bias, *names).to(input.dtype)  # type: ignore[no-any-return]
         kernel, packed = self.ready(x)
         return packed_linear(x, packed, self.bias, kernel).to(input.dtype)

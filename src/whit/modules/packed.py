@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from whit.kernels import Choice, Kernel, choice_key, dequantize, select
+from whit.kernels import Choice, Kernel, choice_key, dequantize, packed_numbers, select
 from whit.layouts import layout_named
 from whit.tensor import Activated, Format, PackedWeight
 
@@ -32,7 +32,7 @@ class PackedModule(nn.Module):
         """Take the packed tensors as buffers; `dtype` is the type in which the module stands in for floats."""
         self.format, self.layout, self.weight_shape = packed.format, packed.layout, tuple(packed.shape)
         self.activations = packed.activations
-        self._keys = tuple(packed.tensors)
+        self._keys, self._numbers = tuple(packed.tensors), packed_numbers(packed)
         self._ready: dict[Choice, tuple[Kernel, PackedWeight]] = {}
         self._parameters.pop("weight", None)
         for key, tensor in packed.tensors.items():

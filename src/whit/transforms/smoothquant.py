@@ -5,9 +5,8 @@ The input channels of the linears that share an activation x are multiplied by
     s = max|x|^alpha / max|w|^(1 - alpha)     (the paper's eq. 4), max|w| over all rows of all of them,
 
 and x is divided by s where it comes from (`fold.py`). The paper gives all activations of a model one alpha. Here it is
-searched for each in 0, 1/steps, ..., 1, with max|x| over tokens as they are, over tokens of the same length (few tokens
-may have most of what is large, and their own scale takes care of it), and with the root mean square of these in place
-of the largest. What is least is the error of the outputs
+searched for each in 0, 1/steps, ..., 1, and in the place of max|x| stands the root mean square over tokens of the same
+length: few tokens may have most of what is large, and their own scale takes care of it. What is least is the error
 
     sum over tokens of |Q(x / s) Q(W s)^T - x W^T|^2 / |x W^T|^2
 
@@ -51,7 +50,7 @@ class SmoothQuant:
 
     @property
     def trials(self) -> int:
-        return 3 * (self.steps + 1) + 1 if self.alpha is None else 0
+        return self.steps + 2 if self.alpha is None else 0
 
     def search(self, consumers: Sequence[Consumer], channels: Tensor) -> Tensor:
         """The scale; ties go to the one tried first. CalibrationError where max|x| was not watched."""
@@ -60,22 +59,18 @@ class SmoothQuant:
         samples = [stats.sample for stats in seen if stats.sample is not None]
         if len(peaks) < len(seen) or (self.alpha is None and len(samples) < len(seen)):
             raise CalibrationError("smoothquant: max|x| was not watched; it must be; calibrate the model")
-        activation = _largest(torch.stack(peaks), channels)
         weight = _largest(torch.cat([c.weight.abs().flatten(0, 1) for c in consumers]), channels)
         if self.alpha is not None:
-            return smoothing(activation, weight, self.alpha)
-        even = [evened(sample) for sample in samples]
-        most = _largest(torch.stack([x.abs().amax(0) for x in even]), channels)
-        usual = _largest(torch.stack([x.square().mean(0).sqrt() for x in even]), channels)
+            return smoothing(_largest(torch.stack(peaks), channels), weight, self.alpha)
+        usual = _largest(torch.stack([evened(sample).square().mean(0).sqrt() for sample in samples]), channels)
         alphas = [step / self.steps for step in range(self.steps + 1)]
-        sizes = (activation, most, usual)
-        tried = [torch.ones_like(weight), *(smoothing(size, weight, alpha) for size in sizes for alpha in alphas)]
+        tried = [torch.ones_like(weight), *(smoothing(usual, weight, alpha) for alpha in alphas)]
         errors = [relative_error(consumers, scale) for scale in tried]
         return tried[errors.index(min(errors))]
 
 
 def smoothing(activation: Tensor, weight: Tensor, alpha: float) -> Tensor:
-    """max|x|^alpha / max|w|^(1 - alpha), float32 (in,); 1 where a channel is never used."""
+    """activation^alpha / weight^(1 - alpha), float32 (in,); 1 where a channel is never used."""
     scale = activation.clamp(min=SMALLEST).pow(alpha) / weight.clamp(min=SMALLEST).pow(1 - alpha)
     return torch.where((activation > 0) & (weight > 0), scale, 1.0)
 

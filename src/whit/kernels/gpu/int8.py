@@ -122,6 +122,7 @@ class ProductParams(ctypes.Structure):
             "codes", "floats", "scale", "offset", "zero", "row_scale", "sums", "bias", "listed", "y",
         )),
         *((name, ctypes.c_int) for name in ("outs", "columns", "rows")),
+        ("rest", ctypes.c_int * 9),  # the maps make it a multiple of 64 bytes
     )  # fmt: skip
 
 
