@@ -28,7 +28,7 @@ from whit.formats import parse_format
 from whit.kernels import int8 as reference
 from whit.kernels.activated import Activation8
 from whit.kernels.gpu import Gpu8, int8, kernel8
-from whit.kernels.gpu.int8 import Config
+from whit.kernels.gpu.int8 import Config, Few
 from whit.layouts import BITS
 from whit.modules import QuantizedLinear
 from whit.tensor import PackedWeight
@@ -38,6 +38,7 @@ from harness import RESULTS, machine, markdown
 
 SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336))
 ROWS = (1, 16, 64, 256, 1024, 4096)
+DEVICE = "cuda"
 SHARE = 0.001  # of columns are outliers
 BYTES_PER_SECOND = {"H100": 3.35e12, "H200": 4.8e12}  # NVIDIA's data sheets
 OPERATIONS = 1979e12  # of int8, dense
@@ -55,7 +56,18 @@ SOME = (
     Config(2, 256, 4), Config(2, 128, 6, 4), Config(1, 256, 5, 2),
 )  # fmt: skip
 MANY = (Config(2, 256, 4, pair=2), Config(2, 256, 4), Config(2, 128, 6, pair=2), Config(2, 128, 6))
-CUTS = {1: FEW, 16: FEW, 64: FEW, 256: SOME, 1024: (*MANY, Config(1, 256, 5)), 4096: MANY}
+ONE_LAUNCH = (
+    Few(128, 4, 4), Few(128, 8, 4), Few(64, 8, 2), Few(64, 4, 4), Few(128, 8, 1), Few(64, 8, 1), Few(128, 4, 8),
+    Few(128, 4, 2), Few(64, 6, 8),
+)  # fmt: skip
+CUTS: dict[int, tuple[Config | Few, ...]] = {
+    1: (*ONE_LAUNCH, *FEW),
+    16: (*ONE_LAUNCH, *FEW),
+    64: FEW,
+    256: SOME,
+    1024: (*MANY, Config(1, 256, 5)),
+    4096: MANY,
+}
 
 
 # Operands
@@ -63,8 +75,8 @@ CUTS = {1: FEW, 16: FEW, 64: FEW, 256: SOME, 1024: (*MANY, Config(1, 256, 5)), 4
 
 def weight(shape: tuple[int, int], how: str, generator: torch.Generator, spec: str = "int8") -> PackedWeight:
     """Random codes as they lie in a file, prepared."""
-    tensors = {"codes": torch.randint(0, 256, shape, dtype=torch.uint8, device="cuda", generator=generator)}
-    scale = torch.rand(shape[0], 1, device="cuda", generator=generator) * 0.01 + 0.001
+    tensors = {"codes": torch.randint(0, 256, shape, dtype=torch.uint8, device=DEVICE, generator=generator)}
+    scale = torch.rand(shape[0], 1, device=DEVICE, generator=generator) * 0.01 + 0.001
     tensors |= dict.fromkeys(parse_format(spec).param_specs(*shape), scale)
     plain = PackedWeight(BITS.name, parse_format(spec), shape, tensors, activations=parse_activations(how))
     return Gpu8().prepare(plain)
@@ -72,14 +84,14 @@ def weight(shape: tuple[int, int], how: str, generator: torch.Generator, spec: s
 
 def inputs(rows: int, columns: int, outliers: int, generator: torch.Generator) -> Tensor:
     """bfloat16 (rows, columns) below 6, but for so many columns that hold 20 in every seventh row."""
-    x = torch.randn(rows, columns, device="cuda", generator=generator).clamp(-5, 5)
-    which = torch.randperm(columns, device="cuda", generator=generator)[:outliers]
+    x = torch.randn(rows, columns, device=DEVICE, generator=generator).clamp(-5, 5)
+    which = torch.randperm(columns, device=DEVICE, generator=generator)[:outliers]
     x[::7, which] += 20
     return x.to(torch.bfloat16)
 
 
 def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator("cuda").manual_seed(seed)
+    return torch.Generator(DEVICE).manual_seed(seed)
 
 
 # Checks
@@ -108,8 +120,8 @@ def check_product(
     """A label, the error, and what it may be."""
     seed = generator(rows + outliers)
     packed = weight(shape, how, seed, "int8-absmax" if "outliers" in how else "int8")
-    x, bias = inputs(rows, shape[1], outliers, seed), torch.randn(shape[0], device="cuda", generator=seed).bfloat16()
-    y = torch.full((rows, shape[0]), float("nan"), dtype=x.dtype, device="cuda")
+    x, bias = inputs(rows, shape[1], outliers, seed), torch.randn(shape[0], device=DEVICE, generator=seed).bfloat16()
+    y = torch.full((rows, shape[0]), float("nan"), dtype=x.dtype, device=DEVICE)
     kernel8.product(x, packed, bias, y, config)
     torch.cuda.synchronize()
     label = f"{how}, {rows} rows, {shape[0]}x{shape[1]}, {outliers} outliers, {config}"
@@ -140,6 +152,30 @@ def rows_checks() -> Iterator[tuple[str, float, float]]:
         if threshold and found.listed is not None:
             same &= sorted(found.listed[1 : 1 + int(found.listed[0])].tolist()) == outlier.nonzero()[:, 0].tolist()
         yield f"rows of {rows}x{columns}, threshold {threshold}", 0.0 if same else 1.0, 0.0
+
+
+def few_checks() -> Iterator[tuple[str, float, float]]:
+    """Up to 16 rows in one launch."""
+    for config in ONE_LAUNCH:
+        for rows, outliers in ((1, None), (8, None), (16, None), (1, 4), (16, 0), (16, 21)):
+            seed, shape = generator(rows), (1048, 4112)
+            packed = weight(shape, "int8" if outliers is None else "int8-outliers", seed)
+            x, bias = inputs(rows, shape[1], outliers or 0, seed), torch.randn(shape[0], device=DEVICE).bfloat16()
+            y = torch.full((rows, shape[0]), float("nan"), dtype=x.dtype, device=DEVICE)
+            for _ in range(3):  # the next one begins before the last one is done
+                few_product(packed, x, y, bias, config)
+            torch.cuda.synchronize()
+            yield (
+                f"{outliers} outliers, {rows} rows, {config}",
+                compare(y, x, packed, bias),
+                0.0 if outliers is None else 4e-3,
+            )
+
+
+def few_product(packed: PackedWeight, x: Tensor, y: Tensor, bias: Tensor | None, config: Few) -> None:
+    assert packed.activations is not None
+    operand = int8.Weight(packed.tensors["codes"], packed.tensors[kernel8.ROW_SCALE], bias)
+    int8.multiply_few(x, operand, y, packed.activations.threshold, config)
 
 
 def split_checks() -> Iterator[tuple[str, float, float]]:
@@ -183,7 +219,6 @@ def whole_checks() -> Iterator[tuple[str, float, float]]:
     good[5:7] = False
     right = bool(y[good].isfinite().all()) and not y[~good].isfinite().any()
     yield "rows that are not finite, and only they, come out so", 0.0 if right else 1.0, 0.0
-    yield from graph_checks()
 
 
 class no_waiting:
@@ -223,8 +258,8 @@ def float8_checks() -> Iterator[tuple[str, float, float]]:
     for how in ("fp8", "fp8-tensor"):
         for rows in (1, 16, 300):
             seed = generator(rows)
-            codes = (torch.randn(512, 1024, device="cuda", generator=seed) * 30).to(torch.float8_e4m3fn)
-            scale = torch.rand(512, 1, device="cuda", generator=seed) * 0.01
+            codes = (torch.randn(512, 1024, device=DEVICE, generator=seed) * 30).to(torch.float8_e4m3fn)
+            scale = torch.rand(512, 1, device=DEVICE, generator=seed) * 0.01
             tensors = {"codes": codes.view(torch.uint8), "scale": scale}
             packed = PackedWeight(
                 BITS.name, parse_format("fp8"), (512, 1024), tensors, activations=parse_activations(how)
@@ -241,7 +276,8 @@ def float8_checks() -> Iterator[tuple[str, float, float]]:
 
 
 CHECKS: dict[str, Callable[[], Iterator[tuple[str, float, float]]]] = {
-    "plain": plain_checks, "split": split_checks, "pair": pair_checks, "whole": whole_checks, "float8": float8_checks,
+    "plain": plain_checks, "split": split_checks, "pair": pair_checks, "few": few_checks, "whole": whole_checks,
+    "graphs": graph_checks, "float8": float8_checks,
 }  # fmt: skip
 
 
@@ -255,15 +291,18 @@ def limit_seconds(shape: tuple[int, int], rows: int) -> float:
     return max(moved / rate, 2 * rows * shape[0] * shape[1] / OPERATIONS)
 
 
-def may_be_best(config: Config, shape: tuple[int, int], rows: int) -> bool:
-    """Whether all blocks of a tile have work, and no more clusters wait than a few turns' worth."""
+def may_be_best(config: Config | Few, shape: tuple[int, int], rows: int) -> bool:
+    """Whether it fits, all blocks of a tile have work, and no more clusters wait than a few turns' worth."""
+    if isinstance(config, Few):
+        blocks = config.grid(shape[0])[0]
+        return config.shared_bytes(shape[1], rows) <= int8.LARGEST_SHARED and 56 <= blocks <= 300
     blocks = config.tiles(shape[0], rows) * config.split * config.pair
     return config.split == 1 or (blocks <= 300 and config.split * 512 <= shape[1])
 
 
 def time_shape(shape: tuple[int, int], budget: Budget, log: Callable[[dict[str, Any]], None]) -> None:
     seed, size = generator(1), shape[0] * shape[1]
-    dense = [torch.randn(shape, device="cuda", generator=seed).bfloat16() for _ in range(copies(2 * size))]
+    dense = [torch.randn(shape, device=DEVICE, generator=seed).bfloat16() for _ in range(copies(2 * size))]
     ours = [weight(shape, "int8", seed) for _ in range(copies(size))]
     for rows in ROWS:
         if budget.left > 3:
@@ -293,8 +332,10 @@ def time_cell(x: Tensor, dense: list[Tensor], ours: list[PackedWeight]) -> dict[
     return cell
 
 
-def timed(packed: PackedWeight, x: Tensor, config: Config) -> Callable[[], object]:
+def timed(packed: PackedWeight, x: Tensor, config: Config | Few) -> Callable[[], object]:
     y = torch.empty(len(x), packed.shape[0], dtype=x.dtype, device=x.device)
+    if isinstance(config, Few):
+        return lambda: few_product(packed, x, y, None, config)
     return lambda: kernel8.product(x, packed, None, y, config)
 
 
@@ -312,7 +353,7 @@ def best_of(weights: list[PackedWeight], x: Tensor) -> tuple[float, dict[str, fl
 
 def time_float8(weights: list[PackedWeight], x: Tensor) -> float | None:
     """torch's product of E4M3 codes with scales per row, of what is quantized already."""
-    one, each = torch.ones(len(x), 1, device="cuda"), torch.ones(1, weights[0].shape[0], device="cuda")
+    one, each = torch.ones(len(x), 1, device=DEVICE), torch.ones(1, weights[0].shape[0], device=DEVICE)
     codes = x.clamp(-5, 5).to(torch.float8_e4m3fn)
     rights = [(w.tensors["codes"] & 0xB7).view(torch.float8_e4m3fn).t() for w in weights]
     try:
@@ -332,9 +373,11 @@ def time_all(seconds: float) -> None:
     budget, kitchen = Budget(seconds), Kitchen()
     wanted = [
         (int8.PRODUCT, config.macros(False, outliers, False).items())
-        for config in {c for each in CUTS.values() for c in each}
+        for config in {c for each in CUTS.values() for c in each if isinstance(c, Config)}
         for outliers in (False, True)
     ]
+    few = {(c, shape, rows) for c in ONE_LAUNCH for shape in SHAPES for rows in (1, 16) if may_be_best(c, shape, rows)}
+    wanted += [(int8.FEW, c.macros(False, o, shape[1], rows).items()) for c, shape, rows in few for o in (False, True)]
     wanted += [(int8.QUANTIZE, int8.quantize_macros(c, False, o).items()) for c in (4096, 14336) for o in (False, True)]
     start = time.monotonic()
     kitchen.prepare([*wanted, (int8.MARK, (int8.BYTES | {"HALF": 0}).items())])
@@ -392,7 +435,7 @@ def table(cells: list[dict[str, Any]]) -> str:
                 f"{cell['bf16'] / cell[name]:.2f} ({100 * cell['limit'] / cell[name]:.0f} %)"
                 for name in ("W8A8", "LLM.int8()")
             ]
-            lines.append(("{}x{}".format(*cell["shape"]), cell["rows"], f"{1e6 * cell['bf16']:.1f}", *speeds))
+            lines.append(("{}x{}".format(*cell["shape"]), str(cell["rows"]), f"{1e6 * cell['bf16']:.1f}", *speeds))
     return markdown(("shape", "rows", "bf16, µs", "W8A8", "LLM.int8()"), lines)
 
 
@@ -400,13 +443,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=90)
     parser.add_argument("--out", type=Path, default=RESULTS / "int8_gpu.json")
+    parser.add_argument("--checks", default=",".join(CHECKS), help="which kinds, parted by commas")
     parser.add_argument("--part", choices=[*CHECKS, "times"])
     args = parser.parse_args()
     if args.part:
         run_part(args.part, args.seconds)
         return
     budget = Budget(args.seconds)
-    running = {part: start_part(part, 40) for part in CHECKS}
+    running = {part: start_part(part, 40) for part in args.checks.split(",") if part}
     texts = {part: finished(process, min(budget.left, 45)) for part, process in running.items()}
     print(f"checked after {args.seconds - budget.left:.0f} s", flush=True)
     times = start_part("times", budget.left - 8)

@@ -42,7 +42,10 @@ static int warp_prefix(int v) {
 static u32 exchange(u32 v, int mask) { return together(v)[current % 32 ^ mask]; }
 static void __syncwarp() {}
 
-#ifdef WG
+static void atomicMax(u32 *p, u32 v) { if (*p < v) *p = v; }
+static void atomicAdd(int *p, int v) { *p += v; }
+
+#ifdef BN
 #define KERNEL_ARGUMENT const
 struct alignas(64) Map { const u8 *from; u64 rows, columns, tall, rest[12]; };
 constexpr int LARGEST = 1 << 18;
@@ -63,6 +66,8 @@ static void cluster_barrier() {
     threadIdx.x = current % threads;
 }
 static int4 load_from(const int *p, u32 rank) { int4 v; memcpy(&v, place(p, rank), 16); return v; }
+static u32 load_word(const u32 *p, u32 rank) { u32 v; memcpy(&v, place(p, rank), 4); return v; }
+static void publish_tiles() {}
 struct Meeting { int count, turn; };
 static Meeting meetings[8][8];
 template <int ID, int COUNT> static void announce() {

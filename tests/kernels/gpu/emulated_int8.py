@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from whit.kernels.gpu import int8, nvrtc
-from whit.kernels.gpu.int8 import Config, Rows, Weight
+from whit.kernels.gpu.int8 import Config, Few, Rows, Weight
 
 import emulated
 
@@ -61,6 +61,15 @@ def multiply(rows: Rows, weight: Weight, dtype: torch.dtype, config: Config, pro
     macros = config.macros(dtype == torch.float16, rows.listed is not None, rows.zero is not None)
     grid = config.grid(y.shape[1], len(y), processors)
     library(int8.PRODUCT, tuple(macros.items()), CLUSTERS).run(ctypes.byref(params), *grid[:2])
+    return y
+
+
+def multiply_few(x: Tensor, weight: Weight, threshold: float, config: Few) -> Tensor:
+    """As `int8.multiply_few`."""
+    y = torch.full((len(x), len(weight.codes)), float("nan"), dtype=x.dtype)
+    params = int8.few_params(x, weight, y, threshold, config, _map)
+    macros = config.macros(x.dtype == torch.float16, threshold > 0, x.shape[1], len(x))
+    library(int8.FEW, tuple(macros.items()), CLUSTERS).run(ctypes.byref(params), *config.grid(y.shape[1])[:2])
     return y
 
 

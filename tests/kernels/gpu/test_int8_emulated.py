@@ -13,7 +13,7 @@ from torch import Generator, Tensor
 
 from whit.kernels import int8 as reference
 from whit.kernels.gpu import int8
-from whit.kernels.gpu.int8 import Config, Weight
+from whit.kernels.gpu.int8 import Config, Few, Weight
 
 import emulated
 
@@ -92,6 +92,18 @@ def test_however_many_outliers_there_are_none_is_dropped(
     wanted = reference.outlier_linear(x.float(), signed, scale[:, None], bias, 6.0)
     found = emulated_int8.multiply(emulated_int8.quantize(x, 6.0), Weight(codes, scale, bias), BF16, config).float()
     assert (found - wanted).norm() < 6e-3 * wanted.norm()  # of bfloat16, as the weight's outlier columns are
+
+
+@pytest.mark.parametrize("outliers", [None, 0, 5])
+@pytest.mark.parametrize(("config", "rows", "columns"), [(Few(32, 2, 4), 16, 1808), (Few(64, 3, 1), 1, 400)])
+def test_few_rows_in_one_launch(config: Few, rows: int, columns: int, outliers: int | None, random: Generator):
+    x, codes, scale, bias = operands(rows, 70, columns, random, outliers or 0)
+    signed, weight = (codes.to(torch.int16) - 128).to(torch.int8), Weight(codes, scale, bias)
+    found = emulated_int8.multiply_few(x, weight, 0.0 if outliers is None else 6.0, config)
+    if not outliers:
+        assert torch.equal(found, reference.int8_linear(x, signed, scale, bias, reference.quantize_rows(x)))
+    wanted = reference.outlier_linear(x.float(), signed, scale[:, None], bias, 6.0)
+    assert (found.float() - wanted).norm() < 6e-3 * wanted.norm()
 
 
 def test_rows_with_zero_points(random: Generator):

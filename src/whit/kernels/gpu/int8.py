@@ -21,11 +21,12 @@ from whit.errors import KernelError
 from whit.kernels.gpu import nvrtc
 
 HERE = Path(__file__).parent
-MARK, QUANTIZE, PRODUCT = (HERE / f"int8_{name}.cu" for name in ("mark", "quantize", "product"))
+MARK, QUANTIZE, PRODUCT, FEW = (HERE / f"int8_{name}.cu" for name in ("mark", "quantize", "product", "few"))
 BYTES = {"BITS": 8, "CODEBOOK": 0, "OFFSET": 0, "SCALE": 2, "ZERO": 0}  # common.cuh asks; nothing here depends on it
 STEP = 128  # columns of a tile, one byte each
 AT_ONCE = 8  # outlier columns in shared memory, as in int8_warp.cuh
 MARK_THREADS, MARK_COLUMNS = 256, 256
+MOST_FEW = 16  # rows of int8_few.cu
 SLICES, SLICE = 16, 64  # of rows that are marked by themselves: how many at most, and of how many rows at least
 LARGEST_SHARED = 227 << 10
 CHUNKS, LARGEST_BLOCK = 8, 1024  # of eight columns that a thread of int8_quantize.cu holds, and its threads, at most
@@ -77,6 +78,45 @@ class Config:
         }  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Few:
+    """How the work is cut for up to 16 rows; int8_few.cu explains the names."""
+
+    outs: int = 128
+    stages: int = 4
+    split: int = 4
+
+    threads = 256
+
+    def grid(self, outs: int) -> nvrtc.Dims:
+        """A cluster per tile."""
+        return -(-outs // self.outs) * self.split, 1, 1
+
+    def shared_bytes(self, columns: int, rows: int) -> int:
+        """Dynamic shared memory of a block: stages of the weight, all codes of its columns, and what lies aside."""
+        room, share = room_for(rows), self.share(columns)
+        aside = 4 * (2 * room * (self.outs + 8) + 2 * self.outs + 4 * room + 1)
+        tiles = self.stages * self.outs + share * room + 64 - room
+        return 1024 + tiles * STEP + 16 * (self.stages + 1) + aside + 16 * share
+
+    def share(self, columns: int) -> int:
+        """Steps of a block."""
+        steps = -(-columns // STEP)
+        return -(-steps // self.split)
+
+    def macros(self, half: bool, outliers: bool, columns: int, rows: int) -> dict[str, int]:
+        """What int8_few.cu is compiled with."""
+        return BYTES | {
+            "HALF": int(half), "XR": room_for(rows), "BN": self.outs, "STAGES": self.stages, "SPLITS": self.split,
+            "OUTLIERS": int(outliers), "TURNS": -(-self.share(columns) * STEP // 1024),
+        }  # fmt: skip
+
+
+def room_for(rows: int) -> int:
+    """Rows for which int8_few.cu makes room."""
+    return 8 if rows <= 8 else MOST_FEW
+
+
 def best(outs: int, columns: int, rows: int, processors: int) -> Config:
     """The cut for a shape: few rows share the columns of a tile out, many take pairs of large tiles."""
     if rows <= 64:
@@ -110,6 +150,17 @@ class QuantizeParams(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("x", "marks", "codes", "scale", "offset", "listed")),
         ("threshold", ctypes.c_float), *((name, ctypes.c_int) for name in ("rows", "columns", "slices")),
+    )  # fmt: skip
+
+
+class FewParams(ctypes.Structure):
+    """The argument of int8_few.cu, field by field."""
+
+    _fields_ = (
+        ("weight_map", ctypes.c_uint64 * 16),
+        *((name, ctypes.c_void_p) for name in ("codes", "x", "row_scale", "bias", "y")),
+        ("threshold", ctypes.c_float), *((name, ctypes.c_int) for name in ("outs", "columns", "rows")),
+        ("rest", ctypes.c_int * 2),  # the map makes it a multiple of 64 bytes
     )  # fmt: skip
 
 
@@ -229,6 +280,31 @@ def quantize(x: Tensor, threshold: float = 0.0) -> Rows:
     params = quantize_params(x, rows, marks, threshold)
     enqueue(function, (blocks, 1, 1), threads, 3 * 4 * threads // 32, params, where)
     return rows
+
+
+def few_params(
+    x: Tensor, weight: Weight, y: Tensor, threshold: float, config: Few, mapped: Mapped | None = None
+) -> FewParams:
+    """The kernel's argument; it borrows the tensors' memory."""
+    (rows, columns), outs = x.shape, y.shape[1]
+    tiles = (mapped or tiles_of)(weight.codes.data_ptr(), outs, columns, config.outs)
+    tensors = (weight.codes, x, weight.row_scale, weight.bias, y)
+    pointers = [None if t is None else t.data_ptr() for t in tensors]
+    return FewParams(tiles, *pointers, _rounded(threshold, x.dtype), outs, columns, rows)
+
+
+def multiply_few(x: Tensor, weight: Weight, y: Tensor, threshold: float, config: Few) -> None:
+    """Fill y (rows, outs) with contiguous x (rows, columns), quantized by row, through the weight: up to 16 rows.
+
+    With a threshold its outlier columns are multiplied as floats, as `quantize` and `multiply` do.
+    """
+    macros = config.macros(x.dtype == torch.float16, threshold > 0, x.shape[1], len(x))
+    function, where = (
+        _build(FEW, tuple(macros.items()), y.device.index),
+        torch.cuda.current_stream(y.device).cuda_stream,
+    )
+    params, shared = few_params(x, weight, y, threshold, config), config.shared_bytes(x.shape[1], len(x))
+    enqueue(function, config.grid(y.shape[1]), config.threads, shared, params, where, config.split)
 
 
 def multiply(rows: Rows, weight: Weight, y: Tensor, config: Config) -> None:

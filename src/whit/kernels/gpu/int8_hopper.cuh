@@ -31,6 +31,14 @@ DEVICE u32 shared_address(const void *p, u32 rank) {  // the same place in anoth
     return v;
 }
 
+[[maybe_unused]] DEVICE u32 load_word(const u32 *p, u32 rank) {
+    u32 v;
+    asm volatile("ld.shared::cluster.u32 %0, [%1];" : "=r"(v) : "r"(shared_address(p, rank)) : "memory");
+    return v;
+}
+// What was written to shared memory plainly is to be read by wgmma.
+[[maybe_unused]] DEVICE void publish_tiles() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
 // Barriers within a block, of so many threads: some wait, others only say that they were there.
 template <int ID, int COUNT> DEVICE void meet() { asm volatile("bar.sync %0, %1;" ::"n"(ID), "n"(COUNT) : "memory"); }
 template <int ID, int COUNT> DEVICE void announce() { asm volatile("bar.arrive %0, %1;" ::"n"(ID), "n"(COUNT) : "memory"); }
