@@ -13,7 +13,7 @@ from tiny_models import tiny_model
 
 def test_a_device_without_a_backend_is_said_and_the_model_stays():
     model = tiny_model("llama").to("meta")
-    with pytest.warns(UserWarning, match="is on meta, for which there is no compiled decoding; it generates as before"):
+    with pytest.warns(UserWarning, match="is on meta, for which there is no compiled decoding; it runs as before"):
         assert whit.compile(model) is model
     with pytest.raises(UnsupportedModelError, match="is on meta"):
         whit.compile(model, strict=True)

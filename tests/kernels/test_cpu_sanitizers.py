@@ -95,7 +95,8 @@ for architecture, length in (("qwen2", 5), ("qwen3", 520)):
             for isa, isa8 in zip(compiled.isas, ("scalar", "avx2", "avx512_vnni", "avx512_vnni")):
                 if isa8 not in compiled.isas8:
                     continue
-                only = Compiled(model, changed(compiled, isas=(isa,), isas8=compiled.isas8[:compiled.isas8.index(isa8) + 1]))
+                below = compiled.isas8[: compiled.isas8.index(isa8) + 1]
+                only = Compiled(model, changed(compiled, isas=(isa,), isas8=below))
                 cache = DynamicCache(config=model.config)
                 for layer in range(2):
                     keys = torch.randn(1, 2, length, 16, generator=random).to(dtype)

@@ -1,7 +1,7 @@
-"""`whit.compile(model)`: generation without Python's work per token, on the device where the model lies.
+"""`whit.compile(model)`: generation without Python's work per token, and encoders without Python's work per layer.
 
 A backend is a function `(model, options) -> model` in a module of its own, imported when it is asked for. It makes the
-same model object generate faster, or raises UnsupportedModelError, before it has changed anything, where it cannot.
+same model object run faster, or raises UnsupportedModelError, before it has changed anything, where it cannot.
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ BACKENDS = {  # by the type of the device: a module and its function
     "cpu": ("whit.compiled.cpu", "compile_cpu"),
     "cuda": ("whit.compiled.cuda", "compile_cuda"),
 }
+ENCODERS = {"cpu": ("whit.compiled.encoder", "compile_encoder")}  # of models that do not generate
 
 
 def compile(model: nn.Module, *, strict: bool = False, **options: Any) -> nn.Module:
-    """Make `model.generate` fast for one sequence at a time; returns the same model.
+    """Make `model.generate` fast for one sequence at a time, or the layers of an encoder; returns the same model.
 
     `options` are the backend's. Where the model is not covered it stays as it is and a warning says why in one
     sentence; with `strict` that is an UnsupportedModelError.
@@ -35,7 +36,7 @@ def compile(model: nn.Module, *, strict: bool = False, **options: Any) -> nn.Mod
     except UnsupportedModelError as error:
         if strict:
             raise
-        warnings.warn(f"{error}; it generates as before", stacklevel=2)
+        warnings.warn(f"{error}; it runs as before", stacklevel=2)
         return model
 
 
@@ -46,7 +47,8 @@ def backend_for(model: nn.Module) -> Backend:
         said = ", ".join(sorted(devices)) or "no device"
         raise UnsupportedModelError(f"compile: the model lies on {said}; it must lie on one; move it whole")
     (device,) = devices
-    module, function = BACKENDS.get(device, ("", ""))
+    generates = getattr(model, "can_generate", lambda: False)()
+    module, function = (BACKENDS if generates or device not in ENCODERS else ENCODERS).get(device, ("", ""))
     if not module or find_spec(module) is None:
         raise UnsupportedModelError(f"compile: the model is on {device}, for which there is no compiled decoding")
     found: Backend = getattr(import_module(module), function)

@@ -62,6 +62,7 @@ class Library:
     quantize8: Callable[..., int]
     product8: Callable[..., int]
     decode: Callable[..., int]
+    encode8: Callable[..., int]
     isas: tuple[str, ...]
     isas8: tuple[str, ...]
     isas_many: tuple[str, ...]
@@ -95,6 +96,7 @@ def load(path: Path) -> Library | str:
         "many": [*[Pointer] * 4, long, *[short] * 3],
         "gram": [Pointer, *[long] * 2, *[Pointer] * 2, *[short] * 2],
         "quantize8": [Pointer, *[long] * 2, short, *[Pointer] * 3, *[long] * 2, Pointer, *[short] * 2],
+        "encode8": [*[Pointer] * 3, *[short] * 2],
         "product8": [*[Pointer] * 5, short, Pointer, short, ctypes.c_float, long, *[short] * 2],
         "decode": [*[Pointer] * 2, *[long] * 2, Pointer, long, Pointer],
     }.items():
@@ -102,7 +104,7 @@ def load(path: Path) -> Library | str:
     handle.whit_read.restype, handle.whit_decode.restype = ctypes.c_double, long
     return Library(
         handle.whit_linear, handle.whit_dequantize, handle.whit_read, handle.whit_gram, handle.whit_many,
-        handle.whit_quantize8, handle.whit_product8, handle.whit_decode,
+        handle.whit_quantize8, handle.whit_product8, handle.whit_decode, handle.whit_encode8,
         tuple(name for number, name in enumerate(ISAS) if handle.whit_has(number)),
         tuple(name for number, name in enumerate(ISAS8) if handle.whit_has8(number)),
         tuple(name for number, name in enumerate(ISAS) if handle.whit_has_many(number)),

@@ -29,7 +29,7 @@ FLAGS = (
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-O0")
 AVX2 = ("-mavx2", "-mfma", "-mf16c")
 AVX512 = (*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")
-BASE = ("entry", "decoder", "decoder_scalar", "gram", "int8", "int8_scalar", "many")
+BASE = ("decoder", "decoder_scalar", "encoder", "entry", "gram", "int8", "int8_scalar", "many")
 # An instruction set: its compiler flags, and its files beside the one that has its name.
 X86: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "avx2": (AVX2, ("decoder_avx2",)),

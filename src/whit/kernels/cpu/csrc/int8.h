@@ -43,11 +43,13 @@ struct Kernels8 {
   void (*quantize)(const void* x, int type, int64_t columns, int64_t stride, int64_t groups, int8_t* codes,
                    float* scale, int32_t* sums);
   int bytes;                 // of a vector
+  // Sequences [first, first + count) of an encoder through all its layers.
+  void (*encode)(struct Crew&, const struct whit_encoder8&, int64_t first, int64_t count, const struct Room8&);
 };
 
 extern const Kernels8 whit_int8_scalar, whit_int8_avx2, whit_int8_avx512;
 
-const Kernels8* whit_kernels8(int isa);
+const Kernels8* whit_kernels8(int isa);  // null where this processor does not run it
 
 // What all threads read of x: sums, scales and codes in the order in which the kernels meet them, in `room`.
 size_t whit_derived8(Product8& p, bool few, int vector);  // how many bytes that takes

@@ -1,6 +1,6 @@
 // AVX2: pairs of byte products summed in 16 bits where they fit, products of 16 bits where they might not.
 #include "avx2.h"
-#include "int8.h"
+#include "encoder.h"
 
 namespace {
 
@@ -141,7 +141,9 @@ UNROLL(4)
 };
 
 #include "int8.inl"
+#include "encoder.inl"
 
 }  // namespace
 
-const Kernels8 whit_int8_avx2 = {few8<Bytes2>, many8<Bytes2>, quantize8<Bytes2>, 32};
+const Kernels8 whit_int8_avx2 = {few8<Bytes2>, many8<Bytes2>, quantize8<Bytes2>, 32,
+                                   encode8<Bytes2>};

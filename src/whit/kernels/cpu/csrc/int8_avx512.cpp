@@ -1,6 +1,6 @@
 // AVX-512 with VNNI and VBMI: four products of bytes to a lane in one instruction, codes of any width to bytes in two.
 #include "avx512.h"
-#include "int8.h"
+#include "encoder.h"
 #include "transpose.h"
 
 namespace {
@@ -84,7 +84,9 @@ struct Vnni512 : Avx512 {
 };
 
 #include "int8.inl"
+#include "encoder.inl"
 
 }  // namespace
 
-const Kernels8 whit_int8_avx512 = {few8<Vnni512>, many8<Vnni512>, quantize8<Vnni512>, 64};
+const Kernels8 whit_int8_avx512 = {few8<Vnni512>, many8<Vnni512>, quantize8<Vnni512>, 64,
+                                   encode8<Vnni512>};

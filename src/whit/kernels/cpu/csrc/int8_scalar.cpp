@@ -1,7 +1,7 @@
 // Products of 8-bit activations on any processor, in the compiler's own vectors.
 #include "scalar.h"
 
-#include "int8.h"
+#include "encoder.h"
 
 namespace {
 
@@ -107,8 +107,10 @@ struct Plain8 : Scalar {
 };
 
 #include "int8.inl"
+#include "encoder.inl"
 
 }  // namespace
 
 extern const Kernels8 whit_int8_scalar;
-const Kernels8 whit_int8_scalar = {few8<Plain8>, many8<Plain8>, quantize8<Plain8>, 32};
+const Kernels8 whit_int8_scalar = {few8<Plain8>, many8<Plain8>, quantize8<Plain8>, 32,
+                                   encode8<Plain8>};
