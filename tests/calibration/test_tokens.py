@@ -110,3 +110,13 @@ def test_wrong_requests_are_named(text: Path, tmp_path: Path):
 
 def test_the_shipped_text_serves(random: torch.Generator):
     assert Calibration(samples=2, context=32).tokens(Words()).tokens.shape == (2, 32)
+
+
+def test_an_encoders_windows_are_framed(text: Path):
+    tokenizer = Words()
+    tokenizer.cls_token_id, tokenizer.sep_token_id = 5000, 6000  # type: ignore[attr-defined]
+    rows = Calibration(text, samples=8, context=20).tokens(tokenizer).tokens
+    assert rows.shape == (8, 20)
+    assert bool((rows[:, 0] == 5000).all())
+    assert bool((rows[:, -1] == 6000).all())
+    assert bool((rows[:, 1:-1] < 5000).all())

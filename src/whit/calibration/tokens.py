@@ -1,9 +1,9 @@
 """From a calibration text to seeded token windows, hashed so that a result can say what it was made with.
 
 Each sample begins at a random character of the text, after the next white space, and runs for `context` tokens. Only
-what is sampled is tokenised. JSON lines
-are one text: the `text` of each record, or its conversation in the model's chat template, the records in the file's
-order.
+what is sampled is tokenised. An encoder's windows stand between the tokens that frame a sequence ([CLS] ... [SEP]), on
+which its outliers often lie. JSON lines are one text: the `text` of each record, or its conversation in the chat
+template of the model, the records in the order of the file.
 """
 
 from __future__ import annotations
@@ -61,7 +61,10 @@ class Calibration:
         text = _read(resolve_text(str(self.text)), tokenizer)
         generator = torch.Generator().manual_seed(self.seed)
         starts = torch.randint(len(text), (self.samples,), generator=generator).tolist()
-        tokens = torch.tensor([self._window(text, start, context, tokenizer) for start in starts])
+        first, last = _frame(tokenizer) if context > 2 else ([], [])
+        inner = context - len(first) - len(last)
+        windows = [self._window(text, start, inner, tokenizer) for start in starts]
+        tokens = torch.tensor([[*first, *window, *last] for window in windows])
         return CalibrationTokens(tokens, sha256(tokens.numpy().astype("<i8").tobytes()).hexdigest())
 
     def _context(self, most: int | None) -> int:
@@ -92,6 +95,12 @@ class Calibration:
                     f"{self.text}: {len(ids)} tokens; a sample has {context}; use a longer text or a smaller --context"
                 )
             width *= 2
+
+
+def _frame(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """What stands before and behind every sequence of an encoder; nothing for other models."""
+    first, last = getattr(tokenizer, "cls_token_id", None), getattr(tokenizer, "sep_token_id", None)
+    return ([], []) if first is None or last is None else ([first], [last])
 
 
 def _read(path: Path, tokenizer: Any) -> str:
