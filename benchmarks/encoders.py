@@ -23,6 +23,8 @@ import whit
 
 import harness
 
+RECIPE = "gptq:int8-g32"  # whose embeddings have the same nearest neighbours
+FAST = "w8a8"
 FORMATS = "gptq:int8-g32,int8-g32,gptq:int8,int8,int8+int8-g32,llm.int8,w8a8"
 
 

@@ -22,6 +22,10 @@ PINS = {
     ),
     "llmcompressor": ("llmcompressor==0.14.0.1", "compressed-tensors==0.19.0", "auto-round==0.15.1", "loguru==0.7.3"),
     "autoround": ("auto-round==0.16.1", "py-cpuinfo==9.0.0"),
+    "onnxruntime": (
+        "onnxruntime==1.31.1", "onnx==1.23.2", "ml-dtypes==0.6.0", "protobuf==7.36.2",
+        "flatbuffers==25.12.19",
+    ),
     "hqq": ("hqq==0.2.8.post1", "einops", "termcolor"),
 }  # fmt: skip
 # What transformers does not need and these do; for an interpreter that lacks them.

@@ -2,7 +2,9 @@
 
     h = norm(h + out(attention(qkv(h)))),  h = norm(h + down(gelu(up(h))))        (csrc/encoder.h)
 
-A linear's codes become signed bytes in panels of 48 rows, four columns to a lane, beside what the packed weight holds.
+Inputs that a recipe does not quantize are rounded to 16 bits, with a scale for 32 to 128 columns of a token: 2^-16 of
+the largest there. A linear's codes become signed bytes in panels of 48 rows, four columns to a lane, beside what the
+packed weight holds.
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ from whit.layouts import BITS
 from whit.tensor import PackedWeight
 
 PANEL = 48  # rows of the weight that lie beside each other
-MIDDLE = 128  # the code of 0 in symmetric activations
+MIDDLE = {False: 1 << 7, True: 1 << 15}  # the code of 0 in symmetric activations of 8 and of 16 bits
+LONGEST = 128  # columns whose products of 16 and 8 bits fit a sum of 32
 
 
 class LinearPlan(ctypes.Structure):
@@ -32,7 +35,7 @@ class LinearPlan(ctypes.Structure):
     _fields_: ClassVar = [
         *((name, Pointer) for name in ("panels", "scale", "start", "bias", "exact", "columns")),
         *((name, ctypes.c_int64) for name in ("inputs", "outputs", "stride", "group_size", "groups", "exact_count")),
-        *((name, ctypes.c_int32) for name in ("per_group", "zero")),
+        *((name, ctypes.c_int32) for name in ("per_group", "wide", "zero")),
         ("low", ctypes.c_float),
     ]
 
@@ -126,7 +129,7 @@ class Encoder:
     def _linear(self, linear: Linear) -> LinearPlan:
         parts = [_matrix(weight) for weight in linear.weights]
         how, first = linear.weights[0].activations, linear.weights[0].tensors
-        assert how is not None
+        wide = how is None
         if any(part.group_size != parts[0].group_size for part in parts) or any(
             other.activations != how or not _same_inputs(first, other.tensors) for other in linear.weights[1:]
         ):
@@ -147,14 +150,14 @@ class Encoder:
         bias = torch.cat(biases)
         if floor is not None:
             bias = bias + floor * decoded.index_fill(1, columns, 0).sum(1)
-        zero = MIDDLE if floor is None else 0
+        zero = MIDDLE[wide] if floor is None else 0
         return LinearPlan(
             panels=self._hold(_panels(torch.nn.functional.pad(levels, (0, stride - inputs)))),
             scale=self._hold(_by_panel(scale)), start=self._hold(_by_panel(-zero * sums.sum(2, dtype=torch.int32))),
             bias=self._hold(_by_panel(bias[:, None])), exact=self._hold(_by_panel(decoded[:, columns])),
             columns=self._hold(columns.to(torch.int32)), inputs=inputs, outputs=outputs, stride=stride,
-            group_size=size, groups=groups, exact_count=len(columns), per_group=how.granularity == "group",
-            zero=zero, low=floor or 0.0,
+            group_size=size, groups=groups, exact_count=len(columns), wide=wide,
+            per_group=how is None or how.granularity == "group", zero=zero, low=floor or 0.0,
         )  # fmt: skip
 
     def _hold(self, tensor: Tensor) -> int:
@@ -174,7 +177,6 @@ def _matrix(packed: PackedWeight) -> _Matrix:
     if (reason := unfit(packed)) is not None:
         raise KernelError(reason)
     how, levels = packed.activations, levels_of(packed.format)
-    assert how is not None
     assert not isinstance(levels, str)
     quantized = BITS.unpack(packed)
     stored = quantized.codes.to(torch.int16) - packed.format.code_min
@@ -185,19 +187,18 @@ def _matrix(packed: PackedWeight) -> _Matrix:
     assert isinstance(scale, Tensor)
     size = run_size(packed.format) or columns
     scale = (scale.float() * levels.unit).expand(rows, -1)
-    if how.granularity == "group" and size != GROUP:
-        scale, size = scale.repeat_interleave(min(size, columns) // GROUP, dim=1)[:, : -(-columns // GROUP)], GROUP
+    if how is None or how.granularity == "group":
+        finer = GROUP if how is not None or size % LONGEST else min(size, LONGEST)
+        scale, size = scale.repeat_interleave(-(-size // finer), dim=1)[:, : -(-columns // finer)], finer
     return _Matrix((stored - levels.shift).to(torch.int8), scale, size)
 
 
 def unfit(packed: PackedWeight) -> str | None:
     """Why the compiled encoder does not take a weight, or None."""
     how = packed.activations
-    if how is None:
-        return f"{packed.format}: its activations are not quantized"
-    if (how.dtype, how.kind, how.symmetric, how.threshold) != (torch.int8, "dynamic", True, 0.0):
+    if how is not None and (how.dtype, how.kind, how.symmetric, how.threshold) != (torch.int8, "dynamic", True, 0.0):
         return f"activations {how}: those of a compiled encoder are dynamic, symmetric int8"
-    if how.granularity == "tensor":
+    if how is not None and how.granularity == "tensor":
         return f"activations {how}: those of a compiled encoder have a scale per token or finer"
     if (reason := unsupported(packed)) is not None:
         return reason

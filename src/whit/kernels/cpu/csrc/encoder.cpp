@@ -19,11 +19,11 @@ namespace {
 thread_local Scratch room8, own8;
 
 struct Sizes {
-  int64_t stride = 0, groups = 0, exact = 0, widest = 0;  // the most of any linear
+  int64_t stride = 0 /* of codes */, groups = 0, exact = 0, widest = 0;  // the most of any linear
   explicit Sizes(const whit_encoder8& e) {
     for (int64_t i = 0; i < e.count; i++)
       for (const whit_linear8* w : {&e.layers[i].qkv, &e.layers[i].out, &e.layers[i].up, &e.layers[i].down}) {
-        if (w->stride > stride) stride = w->stride;
+        if ((w->wide ? 2 : 1) * w->stride > stride) stride = (w->wide ? 2 : 1) * w->stride;
         if (w->groups > groups) groups = w->groups;
         if (w->exact_count > exact) exact = w->exact_count;
         if (w->in > widest) widest = w->in;

@@ -7,6 +7,7 @@
 //   y[m][n] = sum over groups g of scale_mg scale_gn (sum_{k in g} (q_mk - zero) level_nk)
 //             + sum over exact columns of x_mk w_nk + bias_n
 //
+// q has 8 bits, or 16 where inputs are not meant to be quantized: then groups have at most 128 columns, whose sums fit int32.
 // Codes are unsigned and levels signed, so that the sums of levels, which zero is multiplied by, are known beforehand.
 #pragma once
 #include <atomic>
@@ -22,7 +23,8 @@ typedef struct {
   const int32_t* columns;  // (exact_count): columns of x that stay exact
   int64_t in, out, stride, group_size, groups, exact_count;  // stride: in, padded to 64 columns
   int32_t per_group;       // whether every group of a token has a scale of its own
-  int32_t zero;            // 128: codes are symmetric about it; 0: they count from `low` on
+  int32_t wide;            // whether codes have 16 bits: their upper bytes, and behind these their lower ones
+  int32_t zero;            // half the codes: they are symmetric about it; 0: they count from `low` on
   float low;
 } whit_linear8;
 
@@ -54,6 +56,6 @@ struct Crew {
 // Memory of a crew for `rows` tokens at most; the last one is each thread's own.
 struct Room8 {
   float *wide, *inner, *context, *scale, *exact;  // (rows, 3 size), (rows, inner), (rows, size), (rows, most) twice
-  uint8_t* codes;                                 // (rows, widest stride)
+  uint8_t* codes;                                 // (rows, bytes of the widest)
   float* own;                                     // whit_own8() floats
 };

@@ -80,9 +80,34 @@ static ALWAYS_INLINE void phase8(Crew& crew, int64_t tasks, const Task& task) {
   }
 }
 
+// Codes of 16 bits of one row of x, and its scales.
+template <class V>
+static void wide_codes(const whit_linear8& w, const float* x, int64_t m, const Room8& room) {
+  typedef uint8_t Bytes16 __attribute__((vector_size(16)));
+  uint8_t* codes = room.codes + 2 * m * w.stride;
+  memset(codes + w.in, 0, (size_t)(w.stride - w.in));
+  memset(codes + w.stride + w.in, 0, (size_t)(w.stride - w.in));
+  for (int64_t first = 0, g = 0; first < w.in; first += w.group_size, g++) {
+    const int64_t until = first + w.group_size < w.in ? first + w.group_size : w.in;
+    typename V::F most = V::zero();
+    uint32_t odd = 0;
+    for (int64_t c = first; c < until; c += 16) most = V::larger(most, V::load(x + c), odd);
+    const float largest = V::largest(most), factor = largest > 0 ? 1.0f / largest * 32767.0f : 0;
+    room.scale[m * w.groups + g] = odd ? __builtin_nanf("") : largest / 32767.0f;
+    for (int64_t c = first; c < until; c += 16) {
+      const Floats16 shifted = load16(x + c) * factor + 12582912.0f;  // 1.5 2^23: units are integers
+      const Ints16 q = same_bits<Ints16>(shifted) - 0x4b400000 + 32768;
+      const Bytes16 high = __builtin_convertvector(q >> 8 & 255, Bytes16), low = __builtin_convertvector(q & 255, Bytes16);
+      memcpy(codes + c, &high, 16);
+      memcpy(codes + w.stride + c, &low, 16);
+    }
+  }
+}
+
 // Codes of one row of x, its scales and the columns that stay exact.
 template <class V>
 static void codes_of(const whit_linear8& w, const float* x, float* kept, int64_t m, const Room8& room) {
+  if (w.wide) return wide_codes<V>(w, x, m, room);
   uint8_t* codes = room.codes + m * w.stride;
   float *scale = room.scale + m * w.groups, *exact = room.exact + m * w.exact_count;
   if (w.exact_count) {
@@ -142,6 +167,42 @@ static __attribute__((noinline)) void run_unsigned(const uint8_t* q, int64_t str
   });
 }
 
+// The same for codes of 16 bits: two sums of bytes, put together as exact integers.
+template <class V, int M>
+static __attribute__((noinline)) void run_wide(const uint8_t* q, int64_t stride, const int8_t* panel, int64_t run,
+                                               const int32_t* start, const float* by, int64_t groups,
+                                               const float* scale, float* total) {
+  constexpr int N = WIDE8 / V::LANES;
+  typedef int32_t Ints __attribute__((vector_size(4 * V::LANES)));
+  typename V::I high[M][N], low[M][N];
+  EACH(n, N) {
+    typename V::I first;
+    memcpy(&first, start + n * V::LANES, sizeof first);
+    EACH(m, M) { low[m][n] = first, high[m][n] = V::izero(); });
+  });
+  for (int64_t k = 0; k < run; k++) {
+    typename V::B level[N];
+    EACH(n, N) { level[n] = V::bload(panel + (k * N + n) * V::LANES * 4); });
+    EACH(m, M) {
+      const int8_t* at = (const int8_t*)q + 2 * m * stride + 4 * k;
+      typename V::B four = V::four(at), less = V::four(at + stride);
+      EACH(n, N) {
+        V::template dot_into<V::EXACT>(high[m][n], four, level[n]);
+        V::template dot_into<V::EXACT>(low[m][n], less, level[n]);
+      });
+    });
+  }
+  EACH(m, M) {
+    typename V::G one = V::gset1(by[m * groups]);
+    EACH(n, N) {
+      float* to = total + m * WIDE8 + n * V::LANES;
+      const Ints sum = same_bits<Ints>(high[m][n]) * 256 + same_bits<Ints>(low[m][n]);
+      typename V::G part = V::gmul(V::to_g(same_bits<typename V::I>(sum)), one);
+      V::gstore(to, V::gfma(part, V::gload(scale + n * V::LANES), V::gload(to)));
+    });
+  });
+}
+
 // What is done with a tile of the product: kept, passed through the GELU, or added to what is there.
 enum Then { KEEP, GELU, ADD };
 
@@ -166,7 +227,7 @@ static __attribute__((noinline)) void exact8(const float* x, int64_t count, cons
   });
 }
 
-template <class V, int M, Then THEN>
+template <class V, int M, Then THEN, bool WIDE>
 static void linear_tile(const whit_linear8& w, const Room8& room, int64_t panel, int64_t m0, float* y, int64_t y_stride) {
   alignas(64) float total[M * WIDE8];
   memset(total, 0, sizeof total);
@@ -174,8 +235,9 @@ static void linear_tile(const whit_linear8& w, const Room8& room, int64_t panel,
   for (int64_t g = 0, first = 0; g < w.groups; g++, first += w.group_size) {
     const int64_t until = first + w.group_size < w.in ? first + w.group_size : w.in;
     const int64_t at = (panel * w.groups + g) * WIDE8;
-    run_unsigned<V, M>(room.codes + m0 * w.stride + first, w.stride, levels + first * WIDE8, (until - first) / 4,
-                       w.start + at, room.scale + m0 * w.groups + g, w.groups, w.scale + at, total);
+    constexpr auto run = WIDE ? run_wide<V, M> : run_unsigned<V, M>;
+    run(room.codes + m0 * w.stride * (WIDE ? 2 : 1) + first, w.stride, levels + first * WIDE8, (until - first) / 4,
+        w.start + at, room.scale + m0 * w.groups + g, w.groups, w.scale + at, total);
   }
   exact8<V, M>(room.exact + m0 * w.exact_count, w.exact_count, w.exact + panel * w.exact_count * WIDE8,
                w.bias + panel * WIDE8, total);
@@ -191,16 +253,23 @@ static void linear_tile(const whit_linear8& w, const Room8& room, int64_t panel,
   }
 }
 
+template <class V, Then THEN, bool WIDE>
+static void linear_panel(const whit_linear8& w, const Room8& room, int64_t panel, int64_t rows, float* y, int64_t stride) {
+  constexpr int TALL = WIDE ? V::TALL / 2 : V::TALL;  // twice the sums are held
+  int64_t m = 0;
+  for (; m + TALL <= rows; m += TALL) linear_tile<V, TALL, THEN, WIDE>(w, room, panel, m, y, stride);
+  if constexpr (TALL > 4)
+    if (m + 4 <= rows) linear_tile<V, 4, THEN, WIDE>(w, room, panel, m, y, stride), m += 4;
+  if constexpr (TALL > 2)
+    if (m + 2 <= rows) linear_tile<V, 2, THEN, WIDE>(w, room, panel, m, y, stride), m += 2;
+  for (; m < rows; m++) linear_tile<V, 1, THEN, WIDE>(w, room, panel, m, y, stride);
+}
+
 template <class V, Then THEN>
-static void linear8(Crew& crew, const whit_linear8& w, const Room8& room, int64_t rows, float* y, int64_t y_stride) {
+static void linear8(Crew& crew, const whit_linear8& w, const Room8& room, int64_t rows, float* y, int64_t stride) {
   phase8(crew, (w.out + WIDE8 - 1) / WIDE8, [&](int64_t panel) {
-    int64_t m = 0;
-    for (; m + V::TALL <= rows; m += V::TALL) linear_tile<V, V::TALL, THEN>(w, room, panel, m, y, y_stride);
-    if constexpr (V::TALL > 4)
-      if (m + 4 <= rows) linear_tile<V, 4, THEN>(w, room, panel, m, y, y_stride), m += 4;
-    if constexpr (V::TALL > 2)
-      if (m + 2 <= rows) linear_tile<V, 2, THEN>(w, room, panel, m, y, y_stride), m += 2;
-    for (; m < rows; m++) linear_tile<V, 1, THEN>(w, room, panel, m, y, y_stride);
+    if (w.wide) linear_panel<V, THEN, true>(w, room, panel, rows, y, stride);
+    else linear_panel<V, THEN, false>(w, room, panel, rows, y, stride);
   });
 }
 
