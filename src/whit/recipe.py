@@ -308,6 +308,18 @@ def parse_spec(spec: str) -> str:
     return name if name in SCHEMES else str(parse_format(spec))
 
 
+def split_list(text: str) -> list[str]:
+    """At commas that are not inside parentheses, as in codebook(-1,0,1)-g64."""
+    parts, depth = [""], 0
+    for letter in text:
+        depth += {"(": 1, ")": -1}.get(letter, 0)
+        if letter == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    return parts
+
+
 def split_methods(
     rules: Sequence[tuple[str, Format | str]],
 ) -> tuple[list[tuple[str, Format | str]], list[tuple[str, str]]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from whit.allocation import (
     solve,
 )
 from whit.allocation.sensitivity import ROUNDING
+from whit.allocation.space import LADDER, bytes_of, methods_of
 from whit.calibration import CalibrationTokens
 from whit.calibration.capture import Watch
 from whit.cli import main
@@ -31,6 +33,7 @@ from whit.formats import parse_format
 from whit.integrations.loading import load_causal_lm
 from whit.job import Job, prepare
 from whit.memory.needs import OVERHEAD
+from whit.methods import RTN
 
 from tiny_models import save_tiny
 
@@ -195,6 +198,54 @@ def test_a_measure_serves_all_sizes_and_no_byte_depends_on_threads(tiny: Path, t
     torch.set_num_threads(threads)
     assert found[0] == found[1]
     assert len({recipe.to_toml() for recipe in found[0]}) == 3
+
+
+@pytest.mark.parametrize("how", ["kl", *(pytest.param(how, marks=pytest.mark.slow) for how in ("probe", "hessian"))])
+def test_the_best_of_several_methods_is_chosen_matrix_by_matrix(how: str, tiny: Path, tmp_path: Path):
+    """Whose errors are those of the method alone; a rule names it, and the recipe is the same in every run."""
+    ladder = ("rtn:int3-g32", "clip:int3-g32", "gptq:int3-g32", "int8")
+    job = undecided(tiny, tmp_path / "out")
+    wanted, methods = free_formats(job, ladder), methods_of(job, ladder)
+    low, high = map(parse_format, ("int3-g32", "int8"))
+    assert {str(form): [m.name for m in several] for form, several in methods.items()} == {
+        "int3-g32": ["rtn", "clip", "gptq"]
+    }
+    groups = measured(job, TOKENS, wanted, how, methods)
+    alone = [measured(job, TOKENS, wanted, how, {low: (method,)}) for method in methods[low][:2]]
+    for group, *each in zip(groups, *alone, strict=True):
+        assert set(group.methods) == {low}
+        least = min(one.errors[low] for one in each)
+        assert group.errors[low] <= least * (1 + 1e-6)
+        for one, method in zip(each, methods[low][:2], strict=True):
+            if group.methods[low] == method and how != "hessian":  # where the probe's own error is in the unit
+                assert group.errors[low] == pytest.approx(one.errors[low], rel=1e-5)
+    chosen = {group.methods[low].name for group in groups}
+    assert "gptq" in chosen
+    size = sum(bytes_of(job, i, low) for i in job.plan.items if i.name in wanted)
+    found = [budgeted(job, size + 24_000, CalibrationTokens(TOKENS, ""), ladder, how) for _ in range(2)]
+    (tmp_path / "recipe.toml").write_text(found[0].recipe.to_toml())
+    assert found[0].recipe == found[1].recipe == Recipe.load(tmp_path / "recipe.toml")
+    planned = {i.name: (i.format, i.method or RTN()) for i in found[0].plan.items if i.format is not None}
+    assert any(form == low for form, _ in planned.values())
+    for group in groups:
+        for name in group.parameters:
+            form, method = planned[name]
+            assert method == group.methods.get(form, RTN())
+    assert high in {form for form, _ in planned.values()}
+
+
+def test_sizes_are_met_from_below_within_half_a_percent(tmp_path: Path):
+    """Of the shipped model, whatever its errors."""
+    job = undecided("whit:model", tmp_path / "out")
+    draw = Random(0)
+    groups = []
+    for name, formats in free_formats(job, LADDER).items():
+        share = 10 ** draw.uniform(-4, -1)
+        groups.append(Group((name,), {f: share * 4.0**-f.bits for f in formats}))
+    for bits in (2.5, 3.0, 3.5, 4.0, 4.5, 5.0):
+        size = int(bits * job.plan.parameters / 8)
+        found = solve(job, groups, size)
+        assert 0.995 * size <= found.plan.size_bytes <= size
 
 
 def test_a_size_that_cannot_be_met_is_refused_with_the_least(tiny: Path, tmp_path: Path):

@@ -14,6 +14,7 @@ from whit.allocation import budgeted, free_formats, ladder_of
 from whit.calibration import CalibrationTokens
 from whit.checkpoint.reader import read_json
 from whit.export import exporter_named
+from whit.formats import parse_format
 from whit.job import Job, open_source, prepare
 from whit.pipeline import run
 
@@ -88,7 +89,8 @@ def _read_back(kind: str, out: Path, planned: dict[str, str]) -> None:
         assert bits == {name: int(form[3]) for name, form in planned.items()}
     source = open_source(out)
     near = {name: source.format(name) for name in planned}  # type: ignore[union-attr]
-    assert {n: (f.bits, f.group_size) for n, f in near.items()} == {  # their readers do not tell all scales' types
-        n: (int(form[3]), 0 if "-g" not in form else int(form.split("-g")[1].split("-")[0]))
-        for n, form in planned.items()
+    wanted = {name: parse_format(form) for name, form in planned.items()}
+    # their readers do not tell all scales' types
+    assert {n: (f.bits, f.group_size) for n, f in near.items()} == {
+        n: (f.bits, f.group_size) for n, f in wanted.items()
     }

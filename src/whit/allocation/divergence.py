@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from math import exp, log
+from math import exp, inf, log
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -24,12 +24,13 @@ import torch
 from torch import Tensor, nn
 
 from whit.allocation.sensitivity import Group
-from whit.allocation.space import inside_blocks
+from whit.allocation.space import Methods, inside_blocks, without_data
 from whit.calibration.capture import Watch
 from whit.calibration.runner import Runner
 from whit.errors import UnsupportedModelError
 from whit.job import Job
-from whit.methods import Clip
+from whit.methods import Method
+from whit.methods.lowrank import beside
 from whit.methods.stack import energy, quantize_stack
 from whit.plan import Item
 from whit.tensor import Format, LayerStats
@@ -58,13 +59,15 @@ class Probe:
 
 
 def measure_divergence(
-    job: Job, tokens: Tensor, wanted: Mapping[str, tuple[Format, ...]], every: bool = True, probes: int = PROBES
-) -> tuple[Group, ...]:
+    job: Job, tokens: Tensor, wanted: Mapping[str, tuple[Format, ...]], every: bool = True, probes: int = PROBES,
+    methods: Methods | None = None,
+) -> tuple[Group, ...]:  # fmt: skip
     """The groups of the parameters that `wanted` names, with the divergence in each of their formats.
 
     It is taken over the first samples, of at most `probes` tokens; `every`: in every format. `tokens` is int64
-    (samples, context). CalibrationError names a parameter that no token reached; UnsupportedModelError where the model
-    predicts no next tokens.
+    (samples, context). Of the methods that a format has in `methods` the best one counts: by the divergence where that
+    is taken, else by tr(dW H dW^T). CalibrationError names a parameter that no token reached; UnsupportedModelError
+    where the model predicts no next tokens.
     """
     if not job.source.model.can_generate():
         raise UnsupportedModelError(
@@ -72,7 +75,7 @@ def measure_divergence(
             "use --sensitivity hessian"
         )
     items = {item.name: item for item in job.plan.items if item.name in wanted}
-    source, found = job.source, []
+    source, tried, found = job.source, Tried(job, methods or {}, every), []
     with torch.no_grad(), TemporaryDirectory(prefix="whit-") as scratch:
         runner = Runner(
             source.model, lambda name: _single(source.read(source.tied.get(name, name))), tokens, job.device,
@@ -83,31 +86,60 @@ def measure_divergence(
             probe = Probe(runner, some, tuple(_log_p(runner.logits(row[None])) for row in some))
             for item in items.values():
                 if not inside_blocks(job, item.name):
-                    found.append(_outside(job, probe, item, parameters, wanted[item.name]))
+                    found.append(_outside(job, probe, item, parameters, wanted[item.name], tried))
             for index, name in enumerate(runner.names):
-                found += _block(job, probe, index, parameters, items, wanted, every)
+                found += _block(job, probe, index, parameters, items, wanted, tried)
                 if job.options.progress is not None:
                     job.options.progress(name, index + 1, len(runner.names))
     return tuple(found)
 
 
+class Tried:
+    """What is tried with a format: its methods, and how each rounds a matrix as the run will have it (but for a
+    transform, and for the inputs that the quantized model has)."""
+
+    def __init__(self, job: Job, methods: Methods, every: bool) -> None:
+        assert job.recipe is not None
+        self.every = every
+        self._own, self._methods = job.recipe.method, methods
+        known = [method for several in methods.values() for method in several]
+        self._calibrated = job.recipe.needs_stats or any(method.needs_stats for method in known)
+
+    def methods(self, format: Format) -> tuple[Method, ...]:
+        return self._methods.get(format, (self._own,))
+
+    def rounded(self, method: Method, matrix: Tensor, stats: tuple[LayerStats, ...] | None, format: Format) -> Tensor:
+        if format.bits == 16:
+            return matrix
+        if stats is not None and self._calibrated:
+            return quantize_stack(beside(method), matrix, stats, format).dequantize()
+        return beside(without_data(method))(matrix, None, format).dequantize()
+
+    def best(self, found: Mapping[Format, Method]) -> dict[Format, Method]:
+        """Those of formats that were tried with others than the recipe's own."""
+        return {format: method for format, method in found.items() if format in self._methods}
+
+
 def _outside(
-    job: Job, probe: Probe, item: Item, parameters: Mapping[str, nn.Parameter], formats: Sequence[Format]
+    job: Job, probe: Probe, item: Item, parameters: Mapping[str, nn.Parameter], formats: Sequence[Format], tried: Tried
 ) -> Group:
     """An embedding or a head, and what is tied to it."""
     sharing = [name for name, owner in job.source.tied.items() if owner == item.name and name in parameters]
     places = [parameters[name] for name in (item.name, *sharing)]
-    matrix, errors = item.matrix(places[0].data), {}
+    matrix, errors, methods = item.matrix(places[0].data), {}, {}
     for format in formats:
-        near = item.parameter(_rounded(job, matrix, None, format))
-        with _replaced([(place, near) for place in places]):
-            errors[format] = probe.divergence()
-    return Group((item.name,), errors)
+        found = []
+        for method in tried.methods(format):
+            near = item.parameter(tried.rounded(method, matrix, None, format))
+            with _replaced([(place, near) for place in places]):
+                found.append((probe.divergence(), method))
+        errors[format], methods[format] = min(found, key=lambda pair: pair[0])
+    return Group((item.name,), errors, tried.best(methods))
 
 
 def _block(
     job: Job, probe: Probe, index: int, parameters: Mapping[str, nn.Parameter], items: Mapping[str, Item],
-    wanted: Mapping[str, tuple[Format, ...]], every: bool,
+    wanted: Mapping[str, tuple[Format, ...]], tried: Tried,
 ) -> Iterator[Group]:  # fmt: skip
     """The groups of a block; the runner's inputs go one block on."""
     runner = probe.runner
@@ -122,15 +154,22 @@ def _block(
     stats = watch.stats()
     for names in stats.groups if job.exporter.fuses else tuple((name,) for name in inside):
         formats = [f for f in wanted[names[0]] if all(f in wanted[n] for n in names)]
-        taken = formats if every else _anchors(formats)
-        lost, found = {}, {}
+        taken = formats if tried.every else _anchors(formats)
+        lost, found, methods = {}, {}, {}
         for format in formats:
-            near = {n: _rounded(job, items[n].matrix(inside[n].data), stats.of(n), format) for n in names}
-            lost[format] = sum(_loss(items[n].matrix(inside[n].data), near[n], stats.of(n)) for n in names)
+            least = inf
+            for method in tried.methods(format):
+                near = {n: tried.rounded(method, items[n].matrix(inside[n].data), stats.of(n), format) for n in names}
+                loss = harm = sum(_loss(items[n].matrix(inside[n].data), near[n], stats.of(n)) for n in names)
+                if format in taken:
+                    with _replaced([(inside[n], items[n].parameter(near[n])) for n in names]):
+                        harm = probe.divergence(index, before)
+                if harm < least:
+                    least, lost[format], methods[format] = harm, loss, method
             if format in taken:
-                with _replaced([(inside[n], items[n].parameter(near[n])) for n in names]):
-                    found[format] = probe.divergence(index, before)
-        yield Group(tuple(names), {f: found[f] if f in found else _between(lost, found, f) for f in formats})
+                found[format] = least
+        errors = {f: found[f] if f in found else _between(lost, found, f) for f in formats}
+        yield Group(tuple(names), errors, tried.best(methods))
 
 
 def _anchors(formats: Sequence[Format]) -> list[Format]:
@@ -153,17 +192,6 @@ def _loss(matrix: Tensor, near: Tensor, stats: Sequence[LayerStats]) -> float:
     """tr(dW H dW^T), summed over the matrices of a stack."""
     parts = (matrix.to(torch.float32) - near).chunk(len(stats))
     return sum(float(energy(rows, s.hessian).sum()) for rows, s in zip(parts, stats, strict=True))
-
-
-def _rounded(job: Job, matrix: Tensor, stats: tuple[LayerStats, ...] | None, format: Format) -> Tensor:
-    """A matrix as the run will have it (but for a transform, and for the inputs that the quantized model has)."""
-    if format.bits == 16:
-        return matrix
-    assert job.recipe is not None
-    method = job.recipe.method
-    if stats is not None and job.recipe.needs_stats:
-        return quantize_stack(method, matrix, stats, format).dequantize()
-    return (Clip() if method.needs_stats else method)(matrix, None, format).dequantize()
 
 
 @contextmanager

@@ -12,10 +12,11 @@ from torch import Tensor
 from whit.allocation.budget import Choice, allocate
 from whit.allocation.divergence import measure_divergence
 from whit.allocation.sensitivity import Group, measure_sensitivity
-from whit.allocation.space import bytes_of, free_formats, ladder_of
+from whit.allocation.space import Methods, bytes_of, free_formats, ladder_of, methods_of
 from whit.calibration import CalibrationTokens
 from whit.errors import RecipeError
 from whit.job import Job
+from whit.methods import Method
 from whit.model.targets import find_targets
 from whit.plan import Plan, plan_quantization
 from whit.recipe import Recipe
@@ -40,25 +41,29 @@ def budgeted(
     """The recipe with the least expected error whose weight files have at most `size_bytes`.
 
     `job` is prepared with a rule that keeps everything; its other rules stay, and what they name is not chosen here.
-    RecipeError where no format of the ladder fits a matrix, or where the size cannot be met.
+    An entry of the ladder is a format, to be tried with the recipe's method, or `METHOD:SPEC`. RecipeError where no
+    format of the ladder fits a matrix, or where the size cannot be met.
     """
-    wanted = free_formats(job, ladder or ladder_of(job))
+    ladder = ladder or ladder_of(job)
+    wanted = free_formats(job, ladder)
     items = {item.name: item for item in job.plan.items}
     smallest = {n: min(f, key=lambda form, n=n: bytes_of(job, items[n], form)) for n, f in wanted.items()}  # type: ignore[misc]
     _check_size(_planned(job, smallest)[1], size_bytes)  # before the model is run
-    return solve(job, measured(job, tokens.tokens, wanted, measure), size_bytes)
+    return solve(job, measured(job, tokens.tokens, wanted, measure, methods_of(job, ladder)), size_bytes)
 
 
 def measured(
-    job: Job, tokens: Tensor, wanted: Mapping[str, tuple[Format, ...]], measure: Measure = "probe"
-) -> tuple[Group, ...]:
+    job: Job, tokens: Tensor, wanted: Mapping[str, tuple[Format, ...]], measure: Measure = "probe",
+    methods: Methods | None = None,
+) -> tuple[Group, ...]:  # fmt: skip
     """The errors of all groups in all formats; they serve any size. `tokens` is int64 (samples, context).
 
-    `kl`: the divergence, by a forward per format; `probe`: by two per group; `hessian`: shares of the blocks' outputs.
+    Of the `methods` that a format has the best one counts. `kl`: the divergence, by a forward per format and method;
+    `probe`: by two per group and method; `hessian`: shares of the blocks' outputs.
     """
     if measure == "hessian":
-        return measure_sensitivity(job, tokens, wanted)
-    return measure_divergence(job, tokens, wanted, every=measure == "kl")
+        return measure_sensitivity(job, tokens, wanted, methods)
+    return measure_divergence(job, tokens, wanted, measure == "kl", methods=methods)
 
 
 def solve(job: Job, groups: Sequence[Group], size_bytes: int) -> Budgeted:
@@ -72,8 +77,10 @@ def solve(job: Job, groups: Sequence[Group], size_bytes: int) -> Budgeted:
     chosen = tuple(smallest)
     overhead = 0
     while True:
-        formats = {p: ladders[g][i] for g, i in enumerate(chosen) for p in groups[g].parameters}
-        recipe, plan = _planned(job, formats)
+        picked = [(groups[g], ladders[g][i]) for g, i in enumerate(chosen)]
+        formats = {p: form for group, form in picked for p in group.parameters}
+        methods = {p: group.methods[form] for group, form in picked for p in group.parameters if form in group.methods}
+        recipe, plan = _planned(job, formats, methods)
         taken = sum(choices[g][i].bytes for g, i in enumerate(chosen))
         if overhead and plan.size_bytes <= size_bytes:
             error = sum(choices[g][i].error for g, i in enumerate(chosen))
@@ -85,8 +92,10 @@ def solve(job: Job, groups: Sequence[Group], size_bytes: int) -> Budgeted:
         chosen = allocate(choices, room)
 
 
-def _planned(job: Job, formats: Mapping[str, Format]) -> tuple[Recipe, Plan]:
-    recipe = recipe_of(job, formats)
+def _planned(
+    job: Job, formats: Mapping[str, Format], methods: Mapping[str, Method] | None = None
+) -> tuple[Recipe, Plan]:
+    recipe = recipe_of(job, formats, methods)
     return recipe, plan_quantization(job.source, recipe, job.exporter, job.options.shard_size)
 
 
@@ -100,16 +109,23 @@ def _check_size(plan: Plan, size_bytes: int) -> None:
         )
 
 
-def recipe_of(job: Job, formats: Mapping[str, Format]) -> Recipe:
-    """The commonest format for everything, a rule by name for what has another, then the user's own rules."""
+def recipe_of(job: Job, formats: Mapping[str, Format], methods: Mapping[str, Method] | None = None) -> Recipe:
+    """The commonest format for everything, a rule by name for what has another, then the user's own rules.
+
+    What has a method of `methods` that is not the recipe's own has it named in a rule.
+    """
     assert job.recipe is not None
     targets = find_targets(job.source.model)
     usual = Counter(formats[t.parameter] for t in targets if t.parameter in formats and not t.kept_by_default)
     rules: list[tuple[str, Format]] = [("*", usual.most_common(1)[0][0])]
     if job.exporter.whole(Recipe(None, rules)) != Recipe(None, rules):  # a type for everything stands for a mix there
         rules = [job.recipe.rules[0]]
+    named: list[tuple[str, Method]] = []
     for target in targets:
-        format = formats.get(job.source.tied.get(target.parameter, target.parameter))
-        if format is not None and (target.kept_by_default or format != rules[0][1]):
+        owner = job.source.tied.get(target.parameter, target.parameter)
+        format, method = formats.get(owner), (methods or {}).get(owner, job.recipe.method)
+        if format is not None and (target.kept_by_default or format != rules[0][1] or method != job.recipe.method):
             rules.append((target.holder, format))
-    return job.recipe.with_rules([*rules, *job.recipe.rules[1:]])
+        if method != job.recipe.method:
+            named.append((target.holder, method))
+    return job.recipe.with_rules([*rules, *job.recipe.rules[1:]]).with_methods(named)

@@ -14,20 +14,23 @@ all; else every matrix is a group of its own.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from whit.allocation.space import inside_blocks
-from whit.calibration.capture import BlockStats, Watch
+from whit.allocation.space import Methods, inside_blocks, without_data
+from whit.calibration.capture import Watch
 from whit.calibration.runner import Runner
 from whit.job import Job
 from whit.kernels import add_gram
-from whit.methods import Clip
+from whit.methods import Clip, Method
+from whit.methods.base import Quantizer
 from whit.methods.lowrank import beside
 from whit.methods.stack import can_stack, energy, quantize_stack
 from whit.plan import Item
@@ -40,20 +43,29 @@ PROBE_BITS = 4  # or the next more: an error that is small, and yet far above th
 
 @dataclass(frozen=True)
 class Group:
-    """Parameters that share a format, by name, and the error that each format would add: nats, or shares of outputs."""
+    """Parameters that share a format, by name, and the error that each format would add: nats, or shares of outputs.
+
+    `methods`: the one of least error, for formats where another than the recipe's own was tried too.
+    """
 
     parameters: tuple[str, ...]
     errors: Mapping[Format, float]
+    methods: Mapping[Format, Method] = field(default_factory=dict)
 
 
-def measure_sensitivity(job: Job, tokens: Tensor, wanted: Mapping[str, tuple[Format, ...]]) -> tuple[Group, ...]:
+def measure_sensitivity(
+    job: Job, tokens: Tensor, wanted: Mapping[str, tuple[Format, ...]], methods: Methods | None = None
+) -> tuple[Group, ...]:
     """The groups of the parameters that `wanted` names with the formats to be tried, in the order of the blocks.
 
-    `tokens` is int64 (samples, context). CalibrationError names a parameter that no token reached.
+    `tokens` is int64 (samples, context). For a format that `methods` has, each of these is tried. CalibrationError
+    names a parameter that no token reached.
     """
+    tried = methods or {}
     items = {item.name: item for item in job.plan.items if item.name in wanted}
     source = job.source
-    found = [_outside(job, item, wanted[item.name]) for item in items.values() if not inside_blocks(job, item.name)]
+    outside = [item for item in items.values() if not inside_blocks(job, item.name)]
+    found = [_outside(job, item, wanted[item.name], tried) for item in outside]
     with torch.no_grad(), TemporaryDirectory(prefix="whit-") as scratch:
 
         def read(name: str) -> Tensor:
@@ -70,49 +82,67 @@ def measure_sensitivity(job: Job, tokens: Tensor, wanted: Mapping[str, tuple[For
                 if inside:
                     stats = watch.stats()
                     groups = stats.groups if job.exporter.fuses else tuple((name,) for name in inside)
-                    found += _block(runner, index, before, stats, groups, items, wanted)
+                    probe = partial(_share, runner, index, before)
+                    modules = {n: parameters[n] for n in items if n in parameters}
+                    members = [[(items[n], modules[n], stats.of(n)) for n in names] for names in groups]
+                    found += [_measured(each, wanted, tried, probe) for each in members]
             if job.options.progress is not None:
                 job.options.progress(name, index + 1, len(runner.names))
     return tuple(found)
 
 
-def _outside(job: Job, item: Item, formats: Sequence[Format]) -> Group:
+def _outside(job: Job, item: Item, formats: Sequence[Format], methods: Methods) -> Group:
     """An embedding or a head: its inputs are not watched."""
     matrix = item.matrix(job.source.read(item.name)).to(job.device, torch.float32)
     count = 1 + sum(owner == item.name for owner in job.source.tied.values())
-    errors = {}
+
+    def lost(format: Format, method: Quantizer) -> float:
+        near = matrix.to(torch.bfloat16) if format.bits == 16 else method(matrix, None, format).dequantize()
+        return count * float(((matrix - near).norm() / matrix.norm()) ** 2)
+
+    chosen, errors = {}, {}
     for format in formats:
-        near = matrix.to(torch.bfloat16) if format.bits == 16 else ROUNDING(matrix, None, format).dequantize()
-        errors[format] = count * float(((matrix - near).norm() / matrix.norm()) ** 2)
-    return Group((item.name,), errors)
+        errors[format], best = min(
+            ((lost(format, without_data(method)), method) for method in methods.get(format, (ROUNDING,))),
+            key=lambda pair: pair[0],
+        )
+        if format in methods:
+            chosen[format] = best
+    return Group((item.name,), errors, chosen)
 
 
-def _block(
-    runner: Runner, index: int, before: Tensor, stats: BlockStats, groups: Sequence[tuple[str, ...]],
-    items: Mapping[str, Item], wanted: Mapping[str, tuple[Format, ...]],
-) -> Iterator[Group]:  # fmt: skip
-    """The groups of a loaded block; `runner` holds its outputs, `before` the first of its inputs."""
-    modules = dict(runner.blocks[index].named_parameters())
-    prefix = f"{runner.names[index]}."
-    for names in groups:
-        members = [(items[n], modules[n.removeprefix(prefix)], stats.of(n)) for n in names]
-        formats = [f for f in wanted[names[0]] if all(f in wanted[n] for n in names)]
-        probe = min(formats, key=lambda f: (abs(f.bits - PROBE_BITS), f.bits < PROBE_BITS))
-        rounded = [_rounded(*member, probe) for member in members]
-        share = _share(runner, index, before, [(m[1], near) for m, (_, near) in zip(members, rounded, strict=True)])
-        lost = {f: sum(_rounded(*member, f)[0] for member in members) for f in formats if f != probe}
-        lost[probe] = sum(error for error, _ in rounded)
-        unit = share / lost[probe] if lost[probe] > 0 else 0.0
-        yield Group(tuple(names), {f: lost[f] * unit for f in formats})
+Member: TypeAlias = tuple[Item, nn.Parameter, tuple[LayerStats, ...]]
+
+
+def _measured(
+    members: Sequence[Member], wanted: Mapping[str, tuple[Format, ...]], methods: Methods,
+    share: Callable[[Sequence[tuple[nn.Parameter, Tensor]]], float],
+) -> Group:  # fmt: skip
+    """A group of a loaded block; `share` is what is lost of the block's output with parameters at other values."""
+    names = tuple(item.name for item, _, _ in members)
+    formats = [f for f in wanted[names[0]] if all(f in wanted[n] for n in names)]
+    probe = min(formats, key=lambda f: (abs(f.bits - PROBE_BITS), f.bits < PROBE_BITS))
+    lost, chosen, unit = {}, {}, 0.0
+    for format in formats:
+        tried = []
+        for method in methods.get(format, (ROUNDING,)):
+            rounded = [_rounded(*member, format, method) for member in members]
+            tried.append((sum(error for error, _ in rounded), method, [near for _, near in rounded]))
+        lost[format], best, values = min(tried, key=lambda entry: entry[0])
+        if format in methods:
+            chosen[format] = best
+        if format == probe and lost[format] > 0:
+            unit = share([(m[1], near) for m, near in zip(members, values, strict=True)]) / lost[format]
+    return Group(names, {f: loss * unit for f, loss in lost.items()}, chosen)
 
 
 def _rounded(
-    item: Item, parameter: nn.Parameter, stats: tuple[LayerStats, ...], format: Format
+    item: Item, parameter: nn.Parameter, stats: tuple[LayerStats, ...], format: Format, method: Method
 ) -> tuple[float, Tensor]:
     """tr(dW H dW^T), and the rounded parameter in its own shape."""
     matrix = item.matrix(parameter.data)
     count = len(stats) if can_stack(format) else 1
-    near = quantize_stack(beside(ROUNDING), matrix, stats[:count], format).dequantize()
+    near = quantize_stack(beside(method), matrix, stats[:count], format).dequantize()
     difference = (matrix.to(torch.float32) - near).chunk(len(stats))
     lost = sum(float(energy(rows, s.hessian).sum()) for rows, s in zip(difference, stats, strict=True))
     return lost, item.parameter(near)

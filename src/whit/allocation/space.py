@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TypeAlias
 
 from whit.errors import RecipeError
 from whit.export.base import Parameter
 from whit.formats import parse_format
 from whit.job import Job
+from whit.methods import Clip, Method, parse_method
 from whit.model.graph import find_blocks
 from whit.plan import Item
-from whit.recipe import Recipe
+from whit.recipe import Recipe, split_methods
 from whit.tensor import Format
 
+# The methods that are tried with a format, where the recipe's own is not the only one.
+Methods: TypeAlias = Mapping[Format, tuple[Method, ...]]
+
+# Bit for bit ggml's types lose least, where superblocks of 256 columns divide the rows; integers go everywhere.
 LADDER = (
-    "int2-g64-asym", "int2-g32-asym", "int3-g64-asym", "int3-g32-asym", "int4-g64-asym", "int4-g32-asym",
-    "int5-g64-asym", "int6-g64-asym", "int8",
+    "int2-g64-asym", "int2-g32-asym", "q2_k", "int3-g64-asym", "q3_k", "int3-g32-asym", "iq4_xs", "int4-g64-asym",
+    "q4_k", "iq4_nl", "int4-g32-asym", "int5-g64-asym", "q5_k", "int6-g64-asym", "q6_k", "int7-g64-asym", "int8",
 )  # fmt: skip
 # Kinds of file that hold other formats, or whose readers take other groups.
 LADDERS: dict[str, tuple[str, ...]] = {
@@ -36,6 +42,25 @@ def ladder_of(job: Job) -> tuple[str, ...]:
     return LADDERS.get(job.exporter.name, LADDER)
 
 
+def methods_of(job: Job, ladder: Sequence[str | Format]) -> dict[Format, tuple[Method, ...]]:
+    """Methods by format, as the file holds it, from a ladder's entries: `METHOD:SPEC`, or `SPEC` for the recipe's own.
+
+    Formats that are tried with the recipe's own alone are left out.
+    """
+    assert job.recipe is not None
+    found: dict[Format, dict[Method, None]] = {}
+    for entry in ladder:
+        rules, named = split_methods([("*", entry)])
+        method = parse_method(named[0][1]) if named else job.recipe.method
+        found.setdefault(job.exporter.fitted(parse_format(rules[0][1])), {})[method] = None
+    return {format: tuple(methods) for format, methods in found.items() if tuple(methods) != (job.recipe.method,)}
+
+
+def without_data(method: Method) -> Method:
+    """The method where calibration does not reach: embeddings and heads, whose inputs are not watched."""
+    return Clip() if method.needs_stats else method
+
+
 def free_formats(job: Job, ladder: Sequence[str | Format]) -> dict[str, tuple[Format, ...]]:
     """The formats that may be chosen for each parameter that no rule names, embeddings and heads included.
 
@@ -44,7 +69,7 @@ def free_formats(job: Job, ladder: Sequence[str | Format]) -> dict[str, tuple[Fo
     """
     assert job.recipe is not None
     fixed, partners = Recipe(None, job.recipe.rules[1:]), _partners(job)
-    formats = [parse_format(format) for format in ladder]
+    formats = [parse_format(rule[1]) for rule in split_methods([("*", entry) for entry in ladder])[0]]
     found = {}
     for item in job.plan.items:
         target = item.target

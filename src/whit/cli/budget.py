@@ -19,7 +19,7 @@ from whit.errors import OutputError, RecipeError
 from whit.integrations.loading import load_tokenizer, maximum_context
 from whit.job import Job
 from whit.memory import Need, Planner, Situation, find_subject
-from whit.recipe import Recipe
+from whit.recipe import Recipe, split_list, split_methods
 
 KEEP = ("*", "bf16")
 DEFAULT_CONTEXT = 2048
@@ -41,8 +41,9 @@ FitInto: TypeAlias = Annotated[
 Ladder: TypeAlias = Annotated[
     str | None,
     typer.Option(
-        metavar="SPEC,SPEC...",
-        help=f"Formats to choose from; bf16 keeps. [default: what the kind of file holds, such as {','.join(LADDER)}]",
+        metavar="SPEC,METHOD:SPEC...",
+        help="Formats to choose from, each with --method or, once or more, with another; bf16 keeps. "
+        f"[default: what the kind of file holds, such as {','.join(LADDER)}]",
     ),
 ]
 # kl: one run of the model per matrix and format; probe: two per matrix; hessian: one calibration pass
@@ -97,7 +98,8 @@ class Request:
         context = self.context or maximum_context(job.source.model.config) or DEFAULT_CONTEXT
         subject = find_subject(str(job.source.checkpoint.folder), job.options.trust_remote_code)
         planner = Planner(subject, Situation(context, device=job.device.type))
-        need = max(_needs(planner, self.formats(job)), key=lambda row: row.total_bytes - row.weights_bytes)
+        formats = tuple(str(rule[1]) for rule in split_methods([("*", entry) for entry in self.formats(job)])[0])
+        need = max(_needs(planner, formats), key=lambda row: row.total_bytes - row.weights_bytes)
         left = total - (need.total_bytes - need.weights_bytes)
         parts = (
             f"cache of {context:,} tokens {size(need.kv_cache_bytes)}, activations {size(need.activations_bytes)}, "
@@ -112,7 +114,7 @@ class Request:
 
     def formats(self, job: Job) -> tuple[str, ...]:
         """The formats to choose from."""
-        return tuple(self.ladder.split(",")) if self.ladder else ladder_of(job)
+        return tuple(split_list(self.ladder)) if self.ladder else ladder_of(job)
 
 
 def _needs(planner: Planner, formats: tuple[str, ...]) -> list[Need]:
@@ -137,7 +139,8 @@ def choose(job: Job, request: Request, tokens: CalibrationTokens) -> Budgeted:
     with progress(notes) as step:
         shown = replace(job, options=replace(job.options, progress=step))
         found = budgeted(shown, wanted, tokens, request.formats(job), measure)
-    counts = Counter(str(format) for format in found.plan.formats.values())
+    chosen = ((item.method, item.format) for item in found.plan.items if item.format is not None)
+    counts = Counter(f"{method.name}:{format}" if method else str(format) for method, format in chosen)
     said = ", ".join(f"{count} x {name}" for name, count in sorted(counts.items()))
     notes.print(
         f"chosen: {size(found.plan.size_bytes)} of {size(wanted)}, {found.plan.bits_per_weight:.3f} bits per weight: "

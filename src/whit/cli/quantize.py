@@ -119,6 +119,7 @@ def quantize(
         used = text if start.needs_stats else None  # by the method; the choice of formats always uses it
         undecided = prepare(model, out, start, options, used, export)
         chosen, found = budget_recipe(undecided, text, request)
+        used = text if chosen.needs_stats else None
         job = replace(prepare(model, out, chosen, options, used, export), budget=found)
     else:
         wanted = build_recipe(method, format, rule, recipe, transform)

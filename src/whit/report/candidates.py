@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from whit.errors import RecipeError
-from whit.recipe import Recipe, parse_spec
+from whit.recipe import Recipe, parse_spec, split_list
 from whit.report.comparison import Candidate
 from whit.report.peers import find_peer
 
@@ -71,17 +71,5 @@ def parse_entrant(text: str) -> Entrant:
 
 def parse_entrants(text: str) -> tuple[Entrant, ...]:
     """A list with commas; the original comes first whether it is named or not, and nothing comes twice."""
-    found = [parse_entrant("bf16"), *(parse_entrant(part) for part in _split(text) if part.strip())]
+    found = [parse_entrant("bf16"), *(parse_entrant(part) for part in split_list(text) if part.strip())]
     return tuple({entrant.label: entrant for entrant in found}.values())
-
-
-def _split(text: str) -> list[str]:
-    """At commas that are not inside parentheses, as in codebook(-1,0,1)-g64."""
-    parts, depth = [""], 0
-    for letter in text:
-        depth += {"(": 1, ")": -1}.get(letter, 0)
-        if letter == "," and depth == 0:
-            parts.append("")
-        else:
-            parts[-1] += letter
-    return parts

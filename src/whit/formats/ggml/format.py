@@ -20,6 +20,7 @@ from whit.formats.ggml.fit import exponent_scale, fit_groups
 from whit.formats.ggml.kinds import KINDS, Kind
 from whit.formats.ggml.levels import nearest
 from whit.formats.grouping import align, group_count, group_sums
+from whit.formats.numeric import constant
 from whit.tensor import Params, ParamSpec, tensor_param
 
 TINY, LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
@@ -151,8 +152,7 @@ class Ggml:
         """The integers that codes mean, in float32."""
         if not self.kind.levels:
             return codes.to(torch.float32)
-        table = torch.tensor(self.kind.levels, dtype=torch.float32, device=codes.device)
-        return table[codes.int()]
+        return constant(self.kind.levels, torch.float32, codes.device)[codes.int()]
 
     def _effective(self, params: Params, column: int, count: int) -> tuple[Tensor, Tensor | None]:
         """d scale and dmin min in float32, for the runs that hold columns [column, column + count)."""
