@@ -17,10 +17,12 @@ import argparse
 import json
 import multiprocessing
 import random
+import re
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ProcessPoolExecutor, wait
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +37,13 @@ from whit.plan import plan_quantization
 
 import harness
 
-UNIFORM = tuple(f"int{bits}-g{size}-asym" for bits in (2, 3, 4, 5) for size in (128, 96, 64, 48, 32, 24, 16))
-HEADS = {"": 3, "int8": 1}  # format of the embedding, where it is another, and how many below a target are measured
+GGML = ("q2_k", "q3_k", "iq4_xs", "q4_k", "iq4_nl", "q5_k")
+UNIFORM = (*(f"int{bits}-g{size}-asym" for bits in (2, 3, 4, 5) for size in (128, 96, 64, 48, 32, 24, 16)), *GGML)
+HEADS = {"": 4, "int8": 1}  # format of the embedding, where it is another, and how many below a target are measured
 MIXES = ("q2_k", "q3_k_s", "q3_k_m", "q3_k_l", "iq4_xs", "q4_k_s", "q4_k_m", "q5_k_m", "q6_k")
 MEASURES = ("hessian", "probe", "kl")
 RECIPES = 20
+SLICES = 3  # of the matrices of a kind, each measured by a process of its own
 NO_SETTINGS = ("scratch", "stages", "limit_seconds", "targets", "mixes", "ranked", "table", "name", "jobs")
 
 
@@ -50,13 +54,13 @@ class Bench:
         self.end = time.monotonic() + args.limit_seconds
         self.setting = cells.Setting(
             args.model, args.text, args.calibration, args.samples, args.context, args.max_tokens, args.device,
-            args.method, args.scratch, not args.walk_on_device,
+            args.method, args.scratch,
         )  # fmt: skip
         self.path = harness.RESULTS / f"{args.name}.json"
         known = json.loads(self.path.read_text()) if self.path.exists() else {}
-        self.state: dict[str, Any] = {"rows": {}, "measured": {}, **known}
+        self.state: dict[str, Any] = {"rows": {}, "measured": {}, "parts": {}, **known}
         self.pool = ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn"))
-        self.jobs, self.ladder = args.jobs, args.ladder
+        self.ladder = args.ladder
         self.lock = threading.Lock()  # rows come in on a thread of the pool
         Path(args.scratch).mkdir(parents=True, exist_ok=True)
 
@@ -95,45 +99,80 @@ class Bench:
             partial.write_text(json.dumps(self.state, indent=1) + "\n")
             partial.replace(self.path)
 
-    def start_measures(self, job: Job, names: list[str]) -> list[tuple[str, Future[Any]]]:
-        """Parts of a model's matrices, one process each; together they are all."""
-        wanted = {
-            n: [str(f) for f in formats] for n, formats in free_formats(job, self.ladder or ladder_of(job)).items()
-        }
-        parts = [dict(list(wanted.items())[i :: self.jobs]) for i in range(min(self.jobs, len(wanted)))]
-        todo = [how for how in names if how not in self.state["measured"]]
-        return [(how, self.pool.submit(cells.measure, self.setting, how, part)) for how in todo for part in parts]
+    def start_measures(self, job: Job, names: list[str]) -> list[Future[Any] | None]:
+        """Parts of a model's matrices, together all of them. Those of a part are alike, so that what is recorded for
+        one serves the next."""
+        ladder = list(self.ladder or ladder_of(job))
+        kinds: dict[str, list[str]] = {}
+        wanted = {n: [str(f) for f in formats] for n, formats in free_formats(job, ladder).items()}
+        for name in wanted:
+            kinds.setdefault(re.sub(r"[0-9]+", "*", name), []).append(name)
+        parts = [part for kind in kinds.values() for i in range(SLICES) if (part := kind[i::SLICES])]
+        parts.sort(key=lambda part: -len(part) * len(wanted[part[0]]))
+        begun = []
+        for how in (how for how in names if how not in self.state["measured"]):
+            for part in parts:
+                key = f"{how} {part[0]}"
+                if key not in self.state["parts"] and time.monotonic() < self.end:
+                    begun.append(
+                        self.pool.submit(cells.measure, self.setting, how, {n: wanted[n] for n in part}, ladder)
+                    )
+                    begun[-1].add_done_callback(partial(self._keep_part, key))
+        return begun
 
-    def end_measures(self, begun: list[tuple[str, Future[Any]]]) -> None:
-        """Put the parts together."""
-        for how in dict.fromkeys(how for how, _ in begun):
-            parts = [future.result() for name, future in begun if name == how]
+    def _keep_part(self, key: str, done: Future[Any]) -> None:
+        if done.cancelled():
+            return
+        if error := done.exception():
+            print(f"{key}: failed: {type(error).__name__}: {error}", flush=True)
+            return
+        with self.lock:
+            self.state["parts"][key] = done.result()
+        print(f"{key} ...: measured, {done.result()['seconds']:.0f} s", flush=True)
+        self.save()
+
+    def end_measures(self, job: Job, names: list[str], begun: list[Future[Any] | None]) -> bool:
+        """Put the parts together; False where the time was up before the last."""
+        self.wait(begun)
+        items = [item.name for item in job.plan.items]
+        count = len(free_formats(job, self.ladder or ladder_of(job)))
+        for how in (how for how in names if how not in self.state["measured"]):
+            with self.lock:
+                parts = [part for key, part in self.state["parts"].items() if key.startswith(f"{how} ")]
             errors = {name: found for part in parts for name, found in part["errors"].items()}
+            if sum(len(name.split()) for name in errors) < count:
+                print(f"{how}: {len(errors)} groups are measured, not all; run it again", flush=True)
+                return False
             seconds = sum(part["seconds"] for part in parts)
-            self.state["measured"][how] = {"errors": errors, "process_seconds": round(seconds, 1)}
+            ordered = dict(sorted(errors.items(), key=lambda entry: items.index(entry[0].split()[0])))
+            with self.lock:
+                self.state["measured"][how] = {"errors": ordered, "process_seconds": round(seconds, 1)}
+                self.state["parts"] = {k: v for k, v in self.state["parts"].items() if not k.startswith(f"{how} ")}
             print(f"{how}: {len(errors)} groups, {seconds:.0f} s of all processes", flush=True)
         self.save()
+        return True
 
     def groups(self, how: str) -> tuple[Group, ...]:
         return cells.groups_of(self.state["measured"][how]["errors"])
 
 
 def budget_stage(bench: Bench, job: Job, args: argparse.Namespace) -> None:
-    """Targets, uniform recipes and mixes."""
+    """Targets, uniform recipes and mixes. What the rest waits for is begun first."""
+    begun = bench.start_measures(job, [args.sensitivity])
     new = [name for name in args.mixes if f"mix-{name}" not in bench.state["rows"]]
     imatrix = bench.pool.submit(cells.importance, bench.setting) if new else None
-    bench.end_measures(bench.start_measures(job, [args.sensitivity]))
-    groups = bench.groups(args.sensitivity)
-    mixes = [bench.row(f"mix-{name}", cells.mix, name, imatrix.result(), kind="mix") for name in new if imatrix]
     futures = [
-        budget_row(bench, job, groups, f"budget-{bits:g}", int(bits * job.plan.parameters / 8)) for bits in args.targets
-    ]
-    futures += [
         bench.row(label, cells.make, label, recipe.to_dict(), kind="uniform")
-        for label, recipe in uniform_recipes(job, args.targets, args.method)
+        for label, recipe in uniform_recipes(job, args.targets)
     ]
+    mixes = [bench.row(f"mix-{name}", cells.mix, name, imatrix.result(), kind="mix") for name in new if imatrix]
+    complete = bench.end_measures(job, [args.sensitivity], begun)
+    groups = bench.groups(args.sensitivity) if complete else ()
+    if complete:
+        sizes = {f"budget-{bits:g}": int(bits * job.plan.parameters / 8) for bits in args.targets}
+        futures += [budget_row(bench, job, groups, label, size) for label, size in sizes.items()]
     bench.wait(mixes)
-    for name in args.mixes:
+    for name in args.mixes if complete else ():
         if size := bench.state["rows"].get(f"mix-{name}", {}).get("weights_bytes"):
             futures.append(budget_row(bench, job, groups, f"budget-as-{name}", size))
     bench.wait(futures)
@@ -150,13 +189,13 @@ def budget_row(bench: Bench, job: Job, groups: tuple[Group, ...], label: str, si
     return bench.row(label, cells.make, label, found.recipe.to_dict(), **more)
 
 
-def uniform_recipes(job: Job, targets: list[float], method: str) -> list[tuple[str, Recipe]]:
+def uniform_recipes(job: Job, targets: list[float]) -> list[tuple[str, Recipe]]:
     """For every target the largest uniform recipes below it."""
     tables = [i.target.holder for i in job.plan.items if i.target is not None and i.target.kept_by_default]
     sized = []
     for form in UNIFORM:
         for head in HEADS:
-            recipe = Recipe(method, [("*", form), *((name, head or form) for name in tables)])
+            recipe = Recipe("rtn", [("*", form), *((name, head or form) for name in tables)])  # cells know the method
             try:
                 plan = plan_quantization(job.source, recipe, job.exporter)
             except RecipeError:  # rows that its groups do not divide
@@ -179,15 +218,17 @@ def _largest(
 
 def rank_stage(bench: Bench, job: Job, args: argparse.Namespace) -> None:
     """Random recipes, and what each measure says of them."""
-    bench.end_measures(bench.start_measures(job, args.ranked))
+    if not bench.end_measures(job, args.ranked, bench.start_measures(job, args.ranked)):
+        return
     draw = random.Random(0)
-    ladder = bench.groups(args.ranked[0])
+    groups = {how: bench.groups(how) for how in args.ranked}
+    ladder = groups[args.ranked[0]]
     futures = []
     for number in range(RECIPES):
         formats = {p: draw.choice(list(g.errors)) for g in ladder for p in g.parameters}
         predicted = {}
         for how in args.ranked:
-            predicted[how] = sum(g.errors[formats[g.parameters[0]]] for g in bench.groups(how))
+            predicted[how] = sum(g.errors[formats[g.parameters[0]]] for g in groups[how])
         recipe = recipe_of(job, formats)
         label = f"random-{number}"
         futures.append(bench.row(label, cells.make, label, recipe.to_dict(), kind="random", predicted=predicted))
@@ -204,7 +245,7 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=65536)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--jobs", type=int, default=1)
-    parser.add_argument("--method", default="gptq")
+    parser.add_argument("--method", default="gptq", help="of all rows but the mixes; gptq+ refines scales and codes")
     parser.add_argument("--sensitivity", default="probe", choices=MEASURES)
     parser.add_argument("--ladder", type=lambda s: s.split(","), help="formats to choose from; whit's own unless given")
     parser.add_argument("--stages", default="budget,rank")
@@ -214,7 +255,6 @@ def main() -> None:
     parser.add_argument("--limit-seconds", type=float, default=1e9)
     parser.add_argument("--name", default="budget")
     parser.add_argument("--scratch", default="/tmp/whit-budget")
-    parser.add_argument("--walk-on-device", action="store_true", help="run GPTQ's walk where the model is")
     parser.add_argument("--table", action="store_true", help="only write table and picture anew")
     args = parser.parse_args()
     if args.table:

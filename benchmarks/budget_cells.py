@@ -10,7 +10,8 @@ import math
 import os
 import shutil
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from whit import Calibration, Options, Recipe
 from whit.allocation import Group, measured
+from whit.allocation.space import methods_of
 from whit.data import resolve_model, resolve_text
 from whit.evaluation.divergence import LiveBaseline, compare_windows
 from whit.evaluation.listener import Silent
@@ -29,14 +31,14 @@ from whit.formats import parse_format
 from whit.importance import measure_importance, write_imatrix
 from whit.integrations.loading import load_causal_lm, load_tokenizer
 from whit.job import Job, open_source, prepare
-from whit.methods import GPTQ
+from whit.methods import GPTQ, parse_method
 from whit.pipeline import quantize
-from whit.tensor import Format, LayerStats, QuantizedTensor
+from whit.tensor import Format
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What all cells share. `host`: GPTQ's walk on a CPU core, where the walk of a small model is faster."""
+    """What all cells share."""
 
     model: str
     text: str
@@ -47,21 +49,10 @@ class Setting:
     device: str
     method: str
     scratch: str
-    host: bool = True
 
     @property
     def tokens(self) -> Calibration:
         return Calibration(self.calibration, self.samples, self.context, 0)
-
-
-@dataclass(frozen=True)
-class HostGPTQ(GPTQ):
-    """GPTQ whose walk over the columns, thousands of tiny steps, is done by the CPU wherever the model is."""
-
-    def __call__(self, weight: Tensor, stats: LayerStats | None, format: Format) -> QuantizedTensor:
-        assert stats is not None
-        near = replace(stats, hessian=stats.hessian.cpu(), magnitude=None, drift=None)
-        return super().__call__(weight.cpu(), near, format).to(weight.device)
 
 
 def undecided(s: Setting) -> Job:
@@ -72,26 +63,41 @@ def undecided(s: Setting) -> Job:
 
 
 def method_of(s: Setting) -> Any:
-    """The method by name, with GPTQ's walk where it is quick."""
-    return HostGPTQ() if s.method == "gptq" and s.host and s.device != "cpu" else s.method
+    """The method by name; gptq+ also refines scales and codes."""
+    return GPTQ(refit=True, sweeps=1) if s.method == "gptq+" else s.method
 
 
-def measure(s: Setting, how: str, wanted: dict[str, list[str]]) -> dict[str, Any]:
-    """Errors by parameters (joined by spaces) and format, and the seconds they took."""
+def measure(s: Setting, how: str, wanted: dict[str, list[str]], ladder: list[str]) -> dict[str, Any]:
+    """Errors by parameters (joined by spaces) and format (led by the method, where several were tried), and the
+    seconds they took."""
     torch.set_num_threads(1)
     start = time.monotonic()
     job = undecided(s)
     tokens = job.calibration or s.tokens.tokens(load_tokenizer(resolve_model(s.model)))
     formats = {name: tuple(parse_format(f) for f in specs) for name, specs in wanted.items()}
-    groups = measured(job, tokens.tokens, formats, how)  # type: ignore[arg-type]
+    groups = measured(job, tokens.tokens, formats, how, methods_of(job, ladder))  # type: ignore[arg-type]
     release()
-    errors = {" ".join(g.parameters): {str(f): e for f, e in g.errors.items()} for g in groups}
+    errors = {
+        " ".join(g.parameters): {
+            f"{g.methods[f].name}:{f}" if f in g.methods else str(f): e for f, e in g.errors.items()
+        }
+        for g in groups
+    }
     return {"errors": errors, "seconds": time.monotonic() - start}
+
+
+def _named(group: Group, format: Format) -> str:
+    return f"{group.methods[format].name}:{format}" if format in group.methods else str(format)
 
 
 def groups_of(errors: dict[str, dict[str, float]]) -> tuple[Group, ...]:
     """The inverse of what `measure` says."""
-    return tuple(Group(tuple(n.split()), {parse_format(f): e for f, e in found.items()}) for n, found in errors.items())
+    groups = []
+    for names, found in errors.items():
+        methods = {parse_format(f.rpartition(":")[2]): parse_method(f.rpartition(":")[0]) for f in found if ":" in f}
+        values = {parse_format(f.rpartition(":")[2]): error for f, error in found.items()}
+        groups.append(Group(tuple(names.split()), values, methods))
+    return tuple(groups)
 
 
 def make(s: Setting, label: str, recipe: dict[str, Any]) -> dict[str, Any]:
@@ -99,7 +105,7 @@ def make(s: Setting, label: str, recipe: dict[str, Any]) -> dict[str, Any]:
     torch.set_num_threads(1)
     out = Path(s.scratch) / f"{os.getpid()}-{label}"
     asked = Recipe.from_dict(recipe)
-    asked = Recipe(method_of(s), asked.rules)
+    asked = Recipe(method_of(s), asked.rules, methods=asked.methods)
     calibration = s.tokens if asked.needs_stats else None
     start = time.monotonic()
     quantize(s.model, out, asked, calibration=calibration, options=Options(device=s.device, restart=True))
@@ -143,15 +149,12 @@ def _scored(s: Setting, out: Path, seconds: float) -> dict[str, Any]:
     A window at a time: many processes share a GPU's memory.
     """
     source = open_source(out)
-    network, original = (load_causal_lm(resolve_model(s.model), device=s.device, dtype="float32") for _ in range(2))
+    network, original = networks(s)
     for name, parameter in network.named_parameters():  # tied ones once
         parameter.data.copy_(source.read(source.tied.get(name, name)))
     source.checkpoint.close()
-    tokenizer = load_tokenizer(resolve_model(s.model))
-    tokens = tokenize(read_text(resolve_text(s.text)), tokenizer, s.max_tokens, s.text)
     baseline = LiveBaseline(original)
-    windows = torch.split(cut_windows(tokens, s.context), 1)
-    found = [compare_windows(network, baseline, window, Silent()) for window in windows]
+    found = [compare_windows(network, baseline, window, Silent()) for window in scored_windows(s)]
     kl = blocks(torch.cat([each.kl for each in found]))
     weights = sum(file.stat().st_size for file in weight_files(out))
     parameters = sum(parameter.numel() for parameter in network.parameters())
@@ -161,9 +164,22 @@ def _scored(s: Setting, out: Path, seconds: float) -> dict[str, Any]:
         "top1_agreement": float(torch.cat([each.agreement for each in found]).double().mean()),
         "weights_bytes": weights, "bits_per_weight": 8 * weights / parameters, "seconds": round(seconds, 1),
     }  # fmt: skip
-    del network, original, baseline
     release()
     return row
+
+
+@lru_cache(maxsize=1)
+def networks(s: Setting) -> tuple[Any, Any]:
+    """One to hold the values that are scored, and the original; loaded once in a process."""
+    first, second = (load_causal_lm(resolve_model(s.model), device=s.device, dtype="float32") for _ in range(2))
+    return first, second
+
+
+@lru_cache(maxsize=1)
+def scored_windows(s: Setting) -> tuple[Tensor, ...]:
+    """Windows (1, context) of the text."""
+    tokens = tokenize(read_text(resolve_text(s.text)), load_tokenizer(resolve_model(s.model)), s.max_tokens, s.text)
+    return torch.split(cut_windows(tokens, s.context), 1)
 
 
 def release() -> None:

@@ -22,6 +22,7 @@ Methods: TypeAlias = Mapping[Format, tuple[Method, ...]]
 LADDER = (
     "int2-g64-asym", "int2-g32-asym", "q2_k", "int3-g64-asym", "q3_k", "int3-g32-asym", "iq4_xs", "int4-g64-asym",
     "q4_k", "iq4_nl", "int4-g32-asym", "int5-g64-asym", "q5_k", "int6-g64-asym", "q6_k", "int7-g64-asym", "int8",
+    "int8-g64", "int8-g32",
 )  # fmt: skip
 # Kinds of file that hold other formats, or whose readers take other groups.
 LADDERS: dict[str, tuple[str, ...]] = {
