@@ -60,7 +60,8 @@ class Bench:
         known = json.loads(self.path.read_text()) if self.path.exists() else {}
         self.state: dict[str, Any] = {"rows": {}, "measured": {}, "parts": {}, **known}
         self.pool = ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn"))
-        self.ladder = args.ladder
+        self.ladder: list[str] | None = args.ladder
+        self.ladder_is_checked = False
         self.lock = threading.Lock()  # rows come in on a thread of the pool
         Path(args.scratch).mkdir(parents=True, exist_ok=True)
 
@@ -98,6 +99,17 @@ class Bench:
         with self.lock:
             partial.write_text(json.dumps(self.state, indent=1) + "\n")
             partial.replace(self.path)
+
+    def check(self, job: Job, names: list[str]) -> None:
+        """Leave out formats with which the method does not work on this device, and say so."""
+        ladder = list(self.ladder or ladder_of(job))
+        if self.setting.device == "cpu" or self.ladder_is_checked or all(n in self.state["measured"] for n in names):
+            return
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as apart:  # one may break a device's context
+            wrong = apart.submit(cells.check, self.setting, ladder).result()
+        for format, why in wrong.items():
+            print(f"{format}: left out: {why}", flush=True)
+        self.ladder, self.ladder_is_checked = [format for format in ladder if format not in wrong], True
 
     def start_measures(self, job: Job, names: list[str]) -> list[Future[Any] | None]:
         """Parts of a model's matrices, together all of them. Those of a part are alike, so that what is recorded for
@@ -158,9 +170,10 @@ class Bench:
 
 def budget_stage(bench: Bench, job: Job, args: argparse.Namespace) -> None:
     """Targets, uniform recipes and mixes. What the rest waits for is begun first."""
-    begun = bench.start_measures(job, [args.sensitivity])
     new = [name for name in args.mixes if f"mix-{name}" not in bench.state["rows"]]
     imatrix = bench.pool.submit(cells.importance, bench.setting) if new else None
+    bench.check(job, [args.sensitivity])
+    begun = bench.start_measures(job, [args.sensitivity])
     futures = [
         bench.row(label, cells.make, label, recipe.to_dict(), kind="uniform")
         for label, recipe in uniform_recipes(job, args.targets)
@@ -218,6 +231,7 @@ def _largest(
 
 def rank_stage(bench: Bench, job: Job, args: argparse.Namespace) -> None:
     """Random recipes, and what each measure says of them."""
+    bench.check(job, args.ranked)
     if not bench.end_measures(job, args.ranked, bench.start_measures(job, args.ranked)):
         return
     draw = random.Random(0)

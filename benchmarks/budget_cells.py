@@ -33,7 +33,8 @@ from whit.integrations.loading import load_causal_lm, load_tokenizer
 from whit.job import Job, open_source, prepare
 from whit.methods import GPTQ, parse_method
 from whit.pipeline import quantize
-from whit.tensor import Format
+from whit.recipe import split_methods
+from whit.tensor import Format, LayerStats
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,29 @@ def undecided(s: Setting) -> Job:
 def method_of(s: Setting) -> Any:
     """The method by name; gptq+ also refines scales and codes."""
     return GPTQ(refit=True, sweeps=1) if s.method == "gptq+" else s.method
+
+
+def check(s: Setting, specs: list[str]) -> dict[str, str]:
+    """Formats in which the method loses more on the device than on the processor, or fails; and why."""
+    torch.set_num_threads(1)
+    draw = torch.Generator().manual_seed(0)
+    inputs = torch.randn(1024, 512, generator=draw) @ torch.randn(512, 512, generator=draw) / 16
+    weight, stats = torch.randn(96, 512, generator=draw), LayerStats(inputs.T @ inputs, len(inputs))
+    wrong = {}
+    for spec in specs:
+        rules, named = split_methods([("*", spec)])
+        method, format = parse_method(named[0][1] if named else method_of(s)), parse_format(rules[0][1])
+        try:
+            lost = []
+            for device in ("cpu", s.device):
+                there = LayerStats(stats.hessian.to(device), stats.token_count)
+                near = method(weight.to(device), there, format).dequantize().cpu()
+                lost.append(float(((near - weight) @ inputs.T).square().sum()))
+            if not lost[1] <= 1.1 * lost[0]:
+                wrong[spec] = f"loses {lost[1]:.4g} there and {lost[0]:.4g} on the processor"
+        except Exception as error:
+            wrong[spec] = f"{type(error).__name__}: {error}"
+    return wrong
 
 
 def measure(s: Setting, how: str, wanted: dict[str, list[str]], ladder: list[str]) -> dict[str, Any]:
