@@ -1,11 +1,11 @@
 """Budgeted recipes against uniform ones and llama.cpp's mixes of the same size, by measured divergence.
 
-    python benchmarks/budget.py MODEL TEXT [--calibration FILE] [--device cuda] [--jobs 16] [--limit-seconds 340]
+    python benchmarks/budget.py MODEL TEXT [--calibration FILE] [--device cuda] [--jobs 12] [--limit-seconds 340]
         [--stages budget,rank] [--name budget_shipped]
 
 At each of --targets whole-model bits per weight (every byte of the weight files): the recipe that a budget finds, and
-the uniform ones (one format for every matrix, the embedding included, and the same with an int8 embedding) that are at
-most as large; the best of them counts. At the size of each of llama.cpp's mixes (weighed by an importance matrix of
+the uniform ones (one format for every matrix, the embedding included, ggml's among them where superblocks fit, and the
+same with an int8 embedding) that are at most as large; the best of them counts. At the size of each of llama.cpp's mixes (weighed by an importance matrix of
 the same calibration text, its tensors' bytes alone): the recipe that a budget of at most as many bytes finds.
 Stage `rank`: random recipes, a format drawn for every matrix; how well each kind of prediction ranks them.
 Everything runs in --jobs processes; rows that an earlier run finished are kept; nothing new begins after the limit.
@@ -178,7 +178,11 @@ def budget_stage(bench: Bench, job: Job, args: argparse.Namespace) -> None:
         bench.row(label, cells.make, label, recipe.to_dict(), kind="uniform")
         for label, recipe in uniform_recipes(job, args.targets)
     ]
-    mixes = [bench.row(f"mix-{name}", cells.mix, name, imatrix.result(), kind="mix") for name in new if imatrix]
+    try:
+        mixes = [bench.row(f"mix-{name}", cells.mix, name, imatrix.result(), kind="mix") for name in new if imatrix]
+    except Exception as error:
+        print(f"importance matrix: {type(error).__name__}: {error}; no mixes", flush=True)
+        mixes = []
     complete = bench.end_measures(job, [args.sensitivity], begun)
     groups = bench.groups(args.sensitivity) if complete else ()
     if complete:

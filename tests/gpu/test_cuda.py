@@ -61,7 +61,9 @@ def test_the_pipeline_quantizes_on_the_device(method: str, tmp_path):
     assert account.counts()["quantized"] == 56
 
 
-@pytest.mark.parametrize("spec", ["int4-g64", "int3-g128-asym", "int4-channel", "nf4-g64", "nf4-dq", "int2-g32"])
+@pytest.mark.parametrize(
+    "spec", ["int4-g64", "int3-g128-asym", "int4-channel", "nf4-g64", "nf4-dq", "int2-g32", "iq4_nl", "q2_k", "q6_k"]
+)
 @pytest.mark.parametrize("sweeps", [0, 1])
 def test_recorded_walks_choose_the_codes_of_plain_ones(spec: str, sweeps: int, monkeypatch: pytest.MonkeyPatch):
     generator = torch.Generator("cuda").manual_seed(0)
