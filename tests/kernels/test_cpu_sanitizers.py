@@ -92,11 +92,9 @@ for architecture, length in (("qwen2", 5), ("qwen3", 520)):
             for layer in model.model.layers:
                 layer.self_attn.q_proj = linear(layer.self_attn.q_proj, spec, how)
                 layer.mlp.down_proj = linear(layer.mlp.down_proj, spec, how)
-            for isa, isa8 in zip(compiled.isas, ("scalar", "avx2", "avx512_vnni", "avx512_vnni")):
-                if isa8 not in compiled.isas8:
-                    continue
-                below = compiled.isas8[: compiled.isas8.index(isa8) + 1]
-                only = Compiled(model, changed(compiled, isas=(isa,), isas8=below))
+            for number, isa in enumerate(compiled.isas):
+                isas8 = compiled.isas8[: number + 1]
+                only = Compiled(model, changed(compiled, isas=compiled.isas[: number + 1], isas8=isas8))
                 cache = DynamicCache(config=model.config)
                 for layer in range(2):
                     keys = torch.randn(1, 2, length, 16, generator=random).to(dtype)

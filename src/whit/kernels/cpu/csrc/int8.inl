@@ -72,6 +72,23 @@ static ALWAYS_INLINE void finish_row8(const Product8& p, int64_t m, int64_t row,
 template <int BITS>
 static constexpr int parts_of() { return BITS == 4 ? 2 : BITS == 2 ? 4 : 1; }
 
+// The sums of lanes with what the shifts and zero points of the levels take from them.
+template <class V>
+static ALWAYS_INLINE typename V::G shifted8(const Product8& p, int64_t m, typename V::G total, const float* scale,
+                                            const float* zero) {
+  const whit_weight& w = *p.w;
+  const float* sums = p.group_sums + m * p.sum_stride;
+  const typename V::G shift = V::gset1(-p.unit * (float)p.shift), minus = V::gset1(-1.0f);
+  typename V::G y = V::gmul(total, V::gset1(p.unit));
+  for (int64_t g = 0; g < w.groups && w.offsets; g += V::LANES)
+    y = V::gfma(V::gmul(V::gload(zero + g), minus), V::gload(sums + g), y);
+  for (int64_t g = 0; g < w.groups; g += V::LANES) {
+    typename V::G by = w.zero && !w.offsets ? V::gfma(V::gload(zero + g), minus, shift) : shift;
+    y = V::gfma(V::gmul(V::gload(scale + g), by), V::gload(sums + g), y);
+  }
+  return y;
+}
+
 template <class V, int BITS, bool TABLE, int M, bool GROUPED>
 static ALWAYS_INLINE void few_rows(const Product8& p, const Decoder8<V, BITS, TABLE>& decode, int64_t row, int64_t m0,
                                    float* scratch) {
@@ -124,25 +141,60 @@ static ALWAYS_INLINE void few_rows(const Product8& p, const Decoder8<V, BITS, TA
         total[m] = V::gfma(V::gmul(V::to_g(dot), V::gload(by[m] + s * V::LANES)), own, total[m]);
       });
     }
-    const typename V::G shift = V::gset1(p.unit * (float)p.shift);
     EACH(m, M) {
-      const float* sums = p.group_sums + (m0 + m) * p.sum_stride;
-      typename V::G less = V::gzero();
-      for (int64_t g = 0; g < w.groups && w.offsets; g += V::LANES)
-        less = V::gfma(V::gload(zero + g), V::gload(sums + g), less);
-      for (int64_t g = 0; g < w.groups; g += V::LANES) {
-        typename V::G shifted = w.zero && !w.offsets ? V::gadd(V::gload(zero + g), shift) : shift;
-        less = V::gfma(V::gmul(V::gload(scale + g), shifted), V::gload(sums + g), less);
-      }
-      finish8(p, m0 + m, row, V::gsum(total[m]) * p.unit - V::gsum(less));
+      finish8(p, m0 + m, row, V::gsum(shifted8<V>(p, m0 + m, total[m], scale, zero)));
     });
   }
+}
+
+// Four rows of the weight past one of x: its codes and scales are loaded once, and the sums at the end overlap.
+template <class V, int BITS, bool TABLE>
+static ALWAYS_INLINE void four_rows(const Product8& p, const Decoder8<V, BITS, TABLE>& decode, int64_t row,
+                                    float* scratch) {
+  constexpr int PARTS = parts_of<BITS>(), BYTES = PARTS > 1 ? V::LANES * 4 : V::LANES * BITS / 2;
+  constexpr int COLUMNS = V::LANES * 4 * PARTS;
+  constexpr bool SMALL = small_levels<V, BITS, TABLE>();
+  const whit_weight& w = *p.w;
+  const int64_t steps = (w.columns + COLUMNS - 1) / COLUMNS, size = w.group_size, groups = padded_groups(w);
+  const bool wide = w.groups == 1 || size >= COLUMNS;
+  const int run_shift = __builtin_ctzll((uint64_t)(wide ? COLUMNS : size) / (4 * PARTS));
+  const int block_shift = w.groups == 1 ? 62 : wide ? __builtin_ctzll((uint64_t)(size / COLUMNS)) : 0;
+  const int64_t in_step = wide ? 0 : COLUMNS / size;
+  const uint8_t* codes = w.codes + row * w.row_bytes;
+  const int64_t ahead = 4 * w.row_bytes < 4096 ? 4 * w.row_bytes : 4096;
+  float* scale[4];
+  typename V::G total[4];
+  EACH(r, 4) {
+    scale[r] = scratch + 2 * r * groups, total[r] = V::gzero();
+    group_params<V>(w, row + r, 0, scale[r], scale[r] + groups);
+    V::gstore(scale[r] + w.groups, V::gzero()), V::gstore(scale[r] + groups + w.groups, V::gzero());
+  });
+  for (int64_t s = 0; s < steps; s++) {
+    typename V::B q[PARTS];
+    EACH(i, PARTS) { q[i] = V::bload(p.arranged + s * COLUMNS + i * V::LANES * 4); });
+    const typename V::G by = V::gload(p.lanes + s * V::LANES);
+    EACH(r, 4) {
+      const uint8_t* from = codes + r * w.row_bytes + s * BYTES;
+      __builtin_prefetch(from + ahead, 0, 3);
+      typename V::B level[PARTS];
+      decode.parts(from, level);
+      typename V::G own = wide ? V::gset1(scale[r][s >> block_shift]) : V::grepeat(scale[r] + s * in_step, run_shift);
+      typename V::I dot = V::izero();
+      EACH(i, PARTS) { dot = V::template dot<SMALL>(dot, level[i], q[i]); });
+      total[r] = V::gfma(V::gmul(V::to_g(dot), by), own, total[r]);
+    });
+  }
+  EACH(r, 4) { total[r] = shifted8<V>(p, 0, total[r], scale[r], scale[r] + groups); });
+  EACH(r, 4) { finish8(p, 0, row + r, V::gsum(total[r])); });
 }
 
 template <class V, int BITS, bool TABLE, bool GROUPED>
 static void few_of(const Product8& p, int64_t first, int64_t last, float* scratch) {
   const Decoder8<V, BITS, TABLE> decode(p);
-  for (int64_t row = first; row < last; row++) {
+  int64_t row = first;
+  if constexpr (GROUPED)
+    for (; row + 4 <= last && p.x->count == 1; row += 4) four_rows(p, decode, row, scratch);
+  for (; row < last; row++) {
     int64_t m = 0;
     for (; m + 2 <= p.x->count; m += 2) few_rows<V, BITS, TABLE, 2, GROUPED>(p, decode, row, m, scratch);
     if (m < p.x->count) few_rows<V, BITS, TABLE, 1, GROUPED>(p, decode, row, m, scratch);

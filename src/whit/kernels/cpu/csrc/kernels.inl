@@ -20,6 +20,10 @@ template <class V>
 static void convert(const void* from, int64_t first, int64_t count, int type, float* to) {
   int64_t i = 0;
   for (; i + 16 <= count; i += 16) V::store(to + i, V::convert(from, first + i, type));
+  if (i && i < count) {  // the last 16 once more, rather than one by one
+    V::store(to + count - 16, V::convert(from, first + count - 16, type));
+    return;
+  }
   for (; i < count; i++) to[i] = load_as_float(from, first + i, type);
 }
 
@@ -84,15 +88,29 @@ static void group_params(const whit_weight& w, int64_t row, float shift, float* 
     for (int64_t g = 0; g < w.groups; g++) zero[g] += shift;
 }
 
+// How a block finds the params of its lanes. Blocks in one group: 2^shift of them share one. Otherwise a block has `in`
+// groups, each of `run` lanes; run 0: they lie spread, 16 to a block.
+struct Lanes {
+  int shift, run;
+  int64_t in;
+};
+
+static ALWAYS_INLINE Lanes lanes_of(const whit_weight& w, int codes, int shift) {
+  const int64_t size = w.group_size;
+  if (16 * codes % size || size % codes || 16 % (size / codes)) return {shift, 0, 0};
+  return {shift, (int)(size / codes), 16 * codes / size};
+}
+
+template <class V, bool WIDE>
+static ALWAYS_INLINE typename V::F lane_params(const float* params, int64_t b, const Lanes& lanes) {
+  if (WIDE) return V::set1(params[b >> lanes.shift]);
+  return lanes.run ? V::repeat(params + b * lanes.in, lanes.run) : V::load(params + 16 * b);
+}
+
 // From one per group to one per lane: lane j of block b begins at column b * columns + j * codes.
 template <class V>
 static void spread(const whit_weight& w, const float* group, int64_t blocks, int codes, float* lanes) {
-  int64_t size = w.group_size, in_block = 16 * codes / size;
-  if (16 * codes % size == 0 && size % codes == 0 && 16 % (size / codes) == 0) {
-    int run = (int)(size / codes);
-    for (int64_t b = 0; b < blocks; b++) V::store(lanes + 16 * b, V::repeat(group + b * in_block, run));
-    return;
-  }
+  int64_t size = w.group_size;
   if (w.groups == 1 || size % (16 * codes) == 0) {
     for (int64_t b = 0; b < blocks; b++)
       V::store(lanes + 16 * b, V::set1(group[w.groups == 1 ? 0 : b * 16 * codes / size]));
@@ -108,7 +126,7 @@ static void spread(const whit_weight& w, const float* group, int64_t blocks, int
 static ALWAYS_INLINE int64_t padded_groups(const whit_weight& w) { return w.groups + 48; }
 
 template <class V, int BITS, int KIND, int M, int R, bool WIDE>
-static void tile(const Rows& a, int64_t row, const Params* params, const typename V::Table& table, int block_shift,
+static void tile(const Rows& a, int64_t row, const Params* params, const typename V::Table& table, const Lanes& lanes,
                  int64_t from, int64_t until, float* totals) {
   using B = Block<BITS>;
   constexpr int STEPS = B::CODES / V::CODES_PER_STEP;
@@ -164,9 +182,8 @@ UNROLL(8)
         typename V::F sum = V::load(a.sums + m * a.sum_count + 16 * b);
 UNROLL(4)
         for (int r = 0; r < R; r++) {
-          typename V::F zero = w.offsets ? V::set1(-w.levels[0])
-                               : WIDE    ? V::set1(params[r].zero[b >> block_shift])
-                                         : V::load(params[r].zero + 16 * b);
+          typename V::F zero =
+              w.offsets ? V::set1(-w.levels[0]) : lane_params<V, WIDE>(params[r].zero, b, lanes);
           acc[r][m] = V::fnma(zero, sum, acc[r][m]);
         }
       }
@@ -177,14 +194,14 @@ UNROLL(8)
         typename V::F sum = V::load(a.sums + m * a.sum_count + 16 * b);
 UNROLL(4)
         for (int r = 0; r < R; r++) {
-          typename V::F less = WIDE ? V::set1(params[r].zero[b >> block_shift]) : V::load(params[r].zero + 16 * b);
+          typename V::F less = lane_params<V, WIDE>(params[r].zero, b, lanes);
           total[r][m] = V::fnma(less, sum, total[r][m]);
         }
       }
     }
 UNROLL(4)
     for (int r = 0; r < R; r++) {
-      typename V::F scale = WIDE ? V::set1(params[r].scale[b >> block_shift]) : V::load(params[r].scale + 16 * b);
+      typename V::F scale = lane_params<V, WIDE>(params[r].scale, b, lanes);
 UNROLL(8)
       for (int m = 0; m < M; m++) total[r][m] = V::fma(acc[r][m], scale, total[r][m]);
     }
@@ -202,19 +219,21 @@ static void stream(const Rows& a, int64_t first, int64_t last, float* scratch, i
   const whit_weight& w = *a.w;
   const float shift = KIND == COUNT ? -w.levels[0] : 0;
   const typename V::Table table = V::table(w.levels, w.bits);
-  const int64_t groups = padded_groups(w), lanes = WIDE ? 0 : 16 * a.blocks, step = M == 1 ? a.blocks : CHUNK;
+  const Lanes lanes = WIDE ? Lanes{block_shift, 0, 0} : lanes_of(w, B::CODES, 0);
+  const int64_t groups = padded_groups(w), spread_lanes = WIDE || lanes.run ? 0 : 16 * a.blocks, step = M == 1 ? a.blocks : CHUNK;
   Params params[SET];
   float totals[SET * M * 16];
   for (int64_t row = first; row < last; row += SET) {
     const int count = last - row < SET ? (int)(last - row) : SET;
     for (int r = 0; r < count; r++) {
-      float *scale = scratch + r * 2 * (groups + lanes), *zero = scale + groups;
+      float *scale = scratch + r * 2 * (groups + spread_lanes), *zero = scale + groups;
       params[r] = {scale, zero};
       group_params<V>(w, row + r, shift, scale, zero);
       if (WIDE) continue;
       memset(scale + w.groups, 0, (size_t)(groups - w.groups) * 4);
       memset(zero + w.groups, 0, (size_t)(groups - w.groups) * 4);
-      params[r] = {scale + 2 * groups, scale + 2 * groups + lanes};
+      if (lanes.run) continue;
+      params[r] = {scale + 2 * groups, scale + 2 * groups + spread_lanes};
       spread<V>(w, scale, a.blocks, B::CODES, params[r].scale);
       if (w.zero || KIND == COUNT) spread<V>(w, zero, a.blocks, B::CODES, params[r].zero);
     }
@@ -222,9 +241,9 @@ static void stream(const Rows& a, int64_t first, int64_t last, float* scratch, i
       const int64_t until = b + step < a.blocks ? b + step : a.blocks;
       int r = 0;
       for (; r + R <= count; r += R)
-        tile<V, BITS, KIND, M, R, WIDE>(a, row + r, params + r, table, block_shift, b, until, totals + r * M * 16);
+        tile<V, BITS, KIND, M, R, WIDE>(a, row + r, params + r, table, lanes, b, until, totals + r * M * 16);
       for (; r < count; r++)
-        tile<V, BITS, KIND, M, 1, WIDE>(a, row + r, params + r, table, block_shift, b, until, totals + r * M * 16);
+        tile<V, BITS, KIND, M, 1, WIDE>(a, row + r, params + r, table, lanes, b, until, totals + r * M * 16);
     }
     for (int r = 0; r < count; r++)
       for (int m = 0; m < M; m++) {
