@@ -38,3 +38,29 @@ def test_a_wrong_shape_is_wrong_usage():
     result = CliRunner().invoke(build_app(), ["bench", "kernels", "--shape", "12"])
     assert result.exit_code == 2
     assert "out x in" in result.output
+
+
+@pytest.mark.skipif(isinstance(library(), str), reason="the CPU kernels are not built")
+def test_a_model_is_measured_compiled_or_not_and_in_bfloat16(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(kernel_speed, "READ", 1 << 22)
+    command = "bench model whit:model --prompt 4 --new 3 --rounds 1 --peers --json"
+    result = CliRunner().invoke(build_app(), command.split())
+    assert result.exit_code == 0, result.output
+    assert "llama.cpp is left out: MODEL is no .gguf file" in result.stderr
+    rows = json.loads(result.stdout)["rows"]
+    cases = {(row["kernel"], row["phase"], row["tokens"]) for row in rows}
+    measured = (("prefill", 512), ("prefill", 4), ("decode", 3))
+    assert cases == {(name, *case) for name in ("whit", "whit, not compiled", "bf16") for case in measured}
+    for row in rows:
+        plain = next(
+            r for r in rows if r["kernel"] == "bf16" and (r["phase"], r["tokens"]) == (row["phase"], row["tokens"])
+        )
+        assert row["ratio_to_bf16"] == pytest.approx(plain["seconds"] / row["seconds"])
+        assert row["tokens_per_second"] == pytest.approx(row["tokens"] / row["seconds"])
+        assert row["share_of_limit"] > 0
+
+
+def test_a_model_must_be_named():
+    result = CliRunner().invoke(build_app(), ["bench", "model"])
+    assert result.exit_code == 2
+    assert "no MODEL is given" in result.output

@@ -1,9 +1,9 @@
-"""`whit bench`: how fast the kernels run here, beside the machine's limits and the installed peers."""
+"""`whit bench`: how fast kernels and models run here, beside the machine's limits and the installed peers."""
 
 from __future__ import annotations
 
 from enum import Enum
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -12,24 +12,82 @@ from whit.cli.console import console, print_json
 
 class Subject(str, Enum):
     kernels = "kernels"
+    model = "model"
 
 
 def bench(
-    what: Annotated[Subject, typer.Argument(help="kernels: products with packed weights.")],
+    what: Annotated[Subject, typer.Argument(help="kernels: products with packed weights; model: a whole MODEL.")],
+    model: Annotated[str, typer.Argument(metavar="[MODEL]", help="Folder, .gguf file, hub id or whit:model.")] = "",
     formats: Annotated[str, typer.Option("--format", help="Formats, separated by commas.")] = "int4-g128,nf4",
     shapes: Annotated[str, typer.Option("--shape", help="out x in, separated by commas.")] = "4096x4096",
     rows: Annotated[str, typer.Option(help="Rows of activations, separated by commas.")] = "1,16,512",
     rounds: Annotated[int, typer.Option(help="Turns that every kernel takes.")] = 5,
     threads: Annotated[int, typer.Option(help="0: as torch chooses.")] = 0,
+    prompt: Annotated[int, typer.Option(min=1, help="Tokens of the prompt before those that are written.")] = 32,
+    new: Annotated[int, typer.Option(min=1, help="Tokens that a model writes.")] = 128,
+    peers: Annotated[bool, typer.Option("--peers", help="The model in bfloat16 and in llama.cpp (GGUF) too.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Only JSON on standard output.")] = False,
 ) -> None:
-    """Measure kernels: seconds, ratio to torch's bfloat16 product, and share of what this machine can do."""
+    """Measure kernels or a model: seconds, ratio to bfloat16, and share of what this machine can do."""
     import torch
-
-    from whit.evaluation.kernel_speed import HEADER, measure, measure_limits, table
 
     if threads:
         torch.set_num_threads(threads)
+    if what is Subject.model:
+        if not model:
+            raise typer.BadParameter(
+                "bench model: no MODEL is given; name a folder, a .gguf file, a hub id or whit:model"
+            )
+        _bench_model(model, (prompt, new), rounds, peers, json)
+    else:
+        _bench_kernels(formats, shapes, rows, rounds, json)
+
+
+def _bench_model(model: str, lengths: tuple[int, int], rounds: int, peers: bool, json: bool) -> None:
+    from pathlib import Path
+
+    import torch
+
+    from whit.cli.quiet import quiet_transformers
+    from whit.errors import UnsupportedModelError
+    from whit.evaluation.kernel_speed import measure_limits
+    from whit.evaluation.model_speed import (
+        HEADER,
+        Contender,
+        LlamaCpp,
+        Transformers,
+        has_llama_cpp,
+        measure_model,
+        table,
+    )
+    from whit.integrations.loading import load_causal_lm
+    from whit.training import count_parameters
+
+    quiet_transformers()
+    limits = measure_limits()
+    network = load_causal_lm(model, device="cpu")
+    contenders: dict[str, Contender] = {"whit, not compiled": Transformers(network, compiled=False)}
+    try:
+        contenders["whit"] = Transformers(network, compiled=True)
+    except UnsupportedModelError as error:
+        console().print(str(error), highlight=False, soft_wrap=True)
+    if peers:
+        plain = load_causal_lm(model, device="cpu", dtype="bfloat16")
+        if hasattr(plain, "dequantize") and getattr(plain, "is_quantized", False):
+            plain = plain.dequantize()
+        contenders["bf16"] = Transformers(plain.to(torch.bfloat16), compiled=False)
+        if model.endswith(".gguf") and has_llama_cpp():
+            contenders["llama.cpp"] = LlamaCpp(Path(model), torch.get_num_threads())
+        else:
+            why = "xllamacpp is not installed" if model.endswith(".gguf") else "MODEL is no .gguf file"
+            console().print(f"llama.cpp is left out: {why}", highlight=False)
+    speeds = measure_model(contenders, count_parameters(network)[1], limits, *lengths, rounds)
+    _show(json, limits, [speed.as_json() for speed in speeds], HEADER, table(speeds))
+
+
+def _bench_kernels(formats: str, shapes: str, rows: str, rounds: int, json: bool) -> None:
+    from whit.evaluation.kernel_speed import HEADER, measure, measure_limits, table
+
     sizes = [parse_shape(text) for text in shapes.split(",")]
     limits = measure_limits()
     speeds = []
@@ -37,23 +95,29 @@ def bench(
         for format in formats.split(","):
             for count in rows.split(","):
                 speeds += measure(format, shape, int(count), limits, rounds)
-    if json:
-        machine = {
-            "threads": torch.get_num_threads(),
-            "read_bytes_per_second": limits.read_bytes_per_second,
-            "matmul_flops": limits.matmul_flops,
-        }
-        print_json({"machine": machine, "rows": [speed.as_json() for speed in speeds]})
-        return
+    _show(json, limits, [speed.as_json() for speed in speeds], HEADER, table(speeds))
+
+
+def _show(
+    json: bool, limits: Any, rows: list[dict[str, Any]], header: tuple[str, ...], lines: list[tuple[str, ...]]
+) -> None:
+    import torch
     from rich.table import Table
 
-    shown = Table(*HEADER)
-    for line in table(speeds):
+    threads = torch.get_num_threads()
+    if json:
+        machine = {
+            "threads": threads, "read_bytes_per_second": limits.read_bytes_per_second,
+            "matmul_flops": limits.matmul_flops,
+        }  # fmt: skip
+        print_json({"machine": machine, "rows": rows})
+        return
+    shown = Table(*header)
+    for line in lines:
         shown.add_row(*line)
     read, flops = limits.read_bytes_per_second / 1e9, limits.matmul_flops / 1e12
-    said = f"{torch.get_num_threads()} threads; the machine reads {read:.1f} GB/s and multiplies {flops:.2f} TFLOP/s"
     console().print(shown)
-    console().print(said)
+    console().print(f"{threads} threads; the machine reads {read:.1f} GB/s and multiplies {flops:.2f} TFLOP/s")
 
 
 def parse_shape(text: str) -> tuple[int, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from typing import Annotated
 
 import typer
@@ -23,11 +24,15 @@ def generate(
     kv_recent: Annotated[int, typer.Option(min=0, help="Of which so many last tokens in 16 bits.")] = 0,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    compiled: Annotated[
+        bool, typer.Option("--compile/--no-compile", help="Decode in compiled code, where the model is covered.")
+    ] = True,
     dtype: Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16 or float16.")] = "auto",
     json: Annotated[bool, typer.Option("--json", help="Only JSON on standard output.")] = False,
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run the model's own code.")] = False,
 ) -> None:
     """Continue a text with a model."""
+    from whit.compiled import compile
     from whit.integrations.generation import Sampling, chat_prompt
     from whit.integrations.generation import generate as continue_text
     from whit.integrations.loading import load_causal_lm, load_tokenizer
@@ -43,7 +48,15 @@ def generate(
         from transformers import TextStreamer
 
         streamer = TextStreamer(tokenizer, skip_prompt=chat, skip_special_tokens=True)
-    result = continue_text(network, tokenizer, asked, sampling, streamer)
+    with warnings.catch_warnings(record=True) as said:
+        if compiled:
+            compile(network)
+        result = continue_text(network, tokenizer, asked, sampling, streamer)
+    for warning in said:
+        if str(warning.message).startswith("compile:"):
+            console().print(str(warning.message), highlight=False, soft_wrap=True)
+        else:
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
     if json:
         print_json(
             {
@@ -53,5 +66,5 @@ def generate(
         )  # fmt: skip
     elif streamer is None:
         print(result.text if chat else words + result.text)
-    said = f"{result.new_tokens} tokens in {result.seconds:.2f} s, {result.tokens_per_second:.1f} tokens/s"
-    console().print(said, highlight=False, soft_wrap=True)
+    speed = f"{result.new_tokens} tokens in {result.seconds:.2f} s, {result.tokens_per_second:.1f} tokens/s"
+    console().print(speed, highlight=False, soft_wrap=True)

@@ -1,0 +1,213 @@
+"""Batch-1 decoding of a small Llama on the processor: whit beside llama.cpp and transformers, each in its own process.
+
+    PYTHONPATH=src python benchmarks/decode.py MODEL [--threads 2] [--rounds 5] [--peers DIR] [--work DIR]
+
+MODEL is a bfloat16 checkpoint (smollm2-135m-fp). The candidates are made once, in --work: whit's int4-g32 with an int8
+embedding, the same with inputs in int8 (fast), llama.cpp's Q4_0 and Q4_K_M. PyPI's `xllamacpp` carries llama.cpp;
+--peers is where `pip install --no-deps --target DIR xllamacpp` put it. All take turns, in processes that stay. Peak
+memory is what a process holds beyond the libraries it had loaded before the model. --large measures a random Llama of
+3 B parameters at int4-g128 against the read bandwidth instead (MODEL is not read then).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from harness import machine, markdown, save
+
+CANDIDATES = ("bf16", "whit exact", "whit fast", "llama.cpp Q4_0", "llama.cpp Q4_K_M")
+WHIT = ("--format", "int4-g32", "--rule", "model.embed_tokens=int8-g32")
+
+
+def make(name: str, model: str, work: Path) -> Path:
+    """The candidate's weights, made by `whit quantize` where they are not there yet."""
+    if name == "bf16":
+        return Path(model)
+    exact, short = name.startswith("whit"), name.rpartition(" ")[2].lower()
+    out = work / (f"whit-{short}" if exact else f"{short}.gguf")
+    if not out.exists():
+        options = WHIT if exact else ("--export", "gguf", "--format", short)
+        options += ("--activations", "int8-g32") if short == "fast" else ()
+        subprocess.run(
+            [sys.executable, "-m", "whit", "quantize", model, str(out), "--method", "rtn", *options], check=True
+        )
+    return out
+
+
+def size(path: Path) -> int:
+    """Bytes of the weight files."""
+    return path.stat().st_size if path.is_file() else sum(file.stat().st_size for file in path.glob("*.safetensors"))
+
+
+def resident(key: str) -> int:
+    """VmRSS or VmHWM of this process in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(key)) * 1024
+
+
+def child(name: str, path: str, threads: int) -> None:
+    """Serve one candidate: a line of JSON in, a line of JSON out."""
+    torch.set_num_threads(threads)
+    import transformers  # noqa: F401  (libraries are not the model's memory)
+
+    from whit.cli.quiet import quiet_transformers
+    from whit.evaluation.model_speed import LlamaCpp, Transformers
+    from whit.integrations.loading import load_causal_lm
+
+    quiet_transformers()
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    if name.startswith("llama.cpp"):
+        import xllamacpp  # noqa: F401
+
+        before = resident("VmRSS")
+        one: Any = LlamaCpp(Path(path), threads)
+    else:
+        torch.nn.functional.linear(torch.ones(512, 64).bfloat16(), torch.ones(64, 64).bfloat16())
+        before = resident("VmRSS")
+        one = Transformers(load_causal_lm(path, device="cpu"), compiled=name != "bf16")
+    for line in sys.stdin:
+        asked = json.loads(line)
+        took = one.prefill(asked["prompt"]) if not asked["new"] else one.decode(asked["prompt"], asked["new"])
+        said = {"seconds": took, "peak": resident("VmHWM") - before, "cpu": time.process_time()}
+        print(json.dumps(said), file=answers, flush=True)
+    os._exit(0)  # llama.cpp's server has threads of its own
+
+
+class Process:
+    """A candidate in a process of its own."""
+
+    def __init__(self, name: str, path: Path, threads: int, peers: str) -> None:
+        search = os.pathsep.join([*filter(None, (os.environ.get("PYTHONPATH"),)), str(Path(__file__).parent)])
+        search += os.pathsep + peers if peers else ""
+        self.pipe = subprocess.Popen(
+            [sys.executable, __file__, "--child", name, str(path), "--threads", str(threads)], text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+            env={**os.environ, "PYTHONPATH": search},
+        )  # fmt: skip
+
+    def ask(self, prompt: int, new: int) -> dict[str, Any]:
+        assert self.pipe.stdin is not None
+        assert self.pipe.stdout is not None
+        self.pipe.stdin.write(json.dumps({"prompt": prompt, "new": new}) + "\n")
+        self.pipe.stdin.flush()
+        answer: dict[str, Any] = json.loads(self.pipe.stdout.readline())
+        return answer
+
+
+def compare(args: argparse.Namespace) -> None:
+    from whit.evaluation.kernel_speed import measure_limits
+
+    torch.set_num_threads(args.threads)
+    args.work.mkdir(parents=True, exist_ok=True)
+    names = [name for name in CANDIDATES if args.peers or not name.startswith("llama.cpp")]
+    paths = {name: make(name, args.model, args.work) for name in names}
+    limits = measure_limits()
+    processes = {name: Process(name, path, args.threads, args.peers) for name, path in paths.items()}
+    cases = {"prefill 512": (512, 0), "decode 128": (32, 128)}
+    seconds: dict[str, dict[str, list[float]]] = {name: {case: [] for case in cases} for name in names}
+    peaks: dict[str, int] = {}
+    for turn in range(args.rounds + 1):
+        for name, process in processes.items():
+            for case, lengths in cases.items():
+                said = process.ask(*lengths)
+                peaks[name] = said["peak"]
+                if turn:  # the first one warms up
+                    seconds[name][case].append(said["seconds"])
+    for process in processes.values():
+        process.pipe.kill()
+    rows, found = [], {}
+    for name in names:
+        prefill, decode = (statistics.median(seconds[name][case]) for case in cases)
+        plain = statistics.median(seconds["bf16"]["decode 128"])
+        nbytes = size(paths[name])
+        share = 128 * nbytes / limits.read_bytes_per_second / decode
+        found[name] = {
+            "bytes": nbytes, "peak_bytes": peaks[name], "prefill_seconds": seconds[name]["prefill 512"],
+            "decode_seconds": seconds[name]["decode 128"], "share_of_limit": share,
+        }  # fmt: skip
+        rows.append(
+            (name, f"{nbytes / 1e6:.1f}", f"{512 / prefill:.0f}", f"{128 / decode:.1f}", f"{plain / decode:.2f}",
+             f"{100 * share:.0f} %", f"{peaks[name] / nbytes:.2f}")
+        )  # fmt: skip
+    header = ("candidate", "MB", "prefill 512, tokens/s", "decode, tokens/s", "x bf16", "of the limit", "peak / file")
+    about = {**machine(), "read_bytes_per_second": limits.read_bytes_per_second, "matmul_flops": limits.matmul_flops}
+    save("decode", {"machine": about, "candidates": found}, markdown(header, rows))
+
+
+def large(args: argparse.Namespace) -> None:
+    """A random Llama of 3 B parameters (Llama 3.2's shapes) at int4-g128, its head int8: at what share of the limit."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    import whit
+    from whit.evaluation.kernel_speed import measure_limits
+    from whit.evaluation.model_speed import Transformers
+    from whit.modules import QuantizedLinear
+    from whit.tensor import PackedWeight
+
+    torch.set_num_threads(args.threads)
+    config = LlamaConfig(
+        hidden_size=3072, intermediate_size=8192, num_hidden_layers=28, num_attention_heads=24, num_key_value_heads=8,
+        head_dim=128, vocab_size=32000, dtype=torch.bfloat16,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config).to(torch.bfloat16)
+    model.model.rotary_emb = type(model.model.rotary_emb)(config)
+    random = torch.Generator().manual_seed(0)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, torch.nn.Linear):
+            module.to_empty(device="cpu")
+            spec = "int8-g128" if name == "lm_head" else "int4-g128"
+            small = whit.quantize_tensor(torch.randn(128, module.in_features, generator=random) / 64, spec)
+            packed = QuantizedLinear.from_quantized(small, dtype=torch.bfloat16).packed
+            times = -(-module.out_features // 128)
+            tensors = {key: tensor.repeat(times, 1)[: module.out_features] for key, tensor in packed.tensors.items()}
+            whole = PackedWeight(packed.layout, packed.format, (module.out_features, module.in_features), tensors)
+            model.set_submodule(name, QuantizedLinear(whole, dtype=torch.bfloat16))
+    for module in model.modules():
+        for key, tensor in list(module._parameters.items()):
+            if tensor is not None and tensor.device.type == "meta":
+                filled = torch.randn(tensor.shape, generator=random).to(torch.bfloat16) * 0.02 + (tensor.dim() == 1)
+                module.register_parameter(key, torch.nn.Parameter(filled, requires_grad=False))
+    one = Transformers(model.eval(), compiled=True)
+    one.decode(8, 2)
+    rows, shares = [], []
+    for _ in range(args.rounds):
+        limit = measure_limits(3).read_bytes_per_second
+        took = one.decode(8, 16) / 16
+        shares.append(one.nbytes / limit / took)
+        rows.append((f"{one.nbytes / 1e9:.2f}", f"{limit / 1e9:.1f}", f"{1 / took:.2f}", f"{100 * shares[-1]:.0f} %"))
+    result = {"machine": machine(), "bytes": one.nbytes, "shares_of_limit": shares}
+    save("decode_large", result, markdown(("GB", "read, GB/s", "tokens/s", "of the limit"), rows))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?", default="")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--peers", default="")
+    parser.add_argument("--work", type=Path, default=Path("/tmp/whit-decode"))
+    parser.add_argument("--large", action="store_true")
+    parser.add_argument("--child", nargs=2)
+    args = parser.parse_args()
+    if args.child:
+        child(*args.child, args.threads)
+    elif args.large:
+        large(args)
+    else:
+        compare(args)
+
+
+if __name__ == "__main__":
+    main()
