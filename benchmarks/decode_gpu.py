@@ -11,6 +11,7 @@ the script out.
 from __future__ import annotations
 
 import argparse
+import gc
 import itertools
 import json
 import statistics
@@ -30,7 +31,7 @@ from whit.compiled import cuda, static
 from whit.formats import parse_format
 from whit.kernels import dequantize
 from whit.kernels.gpu import kernel as gpu_kernel
-from whit.kernels.gpu import nvrtc, tuned
+from whit.kernels.gpu import nvrtc, stream, tables, tuned
 from whit.layouts import BITS
 from whit.modules import QuantizedLinear
 from whit.tensor import PackedWeight
@@ -169,9 +170,12 @@ def seconds(work: Callable[[], object], device: str, repeats: int = 3) -> float:
     return statistics.median(times)
 
 
-def timed(spec: str, options: dict[str, Any], device: str, batches: tuple[int, ...]) -> dict[str, Any]:
+def timed(
+    spec: str, options: dict[str, Any], device: str, batches: tuple[int, ...], eager: bool = False
+) -> dict[str, Any]:
     """One format: a token's time and generate's, by batch; the prompt's pass; peak memory."""
     if device == "cuda":
+        gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     start = time.perf_counter()
@@ -184,10 +188,9 @@ def timed(spec: str, options: dict[str, Any], device: str, batches: tuple[int, .
         pass_ = lambda: model(long, use_cache=False, logits_to_keep=1)  # noqa: E731
         pass_()
         found["prefill_seconds"] = seconds(pass_, device)
-    plain = seconds(
-        lambda: model.generate(draw(1, PROMPT), max_new_tokens=8, do_sample=False, eos_token_id=None), device, 2
-    )
-    found["eager_token_seconds"] = plain / 8
+    if eager:
+        few = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+        found["eager_token_seconds"] = seconds(lambda: model.generate(draw(1, PROMPT), **few), device, 2) / 8
     for batch in batches:
         compiled(model, device)
         tokens = draw(batch, PROMPT)
@@ -216,10 +219,10 @@ def timed(spec: str, options: dict[str, Any], device: str, batches: tuple[int, .
             found[key]["kernels"] = kernels(decoder)
             found[key]["model_forward_token_seconds"] = plain_graph(model, decoder, tokens)
             found[key]["without_early_token_seconds"] = without_early(model, decoder, tokens)
+        if device == "cuda":
+            found[key]["peak_bytes"] = torch.cuda.max_memory_allocated()
         print(spec, key, {k: v for k, v in found[key].items() if k != "kernels"}, flush=True)
         model.__dict__.pop("generate")
-    if device == "cuda":
-        found["peak_bytes"] = torch.cuda.max_memory_allocated()
     return found
 
 
@@ -271,7 +274,7 @@ def ratios(rows: list[dict[str, Any]]) -> dict[str, Any]:
         cells = {"prefill": first["prefill_seconds"] / row["prefill_seconds"]}
         cells |= {k: first[k]["token_seconds"] / v["token_seconds"] for k, v in row.items() if k.startswith("batch")}
         cells["generate"] = first["batch 1"]["generate_token_seconds"] / row["batch 1"]["generate_token_seconds"]
-        found[row["format"]] = {**cells, "peak_GB": row.get("peak_bytes", 0) / 1e9}
+        found[row["format"]] = {**cells, "peak_GB": row["batch 1"].get("peak_bytes", 0) / 1e9}
     return found
 
 
@@ -292,12 +295,24 @@ def few_rows_right() -> bool:
     return right
 
 
+def take_cuts(found: list[dict[str, Any]]) -> None:
+    """Use the fastest cuts of gpu_few.py."""
+    for each in found:
+        if each and each["ranking"]:
+            scheme = stream.scheme(parse_format(each["spec"]), each["shape"][1])
+            key = tuned.kind(scheme), each["rows"], tuple(each["shape"])
+            tables.HOPPER_FEW[key] = tuple(each["ranking"][0][1])
+    gpu_kernel.plan.cache_clear()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=110)
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--no-checks", action="store_true")
+    parser.add_argument("--eager", action="store_true", help="time transformers' own generate too")
+    parser.add_argument("--cuts", type=Path, help="gpu_few.json: cuts found there are used here")
     parser.add_argument("--formats", nargs="+", default=FORMATS)
     parser.add_argument("--out", type=Path, default=Path("gpu-results"))
     given = parser.parse_args()
@@ -317,6 +332,8 @@ def main() -> None:
         result.update(rows=rows, ratios=ratios(rows))
         (given.out / "decode_gpu.json").write_text(json.dumps(result, indent=1, default=str) + "\n")
 
+    if given.cuts and given.cuts.exists():
+        take_cuts(json.loads(given.cuts.read_text())["timed"])
     if not given.no_checks:
         result["checks"] = checks(device, SMALL)
         write()
@@ -324,7 +341,7 @@ def main() -> None:
         if time.perf_counter() > end - 15:
             print(f"no time left for {spec}")
             break
-        found = attempted(lambda spec=spec: timed(spec, options, device, (1, 16)))
+        found = attempted(lambda spec=spec: timed(spec, options, device, (1, 16), given.eager))
         if "failed" in found:
             result.setdefault("failures", []).append(found)
             continue

@@ -108,7 +108,7 @@ def few_linears(
         arrived = torch.zeros(-(-weight.shape[0] // 16), dtype=torch.int32)
         operands.append(Operands(x, y, bias, weight, partial, arrived))
     assert few.fits(scheme, config, x.shape[0])
-    macros = few.macros(scheme, config, x.dtype == torch.float16, x.shape[0], len(packed))
+    macros = few.macros(scheme, config, few.case_of(operands, scheme, config, cuts))
     blocks = few.grid(config, [weight.shape[0] for weight in packed], cuts, 3 * cuts)
     library(few.SOURCE, tuple(macros.items())).run(ctypes.byref(few.params(operands, scheme, cuts)), *blocks)
     assert not any(each.arrived.any() for each in operands)

@@ -3,9 +3,10 @@
 //   D, GROUP           columns of a head; heads of q per head of k
 //   CHUNK              places of the cache per block
 //
-// A block has one head of k of one sequence and CHUNK places; blocks beyond the last token do nothing. Scores and sums
-// are float32. The last block of a head to finish joins the parts, always in the same order. q and k are rotated as
-// transformers does it: both products rounded, then their sum.
+// A block has one head of k of one sequence and CHUNK places; blocks beyond the last token do nothing. All that it reads
+// of the cache is under way before anything is computed. Scores and sums are float32. The last block of a head to finish
+// joins the parts, always in the same order. q and k are rotated as transformers does it: both products rounded, then
+// their sum.
 
 struct Params {
     const u16 *q, *k, *v;      // (batch, heads D), (batch, key heads D) twice
@@ -40,26 +41,55 @@ DEVICE void unpack(float (&to)[8], uint4 v) {
 
 struct Shared {
     float q[GROUP][D];
+    uint4 key[LANES], value[LANES];  // of the new token
     float weights[GROUP][CHUNK];
     float sums[WARPS][GROUP][D];
     float largest[GROUP], total[GROUP];
-    u32 ticket;
+    u32 ticket, padding[3];
+};
+struct Held {  // what a thread reads of the cache: eight columns of every TEAMS-th place
+    uint4 keys[ROUNDS], values[ROUNDS];
+    u32 seen;  // bit per round
 };
 
+DEVICE void load_held(Held &held, const uint4 *keys, const uint4 *values, const u8 *mask, int count, int fresh) {
+    int team = threadIdx.x / LANES, lane = threadIdx.x % LANES;
+    held.seen = 0;
+#pragma unroll
+    for (int round = 0; round < ROUNDS; round++) {
+        int place = round * TEAMS + team;
+        held.keys[round] = held.values[round] = make_uint4(0, 0, 0, 0);
+        if (place >= count || !mask[place]) continue;
+        held.seen |= 1u << round;
+        if (place != fresh) held.keys[round] = keys[place * LANES + lane], held.values[round] = values[place * LANES + lane];
+    }
+}
+
+// q, rotated; in the last chunk the new key, rotated, and value too, also in the cache at `keys` and `values`.
+DEVICE void stage(Shared &s, const Params &p, long long which, int batch, bool last, u16 *keys, u16 *values) {
+    const u16 *cosine = p.cosine + batch * D, *sine = p.sine + batch * D;
+    for (int i = threadIdx.x; i < GROUP * D; i += THREADS)
+        s.q[i / D][i % D] = rotated(p.q + (which * GROUP + i / D) * D, cosine, sine, i % D);
+    if (!last) return;
+    for (int i = threadIdx.x; i < D; i += THREADS) {
+        float k = rotated(p.k + which * D, cosine, sine, i);
+        ((u16 *)s.key)[i] = keys[i] = (u16)round_pair(k, k);
+        ((u16 *)s.value)[i] = values[i] = p.v[which * D + i];
+    }
+}
+
 // Scores of the block's places, in powers of two; places that are not seen have LOWEST.
-DEVICE void score(Shared &s, const Params &p, const uint4 *keys, const u8 *mask, int count) {
+DEVICE void score(Shared &s, const Held &held, float scale) {
     int team = threadIdx.x / LANES, lane = threadIdx.x % LANES;
     float q[GROUP][8];
 #pragma unroll
     for (int g = 0; g < GROUP; g++)
 #pragma unroll
         for (int i = 0; i < 8; i++) q[g][i] = s.q[g][lane * 8 + i];
-#pragma unroll 4
+#pragma unroll
     for (int round = 0; round < ROUNDS; round++) {
-        int place = round * TEAMS + team;
-        bool seen = place < count && mask[place];
-        float key[8] = {}, dot[GROUP];
-        if (seen) unpack(key, keys[place * LANES + lane]);
+        float key[8], dot[GROUP];
+        unpack(key, held.keys[round]);
 #pragma unroll
         for (int g = 0; g < GROUP; g++) {
             dot[g] = 0;
@@ -67,12 +97,12 @@ DEVICE void score(Shared &s, const Params &p, const uint4 *keys, const u8 *mask,
             for (int i = 0; i < 8; i++) dot[g] += q[g][i] * key[i];
 #pragma unroll
             for (int flip = LANES / 2; flip; flip /= 2) dot[g] += from_lane(dot[g], flip);
-            if (lane == 0) s.weights[g][place] = seen ? dot[g] * p.scale : LOWEST;
+            if (lane == 0) s.weights[g][round * TEAMS + team] = held.seen >> round & 1 ? dot[g] * scale : LOWEST;
         }
     }
 }
 
-// Scores become weights; each warp has its own heads.
+// Scores become weights relative to the largest; each warp has its own heads.
 DEVICE void weigh(Shared &s) {
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 #pragma unroll
@@ -97,17 +127,16 @@ DEVICE void weigh(Shared &s) {
 }
 
 // Weighted sums of the values, per warp.
-DEVICE void add_values(Shared &s, const uint4 *values, int count) {
+DEVICE void add_values(Shared &s, const Held &held) {
     int team = threadIdx.x / LANES, lane = threadIdx.x % LANES, warp = threadIdx.x / 32;
     float sums[GROUP][8] = {};
-#pragma unroll 4
+#pragma unroll
     for (int round = 0; round < ROUNDS; round++) {
-        int place = round * TEAMS + team;
-        float value[8] = {};
-        if (place < count) unpack(value, values[place * LANES + lane]);
+        float value[8];
+        unpack(value, held.values[round]);
 #pragma unroll
         for (int g = 0; g < GROUP; g++) {
-            float w = s.weights[g][place];
+            float w = s.weights[g][round * TEAMS + team];
 #pragma unroll
             for (int i = 0; i < 8; i++) sums[g][i] += w * value[i];
         }
@@ -126,31 +155,66 @@ DEVICE float summed(const Shared &s, int g, int i) {
     return (s.sums[0][g][i] + s.sums[1][g][i]) + (s.sums[2][g][i] + s.sums[3][g][i]);
 }
 
+// The parts of a head's chunks become y; `factors`: room for GROUP x chunks.
+DEVICE void join(Shared &s, float *factors, const float *parts, u16 *y, int chunks) {
+    int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+#pragma unroll
+    for (int g = warp; g < GROUP; g += WARPS) {
+        float largest = LOWEST, total = 0;
+#pragma unroll 2
+        for (int c = lane; c < chunks; c += 32) {
+            float m = factors[g * chunks + c] = load_uncached(parts + (c * GROUP + g) * PART + D);
+            largest = m > largest ? m : largest;
+        }
+#pragma unroll
+        for (int flip = 16; flip; flip /= 2) {
+            float other = from_lane(largest, flip);
+            largest = other > largest ? other : largest;
+        }
+#pragma unroll 2
+        for (int c = lane; c < chunks; c += 32) {
+            float factor = factors[g * chunks + c] = power_of_two(factors[g * chunks + c] - largest);
+            total += factor * load_uncached(parts + (c * GROUP + g) * PART + D + 1);
+        }
+#pragma unroll
+        for (int flip = 16; flip; flip /= 2) total += from_lane(total, flip);
+        if (lane == 0) s.total[g] = total;
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < GROUP * D; i += THREADS) {
+        int g = i / D;
+        float sum = 0;
+#pragma unroll 8
+        for (int c = 0; c < chunks; c++) sum += factors[g * chunks + c] * load_uncached(parts + (c * GROUP + g) * PART + i % D);
+        sum = s.total[g] > 0 ? sum / s.total[g] : 0.0f;
+        y[i] = (u16)round_pair(sum, sum);
+    }
+}
+
 extern "C" __global__ void __launch_bounds__(THREADS) attend(const Params p) {
     extern __shared__ uint4 shared[];
     next_may_begin(), previous_done();
     Shared &s = *(Shared *)shared;
     int slot = (int)*p.slot, chunks = slot / CHUNK + 1, chunk = blockIdx.x, tid = threadIdx.x;
     if (chunk >= chunks) return;
-    int head = blockIdx.y, heads = gridDim.y, batch = blockIdx.z, first = chunk * CHUNK;
+    int head = blockIdx.y, heads = gridDim.y, batch = blockIdx.z, first = chunk * CHUNK, fresh = slot - first;
     long long which = (long long)batch * heads + head;
-    const u16 *cosine = p.cosine + batch * D, *sine = p.sine + batch * D;
-    u16 *keys = p.keys + which * p.length * D, *values = p.values + which * p.length * D;
+    u16 *keys = p.keys + (which * p.length + first) * D, *values = p.values + (which * p.length + first) * D;
 
-    for (int i = tid; i < GROUP * D; i += THREADS) s.q[i / D][i % D] = rotated(p.q + (which * GROUP + i / D) * D, cosine, sine, i % D);
-    if (chunk == chunks - 1)
-        for (int i = tid; i < D; i += THREADS) {
-            float k = rotated(p.k + which * D, cosine, sine, i);
-            keys[(long long)slot * D + i] = (u16)round_pair(k, k);
-            values[(long long)slot * D + i] = p.v[which * D + i];
-        }
+    Held held;
+    const u8 *mask = p.mask + (long long)batch * p.length + first;
+    load_held(held, (const uint4 *)keys, (const uint4 *)values, mask, min(CHUNK, fresh + 1), fresh);
+    stage(s, p, which, batch, chunk == chunks - 1, keys + (long long)fresh * D, values + (long long)fresh * D);
     __syncthreads();
-    int count = min(CHUNK, slot + 1 - first);
-    score(s, p, (const uint4 *)(keys + (long long)first * D), p.mask + (long long)batch * p.length + first, count);
+    if (chunk == chunks - 1)
+#pragma unroll
+        for (int round = 0; round < ROUNDS; round++)
+            if (round * TEAMS + tid / LANES == fresh) held.keys[round] = s.key[tid % LANES], held.values[round] = s.value[tid % LANES];
+    score(s, held, p.scale);
     __syncthreads();
     weigh(s);
     __syncthreads();
-    add_values(s, (const uint4 *)(values + (long long)first * D), count);
+    add_values(s, held);
     __syncthreads();
 
     u16 *y = p.y + which * GROUP * D;
@@ -174,22 +238,6 @@ extern "C" __global__ void __launch_bounds__(THREADS) attend(const Params p) {
     __syncthreads();
     if (s.ticket != (u32)chunks - 1) return;
     __threadfence();
-    for (int i = tid; i < GROUP * D; i += THREADS) {
-        float largest = LOWEST, sum = 0, total = 0;
-        const float *part = parts + i / D * PART;
-#pragma unroll 4
-        for (int c = 0; c < chunks; c++) {
-            float m = load_uncached(part + c * GROUP * PART + D);
-            largest = m > largest ? m : largest;
-        }
-#pragma unroll 4
-        for (int c = 0; c < chunks; c++) {
-            const float *at = part + c * GROUP * PART;
-            float factor = power_of_two(load_uncached(at + D) - largest);
-            sum += factor * load_uncached(at + i % D), total += factor * load_uncached(at + D + 1);
-        }
-        sum = total > 0 ? sum / total : 0.0f;
-        y[i] = (u16)round_pair(sum, sum);
-    }
+    join(s, (float *)(&s + 1), parts, y, chunks);
     if (tid == 0) p.arrived[which] = 0;
 }

@@ -12,6 +12,7 @@ typedef unsigned char u8;
 #define DEVICE static __device__ __forceinline__
 
 DEVICE float bits_float(u32 v) { return __uint_as_float(v); }
+[[maybe_unused]] DEVICE u32 float_bits(float v) { return __float_as_uint(v); }
 DEVICE u32 permute(u32 a, u32 b, u32 s) { return __byte_perm(a, b, s); }
 
 DEVICE uint4 load16(const void *p) {

@@ -128,9 +128,10 @@ class Workspace:
         return cls(mask, slot, partial, torch.zeros(batch, key_heads, dtype=torch.int32, device=mask.device))
 
 
-def attend_shared(group: int, size: int) -> int:
-    """Bytes of `Shared` in attend.cu."""
-    return 4 * (group * size + group * CHUNK + 4 * group * size + 2 * group + 1)
+def attend_shared(group: int, size: int, chunks: int) -> int:
+    """Bytes of `Shared` in attend.cu, and of a factor per head and chunk."""
+    held = 4 * (group * size + group * CHUNK + 4 * group * size + 2 * group) + 4 * size + 16
+    return -(-held // 16) * 16 + 4 * group * chunks
 
 
 def attend(
@@ -150,5 +151,5 @@ def attend(
     borrowed = (q, k, v, cosine, sine, keys, values, room.mask, room.slot, y, room.partial, room.arrived)
     params = AttendParams(*(t.data_ptr() for t in borrowed), length, scale * LOG2_E)
     grid = -(-length // CHUNK), key_heads, batch
-    run(ATTEND, tuple(macros.items()), grid, ATTEND_THREADS, attend_shared(group, size), params, q.device)
+    run(ATTEND, tuple(macros.items()), grid, ATTEND_THREADS, attend_shared(group, size, grid[0]), params, q.device)
     return y

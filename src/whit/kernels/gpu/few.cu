@@ -6,13 +6,16 @@
 //   WARPS              of a block; they share the columns of a tile of 16 outs
 //   AHEAD              steps of W that a warp has under way
 //   PARTS              weights of one format and width that are multiplied by the same x, one after the other
+//   EVEN               1: all warps have whole rounds of AHEAD steps, each with its own scale, and these lie aligned
 //   MIN_BLOCKS         blocks per multiprocessor to leave registers for
 //
 // What bounds a stream of codes is instructions, so there are few per code. Blocks stay and take tile after tile: x, in
 // the order of the operands, and the table of a codebook are laid into shared memory once. Integers are multiplied with
 // the exponent's bit that the unpacking leaves in them; the sum of x over a step, made once, takes it off again, and the
 // zero point with it. Scales stay as they were loaded until their step is due. The next tile's codes are asked for
-// before the warps add up, always in the same order. Where x is too large for a block it is cut into slices of columns
+// Requests to the first cache are few, too: in EVEN cuts the scales of a round come in one, and where a thread's codes of
+// a step are eight bytes (PAIRED), it asks for 16 of one of its rows and gets the other row's from its neighbour's
+// neighbour. The next tile's codes are asked for before the warps add up, always in the same order. Where x is too large for a block it is cut into slices of columns
 // (blockIdx.y), and the last block to come to a tile adds them.
 #include "codes.cuh"
 #include "sums.cuh"
@@ -23,6 +26,9 @@ constexpr float BIAS = HAS_RAW ? (HALF ? 1024.0f : 128.0f) + OFFSET : 0.0f;  // 
 constexpr int LEVELS = SCALE == 3 ? 64 : 0;  // of uint4: the levels of quantized scales
 constexpr int PER_STEP = UNITS * ROWS * 4;   // of uint4: a step of x
 constexpr int SHARERS = 4 * UNITS;           // uint4 of a row and step
+constexpr bool PAIRED = WORDS == 2;
+constexpr int SCALE_BYTES = SCALE == 3 ? 1 : SCALE == 2 ? 4 : 2;
+constexpr int SCALE_WORDS = EVEN ? AHEAD * SCALE_BYTES / 4 : 1;  // of a round
 constexpr int NT = ROWS > 8 ? ROWS / 8 : 1;  // tiles of 8 rows
 
 struct Raw {  // a scale as it is stored
@@ -65,12 +71,48 @@ DEVICE float scale_of(const Raw &raw, const float *levels, float offset) {
 #endif
 }
 
-DEVICE void load_held(Held &held, const Rows &rows, int begin, int step) {
+struct Round {  // the scales of AHEAD steps of two rows, as they are stored
+    u32 bits[2][SCALE_WORDS];
+    float absmax[2];
+};
+DEVICE void load_round(Round &round, const Rows &rows, int group) {
 #pragma unroll
     for (int h = 0; h < 2; h++) {
-        load_words(held.words[h], rows.codes[h] + step * 4 * WORDS);
+        long long index = (long long)rows.out[h] * rows.scales.groups + group;
+        const u8 *from = (SCALE == 3 ? rows.scales.codes : (const u8 *)rows.scales.scale) + index * SCALE_BYTES;
+        if constexpr (SCALE_WORDS % 4 == 0) {
+#pragma unroll
+            for (int i = 0; i < SCALE_WORDS; i += 4) {
+                uint4 v = load16(from + 4 * i);
+                u32(&to)[SCALE_WORDS] = round.bits[h];
+                to[i] = v.x, to[i + 1] = v.y, to[i + 2] = v.z, to[i + 3] = v.w;
+            }
+        } else if constexpr (SCALE_WORDS == 2) {
+            uint2 v = load8(from);
+            round.bits[h][0] = v.x, round.bits[h][1] = v.y;
+        } else {
+            round.bits[h][0] = load4(from);
+        }
+        if (SCALE == 3) round.absmax[h] = ((const float *)rows.scales.scale)[index >> 8];
+    }
+}
+DEVICE Raw raw_of(const Round &round, int h, int j) {
+    if (SCALE == 2) return {0, bits_float(round.bits[h][j % SCALE_WORDS])};
+    constexpr int PER_WORD = 4 / SCALE_BYTES;
+    u32 word = round.bits[h][j / PER_WORD % SCALE_WORDS] >> (8 * SCALE_BYTES * (j % PER_WORD));
+    return {word & (SCALE == 3 ? 0xFFu : 0xFFFFu), round.absmax[h]};
+}
+
+DEVICE void load_held(Held &held, const Rows &rows, int begin, int step) {
+    if constexpr (PAIRED) {
+        uint4 v = load16(rows.codes[0] + step * 4 * WORDS);
+        held.words[0][0] = v.x, held.words[0][WORDS - 1] = v.y, held.words[1][0] = v.z, held.words[1][WORDS - 1] = v.w;
+    }
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+        if (!PAIRED) load_words(held.words[h], rows.codes[h] + step * 4 * WORDS);
 #if STEPS_PER_GROUP
-        held.scale[h] = load_raw(rows.scales, rows.out[h], (begin + step) / STEPS_PER_GROUP);
+        if (!EVEN) held.scale[h] = load_raw(rows.scales, rows.out[h], (begin + step) / STEPS_PER_GROUP);
         if (ZERO) held.zero[h] = load_zero(rows.scales, rows.out[h], (begin + step) / STEPS_PER_GROUP);
 #endif
     }
@@ -91,6 +133,7 @@ DEVICE Rows rows_of(const Several &all, int tile, int begin, int lane) {
         rows.out[h] = min(tile * 16 + h * 8 + (lane >> 2), p.outs - 1);
         rows.codes[h] = p.codes + (long long)rows.out[h] * p.row_words + (begin * 4 + (lane & 3)) * WORDS;
     }
+    if (PAIRED) rows.codes[0] = p.codes + (long long)rows.out[lane >> 1 & 1] * p.row_words + begin * 4 * WORDS + (lane & 1) * 4;
     return rows;
 }
 
@@ -100,7 +143,8 @@ DEVICE void stage(uint4 *xs, float *sums, const Params &p, int first_step, int s
 #pragma unroll 2
     for (u32 i = tid; i < count; i += THREADS) {
         u32 unit = i % UNITS, t = i / UNITS % 4, step = i / SHARERS % steps, row = i / SHARERS / steps;
-        const u16 *chunk = p.x + (long long)min((int)row, p.rows - 1) * p.columns + (first_step + step) * STEP + t * CHUNK;
+        u32 place = PAIRED ? (t & 1) * 2 + t / 2 : t;
+        const u16 *chunk = p.x + (long long)min((int)row, p.rows - 1) * p.columns + (first_step + step) * STEP + place * CHUNK;
         xs[((step * UNITS + unit) * ROWS + row) * 4 + t] = load_opposite(chunk, unit);
     }
     if (!SUMMED) return;
@@ -131,7 +175,19 @@ struct Sums {
     float all[NT][4], x[NT][2];
 };
 
-DEVICE void add_step(Sums &sums, const Held &held, const Shared &s, const Rows &rows, int step, int lane) {
+// Where codes are PAIRED, lanes whose second bit is 0 hold 16 bytes of the upper row and give away the last eight.
+DEVICE void exchange(Held &held, int lane) {
+#pragma unroll
+    for (int i = 0; i < WORDS; i++) {
+        u32 lower = lane & 2, give = lower ? held.words[0][i] : held.words[1][i];
+        u32 got = float_bits(from_lane(bits_float(give), 2));
+        if (lower) held.words[0][i] = got;
+        else held.words[1][i] = got;
+    }
+}
+
+DEVICE void add_step(Sums &sums, Held &held, const Raw (&raw)[2], const Shared &s, const Rows &rows, int step, int lane) {
+    if (PAIRED) exchange(held, lane);
 #if STEPS_PER_GROUP
     float part[NT][4] = {};
 #else
@@ -169,7 +225,7 @@ DEVICE void add_step(Sums &sums, const Held &held, const Shared &s, const Rows &
         float offset = SCALE == 3 ? *rows.scales.offset : 0.0f;
 #pragma unroll
         for (int h = 0; h < 2; h++) {
-            float scale = scale_of(held.scale[h], s.levels, offset);
+            float scale = scale_of(raw[h], s.levels, offset);
             sums.all[n][2 * h] += scale * part[n][2 * h], sums.all[n][2 * h + 1] += scale * part[n][2 * h + 1];
         }
 #endif
@@ -228,10 +284,29 @@ DEVICE void join(float *block, u32 *ticket, const Sums &sums, const Params &p, i
     if (tid == 0) p.arrived[tile] = 0;
 }
 
-DEVICE void begin_tile(Held (&held)[AHEAD], const Rows &rows, int begin, int steps) {
+DEVICE void begin_tile(Held (&held)[AHEAD], Round &round, const Rows &rows, int begin, int steps) {
+    if (EVEN) load_round(round, rows, begin);
 #pragma unroll
     for (int j = 0; j < AHEAD; j++)
-        if (j < steps) load_held(held[j], rows, begin, j);
+        if (EVEN || j < steps) load_held(held[j], rows, begin, j);
+}
+
+// All steps of a warp in a tile.
+DEVICE void add_tile(Sums &sums, Held (&held)[AHEAD], Round &round, const Shared &s, const Rows &rows, int begin, int steps, int lane) {
+#pragma unroll 1
+    for (int first = 0; first < steps; first += AHEAD) {
+        Round now = round;
+        bool more = first + AHEAD < steps;
+        if (EVEN && more) load_round(round, rows, begin + first + AHEAD);
+#pragma unroll
+        for (int j = 0; j < AHEAD; j++) {
+            if (!EVEN && first + j >= steps) break;
+            Raw raw[2];
+            for (int h = 0; h < 2; h++) raw[h] = EVEN ? raw_of(now, h, j) : held[j].scale[h];
+            add_step(sums, held[j], raw, s, rows, first + j, lane);
+            if (EVEN ? more : first + j + AHEAD < steps) load_held(held[j], rows, begin, first + j + AHEAD);
+        }
+    }
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) few(const Several p) {
@@ -247,8 +322,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) few(const Seve
     for (int i = 0; i < PARTS; i++) tiles += tiles_of(p.part[i]);
 
     Held held[AHEAD];
+    Round round;
     Rows rows = rows_of(p, blockIdx.x, begin, lane);
-    begin_tile(held, rows, begin, steps);
+    begin_tile(held, round, rows, begin, steps);
     if (CODEBOOK) fill_table(shared, p.part[0].table, THREADS);
     if (LEVELS)
         for (int i = tid; i < 4 * LEVELS; i += THREADS) ((float *)(shared + TABLE))[i] = p.part[0].scales.levels[i];
@@ -262,19 +338,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) few(const Seve
 #pragma unroll 1
     for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x, turn ^= 1) {
         Sums sums = {};
-#pragma unroll 1
-        for (int first = 0; first < steps; first += AHEAD)
-#pragma unroll
-            for (int j = 0; j < AHEAD; j++) {
-                if (first + j >= steps) break;
-                add_step(sums, held[j], s, rows, first + j, lane);
-                if (first + j + AHEAD < steps) load_held(held[j], rows, begin, first + j + AHEAD);
-            }
+add_tile(sums, held, round, s, rows, begin, steps, lane);
         if (!STEPS_PER_GROUP) scale_sums(sums, rows);
         int part = rows.part, in_part = rows.tile;
         if (tile + gridDim.x < tiles) {
             rows = rows_of(p, tile + gridDim.x, begin, lane);
-            begin_tile(held, rows, begin, steps);
+            begin_tile(held, round, rows, begin, steps);
         }
         join(blocks + turn * WARPS * ROWS * 16, ticket, sums, p.part[part], in_part, tid);
     }

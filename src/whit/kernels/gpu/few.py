@@ -9,6 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from whit.kernels.gpu import nvrtc, stream
 from whit.kernels.gpu.stream import Operands, Scheme
@@ -16,6 +17,7 @@ from whit.kernels.gpu.stream import Operands, Scheme
 SOURCE = Path(__file__).with_name("few.cu")
 MOST_ROWS = 16
 MOST_SHARED = 226 << 10
+SCALE_BYTES = (2, 2, 4, 1)  # by the storage of a scale
 
 
 @dataclass(frozen=True)
@@ -36,11 +38,22 @@ def rounded(rows: int) -> int:
     return 1 << (rows - 1).bit_length()
 
 
-def macros(scheme: Scheme, config: Config, half: bool, rows: int, parts: int = 1) -> dict[str, int]:
-    """What few.cu is compiled with, for up to `rows` rows and that many weights."""
+@dataclass(frozen=True)
+class Case:
+    """What else few.cu is compiled for: float16, up to `rows` rows (rounded), `parts` weights, even cuts."""
+
+    half: bool
+    rows: int
+    parts: int = 1
+    even: bool = False
+
+
+def macros(scheme: Scheme, config: Config, case: Case) -> dict[str, int]:
+    """What few.cu is compiled with."""
     return scheme.storage.macros | {
-        "HALF": int(half), "CHUNK": scheme.chunk, "STEPS_PER_GROUP": scheme.steps_per_group, "ROWS": rounded(rows),
-        "WARPS": config.warps, "AHEAD": config.ahead, "MIN_BLOCKS": config.min_blocks, "PARTS": parts,
+        "HALF": int(case.half), "CHUNK": scheme.chunk, "STEPS_PER_GROUP": scheme.steps_per_group,
+        "ROWS": rounded(case.rows), "WARPS": config.warps, "AHEAD": config.ahead, "MIN_BLOCKS": config.min_blocks,
+        "PARTS": case.parts, "EVEN": int(case.even),
     }  # fmt: skip
 
 
@@ -83,17 +96,37 @@ def several(parts: int) -> type[ctypes.Structure]:
     return type("Several", (ctypes.Structure,), {"_fields_": [("part", stream.Params * parts)]})
 
 
+def is_even(scheme: Scheme, config: Config, columns: int, cuts: int) -> bool:
+    """Whether all warps have whole rounds of `ahead` steps, each step with a scale of its own."""
+    steps, round_steps = columns // scheme.step, config.warps * config.ahead
+    size = SCALE_BYTES[scheme.storage.scale] * config.ahead
+    return scheme.steps_per_group == 1 and not steps % (cuts * round_steps) and size in (4, 8, 16, 32)
+
+
+def case_of(operands: Sequence[Operands], scheme: Scheme, config: Config, cuts: int) -> Case:
+    """How few.cu is compiled for these."""
+    x = operands[0].x
+    even = is_even(scheme, config, x.shape[1], cuts) and all(scales_of(each).data_ptr() % 16 == 0 for each in operands)
+    return Case(x.dtype == torch.float16, rounded(x.shape[0]), len(operands), even)
+
+
+def scales_of(operands: Operands) -> Tensor:
+    """The scales as they are stored."""
+    tensors = operands.packed.tensors
+    return next(tensors[key] for key in ("scale", "absmax", "absmax_codes") if key in tensors)
+
+
 @lru_cache(maxsize=512)
-def build(scheme: Scheme, config: Config, half: bool, rows: int, parts: int, device: int) -> nvrtc.Function:
-    """The compiled kernel on a device, for `rows` (1, 2, 4, 8 or 16)."""
-    return nvrtc.build(SOURCE, macros(scheme, config, half, rows, parts), "few", device)
+def build(scheme: Scheme, config: Config, case: Case, device: int) -> nvrtc.Function:
+    """The compiled kernel on a device."""
+    return nvrtc.build(SOURCE, macros(scheme, config, case), "few", device)
 
 
 def launch(operands: Sequence[Operands], scheme: Scheme, config: Config, cuts: int, multiprocessors: int) -> None:
     """Fill y of each; they have the same x, in `cuts` slices (`slices`)."""
     x = operands[0].x
     rows, columns = x.shape
-    function = build(scheme, config, x.dtype == torch.float16, rounded(rows), len(operands), x.device.index)
+    function = build(scheme, config, case_of(operands, scheme, config, cuts), x.device.index)
     blocks = grid(config, [each.y.shape[1] for each in operands], cuts, multiprocessors)
     shared = shared_bytes(scheme, config, rows, -(-(columns // scheme.step) // cuts))
     where = torch.cuda.current_stream(x.device).cuda_stream

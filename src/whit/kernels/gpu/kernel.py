@@ -111,7 +111,7 @@ def plan(
     scheme: stream.Scheme, shape: tuple[int, int], rows: int, where: tuned.Device, invariant: bool
 ) -> tuple[str, Cut]:
     """The way for x (rows, columns) and a weight of `shape` (outs, columns), and how it is cut; None: dequantize."""
-    if not invariant and (cut := tuned.best_few(scheme, shape, rows)):
+    if not invariant and (cut := tuned.best_few(scheme, shape, rows, where)):
         return "few", cut
     way = "stream" if invariant else tuned.route(scheme, shape, rows, where)
     if way == "stream":

@@ -140,3 +140,7 @@ HOPPER_TILED: dict[Key, tuple[int, int, int, int, int, int, int]] = {
     ("int4-128", 1024, (28672, 8192)): (1, 2, 32, 3, 3, 1, 1),  # 671 TFLOP/s
 }
 TILED = {9: HOPPER_TILED}
+
+# H100 SXM. Rows up to this many. Columns: warps, ahead, min_blocks of few.Config.
+HOPPER_FEW: dict[Key, tuple[int, int, int]] = {}
+FEW = {9: HOPPER_FEW}

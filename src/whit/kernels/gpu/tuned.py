@@ -12,7 +12,7 @@ from math import log2
 
 from whit.kernels.gpu import few, stream, tiled
 from whit.kernels.gpu.stream import Config, Scheme, row_tiles
-from whit.kernels.gpu.tables import ROUTES, STREAM, TILED, Route, Shape
+from whit.kernels.gpu.tables import FEW, ROUTES, STREAM, TILED, Route, Shape
 
 BYTES_AHEAD = 32  # that a thread loads of each row before it computes
 MOST_COLUMNS = 640  # of 64 rows of x, twice, that fit in shared memory beside a table of levels
@@ -30,7 +30,7 @@ def kind(scheme: Scheme) -> str:
 
 def route(scheme: Scheme, shape: Shape, rows: int, device: Device) -> str:
     """Which of `stream`, `tiled` and `dequantize` (and multiply) is fastest for a weight of `shape` (outs, columns)."""
-    table, name = ROUTES.get(device[0], {}), kind(scheme)
+    table, name = ROUTES.get(device[0], {}), kind(scheme).removesuffix("-dq")
     near = nearest([where for known, where in table if known == name], shape)
     steps = DEFAULT_ROUTE if near is None else table[name, near]
     return next((way for most, way in steps if rows <= most), "dequantize")
@@ -50,10 +50,20 @@ def best(scheme: Scheme, shape: Shape, rows: int, device: Device, invariant: boo
     return replace(config, splits=rescaled(config.outs, config.splits, near, shape))
 
 
-def best_few(scheme: Scheme, shape: Shape, rows: int) -> few.Config | None:
+def best_few(scheme: Scheme, shape: Shape, rows: int, device: Device) -> few.Config | None:
     """The configuration of the kernel for up to 16 rows; None for more."""
-    config = few.Config(8, 4, 2) if shape[1] // scheme.step >= 16 else few.Config(4, 2, 4)
+    if rows > few.MOST_ROWS:
+        return None
+    table, of = FEW.get(device[0], {}), 1 if rows == 1 else few.MOST_ROWS
+    near = nearest(measured(table, kind(scheme), of), shape)
+    config = few.Config(*table[kind(scheme), of, near]) if near else default_few(scheme, rows)
     return config if few.fits(scheme, config, rows) else None
+
+
+def default_few(scheme: Scheme, rows: int) -> few.Config:
+    """Two blocks of eight warps, or one of sixteen where x takes room; four steps ahead where they are small."""
+    ahead = 2 if scheme.chunk * scheme.storage.bits >= 128 else 4
+    return few.Config(8, ahead, 2) if rows <= 4 else few.Config(16, ahead, 1)
 
 
 def best_tiled(scheme: Scheme, shape: Shape, rows: int, device: Device) -> tiled.Config:
