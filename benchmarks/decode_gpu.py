@@ -295,6 +295,19 @@ def few_rows_right() -> bool:
     return right
 
 
+def quantizing(device: str) -> dict[str, Any]:
+    """Seconds to quantize and pack a matrix where it lies, and what 7 G weights would take."""
+    shape = (14336, 4096) if device == "cuda" else (256, 256)
+    weight, found = torch.randn(shape, device=device).bfloat16(), {}
+    for spec in ("int4-g128", "nf4", "nf4-dq", "int8"):
+        work = lambda spec=spec: BITS.pack(whit.quantize_tensor(weight, spec))  # noqa: E731
+        work()
+        once = seconds(work, device, 3)
+        found[spec] = {"seconds": once, "seconds_for_7G": once * 7e9 / weight.numel()}
+    print("quantizing", found, flush=True)
+    return found
+
+
 def take_cuts(found: list[dict[str, Any]]) -> None:
     """Use the fastest cuts of gpu_few.py."""
     for each in found:
@@ -348,6 +361,8 @@ def main() -> None:
         rows.append(found)
         print({k: v for k, v in rows[-1].items() if not k.startswith("batch")}, flush=True)
         write()
+    result["quantizing"] = attempted(lambda: quantizing(device))
+    write()
     for name, row in result["ratios"].items():
         print(name, {k: round(v, 2) for k, v in row.items()}, flush=True)
 
