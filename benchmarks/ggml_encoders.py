@@ -1,5 +1,7 @@
 """ggml's types: seconds and error of quantizing one matrix, beside llama.cpp: python benchmarks/ggml_encoders.py
 
+Timed is the public call, `whit.quantize_tensor`. With --types only those are measured; the others stay in the table as
+they were, each with the load of the machine at its time.
 llama.cpp's own encoder is called where it is installed (`pip install --no-deps xllamacpp`); it runs on one thread.
 Errors are squared errors divided by llama.cpp's: of normal weights, and of the same ones where columns have an
 importance, each encoder told of it and the squares weighed by it.
@@ -8,14 +10,17 @@ importance, each encoder told of it and the squares weighed by it.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+import whit
 from whit.formats import parse_format
 from whit.formats.ggml import KINDS
 from whit.layouts import GGML
@@ -62,30 +67,38 @@ def main() -> None:
     names, peer = args.types.split(","), library() is not None
     tasks: dict[str, Callable[[], object]] = {}
     for name in names:
-        tasks[name] = lambda name=name: ours(weight, name, None)  # type: ignore[misc]
+        tasks[name] = lambda name=name: whit.quantize_tensor(weight, name)  # type: ignore[misc]
         if peer:
             tasks[f"llama.cpp {name}"] = lambda name=name: theirs(weight, name, None)  # type: ignore[misc]
-    seconds = {name: harness.spread(values) for name, values in harness.interleaved(tasks, args.rounds).items()}
-    errors, rows = {}, []
-    for name in names:
+    load = os.getloadavg()[0]
+    seconds = {n: {**harness.spread(v), "load": load} for n, v in harness.interleaved(tasks, args.rounds).items()}
+    errors: dict[str, float] = {}
+    for name in names if peer else ():
         for kind, given in (("plain", None), ("weighted", importance)):
             mine = lost(small, ours(small, name, given), name, given)
-            errors[f"{name} {kind}"] = mine / lost(small, theirs(small, name, given), name, given) if peer else None
+            errors[f"{name} {kind}"] = mine / lost(small, theirs(small, name, given), name, given)
+    path = harness.RESULTS / "ggml_encoders.json"
+    old = json.loads(path.read_text()) if path.is_file() else {"seconds": {}, "errors": {}}
+    for record in old["seconds"].values():
+        record.setdefault("load", old.get("load"))
+    result = {
+        "machine": harness.machine(), "size": MATRIX, "seconds": {**old["seconds"], **seconds},
+        "errors": {**old["errors"], **errors},
+    }  # fmt: skip
+    note = f"\n{MATRIX} x {MATRIX} float32, median of interleaved rounds (min-max), {args.threads} threads."
+    harness.save("ggml_encoders", result, table(result["seconds"], result["errors"]) + "\n" + note)
+
+
+def table(seconds: Mapping[str, Any], errors: Mapping[str, float | None]) -> str:
+    """All types that have been measured."""
+    rows = []
+    for name in (name for name in KINDS if name in seconds):
         cells = [seconds[name], seconds.get(f"llama.cpp {name}")]
         shown = [f"{s['median']:.2f} ({s['min']:.2f}-{s['max']:.2f})" if s else "" for s in cells]
-        ratios = [f"{e:.3f}" if (e := errors[f"{name} {kind}"]) else "" for kind in ("plain", "weighted")]
-        rows.append((name, f"{KINDS[name].bits_per_weight:.4g}", *shown, *ratios))
-    header = ("type", "bits", "whit, s", "llama.cpp, s (1 thread)", "error / llama.cpp's", "weighted")
-    note = f"\n{MATRIX} x {MATRIX} float32, median of {args.rounds} interleaved rounds (min-max), {args.threads} "
-    note += f"threads; load average of the machine {os.getloadavg()[0]:.1f}."
-    result = {
-        "machine": harness.machine(),
-        "load": os.getloadavg()[0],
-        "size": MATRIX,
-        "seconds": seconds,
-        "errors": errors,
-    }
-    harness.save("ggml_encoders", result, harness.markdown(header, rows) + "\n" + note)
+        ratios = [f"{e:.3f}" if (e := errors.get(f"{name} {kind}")) else "" for kind in ("plain", "weighted")]
+        rows.append((name, f"{KINDS[name].bits_per_weight:.4g}", *shown, f"{seconds[name]['load']:.1f}", *ratios))
+    header = ("type", "bits", "whit, s", "llama.cpp, s (1 thread)", "load", "error / llama.cpp's", "weighted")
+    return harness.markdown(header, rows)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,18 @@
-"""Work on a matrix a few rows at a time, so that every intermediate stays in the processor's cache."""
+"""Work on a matrix a few rows at a time, so that every intermediate stays in the processor's cache.
+
+On a CPU the chunks are shared out, each done by one thread: the operations on a chunk are so short that waking a second
+thread for each of them takes as long as they do.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
 
+from whit.methods.workers import Workers, workers
 from whit.tensor import Format, Params, QuantizedTensor, tensor_param
 
 CHUNK = 1 << 19  # elements; fixed, so that results do not depend on the machine
@@ -18,7 +24,14 @@ def solve_by_rows(solve: Solver, weight: Tensor, format: Format) -> QuantizedTen
     """`solve(rows of weight, format) -> (codes, unsealed params)` over chunks of rows, joined and sealed."""
     rows, columns = weight.shape
     count = max(CHUNK // max(columns, 1), 1) if format.row_independent else max(rows, 1)
-    parts = [solve(weight[first : first + count], format) for first in range(0, max(rows, 1), count)]
+    starts = range(0, max(rows, 1), count)
+    alone = len(starts) == 1 or torch.get_num_threads() == 1
+
+    def part(first: int) -> tuple[Tensor, Params]:
+        return solve(weight[first : first + count], format)
+
+    with nullcontext(Workers(None)) if alone else workers(weight.device) as hands:
+        parts = list(hands.map(part, starts))
     codes = torch.cat([codes for codes, _ in parts])
     names = parts[0][1]
     params = {name: torch.cat([tensor_param(p, name) for _, p in parts]) for name in names}
