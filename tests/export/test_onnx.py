@@ -83,6 +83,7 @@ def test_files_beside_the_graph(files: Path):
     assert said["model"]["decoder"]["head_size"] == 16
     account = json.loads((folder / "whit.json").read_text())
     assert account["files"].keys() == {"model.onnx", "model.onnx.data"}
+    assert not list(folder.glob("*.safetensors*"))
     assert account["size_bytes"] == sum((folder / name).stat().st_size for name in account["files"])
 
 

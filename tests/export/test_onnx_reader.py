@@ -13,9 +13,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
 import whit
+from whit.cli import build_app
 from whit.errors import CheckpointError
+from whit.export.lint import lint_onnx
 from whit.export.readers.onnx import read_onnx_model
 from whit.job import open_source
 
@@ -198,3 +201,33 @@ def test_what_a_folder_lacks_is_said(written: Path, tmp_path: Path):
     (folder / "config.json").unlink()
     with pytest.raises(CheckpointError, match=r"no config.json beside other.onnx"):
         read_onnx_model(folder / "other.onnx")
+
+
+def test_inspect_names_the_kind_and_what_is_wrong(written: Path, tmp_path: Path):
+    folder = tmp_path / "model"
+    shutil.copytree(written, folder)
+    runner = CliRunner()
+    said = json.loads(runner.invoke(build_app(), ["inspect", str(folder), "--verify", "--json"]).stdout)
+    assert said["export"] == "onnx"
+    assert [finding["where"] for finding in said["findings"]] == ["transformers and vLLM"]
+    (folder / "whit.json").unlink()
+    facts = json.loads(runner.invoke(build_app(), ["inspect", str(folder), "--json"]).stdout)
+    assert facts["quant_method"] == "onnx"
+    assert facts["dtypes"]["U8"]["tensors"] == 14
+    assert facts["files"] == ["model.onnx", "model.onnx.data"]
+    model = onnx.load(str(folder / "model.onnx"), load_external_data=False)
+    scales = first(model, "model.layers.0.attn.q_proj.MatMul.weight_scales")
+    places = {pair.key: int(pair.value) for pair in scales.external_data if pair.key != "location"}
+    with (folder / "model.onnx.data").open("r+b") as file:
+        file.seek(places["offset"])
+        file.write(b"\xff" * 8)
+    number("MatMulNBits", "K", 32)(model)
+    (folder / "model.onnx").write_bytes(model.SerializeToString())
+    first_node = "/model/layers.0/attn/q_proj/MatMul_Q4"
+    problems = [str(finding) for finding in lint_onnx(folder / "model.onnx") if finding.kind == "problem"]
+    assert len(problems) == 1
+    assert first_node in problems[0]
+    number("MatMulNBits", "K", 64)(model)
+    (folder / "model.onnx").write_bytes(model.SerializeToString())
+    problems = [str(finding) for finding in lint_onnx(folder / "model.onnx") if finding.kind == "problem"]
+    assert "2 of 128 are not finite" in problems[0]

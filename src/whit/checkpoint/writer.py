@@ -58,8 +58,8 @@ def plan_shards(tensors: Iterable[tuple[str, TensorSpec]], limit: int) -> tuple[
 
 
 def index_json(shards: tuple[Shard, ...]) -> dict[str, bytes]:
-    """The index that several shards need, by file name."""
-    if len(shards) == 1:
+    """The index that several safetensors files need, by file name."""
+    if len(shards) == 1 or not all(shard.name.endswith(".safetensors") for shard in shards):
         return {}
     total = sum(shard.size - len(shard.header) for shard in shards)
     parameters = sum(count_parameters(shard.specs) for shard in shards)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from contextlib import closing
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,6 +15,7 @@ from rich.table import Table
 
 from whit.checkpoint.header import NAMES, count_parameters
 from whit.checkpoint.hub import resolve_model
+from whit.checkpoint.onnx import OnnxFile, onnx_graph
 from whit.checkpoint.reader import Checkpoint, read_json
 from whit.checkpoint.work import RECORD
 from whit.checkpoint.writer import file_sha256
@@ -23,7 +25,7 @@ from whit.cli.quiet import quiet_transformers
 from whit.cli.shown import account_table, reasons, size
 from whit.coverage import Account, load_account
 from whit.errors import CheckpointError, OutputError
-from whit.export.lint import Finding, lint
+from whit.export.lint import Finding, lint, lint_onnx
 from whit.export.readers import quant_method
 from whit.export.whit import QUANT_METHOD
 
@@ -45,7 +47,8 @@ def inspect(
         facts = gguf_facts(folder)
         print_json(facts) if as_json else show_plain(facts)
         return
-    with Checkpoint(folder) as checkpoint:  # checks every header
+    graph = onnx_graph(folder)
+    with closing(Checkpoint(folder) if graph is None else OnnxFile(graph)) as checkpoint:  # checks every header
         if (folder / RECORD).is_file():
             account = load_account(folder)
             if verify:
@@ -70,8 +73,10 @@ def inspect(
             show_findings(findings)
 
 
-def findings_of(folder: Path, checkpoint: Checkpoint, trust_remote_code: bool = False) -> list[Finding]:
+def findings_of(folder: Path, checkpoint: Checkpoint | OnnxFile, trust_remote_code: bool = False) -> list[Finding]:
     """What is wrong or odd with a folder that another program quantized, or could read."""
+    if isinstance(checkpoint, OnnxFile):
+        return lint_onnx(checkpoint.path, trust_remote_code)
     config = read_json(folder / "config.json")
     return [] if quant_method(config) == QUANT_METHOD else lint(folder, config, checkpoint, trust_remote_code)
 
@@ -135,7 +140,7 @@ def show_account(account: Account, verified: bool) -> None:
         console().print(f"{len(account.files)} weight files are as they were written", highlight=False)
 
 
-def plain_facts(folder: Path, checkpoint: Checkpoint) -> dict[str, Any]:
+def plain_facts(folder: Path, checkpoint: Checkpoint | OnnxFile) -> dict[str, Any]:
     """What a folder without an account says of itself."""
     config = read_json(folder / "config.json")
     specs = {name: entry.spec for name, entry in checkpoint.entries.items()}
@@ -148,10 +153,11 @@ def plain_facts(folder: Path, checkpoint: Checkpoint) -> dict[str, Any]:
         elements[name] += count_parameters({name: spec})
         sizes[name] += spec.nbytes
     quantization = config.get("quantization_config")
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else None
     return {
         "model": folder.name,
         "architectures": config.get("architectures"),
-        "quant_method": quantization.get("quant_method") if isinstance(quantization, dict) else None,
+        "quant_method": "onnx" if isinstance(checkpoint, OnnxFile) else method,
         "tensors": len(specs),
         "elements": parameters,
         "size_bytes": size_bytes,

@@ -56,7 +56,8 @@ def load_foreign(folder: Path, dtype: torch.dtype | str, trust_remote_code: bool
     plain = copy.deepcopy(skeleton.config)
     how = INPUTS.get(quant_method(config) or "")
     inputs = {} if how is None else {holder: parse_activations(how) for holder in formats}
-    plain.quantization_config = quantization_config(Recipe("rtn"), formats, inputs)
+    if formats:  # a graph of ONNX may hold floats alone
+        plain.quantization_config = quantization_config(Recipe("rtn"), formats, inputs)
     return type(skeleton).from_pretrained(
         None, config=plain, state_dict=state, dtype=dtype, output_loading_info=True, **placement
     )

@@ -14,6 +14,7 @@ from whit.errors import WhitError
 from whit.export.foreign import ForeignSource
 from whit.export.lint.engines import engine_findings
 from whit.export.lint.findings import Finding, collapsed
+from whit.export.lint.onnx import lint_onnx
 from whit.export.lint.params import param_findings
 from whit.export.readers import READERS, quant_method, read_foreign
 from whit.export.readers.base import Packed, sentences
@@ -157,4 +158,4 @@ def _excepted(said: Mapping[str, Any]) -> list[str]:
     return [name.removeprefix("re:").strip(".*") for name in names if name]
 
 
-__all__ = ["Finding", "lint"]
+__all__ = ["Finding", "lint", "lint_onnx"]

@@ -62,6 +62,10 @@ def _not_mlx(said: Mapping[str, Any], item: Packed) -> str | None:
     return "MLX's tensors, which only mlx-lm and whit read"
 
 
+def _not_onnx(said: Mapping[str, Any], item: Packed) -> str | None:
+    return "a graph of ONNX, which ONNX Runtime, onnxruntime-genai and whit read"
+
+
 Refusal = Callable[[Mapping[str, Any], Packed], str | None]
 ENGINES: tuple[tuple[str, tuple[str, ...], Refusal], ...] = (
     ("vLLM's Marlin kernels", ("gptq", "awq", "compressed-tensors"), _marlin),
@@ -70,4 +74,5 @@ ENGINES: tuple[tuple[str, tuple[str, ...], Refusal], ...] = (
     ("transformers with compressed-tensors", ("compressed-tensors",), _transformers_ct),
     ("compressed-tensors since 0.20", ("compressed-tensors",), _new_ct),
     ("transformers and vLLM", ("mlx",), _not_mlx),
+    ("transformers and vLLM", ("onnx",), _not_onnx),
 )

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from whit.checkpoint.reader import Checkpoint
+from whit.checkpoint.reader import Checkpoint, TensorFiles
 from whit.export.lint.findings import Finding
 from whit.export.readers.base import Packed
 from whit.export.readers.compressed_tensors import beyond, packing
@@ -27,7 +27,7 @@ def param_findings(
         yield Finding("note", module, item.note)
     for key in SCALES:
         if f"{module}.{key}" in checkpoint and checkpoint.entries[f"{module}.{key}"].spec.dtype.is_floating_point:
-            yield from _scales(checkpoint, f"{module}.{key}")
+            yield from scale_findings(checkpoint, f"{module}.{key}")
     if method == "gptq":
         yield from _gptq(said, checkpoint, module, item)
     if method == "compressed-tensors":
@@ -39,7 +39,8 @@ def param_findings(
         yield from _claims(said, module, item.format.bits, size)
 
 
-def _scales(checkpoint: Checkpoint, key: str) -> Iterator[Finding]:
+def scale_findings(checkpoint: TensorFiles, key: str) -> Iterator[Finding]:
+    """Scales that are not finite, or negative."""
     scale = checkpoint[key].float()
     finite = torch.isfinite(scale)
     if bad := int((~finite).sum()):

@@ -118,18 +118,16 @@ def _product(file: OnnxFile, node: Node) -> Matrix:
 
 
 def _table(file: OnnxFile, node: Node) -> Matrix:
-    """An embedding. Its codes may be turned to another shape, and symmetric ones have zero points from a constant."""
+    """An embedding. Its codes may lie in another shape, and zero points in the middle may come from a constant."""
     makers = {output: maker for maker in file.nodes for output in maker.outputs}
     maker = makers.get(node.inputs[0])
     codes = maker.inputs[0] if maker is not None and maker.op == "Reshape" else node.inputs[0]
     bits = node.integer("bits", 4)
-    zeros = node.inputs[3] if len(node.inputs) > 3 else None
+    zeros = node.inputs[3] or None if len(node.inputs) > 3 else None
     constant = makers.get(zeros or "")
-    byte = sum(1 << (shift + bits - 1) for shift in range(0, 8, bits)) if bits in BITS else 0
-    if constant is not None and constant.op == "ConstantOfShape" and constant.attributes.get("value") == bytes([byte]):
-        zeros = None
-    elif zeros is None:
-        raise CheckpointError(f"{node.name}: codes without zero points; whit reads those that have some; convert it")
+    middles = bytes([sum(1 << (shift + bits - 1) for shift in range(0, 8, bits))]) if bits in BITS else b""
+    if constant is not None and constant.op == "ConstantOfShape" and constant.attributes.get("value") == middles:
+        zeros = None  # as where there are none
     require(file, codes, node.name)
     require(file, node.inputs[2], node.name)
     rows = file.entries[node.inputs[2]].spec.shape[0]
