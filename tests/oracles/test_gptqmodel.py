@@ -22,7 +22,8 @@ CASES = [
     ("int2-g32", "gptq"), ("int3-g32", "gptq"), ("int4-g32", "gptq"), ("int8-g32", "gptq"), ("int3-channel", "gptq"),
     ("int2-g32-act", "gptq"), ("int3-g32-act", "gptq"), ("int4-g32-act", "gptq"), ("int8-g32-act", "gptq"),
     ("int4-g32-asym", "gptq-v2"), ("int8-g32-asym", "gptq-v2"), ("int2-g32-asym-act", "gptq-v2"),
-    ("int3-g32-asym-act", "gptq-v2"), ("int4-g32-asym-act", "gptq-v2"), ("int4-g64-asym", "awq"), ("int4-g32", "awq"),
+    ("int3-g32-asym-act", "gptq-v2"), ("int4-g32-asym-act", "gptq-v2"), ("int8-g32-asym-act", "gptq-v2"),
+    ("int4-g64-asym", "awq"), ("int4-g32", "awq"),
 ]  # fmt: skip
 KERNELS = {"gptq": "TorchLinear", "gptq-v2": "TorchLinear", "awq": "AwqTorchLinear"}  # theirs that run on any processor
 
