@@ -59,6 +59,19 @@ def test_absmean_is_that_of_bitnet(random: Generator):
     assert whit.error(weight, whit.quantize_tensor(weight, "ternary")).mse < whit.error(weight, q).mse
 
 
+def test_bitlinear_has_one_scale_for_a_matrix(random: Generator):
+    """Equations 1 to 3 of the paper: W / (mean |W| + epsilon), rounded and clipped to -1, 0, 1."""
+    weight = torch.randn(7, 96, generator=random) * torch.logspace(-1, 1, 7)[:, None]
+    q = whit.quantize_tensor(weight, "ternary-tensor-absmean")
+    gamma = weight.abs().mean()
+    assert q.params["scale"].shape == (1, 1)
+    assert torch.allclose(q.params["scale"], gamma.reshape(1, 1))
+    assert torch.equal(q.codes.float(), (weight / gamma).round().clamp(-1, 1))
+    assert torch.allclose(q.dequantize(), q.codes.float() * gamma)
+    packed = whit.layouts.BITS.pack(q)
+    assert torch.equal(whit.layouts.BITS.unpack(packed).dequantize(), q.dequantize())
+
+
 @pytest.mark.parametrize("kind", ["ternary", "binary"])
 def test_groups_are_fitted_alone_and_a_short_last_one_by_what_it_has(kind: str, random: Generator):
     weight, importance = torch.randn(3, 70, generator=random), torch.rand(70, generator=random)
@@ -152,8 +165,19 @@ def test_kernels_run_them_or_say_why_not(random: Generator):
 
 
 def test_names():
-    for spec in ("ternary-g64", "ternary-channel", "ternary-g64-absmean", "binary-g128-f32", "ternary-channel-bf16"):
+    for spec in (
+        "ternary-g64",
+        "ternary-channel",
+        "ternary-g64-absmean",
+        "ternary-tensor-absmean",
+        "binary-g128-f32",
+        "ternary-channel-bf16",
+    ):
         assert str(parse_format(spec)) == spec
     assert parse_format("ternary") == parse_format("ternary-channel-f32")
     with pytest.raises(FormatError, match="absmean"):
         parse_format("binary-absmean")
+    with pytest.raises(FormatError, match="BitNet's"):
+        parse_format("ternary-tensor")
+    with pytest.raises(FormatError, match="per row or group"):
+        parse_format("binary-tensor")

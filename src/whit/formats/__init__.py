@@ -43,6 +43,7 @@ EXAMPLES = {
     "ternary-g64": "-1, 0 or 1 times a bfloat16 scale per 64 columns: 1.85 bits per weight",
     "ternary": "one float32 scale per row",
     "ternary-absmean": "its scale is mean |w|, as BitNet b1.58 trains with, not the one of least squared error",
+    "ternary-tensor-absmean": "one such scale for the whole matrix, BitNet b1.58's own",
     "binary-g64": "the sign times a bfloat16 scale per 64 columns: 1.25 bits per weight", "binary": "",
     "mxfp4": "4-bit floats in groups of 32 with a power of two as their scale",
     "fp8": "8-bit floats (E4M3), one scale per row", "fp8-tensor": "",

@@ -7,7 +7,8 @@ Both are fitted to the least squared error sum_j d_j (w_j - s c_j)^2, d the impo
 are not 0 are best given to the k largest |w|, and for those s = sum d |w| / sum d, which lowers the error by
 (sum d |w|)^2 / sum d. Binary has all of them: s is the weighted mean of |w|. Ternary tries every k, along the sorted
 |w|, and so is exact but for the rounding of the stored scale. `-absmean` is what BitNet b1.58 trains with instead,
-s = mean |w|, from which a weight of less than half becomes 0.
+s = mean |w|, from which a weight of less than half becomes 0; `ternary-tensor-absmean` has one for the whole matrix, as
+there.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from whit.formats.numeric import DTYPE_NAMES, check_fits, compute_dtype
 from whit.tensor import Params, ParamSpec, tensor_param
 
 PATTERN = re.compile(
-    r"(?P<kind>ternary|binary)(?:-(?P<where>channel|g[1-9]\d*))?(?P<absmean>-absmean)?(?:-(?P<dtype>f32|bf16))?"
+    r"(?P<kind>ternary|binary)(?:-(?P<where>tensor|channel|g[1-9]\d*))?(?P<absmean>-absmean)?(?:-(?P<dtype>f32|bf16))?"
 )
 
 
@@ -40,7 +41,7 @@ class Signs:
     kind: ClassVar[str]
     vector_size = 1
     code_min = 0
-    row_independent = True
+    per_tensor = False
     continuous: ClassVar[tuple[str, ...]] = ("scale",)
 
     def __post_init__(self) -> None:
@@ -53,7 +54,7 @@ class Signs:
         return "bf16" if self.group_size else "f32"
 
     def __str__(self) -> str:
-        where = f"g{self.group_size}" if self.group_size else "channel"
+        where = "tensor" if self.per_tensor else f"g{self.group_size}" if self.group_size else "channel"
         scale = "" if self.scale_type == self.default_scale_type else self.scale_type
         return "-".join(filter(None, (self.kind, where, self.rule, scale)))
 
@@ -62,12 +63,19 @@ class Signs:
         """How the scale is fitted, where there is a choice."""
         return ""
 
+    @property
+    def row_independent(self) -> bool:
+        """Whether no param belongs to two rows."""
+        return not self.per_tensor
+
     def sums(self, values: Tensor) -> Tensor:
-        return group_sums(values, self.group_size)
+        sums = group_sums(values, self.group_size)
+        return sums.sum().reshape(1, 1) if self.per_tensor else sums
 
     def param_specs(self, rows: int, columns: int) -> Mapping[str, ParamSpec]:
         dtype = DTYPE_NAMES[self.scale_type]
-        return {"scale": ParamSpec((rows, group_count(columns, self.group_size)), dtype, 8 * dtype.itemsize)}
+        shape = (1, 1) if self.per_tensor else (rows, group_count(columns, self.group_size))
+        return {"scale": ParamSpec(shape, dtype, 8 * dtype.itemsize)}
 
     def refit(self, weight: Tensor, codes: Tensor, params: Params, free: tuple[str, ...]) -> Params:
         if "scale" not in free:
@@ -116,9 +124,10 @@ class Signs:
 
 @dataclass(frozen=True)
 class Ternary(Signs):
-    """`ternary-g64` and, one scale per row, `ternary`. `absmean` fits as BitNet b1.58 does."""
+    """`ternary-g64` and, one scale per row, `ternary`. `absmean` fits as BitNet b1.58 does, `per_tensor` too."""
 
     absmean: bool = False
+    per_tensor: bool = False
 
     kind: ClassVar[str] = "ternary"
     bits = 2
@@ -135,7 +144,10 @@ class Ternary(Signs):
         """`ternary-g64` and its like; None for other families."""
         if not (m := PATTERN.fullmatch(spec)) or m["kind"] != cls.kind:
             return None
-        return cls(_group_size(m["where"]), m["dtype"] or "", bool(m["absmean"]))
+        whole = m["where"] == "tensor"
+        if whole and not m["absmean"]:
+            raise FormatError(f"{spec}: one scale for a matrix is BitNet's; write ternary-tensor-absmean, or ternary")
+        return cls(_group_size(m["where"]), m["dtype"] or "", bool(m["absmean"]), whole)
 
     @property
     def searches(self) -> bool:
@@ -147,11 +159,13 @@ class Ternary(Signs):
         return None if self.group_size else torch.int8
 
     def row_scale(self, params: Params) -> Tensor:
-        """float32 (rows, 1)."""
+        """float32 (rows, 1), or (1, 1)."""
         return tensor_param(params, "scale").to(torch.float32)
 
     def fit(self, weight: Tensor, importance: Tensor | None = None) -> Params:
         best = self._mean(weight, None) if self.absmean else self._least(weight, importance)
+        if self.per_tensor:  # rows are of one length
+            best = best.mean().reshape(1, 1)
         # A group of zeros decodes to zeros at any scale; 1 is one by which can be divided.
         return {"scale": self._store(torch.where(best > 0, best.clamp(min=torch.finfo(torch.float32).tiny), 1.0))}
 
@@ -192,6 +206,8 @@ class Binary(Signs):
             return None
         if m["absmean"]:
             raise FormatError(f"{spec}: binary scales are the mean of |w| anyway; leave out -absmean")
+        if m["where"] == "tensor":
+            raise FormatError(f"{spec}: binary scales are one per row or group; write binary, or binary-g64")
         return cls(_group_size(m["where"]), m["dtype"] or "")
 
     def fit(self, weight: Tensor, importance: Tensor | None = None) -> Params:

@@ -79,7 +79,8 @@ class Straight:
 class Fitted:
     """One matrix in training whose params are none of their own: in every step the format fits them to the weights.
 
-    What BitNet b1.58 does (Ma et al. 2024) with `ternary-absmean`: s = mean |w|, and every weight gets the gradient.
+    What BitNet b1.58 does (Ma et al. 2024) with `ternary-tensor-absmean`: s = mean |w|, and every weight gets the
+    gradient.
     """
 
     def __init__(self, weight: Tensor, quantized: QuantizedTensor) -> None:

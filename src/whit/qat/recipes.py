@@ -7,8 +7,8 @@ on 4096 samples (4096 tokens where the model takes them), batches of 32, next-to
 for the scales alone, a cosine to 0 after a warm-up of 3 %, gradients clipped to 0.3. It was made for asymmetric
 integers in groups of 64 or 128.
 
-`bitnet`: BitLinear of BitNet b1.58 (Ma et al. 2024): `ternary-absmean` weights, whose scale is mean |w| in every step,
-and inputs in 8 bits by max |x| of each token; here one scale per row, where the paper has one per matrix.
+`bitnet`: BitLinear of BitNet b1.58 (Ma et al. 2024): `ternary-tensor-absmean` weights, whose scale is mean |w| of the
+matrix in every step, and inputs in 8 bits by max |x| of each token.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from whit.tensor import Format
 
 SAMPLES = 4096
 NAMES = ("whit", "efficientqat", "bitnet")
-BITNET_FORMAT, BITNET_ACTIVATIONS = "ternary-absmean", "int8"
+BITNET_FORMAT, BITNET_ACTIVATIONS = "ternary-tensor-absmean", "int8"
 
 
 @dataclass(frozen=True)
