@@ -72,6 +72,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--smoke", action="store_true", help="every way on the first blocks of the model, pass or fail")
     parser.add_argument("--pilot", action="store_true", help="choose ternary's rates by short runs: OUT/pilot.json")
     parser.add_argument("--smoke-seconds", type=float, default=90.0)
+    parser.add_argument("--report", action="store_true", help="only the table and the plot of the cells in OUT")
     parser.add_argument("--mps", action="store_true", help="run the chains under a CUDA multi-process server")
     parser.add_argument("--deadline", type=float, help=argparse.SUPPRESS)
     parser.add_argument("--chain", help=argparse.SUPPRESS)
@@ -222,6 +223,9 @@ def main() -> int:
     args.out = args.out.resolve()
     if args.chain:
         return min(run_chain(args), 1)
+    if args.report:
+        report(args.out, args.formats.split(","), args.efficient_formats.split(","))
+        return 0
     qat_text.prepare(args.model, args.shared, args.out / "tokens")
     if args.smoke:
         return smoke(args)

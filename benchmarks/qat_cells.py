@@ -99,6 +99,8 @@ class Cell:
         return self.record
 
     def _quantized(self) -> None:
+        if (self.out / "whit.json").exists():  # an earlier call was ended before it was measured
+            return
         method: Any = {
             "rtn": RTN(), "gptq": GPTQ(), "refine": Refine(steps=self._steps(150), batch=4, checks=2),
             "blocks": Blocks(steps=self._steps(200), batch=4, checks=2),
