@@ -8,11 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 import whit
 from whit.checkpoint.reader import Checkpoint, read_json
 from whit.export.lint import Finding, lint
+from whit.job import Options
+from whit.pipeline import run
+from whit.transcode import prepare_transcode
 
 from tiny_models import save_tiny
 
@@ -145,3 +149,22 @@ def test_act_order_and_padding_are_noted(files: Path, tmp_path: Path):
     index = torch.arange(64, dtype=torch.int32) % 2
     out = changed(files / "gptq", tmp_path / "order", **{f"{LAYER}.g_idx": index})
     assert f"note: {LAYER}: act-order" in "\n".join(map(str, found(out)))
+
+
+def test_heads_that_predict_further_tokens_are_named(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """As a class of transformers that knows of them leaves them out: by name, or as blocks after the last one."""
+    known = [r"^mtp.*", r"model\.layers\.2\..*", r"pooler"]
+    monkeypatch.setattr(transformers.LlamaForCausalLM, "_keys_to_ignore_on_load_unexpected", known)
+    more = {
+        "mtp.fc.weight": torch.zeros(3),
+        "model.layers.2.eh_proj.weight": torch.zeros(3),
+        "pooler.w": torch.zeros(3),
+    }
+    extra = changed(files / "gptq", tmp_path / "extra", **more)
+    notes = [finding for finding in found(extra) if "multi-token prediction" in finding.message]
+    assert {note.kind for note in notes} == {"note"}
+    assert {note.where for note in notes} == {"mtp.fc.weight", "model.layers.2.eh_proj.weight"}
+    account = run(prepare_transcode(extra, tmp_path / "out", "whit", Options()))
+    dropped = {entry.name: entry.reason for entry in account.parameters if entry.status == "dropped"}
+    assert dropped["mtp.fc.weight"] == "an auxiliary head (multi-token prediction), which transformers does not run"
+    assert dropped["pooler.w"] == "transformers computes it itself"

@@ -25,6 +25,8 @@ from whit.checkpoint.reader import Checkpoint, read_json
 from whit.errors import CheckpointError
 from whit.tensor import TensorSpec
 
+COMPUTED = "transformers computes it itself"
+AUXILIARY = "an auxiliary head (multi-token prediction), which transformers does not run"
 NOT_STORED = "not in the checkpoint; transformers computes it on loading"
 
 
@@ -92,9 +94,12 @@ class ModelSource:
                 self._pieces[name].append((key, key))
 
     def _why_dropped(self, key: str) -> str:
-        ignored = [*(self.model._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq", r"position_ids$"]
-        if any(re.search(pattern, key) for pattern in ignored):
-            return "transformers computes it itself"
+        if any(re.search(pattern, key) for pattern in (r"rotary_emb\.inv_freq", r"position_ids$")):
+            return COMPUTED
+        if any(re.search(pattern, key) for pattern in self.model._keys_to_ignore_on_load_unexpected or ()):
+            block = re.search(r"(?:^|\.)layers\.(\d+)\.", key)
+            beyond = block is not None and int(block[1]) >= getattr(self.model.config, "num_hidden_layers", 1 << 30)
+            return AUXILIARY if beyond or re.search(r"(^|\.)(mtp|nextn)", key) else COMPUTED
         return f"{type(self.model).__name__} has no such parameter"
 
     def _find_origins(self) -> dict[str, Origin]:

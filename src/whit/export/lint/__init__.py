@@ -19,6 +19,7 @@ from whit.export.lint.params import param_findings
 from whit.export.readers import READERS, quant_method, read_foreign
 from whit.export.readers.base import Packed, sentences
 from whit.model.skeleton import load_skeleton
+from whit.model.source import AUXILIARY, COMPUTED
 from whit.model.targets import find_targets
 
 MARKS = (
@@ -129,7 +130,9 @@ def _accounted(
             yield Finding("problem", "model", line.removeprefix(f"{folder}: "))
         return
     for name, reason in source.dropped.items():
-        if name in checkpoint and "computes it itself" not in reason:
+        if reason == AUXILIARY:
+            yield Finding("note", name, f"is {reason}, and whit leaves it out of what it writes")
+        elif name in checkpoint and reason != COMPUTED:
             yield Finding("problem", name, f"is in the file and {reason}; nothing accounts for it; drop it")
     said = config.get("quantization_config") or config.get("quantization") or {}
     excepted = _excepted(said)

@@ -15,6 +15,7 @@ from whit.export.lint.params import scale_findings
 from whit.export.readers.base import Packed, sentences
 from whit.export.readers.onnx import QUANTIZED, packed_matrices, read_onnx_model
 from whit.model.skeleton import load_skeleton
+from whit.model.source import COMPUTED
 
 
 def lint_onnx(path: Path, trust_remote_code: bool = False) -> list[Finding]:
@@ -54,6 +55,6 @@ def _accounted(path: Path, trust_remote_code: bool) -> Iterator[Finding]:
             yield Finding("problem", "model", line.removeprefix(f"{path.parent}: "))
         return
     for name, reason in source.dropped.items():
-        if name in source.checkpoint and "computes it itself" not in reason:
+        if name in source.checkpoint and reason != COMPUTED:
             yield Finding("problem", name, f"is in the file and {reason}; nothing accounts for it; drop it")
     source.checkpoint.close()
