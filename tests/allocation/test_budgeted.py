@@ -264,6 +264,18 @@ def test_what_fits_leaves_room_for_the_cache_and_the_process(tiny: Path, tmp_pat
         Request(fit="400MB", context=64).bytes(job)
 
 
+def test_where_no_method_is_named_clipping_is_tried_too(tiny: Path, tmp_path: Path):
+    job = undecided(tiny, tmp_path / "out")
+    assert Request(bpw=3).formats(job) == LADDER
+    more = Request(bpw=3, any_method=True).formats(job)[len(LADDER) :]
+    assert {entry.partition(":")[0] for entry in more} == {"clip"}
+    assert {f"clip:{form}" for form in ("int2-g64-asym", "int4-g32-asym")} <= set(more)
+    assert not {"clip:q4_k", "clip:int8"} & set(more)  # a search of its own, and none that is needed
+    tried = methods_of(job, Request(bpw=3, any_method=True).formats(job))
+    assert {len(several) for several in tried.values()} == {2}
+    assert Request(bpw=3, ladder="int2-g32,int8", any_method=True).formats(job) == ("int2-g32", "int8")
+
+
 def test_contradictions_are_wrong_usage(run, tiny: Path, tmp_path: Path):
     for more in (("--target-bpw", 3), ("--format", "int8"), ("--recipe", "x.toml")):
         assert run(tiny, tmp_path / "out", "--target-size", "1MB", *more)[0] == 2

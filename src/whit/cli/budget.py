@@ -16,6 +16,7 @@ from whit.calibration import Calibration, CalibrationTokens
 from whit.cli.console import console
 from whit.cli.shown import parse_size, progress, size
 from whit.errors import OutputError, RecipeError
+from whit.formats import parse_format
 from whit.integrations.loading import load_tokenizer, maximum_context
 from whit.job import Job
 from whit.memory import Need, Planner, Situation, find_subject
@@ -23,6 +24,7 @@ from whit.recipe import Recipe, split_list, split_methods
 
 KEEP = ("*", "bf16")
 DEFAULT_CONTEXT = 2048
+CLIPPED = 4  # bits of the formats whose ranges are worth a search: of more, the best range is nearly all there is
 DEFAULT: Measure = "probe"
 UNITS = {"kl": "nats per token", "probe": "nats per token", "hessian": "shares of blocks' outputs"}
 
@@ -62,7 +64,10 @@ SaveRecipe: TypeAlias = Annotated[
 
 @dataclass(frozen=True)
 class Request:
-    """What a user asks of a budget: one of three sizes, and how it is to be met. `context` belongs to `fit`."""
+    """What a user asks of a budget: one of three sizes, and how it is to be met. `context` belongs to `fit`.
+
+    `any_method`: none was named, and rounding to nearest need not be the one.
+    """
 
     bpw: float | None = None
     size: str | None = None
@@ -70,6 +75,7 @@ class Request:
     context: int | None = None
     ladder: str | None = None
     sensitivity: Measure | None = None
+    any_method: bool = False
 
     def wanted(self, taken: bool) -> bool:
         """Whether a size was asked for; refuses what contradicts it (`taken`: --format or --recipe is given)."""
@@ -113,8 +119,12 @@ class Request:
         return left
 
     def formats(self, job: Job) -> tuple[str, ...]:
-        """The formats to choose from."""
-        return tuple(split_list(self.ladder)) if self.ladder else ladder_of(job)
+        """The formats to choose from, with the methods to try; where the user names neither, clipping too."""
+        ladder = tuple(split_list(self.ladder)) if self.ladder else ladder_of(job)
+        if self.ladder or not self.any_method:
+            return ladder
+        parsed = {entry: parse_format(entry) for entry in ladder}
+        return (*ladder, *(f"clip:{entry}" for entry, f in parsed.items() if f.bits <= CLIPPED and not f.searches))
 
 
 def _needs(planner: Planner, formats: tuple[str, ...]) -> list[Need]:

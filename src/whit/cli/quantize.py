@@ -111,7 +111,7 @@ def quantize(
         method = method or "clip"
     taken = any(given is not None for given in (format, recipe, imatrix, low_rank))
     how = None if sensitivity is None else sensitivity.value
-    request = Request(target_bpw, target_size, fit, context, ladder, how)
+    request = Request(target_bpw, target_size, fit, context, ladder, how, any_method=method is None)
     if request.wanted(taken):
         if activations is not None:
             raise typer.BadParameter("a size is about weights alone; drop one of them", param_hint="--activations")
