@@ -4,9 +4,10 @@
         [--stages budget,rank] [--name budget_shipped]
 
 At each of --targets whole-model bits per weight (every byte of the weight files): the recipe that a budget finds, and
-the uniform ones (one format for every matrix, the embedding included, ggml's among them where superblocks fit, and the
-same with an int8 embedding) that are at most as large; the best of them counts. At the size of each of llama.cpp's mixes (weighed by an importance matrix of
-the same calibration text, its tensors' bytes alone): the recipe that a budget of at most as many bytes finds.
+the uniform ones that are at most as large (one format for every matrix, the embedding included, ggml's among them where
+superblocks fit, and the same with an int8 embedding); the best of them counts. At the size of each of llama.cpp's mixes
+(weighed by an importance matrix of the same calibration text, its tensors' bytes alone): the recipe that a budget of at
+most as many bytes finds.
 Stage `rank`: random recipes, a format drawn for every matrix; how well each kind of prediction ranks them.
 Everything runs in --jobs processes; rows that an earlier run finished are kept; nothing new begins after the limit.
 """
