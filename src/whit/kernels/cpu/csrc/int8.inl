@@ -162,12 +162,21 @@ static ALWAYS_INLINE void four_rows(const Product8& p, const Decoder8<V, BITS, T
   const int64_t in_step = wide ? 0 : COLUMNS / size;
   const uint8_t* codes = w.codes + row * w.row_bytes;
   const int64_t ahead = 4 * w.row_bytes < 4096 ? 4 * w.row_bytes : 4096;
-  float* scale[4];
+  float *scale[4], *zero[4];
   typename V::G total[4];
+  const bool plain = !w.subs && !w.zero && w.scale_type != WHIT_NESTED && w.scale_stride == w.groups;
+  if (plain) {  // the scales of four rows lie side by side
+    convert<V>(w.scale, row * w.groups, 4 * w.groups, w.scale_type, scratch);
+    V::gstore(scratch + 4 * w.groups, V::gzero());
+  }
   EACH(r, 4) {
-    scale[r] = scratch + 2 * r * groups, total[r] = V::gzero();
-    group_params<V>(w, row + r, 0, scale[r], scale[r] + groups);
-    V::gstore(scale[r] + w.groups, V::gzero()), V::gstore(scale[r] + groups + w.groups, V::gzero());
+    scale[r] = zero[r] = plain ? scratch + r * w.groups : scratch + 2 * r * groups;
+    total[r] = V::gzero();
+    if (!plain) {
+      zero[r] = scale[r] + groups;
+      group_params<V>(w, row + r, 0, scale[r], zero[r]);
+      V::gstore(scale[r] + w.groups, V::gzero()), V::gstore(zero[r] + w.groups, V::gzero());
+    }
   });
   for (int64_t s = 0; s < steps; s++) {
     typename V::B q[PARTS];
@@ -184,8 +193,10 @@ static ALWAYS_INLINE void four_rows(const Product8& p, const Decoder8<V, BITS, T
       total[r] = V::gfma(V::gmul(V::to_g(dot), by), own, total[r]);
     });
   }
-  EACH(r, 4) { total[r] = shifted8<V>(p, 0, total[r], scale[r], scale[r] + groups); });
-  EACH(r, 4) { finish8(p, 0, row + r, V::gsum(total[r])); });
+  EACH(r, 4) { total[r] = shifted8<V>(p, 0, total[r], scale[r], zero[r]); });
+  float y[4];
+  V::gsum4(total, y);
+  EACH(r, 4) { finish8(p, 0, row + r, y[r]); });
 }
 
 template <class V, int BITS, bool TABLE, bool GROUPED>

@@ -65,6 +65,13 @@ struct Vnni512 : Avx512 {
   static ALWAYS_INLINE G gfma(G a, G b, G c) { return _mm512_fmadd_ps(a, b, c); }
   static ALWAYS_INLINE G to_g(I i) { return _mm512_cvtepi32_ps(i); }
   static ALWAYS_INLINE float gsum(G g) { return sum(g); }
+  static ALWAYS_INLINE void gsum4(const G (&g)[4], float* to) {
+    G a = _mm512_add_ps(_mm512_unpacklo_ps(g[0], g[1]), _mm512_unpackhi_ps(g[0], g[1]));
+    G b = _mm512_add_ps(_mm512_unpacklo_ps(g[2], g[3]), _mm512_unpackhi_ps(g[2], g[3]));
+    a = _mm512_add_ps(_mm512_shuffle_ps(a, b, 0x44), _mm512_shuffle_ps(a, b, 0xee));
+    __m256 half = _mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1));
+    _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
+  }
   static ALWAYS_INLINE G grepeat(const float* p, int shift) {  // lane i has p[i >> shift]
     return _mm512_permutexvar_ps(_mm512_srl_epi32(lanes(), _mm_cvtsi32_si128(shift)), _mm512_loadu_ps(p));
   }
