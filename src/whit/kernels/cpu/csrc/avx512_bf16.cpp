@@ -8,3 +8,5 @@ namespace {
 }  // namespace
 
 const Kernels whit_kernels_avx512_bf16 = {dot<Pairs>, dequantize<Avx512>, arrange<Pairs>, read_all, 1, 0, Pairs::SIZES};
+const Kernels whit_kernels_bf16_tables = {
+    dot<PairsOfTwo>, dequantize<Avx512>, arrange<Pairs>, read_all, 1, 0, Pairs::SIZES};

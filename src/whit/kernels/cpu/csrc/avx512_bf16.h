@@ -39,4 +39,19 @@ struct Pairs : Avx512 {
   }
 };
 
+// Levels as sums of two numbers in bfloat16, so that tables keep 16 bits.
+struct PairsOfTwo : Pairs {
+  struct W { __m512bh high, low; };
+  struct Table { __m512i high, low; };
+  static ALWAYS_INLINE F first(W w, X x) { return Pairs::next(w.high, x, Pairs::first(w.low, x)); }
+  static ALWAYS_INLINE F next(W w, X x, F acc) { return Pairs::next(w.high, x, Pairs::next(w.low, x, acc)); }
+  static ALWAYS_INLINE Table table(const float* levels, int bits) {
+    float low[16] = {};
+    for (int i = 0; i < 1 << bits && bits <= 4; i++) low[i] = levels[i] - bf16_to_float(float_to_bf16(levels[i]));
+    return {Pairs::table(levels, bits), Pairs::table(low, bits)};
+  }
+  template <int BITS>
+  static ALWAYS_INLINE W look(U u, const Table& t) { return {Pairs::look<BITS>(u, t.high), Pairs::look<BITS>(u, t.low)}; }
+};
+
 }  // namespace

@@ -107,10 +107,13 @@ size_t whit_row_scratch(const whit_weight& w) {
   return sizeof(float) * (size_t)(2 * 8 * (w.groups + 48 + lanes));
 }
 
-const Kernels* whit_kernels(const whit_weight& w, int type, int64_t rows_of_x, int isa) {
-  // A table's levels are rounded to bfloat16, as torch would round the weights, only where many rows pay for it.
-  if (isa == WHIT_AVX512_BF16 && (type != WHIT_BF16 || w.bits > 4 || (!w.consecutive && rows_of_x < WHIT_ROUNDED_ROWS)))
-    isa = WHIT_AVX512;
+const Kernels* whit_kernels(const whit_weight& w, int type, int64_t, int isa) {
+  if (isa != WHIT_AVX512_BF16) return kernels_for(isa);
+  if (type != WHIT_BF16 || w.bits > 4) return kernels_for(WHIT_AVX512);
+#if defined(WHIT_HAVE_AVX512_BF16)
+  for (int i = 0; i < 1 << w.bits; i++)
+    if (w.levels[i] != bf16_to_float(float_to_bf16(w.levels[i]))) return &whit_kernels_bf16_tables;
+#endif
   return kernels_for(isa);
 }
 

@@ -92,7 +92,7 @@ static ALWAYS_INLINE typename V::G shifted8(const Product8& p, int64_t m, typena
 template <class V, int BITS, bool TABLE, int M, bool GROUPED>
 static ALWAYS_INLINE void few_rows(const Product8& p, const Decoder8<V, BITS, TABLE>& decode, int64_t row, int64_t m0,
                                    float* scratch) {
-  constexpr int PARTS = parts_of<BITS>(), BYTES = PARTS > 1 ? V::LANES * 4 : V::LANES * BITS / 2, AHEAD = 4096;
+  constexpr int PARTS = parts_of<BITS>(), BYTES = PARTS > 1 ? V::LANES * 4 : V::LANES * BITS / 2, AHEAD = 16384;
   constexpr int COLUMNS = V::LANES * 4 * PARTS;
   constexpr bool SMALL = small_levels<V, BITS, TABLE>();
   const whit_weight& w = *p.w;
@@ -107,7 +107,7 @@ static ALWAYS_INLINE void few_rows(const Product8& p, const Decoder8<V, BITS, TA
   group_params<V>(w, row, 0, scale, zero);
   if constexpr (!GROUPED) {
     for (int64_t s = 0; s < steps; s++) {
-      __builtin_prefetch(codes + s * BYTES + AHEAD, 0, 3);
+      __builtin_prefetch(codes + s * BYTES + AHEAD, 0, 2);
       typename V::B level[PARTS];
       decode.parts(codes + s * BYTES, level);
       EACH(m, M) {
@@ -129,7 +129,7 @@ static ALWAYS_INLINE void few_rows(const Product8& p, const Decoder8<V, BITS, TA
     EACH(m, M) { by[m] = p.lanes + (m0 + m) * p.lane_stride; });
     for (int g = 0; g < V::LANES; g++) scale[w.groups + g] = zero[w.groups + g] = 0;
     for (int64_t s = 0; s < steps; s++) {
-      __builtin_prefetch(codes + s * BYTES + AHEAD, 0, 3);
+      __builtin_prefetch(codes + s * BYTES + AHEAD, 0, 2);
       typename V::B level[PARTS];
       decode.parts(codes + s * BYTES, level);
       typename V::G own = wide ? V::gset1(scale[s >> block_shift]) : V::grepeat(scale + s * in_step, run_shift);

@@ -52,11 +52,11 @@ static void super_params(const whit_weight& w, const void* outer, const uint8_t*
                          float* to) {
   const int64_t supers = w.groups / w.subs, first = row * supers, each = 16 / w.subs;
   unpack<V>(w, inner, w.sub_bits, row, to);
-  float part[16];
-  for (int64_t g = 0, super = 0; g < w.groups; g += 16, super += each) {
-    for (int64_t i = 0; i < 16; i++)
-      part[i] = i < each && super + i < supers ? load_as_float(outer, first + super + i, w.scale_type) : 0;
-    V::store(to + g, V::mul(V::repeat(part, w.subs), V::sub(V::load(to + g), V::set1(bias))));
+  float part[32] = {};
+  for (int64_t g = 0, super = 0; g < w.groups; super += 16) {
+    convert<V>(outer, first + super, supers - super < 16 ? supers - super : 16, w.scale_type, part);
+    for (int64_t i = 0; i < 16 && g < w.groups; i += each, g += 16)
+      V::store(to + g, V::mul(V::repeat(part + i, w.subs), V::sub(V::load(to + g), V::set1(bias))));
   }
 }
 
@@ -139,7 +139,8 @@ static void tile(const Rows& a, int64_t row, const Params* params, const typenam
   for (int r = 0; r < R; r++)
     for (int m = 0; m < M; m++) total[r][m] = from ? V::load(totals + 16 * (r * M + m)) : V::zero();
   const uint8_t* codes = w.codes + row * w.row_bytes;
-  const int64_t ahead = R * w.row_bytes <= 8192 ? R * w.row_bytes : 2048;
+  // Into the second cache: what the first can have on its way is too little for the memory's rate.
+  const int64_t set = R * w.row_bytes, ahead = set <= 16384 ? 16384 / set * set : 4096;
   uint8_t last[R][LOAD_SPAN + 8];
 
   for (int64_t b = from; b < until; b++) {
@@ -153,7 +154,7 @@ UNROLL(4)
         memcpy(last[r], p, left < LOAD_SPAN ? left : (size_t)LOAD_SPAN);
         p = last[r];
       } else {
-        __builtin_prefetch(p + ahead, 0, 3);
+        __builtin_prefetch(p + ahead, 0, 2);
       }
       bits[r] = V::template block<BITS>(p);
     }
