@@ -66,19 +66,22 @@ def test_weights_that_share_an_input_are_multiplied_in_one_launch(random: Genera
 
 FEW = [
     ("int4-g128", BF16, 1, few.Config(4, 2, 1), 1),
-    ("int4-g64-asym", F16, 3, few.Config(2, 4, 1), 2),
     ("nf4-dq", BF16, 8, few.Config(1, 4, 1), 3),
+    ("int3-channel", BF16, 13, few.Config(4, 3, 1), 1),
+]
+MORE_FEW = [
+    ("int4-g64-asym", F16, 3, few.Config(2, 4, 1), 2),
     ("nf4", BF16, 1, few.Config(3, 4, 1), 1),
     ("nf4", F16, 2, few.Config(2, 4, 1), 1),
     ("fp4-g32", F16, 2, few.Config(2, 2, 1), 1),
     ("int8-channel", BF16, 5, few.Config(2, 2, 1), 2),
-    ("int3-channel", BF16, 13, few.Config(4, 3, 1), 1),
     ("int7-g128-asym-fz", F16, 1, few.Config(1, 2, 1), 1),
     ("int2-g64", BF16, 16, few.Config(4, 2, 1), 2),
 ]
+SLOW_FEW = [pytest.param(*case, marks=pytest.mark.slow) for case in MORE_FEW]
 
 
-@pytest.mark.parametrize(("spec", "dtype", "rows", "config", "cuts"), FEW)
+@pytest.mark.parametrize(("spec", "dtype", "rows", "config", "cuts"), [*FEW, *SLOW_FEW])
 def test_product_of_few_rows_equals_float64(
     spec: str, dtype: torch.dtype, rows: int, config: few.Config, cuts: int, random: Generator
 ):
