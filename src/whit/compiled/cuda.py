@@ -32,6 +32,9 @@ def compile_cuda(model: Any, options: Mapping[str, Any], capture: Capture = capt
 
     Options: `batch` and `length` (tokens in all) to prepare for now instead of at the first call. Raises
     UnsupportedModelError for encoder-decoders, and for caches of other kinds (sliding windows, states).
+
+    A graph reads the weights where they lay when it was made. Compile again after the model was moved, its weights were
+    replaced, or an adapter was put in, merged or switched.
     """
     unknown = set(options) - {"batch", "length"}
     if unknown:
