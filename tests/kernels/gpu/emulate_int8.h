@@ -20,10 +20,10 @@ static int nearest(float v) { return std::isnan(v) ? 0 : (int)std::nearbyint(v);
 static int count_bits(u32 v) { return __builtin_popcount(v); }
 
 // A warp's lanes lay down a value each, and go on when all have.
-struct Exchange { u32 v[2][32]; int count, turn; };
-static std::vector<Exchange> exchanges;
+struct Gathering { u32 v[2][32]; int count, turn; };
+static std::vector<Gathering> gatherings;
 static const u32 *together(u32 v) {
-    Exchange &w = exchanges[current / 32];
+    Gathering &w = gatherings[current / 32];
     int turn = w.turn;
     w.v[turn & 1][current % 32] = v;
     if (++w.count == 32) w.count = 0, w.turn++;
@@ -140,7 +140,7 @@ template <class Body> static void run_clusters(int blocks, int block_threads, in
     for (int first = 0; first < blocks; first += size) {
         memories.assign(size, std::vector<u8>(LARGEST, 0xFF));
         fibers.assign(threads * size, Fiber{});
-        exchanges.assign(threads * size / 32, Exchange{});
+        gatherings.assign(threads * size / 32, Gathering{});
         memset(meetings, 0, sizeof meetings);
         at_cluster = arrived_at_barrier = 0;
         for (current = 0; current < threads * size; current++) {

@@ -28,7 +28,7 @@ def library(kernel: Path, macros: tuple[tuple[str, int], ...], driver: str) -> c
     folder = Path(tempfile.mkdtemp(prefix="emulated-"))
     source, target = folder / "kernel.cpp", folder / "kernel.so"
     included = (emulated.HERE / "emulate.h", emulated.HERE / "emulate_int8.h", nvrtc.COMMON, kernel)
-    setup = "exchanges.assign(64, Exchange{}), "
+    setup = "gatherings.assign(64, Gathering{}), "
     body = driver.format(kernel.stem).replace("run_grid", f"{setup}run_grid")
     source.write_text("".join(f'#include "{path}"\n' for path in included) + body)
     flags = [f"-D{name}={value}" for name, value in macros]
