@@ -441,6 +441,25 @@ def table(cells: list[dict[str, Any]]) -> str:
     return markdown(("shape", "rows", "bf16, µs", "W8A8", "LLM.int8()"), lines)
 
 
+def page(result: dict[str, Any]) -> str:
+    """What is committed beside the JSON."""
+    checks, cells = result["checks"], [c for c in result["cells"] if "rows" in c]
+    missed = [
+        f"{name} {outs}x{columns} at {rows} rows: {cell['bf16'] / cell[name]:.2f} of {goal}"
+        for name, goals in GOALS.items()
+        for cell in cells
+        for (outs, columns), rows in [(cell["shape"], cell["rows"])]
+        if (goal := goals.get(rows)) and cell["bf16"] / cell[name] < goal
+    ]
+    met = sum(cell["rows"] in goals for goals in GOALS.values() for cell in cells) - len(missed)
+    return (
+        f"{result['machine'].get('gpu')}, torch {result['machine']['torch version']}. Times bf16 (torch's product in the "
+        "same run), the fastest cut of each, rows quantized included; in brackets the share of what the memory's rate or "
+        f"the tensor cores' allow. {sum(c[3] for c in checks)} checks of {len(checks)} passed.\n\n{table(cells)}\n\n"
+        f"{met} goals met; not met: {'; '.join(missed) or 'none'}.\n"
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=90)
@@ -474,6 +493,7 @@ def main() -> None:
     result = {"machine": machine(), "checks": checks, "cells": cells, "said": {k: v[-30:] for k, v in other.items()}}
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(result, indent=1) + "\n")
+    args.out.with_suffix(".md").write_text(page(result))
     for part, said in other.items():
         print(f"--- {part}", *said[-25:], sep="\n")
     print(f"{len(checks) - len(failed)} checks of {len(checks)} passed", *failed, sep="\n")
