@@ -455,8 +455,8 @@ def page(result: dict[str, Any]) -> str:
     return (
         f"{result['machine'].get('gpu')}, torch {result['machine']['torch version']}. Times bf16 (torch's product in "
         "the same run), the fastest cut of each, rows quantized included; in brackets the share of what the memory's "
-        f"rate or the tensor cores' allow. {sum(c[3] for c in checks)} checks of {len(checks)} passed.\n\n{table(cells)}\n\n"
-        f"{met} goals met; not met: {'; '.join(missed) or 'none'}.\n"
+        f"rate or the tensor cores' allow. {sum(c[3] for c in checks)} checks of {len(checks)} passed.\n\n"
+        f"{table(cells)}\n\n{met} goals met; not met: {'; '.join(missed) or 'none'}.\n"
     )
 
 
