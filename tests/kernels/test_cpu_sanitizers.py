@@ -65,6 +65,27 @@ for spec, hows in {
                         for value in (float("nan"), -float("inf"), 1e-38) if rows == 9 and batch > 1 else ():
                             Cpu8(isa).linear(torch.full_like(x, value), weight, bias)
 """
+# Layers of an encoder: codes of 8 and of 16 bits, sequences of odd lengths, alone and shared by threads, with masks.
+ENCODER = """
+from whit.kernels.cpu.encoder import Encoder, Layer, Linear
+def linear(rows, columns, spec, how, parts=1):
+    how = parse_activations(how) if how else None
+    weights = [replace(packed(spec, rows, columns), activations=how) for _ in range(parts)]
+    return Linear(tuple(weights), tuple(torch.ones(rows) for _ in weights))
+norm = (torch.ones(64), torch.zeros(64))
+for spec, how in (("int8", "int8"), ("int4-g32", "int8-g32"), ("int8-g32", "")):
+    sizes = ((64, 64, spec, how, 3), (64, 64, spec, how), (128, 64, spec, how), (64, 128, spec, how))
+    layer = Layer(*(linear(*size) for size in sizes), (norm, norm))
+    for isa in compiled.isas8:
+        encoder = Encoder([layer], 4, 1e-12, compiled, isa)
+        for batch, tokens in ((1, 1), (2, 17), (5, 33)):
+            mask = torch.rand(batch, 1, 1, tokens, generator=random) < 0.8
+            for threads in (1, 3):
+                torch.set_num_threads(threads)
+                encoder(torch.randn(batch, tokens, 64, generator=random), mask)
+                encoder(torch.full((batch, tokens, 64), float("inf")))
+torch.set_num_threads(1)
+"""
 GRAM = """
 for rows, columns in [(1, 1), (2, 47), (7, 48), (128, 49), (129, 97), (300, 200)]:
     x = torch.randn(rows, columns, generator=random).to(torch.bfloat16)
@@ -115,7 +136,7 @@ def test_sanitizers_find_nothing(tmp_path: Path):
         "LD_PRELOAD": ":".join(name.strip() for name in runtimes), "PYTHONPATH": ":".join(sys.path),
         "ASAN_OPTIONS": "detect_leaks=0", "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1",
     }  # fmt: skip
-    script = START + FLOATS + INT8 + GRAM + DECODER + "print('clean')"
+    script = START + FLOATS + INT8 + ENCODER + GRAM + DECODER + "print('clean')"
     done = subprocess.run(
         [sys.executable, "-c", script, str(library_path), str(Path(__file__).parents[1])],
         capture_output=True,

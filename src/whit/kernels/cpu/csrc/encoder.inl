@@ -3,17 +3,6 @@
 // Work is cut into phases, and a phase into tasks that the threads of a crew take in turn; what a task computes does not
 // depend on who takes it. A crew is one thread with sequences of its own, or all of them with one after the other.
 
-typedef float Floats16 __attribute__((vector_size(64)));
-typedef int32_t Ints16 __attribute__((vector_size(64)));
-
-template <class To, class From>
-static ALWAYS_INLINE To same_bits(const From& from) {
-  static_assert(sizeof(To) == sizeof(From), "as many bytes");
-  To to;
-  memcpy(&to, &from, sizeof to);
-  return to;
-}
-
 template <class V>
 static ALWAYS_INLINE Floats16 fused(Floats16 a, Floats16 b, Floats16 c) {
   return same_bits<Floats16>(V::fma(same_bits<typename V::F>(a), same_bits<typename V::F>(b), same_bits<typename V::F>(c)));

@@ -67,6 +67,49 @@ static ALWAYS_INLINE void finish_row8(const Product8& p, int64_t m, int64_t row,
   finish8(p, m, row, (float)sum * x.scale[m] * scale);
 }
 
+typedef float Floats16 __attribute__((vector_size(64)));
+typedef int32_t Ints16 __attribute__((vector_size(64)));
+typedef uint32_t Words16 __attribute__((vector_size(64)));
+
+template <class To, class From>
+static ALWAYS_INLINE To same_bits(const From& from) {
+  static_assert(sizeof(To) == sizeof(From), "as many bytes");
+  To to;
+  memcpy(&to, &from, sizeof to);
+  return to;
+}
+
+// The same steps for a tile of `count` rows of x and `rows` of the weight, 16 at a time where there are as many.
+template <class V, class Sum>
+static ALWAYS_INLINE void finish_tile(const Product8& p, int64_t m0, int64_t count, int64_t row, int64_t rows,
+                                      const Sum* sums, const float* scale) {
+  const whit_rows8& x = *p.x;
+  for (int64_t m = 0; m < count; m++, sums += WIDE8) {
+    int64_t r = 0;
+    for (; r + 16 <= rows; r += 16) {
+      typename V::F y;
+      if constexpr (std::is_same<Sum, int32_t>::value) {
+        Ints16 sum, levels;
+        memcpy(&sum, sums + r, 64);
+        if (x.zero) {
+          memcpy(&levels, p.row_sums + row + r, 64);
+          sum = same_bits<Ints16>(same_bits<Words16>(sum) - (uint32_t)x.zero[m0 + m] * same_bits<Words16>(levels));
+        }
+        y = V::mul(same_bits<typename V::F>(__builtin_convertvector(sum, Floats16)), V::set1(x.scale[m0 + m]));
+        y = V::mul(y, V::load(scale + r));
+      } else {
+        y = V::load(sums + r);
+      }
+      if (p.bias) y = V::add(y, V::convert(p.bias, row + r, p.type));
+      V::store_as(p.y, (m0 + m) * p.w->rows + row + r, y, p.type);
+    }
+    for (; r < rows; r++) {
+      if constexpr (std::is_same<Sum, int32_t>::value) finish_row8(p, m0 + m, row + r, sums[r], scale[r]);
+      else finish8(p, m0 + m, row + r, sums[r]);
+    }
+  }
+}
+
 // Few rows of x take a vector of codes as it lies: 8 / BITS columns of a byte lie in as many vectors, to which x was
 // put in the same order (`arranged`). A lane then holds 32 / BITS neighbouring columns. Other widths are spread first.
 template <int BITS>
@@ -284,8 +327,7 @@ static void tile8(const Product8& p, int64_t row, int64_t rows, int64_t m0, cons
   const int32_t* start = p.starts + m0 * x.groups;
   if constexpr (!GROUPED) {
     run8<V, M, false, SMALL>(q, x.stride, panel, (w.columns + 3) / 4, start, nullptr, 1, nullptr, nullptr, sums);
-    for (int m = 0; m < M; m++)
-      for (int64_t r = 0; r < rows; r++) finish_row8(p, m0 + m, row + r, sums[m * WIDE8 + r], scale[r]);
+    finish_tile<V>(p, m0, M, row, rows, sums, scale);
   } else {
     memset(total, 0, sizeof total);
     const int64_t runs = (w.columns + GROUP8 - 1) / GROUP8;
@@ -303,8 +345,7 @@ static void tile8(const Product8& p, int64_t row, int64_t rows, int64_t m0, cons
       }
       g++, next += w.group_size;
     }
-    for (int m = 0; m < M; m++)
-      for (int64_t r = 0; r < rows; r++) finish8(p, m0 + m, row + r, total[m * WIDE8 + r]);
+    finish_tile<V>(p, m0, M, row, rows, total, scale);
   }
 }
 
