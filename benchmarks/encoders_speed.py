@@ -6,7 +6,8 @@ model is exported here by torch.onnx, fused by ONNX Runtime's own optimizer and 
 both graphs run, fused and not. One process, all candidates of a case in turn, medians; every candidate's embeddings are
 held against float32 too. Writes results/encoders_speed.json and .md.
 
-The `whit` rows: --accurate and --fast name recipes as benchmarks/encoders.py does; `whit.compile` runs them.
+The `whit` rows are --recipes as benchmarks/encoders.py has them, a folder that `whit quantize` wrote among them, run by
+`whit.compile`.
 """
 
 from __future__ import annotations
@@ -103,7 +104,9 @@ def torch_models(args: argparse.Namespace) -> dict[str, Any]:
     def load(**options: Any) -> Any:
         return AutoModel.from_pretrained(args.model, **options).eval()
 
-    found: dict[str, Any] = {f"whit {spec}": whit.compile(quantized(args, spec), strict=True) for spec in args.recipes}
+    found: dict[str, Any] = {
+        f"whit {Path(spec).name}": whit.compile(quantized(args, spec), strict=True) for spec in args.recipes
+    }
     found |= {"torch float32": load(dtype=torch.float32), "torch bfloat16": load(dtype=torch.bfloat16)}
     found["torch dynamic int8"] = torch.ao.quantization.quantize_dynamic(
         load(dtype=torch.float32), {torch.nn.Linear}, dtype=torch.qint8
