@@ -60,7 +60,7 @@ def compile_source(source: str, options: Sequence[str], architecture: str) -> by
     nvrtc = compiler()
     program = ctypes.c_void_p()
     _checked(nvrtc.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"kernel.cu", 0, None, None), source)
-    flags = [f"--gpu-architecture={architecture}", "--std=c++17", *options]
+    flags = [f"--gpu-architecture={architecture}", "--std=c++17", "--disable-warnings", *options]
     array = (ctypes.c_char_p * len(flags))(*[flag.encode() for flag in flags])
     try:
         if nvrtc.nvrtcCompileProgram(program, len(flags), array):
