@@ -29,7 +29,6 @@ template <class T> DEVICE T fresh(const T *p) { return __ldcg(p); }
 DEVICE float multiplied(float a, float b) { return __fmul_rn(a, b); }  // rounded, never fused with a sum
 [[maybe_unused]] DEVICE float divided(float a, float b) { return __fdiv_rn(a, b); }
 [[maybe_unused]] DEVICE int nearest(float v) { return __float2int_rn(v); }  // 0 for a NaN
-[[maybe_unused]] DEVICE u32 float_bits(float v) { return __float_as_uint(v); }
 [[maybe_unused]] DEVICE int count_bits(u32 v) { return __popc(v); }
 #endif
 
