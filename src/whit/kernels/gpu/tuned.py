@@ -51,13 +51,15 @@ def best(scheme: Scheme, shape: Shape, rows: int, device: Device, invariant: boo
 
 
 def best_few(scheme: Scheme, shape: Shape, rows: int, device: Device) -> few.Config | None:
-    """The configuration of the kernel for up to 16 rows; None for more."""
+    """The configuration of the kernel for up to 16 rows; None where another is faster."""
     if rows > few.MOST_ROWS:
         return None
     table, of = FEW.get(device[0], {}), 1 if rows == 1 else few.MOST_ROWS
     near = nearest(measured(table, kind(scheme), of), shape)
     config = few.Config(*table[kind(scheme), of, near]) if near else default_few(scheme, rows)
-    return config if few.fits(scheme, config, rows) else None
+    if not few.fits(scheme, config, rows) or (rows > 8 and few.slices(scheme, config, rows, shape[1]) > 1):
+        return None  # what x in slices costs is more than tiles do
+    return config
 
 
 def default_few(scheme: Scheme, rows: int) -> few.Config:
