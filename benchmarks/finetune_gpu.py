@@ -285,6 +285,15 @@ def table(entries: list[dict[str, Any]]) -> str:
     return markdown(["", "batch", "tokens/s", "peak GB", "last loss"], body)
 
 
+def page(result: dict[str, Any]) -> str:
+    """The table with what it was made on; an earlier run's beside it, where the file keeps one."""
+    said = f"{result['shape']} with random weights in nf4-dq, r = {result['rank']} on all linears, checkpointing"
+    parts = [table(result["rows"]), f"{result['machine'].get('gpu', 'cpu')}, {said}; medians of the steps after two."]
+    if (earlier := result.get("earlier")) is not None:
+        parts += [f"{earlier['machine'].get('gpu', 'cpu')}, {earlier['note']}:", table(earlier["rows"])]
+    return "\n\n".join(parts)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="llama-3-8b")
@@ -315,7 +324,7 @@ def main() -> None:
     last = [e["peak_bytes"] for e in result["rows"] if e["row"] == "whit" and e["context"] == 512 and "peak_bytes" in e]
     result["fits_12_GB_at_4_x_512"] = bool(last) and last[0] < LIMIT_BYTES
     args.out.write_text(json.dumps(result, indent=1) + "\n")
-    args.out.with_suffix(".md").write_text(table(result["rows"]) + "\n")
+    args.out.with_suffix(".md").write_text(page(result) + "\n")
     print(table(result["rows"]))
     if any(not check["ok"] for check in checks):
         raise SystemExit("checks failed")
