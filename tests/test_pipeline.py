@@ -334,7 +334,8 @@ def test_side_files_travel_and_code_and_pickles_do_not(tmp_path: Path):
     blobs, snapshot = tmp_path / "hub/blobs", tmp_path / "hub/snapshots/abc"
     blobs.mkdir(parents=True)
     shutil.copytree(save_tiny(tmp_path / "model", "llama"), snapshot)
-    for name in ("tokenizer.json", "vocab.txt", "chat_template.jinja", "modeling_x.py", "weights.bin", "LICENSE"):
+    for name in ("tokenizer.json", "vocab.txt", "chat_template.jinja", "modeling_x.py", "weights.bin", "LICENSE",
+                 "quantize_config.json", "genai_config.json"):  # fmt: skip
         (blobs / name).write_text(name)
         (snapshot / name).symlink_to(blobs / name)
     quantize(snapshot, tmp_path / "out", INT4)

@@ -10,6 +10,8 @@ from whit.errors import CheckpointError
 
 SUFFIXES = {".json", ".txt", ".model", ".jinja"}
 REPLACED = {"config.json", "whit.json", INDEX}  # the result has its own
+# What other programs say of a quantized source's own codes and graph: untrue of what is made of it.
+OF_SOURCE = {"quantize_config.json", "quant_config.json", "quantization_config.json", "genai_config.json"}
 
 
 def side_files(folder: Path, code: bool = False) -> Iterator[tuple[str, Path]]:
@@ -18,7 +20,7 @@ def side_files(folder: Path, code: bool = False) -> Iterator[tuple[str, Path]]:
     places = (folder, folder / "additional_chat_templates")
     for path in sorted(path for place in places if place.is_dir() for path in place.iterdir()):
         is_licence = path.name.upper().startswith(("LICENSE", "LICENCE", "NOTICE"))
-        if path.is_file() and path.name not in REPLACED and (path.suffix in wanted or is_licence):
+        if path.is_file() and path.name not in REPLACED | OF_SOURCE and (path.suffix in wanted or is_licence):
             _check_link(folder, path)
             yield str(path.relative_to(folder)), path
 
