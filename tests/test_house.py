@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from collections import Counter
 from pathlib import Path
 
 import whit
@@ -49,6 +50,11 @@ def test_data_flows_one_way():
 
 def test_files_stay_short():
     assert not [str(p) for p in sources() if p.read_text().count("\n") > MOST_LINES]
+
+
+def test_test_files_have_names_of_their_own():
+    names = Counter(path.name for path in Path(__file__).parent.rglob("test_*.py"))
+    assert [name for name, count in names.items() if count > 1] == []  # pytest would import one for the other
 
 
 def test_no_environment_look_ups_outside_the_command_line():
