@@ -17,7 +17,6 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from whit.errors import KernelError
 from whit.kernels.gpu import nvrtc
 
 HERE = Path(__file__).parent
@@ -273,12 +272,12 @@ def quantize(x: Tensor, threshold: float = 0.0) -> Rows:
     if threshold > 0 and len(x) > 1:
         marks = torch.empty(slices(len(x)), x.shape[1] // 8, dtype=torch.uint8, device=x.device)
         function = _build(MARK, tuple((BYTES | {"HALF": int(half)}).items()), device)
-        enqueue(function, mark_grid(x, marks), MARK_THREADS, MARK_THREADS, mark_params(x, marks, threshold), where)
+        function.launch_early(mark_grid(x, marks), MARK_THREADS, MARK_THREADS, mark_params(x, marks, threshold), where)
     macros = quantize_macros(x.shape[1], half, threshold > 0)
     function, threads = _build(QUANTIZE, tuple(macros.items()), device), macros["THREADS"]
     blocks = min(len(x), 16 * torch.cuda.get_device_properties(device).multi_processor_count)
     params = quantize_params(x, rows, marks, threshold)
-    enqueue(function, (blocks, 1, 1), threads, 3 * 4 * threads // 32, params, where)
+    function.launch_early((blocks, 1, 1), threads, 3 * 4 * threads // 32, params, where)
     return rows
 
 
@@ -304,7 +303,7 @@ def multiply_few(x: Tensor, weight: Weight, y: Tensor, threshold: float, config:
         torch.cuda.current_stream(y.device).cuda_stream,
     )
     params, shared = few_params(x, weight, y, threshold, config), config.shared_bytes(x.shape[1], len(x))
-    enqueue(function, config.grid(y.shape[1]), config.threads, shared, params, where, config.split)
+    function.launch_early(config.grid(y.shape[1]), config.threads, shared, params, where, config.split)
 
 
 def multiply(rows: Rows, weight: Weight, y: Tensor, config: Config) -> None:
@@ -315,7 +314,7 @@ def multiply(rows: Rows, weight: Weight, y: Tensor, config: Config) -> None:
     params = product_params(rows, weight, y, config)
     grid = config.grid(y.shape[1], len(y), torch.cuda.get_device_properties(device).multi_processor_count)
     shared, where = config.shared_bytes(outliers, shifted), torch.cuda.current_stream(y.device).cuda_stream
-    enqueue(function, grid, config.threads, shared, params, where, config.split * config.pair)
+    function.launch_early(grid, config.threads, shared, params, where, config.split * config.pair)
 
 
 @lru_cache(maxsize=256)
@@ -328,42 +327,7 @@ def _rounded(threshold: float, dtype: torch.dtype) -> float:
     return torch.tensor(threshold, dtype=dtype).item()
 
 
-# What the driver asks for beyond a plain launch: CUlaunchConfig, its attributes, and maps of matrices.
-
-CLUSTER_DIMENSION, BEGIN_EARLY = 4, 6
-UINT8, SWIZZLE_128, AHEAD_256 = 0, 3, 3
-
-
-class Attribute(ctypes.Structure):
-    """CUlaunchAttribute."""
-
-    _fields_ = (("id", ctypes.c_int), ("pad", ctypes.c_int), ("value", ctypes.c_uint * 16))
-
-
-class LaunchConfig(ctypes.Structure):
-    """CUlaunchConfig."""
-
-    _fields_ = (
-        ("grid", ctypes.c_uint * 3), ("block", ctypes.c_uint * 3), ("shared", ctypes.c_uint),
-        ("stream", ctypes.c_void_p), ("attributes", ctypes.POINTER(Attribute)), ("count", ctypes.c_uint),
-    )  # fmt: skip
-
-
-def enqueue(
-    function: nvrtc.Function, grid: nvrtc.Dims, threads: int, shared: int, params: ctypes.Structure, stream: int,
-    cluster: int = 1,
-) -> None:  # fmt: skip
-    """Launch a kernel that may begin before the one in front of it is done, in clusters of so many blocks."""
-    if shared > function.shared:
-        _checked(nvrtc.driver().cuFuncSetAttribute(function.handle, nvrtc.MAX_DYNAMIC_SHARED, shared), function.name)
-        function.shared = shared
-    attributes = (Attribute * 2)()
-    attributes[0].id, attributes[0].value[0] = BEGIN_EARLY, 1
-    attributes[1].id, attributes[1].value[:3] = CLUSTER_DIMENSION, (cluster, 1, 1)
-    config = LaunchConfig(grid, (threads, 1, 1), shared, stream, attributes, 2 if cluster > 1 else 1)
-    pointers = (ctypes.c_void_p * 1)(ctypes.addressof(params))
-    status = nvrtc.driver().cuLaunchKernelEx(ctypes.byref(config), function.handle, pointers, None)
-    _checked(status, function.name)
+UINT8, SWIZZLE_128, AHEAD_256 = 0, 3, 3  # of cuTensorMapEncodeTiled
 
 
 @lru_cache(maxsize=4096)
@@ -376,10 +340,5 @@ def tiles_of(address: int, rows: int, columns: int, tall: int) -> ctypes.Array[c
         (ctypes.c_uint64 * 1)(columns), (ctypes.c_uint32 * 2)(STEP, tall), (ctypes.c_uint32 * 2)(1, 1),
         0, SWIZZLE_128, AHEAD_256, 0,
     )  # fmt: skip
-    _checked(status, f"map of {rows} x {columns} bytes")
+    nvrtc.checked(status, f"map of {rows} x {columns} bytes")
     return (ctypes.c_uint64 * 16).from_buffer_copy((ctypes.c_char * 128).from_address(at))
-
-
-def _checked(status: int, where: str) -> None:
-    if status:
-        raise KernelError(f"gpu kernel {where}: CUDA error {status}; set CUDA_LAUNCH_BLOCKING=1 and report it")

@@ -19,6 +19,7 @@ from whit.errors import KernelError
 COMMON = Path(__file__).with_name("common.cuh")
 Dims = tuple[int, int, int]
 MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+CLUSTER = 4  # CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
 EARLY = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 FREE_SHARED = 48 * 1024  # more must be asked for
 
@@ -59,7 +60,7 @@ def compile_source(source: str, options: Sequence[str], architecture: str) -> by
     """Machine code for `architecture` (sm_90); KernelError with the compiler's own words where it fails."""
     nvrtc = compiler()
     program = ctypes.c_void_p()
-    _checked(nvrtc.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"kernel.cu", 0, None, None), source)
+    checked(nvrtc.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"kernel.cu", 0, None, None), source)
     flags = [f"--gpu-architecture={architecture}", "--std=c++17", "--disable-warnings", *options]
     array = (ctypes.c_char_p * len(flags))(*[flag.encode() for flag in flags])
     try:
@@ -101,9 +102,9 @@ def build(source: Path, macros: Mapping[str, int], name: str, device: int) -> Fu
 
 
 class Attribute(ctypes.Structure):
-    """CUlaunchAttribute with an integer for its value."""
+    """CUlaunchAttribute; its value is a union, here of integers."""
 
-    _fields_ = (("id", ctypes.c_int), ("padding", ctypes.c_int), ("value", ctypes.c_int), ("rest", ctypes.c_int * 15))
+    _fields_ = (("id", ctypes.c_int), ("padding", ctypes.c_int), ("value", ctypes.c_uint * 16))
 
 
 class LaunchConfig(ctypes.Structure):
@@ -121,8 +122,9 @@ class Function:
     def __init__(self, code: bytes, name: str) -> None:
         self.module, self.handle = ctypes.c_void_p(), ctypes.c_void_p()
         self.name, self.shared = name, FREE_SHARED
-        _checked(driver().cuModuleLoadData(ctypes.byref(self.module), code), name)
-        _checked(driver().cuModuleGetFunction(ctypes.byref(self.handle), self.module, name.encode()), name)
+        self.early = torch.cuda.get_device_capability() >= (9, 0)  # asked once, not at every launch
+        checked(driver().cuModuleLoadData(ctypes.byref(self.module), code), name)
+        checked(driver().cuModuleGetFunction(ctypes.byref(self.handle), self.module, name.encode()), name)
 
     def launch(self, grid: Dims, threads: int, shared: int, params: ctypes.Structure, stream: int) -> None:
         """Enqueue it on a stream (its address); `shared` bytes of dynamic shared memory."""
@@ -130,21 +132,29 @@ class Function:
         pointers = (ctypes.c_void_p * 1)(ctypes.addressof(params))
         where = ctypes.c_void_p(stream)
         status = driver().cuLaunchKernel(self.handle, *grid, threads, 1, 1, shared, where, pointers, None)
-        _checked(status, self.name)
+        checked(status, self.name)
 
-    def launch_early(self, grid: Dims, threads: int, shared: int, params: ctypes.Structure, stream: int) -> None:
-        """The same for a kernel that waits for the one before it by itself (common.cuh), on Hopper and newer."""
-        if torch.cuda.get_device_capability() < (9, 0):
+    def launch_early(
+        self, grid: Dims, threads: int, shared: int, params: ctypes.Structure, stream: int, cluster: int = 1
+    ) -> None:
+        """The same for a kernel that waits for the one before it by itself (common.cuh), on Hopper and newer.
+
+        There blocks may run in clusters of `cluster`.
+        """
+        if not self.early:
             return self.launch(grid, threads, shared, params, stream)
         self._reserve(shared)
         pointers = (ctypes.c_void_p * 1)(ctypes.addressof(params))
-        early = Attribute(EARLY, 0, 1)
-        config = LaunchConfig(*grid, threads, 1, 1, shared, stream, ctypes.addressof(early), 1)
-        _checked(driver().cuLaunchKernelEx(ctypes.byref(config), self.handle, pointers, None), self.name)
+        attributes = (Attribute * 2)()
+        attributes[0].id, attributes[0].value[0] = EARLY, 1
+        attributes[1].id, attributes[1].value[:3] = CLUSTER, (cluster, 1, 1)
+        count = 2 if cluster > 1 else 1
+        config = LaunchConfig(*grid, threads, 1, 1, shared, stream, ctypes.addressof(attributes), count)
+        checked(driver().cuLaunchKernelEx(ctypes.byref(config), self.handle, pointers, None), self.name)
 
     def _reserve(self, shared: int) -> None:
         if shared > self.shared:
-            _checked(driver().cuFuncSetAttribute(self.handle, MAX_DYNAMIC_SHARED, shared), self.name)
+            checked(driver().cuFuncSetAttribute(self.handle, MAX_DYNAMIC_SHARED, shared), self.name)
             self.shared = shared
 
     def resources(self) -> dict[str, int]:
@@ -153,19 +163,20 @@ class Function:
         found = {}
         for name, number in attributes.items():
             value = ctypes.c_int()
-            _checked(driver().cuFuncGetAttribute(ctypes.byref(value), number, self.handle), self.name)
+            checked(driver().cuFuncGetAttribute(ctypes.byref(value), number, self.handle), self.name)
             found[name] = value.value
         return found
 
 
-def _checked(status: int, where: str) -> None:
+def checked(status: int, where: str) -> None:
+    """KernelError where the driver or the compiler reports one."""
     if status:
         raise KernelError(f"gpu kernel {where[:40]}: CUDA error {status}; set CUDA_LAUNCH_BLOCKING=1 and report it")
 
 
 def _bytes(size_of: Any, get: Any, program: ctypes.c_void_p) -> bytes:
     size = ctypes.c_size_t()
-    _checked(size_of(program, ctypes.byref(size)), "size")
+    checked(size_of(program, ctypes.byref(size)), "size")
     buffer = ctypes.create_string_buffer(size.value)
-    _checked(get(program, buffer), "content")
+    checked(get(program, buffer), "content")
     return buffer.raw
