@@ -103,7 +103,7 @@ bool same(Inputs& now, const void* x, const whit_matrix& m, const void* kernels,
 // Floats as they are, through packed weights.
 void exact(Member& me, const whit_matrix& m, const void* x, void* y, int64_t first, int64_t last) {
   const whit_weight& w = *m.packed;
-  const Kernels& kernels = *whit_kernels(w, me.d.type, 1, me.d.isa);
+  const Kernels& kernels = *whit_kernels(w, me.d.type, me.d.isa);
   const int codes = w.bits <= 2 ? 16 : w.bits <= 4 ? 8 : 4;
   Rows& rows = me.inputs.rows;
   if (!same(me.inputs, x, m, &kernels, codes, 0)) {
@@ -236,7 +236,7 @@ void embed(Member& me, int64_t token) {
   const whit_matrix& m = me.d.embedding;
   const size_t bytes = (size_t)m.columns * element(me.d);
   if (me.rank == 0 && m.packed)
-    whit_kernels(*m.packed, me.d.type, 1, me.d.isa)->dequantize(*m.packed, token, me.params, me.run.x, me.d.type);
+    whit_kernels(*m.packed, me.d.type, me.d.isa)->dequantize(*m.packed, token, me.params, me.run.x, me.d.type);
   else if (me.rank == 0)
     memcpy(me.run.x, (const char*)m.dense + (size_t)token * bytes, bytes);
   me.wait();

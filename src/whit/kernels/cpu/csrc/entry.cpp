@@ -107,7 +107,7 @@ size_t whit_row_scratch(const whit_weight& w) {
   return sizeof(float) * (size_t)(2 * 8 * (w.groups + 48 + lanes));
 }
 
-const Kernels* whit_kernels(const whit_weight& w, int type, int64_t, int isa) {
+const Kernels* whit_kernels(const whit_weight& w, int type, int isa) {
   if (isa != WHIT_AVX512_BF16) return kernels_for(isa);
   if (type != WHIT_BF16 || w.bits > 4) return kernels_for(WHIT_AVX512);
 #if defined(WHIT_HAVE_AVX512_BF16)
@@ -137,7 +137,7 @@ int whit_has(int isa) { return kernels_for(isa) != nullptr && (isa == WHIT_SCALA
 
 int whit_linear(const whit_weight* w, const void* x, const void* bias, void* y, int64_t rows_of_x, int type, int isa,
                 int threads) {
-  const Kernels* kernels = whit_kernels(*w, type, rows_of_x, isa);
+  const Kernels* kernels = whit_kernels(*w, type, isa);
   if (!kernels) return -1;
   if (rows_of_x < 1 || rows_of_x > 64) return -2;
   const int codes = w->bits <= 2 ? 16 : w->bits <= 4 ? 8 : 4;

@@ -35,4 +35,4 @@ struct Team {
 int whit_run(Team& team, whit_parallel parallel, int threads);  // 0, or a negative number if memory ran out
 
 size_t whit_row_scratch(const whit_weight&);  // bytes that the kernels of a weight need beside it
-const Kernels* whit_kernels(const whit_weight&, int type, int64_t rows_of_x, int isa);  // that multiply it, or null
+const Kernels* whit_kernels(const whit_weight&, int type, int isa);  // that multiply it, or null
