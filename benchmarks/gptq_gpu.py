@@ -90,12 +90,17 @@ class Clock:
     def __init__(self) -> None:
         self.times: dict[str, float] = {}
         self.kernels: dict[str, float] = {}
+        self.peaks: dict[str, int] = {}  # bytes that torch held at most in a unit
+        self.reserved = 0
         self._last = time.perf_counter()
         self._profile: profile | None = None
 
     def __call__(self, unit: str, done: int, total: int) -> None:
         torch.cuda.synchronize()
         self.times[unit] = time.perf_counter() - self._last
+        self.peaks[unit] = torch.cuda.max_memory_allocated()
+        self.reserved = max(self.reserved, torch.cuda.max_memory_reserved())
+        torch.cuda.reset_peak_memory_stats()
         if unit.endswith("layers.1"):
             self._profile = profile(activities=[ProfilerActivity.CUDA])
             self._profile.start()
@@ -153,7 +158,8 @@ def run(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "other_units": {k: v for k, v in clock.times.items() if ".layers." not in k},
         "block_seconds": blocks, "block_median": block,
         "whole_model_seconds": seconds - sum(blocks) + blocks[0] + (BLOCKS - 1) * block,
-        "gpu_memory_bytes": torch.cuda.max_memory_allocated(), "reserved_bytes": torch.cuda.max_memory_reserved(),
+        "gpu_memory_bytes": max(clock.peaks.values()), "unit_memory_bytes": clock.peaks,
+        "reserved_bytes": clock.reserved,
         "peak_memory_bytes": account.peak_memory_bytes,
         "tflops": {"bf16": bf16, "float64": float64}, "operations": count, "floor_seconds": least,
         "share_of_matrix_throughput": least / block,
