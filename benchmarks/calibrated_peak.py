@@ -85,7 +85,7 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
         start = time.monotonic()
         child = subprocess.Popen(
             [sys.executable, "-m", "whit", *command],
-            env={**os.environ, "PYTHONPATH": source},
+            env={**os.environ, "PYTHONPATH": os.pathsep.join([source, os.environ.get("PYTHONPATH", "")])},
             stdout=subprocess.DEVNULL,
         )
         peak = _watch(child)
