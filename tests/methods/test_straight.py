@@ -8,6 +8,7 @@ from test_refine import lost, refine, work
 
 import whit
 from whit import RTN
+from whit.methods.latent import Latent
 from whit.methods.straight import Straight
 from whit.tensor import QuantizedTensor, tensor_param
 
@@ -52,6 +53,24 @@ def test_nothing_changes_before_the_first_step(spec: str, inside: float, random:
     decoded = Straight(weight, quantized, inside).decode()
     # A weight in the middle between two codes (a ternary 0 has a wide cell) may fall to either side.
     assert (decoded != quantized.dequantize()).float().mean() < 0.001
+
+
+@pytest.mark.parametrize("spec", ["ternary-g32", "int2-g32", "int3-g32-asym", "tq2_0"])
+@pytest.mark.parametrize("inside", [0.0, 0.9])
+def test_a_group_of_zeros_may_learn(spec: str, inside: float, random: torch.Generator):
+    weight = torch.randn(4, 256, generator=random)
+    quantized = RTN()(weight, None, whit.parse_format(spec))
+    codes = quantized.codes.clone()
+    codes[1, :64] = quantized.format.encode(torch.zeros_like(weight), quantized.params)[1, :64]
+    zeros = QuantizedTensor(quantized.format, quantized.shape, codes, quantized.params)
+    for trained in (Straight(weight, zeros, inside), Latent(weight, zeros, inside, 2.0)):
+        assert torch.isfinite(trained.decode()).all()
+        moved = trained.gradients(torch.ones_like(weight))
+        for key, value in trained.variables.items():
+            assert torch.isfinite(moved[key]).all()
+            value.add_(moved[key].sign(), alpha=0.1)
+        trained.confine()
+        assert torch.isfinite(trained.decode()).all()
 
 
 def frozen(straight: Straight, params: dict[str, torch.Tensor]) -> torch.Tensor:

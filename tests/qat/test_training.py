@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ import whit
 from forking import in_child
 from test_calibrated import tokenizer
 from whit.cli import build_app
-from whit.errors import OutputError, RecipeError
+from whit.errors import OutputError, RecipeError, TrainingError
 from whit.integrations.loading import load_causal_lm
 from whit.methods.joined import Matrices, Part, can_join, join
 from whit.methods.straight import Straight
@@ -96,6 +97,12 @@ def test_a_killed_run_goes_on_bit_for_bit(model: Path, tmp_path: Path):
     train(full(model, tmp_path / "cut" / "out"), lambda what, step, total, loss: steps.append(step))
     assert steps[0] == 7  # the kill came before step 7 was saved
     assert weights(tmp_path / "cut" / "out") == weights(tmp_path / "whole" / "out")
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(model: Path, tmp_path: Path):
+    with pytest.raises(TrainingError, match=r"the loss is (nan|inf) by step"):
+        train(full(model, tmp_path / "out", replace(QUICK, kept_rate=1e30)))
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow

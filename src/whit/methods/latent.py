@@ -14,11 +14,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from whit.methods.units import TINY, unit_of
 from whit.tensor import Format, QuantizedTensor
 
 SMALLEST = 2.0**-20  # of a row's largest weight: where the search for neighbours begins
 DOUBLINGS = 22
-TINY = torch.finfo(torch.float32).tiny
 
 
 class Latent:
@@ -44,7 +44,7 @@ class Latent:
         for name in self.format.continuous:
             param = quantized.params[name]
             if isinstance(param, Tensor):  # one that is quantized itself stays
-                self.units[name] = self._unit(name, param.to(torch.float32))
+                self.units[name] = unit_of(name, param.to(torch.float32), quantized, self.step)
                 self.moves[name] = torch.zeros_like(self.units[name])
         self._used: dict[str, Tensor] = {}
         self._decoded = value
@@ -88,13 +88,6 @@ class Latent:
         """The params as they now are: float32 that the stored type can hold."""
         exact = {name: torch.addcmul(self._plain(name), move, self.units[name]) for name, move in self.moves.items()}
         return {name: value.to(self._dtype(name)).to(torch.float32) for name, value in exact.items()}
-
-    def _unit(self, name: str, param: Tensor) -> Tensor:
-        """By how much the param moves its weights by one step, in the root mean square."""
-        codes, params = self.start.codes, self.start.params
-        ends = [self.format.decode(codes, {**params, name: end}) for end in (torch.ones_like(param), 0 * param)]
-        steepness = self.format.sums((ends[0] - ends[1]).square_())
-        return (self.format.sums(self.step.square()) / steepness.clamp(min=TINY)).sqrt_() * (steepness > 0)
 
     def _plain(self, name: str) -> Tensor:
         return self._param(name).to(torch.float32)

@@ -13,11 +13,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from whit.methods.units import TINY, unit_of
 from whit.tensor import Params, QuantizedTensor, rounded, tensor_param
 
 BEYOND = 1e30  # further than any number of any group
 LEAST = 0.125  # of itself: how small training may make a scale, which may also grow by 1 - LEAST
-TINY = torch.finfo(torch.float32).tiny
 
 
 class Learned:
@@ -89,11 +89,7 @@ class Learned:
         return tensor_param(self.start.params, name).to(torch.float32)
 
     def _unit(self, name: str, value: Tensor, step: Tensor) -> Tensor:
-        """By how much the param moves its weights by one step, in the root mean square."""
-        codes, params = self.start.codes, self.start.params
-        ends = [self.format.decode(codes, {**params, name: end}) for end in (torch.ones_like(value), 0 * value)]
-        steepness = self.format.sums((ends[0] - ends[1]).square_())
-        unit = (self.format.sums(step.square()) / steepness.clamp(min=TINY)).sqrt_() * (steepness > 0)
+        unit = unit_of(name, value, self.start, step)
         return unit.reshape(-1, 1).expand(-1, value.numel() // unit.numel()).reshape(value.shape)  # finer sub-scales
 
     def _find_scales(self, like: Tensor) -> set[str]:

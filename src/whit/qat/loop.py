@@ -7,12 +7,14 @@ in order; no byte depends on the number of threads. On a GPU nothing waits for t
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
+from whit.errors import TrainingError
 from whit.methods.workers import Workers, workers
 from whit.qat.course import Course
 from whit.qat.losses import divergence, hidden_loss, text_loss
@@ -55,12 +57,22 @@ class Loop:
                 loss = self._step(team)
                 self.step += 1
                 self.seconds = time.monotonic() - began
+                due = state is not None and (state.due() or self._done() >= 1)
+                if due or self.step % every == 0 or self.step in (1, total):
+                    self._require_finite(float(loss))
                 if progress is not None and (self.step % every == 0 or self.step == total):
                     progress(self.step, total, float(loss))
-                if state is not None and (state.due() or self._done() >= 1):
+                if state is not None and due:
                     state.save(self.step, self.seconds, self.variables, self.optimizer)
             for one in self.trained.values():
                 one.decode()
+
+    def _require_finite(self, loss: float) -> None:
+        if not math.isfinite(loss):
+            raise TrainingError(
+                f"training: the loss is {loss} by step {self.step}; it must be finite; lower the rates, or check that "
+                "the start is finite; what was saved before that step is kept"
+            )
 
     def _done(self) -> float:
         """The share of the run that is over."""
