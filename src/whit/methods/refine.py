@@ -14,16 +14,16 @@ The whole calibration set is measured at the start and `checks` times on the way
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from whit.errors import RecipeError
 from whit.methods.base import Block, Method
+from whit.methods.descent import Descent, Samples
 from whit.methods.gptq import GPTQ
 from whit.methods.joined import Matrices, Moving, Part, grouped, join
 from whit.methods.latent import Latent
@@ -33,8 +33,6 @@ from whit.tensor import Format, LayerStats, QuantizedTensor
 OPTIMIZERS = ("adam", "sign")
 LOSSES = ("relative", "mse")
 DECAY = (0.9, 0.95)  # of Adam's two averages
-EPSILON = 1e-20  # only to divide by no zero: what moves has no scale of its own
-RESIDENT = 3  # the samples lie on a GPU when they take less than the free memory by this factor
 
 
 @dataclass(frozen=True)
@@ -106,9 +104,8 @@ class Refine:
             shapes = [(name, q.format, (q.codes.shape[0], q.codes.shape[1])) for name, q in quantized.items()]
             groups = grouped(shapes, device)
             latents = list(team.map(lambda names: self._joined(names, weights, quantized), groups))
-            samples = _Samples(block, device, self._targets(block, team))
-            descent = _Descent(self, block, latents, samples, team)
-            return descent.run(quantized)
+            samples = Samples(block, device, self._targets(block, team))
+            return Descent(self, block, latents, samples, team).run(quantized)
 
     def _joined(
         self, names: list[str], weights: Mapping[str, Tensor], quantized: Mapping[str, QuantizedTensor]
@@ -145,159 +142,5 @@ class Refine:
         return mixed
 
 
-class _Samples:
-    """Inputs and targets, near the device: on it where they fit, otherwise sent in time and without waiting."""
-
-    def __init__(self, block: Block, device: torch.device, targets: Tensor) -> None:
-        self.device, self.count = device, len(targets)
-        self._inputs, self._targets = block.inputs, targets
-        if device.type == "cuda":
-            free, _ = torch.cuda.mem_get_info(device)
-            if RESIDENT * (block.inputs.nbytes + targets.nbytes) < free:
-                self._inputs, self._targets = block.inputs.to(device), targets.to(device)
-
-    def take(self, numbers: Tensor) -> tuple[Tensor, Tensor]:
-        """The inputs and targets of these samples (n,), each (n, context, hidden) on the device."""
-        return self._send(self._inputs, numbers), self._send(self._targets, numbers)
-
-    def _send(self, samples: Tensor, numbers: Tensor) -> Tensor:
-        if samples.device == self.device:
-            return samples[numbers.to(self.device, non_blocking=True)]
-        return samples[numbers].pin_memory().to(self.device, non_blocking=True)
-
-
-class _Descent:
-    """The loop over the steps, for one block."""
-
-    def __init__(self, method: Refine, block: Block, latents: list[Matrices], samples: _Samples, team: Workers) -> None:
-        self.method, self.block, self.latents, self.samples, self.team = method, block, latents, samples, team
-        self.averages = [
-            {key: (torch.zeros_like(v), torch.zeros_like(v)) for key, v in latent.variables.items()}
-            for latent in latents
-        ]
-
-    def run(self, start: Mapping[str, QuantizedTensor]) -> Mapping[str, QuantizedTensor]:
-        """All steps; returns the best that was met."""
-        method = self.method
-        best, least = start, self.loss(start)
-        for step, numbers in enumerate(self._batches(), 1):
-            self.step(step, numbers)
-            if step * method.checks // method.steps > (step - 1) * method.checks // method.steps:
-                self._decode()
-                found = {name: value for latent in self.latents for name, value in latent.values().items()}
-                loss = self.loss(found)
-                if loss < least:
-                    best, least = found, loss
-        return best
-
-    def loss(self, quantized: Mapping[str, QuantizedTensor]) -> float:
-        """Over all samples, in order."""
-        decoded = {name: value.format.decode(value.codes, value.params) for name, value in quantized.items()}
-        everything = torch.arange(self.samples.count)
-        with self._holding(decoded):
-            losses = list(self.team.map(self._loss_of, self._parts(everything)))
-        return float(torch.stack(losses).sum())
-
-    def step(self, step: int, numbers: Tensor) -> None:
-        """Move everything once, by the gradient over the samples of these numbers."""
-        decoded = self._decode()
-        with self._holding(decoded) as leaves:
-            parts = self._parts(numbers)
-            sums: dict[str, Tensor] = {}
-            for part in self.team.map(lambda part: self._gradients(part, leaves), parts):
-                for name, gradient in part.items():
-                    sums[name] = gradient if len(parts) == 1 else _added(sums.get(name), gradient)
-
-        def move(number: int) -> None:
-            latent, averages = self.latents[number], self.averages[number]
-            for key, gradient in latent.gradients(sums).items():
-                rate = self.method.scale_rate if key else self.method.rate
-                rate *= self.method.length(step)
-                self._update(latent.variables[key], gradient, averages[key], step, rate)
-            latent.confine()
-
-        list(self.team.map(move, range(len(self.latents))))
-
-    def _update(self, value: Tensor, gradient: Tensor, averages: tuple[Tensor, Tensor], step: int, rate: float) -> None:
-        if self.method.optimizer == "sign":
-            value.sub_(gradient.sign_(), alpha=rate)
-            return
-        (first, second), (slow, slower) = averages, self.method.decay
-        first.lerp_(gradient, 1 - slow)
-        second.lerp_(gradient.square_(), 1 - slower)
-        size = (second / (1 - slower**step)).sqrt_().add_(EPSILON)
-        value.addcdiv_(first, size, value=-rate / (1 - slow**step))
-
-    def _batches(self) -> Iterator[Tensor]:
-        """The samples of each step: all in a seeded order, then all in another."""
-        generator = torch.Generator().manual_seed(self.method.seed)
-        batch = min(self.method.batch, self.samples.count)
-        left = torch.empty(0, dtype=torch.int64)
-        for _ in range(self.method.steps):
-            while len(left) < batch:
-                left = torch.cat([left, torch.randperm(self.samples.count, generator=generator)])
-            yield left[:batch]
-            left = left[batch:]
-
-    def _parts(self, numbers: Tensor) -> list[Tensor]:
-        """What is run at once: single samples where they are shared out, otherwise batches."""
-        return list(torch.split(numbers, 1 if self.team.share else self.method.batch))
-
-    def _decode(self) -> dict[str, Tensor]:
-        found = self.team.map(lambda latent: latent.decode(), self.latents)
-        return {name: value for some in found for name, value in some.items()}
-
-    @contextmanager
-    def _holding(self, decoded: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
-        """The block computes with these weights; yields them, rounded to its dtype, to take gradients in."""
-        leaves = {name: value.to(self.block.parameters[name].dtype).detach() for name, value in decoded.items()}
-        with torch.enable_grad():
-            views = {
-                id(self.block.parameters[name]): self.block.shaped[name](leaf.requires_grad_())
-                for name, leaf in leaves.items()
-            }
-        with replaced(self.block.module, views):
-            yield leaves
-
-    def _gradients(self, numbers: Tensor, leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        with torch.enable_grad():
-            loss = self._loss_of(numbers)
-            found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)  # an expert may see no token
-        pairs = zip(leaves.items(), found, strict=True)
-        return {name: torch.zeros_like(leaf) if gradient is None else gradient for (name, leaf), gradient in pairs}
-
-    def _loss_of(self, numbers: Tensor) -> Tensor:
-        """The sum over all tokens of these samples."""
-        inputs, targets = self.samples.take(numbers)
-        targets = targets.to(torch.float32)
-        # A sum over the hidden dimension, not a mean, whose gradient float16 could not hold.
-        error = (self.block.forward(inputs).to(torch.float32) - targets).square().sum(dim=-1)
-        if self.method.loss == "relative":
-            error = error / targets.square().mean(dim=-1).clamp(min=torch.finfo(torch.float32).tiny)
-        return error.sum(dtype=torch.float64)
-
-
 def _itself(matrix: Tensor) -> Tensor:
     return matrix
-
-
-def _added(total: Tensor | None, part: Tensor) -> Tensor:
-    return part.to(torch.float32) if total is None else total.add_(part)
-
-
-@contextmanager
-def replaced(module: nn.Module, tensors: Mapping[int, Tensor]) -> Iterator[None]:
-    """Tensors in the places of parameters, which are known by their identity."""
-    before = [
-        (owner._parameters, key, parameter)
-        for owner in module.modules()
-        for key, parameter in owner._parameters.items()
-        if id(parameter) in tensors
-    ]
-    for store, key, parameter in before:
-        store[key] = tensors[id(parameter)]  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        for store, key, parameter in before:
-            store[key] = parameter

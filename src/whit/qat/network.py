@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from whit.activations import Activations
-from whit.methods.refine import replaced
+from whit.methods.descent import replaced
 from whit.plan import Source
 from whit.qat.inputs import Range, round_inputs
 
