@@ -84,6 +84,7 @@ def logits_of_a_step(model, compiled_library, length):
     with torch.no_grad():
         expected = model(tokens[:, -1:], past_key_values=filled(), use_cache=True).logits[0, -1]
         states = States(Compiled(model, compiled_library), filled(), length + 1)
+        states.begin()
     states.decode(int(tokens[0, -1]), 1, [])
     return expected, states.decoder.logits
 
@@ -145,6 +146,36 @@ def test_scores_logits_and_the_cache_come_back(llama):
 def test_the_cache_grows(llama, monkeypatch):
     monkeypatch.setattr("whit.compiled.loop.ROOM", 3)
     same(llama, prompt(), max_new_tokens=90, do_sample=False, eos_token_id=None)
+
+
+def test_the_prompt_lies_where_the_decoder_reads_it_and_nowhere_else(llama, monkeypatch):
+    shared = []
+
+    class Watched(States):
+        def begin(self) -> None:
+            super().begin()
+            pairs = zip(self.cache.layers, self.tensor, strict=True)
+            shared.extend(
+                layer.keys.data_ptr() == keys.data_ptr() and layer.values.data_ptr() == values.data_ptr()
+                for layer, (keys, values) in pairs
+            )
+
+    monkeypatch.setattr("whit.compiled.loop.States", Watched)
+    same(llama, prompt(), **GREEDY)
+    assert len(shared) == llama.config.num_hidden_layers
+    assert all(shared)
+    bare = llama.generate(prompt(), past_key_values=DynamicCache(), **GREEDY)  # it makes its layers as they come
+    assert torch.equal(bare, llama.plain(prompt(), **GREEDY))
+
+
+def test_a_cache_whose_call_was_broken_off_still_serves_transformers(llama):
+    cache = DynamicCache(config=llama.config)
+    llama(prompt(), past_key_values=cache, use_cache=True)
+    States(Compiled(llama, library()), cache, 12)
+    longer = torch.cat([prompt(), prompt(8, 1)], dim=1)
+    expected = llama(longer, use_cache=False).logits[:, -1]
+    found = llama(longer[:, 9:], past_key_values=cache, use_cache=True).logits[:, -1]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 class Heard(BaseStreamer):

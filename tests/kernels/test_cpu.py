@@ -16,7 +16,7 @@ from whit.kernels import packed_linear, packed_linear_op, select
 from whit.kernels.cpu import Cpu, library
 from whit.kernels.cpu import build as builder
 from whit.kernels.cpu.binding import load
-from whit.kernels.cpu.memory import HUGE, in_huge_pages
+from whit.kernels.cpu.memory import HUGE, PAGE_MAP, in_huge_pages, release
 from whit.kernels.reference import Reference, dequantize
 from whit.layouts import BITS
 from whit.modules import QuantizedLinear
@@ -183,6 +183,32 @@ def test_large_codes_move_to_huge_pages_with_their_values(random: Generator):
         assert "hg" in flags, "huge pages were not asked for"
         assert "sh" not in flags, "shared memory needs a further setting for huge pages"
     assert in_huge_pages(moved[:8]).data_ptr() == moved.data_ptr()
+
+
+def resident_pages(tensor: Tensor) -> int:
+    """How many of a tensor's pages are in this process's memory."""
+    first, last = tensor.data_ptr() // 4096, (tensor.data_ptr() + tensor.nbytes - 1) // 4096 + 1
+    with PAGE_MAP.open("rb") as file:
+        file.seek(8 * first)
+        return sum(byte >> 7 for byte in file.read(8 * (last - first))[7::8])
+
+
+@pytest.mark.skipif(not PAGE_MAP.exists(), reason="the system does not say which pages are a file's")
+def test_a_mapped_source_leaves_memory_as_it_is_copied_unless_it_was_written_to(tmp_path: Path):
+    size = 3 * HUGE + 5000
+    (tmp_path / "codes").write_bytes(bytes(range(256)) * (size // 256 + 1))
+    mapped = torch.from_file(str(tmp_path / "codes"), size=size, dtype=torch.uint8)[3:]
+    moved = in_huge_pages(mapped, source_goes=True)
+    assert torch.equal(moved[:256], torch.arange(3, 259).to(torch.uint8))
+    assert resident_pages(mapped) <= 2, "only pages that it shares with its neighbours"
+    assert torch.equal(mapped, moved), "they come back from the file"
+    mapped[HUGE] = 77
+    changed = in_huge_pages(mapped, source_goes=True)
+    assert mapped[HUGE] == changed[HUGE] == 77
+    plain = torch.full((size,), 5, dtype=torch.uint8)
+    assert torch.equal(in_huge_pages(plain, source_goes=True), plain)
+    assert release(plain) == 0
+    assert plain.min() == 5
 
 
 def test_the_module_holds_its_codes_once(random: Generator):

@@ -23,18 +23,48 @@ class NotCovered(Exception):
     """A call that the loop does not take, raised before it has done anything."""
 
 
+class Placed(DynamicLayer):  # type: ignore[misc]
+    """A layer of a cache whose keys and values come to lie where the decoder reads them, and nowhere else."""
+
+    def __init__(self, layer: DynamicLayer, room: Tensor) -> None:
+        """`room` (2, kv_heads, capacity, head_dim); what the layer holds already moves there."""
+        super().__init__()
+        self.room, held = room, layer.get_seq_length()
+        self.lazy_initialization(room, room)
+        if held:
+            self.update(layer.keys, layer.values)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        held: int = self.get_seq_length()
+        beyond = held + key_states.shape[-2] > self.room.shape[2]
+        if beyond or torch.is_grad_enabled():  # a call of another's, after one of ours that was broken off
+            return super().update(key_states, value_states)  # type: ignore[no-any-return]
+        whole = self.room[:, None, :, : held + key_states.shape[-2]]
+        whole[0, :, :, held:], whole[1, :, :, held:] = key_states, value_states
+        self.keys, self.values = whole[0], whole[1]
+        return self.keys, self.values
+
+
 class States:
     """Keys and values of a sequence, with room to grow, and the decoder that reads them."""
 
-    def __init__(self, compiled: Compiled, cache: Any, most: int) -> None:
-        """From a cache that the prompt went through; `most` tokens at the most will lie here."""
-        self.compiled, self.most = compiled, most
-        self.length: int = cache.get_seq_length()
-        self.tensor = compiled.room(min(self.length + ROOM, most))
-        for layer, (keys, values) in zip(cache.layers, self.tensor, strict=True):
-            keys[:, : self.length], values[:, : self.length] = layer.keys[0], layer.values[0]
-            layer.keys, layer.values = layer.keys[:, :, :0].clone(), layer.values[:, :, :0].clone()  # once is enough
-        self.decoder = compiled.decoder(self.tensor)
+    def __init__(self, compiled: Compiled, cache: Any, most: int, coming: int = 0) -> None:
+        """Before a prompt of `coming` tokens goes through the cache; `most` tokens at the most will lie here."""
+        self.compiled, self.most, self.cache = compiled, most, cache
+        self.tensor = compiled.room(min(cache.get_seq_length() + coming + ROOM, most))
+        for i, layer in enumerate(cache.layers):  # none yet, perhaps
+            if type(layer) is DynamicLayer:
+                cache.layers[i] = Placed(layer, self.tensor[i])
+
+    def begin(self) -> None:
+        """The prompt has gone through the cache."""
+        self.length: int = self.cache.get_seq_length()
+        for layer, (keys, values) in zip(self.cache.layers, self.tensor, strict=True):
+            if type(layer) is not Placed:
+                keys[:, : self.length], values[:, : self.length] = layer.keys[0], layer.values[0]
+                # Once is enough:
+                layer.keys, layer.values = layer.keys[:, :, :0].clone(), layer.values[:, :, :0].clone()
+        self.decoder = self.compiled.decoder(self.tensor)
 
     def decode(self, token: int, count: int, stops: list[int]) -> list[int]:
         """`Decoder.decode` after all that lies here."""
@@ -42,13 +72,18 @@ class States:
             wider = self.compiled.room(min(max(2 * self.tensor.shape[3], self.length + count), self.most))
             wider[:, :, :, : self.length] = self.tensor[:, :, :, : self.length]
             self.tensor, self.decoder = wider, self.compiled.decoder(wider)
+            self.give_back()  # the narrower one is nobody's then
         found = self.decoder.decode(token, self.length, count, stops)
         self.length += len(found)
         return found
 
-    def give_back(self, cache: Any) -> None:
+    def give_back(self) -> None:
         """Let the cache hold all that lies here."""
-        for layer, (keys, values) in zip(cache.layers, self.tensor, strict=True):
+        for i, (keys, values) in enumerate(self.tensor):
+            layer = self.cache.layers[i]
+            if type(layer) is Placed:
+                self.cache.layers[i] = layer = DynamicLayer()
+                layer.lazy_initialization(keys, values)
             layer.keys, layer.values = keys[None, :, : self.length], values[None, :, : self.length]
 
 
@@ -61,9 +96,11 @@ def decode_loop(
     cache, config = model_kwargs["past_key_values"], generation_config
     if streams_to is not None:
         streams_to.put(input_ids.cpu())
+    coming = input_ids.shape[1] - past
+    states = States(compiled, cache, max(stopping_criteria.max_length, input_ids.shape[1] + 1), coming)
     outputs = model(input_ids=input_ids[:, past:], past_key_values=cache, use_cache=True, logits_to_keep=1)
     logits = outputs.logits[:, -1].to(torch.float32)
-    states = States(compiled, cache, max(stopping_criteria.max_length, input_ids.shape[1] + 1))
+    states.begin()
     kept: dict[str, tuple[Tensor, ...]] = {"scores": (), "logits": ()}
     stops = _plain_stops(logits_processor, stopping_criteria, config, streams_to)
     while True:
@@ -86,7 +123,7 @@ def decode_loop(
         logits = states.decoder.logits[None].to(torch.float32, copy=True)
     if streams_to is not None:
         streams_to.end()
-    states.give_back(cache)
+    states.give_back()
     if not config.return_dict_in_generate:
         return input_ids
     return GenerateDecoderOnlyOutput(

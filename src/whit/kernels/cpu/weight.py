@@ -52,12 +52,12 @@ def unsupported(packed: PackedWeight) -> str | None:
 
 
 def plan_weight(packed: PackedWeight, library: Library, move: bool) -> CpuWeight:
-    """The weight with a plan; `move` takes its codes to huge pages."""
+    """The weight with a plan; `move` takes its codes to huge pages, and mapped ones out of the file's."""
     format = packed.format
     rows, columns = matrix_shape(packed.shape)
     tensors = {key: tensor.contiguous() for key, tensor in packed.tensors.items()}
     if move:
-        tensors["codes"] = in_huge_pages(tensors["codes"])
+        tensors["codes"] = in_huge_pages(tensors["codes"], source_goes=True)
     codes = tensors["codes"]
     levels = level_table(format)
     size = run_size(format)
