@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -27,6 +27,11 @@ def generate(
     compiled: Annotated[
         bool, typer.Option("--compile/--no-compile", help="Decode in compiled code, where the model is covered.")
     ] = True,
+    prepared: Annotated[
+        str,
+        typer.Option(metavar="DIR", help="Keep what the CPU kernels make of the weights there; later starts map it."),
+    ] = "",
+    rebuild: Annotated[bool, typer.Option("--rebuild", help="Write what lies in --prepared again.")] = False,
     dtype: Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16 or float16.")] = "auto",
     json: Annotated[bool, typer.Option("--json", help="Only JSON on standard output.")] = False,
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run the model's own code.")] = False,
@@ -50,7 +55,8 @@ def generate(
         streamer = TextStreamer(tokenizer, skip_prompt=chat, skip_special_tokens=True)
     with warnings.catch_warnings(record=True) as said:
         if compiled:
-            compile(network)
+            options: dict[str, Any] = {"prepared": prepared, "rebuild": rebuild} if prepared else {}
+            compile(network, **options)
         result = continue_text(network, tokenizer, asked, sampling, streamer)
     for warning in said:
         if str(warning.message).startswith("compile:"):

@@ -10,19 +10,27 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping
 from functools import partial, wraps
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from whit.compiled.llama import compiled_model
 from whit.compiled.loop import NotCovered, decode_loop
+from whit.compiled.prepared import use_prepared
 from whit.errors import UnsupportedModelError
 
 
 def compile_cpu(model: nn.Module, options: Mapping[str, Any]) -> nn.Module:
-    """The model, whose `generate` decodes one sequence in compiled code. It takes no options."""
-    if options:
-        raise TypeError(f"compile: {', '.join(sorted(options))} mean nothing on the processor")
+    """The model, whose `generate` decodes one sequence in compiled code.
+
+    Options: `prepared`, a folder for packed weights as the kernels hold them: the first process writes a file there
+    and later ones map it, so that they start at once and share its memory; `rebuild` writes it again.
+    """
+    if unknown := sorted(set(options) - {"prepared", "rebuild"}):
+        raise TypeError(f"compile: {', '.join(unknown)} mean nothing on the processor")
+    if options.get("prepared"):
+        use_prepared(model, Path(options["prepared"]).expanduser(), bool(options.get("rebuild")))
     generate: Any = model.generate
     original = getattr(generate, "uncompiled", generate)
     model.generate = _compiled(model, original)  # type: ignore[assignment]

@@ -58,6 +58,7 @@ class WhitQuantizer(HfQuantizer):  # type: ignore[misc]
         self.plan: dict[str, tuple[Target, Format]] = {}
         self.inputs: dict[str, Activations] = {}
         self.aside: tuple[str, ...] = ()  # kept unquantized
+        self.files: tuple[str, ...] = ()  # that a quantized checkpoint is loaded from
         self.dtype = torch.float32
         self.conversions: list[Any] = []
         self.failures: list[WhitError] = []
@@ -72,6 +73,7 @@ class WhitQuantizer(HfQuantizer):  # type: ignore[misc]
     ) -> None:
         stored = _stored_in(checkpoint_files)
         if self.pre_quantized:
+            self.files = tuple(checkpoint_files or ())
             formats = match_formats(model, self.quantization_config.formats)
             self.inputs = match_inputs(formats, self.quantization_config.inputs, model)
             ties = packed_ties(model, formats, stored)

@@ -88,6 +88,11 @@ class PackedModule(nn.Module):
         self._ready[key] = kernel, prepared
         return kernel, prepared
 
+    def take(self, x: Tensor, kernel: Kernel, prepared: PackedWeight) -> None:
+        """Hold what a kernel prepared elsewhere, for activations such as `x`; equal values under the layout's keys."""
+        self._adopt(prepared)
+        self._ready[choice_key(x)] = kernel, prepared
+
     def _holds(self, prepared: PackedWeight) -> bool:
         return all(prepared.tensors[key] is self._held(key) for key in self._keys)
 

@@ -58,6 +58,10 @@ class Cpu:
     def prepare(self, packed: PackedWeight) -> CpuWeight:
         return packed if isinstance(packed, CpuWeight) else plan_weight(packed, compiled_library(), move=True)
 
+    def restore(self, packed: PackedWeight) -> CpuWeight:
+        """The weight around tensors that `prepare` made before, derived ones among them: nothing is moved or made."""
+        return plan_weight(packed, compiled_library(), move=False)
+
     def linear(self, x: Tensor, packed: PackedWeight, bias: Tensor | None) -> Tensor:
         weight = _planned(packed)
         rows, (out_features, columns) = x.numel() // weight.shape[1], weight.shape

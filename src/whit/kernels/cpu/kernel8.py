@@ -51,6 +51,10 @@ class Cpu8:
     def prepare(self, packed: PackedWeight) -> CpuWeight:
         return packed if isinstance(packed, CpuWeight) else _planned(packed, move=True)
 
+    def restore(self, packed: PackedWeight) -> CpuWeight:
+        """The weight around tensors that `prepare` made before, derived ones among them: nothing is moved or made."""
+        return plan_weight(packed, compiled_library(), move=False)
+
     def linear(self, x: Tensor, packed: PackedWeight, bias: Tensor | None) -> Tensor:
         weight = packed if isinstance(packed, CpuWeight) else _planned(packed, move=False)
         flat = x.reshape(-1, weight.shape[1]).contiguous()

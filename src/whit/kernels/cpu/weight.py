@@ -13,6 +13,7 @@ from whit.kernels.cpu.binding import CODES, NESTED, NONE, TYPES, Library, Weight
 from whit.kernels.cpu.memory import in_huge_pages
 from whit.tensor import Format, PackedWeight, matrix_shape, radix
 
+LAYOUT = 1  # of what `prepare` makes; another number is another file of prepared weights (compiled/prepared)
 LANE = 16  # the kernels' runs of columns that share params
 NESTED_GROUP = 256
 PARAMS: tuple[set[str], ...] = (
