@@ -6,7 +6,7 @@ MODEL is a bfloat16 checkpoint (smollm2-135m-fp). The candidates are made once, 
 embedding, the same with inputs in int8 (fast), llama.cpp's Q4_0 and Q4_K_M. PyPI's `xllamacpp` carries llama.cpp;
 --peers is where `pip install --no-deps --target DIR xllamacpp` put it. All take turns, in processes that stay. Peak
 memory is what a process holds beyond the libraries it had loaded before the model. --large measures a random Llama of
-3 B parameters at int4-g128 against the read bandwidth instead (MODEL is not read then).
+3 B parameters at int4-g128 instead (`decode_large.py`; MODEL is not read then).
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ from typing import Any
 
 import torch
 
-from harness import machine, markdown, save
+import decode_large
+
+from harness import machine, markdown, resident, save
 
 CANDIDATES = ("bf16", "whit exact", "whit fast", "llama.cpp Q4_0", "llama.cpp Q4_K_M")
 WHIT = ("--format", "int4-g32", "--rule", "model.embed_tokens=int8-g32")
@@ -47,12 +49,6 @@ def make(name: str, model: str, work: Path) -> Path:
 def size(path: Path) -> int:
     """Bytes of the weight files."""
     return path.stat().st_size if path.is_file() else sum(file.stat().st_size for file in path.glob("*.safetensors"))
-
-
-def resident(key: str) -> int:
-    """VmRSS or VmHWM of this process in bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(key)) * 1024
 
 
 def child(name: str, path: str, threads: int) -> None:
@@ -145,52 +141,6 @@ def compare(args: argparse.Namespace) -> None:
     save("decode", {"machine": about, "candidates": found}, markdown(header, rows))
 
 
-def large(args: argparse.Namespace) -> None:
-    """A random Llama of 3 B parameters (Llama 3.2's shapes) at int4-g128, its head int8: at what share of the limit."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    import whit
-    from whit.evaluation.kernel_speed import measure_limits
-    from whit.evaluation.model_speed import Transformers
-    from whit.modules import QuantizedLinear
-    from whit.tensor import PackedWeight
-
-    torch.set_num_threads(args.threads)
-    config = LlamaConfig(
-        hidden_size=3072, intermediate_size=8192, num_hidden_layers=28, num_attention_heads=24, num_key_value_heads=8,
-        head_dim=128, vocab_size=32000, dtype=torch.bfloat16,
-    )  # fmt: skip
-    with torch.device("meta"):
-        model = LlamaForCausalLM(config).to(torch.bfloat16)
-    model.model.rotary_emb = type(model.model.rotary_emb)(config)
-    random = torch.Generator().manual_seed(0)
-    for name, module in list(model.named_modules()):
-        if isinstance(module, torch.nn.Linear):
-            module.to_empty(device="cpu")
-            spec = "int8-g128" if name == "lm_head" else "int4-g128"
-            small = whit.quantize_tensor(torch.randn(128, module.in_features, generator=random) / 64, spec)
-            packed = QuantizedLinear.from_quantized(small, dtype=torch.bfloat16).packed
-            times = -(-module.out_features // 128)
-            tensors = {key: tensor.repeat(times, 1)[: module.out_features] for key, tensor in packed.tensors.items()}
-            whole = PackedWeight(packed.layout, packed.format, (module.out_features, module.in_features), tensors)
-            model.set_submodule(name, QuantizedLinear(whole, dtype=torch.bfloat16))
-    for module in model.modules():
-        for key, tensor in list(module._parameters.items()):
-            if tensor is not None and tensor.device.type == "meta":
-                filled = torch.randn(tensor.shape, generator=random).to(torch.bfloat16) * 0.02 + (tensor.dim() == 1)
-                module.register_parameter(key, torch.nn.Parameter(filled, requires_grad=False))
-    one = Transformers(model.eval(), compiled=True)
-    one.decode(8, 2)
-    rows, shares = [], []
-    for _ in range(args.rounds):
-        limit = measure_limits(3).read_bytes_per_second
-        took = one.decode(8, 16) / 16
-        shares.append(one.nbytes / limit / took)
-        rows.append((f"{one.nbytes / 1e9:.2f}", f"{limit / 1e9:.1f}", f"{1 / took:.2f}", f"{100 * shares[-1]:.0f} %"))
-    result = {"machine": machine(), "bytes": one.nbytes, "shares_of_limit": shares}
-    save("decode_large", result, markdown(("GB", "read, GB/s", "tokens/s", "of the limit"), rows))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", default="")
@@ -199,12 +149,13 @@ def main() -> None:
     parser.add_argument("--peers", default="")
     parser.add_argument("--work", type=Path, default=Path("/tmp/whit-decode"))
     parser.add_argument("--large", action="store_true")
+    parser.add_argument("--layers", type=int, default=decode_large.LAYERS, help="of the large one")
     parser.add_argument("--child", nargs=2)
     args = parser.parse_args()
     if args.child:
         child(*args.child, args.threads)
     elif args.large:
-        large(args)
+        decode_large.large(args)
     else:
         compare(args)
 

@@ -32,6 +32,12 @@ def machine() -> dict[str, Any]:
     return found | {f"{name} version": installed(name) for name in ("torch", "transformers")}
 
 
+def resident(key: str) -> int:
+    """VmRSS or VmHWM of this process in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(key)) * 1024
+
+
 def installed(package: str) -> str:
     """A package's version, or `not installed`."""
     try:
