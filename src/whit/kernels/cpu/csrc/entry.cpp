@@ -62,10 +62,11 @@ void member(void* argument) {
     team.failed = 1;
     return;
   }
-  for (;;) {
-    int64_t first = team.next.fetch_add(team.task);
-    if (first >= team.rows) return;
-    team.work(team.context, first, first + team.task < team.rows ? first + team.task : team.rows, scratch);
+  const int own = team.joined.fetch_add(1);
+  for (int i = 0; i < team.parts; i++) {
+    Part& part = team.part[(own + i) % team.parts];
+    for (int64_t first; (first = part.next.fetch_add(team.task)) < part.until;)
+      team.work(team.context, first, first + team.task < part.until ? first + team.task : part.until, scratch);
   }
 }
 
@@ -120,6 +121,12 @@ const Kernels* whit_kernels(const whit_weight& w, int type, int isa) {
 int whit_run(Team& team, whit_parallel parallel, int threads) {
   int64_t tasks = (team.rows + team.task - 1) / team.task;
   if (threads > tasks) threads = (int)tasks;
+  team.parts = threads < 1 ? 1 : threads < MOST_PARTS ? threads : MOST_PARTS;
+  for (int i = 0; i < team.parts; i++) {
+    const int64_t until = (i + 1) * tasks / team.parts * team.task;
+    team.part[i].next = i * tasks / team.parts * team.task;
+    team.part[i].until = until < team.rows ? until : team.rows;
+  }
   if (threads > 1 && parallel) parallel(member, &team, (unsigned)threads, 0);
   else member(&team);
   return team.failed ? -4 : 0;
