@@ -109,6 +109,26 @@ def test_any_number_of_rows(kernel: Cpu, spec: str, random: Generator):
     assert kernel.linear(torch.ones(288), weight, None).shape == (37,)
 
 
+@pytest.mark.parametrize(
+    "spec", ["int1-g64", "int2-g128", "int2-g32-asym", "int3-g64", "int4-g128", "nf4", "q2_k", "q4_k"]
+)
+def test_sums_of_bfloat16_are_exact_to_float32(kernel: Cpu, spec: str, random: Generator):
+    """The bias takes off the result's own rounding; inputs of one sign are the worst for levels that were moved up."""
+    assert not isinstance(COMPILED, str)
+    weight = packed(spec, 37, 640, random)
+    exact = BITS.unpack(weight).dequantize(torch.float64)
+    for x in (torch.randn(17, 640, generator=random), torch.rand(17, 640, generator=random) + 1):
+        x = x.bfloat16()
+        bias = -(x[0].double() @ exact.T).bfloat16()
+        for rows in (1, 2, 4, 5, 16, 17):
+            if rows > 4 and (spec == "nf4" or kernel.isa not in COMPILED.isas_many):
+                continue  # more rows meet levels or weights rounded to bfloat16
+            got = kernel.linear(x[:1].expand(rows, -1), weight, bias).double()
+            left = x[0].double() @ exact.T + bias.double()
+            size = x[0].double().abs() @ exact.abs().T
+            assert bool(((got - left).abs() <= 1e-5 * size + 2**-8 * left.abs()).all())
+
+
 @pytest.mark.parametrize("spec", ["int4-g128", "nf4-dq", "int3-g64-asym", "int8"])
 def test_the_number_of_threads_changes_no_bit(kernel: Cpu, spec: str, random: Generator, threads: None):
     weight = packed(spec, 700, 512, random)

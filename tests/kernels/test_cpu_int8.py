@@ -14,7 +14,7 @@ from whit.activations import parse_activations
 from whit.kernels import Cpu8, select
 from whit.kernels.activated import Activation8
 from whit.kernels.cpu import library
-from whit.kernels.cpu.rows8 import Levels, levels_of, quantize_rows
+from whit.kernels.cpu.rows8 import Levels, levels_of, quantize_rows, round_groups
 from whit.kernels.int8 import rounded_groups
 from whit.layouts import BITS
 from whit.modules import QuantizedLinear
@@ -163,6 +163,35 @@ def test_codes_are_rounded_as_the_reference_rounds(kernel: Cpu8, random: Generat
         floats = (rows.codes.reshape(5, -1, 32) * rows.scale[..., None]).reshape(5, -1)[:, :77]
         assert torch.equal(floats, rounded_groups(x))
         assert torch.equal(rows.sums, rows.codes.reshape(5, -1, 32).sum(-1, dtype=torch.int32))
+
+
+def test_formats_of_other_levels_round_activations_as_the_reference_rounds(random: Generator):
+    assert not isinstance(COMPILED, str)
+    weight = packed("nf4", 37, 288, "int8-g32", random)
+    exact = BITS.unpack(weight).dequantize(torch.float64)
+    for dtype in TYPES:
+        x = torch.randn(65, 288, generator=random).to(dtype)
+        x[5, 40], x[6, 287], x[7] = torch.nan, torch.inf, 0
+        rounded = round_groups(x, torch.float32, COMPILED)
+        torch.testing.assert_close(rounded, rounded_groups(x), rtol=0, atol=0, equal_nan=True)
+        torch.testing.assert_close(
+            round_groups(x[:, :77].contiguous(), dtype, COMPILED)[:5], rounded_groups(x[:5, :77]).to(dtype)
+        )
+        finite = [0, 1, 2, 3, 4, 7, *range(8, 65)]
+        wanted, size = rounded[finite].double() @ exact.T, rounded[finite].double().abs() @ exact.abs().T
+        for y in (
+            Cpu8().linear(x, weight, None)[finite],
+            torch.cat([Cpu8().linear(r, weight, None) for r in x[finite, None]]),
+        ):
+            assert bool(((y.double() - wanted).abs() <= 2**-8 * size + 1e-30).all())
+
+
+@pytest.mark.parametrize("spec", ["int2-g64", "int3-g32-asym", "int4-g96", "codebook(-1,0,1)-g32", "q4_k"])
+def test_codes_decoded_once_for_many_rows_are_the_same(kernel: Cpu8, spec: str, random: Generator):
+    weight = packed(spec, 61, 288, "int8-g32", random)
+    x = torch.randn(65, 288, generator=random)
+    few = torch.cat([kernel.linear(part, weight, None) for part in x.split(13)])
+    torch.testing.assert_close(kernel.linear(x, weight, None), few, rtol=0, atol=0)
 
 
 def test_levels_are_integers_times_a_unit():

@@ -17,7 +17,7 @@ import torch
 
 from whit.kernels.cpu.build import LIBRARY, source_hash
 
-ABI = 7
+ABI = 8
 BUILD = "python -m whit.kernels.cpu.build"
 ISAS = ("scalar", "avx2", "avx512", "avx512_bf16")  # by their number in whit_cpu.h, each better than those before it
 ISAS8 = ("scalar", "avx2", "avx512_vnni")  # of the products of 8-bit activations, by their number in int8.cpp
@@ -56,6 +56,7 @@ class Library:
 
     linear: Callable[..., int]
     dequantize: Callable[..., int]
+    round: Callable[..., int]
     read: Callable[..., float]
     gram: Callable[..., int]
     many: Callable[..., int]
@@ -92,6 +93,7 @@ def load(path: Path) -> Library | str:
     for name, arguments in {
         "linear": [*[Pointer] * 4, long, *[short] * 3],
         "dequantize": [*[Pointer] * 2, *[long] * 2, *[short] * 3],
+        "round": [Pointer, *[long] * 2, short, long, Pointer, short, Pointer, *[short] * 2],
         "read": [Pointer, long, Pointer, *[short] * 2],
         "many": [*[Pointer] * 4, long, *[short] * 3],
         "gram": [Pointer, *[long] * 2, *[Pointer] * 2, *[short] * 2],
@@ -103,8 +105,8 @@ def load(path: Path) -> Library | str:
         getattr(handle, f"whit_{name}").argtypes = arguments
     handle.whit_read.restype, handle.whit_decode.restype = ctypes.c_double, long
     return Library(
-        handle.whit_linear, handle.whit_dequantize, handle.whit_read, handle.whit_gram, handle.whit_many,
-        handle.whit_quantize8, handle.whit_product8, handle.whit_decode, handle.whit_encode8,
+        handle.whit_linear, handle.whit_dequantize, handle.whit_round, handle.whit_read, handle.whit_gram,
+        handle.whit_many, handle.whit_quantize8, handle.whit_product8, handle.whit_decode, handle.whit_encode8,
         tuple(name for number, name in enumerate(ISAS) if handle.whit_has(number)),
         tuple(name for number, name in enumerate(ISAS8) if handle.whit_has8(number)),
         tuple(name for number, name in enumerate(ISAS) if handle.whit_has_many(number)),

@@ -1,6 +1,7 @@
 """Products of 8-bit activations on the processor: int8 per token with int8 weights, and per 32 columns with any codes.
 
-A format whose levels are no small integers (nf4) multiplies the rounded activations exactly, as `Cpu` does.
+A format whose levels are no small integers (nf4) multiplies the rounded activations as `Cpu` does: where they came in
+bfloat16 they are rounded to it once more, otherwise products are exact in float32.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch.nn.functional import pad
 from whit.kernels import int8
 from whit.kernels.cpu.binding import library
 from whit.kernels.cpu.kernel import FLOATS, Cpu, compiled_library
-from whit.kernels.cpu.rows8 import ROW_SUMS, Rows8, levels_of, multiply, padded, quantize_rows
+from whit.kernels.cpu.rows8 import ROW_SUMS, Rows8, levels_of, multiply, padded, quantize_rows, round_groups
 from whit.kernels.cpu.weight import CpuWeight, plan_weight, unsupported
 from whit.layouts import BITS
 from whit.tensor import PackedWeight, product_dtype
@@ -62,9 +63,9 @@ class Cpu8:
             return x.new_empty(*x.shape[:-1], weight.shape[0])
         bias = None if bias is None else bias.contiguous()
         how = weight.activations
-        if isinstance(levels_of(weight.format), str):  # such as nf4's: exact products of the rounded activations
-            y = Cpu().linear(int8.rounded_groups(flat), weight, None if bias is None else bias.to(torch.float32))
-            y = y.to(x.dtype)
+        if isinstance(levels_of(weight.format), str):  # such as nf4's
+            rounded = round_groups(flat, x.dtype if x.dtype == torch.bfloat16 else torch.float32, compiled_library())
+            y = Cpu().linear(rounded, weight, None if bias is None else bias.to(rounded.dtype)).to(x.dtype)
         elif how is not None and how.threshold > 0:
             y = self._with_outliers(flat, weight, bias, how.threshold)
         else:

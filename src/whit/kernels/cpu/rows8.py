@@ -15,7 +15,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from whit.kernels.cpu.binding import ISAS8, TYPES, Library, RowsPlan
+from whit.kernels.cpu.binding import ISAS, ISAS8, TYPES, Library, RowsPlan
 from whit.kernels.cpu.weight import CpuWeight, is_consecutive, level_table, run_size
 from whit.tensor import Format
 
@@ -67,6 +67,18 @@ def quantize_rows(x: Tensor, grouped: bool, library: Library, isa: str | None = 
     )  # fmt: skip
     _check(status)
     return rows
+
+
+def round_groups(x: Tensor, dtype: torch.dtype, library: Library) -> Tensor:
+    """int8.rounded_groups of x (count, columns), contiguous, rounded once more to `dtype`."""
+    count, columns = x.shape
+    y = torch.empty(count, columns, dtype=dtype)
+    status = library.round(
+        x.data_ptr(), count, columns, TYPES[x.dtype], GROUP, y.data_ptr(), TYPES[dtype], library.parallel,
+        ISAS.index(library.isas[-1]), torch.get_num_threads(),
+    )  # fmt: skip
+    _check(status)
+    return y
 
 
 def multiply(

@@ -17,6 +17,7 @@ struct Avx2 {
   static constexpr int ROWS = 2;     // of the weight at a time, for one row of activations
   static constexpr int SIZES = 5;    // the rows of activations at a time, as a sum of 1, 2, 4 and 8
   static constexpr bool WIDE = false;  // whether blocks that lie in one group have a kernel of their own
+  static constexpr bool LIFTS = false;   // whether consecutive levels may be moved up to where they cost less
   static constexpr bool COUNTS = true;   // whether converting a small code beats looking it up
 
   static ALWAYS_INLINE F set1(float v) { return {_mm256_set1_ps(v), _mm256_set1_ps(v)}; }
@@ -65,6 +66,8 @@ struct Avx2 {
     return {_mm256_permutevar8x32_ps(v, _mm256_srli_epi32(lane, shift)),
             _mm256_permutevar8x32_ps(v, _mm256_srli_epi32(_mm256_add_epi32(lane, _mm256_set1_epi32(8)), shift))};
   }
+  template <int RUN>
+  static ALWAYS_INLINE F repeat_of(F, const float* p, int first) { return repeat(p + first, RUN); }
   // Two runs of bytes, one per 128-bit lane, each four dwords of `WIDTH` bits.
   template <int WIDTH>
   static ALWAYS_INLINE __m256i spread(const uint8_t* p) {

@@ -17,6 +17,7 @@ struct Avx512 {
   static constexpr int ROWS = 4;     // of the weight at a time, for one row of activations
   static constexpr int SIZES = 15;    // the rows of activations at a time, as a sum of 1, 2, 4 and 8
   static constexpr bool WIDE = true;  // whether blocks that lie in one group have a kernel of their own
+  static constexpr bool LIFTS = false;   // whether consecutive levels may be moved up to where they cost less
   static constexpr bool COUNTS = false;  // whether converting a small code beats looking it up
 
   static ALWAYS_INLINE F set1(float v) { return _mm512_set1_ps(v); }
@@ -57,6 +58,11 @@ struct Avx512 {
   static ALWAYS_INLINE F repeat(const float* p, int run) {
     unsigned shift = run == 1 ? 0 : run == 2 ? 1 : run == 4 ? 2 : run == 8 ? 3 : 4;
     return _mm512_permutexvar_ps(_mm512_srli_epi32(lanes(), shift), load(p));
+  }
+  // Lanes from `first` on of 16, which lie in memory too, each RUN times.
+  template <int RUN>
+  static ALWAYS_INLINE F repeat_of(F f, const float*, int first) {
+    return _mm512_permutexvar_ps(_mm512_add_epi32(_mm512_srli_epi32(lanes(), RUN == 8 ? 3 : 4), _mm512_set1_epi32(first)), f);
   }
   template <int WIDTH>
   static ALWAYS_INLINE __m512i spread(const uint8_t* p) {

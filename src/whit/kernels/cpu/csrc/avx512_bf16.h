@@ -10,6 +10,7 @@ struct Pairs : Avx512 {
   using X = __m512bh;
   using Table = __m512i;
   static constexpr int CODES_PER_STEP = 2;
+  static constexpr bool LIFTS = true;
 
   static ALWAYS_INLINE X load_x(const char* p) { return (__m512bh)_mm512_loadu_si512(p); }
   static ALWAYS_INLINE F first(W w, X x) { return _mm512_dpbf16_ps(zero(), w, x); }
@@ -37,10 +38,37 @@ struct Pairs : Avx512 {
   static ALWAYS_INLINE W look(U u, const Table& t) {  // the index's low 5 bits
     return (__m512bh)_mm512_permutexvar_epi16(u, t);
   }
+
+  // Consecutive levels of 2 and 3 bits moved up to lift + code: where a code lies right below the exponent of such a
+  // number, or is put there by a shift, that takes one logical operation, which every pipe has, and no look-up, which
+  // competes with the products. All are exact, and what the lift adds is taken off by the sum of x.
+  template <int BITS>
+  static constexpr float lift() { return BITS == 3 ? 8 : 16; }
+  static ALWAYS_INLINE Table lift_table(int bits) {  // by the index' low 3 bits; for 2 bits by those above the lowest
+    uint16_t t[32];
+    for (int i = 0; i < 32; i++) t[i] = float_to_bf16(bits == 2 ? lift<2>() + (float)(i >> 1 & 3) : lift<3>() + (float)(i & 7));
+    return _mm512_loadu_si512(t);
+  }
+  template <int BITS>
+  static ALWAYS_INLINE W below_exponent(U u) {  // of 16 + code or 8 + code: (u & MASK) | EXPONENT
+    constexpr int MASK = BITS == 2 ? 0x18 : 0x70, EXPONENT = BITS == 2 ? 0x4180 : 0x4100;
+    return (__m512bh)_mm512_ternarylogic_epi64(u, _mm512_set1_epi16(MASK), _mm512_set1_epi16(EXPONENT), 0xea);
+  }
+  template <int BITS>
+  static ALWAYS_INLINE W lifted(U u, int step, const Table& t) {
+    if constexpr (BITS == 2) {
+      const U moved = step < 2 ? _mm512_add_epi16(u, u) : _mm512_srli_epi16(u, 4 * (step / 2) - 1);
+      return step % 2 ? below_exponent<2>(moved) : (__m512bh)_mm512_permutexvar_epi16(moved, t);
+    } else {
+      if (step == 0) return (__m512bh)_mm512_permutexvar_epi16(u, t);
+      return below_exponent<3>(step == 1 ? _mm512_add_epi16(u, u) : _mm512_srli_epi16(u, 3 * step - 4));
+    }
+  }
 };
 
 // Levels as sums of two numbers in bfloat16, so that tables keep 16 bits.
 struct PairsOfTwo : Pairs {
+  static constexpr bool LIFTS = false;
   struct W { __m512bh high, low; };
   struct Table { __m512i high, low; };
   static ALWAYS_INLINE F first(W w, X x) { return Pairs::next(w.high, x, Pairs::first(w.low, x)); }

@@ -185,6 +185,33 @@ int whit_dequantize(const whit_weight* w, void* out, int64_t first, int64_t last
 }
 
 namespace {
+struct Rounding {
+  const Kernels* kernels;
+  const char* x;
+  char* out;
+  int64_t columns, group, row_bytes, out_bytes;
+  int type, out_type;
+};
+void round_task(void* context, int64_t first, int64_t last, float*) {
+  const Rounding& r = *(const Rounding*)context;
+  for (int64_t row = first; row < last; row++)
+    r.kernels->round(r.x + row * r.row_bytes, r.type, r.columns, r.group, r.out + row * r.out_bytes, r.out_type);
+}
+}  // namespace
+
+int whit_round(const void* x, int64_t rows, int64_t columns, int type, int64_t group, void* out, int out_type,
+               whit_parallel parallel, int isa, int threads) {
+  const Kernels* kernels = kernels_for(isa);
+  if (!kernels) return -1;
+  if (group < 1 || group > 256) return -2;
+  Rounding call = {kernels, (const char*)x, (char*)out, columns, group, columns * (type == WHIT_F32 ? 4 : 2),
+                   columns * (out_type == WHIT_F32 ? 4 : 2), type, out_type};
+  Team team;
+  team.rows = rows, team.task = 8, team.work = round_task, team.context = &call, team.scratch_bytes = 64;
+  return whit_run(team, parallel, threads);
+}
+
+namespace {
 struct Reading {
   const uint8_t* data;
   std::atomic<uint64_t> sum{0};

@@ -128,9 +128,12 @@ int whit_strips8(const Product8& p, int threads) {
   const int64_t width = (w.columns + GROUP8 - 1) / GROUP8 * WIDTH8, sums = w.zero ? w.groups : 0;
   uint32_t* room = (uint32_t*)arranged_many.get((size_t)(rows * (width + sums) * 4 + 64));
   if (!room) return -3;
-  const int64_t vectors = vectors_of(w, w.bits == 2 ? 16 : w.bits == 4 ? 8 : 4);
+  const bool decoded = p.x->count > DECODED_FROM && w.bits <= 4;
+  const int parts = w.bits == 2 ? 4 : w.bits == 4 ? 2 : 1;
+  const int64_t vectors = vectors_of(w, 4 * parts) * (decoded ? parts : 1);
   const int strips = strips_of(vectors, p.x->count);
-  Call8 call = {kernels, {&p, room, sums ? (const float*)(room + rows * width) : nullptr, width, strips}};
+  Call8 call = {kernels, {&p, room, sums ? (const float*)(room + rows * width) : nullptr, width, strips,
+                         decoded}};
   Team arrange, multiply;
   arrange.rows = tiles, arrange.task = 1, arrange.work = arrange_task8, arrange.context = &call;
   arrange.scratch_bytes = 64;

@@ -2,7 +2,7 @@
 #pragma once
 #include "int8.h"
 
-enum { STRIP = 16, ROWS_IN_TILE = 16, PAIRS_IN_BLOCK = 16, ROWS8_IN_TILE = 12, WIDTH8 = GROUP8 / 4 + 2 };
+enum { STRIP = 16, ROWS_IN_TILE = 16, PAIRS_IN_BLOCK = 16, ROWS8_IN_TILE = 12, WIDTH8 = GROUP8 / 4 + 2, DECODED_FROM = 48 };
 
 struct Many {
   const whit_weight* w;
@@ -30,6 +30,7 @@ struct Many8 {
   const float* sums;   // (tiles, w.groups, rows of the tile): scale times the sum of codes; null where nothing needs it
   int64_t width;       // dwords of a row of x
   int strips;
+  bool decoded;        // to bytes, before the first of more than DECODED_FROM rows of x
 };
 
 struct ManyKernels8 {
@@ -39,9 +40,9 @@ struct ManyKernels8 {
 
 static inline int64_t tile_rows8(int64_t left) { return left > 8 ? 12 : left > 4 ? 8 : 4; }
 
-// Bytes of scratch of `multiply`: the vectors of each strip, and params of each and of one row.
+// Bytes of scratch of `multiply`: the vectors of each strip, their params, and those of 16 rows.
 static inline size_t many_scratch(const whit_weight& w, int strips, int64_t vectors) {
-  return (size_t)(4 * 2 * (w.groups + 48) + strips * 64 * (vectors + 2 * w.groups) + 256);
+  return (size_t)(4 * 2 * STRIP * (w.groups + 48) + strips * 64 * (vectors + 2 * w.groups) + 256);
 }
 
 extern const ManyKernels whit_many_bf16;

@@ -25,24 +25,37 @@ struct Turned8 {
   }
 };
 
+// Operand k of a vector of codes, as stored levels.
+template <int BITS, bool TABLE>
+struct Level8 {
+  __m512i mask, table;
+  explicit Level8(const Product8& p)
+      : mask(_mm512_set1_epi8(BITS == 8 ? -1 : (1 << BITS) - 1)),
+        table(_mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)p.table))) {}
+  ALWAYS_INLINE __m512i operator()(__m512i codes, int k) const {
+    __m512i level = k ? _mm512_srli_epi16(codes, BITS * k) : codes;
+    if constexpr (Turned8<BITS>::PARTS > 1) level = _mm512_and_si512(level, mask);
+    return TABLE ? _mm512_shuffle_epi8(table, level) : level;
+  }
+};
+
 static int64_t strip_vectors8(const whit_weight& w) {
   const int codes = w.bits == 2 ? 16 : w.bits == 4 ? 8 : 4;
   return ((w.columns + codes - 1) / codes + 15) & ~(int64_t)15;
 }
 
 struct Strip8 {
-  const __m512i* codes;
+  const __m512i* codes;       // as they lie; or decoded to bytes, an operand after the other
   const float *scale, *less;  // (groups, 16); less: null, or zero * scale, or the offset
 };
 
 // total (M, 16) = x times a strip. x (32 columns, 8 + 2, M): codes, -shift times their sum, and the scale.
-template <int BITS, bool TABLE, int M>
+template <int BITS, bool TABLE, int M, bool DECODED>
 static __attribute__((noinline)) void tile(const Many8& a, const Strip8& strip, const uint32_t* x, const float* sums,
                                            __m512* total) {
   using T = Turned8<BITS>;
   const whit_weight& w = *a.p->w;
-  const __m512i mask = _mm512_set1_epi8(BITS == 8 ? -1 : (1 << BITS) - 1);
-  const __m512i table = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)a.p->table));
+  const Level8<BITS, TABLE> decode(*a.p);
   const int64_t all = (w.columns + GROUP - 1) / GROUP, run = w.groups == 1 ? all : w.group_size / GROUP;
   const __m512i* codes = strip.codes;
 #pragma GCC unroll 12
@@ -57,13 +70,11 @@ static __attribute__((noinline)) void tile(const Many8& a, const Strip8& strip, 
 #pragma GCC unroll 12
       for (int m = 0; m < M; m++) acc[m] = _mm512_set1_epi32((int)x[QUADS * M + m]);
 #pragma GCC unroll 2
-      for (int c = 0; c < T::VECTORS; c++, codes++) {
+      for (int c = 0; c < T::VECTORS; c++, codes += DECODED ? T::PARTS : 1) {
         __builtin_prefetch(codes + 16, 0, 3);
 #pragma GCC unroll 4
         for (int k = 0; k < T::PARTS; k++) {
-          __m512i level = k ? _mm512_srli_epi16(*codes, BITS * k) : *codes;
-          if constexpr (T::PARTS > 1) level = _mm512_and_si512(level, mask);
-          if constexpr (TABLE) level = _mm512_shuffle_epi8(table, level);
+          const __m512i level = DECODED ? codes[k] : decode(*codes, k);
 #pragma GCC unroll 12
           for (int m = 0; m < M; m++)  // broadcasts from memory, which costs nothing
             __asm__("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(acc[m]) : "v"(level), "m"(x[(c * T::PARTS + k) * M + m]));
@@ -78,21 +89,25 @@ static __attribute__((noinline)) void tile(const Many8& a, const Strip8& strip, 
       x += (QUADS + 2) * M;
     }
     const __m512 scale = _mm512_loadu_ps(strip.scale + 16 * g);
+    if (strip.less) {
+      const __m512 less = _mm512_loadu_ps(strip.less + 16 * g);
 #pragma GCC unroll 12
-    for (int m = 0; m < M; m++) total[m] = _mm512_fmadd_ps(part[m], scale, total[m]);
-    if (!strip.less) continue;
-    const __m512 less = _mm512_loadu_ps(strip.less + 16 * g);
+      for (int m = 0; m < M; m++)
+        total[m] = _mm512_fnmadd_ps(less, _mm512_set1_ps(sums[g * M + m]), _mm512_fmadd_ps(part[m], scale, total[m]));
+    } else {
 #pragma GCC unroll 12
-    for (int m = 0; m < M; m++) total[m] = _mm512_fnmadd_ps(less, _mm512_set1_ps(sums[g * M + m]), total[m]);
+      for (int m = 0; m < M; m++) total[m] = _mm512_fmadd_ps(part[m], scale, total[m]);
+    }
   }
 }
 
-template <int BITS, bool TABLE>
-static void multiply_bits(const Many8& a, int64_t first, int64_t last, void* scratch) {
+template <int BITS, bool TABLE, bool DECODED>
+static void multiply_as(const Many8& a, int64_t first, int64_t last, void* scratch) {
   using T = Turned8<BITS>;
   const Product8& p = *a.p;
   const whit_weight& w = *p.w;
-  const int64_t vectors = strip_vectors8(w), params_size = 16 * w.groups, count = p.x->count;
+  const Level8<BITS, TABLE> decode(p);
+  const int64_t dwords = strip_vectors8(w), vectors = DECODED ? dwords * T::PARTS : dwords, params_size = 16 * w.groups, count = p.x->count;
   __m512i* codes = (__m512i*)(((uintptr_t)scratch + 63) & ~(uintptr_t)63);
   float *scale = (float*)(codes + a.strips * vectors), *less = scale + a.strips * params_size;
   float* own = less + a.strips * params_size;
@@ -100,8 +115,11 @@ static void multiply_bits(const Many8& a, int64_t first, int64_t last, void* scr
     const int64_t left = (last - row + STRIP - 1) / STRIP, strips = left < a.strips ? left : a.strips;
     for (int64_t s = 0; s < strips; s++) {
       __m512i* to = codes + s * vectors;
-      turn<T>(w, row + s * STRIP,
-              [&](int64_t i, __m512i v) __attribute__((always_inline)) { _mm512_store_si512(to + i, v); });
+      turn<T>(w, row + s * STRIP, 0, dwords, [&](int64_t i, __m512i v) __attribute__((always_inline)) {
+        if constexpr (!DECODED) _mm512_store_si512(to + i, v);
+        else
+          for (int k = 0; k < T::PARTS; k++) _mm512_store_si512(to + i * T::PARTS + k, decode(v, k));
+      });
       strip_params(w, row + s * STRIP, p.unit, own, scale + s * params_size, less + s * params_size);
     }
     for (int64_t m = 0; m < count; m += ROWS8_IN_TILE) {
@@ -112,13 +130,21 @@ static void multiply_bits(const Many8& a, int64_t first, int64_t last, void* scr
         Strip8 strip = {codes + s * vectors, scale + s * params_size, w.zero ? less + s * params_size : nullptr};
         __m512 total[ROWS8_IN_TILE];
         expect_strip(w, p.y, p.type, m, real, row + s * STRIP);
-        if (rows == 12) tile<BITS, TABLE, 12>(a, strip, x, sums, total);
-        else if (rows == 8) tile<BITS, TABLE, 8>(a, strip, x, sums, total);
-        else tile<BITS, TABLE, 4>(a, strip, x, sums, total);
+        if (rows == 12) tile<BITS, TABLE, 12, DECODED>(a, strip, x, sums, total);
+        else if (rows == 8) tile<BITS, TABLE, 8, DECODED>(a, strip, x, sums, total);
+        else tile<BITS, TABLE, 4, DECODED>(a, strip, x, sums, total);
         finish_strip(w, p.bias, p.y, p.type, m, real, row + s * STRIP, total);
       }
     }
   }
+}
+
+// Where more rows of x than a few tiles follow, codes are decoded once for all.
+template <int BITS, bool TABLE>
+static void multiply_bits(const Many8& a, int64_t first, int64_t last, void* scratch) {
+  if constexpr (Turned8<BITS>::PARTS > 1 || TABLE)
+    if (a.decoded) return multiply_as<BITS, TABLE, true>(a, first, last, scratch);
+  multiply_as<BITS, TABLE, false>(a, first, last, scratch);
 }
 
 template <int BITS>
@@ -165,7 +191,7 @@ static void arrange_tile(const Many8& a, int64_t first, uint32_t* to, float* sum
   const __mmask16 mask = (__mmask16)((1 << rows) - 1);
   __m512i starts[16], scales[16], codes[16];
   for (int64_t u = 0; u < all; u++, to += WIDTH8 * rows) {
-        if (u % 16 == 0) {
+    if (u % 16 == 0) {
       turn_rows(a.p->starts + first * x.groups, x.groups, u, x.groups - u, real, as_is, starts);
       turn_rows(x.scale + first * x.groups, x.groups, u, x.groups - u, real, as_is, scales);
     }

@@ -20,6 +20,7 @@ struct Scalar {
   static constexpr int ROWS = 1;     // of the weight at a time, for one row of activations
   static constexpr int SIZES = 5;    // the rows of activations at a time, as a sum of 1, 2, 4 and 8
   static constexpr bool WIDE = false;  // whether blocks that lie in one group have a kernel of their own
+  static constexpr bool LIFTS = false;   // whether consecutive levels may be moved up to where they cost less
   static constexpr bool COUNTS = true;   // whether converting a small code beats looking it up
 
   static ALWAYS_INLINE F set1(float a) { return F{} + a; }
@@ -62,6 +63,8 @@ struct Scalar {
     for (int j = 0; j < 16; j++) f[j] = p[j / run];
     return f;
   }
+  template <int RUN>
+  static ALWAYS_INLINE F repeat_of(F, const float* p, int first) { return repeat(p + first, RUN); }
   template <int BITS>
   static ALWAYS_INLINE U block(const uint8_t* p) {
     constexpr int WIDTH = Block<BITS>::CODES * BITS;

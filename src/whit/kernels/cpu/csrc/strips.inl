@@ -11,12 +11,12 @@ static ALWAYS_INLINE __m512i bytes_of(const uint8_t* p) {
   return _mm512_and_si512(v, _mm512_set1_epi8((1 << BITS) - 1));
 }
 
-// The codes of 16 rows, turned. Rows that are not there stand for the last one. `put(i, vector)` takes them in order.
+// The codes of 16 rows, turned, of the vectors [from, until), multiples of 16. Rows that are not there stand for the last
+// one. `put(i, vector)` takes them in order.
 template <class T, class Put>
-static ALWAYS_INLINE void turn(const whit_weight& w, int64_t row, const Put& put) {
+static ALWAYS_INLINE void turn(const whit_weight& w, int64_t row, int64_t from, int64_t until, const Put& put) {
   const uint8_t* end = w.codes + w.rows * w.row_bytes;
-  const int64_t all = (w.columns + T::CODES - 1) / T::CODES;
-  for (int64_t c = 0, at = 0; c < all; c += 16, at += T::BYTES) {
+  for (int64_t c = from, at = from / 16 * T::BYTES; c < until; c += 16, at += T::BYTES) {
     __m512i v[16];
 #pragma GCC unroll 16
     for (int r = 0; r < STRIP; r++) {
@@ -36,15 +36,39 @@ static ALWAYS_INLINE void turn(const whit_weight& w, int64_t row, const Put& put
   }
 }
 
-// Of 16 rows, (groups, 16): scales times `unit`; `less`, what is taken off for every unit of the sum of x: (zero + shift)
-// scale, or the offset. `own` has room for one row's.
-static void strip_params(const whit_weight& w, int64_t row, float unit, float* own, float* scale, float* less) {
-  float* zero = own + padded_groups(w);
-  for (int64_t r = 0; r < STRIP; r++) {
-    group_params<Avx512>(w, row + r < w.rows ? row + r : w.rows - 1, 0, own, zero);
-    for (int64_t g = 0; g < w.groups; g++) scale[16 * g + r] = own[g] * unit;
-    for (int64_t g = 0; g < w.groups && w.zero; g++) less[16 * g + r] = w.offsets ? zero[g] : zero[g] * own[g];
+// 16 runs of `count` floats, of which each(r, g) gives 16, as (count, 16).
+template <class Each>
+static ALWAYS_INLINE void turn_floats(int64_t count, float* to, const Each& each) {
+  for (int64_t g = 0; g < count; g += 16) {
+    __m512i v[16];
+#pragma GCC unroll 16
+    for (int r = 0; r < STRIP; r++) v[r] = _mm512_castps_si512(each(r, g));
+    transpose16(v);
+    if (count - g >= 16) {
+#pragma GCC unroll 16
+      for (int i = 0; i < 16; i++) _mm512_storeu_si512(to + 16 * (g + i), v[i]);
+    } else {
+#pragma GCC unroll 16
+      for (int i = 0; i < 16; i++)
+        if (g + i < count) _mm512_storeu_si512(to + 16 * (g + i), v[i]);
+    }
   }
+}
+
+// Of 16 rows, (groups, 16): scales times `unit`; `less`, what is taken off for every unit of the sum of x: (zero + shift)
+// scale, or the offset. `own` has room for those of all rows.
+static void strip_params(const whit_weight& w, int64_t row, float unit, float* own, float* scale, float* less) {
+  const int64_t room = padded_groups(w);
+  for (int64_t r = 0; r < STRIP; r++)
+    group_params<Avx512>(w, row + r < w.rows ? row + r : w.rows - 1, 0, own + 2 * r * room, own + (2 * r + 1) * room);
+  turn_floats(w.groups, scale, [&](int r, int64_t g) __attribute__((always_inline)) {
+    return _mm512_mul_ps(_mm512_loadu_ps(own + 2 * r * room + g), _mm512_set1_ps(unit));
+  });
+  if (!w.zero) return;
+  turn_floats(w.groups, less, [&](int r, int64_t g) __attribute__((always_inline)) {
+    const __m512 zero = _mm512_loadu_ps(own + (2 * r + 1) * room + g);
+    return w.offsets ? zero : _mm512_mul_ps(zero, _mm512_loadu_ps(own + 2 * r * room + g));
+  });
 }
 
 // Asks for the lines that finish_strip will write, which are too far apart to be foreseen.

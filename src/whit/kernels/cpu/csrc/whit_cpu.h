@@ -11,7 +11,7 @@
 #define WHIT_API extern "C" __attribute__((visibility("default")))
 #endif
 
-enum { WHIT_ABI = 7 };
+enum { WHIT_ABI = 8 };
 enum whit_type { WHIT_F32 = 0, WHIT_BF16 = 1, WHIT_F16 = 2, WHIT_CODES = 3, WHIT_NESTED = 4, WHIT_NONE = 5 };
 enum whit_isa { WHIT_SCALAR = 0, WHIT_AVX2 = 1, WHIT_AVX512 = 2, WHIT_AVX512_BF16 = 3, WHIT_ISAS = 4 };
 
@@ -47,6 +47,11 @@ WHIT_API int whit_linear(const whit_weight* w, const void* x, const void* bias, 
 // out (last - first, w.columns), contiguous and of `type`: rows [first, last) of the weight, as the reference decodes.
 WHIT_API int whit_dequantize(const whit_weight* w, void* out, int64_t first, int64_t last, int type, int isa,
                              int threads);
+
+// out (rows, columns) of out_type = x (rows, columns) of `type`, contiguous, with every `group` (up to 256) columns of a
+// row rounded to int8: round(x 127 / max|x|) max|x| / 127. Returns 0, or a negative number if it cannot.
+WHIT_API int whit_round(const void* x, int64_t rows, int64_t columns, int type, int64_t group, void* out, int out_type,
+                        whit_parallel parallel, int isa, int threads);
 
 // sums (columns, columns) += x^T x, below and on the diagonal only, of bfloat16 x (rows, columns). Products are exact,
 // 128 rows at a time are summed in float32, these sums in float64. Returns 0, or a negative number if it cannot.

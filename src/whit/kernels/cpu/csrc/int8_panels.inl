@@ -1,0 +1,189 @@
+// Many rows of 8-bit activations by panels of 48 rows of the weight. Included by int8.inl.
+
+typedef float Floats16 __attribute__((vector_size(64)));
+typedef int32_t Ints16 __attribute__((vector_size(64)));
+typedef uint32_t Words16 __attribute__((vector_size(64)));
+
+template <class To, class From>
+static ALWAYS_INLINE To same_bits(const From& from) {
+  static_assert(sizeof(To) == sizeof(From), "as many bytes");
+  To to;
+  memcpy(&to, &from, sizeof to);
+  return to;
+}
+
+// The same steps for a tile of `count` rows of x and `rows` of the weight, 16 at a time where there are as many.
+template <class V, class Sum>
+static ALWAYS_INLINE void finish_tile(const Product8& p, int64_t m0, int64_t count, int64_t row, int64_t rows,
+                                      const Sum* sums, const float* scale) {
+  const whit_rows8& x = *p.x;
+  for (int64_t m = 0; m < count; m++, sums += WIDE8) {
+    int64_t r = 0;
+    for (; r + 16 <= rows; r += 16) {
+      typename V::F y;
+      if constexpr (std::is_same<Sum, int32_t>::value) {
+        Ints16 sum, levels;
+        memcpy(&sum, sums + r, 64);
+        if (x.zero) {
+          memcpy(&levels, p.row_sums + row + r, 64);
+          sum = same_bits<Ints16>(same_bits<Words16>(sum) - (uint32_t)x.zero[m0 + m] * same_bits<Words16>(levels));
+        }
+        y = V::mul(same_bits<typename V::F>(__builtin_convertvector(sum, Floats16)), V::set1(x.scale[m0 + m]));
+        y = V::mul(y, V::load(scale + r));
+      } else {
+        y = V::load(sums + r);
+      }
+      if (p.bias) y = V::add(y, V::convert(p.bias, row + r, p.type));
+      V::store_as(p.y, (m0 + m) * p.w->rows + row + r, y, p.type);
+    }
+    for (; r < rows; r++) {
+      if constexpr (std::is_same<Sum, int32_t>::value) finish_row8(p, m0 + m, row + r, sums[r], scale[r]);
+      else finish8(p, m0 + m, row + r, sums[r]);
+    }
+  }
+}
+
+// A panel of 48 rows: bytes (steps of COLUMNS / 4, 48 / LANES vectors) of four columns to a lane; rows that are not
+// there stand for the last one. Params as (groups, 48).
+template <class V, int BITS, bool TABLE>
+static void decode_panel(const Product8& p, int64_t row, int64_t rows, uint8_t* panel) {
+  constexpr int COLUMNS = V::LANES * 4, VECTORS = WIDE8 / V::LANES;
+  const Decoder8<V, BITS, TABLE> decode(p);
+  const whit_weight& w = *p.w;
+  const int64_t steps = (w.columns + COLUMNS - 1) / COLUMNS;
+  for (int v = 0; v < VECTORS; v++) {
+    const uint8_t* from[V::LANES];
+    for (int r = 0; r < V::LANES; r++) {
+      int64_t at = v * V::LANES + r;
+      from[r] = w.codes + (row + (at < rows ? at : rows - 1)) * w.row_bytes;
+    }
+    for (int64_t s = 0; s < steps; s++) {
+      typename V::B lines[V::LANES];
+UNROLL(16)
+      for (int r = 0; r < V::LANES; r++) lines[r] = decode(from[r] + s * (COLUMNS * BITS / 8));
+      V::transpose(lines);
+      uint8_t* to = panel + (s * V::LANES * VECTORS + v) * COLUMNS;
+UNROLL(16)
+      for (int k = 0; k < V::LANES; k++) V::bstore(to + k * VECTORS * COLUMNS, lines[k]);
+    }
+  }
+}
+
+// A tile of M rows of x and 48 of the weight over `run` lanes of four columns from the first on. A function of its own,
+// so that all sums stay in registers. Grouped: what one group of x adds to `total`; else the integers, to `sums`.
+template <class V, int M, bool GROUPED, bool SMALL>
+static __attribute__((noinline)) void run8(const int8_t* q, int64_t stride, const uint8_t* panel, int64_t run,
+                                           const int32_t* start, const float* by, int64_t groups, const float* scale,
+                                           float* total, int32_t* sums) {
+  constexpr int N = WIDE8 / V::LANES;
+  typename V::I acc[M][N];
+  EACH(m, M) {
+    typename V::I first = V::iset1(start[m * groups]);
+    EACH(n, N) { acc[m][n] = first; });
+  });
+  for (int64_t k = 0; k < run; k++) {
+    typename V::B level[N];
+    EACH(n, N) { level[n] = V::bload((const int8_t*)panel + (k * N + n) * V::LANES * 4); });
+    EACH(m, M) {
+      typename V::B four = V::four(q + m * stride + 4 * k);
+      EACH(n, N) { V::template dot_into<SMALL>(acc[m][n], level[n], four); });
+    });
+  }
+  EACH(m, M) {
+    if constexpr (GROUPED) {
+      typename V::G one = V::gset1(by[m * groups]);
+      EACH(n, N) {
+        float* to = total + m * WIDE8 + n * V::LANES;
+        typename V::G part = V::gmul(V::to_g(acc[m][n]), one);
+        V::gstore(to, V::gfma(part, V::gload(scale + n * V::LANES), V::gload(to)));
+      });
+    } else {
+      EACH(n, N) { V::istore(sums + m * WIDE8 + n * V::LANES, acc[m][n]); });
+    }
+  });
+}
+
+template <class V, int M, bool GROUPED, bool SMALL>
+static void tile8(const Product8& p, int64_t row, int64_t rows, int64_t m0, const uint8_t* panel, const float* scale,
+                  const float* offset) {
+  constexpr int N = WIDE8 / V::LANES, RUN = GROUP8 / 4;
+  const whit_weight& w = *p.w;
+  const whit_rows8& x = *p.x;
+  const int8_t* q = x.codes + m0 * x.stride;
+  alignas(64) float total[M * WIDE8];
+  alignas(64) int32_t sums[M * WIDE8];
+  const int32_t* start = p.starts + m0 * x.groups;
+  if constexpr (!GROUPED) {
+    run8<V, M, false, SMALL>(q, x.stride, panel, (w.columns + 3) / 4, start, nullptr, 1, nullptr, nullptr, sums);
+    finish_tile<V>(p, m0, M, row, rows, sums, scale);
+  } else {
+    memset(total, 0, sizeof total);
+    const int64_t runs = (w.columns + GROUP8 - 1) / GROUP8;
+    int64_t g = 0, next = w.groups == 1 ? w.columns : w.group_size;
+    for (int64_t u = 0; u < runs; u++) {
+      run8<V, M, true, SMALL>(q + u * GROUP8, x.stride, panel + u * RUN * WIDE8 * 4, RUN, start + u,
+                              x.scale + m0 * x.groups + u, x.groups, scale + g * WIDE8, total, sums);
+      if ((u + 1) * GROUP8 < next && u + 1 < runs) continue;
+      for (int m = 0; m < M && offset; m++) {
+        typename V::G by = V::gset1(-p.group_sums[(m0 + m) * p.sum_stride + g]);
+        for (int n = 0; n < N; n++) {
+          float* to = total + m * WIDE8 + n * V::LANES;
+          V::gstore(to, V::gfma(V::gload(offset + g * WIDE8 + n * V::LANES), by, V::gload(to)));
+        }
+      }
+      g++, next += w.group_size;
+    }
+    finish_tile<V>(p, m0, M, row, rows, total, scale);
+  }
+}
+
+template <class V, bool GROUPED, bool SMALL>
+static void tiles8(const Product8& p, int64_t row, int64_t rows, const uint8_t* panel, const float* scale,
+                   const float* offset) {
+  int64_t m = 0;
+  for (; m + V::TALL <= p.x->count; m += V::TALL)
+    tile8<V, V::TALL, GROUPED, SMALL>(p, row, rows, m, panel, scale, offset);
+  if constexpr (V::TALL > 4)
+    if (m + 4 <= p.x->count) tile8<V, 4, GROUPED, SMALL>(p, row, rows, m, panel, scale, offset), m += 4;
+  if (m + 2 <= p.x->count) tile8<V, 2, GROUPED, SMALL>(p, row, rows, m, panel, scale, offset), m += 2;
+  if (m < p.x->count) tile8<V, 1, GROUPED, SMALL>(p, row, rows, m, panel, scale, offset);
+}
+
+template <class V, int BITS, bool TABLE>
+static void many_of(const Product8& p, int64_t first, int64_t last, float* scratch) {
+  constexpr bool SMALL = small_levels<V, BITS, TABLE>();
+  const whit_weight& w = *p.w;
+  const int64_t groups = padded_groups(w);
+  float *row_scale = scratch, *row_zero = scratch + groups, *scale = scratch + 2 * groups;
+  float* offset = scale + w.groups * WIDE8;
+  uint8_t* panel = (uint8_t*)(((uintptr_t)(offset + w.groups * WIDE8) + 63) & ~(uintptr_t)63);
+  for (int64_t row = first; row < last; row += WIDE8) {
+    const int64_t rows = last - row < WIDE8 ? last - row : WIDE8;
+    for (int64_t r = 0; r < WIDE8; r++) {
+      group_params<V>(w, row + (r < rows ? r : rows - 1), 0, row_scale, row_zero);
+      for (int64_t g = 0; g < w.groups; g++) scale[g * WIDE8 + r] = row_scale[g] * p.unit;
+      for (int64_t g = 0; g < w.groups && w.zero; g++) offset[g * WIDE8 + r] = w.offsets ? row_zero[g] : row_scale[g] * row_zero[g];
+    }
+    decode_panel<V, BITS, TABLE>(p, row, rows, panel);
+    if (p.x->groups == 1) tiles8<V, false, SMALL>(p, row, rows, panel, scale, nullptr);
+    else tiles8<V, true, SMALL>(p, row, rows, panel, scale, w.zero ? offset : nullptr);
+  }
+}
+
+template <class V>
+static void many8(const Product8& p, int64_t first, int64_t last, float* scratch) {
+  switch (p.w->bits) {
+    case 2:
+      if (p.has_table) return many_of<V, 2, true>(p, first, last, scratch);
+      return many_of<V, 2, false>(p, first, last, scratch);
+    case 3:
+      if (p.has_table) return many_of<V, 3, true>(p, first, last, scratch);
+      return many_of<V, 3, false>(p, first, last, scratch);
+    case 4:
+      if (p.has_table) return many_of<V, 4, true>(p, first, last, scratch);
+      return many_of<V, 4, false>(p, first, last, scratch);
+    case 5: return many_of<V, 5, false>(p, first, last, scratch);
+    case 6: return many_of<V, 6, false>(p, first, last, scratch);
+    case 8: return many_of<V, 8, false>(p, first, last, scratch);
+  }
+}
