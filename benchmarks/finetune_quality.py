@@ -5,8 +5,9 @@
 LoRA on bfloat16 weights is the goal; each other row quantizes MODEL on the way in and trains the same adapters (r = 16
 on all linears) on the same pairs in the same order. A tenth of the pairs is held out; the rest is gone through until
 2,000 pairs were seen. A row such as `int2-g32+data` begins with factors that make up for what quantization lost
-(`whit.initialize_adapter`). `gap` is the loss above LoRA on bfloat16; `closed` the share of the plain start's gap that
-an initialised one does not have.
+(`whit.initialize_adapter`), `gptq:int2-g32+data` with codes and factors that were chosen for each other, calibrated on
+the pairs that are trained on. `gap` is the loss above LoRA on bfloat16; `closed` the share of the gap of the format to
+nearest, with a plain start, that a row does not have.
 """
 
 from __future__ import annotations
@@ -15,20 +16,23 @@ import argparse
 import json
 import time
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 
 import whit
+from whit.checkpoint.work import work_path
 from whit.training.ranks import Ranks
 from whit.tuning import prepare_tuning
+from whit.tuning.base import make_base
 from whit.tuning.run import build_loop
 
 from harness import RESULTS, machine, markdown
 
 ROWS = (
     "bf16", "nf4-dq", "int4-g64", "int4-g64+loftq", "int4-g64+data", "int3-g64", "int2-g32", "int2-g32+loftq",
-    "int2-g32+data",
+    "int2-g32+data", "gptq:int2-g32", "gptq:int2-g32+data", "refine:int2-g32+data", "gptq:int4-g64+data",
 )  # fmt: skip
 PAIRS = 2000  # seen in a run
 HELD_OUT = 0.1
@@ -36,18 +40,22 @@ HELD_OUT = 0.1
 
 def train(row: str, args: argparse.Namespace) -> dict[str, Any]:
     """Losses before, on the way and after."""
-    format, _, start = row.partition("+")
+    named, _, start = row.partition("+")
+    method, _, format = named.rpartition(":")
     tuning = whit.Tuning(
-        format=None if format == "bf16" else format, method=None if format == "bf16" else args.method,
+        format=None if format == "bf16" else format, method=None if format == "bf16" else method or args.method,
         init=start or "default", rank=16, alpha=args.alpha, dropout=0.05, steps=args.steps,
         epochs=args.pairs / (len(args.data.read_text().splitlines()) * (1 - HELD_OUT)), batch=4, accumulate=2,
-        context=512, learning_rate=args.learning_rate, checkpointing=False, dtype="bfloat16", holdout=HELD_OUT,
+        context=args.context, learning_rate=args.learning_rate, checkpointing=False, dtype=args.dtype, holdout=HELD_OUT,
         evaluate_every=args.evaluate_every,
     )  # fmt: skip
     options = whit.Options(seed=args.seed, device=args.device)
-    job = prepare_tuning(args.model, args.data, Path("unused"), tuning, None, options)
-    began = time.perf_counter()
-    loop, _ = build_loop(job, Ranks())
+    with TemporaryDirectory() as folder:
+        job = prepare_tuning(args.model, args.data, Path(folder) / "out", tuning, None, options)
+        began = time.perf_counter()
+        work_path(job.out).mkdir()
+        make_base(job, Ranks())
+        loop, _ = build_loop(job, Ranks())
     entry: dict[str, Any] = {
         "row": row,
         "steps": len(job.work.steps),
@@ -77,7 +85,7 @@ def table(rows: list[dict[str, Any]]) -> str:
             body.append([row["row"], row["error"], "", "", "", ""])
             continue
         gap = row["after"] - goal["after"] if goal else float("nan")
-        plain = done.get(row["row"].partition("+")[0])
+        plain = done.get(row["row"].partition("+")[0].rpartition(":")[2])
         closed = ""
         if goal and plain and plain is not row and plain["after"] > goal["after"]:
             closed = f"{100 * (plain['after'] - row['after']) / (plain['after'] - goal['after']):.0f} %"
@@ -97,6 +105,8 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=5e-4)
     parser.add_argument("--alpha", type=float, default=16.0)
     parser.add_argument("--method", help="how weights are quantized, without data: rtn, clip or hqq")
+    parser.add_argument("--context", type=int, default=512)
+    parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--minutes", type=float, default=10.0, help="no row is begun after these")

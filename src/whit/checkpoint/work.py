@@ -32,7 +32,7 @@ class WorkFolder:
 
     def __init__(self, out: Path, fingerprint: str, restart: bool = False) -> None:
         self.out = out
-        self.path = out.parent / f".{out.name}.partial"
+        self.path = work_path(out)
         self.fingerprint = fingerprint
         self.finished: dict[str, Any] = {}
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -123,6 +123,11 @@ class WorkFolder:
             if descriptor >= 0:
                 os.close(descriptor)
         self._lock = self._journal = -1
+
+
+def work_path(out: Path) -> Path:
+    """Where a result lies until it is complete."""
+    return out.parent / f".{out.name}.partial"
 
 
 def replaced_folder(out: Path) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,7 +26,13 @@ DATA_HELP = "JSON lines: `prompt` and `response`, or `messages`."
 TARGET_HELP = "Linears to adapt, by name: q_proj,k_proj,...; or all-linear (the head left out)."
 HELD_OUT_HELP = "Score the examples of this file, instead of a share of DATA."
 INIT_HELP = "Begin at nothing, or at what makes up for what quantization lost, by weights (loftq) or outputs (data)."
+METHOD_HELP = (
+    "How it is quantized: rtn, clip, hqq; or gptq, refine, ..., which look at DATA and write OUT/base, the model that "
+    "the adapter belongs to. [default: rtn]"
+)
 TOO_LONG_HELP = "Examples longer than --context: cut their ends, drop them, or refuse the file."
+
+PATIENCE = timedelta(days=1)  # the others wait while the first process quantizes by a method that takes its time
 
 
 def finetune(
@@ -33,7 +40,7 @@ def finetune(
     data: Annotated[Path, typer.Argument(metavar="DATA.jsonl", help=DATA_HELP)],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The adapter's new folder, as PEFT loads it.")],
     format: Annotated[str | None, typer.Option(metavar="SPEC", help="Quantize a full-precision MODEL first.")] = None,
-    method: Annotated[str | None, typer.Option(help="How it is quantized: rtn, clip or hqq. [default: rtn]")] = None,
+    method: Annotated[str | None, typer.Option(help=METHOD_HELP)] = None,
     init: Annotated[str, typer.Option(metavar="|".join((DEFAULT_INIT, *INITS)), help=INIT_HELP)] = DEFAULT_INIT,
     rank: Annotated[int, typer.Option(help="Of the adapters.")] = 16,
     alpha: Annotated[float, typer.Option(help="The adapters' product counts alpha / rank times.")] = 8.0,
@@ -112,6 +119,9 @@ def _show(record: dict[str, Any], out: Path, as_json: bool) -> None:
     if scores:
         print(f"held-out loss {scores['first']:.4f} before, {scores['last']:.4f} after")
     print(f"{record['tokens_per_second']:,.0f} tokens/s, peak memory {size(record['peak_memory_bytes'])}")
+    if "base" in record:
+        base = record["base"]
+        print(f"{out / base['folder']}: the model that it belongs to, {base['bits_per_weight']:.3f} bits per weight")
     print(f"{out}: the adapter; peft.PeftModel.from_pretrained(model, {str(out)!r}) puts it on")
 
 
@@ -124,7 +134,7 @@ def _processes(device: str) -> Iterator[None]:
     on_gpu = device != "cpu" and torch.cuda.is_available()
     if on_gpu:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    torch.distributed.init_process_group("nccl" if on_gpu else "gloo")
+    torch.distributed.init_process_group("nccl" if on_gpu else "gloo", timeout=PATIENCE)
     try:
         yield
     finally:

@@ -29,7 +29,7 @@ def add_adapters(model: Any, tuning: Tuning, seed: int) -> Any:  # peft.PeftMode
         raise TrainingError("peft: is not installed; adapters are PEFT's; pip install 'whit[train]'") from None
     from whit.training.lora import use_fused
 
-    _check_targets(model, tuning.targets)
+    check_targets(model, tuning.targets)
     prepare_for_training(model, gradient_checkpointing=tuning.checkpointing)
     everything = tuning.targets == (ALL_LINEAR,)
     config = peft.LoraConfig(
@@ -79,7 +79,8 @@ def _unpackable(model: Any, reason: str) -> TrainingError:
     )
 
 
-def _check_targets(model: nn.Module, targets: tuple[str, ...]) -> None:
+def check_targets(model: nn.Module, targets: tuple[str, ...]) -> None:
+    """TrainingError where a name matches no linear, or where all are asked for and some are stacks of experts."""
     linears = [n for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)]
     if targets == (ALL_LINEAR,):
         stacks = list(_stacks(model))

@@ -153,18 +153,13 @@ class _Setter:
     def set(self, place: Place, weight: Tensor, stats: LayerStats | None) -> Start:
         """Set one linear's factors."""
         layer, packed = place.layer, place.packed
-        a, b = (getattr(layer, key)[self.adapter].weight for key in ("lora_A", "lora_B"))
-        scaling, hessian = float(layer.scaling[self.adapter]), None if stats is None else stats.hessian  # type: ignore[union-attr]
+        hessian = None if stats is None else stats.hessian
         weight = weight.to(packed.packed.device, torch.float32)
         present = BITS.unpack(packed.packed)
-        found = self._solve(weight, present, stats, len(a))
+        found = self._solve(weight, present, stats, len(layer.lora_A[self.adapter].weight))  # type: ignore[union-attr]
         if found.quantized is not present:
             packed.load_state_dict(dict(BITS.pack(found.quantized).tensors), strict=False)
-        a.data.copy_(found.a)
-        b.data.copy_(found.b / scaling)
-        if self.adapter in getattr(layer, "lora_magnitude_vector", ()):
-            magnitude = layer.lora_magnitude_vector[self.adapter].weight  # type: ignore[union-attr]
-            magnitude.data.copy_(_effective(place, self.adapter).norm(dim=1))
+        _put(place, self.adapter, found.b, found.a)
         whole = lost(weight, hessian)
         before = lost(weight - present.dequantize(), hessian)
         after = lost(weight - _effective(place, self.adapter), hessian)
@@ -193,6 +188,23 @@ class _Setter:
             return self._read(name)
         near = _effective(place, self.adapter).to(self.original.origins[name].spec.dtype)
         return near.t() if place.packed.transposed else near
+
+
+def set_factors(model: nn.Module, given: Callable[[str], tuple[Tensor, Tensor]], adapter: str = "default") -> None:
+    """Set the adapter of every packed linear that has one to the B (out, rank) and A (rank, in) `given` for its name,
+    so that s B' A = B A: its scaling s is honoured, and DoRA's magnitudes become the row norms of Q + B A."""
+    with torch.no_grad():
+        for name, place in _places(model, adapter).items():
+            if place.layer is not None:
+                _put(place, adapter, *given(name))
+
+
+def _put(place: Place, adapter: str, b: Tensor, a: Tensor) -> None:
+    layer: Any = place.layer
+    layer.lora_A[adapter].weight.data.copy_(a)
+    layer.lora_B[adapter].weight.data.copy_(b.to(torch.float32) / float(layer.scaling[adapter]))
+    if adapter in getattr(layer, "lora_magnitude_vector", ()):
+        layer.lora_magnitude_vector[adapter].weight.data.copy_(_effective(place, adapter).norm(dim=1))
 
 
 def _effective(place: Place, adapter: str) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 
 from whit.errors import TrainingError
 from whit.formats import parse_format
+from whit.recipe import Recipe
 from whit.training.data import TooLong
 from whit.training.init import METHODS as INITS
 from whit.training.optimizers import OPTIMIZERS
@@ -23,15 +24,19 @@ DTYPES = ("auto", "float32", "bfloat16")
 class Tuning:
     """What changes a byte of the adapter, but for the seed.
 
-    `format` quantizes a full-precision MODEL on the way in (None: as it is), by `method` (None: to nearest; one that
-    needs no data). The adapters begin at nothing (`init` default), or at what makes up for what quantization lost, by
-    the weights (`loftq`) or by outputs on `whit:text` (`data`; see `initialize_adapter`). `targets` are names of
-    linears, or ("all-linear",), the head left out. A step is `batch` rows of at most `context` tokens (None: 1024, or
-    what the model was built for where that is less), `accumulate` times, on however many processes; `steps` counts
-    instead of `epochs` where it is given. The learning rate rises over the first `warmup` of the steps and falls to
-    nothing along a cosine. `clip` bounds the gradient's norm (0: not). `holdout` is the share of examples that is not
-    trained on but scored every `evaluate_every` steps (None: ten times a run), as another file's examples are where
-    one is given. `shard` spreads the packed weights over the processes of a run and changes nothing that is learned.
+    `format` quantizes a full-precision MODEL on the way in (None: as it is), by `method` (None: to nearest). The
+    adapters begin at nothing (`init` default), or at what makes up for what quantization lost, by the weights
+    (`loftq`) or by outputs on `whit:text` (`data`; see `initialize_adapter`). A method that needs data, such as gptq
+    or refine, sees the examples, and its codes are written beside the adapter; with `data` it chooses codes and the
+    adapter's start for each other. `targets` are names of linears, or ("all-linear",), the head left out.
+
+    A step is `batch` rows of at most `context` tokens (None: 1024, or what the model was built for where that is
+    less), `accumulate` times, on however many processes; `steps` counts instead of `epochs` where it is given. The
+    learning rate rises over the first `warmup` of the steps and falls to nothing along a cosine. `clip` bounds the
+    gradient's norm (0: not). `holdout` is the share of examples that is not trained on but scored every
+    `evaluate_every` steps (None: ten times a run), as another file's examples are where one is given. `shard` spreads
+    the packed weights over the processes of a run and changes nothing that is learned.
+
     Raises TrainingError and FormatError.
     """
 
@@ -87,6 +92,11 @@ class Tuning:
                 f"{'method' if self.method else 'init'}: nothing is quantized here; the original weights must be known "
                 "for it; give a full-precision MODEL and --format"
             )
+        if self.calibrated and self.init == "loftq":
+            raise TrainingError(
+                f"init loftq: goes by weights alone, and {self.method} by data; both must go by the same; use --init "
+                "data, or another --method"
+            )
         self._one_of("dtype", DTYPES)
         self._one_of("too_long", ("cut", "drop", "refuse"))
         if not self.targets or (ALL_LINEAR in self.targets and len(self.targets) > 1):
@@ -103,6 +113,11 @@ class Tuning:
             raise TrainingError(
                 f"{said} {getattr(self, name)!r}: not known; must be one of {', '.join(known)}; choose one"
             )
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether the method that quantizes looks at data."""
+        return self.method is not None and Recipe(self.method).needs_stats
 
     @property
     def portion(self) -> Portion:

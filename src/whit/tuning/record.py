@@ -10,9 +10,11 @@ import torch
 import whit
 from whit.checkpoint.work import WorkFolder
 from whit.checkpoint.writer import file_sha256
+from whit.coverage import load_account
 from whit.training.count import count_parameters
 from whit.training.loop import Entry
 from whit.training.ranks import Ranks
+from whit.tuning.base import BASE
 from whit.tuning.job import TuningJob
 
 
@@ -27,6 +29,8 @@ def record_of_run(
     losses = [entry["loss"] for entry in log if "loss" in entry]
     scores = [entry["held_out_loss"] for entry in log if "held_out_loss" in entry]
     trained = [entry for entry in log if "loss" in entry]
+    account = load_account(work.path / BASE) if job.tuning.calibrated else None
+    base = {} if account is None else {"base": {"folder": BASE, "bits_per_weight": account.bits_per_weight}}
     last = losses[-max(len(losses) // 10, 1) :]
     return {
         "version": whit.__version__,
@@ -47,5 +51,6 @@ def record_of_run(
         "seconds": round(seconds, 2),
         "peak_memory_bytes": int(max(e["memory_bytes"] for e in trained)),
         "libraries": {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__},
+        **base,
         "files": {p.name: file_sha256(p) for p in sorted(work.path.glob("adapter_*"))},
     }

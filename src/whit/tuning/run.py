@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from whit.training.ranks import Ranks
 from whit.training.settings import DEFAULT_INIT
 from whit.training.shards import shard_packed
 from whit.training.state import load_state, save_state
+from whit.tuning.base import BASE, base_folder, forget_start, make_base, set_start
 from whit.tuning.job import TuningJob
 from whit.tuning.record import record_of_run
 
@@ -63,6 +65,7 @@ def run_tuning(job: TuningJob, watcher: Watcher | None = None) -> dict[str, Any]
 def _commit(work: WorkFolder) -> None:
     """The journal goes first: from there on the next run only has to do the rest of this."""
     (work.path / JOURNAL).unlink(missing_ok=True)
+    forget_start(work.path)
     for path in work.path.glob(CHECKPOINT.format("*")):
         path.unlink()
     work.commit()
@@ -70,6 +73,7 @@ def _commit(work: WorkFolder) -> None:
 
 def _train(job: TuningJob, ranks: Ranks, work: WorkFolder | None, watcher: Watcher | None) -> None:
     began = time.perf_counter()
+    make_base(job, ranks, None if watcher is None else _quantized(watcher))
     loop, adapted = build_loop(job, ranks)
     log, content = _resumed(work) if work is not None else ([], None)
     content = ranks.share(content, loop.device)
@@ -103,18 +107,33 @@ def _introduce(watcher: Watcher, job: TuningJob, adapted: Any, done: int, expect
         watcher.note(f"about {_duration(expected)} for {steps} steps, by a trial of the fullest batch")
 
 
+def _quantized(watcher: Watcher) -> Callable[[str, int, int], None]:
+    def told(unit: str, done: int, total: int) -> None:
+        watcher.note(f"quantizing {unit}: {done} of {total}")
+
+    return told
+
+
 def build_loop(job: TuningJob, ranks: Ranks) -> tuple[Loop, Any]:
-    """The model loaded, quantized where asked, with adapters on it, and the loop around it; and PEFT's model."""
-    tuning = job.tuning
-    quantization = None if tuning.format is None else QuantizationConfig(tuning.format, method=tuning.method)
+    """The model loaded, quantized where asked, with adapters on it, and the loop around it; and PEFT's model.
+
+    Where calibration chooses the codes, `make_base` has to have written them.
+    """
+    tuning, quantization = job.tuning, None
+    if tuning.format is not None and not tuning.calibrated:
+        quantization = QuantizationConfig(tuning.format, method=tuning.method)
+    folder = base_folder(job) if tuning.calibrated else job.folder
     model = load_causal_lm(
-        str(job.folder), device=job.device, dtype=tuning.dtype, quantization=quantization,
+        str(folder), device=job.device, dtype=tuning.dtype, quantization=quantization,
         trust_remote_code=job.options.trust_remote_code,
     )  # fmt: skip
     if tuning.packing:
         check_packing(model)
     adapted = add_adapters(model, tuning, derive(job.options.seed, "adapter"))
-    if tuning.init != DEFAULT_INIT:
+    if tuning.calibrated:
+        adapted.peft_config["default"].base_model_name_or_path = str(job.out / BASE)
+        set_start(job, adapted)
+    elif tuning.init != DEFAULT_INIT:
         initialize_adapter(adapted, job.folder, method=tuning.init)
     model.eval()
     loss = ResponseLoss.of(model)
