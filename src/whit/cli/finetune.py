@@ -18,7 +18,7 @@ from whit.cli.shown import size
 from whit.cli.training import Progress, estimate, show_plan
 from whit.job import Options
 from whit.training.init import METHODS as INITS
-from whit.training.optimizers import OPTIMIZERS
+from whit.training.optimizers import BITSANDBYTES, TORCHAO
 from whit.training.ranks import Ranks
 from whit.training.settings import DEFAULT_INIT, DTYPES, Tuning
 
@@ -30,6 +30,7 @@ METHOD_HELP = (
     "How it is quantized: rtn, clip, hqq; or gptq, refine, ..., which look at DATA and write OUT/base, the model that "
     "the adapter belongs to. [default: rtn]"
 )
+OPTIMIZER_HELP = f"adamw is torch's; {', '.join(BITSANDBYTES)} are bitsandbytes', {', '.join(TORCHAO)} torchao's."
 TOO_LONG_HELP = "Examples longer than --context: cut their ends, drop them, or refuse the file."
 
 PATIENCE = timedelta(days=1)  # the others wait while the first process quantizes by a method that takes its time
@@ -59,9 +60,7 @@ def finetune(
     warmup: Annotated[float, typer.Option(help="Share of the steps over which it rises.")] = 0.03,
     weight_decay: Annotated[float, typer.Option(help="Of the adapters.")] = 0.0,
     clip: Annotated[float, typer.Option(help="Most that the gradient's norm may be; 0: any.")] = 1.0,
-    optimizer: Annotated[
-        str, typer.Option(help=", ".join(OPTIMIZERS) + "; all but the first need bitsandbytes.")
-    ] = "adamw",
+    optimizer: Annotated[str, typer.Option(help=OPTIMIZER_HELP)] = "adamw",
     checkpointing: Annotated[bool, typer.Option(help="Compute blocks again on the way back; saves memory.")] = True,
     dtype: Annotated[str, typer.Option(help=", ".join(DTYPES) + ".")] = "auto",
     holdout: Annotated[float, typer.Option(help="Share of the examples that is scored, not trained on.")] = 0.05,

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from whit.errors import TrainingError
 from whit.training.data import Example
 from whit.training.loss import ResponseLoss
+from whit.training.optimizers import set_rate
 from whit.training.packing import MicroBatch, Step, collate, derive
 from whit.training.ranks import Ranks
 from whit.training.settings import Tuning
@@ -102,8 +103,7 @@ class Loop:
                 f"step {number + 1}: loss {shown_loss}, gradient norm {shown_norm}; both must be finite; "
                 "use a lower --learning-rate, or a checkpoint whose own loss is finite"
             )
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        set_rate(self.optimizer, rate)
         self.optimizer.step()
         seconds, tokens = time.perf_counter() - began, sum(map(self.work.tokens, step))
         return {

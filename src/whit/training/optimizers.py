@@ -1,7 +1,9 @@
 """Optimizers by name, and their state as plain tensors and JSON.
 
 AdamW is torch's. With 8-bit moments (Dettmers et al., "8-bit Optimizers via Block-wise Quantization", 2021,
-arXiv:2110.02861), and paged into the CPU's memory when a GPU is full, it is bitsandbytes'.
+arXiv:2110.02861), and paged into the CPU's memory when a GPU is full, it is bitsandbytes'; with 8-bit and 4-bit moments
+(Li et al., "Memory Efficient Optimizers with 4-bit States", 2023, arXiv:2309.01507) also torchao's, which torch.compile
+turns into kernels at the first step.
 """
 
 from __future__ import annotations
@@ -14,38 +16,71 @@ from torch import Tensor, nn
 
 from whit.errors import TrainingError
 
-OPTIMIZERS = ("adamw", "adamw-8bit", "paged-adamw", "paged-adamw-8bit")
+BITSANDBYTES = {"adamw-8bit": "AdamW8bit", "paged-adamw": "PagedAdamW", "paged-adamw-8bit": "PagedAdamW8bit"}
+TORCHAO = {"torchao-adamw-8bit": "AdamW8bit", "torchao-adamw-4bit": "AdamW4bit"}
+OPTIMIZERS = ("adamw", *BITSANDBYTES, *TORCHAO)
 BETAS = (0.9, 0.999)
-TENSOR, MAPPING, SEQUENCE = "tensor", "mapping", "sequence"
+TENSOR, MAPPING, SEQUENCE, MOMENTS, DTYPE = "tensor", "mapping", "sequence", "moments", "dtype"
 
 
 def make_optimizer(name: str, parameters: list[nn.Parameter], rate: float, decay: float) -> torch.optim.Optimizer:
     """One of OPTIMIZERS over the adapters; TrainingError where it does not run here, with the reason."""
     if name == "adamw":
         return torch.optim.AdamW(parameters, lr=rate, betas=BETAS, weight_decay=decay)
-    return _foreign(name, parameters[0].device)(parameters, lr=rate, betas=BETAS, weight_decay=decay)
+    make = _torchao(name) if name in TORCHAO else _bitsandbytes(name, parameters[0].device)
+    return make(parameters, lr=rate, betas=BETAS, weight_decay=decay)
 
 
-def _foreign(name: str, device: torch.device) -> Callable[..., torch.optim.Optimizer]:
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """The learning rate from the next step on; torchao's compiled steps read it from a tensor."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
+
+
+def _torchao(name: str) -> Callable[..., torch.optim.Optimizer]:
+    try:
+        from torchao import optim
+    except Exception as error:  # whatever an extension of another torch raises
+        said = str(error).strip().partition("\n")[0].rstrip(".")
+        raise TrainingError(
+            f"optimizer {name}: torchao cannot be imported ({said}); it is torchao's; pip install torchao, "
+            f"or use --optimizer {name.removeprefix('torchao-') if name.endswith('8bit') else 'adamw'}"
+        ) from None
+    return getattr(optim, TORCHAO[name])  # type: ignore[no-any-return]
+
+
+def _bitsandbytes(name: str, device: torch.device) -> Callable[..., torch.optim.Optimizer]:
     try:
         from bitsandbytes import optim
     except Exception as error:  # it raises what it likes where its library does not fit
         said = str(error).strip().partition("\n")[0].rstrip(".")
         raise TrainingError(
             f"optimizer {name}: bitsandbytes cannot be imported ({said}); it must be there for 8-bit and paged "
-            "optimizers; pip install bitsandbytes, or use --optimizer adamw"
+            "optimizers; pip install bitsandbytes, or use --optimizer torchao-adamw-8bit or adamw"
         ) from None
     if name.startswith("paged") and device.type != "cuda":
         raise TrainingError(
             f"optimizer {name}: pages between a GPU and the CPU; the model must be on a GPU; "
             f"use --optimizer {name.removeprefix('paged-')}"
         )
-    kinds = {"adamw-8bit": "AdamW8bit", "paged-adamw": "PagedAdamW", "paged-adamw-8bit": "PagedAdamW8bit"}
-    return getattr(optim, kinds[name])  # type: ignore[no-any-return]
+    return getattr(optim, BITSANDBYTES[name])  # type: ignore[no-any-return]
 
 
 def flatten(value: Any, tensors: dict[str, Tensor], name: str = "optimizer") -> Any:
     """A state_dict as JSON, its tensors put into `tensors` under names of their own."""
+    if hasattr(value, "__tensor_flatten__"):  # torchao's packed moments
+        parts, settings = value.__tensor_flatten__()
+        inside = {key: getattr(value, key) for key in parts}
+        return {
+            MOMENTS: type(value).__name__,
+            "parts": flatten(inside, tensors, name),
+            "settings": flatten(settings, {}),
+        }
+    if isinstance(value, torch.dtype):
+        return {DTYPE: str(value).removeprefix("torch.")}
     if isinstance(value, Tensor):
         tensors[name] = value.detach().cpu().contiguous().clone()  # bitsandbytes shares tables between states
         return {TENSOR: name}
@@ -60,6 +95,14 @@ def restore(value: Any, tensors: Mapping[str, Tensor]) -> Any:
     """What `flatten` was given."""
     if not isinstance(value, Mapping):
         return value
+    if MOMENTS in value:
+        from torchao.optim import subclass_4bit, subclass_8bit
+
+        kinds = {"OptimState8bit": subclass_8bit.OptimState8bit, "OptimState4bit": subclass_4bit.OptimState4bit}
+        parts, settings = restore(value["parts"], tensors), restore(value["settings"], tensors)
+        return kinds[value[MOMENTS]].__tensor_unflatten__(parts, settings)
+    if DTYPE in value:
+        return getattr(torch, value[DTYPE])
     if TENSOR in value:
         return tensors[value[TENSOR]]
     if MAPPING in value:
