@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 
@@ -79,4 +81,26 @@ def test_an_architecture_that_cannot_pack_is_refused():
         forward = model.model.forward
     model.model.forward = lambda *a, position_ids=None, **k: forward(*a, **k)  # one that looks at no positions
     with pytest.raises(TrainingError, match=r"see each other; .* pass --no-packing"):
+        check_packing(model)
+
+
+def test_what_rounds_otherwise_in_rows_of_another_length_can_pack():
+    with torch.random.fork_rng():
+        model = tiny_model("llama")
+    forward = model.forward
+    with torch.no_grad():
+        size = 0.05 * forward(input_ids=torch.arange(3, 19)[None]).logits.square().mean().sqrt()
+
+    def rounded(input_ids, **options):
+        found = forward(input_ids=input_ids, **options)
+        noise = torch.randn(8192, generator=torch.Generator().manual_seed(input_ids.shape[1]))[: found.logits.shape[-1]]
+        found.logits = found.logits + size * noise
+        return found
+
+    rounded.__signature__ = inspect.signature(forward)
+    model.forward = rounded
+    check_packing(model)
+    inner = model.model.forward
+    model.model.forward = lambda *a, position_ids=None, **k: inner(*a, **k)
+    with pytest.raises(TrainingError, match="see each other"):
         check_packing(model)
