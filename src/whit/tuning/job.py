@@ -81,6 +81,8 @@ def prepare_tuning(
     if held_out is not None:
         scored = read_examples(Path(held_out), tokenizer, tuning.context, tuning.too_long)
     notes += tuple(_said(d, tuning.context) for d in (trained, scored) if d is not None and d.cut + d.dropped)
+    if tuning.calibrated:
+        notes += (f"{tuning.method} sees the examples that are trained on; its codes will lie in {Path(out) / 'base'}",)
     if scored is None and tuning.holdout:
         trained, scored = _split(trained, tuning.holdout, options.seed)
     work = _plan(trained, scored, tuning, options.seed, tokenizer)
