@@ -29,7 +29,7 @@ from whit.formats.lowrank import A, B, side_car
 from whit.job import Job, open_source, prepare
 from whit.model.skeleton import load_skeleton
 from whit.pipeline import run
-from whit.plan import Item, Source, Unit
+from whit.plan import Item, Unit
 from whit.recipe import Recipe
 from whit.tensor import QuantizedTensor
 from whit.training.adapters import check_targets
@@ -96,7 +96,7 @@ def _make(job: TuningJob, progress: Told | None) -> None:
     run(planned(work / START, tuning.rank))
     with _opened(work / START) as start:
         plan = planned(work / BASE, 0)
-        run(plan, _WithoutSideCars(start, plan.source))
+        run(plan, _WithoutSideCars(start, plan))
 
 
 def _patterns(job: TuningJob) -> list[str]:
@@ -126,8 +126,8 @@ def windows(examples: tuple[Example, ...], context: int, seed: int) -> Calibrati
 class _WithoutSideCars:
     """A feed of codes that were chosen beside factors, without these; everything else comes as it is."""
 
-    def __init__(self, start: PackedSource, original: Source) -> None:
-        self._start, self._original = start, original
+    def __init__(self, start: PackedSource, plan: Job) -> None:
+        self._start, self._original, self._device = start, plan.source, plan.device
 
     def unit(self, unit: Unit) -> AbstractContextManager[None]:
         return nullcontext()
@@ -143,7 +143,7 @@ class _WithoutSideCars:
         had = side_car(found.format)
         if had is not None:
             found = QuantizedTensor(had.base, found.shape, found.codes, had.inner(found.params))
-        return Given(weight, quantized=found)
+        return Given(weight, quantized=found.to(self._device))
 
     def take_back(self, item: Item, approximation: Tensor) -> None:
         """Nothing runs, so nothing needs it."""
