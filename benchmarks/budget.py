@@ -153,11 +153,12 @@ class Bench:
             with self.lock:
                 parts = [part for key, part in self.state["parts"].items() if key.startswith(f"{how} ")]
             errors = {name: found for part in parts for name, found in part["errors"].items()}
-            if sum(len(name.split()) for name in errors) < count:
+            owners = {name: Group.named(name, {}).parameters for name in errors}
+            if len({parameter for several in owners.values() for parameter in several}) < count:
                 print(f"{how}: {len(errors)} groups are measured, not all; run it again", flush=True)
                 return False
             seconds = sum(part["seconds"] for part in parts)
-            ordered = dict(sorted(errors.items(), key=lambda entry: items.index(entry[0].split()[0])))
+            ordered = dict(sorted(errors.items(), key=lambda entry: items.index(owners[entry[0]][0])))
             with self.lock:
                 self.state["measured"][how] = {"errors": ordered, "process_seconds": round(seconds, 1)}
                 self.state["parts"] = {k: v for k, v in self.state["parts"].items() if not k.startswith(f"{how} ")}

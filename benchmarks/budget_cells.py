@@ -92,7 +92,7 @@ def check(s: Setting, specs: list[str]) -> dict[str, str]:
 
 
 def measure(s: Setting, how: str, wanted: dict[str, list[str]], ladder: list[str]) -> dict[str, Any]:
-    """Errors by parameters (joined by spaces) and format (led by the method, where several were tried), and the
+    """Errors by group (`Group.name`) and format (led by the method, where several were tried), and the
     seconds they took."""
     torch.set_num_threads(1)
     start = time.monotonic()
@@ -102,9 +102,7 @@ def measure(s: Setting, how: str, wanted: dict[str, list[str]], ladder: list[str
     groups = measured(job, tokens.tokens, formats, how, methods_of(job, ladder))  # type: ignore[arg-type]
     release()
     errors = {
-        " ".join(g.parameters): {
-            f"{g.methods[f].name}:{f}" if f in g.methods else str(f): e for f, e in g.errors.items()
-        }
+        g.name: {f"{g.methods[f].name}:{f}" if f in g.methods else str(f): e for f, e in g.errors.items()}
         for g in groups
     }
     return {"errors": errors, "seconds": time.monotonic() - start}
@@ -120,7 +118,7 @@ def groups_of(errors: dict[str, dict[str, float]]) -> tuple[Group, ...]:
     for names, found in errors.items():
         methods = {parse_format(f.rpartition(":")[2]): parse_method(f.rpartition(":")[0]) for f in found if ":" in f}
         values = {parse_format(f.rpartition(":")[2]): error for f, error in found.items()}
-        groups.append(Group(tuple(names.split()), values, methods))
+        groups.append(Group.named(names, values, methods))
     return tuple(groups)
 
 

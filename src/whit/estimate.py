@@ -15,6 +15,7 @@ import torch
 
 from whit.calibration.runner import BUDGET
 from whit.finish import peak_memory
+from whit.formats.bands import bands_of
 from whit.job import Job
 from whit.layouts import BITS
 from whit.methods import RTN, Method
@@ -58,7 +59,7 @@ def estimate(job: Job) -> Estimate:
             )
         if job.recipe.transform is not None:  # it rounds to nearest with every scale that it tries
             seconds += job.recipe.transform.trials * _solving(job, RTN(), quantized)
-        if job.calibration is not None:
+        if job.calibration is not None and job.recipe.needs_stats:
             blocks = _blocks(job)
             slowest = max(
                 job.recipe.all_methods, key=lambda method: (isinstance(method, BlockMethod), method.needs_exact)
@@ -76,9 +77,10 @@ def _solving(job: Job, method: Method, quantized: list[Item]) -> float:
     matrices: Counter[tuple[Format, int]] = Counter()
     for item in quantized:
         assert item.format is not None
-        key = item.format, _shape(item)[-1]
-        weights[key] += prod(_shape(item))
-        matrices[key] += prod(_shape(item)[:-2])
+        columns = _shape(item)[-1]
+        for form, rows in _parts(item.format, prod(_shape(item)[:-1])):
+            weights[form, columns] += rows * columns
+            matrices[form, columns] += prod(_shape(item)[:-2])
     rate = _rate(torch.float64, job.device) if method.needs_stats else 1.0
     total = 0.0
     for (form, columns), count in weights.items():
@@ -89,6 +91,13 @@ def _solving(job: Job, method: Method, quantized: list[Item]) -> float:
             each = each * columns / tried + 2 * FACTOR * (columns**3 - tried**2 * columns) / rate
         total += count * every + matrices[form, columns] * each
     return total
+
+
+def _parts(format: Format, rows: int) -> list[tuple[Format, int]]:
+    """What is quantized by itself: a format and its rows."""
+    if (bands := bands_of(format)) is None:
+        return [(format, rows)]
+    return [(form, count) for (form, _), count in zip(bands.parts, bands.counts(rows), strict=True)]
 
 
 def _running(job: Job, method: Method, blocks: list[list[Item]]) -> float:

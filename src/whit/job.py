@@ -177,13 +177,14 @@ def calibration_tokens(
     """The calibration text as tokens, where the recipe needs it."""
     if recipe is not None and recipe.transform is not None:
         find_foldings(source.model)
-    if recipe is None or not recipe.needs_stats:
+    if recipe is None or not recipe.needs_text:
         if calibration is not None and recipe is not None:
             raise RecipeError(
                 f"calibration: {recipe.title} uses no data; one that does must be chosen; use gptq, or drop it"
             )
         return None
-    find_blocks(source.model)
+    if recipe.needs_stats:
+        find_blocks(source.model)
     text = calibration or Calibration(seed=options.seed)
     tokenizer = load_tokenizer(str(folder), trust_remote_code=options.trust_remote_code)
     return text.tokens(tokenizer, maximum_context(source.model.config))

@@ -24,11 +24,13 @@ from whit.checkpoint.writer import Writer, index_json
 from whit.coverage import Account, Entry, load_account
 from whit.feed import BlockFeed, Feed, Given, ReadAhead
 from whit.finish import finish
+from whit.formats.bands import bands_of
 from whit.formats.lowrank import without_side_car
 from whit.formats.numeric import check_finite
 from whit.importance import weighed
 from whit.job import Job, Options, prepare
 from whit.methods import Clip
+from whit.methods.bands import use_of_rows
 from whit.methods.lowrank import beside, repaired
 from whit.methods.regrid import regrid
 from whit.methods.stack import proxy_loss, quantize_stack
@@ -104,7 +106,7 @@ def _fill(job: Job, work: WorkFolder, ready: Feed | None) -> None:
 
 
 def _feed(job: Job, todo: Sequence[Unit], work: WorkFolder, reader: ThreadPoolExecutor) -> Feed:
-    if job.calibration is not None and job.recipe is not None:
+    if job.calibration is not None and job.recipe is not None and job.recipe.needs_stats:
         return BlockFeed(job, job.recipe.method, job.calibration, work.path)
     items = [item for unit in todo for item in unit.items if not _is_copy(job.source, item)]
     return ReadAhead(job.source, items, reader)
@@ -207,7 +209,7 @@ def _convert(job: Job, item: Item, given: Given) -> tuple[Mapping[str, Tensor], 
         quantized, reason = _regridded(job, item, matrix, given)
     elif given.stats is not None:
         quantized = quantize_stack(beside(method), matrix, given.stats, item.format)
-    elif isinstance(method, Clip) and (weights := job.importance.get(item.name)) is not None:
+    elif isinstance(method, Clip) and (weights := _importance(job, item)) is not None:
         plain = method.weighted(matrix, weights.to(job.device), without_side_car(item.format))
         quantized = repaired(plain, matrix, None, item.format)
     else:
@@ -215,7 +217,7 @@ def _convert(job: Job, item: Item, given: Given) -> tuple[Mapping[str, Tensor], 
             reason = "the importance matrix has nothing for it"
         if method.needs_stats:
             method, reason = Clip(), "by clip: calibration reaches the linears of blocks alone"
-        quantized = beside(method)(matrix, None, item.format)
+        quantized = beside(method, _use_of_rows(job, item))(matrix, None, item.format)
     near = quantized.dequantize()
     check_finite(near, f"{item.name}: what {method.name} made of it in {item.format}")
     if given.stats is not None:
@@ -224,6 +226,19 @@ def _convert(job: Job, item: Item, given: Given) -> tuple[Mapping[str, Tensor], 
     entry = replace(entry_of(item, relative_error(matrix, near)), reason=reason, proxy_loss=loss, tokens=given.tokens)
     tensors = {**job.exporter.tensors(item, quantized), **job.exporter.inputs(item, given.inputs)}
     return tensors, entry, item.parameter(near)
+
+
+def _importance(job: Job, item: Item) -> Tensor | None:
+    """The weights of a parameter's columns, but for a table in bands, whose rows are weighed."""
+    banded = item.format is not None and bands_of(item.format) is not None
+    return None if banded else job.importance.get(item.name)
+
+
+def _use_of_rows(job: Job, item: Item) -> Tensor | None:
+    """How often each row of a table in bands is used, by the calibration text."""
+    if item.format is None or bands_of(item.format) is None or job.calibration is None:
+        return None
+    return use_of_rows(job.calibration.tokens, item.spec.shape[0])
 
 
 def _regridded(job: Job, item: Item, matrix: Tensor, given: Given) -> tuple[QuantizedTensor, str]:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import groupby
 from math import prod
 from typing import Any, Protocol, runtime_checkable
@@ -20,10 +20,11 @@ from whit.checkpoint.writer import Shard
 from whit.errors import RecipeError
 from whit.export.base import Exporter, Parameter, Value
 from whit.export.settle import settle
+from whit.formats.bands import refuse_table
 from whit.methods import Method
 from whit.model.graph import find_blocks
 from whit.model.source import Origin
-from whit.model.targets import Target, find_targets
+from whit.model.targets import Target, find_targets, vocabulary_tables
 from whit.preflight import check_recipe
 from whit.recipe import Recipe
 from whit.tensor import Format, QuantizedTensor, TensorSpec
@@ -149,7 +150,8 @@ def plan_quantization(source: Source, recipe: Recipe, exporter: Exporter, shard_
     for how in recipe.all_activations:
         if (problem := exporter.refuses(how)) is not None:
             raise RecipeError(f"activations {how}: {problem}")
-    formats = check_recipe(recipe, groups, holders, calibrated=True, fits=exporter.problems)
+    fits = partial(_misfits, source.model, exporter)
+    formats = check_recipe(recipe, groups, holders, calibrated=True, fits=fits)
     # static scales are known where calibration runs the model: in its blocks
     static = any(how.needs_stats for how in recipe.all_activations)
     reached = tuple(f"{name}." for name in find_blocks(source.model).names) if static else ()
@@ -166,6 +168,13 @@ def plan_quantization(source: Source, recipe: Recipe, exporter: Exporter, shard_
         method = _method(recipe, groups.get(name, ())) if format is not None else None
         items.append(_item(exporter, Parameter(name, origin.spec, target, format, activations=taken), reason, method))
     return _assemble(source.model, items, exporter, shard_size)
+
+
+def _misfits(model: PreTrainedModel, exporter: Exporter, formats: Mapping[Target, Format]) -> list[str]:
+    """What the file cannot hold, and tables of something else than the vocabulary in bands."""
+    tables = vocabulary_tables(model)
+    refused = {t: why for t, f in formats.items() if (why := refuse_table(f, t.shape, tables.get(t.holder)))}
+    return [*(f"{t.holder}: {formats[t]} for {why}" for t, why in refused.items()), *exporter.problems(formats)]
 
 
 def plan_dense(source: Source, exporter: Exporter, shard_size: int = SHARD_SIZE) -> Plan:

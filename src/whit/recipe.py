@@ -38,6 +38,7 @@ from typing import Any
 from whit.activations import SCHEMES, Activations, parse_activations
 from whit.errors import FormatError, RecipeError
 from whit.formats import parse_format
+from whit.formats.bands import bands_of
 from whit.formats.ggml.mixes import MIXES, ONLY_MIXES
 from whit.formats.lowrank import LowRank, side_car
 from whit.methods import METHODS, RTN, Clip, Method, method_options, parse_method
@@ -138,14 +139,19 @@ class Recipe:
         if self.mix or self.all_activations:
             what = f"mix {self.mix}" if self.mix else f"activations {self.all_activations[0]}"
             raise RecipeError(f"{what}: goes with no side-car; formats of weights alone must be given; choose one")
-        rules = [(p, f if f.bits == 16 or side_car(f) is not None else LowRank(f, rank)) for p, f in self.rules]
+        rules = [(p, f if _stands_alone(f) else LowRank(f, rank)) for p, f in self.rules]
         return self.with_rules(rules)
 
     @property
     def needs_stats(self) -> bool:
-        """Whether calibration is needed."""
+        """Whether calibration is needed: the model runs over a text."""
         parts = (self.transform, *self.all_methods, *self.all_activations)
         return any(part is not None and part.needs_stats for part in parts)
+
+    @property
+    def needs_text(self) -> bool:
+        """Whether calibration text is needed, if only to say which rows of a table are used most."""
+        return self.needs_stats or any(bands_of(format) is not None for _, format in self.rules)
 
     @property
     def all_methods(self) -> tuple[Method, ...]:
@@ -336,6 +342,11 @@ def split_methods(
         else:
             plain.append(rule)
     return plain, methods
+
+
+def _stands_alone(format: Format) -> bool:
+    """Whether no side-car goes beside a format, or there is one."""
+    return format.bits == 16 or side_car(format) is not None or bands_of(format) is not None
 
 
 def _brief(method: Method) -> str | dict[str, Any]:

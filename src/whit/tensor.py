@@ -39,7 +39,7 @@ class Format(Protocol):
     `group_size` counts the input columns that share parameters, 0 stands for the whole row. `vector_size` counts
     columns coded jointly (1: scalar). Codes lie in [code_min, code_max] and take `bits` bits each when packed. A
     format may also have a `radix` (see `radix`): it has that many codes, packed as digits, as many as a byte holds;
-    and `rounded` integer params (see `rounded`).
+    and `rounded` integer params (see `rounded`), and codes of another shape than the matrix (see `codes_shape`).
     """
 
     def __hash__(self) -> int: ...
@@ -223,6 +223,12 @@ def rounded(format: Format) -> tuple[str, ...]:
 def code_count(format: Format) -> int:
     """How many codes there are, from `code_min` upwards."""
     return radix(format) or 1 << format.bits
+
+
+def codes_shape(format: Format, rows: int, columns: int) -> tuple[int, int]:
+    """The shape of the codes of a (rows, columns) matrix: its own, unless the format has a `codes_shape`."""
+    found: tuple[int, int] = getattr(format, "codes_shape", lambda *own: own)(rows, columns)
+    return found
 
 
 def bits_per_weight(packed: PackedWeight) -> float:

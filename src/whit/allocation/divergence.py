@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from whit.allocation.sensitivity import Group
 from whit.allocation.space import Methods, inside_blocks, without_data
+from whit.allocation.tables import bands_for, method_of_table, ranked
 from whit.calibration.capture import Watch
 from whit.calibration.runner import Runner
 from whit.errors import UnsupportedModelError
@@ -86,7 +87,8 @@ def measure_divergence(
             probe = Probe(runner, some, tuple(_log_p(runner.logits(row[None])) for row in some))
             for item in items.values():
                 if not inside_blocks(job, item.name):
-                    found.append(_outside(job, probe, item, parameters, wanted[item.name], tried))
+                    ranks = ranked(tokens, item.spec.shape[0])
+                    found += _tables(job, probe, item, parameters, wanted[item.name], tried, ranks)
             for index, name in enumerate(runner.names):
                 found += _block(job, probe, index, parameters, items, wanted, tried)
                 if job.options.progress is not None:
@@ -101,12 +103,12 @@ class Tried:
     def __init__(self, job: Job, methods: Methods, every: bool) -> None:
         assert job.recipe is not None
         self.every = every
-        self._own, self._methods = job.recipe.method, methods
+        self._own, self.others = job.recipe.method, methods
         known = [method for several in methods.values() for method in several]
         self._calibrated = job.recipe.needs_stats or any(method.needs_stats for method in known)
 
     def methods(self, format: Format) -> tuple[Method, ...]:
-        return self._methods.get(format, (self._own,))
+        return self.others.get(format, (self._own,))
 
     def rounded(self, method: Method, matrix: Tensor, stats: tuple[LayerStats, ...] | None, format: Format) -> Tensor:
         if format.bits == 16:
@@ -117,15 +119,48 @@ class Tried:
 
     def best(self, found: Mapping[Format, Method]) -> dict[Format, Method]:
         """Those of formats that were tried with others than the recipe's own."""
-        return {format: method for format, method in found.items() if format in self._methods}
+        return {format: method for format, method in found.items() if format in self.others}
+
+
+def _tables(
+    job: Job, probe: Probe, item: Item, parameters: Mapping[str, nn.Parameter], formats: Sequence[Format], tried: Tried,
+    ranks: Tensor,
+) -> list[Group]:  # fmt: skip
+    """An embedding or a head, whole or in bands of its rows, which lie in `ranks` by their use."""
+    bands = bands_for(job, item, formats)
+    if not bands:
+        return [_outside(job, probe, item, parameters, formats, tried)]
+    places = _places(job, item, parameters)
+    matrix = item.matrix(places[0].data)
+    method = method_of_table(job, matrix, tried.others)
+    methods = {} if method == job.recipe.method else dict.fromkeys(formats, method)  # type: ignore[union-attr]
+    taken, found = formats if tried.every else _anchors(formats), []
+    for first, last in bands:
+        rows, lost, harm = ranks[first:last].to(matrix.device), {}, {}
+        for format in formats:
+            near = tried.rounded(method, matrix[rows], None, format)
+            lost[format] = float((matrix[rows] - near).square().sum(dtype=torch.float64))
+            if format in taken:
+                mixed = matrix.clone()
+                mixed[rows] = near.to(mixed)
+                with _replaced([(place, item.parameter(mixed)) for place in places]):
+                    harm[format] = probe.divergence()
+        errors = {f: harm[f] if f in harm else _between(lost, harm, f) for f in formats}
+        found.append(Group((item.name,), errors, methods, (first, last)))
+    return found
+
+
+def _places(job: Job, item: Item, parameters: Mapping[str, nn.Parameter]) -> list[nn.Parameter]:
+    """A parameter, and what is tied to it."""
+    sharing = [name for name, owner in job.source.tied.items() if owner == item.name and name in parameters]
+    return [parameters[name] for name in (item.name, *sharing)]
 
 
 def _outside(
     job: Job, probe: Probe, item: Item, parameters: Mapping[str, nn.Parameter], formats: Sequence[Format], tried: Tried
 ) -> Group:
     """An embedding or a head, and what is tied to it."""
-    sharing = [name for name, owner in job.source.tied.items() if owner == item.name and name in parameters]
-    places = [parameters[name] for name in (item.name, *sharing)]
+    places = _places(job, item, parameters)
     matrix, errors, methods = item.matrix(places[0].data), {}, {}
     for format in formats:
         found = []

@@ -13,12 +13,13 @@ from whit.allocation.budget import Choice, allocate
 from whit.allocation.divergence import measure_divergence
 from whit.allocation.sensitivity import Group, measure_sensitivity
 from whit.allocation.space import Methods, bytes_of, free_formats, ladder_of, methods_of
+from whit.allocation.tables import Band, banded_format, bytes_of_band
 from whit.calibration import CalibrationTokens
 from whit.errors import RecipeError
 from whit.job import Job
 from whit.methods import Method
 from whit.model.targets import find_targets
-from whit.plan import Plan, plan_quantization
+from whit.plan import Item, Plan, plan_quantization
 from whit.recipe import Recipe
 from whit.tensor import Format
 
@@ -69,16 +70,14 @@ def measured(
 def solve(job: Job, groups: Sequence[Group], size_bytes: int) -> Budgeted:
     """Solve, plan, and solve again with what the plan's headers really take, until the file fits."""
     items = {item.name: item for item in job.plan.items}
-    choices = [
-        [Choice(sum(bytes_of(job, items[p], f) for p in g.parameters), e) for f, e in g.errors.items()] for g in groups
-    ]
+    choices = [[Choice(_bytes(job, items, g, f), e) for f, e in g.errors.items()] for g in groups]
     ladders = [tuple(group.errors) for group in groups]
     smallest = [min(range(len(c)), key=lambda i, c=c: (c[i].bytes, i)) for c in choices]  # type: ignore[misc]
     chosen = tuple(smallest)
     overhead = 0
     while True:
         picked = [(groups[g], ladders[g][i]) for g, i in enumerate(chosen)]
-        formats = {p: form for group, form in picked for p in group.parameters}
+        formats = _formats(picked)
         methods = {p: group.methods[form] for group, form in picked for p in group.parameters if form in group.methods}
         recipe, plan = _planned(job, formats, methods)
         taken = sum(choices[g][i].bytes for g, i in enumerate(chosen))
@@ -90,6 +89,23 @@ def solve(job: Job, groups: Sequence[Group], size_bytes: int) -> Budgeted:
         overhead = max(overhead + 1, plan.size_bytes - taken)
         room = max(size_bytes - overhead, sum(c[i].bytes for c, i in zip(choices, smallest, strict=True)))
         chosen = allocate(choices, room)
+
+
+def _bytes(job: Job, items: Mapping[str, Item], group: Group, format: Format) -> int:
+    """What a group takes in the file in a format."""
+    if group.band is not None:
+        return bytes_of_band(job, items[group.parameters[0]], format, group.band)
+    return sum(bytes_of(job, items[parameter], format) for parameter in group.parameters)
+
+
+def _formats(picked: Sequence[tuple[Group, Format]]) -> dict[str, Format]:
+    """By parameter; the bands of a table together."""
+    formats = {p: form for group, form in picked for p in group.parameters}
+    bands: dict[str, list[tuple[Band, Format]]] = {}
+    for group, form in picked:
+        if group.band is not None:
+            bands.setdefault(group.parameters[0], []).append((group.band, form))
+    return formats | {name: banded_format(sorted(parts, key=lambda part: part[0])) for name, parts in bands.items()}
 
 
 def _planned(

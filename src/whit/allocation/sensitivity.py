@@ -6,7 +6,8 @@ be compared, so each is put in one unit: the share of the block's output that is
 ||dy||^2 / ||y||^2 where y is the hidden state behind the block. It is measured by running the block once with the
 group alone in a probe format, and scaled by tr(dW H dW^T) to the other formats, to which it is proportional for small
 errors. Hidden states pass through all later blocks, and their relative errors add up where they are independent. Of an
-embedding or a head it is ||dW||^2 / ||W||^2, twice where one matrix is both.
+embedding or a head it is ||dW||^2 / ||W||^2, twice where one matrix is both; in bands of rows (`allocation.tables`)
+each row's part counts as often as its token occurs.
 
 A group is what reads one input, query, key and value, or gate and up, where engines fuse these and want one format for
 all; else every matrix is a group of its own.
@@ -25,11 +26,13 @@ import torch
 from torch import Tensor, nn
 
 from whit.allocation.space import Methods, inside_blocks, without_data
+from whit.allocation.tables import Band, bands_for, method_of_table, ranked
 from whit.calibration.capture import Watch
 from whit.calibration.runner import Runner
 from whit.job import Job
 from whit.kernels import add_gram
 from whit.methods import Clip, Method
+from whit.methods.bands import use_of_rows
 from whit.methods.base import Quantizer
 from whit.methods.lowrank import beside
 from whit.methods.stack import can_stack, energy, quantize_stack
@@ -38,6 +41,7 @@ from whit.tensor import Format, LayerStats
 
 ROUNDING = Clip(steps=7, smallest=0.55)  # coarse: the order of formats and layers is wanted, not the last per cent
 PROBES = 4  # samples on which a group's share of the block's output is measured
+UNSEEN = 0.5  # that a token counts more than it occurs: what the text has not may come
 PROBE_BITS = 4  # or the next more: an error that is small, and yet far above the noise of 16-bit floats
 
 
@@ -45,12 +49,26 @@ PROBE_BITS = 4  # or the next more: an error that is small, and yet far above th
 class Group:
     """Parameters that share a format, by name, and the error that each format would add: nats, or shares of outputs.
 
-    `methods`: the one of least error, for formats where another than the recipe's own was tried too.
+    `methods`: the one of least error, for formats where another than the recipe's own was tried too. `band`: of a table
+    only the rows of these ranks [first, last) by use.
     """
 
     parameters: tuple[str, ...]
     errors: Mapping[Format, float]
     methods: Mapping[Format, Method] = field(default_factory=dict)
+    band: Band | None = None
+
+    @property
+    def name(self) -> str:
+        """The parameters, and the band of one of them: `model.embed_tokens.weight[128:256]`."""
+        return " ".join(self.parameters) + ("" if self.band is None else f"[{self.band[0]}:{self.band[1]}]")
+
+    @classmethod
+    def named(cls, name: str, errors: Mapping[Format, float], methods: Mapping[Format, Method] | None = None) -> Group:
+        """The inverse of `name`."""
+        names, bracket, ranks = name.removesuffix("]").partition("[")
+        first, _, last = ranks.partition(":")
+        return cls(tuple(names.split()), errors, methods or {}, (int(first), int(last)) if bracket else None)
 
 
 def measure_sensitivity(
@@ -65,7 +83,7 @@ def measure_sensitivity(
     items = {item.name: item for item in job.plan.items if item.name in wanted}
     source = job.source
     outside = [item for item in items.values() if not inside_blocks(job, item.name)]
-    found = [_outside(job, item, wanted[item.name], tried) for item in outside]
+    found = [group for item in outside for group in _tables(job, item, wanted[item.name], tried, tokens)]
     with torch.no_grad(), TemporaryDirectory(prefix="whit-") as scratch:
 
         def read(name: str) -> Tensor:
@@ -89,6 +107,26 @@ def measure_sensitivity(
             if job.options.progress is not None:
                 job.options.progress(name, index + 1, len(runner.names))
     return tuple(found)
+
+
+def _tables(job: Job, item: Item, formats: Sequence[Format], methods: Methods, tokens: Tensor) -> list[Group]:
+    """An embedding or a head, whole or in bands; an error counts as often as its row is used."""
+    bands = bands_for(job, item, formats)
+    if not bands:
+        return [_outside(job, item, formats, methods)]
+    matrix = item.matrix(job.source.read(item.name)).to(job.device, torch.float32)
+    count = 1 + sum(owner == item.name for owner in job.source.tied.values())
+    use = use_of_rows(tokens, len(matrix)).to(matrix) + UNSEEN
+    whole = float(use @ matrix.square().sum(1))
+    order, found = ranked(tokens, len(matrix)).to(matrix.device), []
+    method = method_of_table(job, matrix, methods)
+    named = {} if method == job.recipe.method else dict.fromkeys(formats, method)  # type: ignore[union-attr]
+    for first, last in bands:
+        rows = order[first:last]
+        near = {f: without_data(method)(matrix[rows], None, f).dequantize() for f in formats}
+        errors = {f: count * float(use[rows] @ (matrix[rows] - near[f]).square().sum(1)) / whole for f in formats}
+        found.append(Group((item.name,), errors, named, (first, last)))
+    return found
 
 
 def _outside(job: Job, item: Item, formats: Sequence[Format], methods: Methods) -> Group:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import re
 
 from whit.errors import FormatError
 from whit.formats.absmax import Absmax8
 from whit.formats.act_order import ActOrder
 from whit.formats.affine import Affine
+from whit.formats.bands import PATTERN as BANDS
+from whit.formats.bands import Bands
 from whit.formats.codebook import FP4, NF4, Codebook
 from whit.formats.ggml import Ggml
 from whit.formats.lowrank import PATTERN, LowRank
@@ -57,6 +60,8 @@ def parse_format(spec: str | Format) -> Format:
     if not isinstance(spec, str):
         return spec
     text = spec.strip().lower()
+    if table := BANDS.fullmatch(text):
+        return Bands(tuple(_band(part) for part in re.split(r",(?![^(]*\))", table["parts"])))
     if pair := PATTERN.fullmatch(text):
         return LowRank(parse_format(pair["base"]), int(pair["rank"]))
     for family in FORMATS:
@@ -67,6 +72,15 @@ def parse_format(spec: str | Format) -> Format:
     raise FormatError(f"{spec!r} is not a format; {hint} `whit quantize --help` lists all")
 
 
+def _band(text: str) -> tuple[Format, int]:
+    """`q5_k:1024`, or `q2_k` for all that is left."""
+    format, colon, count = text.partition(":")
+    if colon and not count.strip().isdecimal():
+        raise FormatError(f"band {text!r}: {count!r} is no number of rows; it must be one; write q5_k:1024")
+    return parse_format(format), int(count or 0)
+
+
 __all__ = [
-    "EXAMPLES", "FORMATS", "FP4", "NF4", "Affine", "BFloat16", "Codebook", "Float8", "Ggml", "LowRank", "parse_format",
+    "EXAMPLES", "FORMATS", "FP4", "NF4", "Affine", "BFloat16", "Bands", "Codebook", "Float8", "Ggml", "LowRank",
+    "parse_format",
 ]  # fmt: skip

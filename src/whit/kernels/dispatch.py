@@ -13,6 +13,7 @@ from torch import Tensor
 
 from whit.errors import KernelError
 from whit.kernels.activated import Activation8
+from whit.kernels.bands import Banded
 from whit.kernels.base import Kernel
 from whit.kernels.cpu import Cpu, Cpu8
 from whit.kernels.gpu import Gpu, Gpu8
@@ -21,7 +22,8 @@ from whit.kernels.side_car import SideCar
 from whit.tensor import PackedWeight
 
 KERNELS: tuple[Kernel, ...] = (
-    SideCar(Gpu()), SideCar(Cpu()), Gpu(), Gpu8(), Cpu(), Cpu8(), Activation8(), Reference(),
+    SideCar(Gpu()), SideCar(Cpu()), Banded(Gpu()), Banded(Cpu()), Gpu(), Gpu8(), Cpu(), Cpu8(), Activation8(),
+    Reference(),
 )  # fmt: skip
 
 Choice: TypeAlias = tuple[torch.dtype, str, int]

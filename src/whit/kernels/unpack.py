@@ -6,12 +6,14 @@ import torch
 from torch import Tensor
 
 from whit.formats import parse_format
+from whit.formats.bands import banded, places
 from whit.formats.lowrank import A, B, product, split
 from whit.kernels import reference
 from whit.kernels.cpu import Cpu
 from whit.kernels.gpu.dequantize import dequantize as dequantize_gpu
 from whit.kernels.gpu.kernel import DTYPES, why_not
 from whit.kernels.gpu.scales import storage
+from whit.layouts.stream import unpack_stream
 from whit.tensor import PackedWeight
 
 
@@ -20,6 +22,9 @@ def dequantize(packed: PackedWeight, dtype: torch.dtype = torch.float32) -> Tens
     if (parts := split(packed)) is not None:
         codes, b, a = parts
         return (dequantize(codes, torch.float32) + product({B: b, A: a})).to(dtype)
+    if (bands := banded(packed)) is not None:
+        place = places(unpack_stream(packed.tensors["codes"], packed.shape[0], packed.format.bits, 0))
+        return torch.cat([dequantize(band, dtype) for band in bands])[place]
     compiled = Cpu()
     if packed.device.type == "cpu" and not torch.compiler.is_compiling() and compiled.decodes(packed, dtype) is None:
         return compiled.dequantize(packed, dtype)

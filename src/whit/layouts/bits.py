@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from whit.formats.bands import banded, places
 from whit.layouts.digits import digits_per_byte, pack_digits, unpack_digits
 from whit.layouts.stream import pack_stream, unpack_stream
 from whit.tensor import (
@@ -24,6 +25,7 @@ from whit.tensor import (
     ParamSpec,
     QuantizedTensor,
     TensorSpec,
+    codes_shape,
     matrix_shape,
     radix,
 )
@@ -42,7 +44,7 @@ class Bits:
     def specs(self, format: Format, shape: tuple[int, ...]) -> Mapping[str, TensorSpec]:
         """Names, shapes and dtypes of the tensors that `pack` makes, in their order."""
         rows, columns = matrix_shape(shape)
-        specs = {"codes": _codes_spec(rows, columns, format)}
+        specs = {"codes": _codes_spec(*codes_shape(format, rows, columns), format)}
         for name, param in format.param_specs(rows, columns).items():
             if param.format is not None:
                 inner = self.specs(param.format, param.shape)
@@ -69,7 +71,7 @@ class Bits:
     def unpack(self, packed: PackedWeight) -> QuantizedTensor:
         """Bytes to codes: the inverse of `pack`."""
         format = packed.format
-        columns = matrix_shape(packed.shape)[1]
+        columns = codes_shape(format, *matrix_shape(packed.shape))[1]
         codes = _unpack_codes(packed.tensors["codes"], columns, format)
         return QuantizedTensor(format, packed.shape, codes.to(format.code_dtype), self.params(packed))
 
@@ -89,6 +91,8 @@ class Bits:
 
     def rows(self, packed: PackedWeight, index: Tensor) -> Tensor:
         """Dequantized float32 rows (len(index), columns) of a matrix: an embedding's look-up."""
+        if (parts := banded(packed)) is not None:
+            return self._banded_rows(packed, parts, index)
         format = packed.format
         total, columns = matrix_shape(packed.shape)
         params: dict[str, Tensor | QuantizedTensor] = {}
@@ -98,6 +102,19 @@ class Bits:
             params[name] = value[index] if value.shape[0] == total else value
         codes = _unpack_codes(packed.tensors["codes"][index], columns, format)
         return format.decode(codes.to(format.code_dtype), params)
+
+    def _banded_rows(self, packed: PackedWeight, parts: tuple[PackedWeight, ...], index: Tensor) -> Tensor:
+        """Each row from every band, and of these the one in which it lies: no shape depends on the index."""
+        first = 0
+        place = places(_unpack_codes(packed.tensors["codes"], packed.shape[0], packed.format))[index]
+        found = torch.zeros(len(index), packed.shape[1], device=index.device)
+        for part in parts:
+            count = part.shape[0]
+            inside = (place >= first) & (place < first + count)
+            rows = self.rows(part, (place - first).clamp(0, count - 1))
+            found = torch.where(inside[:, None], rows, found)
+            first += count
+        return found
 
 
 def _codes_spec(rows: int, columns: int, format: Format) -> TensorSpec:

@@ -102,7 +102,7 @@ def _job(name: str, source: Source, out: Path, route: str, wanted: Merge, option
         recipe = Recipe(GPTQ() if touched else "rtn", rules_for(known, chosen))
     plan = plan_quantization(source, recipe, exporter, options.shard_size)
     folder = source.checkpoint.folder
-    tokens = calibration_tokens(source, folder, recipe, options, wanted.calibration if recipe.needs_stats else None)
+    tokens = calibration_tokens(source, folder, recipe, options, wanted.calibration if recipe.needs_text else None)
     return Job(name, source, plan, out, recipe, options, exporter, tokens, exact=exact, regridded=touched)
 
 

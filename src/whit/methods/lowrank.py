@@ -13,8 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from whit.formats.bands import bands_of
 from whit.formats.factors import best_factors
 from whit.formats.lowrank import DTYPE, side_car
+from whit.methods.bands import in_bands
 from whit.methods.base import Method, Quantizer
 from whit.methods.stack import energy
 from whit.tensor import Format, LayerStats, QuantizedTensor
@@ -23,10 +25,13 @@ ROUNDS = 3
 Quantize = Callable[[Tensor], QuantizedTensor]
 
 
-def beside(method: Method) -> Quantizer:
-    """The method as it is, but for formats with a side-car, of which it chooses the codes and this the product."""
+def beside(method: Method, use: Tensor | None = None) -> Quantizer:
+    """The method as it is, but for formats with a side-car, of which it chooses the codes and this the product, and for
+    those of bands, each of which it quantizes by itself. `use` (rows,): how often each row is used."""
 
     def quantize(weight: Tensor, stats: LayerStats | None, format: Format) -> QuantizedTensor:
+        if (bands := bands_of(format)) is not None:
+            return in_bands(quantize, weight, stats, bands, use)
         found = side_car(format)
         if found is None:
             return method(weight, stats, format)

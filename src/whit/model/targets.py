@@ -14,6 +14,7 @@ from typing import Literal, TypeGuard
 
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 Kind = Literal["linear", "conv1d", "embedding", "experts"]
@@ -85,6 +86,16 @@ def _heads(model: nn.Module) -> set[int]:
     heads = [getattr(model, name, None) for name in HEADS]
     heads.append(getattr(model, "get_output_embeddings", lambda: None)())
     return {id(module) for head in heads if isinstance(head, nn.Module) for module in head.modules()}
+
+
+def vocabulary_tables(model: PreTrainedModel) -> dict[str, int]:
+    """Modules whose matrix has a row for each token, the input embedding and the head over the vocabulary, and the
+    number of tokens."""
+    tables = (model.get_input_embeddings(), model.get_output_embeddings())
+    count = getattr(model.config.get_text_config(), "vocab_size", None)
+    if not isinstance(count, int):
+        return {}
+    return {name: count for name, module in model.named_modules() if any(module is table for table in tables)}
 
 
 def tied_weights(model: nn.Module) -> dict[str, str]:

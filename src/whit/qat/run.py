@@ -106,7 +106,7 @@ def prepare_full(
     given = setting.start is not None
     if given:
         recipe = recipe.changed(method="rtn", methods=(), transform=None)
-    calibration = setting.calibration if recipe.needs_stats else None
+    calibration = setting.calibration if recipe.needs_text else None
     job = prepare(model, out, recipe, setting.options, calibration, setting.export)
     if isinstance(job.source, Coded):
         raise RecipeError(f"{model}: quantized already; full training begins with the unquantized model; use scales")

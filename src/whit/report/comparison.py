@@ -80,7 +80,7 @@ def measure(
         return _row(candidate, evaluate(model, against, listener or Silent()), 0.0, 0)
     out = folder / candidate.folder
     recipe = Recipe(candidate.method, [("*", candidate.format)])
-    data = calibration if recipe.needs_stats else None
+    data = calibration if recipe.needs_text else None
     account = quantize(model, out, recipe, calibration=data, options=quantizing or Options())
     result = evaluate(str(out), against, listener or Silent())
     return _row(candidate, result, account.seconds, account.peak_memory_bytes)

@@ -17,6 +17,7 @@ from whit.allocation import Budgeted, Group, free_formats, ladder_of, measured, 
 from whit.calibration import Calibration
 from whit.errors import RecipeError
 from whit.formats import parse_format
+from whit.formats.bands import bands_of
 from whit.integrations.loading import load_tokenizer, maximum_context
 from whit.job import Job, Options, prepare
 from whit.recipe import Recipe
@@ -61,7 +62,7 @@ def sweep(
     folder = out / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     start = Recipe(method, [("*", "bf16")])
-    job = prepare(model, folder / "none", start, options, calibration if start.needs_stats else None)
+    job = prepare(model, folder / "none", start, options, calibration if start.needs_text else None)
     groups = _groups(job, calibration, folder, say)
     found: dict[float, Budgeted] = {}
     for bits in span.sizes:
@@ -71,7 +72,7 @@ def sweep(
             say(f"{bits:g} bits per weight: left out: {error}")
     job.source.checkpoint.close()
     formats = {bits: {i.name: str(i.format or "bf16") for i in b.plan.items} for bits, b in found.items()}
-    names = [name for group in groups for name in group.parameters]
+    names = list(dict.fromkeys(name for group in groups for name in group.parameters))
     (folder / "layers.md").write_text(_table(names, formats, {bits: b.error for bits, b in found.items()}))
     _picture(names, formats, folder / "layers.png")
     return tuple(_write(folder, bits, budget.recipe) for bits, budget in found.items())
@@ -97,11 +98,11 @@ def _groups(job: Job, calibration: Calibration, folder: Path, say: Callable[[str
     if path.is_file():
         said: dict[str, dict[str, float]] = json.loads(path.read_text())
         say("sensitivity: measured before")
-        return tuple(Group(tuple(n.split()), {parse_format(f): e for f, e in e.items()}) for n, e in said.items())
+        return tuple(Group.named(n, {parse_format(f): e for f, e in e.items()}) for n, e in said.items())
     wanted: Mapping[str, tuple[Format, ...]] = free_formats(job, ladder)
     say(f"sensitivity: {len(wanted)} matrices in up to {len(ladder)} formats")
     groups = measured(job, tokens.tokens, wanted)
-    text = json.dumps({" ".join(g.parameters): {str(f): e for f, e in g.errors.items()} for g in groups}, indent=1)
+    text = json.dumps({g.name: {str(f): e for f, e in g.errors.items()} for g in groups}, indent=1)
     path.write_text(text + "\n")
     return groups
 
@@ -114,6 +115,12 @@ def _table(names: Sequence[str], formats: Mapping[float, Mapping[str, str]], err
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
+def _bits(format: Format) -> int:
+    """Bits of the codes; where rows lie in bands, of the most."""
+    bands = bands_of(format)
+    return format.bits if bands is None else bands.parts[-1][0].bits
+
+
 def _picture(names: Sequence[str], formats: Mapping[float, Mapping[str, str]], path: Path) -> None:
     """Bits of codes by matrix and size; nothing where matplotlib is not installed."""
     try:
@@ -122,7 +129,7 @@ def _picture(names: Sequence[str], formats: Mapping[float, Mapping[str, str]], p
         return
     if not formats:
         return
-    bits = [[parse_format(chosen[name]).bits for chosen in formats.values()] for name in names]
+    bits = [[_bits(parse_format(chosen[name])) for chosen in formats.values()] for name in names]
     figure = Figure(figsize=(2 + 0.5 * len(formats), 1.5 + 0.13 * len(names)), layout="constrained")
     axes: Any = figure.add_subplot()
     shown = axes.imshow(bits, aspect="auto", cmap="viridis", vmin=1, vmax=8, interpolation="nearest")

@@ -89,7 +89,7 @@ class Order:
 def make(order: Order) -> dict[str, Any]:
     """Quantize with whit; a finished result is used again."""
     recipe = order.entrant.recipe
-    calibration = order.calibration if recipe.needs_stats else None
+    calibration = order.calibration if recipe.needs_text else None
     device = order.evaluation.device if recipe.needs_stats else "cpu"
     options = Options(seed=order.seed, device=device, trust_remote_code=order.evaluation.trust_remote_code)
     start = time.process_time()
