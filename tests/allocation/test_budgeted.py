@@ -30,6 +30,7 @@ from whit.coverage import load_account
 from whit.errors import RecipeError
 from whit.evaluation import EvaluationOptions, evaluate
 from whit.formats import parse_format
+from whit.formats.bands import bands_of
 from whit.integrations.loading import load_causal_lm
 from whit.job import Job, prepare
 from whit.memory.needs import OVERHEAD
@@ -81,10 +82,12 @@ def test_a_size_is_met_and_the_result_is_better_than_uniform(run, tmp_path: Path
     assert account.measured is not None
     assert account.budget["unit"] == "nats per token"
     assert 0.3 < account.measured["kl"] / account.budget["expected"] < 3
-    formats = {str(form) for _, form in Recipe.load(saved).rules}
-    assert len(formats) > 1
-    assert formats <= set(LADDER3.split(","))
-    assert run("whit:model", tmp_path / "again", "--recipe", saved)[0] == 0
+    formats = [form for _, form in Recipe.load(saved).rules]
+    chosen = {str(form) for f in formats for form, _ in getattr(f, "parts", ((f, 0),))}
+    assert len(chosen) > 1
+    assert chosen <= set(LADDER3.split(","))
+    assert any(bands_of(form) is not None for form in formats)
+    assert run("whit:model", tmp_path / "again", "--recipe", saved, *SAMPLES)[0] == 0
     assert weights(tmp_path / "again") == weights(tmp_path / "out")
     how = EvaluationOptions(baseline="whit:model", max_tokens=1024, device="cpu")
     uniform, chosen = (evaluate(str(tmp_path / name), how).baseline for name in ("uniform", "out"))

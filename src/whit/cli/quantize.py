@@ -64,8 +64,8 @@ TRANSFORM_HELP = "What the weights are rescaled by first: " + ", ".join(t.name f
 EXPORT_HELP = "What kind of file is written: " + "; ".join(f"{e.name}: {e.summary}" for e in EXPORTERS) + "."
 RULE_HELP = (
     "A format for the modules that a glob matches, such as 'lm_head=int8', '*.0.*=bf16' or, with a method of its own, "
-    "'*.down_proj=gptq:int4-g64'; the last match counts. The rows of an embedding or a head may have several, those used "
-    "most the first: '*.embed_tokens=bands(q5_k:1024,q2_k)'."
+    "'*.down_proj=gptq:int4-g64'; the last match counts. The rows of an embedding or a head may have several, "
+    "those used most the first: '*.embed_tokens=bands(q5_k:1024,q2_k)'."
 )
 
 
