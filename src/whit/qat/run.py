@@ -26,6 +26,7 @@ from whit.checkpoint.reader import Checkpoint, read_json
 from whit.checkpoint.work import is_done
 from whit.coverage import Account, load_account
 from whit.errors import RecipeError
+from whit.formats.bands import bands_of
 from whit.integrations.loading import load_tokenizer, maximum_context
 from whit.job import Job, Options, open_source, prepare
 from whit.methods.joined import Matrices, Moving, Part, grouped, join
@@ -110,6 +111,7 @@ def prepare_full(
     job = prepare(model, out, recipe, setting.options, calibration, setting.export)
     if isinstance(job.source, Coded):
         raise RecipeError(f"{model}: quantized already; full training begins with the unquantized model; use scales")
+    _refuse_bands(job)
     assert job.recipe is not None
     begin = None
     if not given:
@@ -135,9 +137,19 @@ def prepare_scales(
         raise RecipeError("train: text self without a teacher; the model's own errors teach nothing; name --teacher")
     _refuse_activations(str(model), setting.options.trust_remote_code)
     job = prepare_transcode(model, out, setting.export, setting.options)
+    _refuse_bands(job)
     teacher = None if setting.teacher is None else str(setting.teacher)
     training = {"mode": "scales", **_described(course, words), "teacher": teacher}
     return Training("scales", replace(job, training=training, exact=frozenset()), course, words, setting)
+
+
+def _refuse_bands(job: Job) -> None:
+    for item in job.plan.items:
+        if item.format is not None and bands_of(item.format) is not None:
+            raise RecipeError(
+                f"{item.name}: {item.format}; training moves the params of one format for all rows; "
+                "give the table one with a rule"
+            )
 
 
 def _refuse_activations(model: str, trusted: bool) -> None:
