@@ -15,12 +15,14 @@ import whit
 from whit import Calibration, Options, Recipe, quantize
 from whit.allocation import Group, budgeted, free_formats, measured, solve
 from whit.allocation.tables import SHARES, banded_format, bands_for, bytes_of_band, ranked
+from whit.compiled.llama import Compiled
 from whit.errors import RecipeError, WhitError
 from whit.export import EXPORTERS
 from whit.formats import parse_format
 from whit.formats.bands import bands_of
 from whit.integrations.loading import load_causal_lm
 from whit.job import Job, open_source, prepare
+from whit.kernels.cpu import library
 from whit.layouts import BITS
 
 pytest.importorskip("scipy")
@@ -66,7 +68,7 @@ def undecided(model: Path, text: Calibration, out: Path, export: str = "whit") -
 
 
 def test_a_table_in_bands_is_written_counted_and_loaded(model: Path, text: Calibration, tmp_path: Path):
-    tied = not (model / "config.json").read_text().count('"tie_word_embeddings": false')
+    tied = _is_tied(model)
     names = ("model.embed_tokens",) if tied else ("model.embed_tokens", "lm_head")
     recipe = Recipe("gptq", [("*", "int4-g32"), *((name, SPEC) for name in names)])
     account = quantize(model, tmp_path / "out", recipe, calibration=text)
@@ -91,6 +93,41 @@ def test_a_table_in_bands_is_written_counted_and_loaded(model: Path, text: Calib
     module = loaded.lm_head if tied else loaded.model.embed_tokens
     packed = (module if hasattr(module, "packed") else module.source).packed
     assert set((BITS.unpack(packed).codes[0] == 0).nonzero().flatten().tolist()) == set(best.tolist())
+
+
+@pytest.mark.skipif(isinstance(library(), str), reason="the CPU kernels are not built")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_compiled_decoding_of_a_table_in_bands(model: Path, text: Calibration, dtype: torch.dtype, tmp_path: Path):
+    """The tokens of the model's own loop, and its logits whatever the number of threads."""
+    names = ("embed_tokens",) if _is_tied(model) else ("embed_tokens", "lm_head")
+    recipe = Recipe("rtn", [("*", "int8-g32"), *((f"*{name}", "bands(int8-g32:35,int4-g32:93,nf4)") for name in names)])
+    quantize(model, tmp_path / "out", recipe, calibration=text)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=dtype)
+    prompts = [torch.randint(3, VOCABULARY, (1, n), generator=torch.Generator().manual_seed(n)) for n in (1, 7)]
+    how = {"max_new_tokens": 20, "do_sample": False}
+    expected = [loaded.generate(ids, **how) for ids in prompts]
+    whit.compile(loaded, strict=True)
+    for ids, tokens in zip(prompts, expected, strict=True):
+        assert torch.equal(loaded.generate(ids, **how), tokens)
+    found, threads = [], torch.get_num_threads()
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            compiled = Compiled(loaded, library())  # type: ignore[arg-type]
+            decoder = compiled.decoder(compiled.room(4))
+            decoder.decode(5, 0, 1)
+            found.append(decoder.logits.clone())
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(found[0], found[1])
+    with torch.no_grad():
+        exact = loaded(torch.tensor([[5]])).logits[0, -1]
+    near = 1e-4 if dtype == torch.float32 else 0.1
+    torch.testing.assert_close(found[0], exact, rtol=near, atol=near)
+
+
+def _is_tied(model: Path) -> bool:
+    return not (model / "config.json").read_text().count('"tie_word_embeddings": false')
 
 
 def test_a_budget_gives_much_used_rows_more_bits(model: Path, text: Calibration, tmp_path: Path):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from whit.errors import UnsupportedModelError
+from whit.kernels.bands import Parts
 from whit.kernels.cpu import Cpu, Cpu8
 from whit.kernels.cpu.binding import TYPES, Library, library
 from whit.kernels.cpu.decoder import Block, Decoder, Matrix, Network, refusal
@@ -130,7 +131,10 @@ def _matrix(module: Any, name: str, dtype: torch.dtype) -> Matrix:
         return Matrix(_floats(module.weight, name, dtype), bias)
     if kind is QuantizedLinear and module.compute_dtype not in (None, dtype):
         raise UnsupportedModelError(f"compile: {name} computes in {module.compute_dtype}, the model in {dtype}")
-    return Matrix(_prepared(module if kind is QuantizedLinear else module.source, name, dtype), bias)
+    weight = _prepared(module if kind is QuantizedLinear else module.source, name, dtype)
+    if bias is not None and isinstance(weight, Parts):
+        raise UnsupportedModelError(f"compile: {name} in {weight.format} has a bias, and rows in bands have none")
+    return Matrix(weight, bias)
 
 
 def _embedding(module: Any, dtype: torch.dtype) -> Matrix:
@@ -142,9 +146,11 @@ def _embedding(module: Any, dtype: torch.dtype) -> Matrix:
     return Matrix(_prepared(module.source if type(module) is TiedEmbedding else module, name, dtype))
 
 
-def _prepared(module: PackedModule, name: str, dtype: torch.dtype) -> CpuWeight:
+def _prepared(module: PackedModule, name: str, dtype: torch.dtype) -> CpuWeight | Parts:
     """What the module multiplies one row of activations by."""
     kernel, weight = module.ready(torch.empty(1, module.weight_shape[1], dtype=dtype))
+    if isinstance(weight, Parts) and all(isinstance(band, CpuWeight) for band in weight.bands):
+        return weight
     if not isinstance(kernel, Cpu | Cpu8) or not isinstance(weight, CpuWeight):
         raise UnsupportedModelError(f"compile: {name} in {module.format} runs on the kernel {kernel.name}")
     if reason := refusal(weight):

@@ -14,6 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from whit.kernels.bands import PLACES, Parts
 from whit.kernels.cpu.binding import ISAS, ISAS8, TYPES, Library, Pointer, WeightPlan
 from whit.kernels.cpu.rows8 import levels_of
 from whit.kernels.cpu.weight import CpuWeight, run_size
@@ -29,6 +30,7 @@ class MatrixPlan(ctypes.Structure):
     _fields_: ClassVar = [
         ("packed", ctypes.POINTER(WeightPlan)), ("dense", Pointer), ("bias", Pointer), ("table", ctypes.c_char_p),
         ("rows", Long), ("columns", Long), ("inputs", Int), ("shift", Int), ("unit", Float),
+        ("bands", Pointer), ("places", Pointer), ("band_count", Long),
     ]  # fmt: skip
 
 
@@ -59,9 +61,12 @@ class DecoderPlan(ctypes.Structure):
 
 @dataclass(frozen=True)
 class Matrix:
-    """(out, in): a packed weight as a kernel prepared it, or floats of the model's type; bias (out,) of that type."""
+    """(out, in): a packed weight as a kernel prepared it, or floats of the model's type; bias (out,) of that type.
 
-    weight: CpuWeight | Tensor
+    An embedding and a head may have bands of rows, and no bias then.
+    """
+
+    weight: CpuWeight | Parts | Tensor
     bias: Tensor | None = None
 
 
@@ -124,19 +129,21 @@ class Decoder:
     """
 
     def __init__(self, network: Network, states: Tensor, cos: Tensor, sin: Tensor, library: Library) -> None:
-        self._library, self._held = library, (network, states, cos, sin)
+        beside: list[object] = []
+        self._library, self._held = library, (network, states, cos, sin, beside)
         first = network.blocks[0]
         blocks = (BlockPlan * len(network.blocks))(
-            *(_block_plan(block, states[i]) for i, block in enumerate(network.blocks))
+            *(_block_plan(block, states[i], beside) for i, block in enumerate(network.blocks))
         )
         vocabulary, hidden = _shape(network.head)
         self._plan = DecoderPlan(
             block=blocks, blocks=len(blocks), hidden=hidden, intermediate=_shape(first.gate)[0], vocabulary=vocabulary,
             heads=network.heads, kv_heads=network.kv_heads, head_dim=network.head_dim, capacity=states.shape[3],
             norm=network.norm.data_ptr(), cos=cos.data_ptr(), sin=sin.data_ptr(), epsilon=network.epsilon,
-            scale=network.scale, type=TYPES[network.dtype], embedding=_matrix_plan(network.embedding),
-            head=_matrix_plan(network.head), isa=ISAS.index(library.isas[-1]), isa8=ISAS8.index(library.isas8[-1]),
-            parallel=library.parallel, team_size=library.team_size, team_member=library.team_member,
+            scale=network.scale, type=TYPES[network.dtype], embedding=_matrix_plan(network.embedding, beside),
+            head=_matrix_plan(network.head, beside), isa=ISAS.index(library.isas[-1]),
+            isa8=ISAS8.index(library.isas8[-1]), parallel=library.parallel,
+            team_size=library.team_size, team_member=library.team_member,
         )  # fmt: skip
         self.logits = torch.empty(vocabulary, dtype=network.dtype)
 
@@ -160,9 +167,16 @@ def _shape(matrix: Matrix) -> tuple[int, int]:
     return rows, columns
 
 
-def _matrix_plan(matrix: Matrix) -> MatrixPlan:
+def _matrix_plan(matrix: Matrix, held: list[object]) -> MatrixPlan:
+    """The plan; what it points to beside the matrix is put into `held`."""
     rows, columns = _shape(matrix)
     plan = MatrixPlan(rows=rows, columns=columns, bias=_address(matrix.bias))
+    if isinstance(matrix.weight, Parts):
+        bands = [_matrix_plan(Matrix(band), held) for band in matrix.weight.bands if isinstance(band, CpuWeight)]
+        held.append(parts := (MatrixPlan * len(bands))(*bands))
+        plan.bands, plan.band_count = ctypes.addressof(parts), len(parts)
+        plan.places = matrix.weight.tensors[PLACES].data_ptr()
+        return plan
     if isinstance(matrix.weight, Tensor):
         plan.dense = matrix.weight.data_ptr()
         return plan
@@ -176,10 +190,10 @@ def _matrix_plan(matrix: Matrix) -> MatrixPlan:
     return plan
 
 
-def _block_plan(block: Block, states: Tensor) -> BlockPlan:
+def _block_plan(block: Block, states: Tensor, held: list[object]) -> BlockPlan:
     return BlockPlan(
         **{name: _address(getattr(block, name)) for name in ("attention_norm", "mlp_norm", "q_norm", "k_norm")},
-        **{name: _matrix_plan(getattr(block, name)) for name in ("q", "k", "v", "o", "gate", "up", "down")},
+        **{name: _matrix_plan(getattr(block, name), held) for name in ("q", "k", "v", "o", "gate", "up", "down")},
         keys=states[0].data_ptr(), values=states[1].data_ptr(),
     )  # fmt: skip
 

@@ -52,6 +52,7 @@ struct Run {
   int64_t *tokens, position, count, stop_count, done;
   char *x, *q, *k, *v, *mixed, *gate, *up, *y;  // what the team shares, of the model's type
   void* logits;
+  char* banded;  // logits in the order of the head's bands
   Best* best;
   Barrier barrier;
   std::atomic<int> failed{0};
@@ -160,6 +161,18 @@ void multiply(Member& me, const whit_matrix& m, const void* x, void* y) {
   multiply(me, m, x, y, first, last);
 }
 
+// This member's rows of y = m x, where the rows of m lie in bands: each band's product, then every row in its place.
+void multiply_bands(Member& me, const whit_matrix& m, const void* x, char* y, int64_t first, int64_t last) {
+  char* below = me.run.banded;
+  for (int64_t i = 0; i < m.band_count; i++) {
+    multiply(me, m.bands[i], x, below);
+    below = me.at(below, m.bands[i].rows);
+  }
+  me.wait();
+  for (int64_t row = first; row < last; row++)
+    memcpy(me.at(y, row), me.at(me.run.banded, m.places[row]), element(me.d));
+}
+
 const void* normalize(Member& me, const void* x, const void* weight) {
   me.steps.norm(x, weight, me.d.hidden, me.d.epsilon, me.d.type, (float*)me.inputs.room, me.normed);
   me.inputs.x = nullptr;  // the same place, another vector
@@ -233,7 +246,12 @@ void pass_block(Member& me, const whit_block& b, int64_t position) {
 }
 
 void embed(Member& me, int64_t token) {
-  const whit_matrix& m = me.d.embedding;
+  const whit_matrix* table = &me.d.embedding;
+  if (table->bands) {
+    token = table->places[token];
+    for (table = table->bands; token >= table->rows; table++) token -= table->rows;
+  }
+  const whit_matrix& m = *table;
   const size_t bytes = (size_t)m.columns * element(me.d);
   if (me.rank == 0 && m.packed)
     whit_kernels(*m.packed, me.d.type, me.d.isa)->dequantize(*m.packed, token, me.params, me.run.x, me.d.type);
@@ -250,7 +268,9 @@ int64_t choose(Member& me) {
   Run& run = me.run;
   int64_t first, last;
   me.share(d.vocabulary, ALIGNED_ROWS, first, last);
-  multiply(me, d.head, normalize(me, run.x, d.norm), run.logits, first, last);
+  const void* x = normalize(me, run.x, d.norm);
+  if (d.head.bands) multiply_bands(me, d.head, x, (char*)run.logits, first, last);
+  else multiply(me, d.head, x, run.logits, first, last);
   Best best = {0, -1, {0}};
   for (int64_t token = first; token < last; token++) {
     const float value = load_as_float(run.logits, token, d.type);
@@ -267,6 +287,7 @@ int64_t choose(Member& me) {
 int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
 size_t params_room(const whit_matrix& m, size_t room) {
+  for (int64_t i = 0; i < m.band_count; i++) room = params_room(m.bands[i], room);
   return m.packed ? (size_t)most((int64_t)room, (int64_t)whit_row_scratch(*m.packed)) : room;
 }
 
@@ -338,6 +359,7 @@ WHIT_API int64_t whit_decode(const whit_decoder* d, int64_t* tokens, int64_t pos
                             d->heads * d->head_dim, d->intermediate, d->intermediate, d->hidden};
   size_t bytes = sizeof(Best) * (size_t)d->threads;
   for (int64_t width : widths) bytes += ((size_t)width * size + line - 1) & ~(line - 1);
+  if (d->head.bands) bytes += (size_t)d->vocabulary * size;
   char* room = (char*)shared_room.get(bytes);
   if (!room) return -3;
   Run run;
@@ -346,6 +368,7 @@ WHIT_API int64_t whit_decode(const whit_decoder* d, int64_t* tokens, int64_t pos
   room += sizeof(Best) * (size_t)d->threads;
   char** parts[] = {&run.x, &run.q, &run.k, &run.v, &run.mixed, &run.gate, &run.up, &run.y};
   for (int i = 0; i < 8; i++) *parts[i] = room, room += ((size_t)widths[i] * size + line - 1) & ~(line - 1);
+  run.banded = room;
   if (d->parallel && d->threads > 1) d->parallel(join, &run, (unsigned)d->threads, 0);
   else join(&run);
   return run.failed ? -4 : run.done;

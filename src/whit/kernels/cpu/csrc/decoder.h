@@ -9,13 +9,16 @@ enum { WHIT_SPLIT = 512 };  // keys that share a maximum while attention goes pa
 
 enum whit_inputs { WHIT_EXACT = 0, WHIT_PER_GROUP = 1, WHIT_PER_ROW = 2 };
 
-typedef struct {
+typedef struct whit_matrix {
   const whit_weight* packed;  // or null, where floats of the model's type (rows, columns) lie at `dense`
   const void *dense, *bias;   // bias (rows) of the model's type, or null
   const uint8_t* table;       // of int8 products: stored levels by code, or null; level = (stored - shift) unit
   int64_t rows, columns;
   int32_t inputs, shift;      // how the inputs are quantized: one of whit_inputs
   float unit;
+  const struct whit_matrix* bands;  // of an embedding or a head: `band_count` matrices that have its rows, or null
+  const int64_t* places;            // where each row lies when the bands lie one below the other
+  int64_t band_count;
 } whit_matrix;
 
 typedef struct {
