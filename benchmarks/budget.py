@@ -45,7 +45,7 @@ MIXES = ("q2_k", "q3_k_s", "q3_k_m", "q3_k_l", "iq4_xs", "q4_k_s", "q4_k_m", "q5
 MEASURES = ("hessian", "probe", "kl")
 RECIPES = 20
 SLICES = 3  # of the matrices of a kind, each measured by a process of its own
-NO_SETTINGS = ("scratch", "stages", "limit_seconds", "targets", "mixes", "ranked", "table", "name", "jobs")
+NO_SETTINGS = ("scratch", "stages", "limit_seconds", "targets", "mixes", "ranked", "table", "name", "jobs", "again")
 
 
 class Bench:
@@ -60,6 +60,9 @@ class Bench:
         self.path = harness.RESULTS / f"{args.name}.json"
         known = json.loads(self.path.read_text()) if self.path.exists() else {}
         self.state: dict[str, Any] = {"rows": {}, "measured": {}, "parts": {}, **known}
+        if args.again:
+            others = {label: row for label, row in self.state["rows"].items() if row["kind"] in ("uniform", "mix")}
+            self.state |= {"rows": others, "measured": {}, "parts": {}}
         self.pool = ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn"))
         self.ladder: list[str] | None = args.ladder
         self.ladder_is_checked = False
@@ -275,6 +278,7 @@ def main() -> None:
     parser.add_argument("--limit-seconds", type=float, default=1e9)
     parser.add_argument("--name", default="budget")
     parser.add_argument("--scratch", default="/tmp/whit-budget")
+    parser.add_argument("--again", action="store_true", help="keep no measured harm and no budget of earlier runs")
     parser.add_argument("--table", action="store_true", help="only write table and picture anew")
     args = parser.parse_args()
     if args.table:
