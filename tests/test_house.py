@@ -11,7 +11,7 @@ import whit
 ROOT = Path(whit.__file__).parent
 # Each stage may import those to its left; the values of the first entry belong to all.
 STAGES = (
-    ("errors", "named", "tensor", "activations", "data"), ("checkpoint",), ("model",), ("calibration",),
+    ("errors", "named", "rotation", "tensor", "activations", "data"), ("checkpoint",), ("model",), ("calibration",),
     ("transforms",), ("formats",), ("methods",), ("arrays", "recipe", "preflight"), ("layouts",), ("kernels",),
     ("modules",), ("export",), ("integrations",), ("compiled",), ("training",), ("evaluation",),
     ("plan", "coverage", "job", "transcode", "finish", "estimate", "feed", "importance"),

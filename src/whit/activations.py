@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from whit.errors import RecipeError
-from whit.tensor import Activated, Format, TensorSpec, product_dtype
+from whit.tensor import Activated, Format, TensorSpec, product_dtype, rotation
 
 KINDS = ("dynamic", "static")
 GRANULARITIES = ("token", "tensor", "group")
@@ -43,6 +43,10 @@ SCHEMES = {  # names of a format and activations together
     "w4a8": ("int4-channel", "int8"),
     "w4a8-static": ("int4-channel", "int8-static"),
     "w8a8-fp8": ("fp8", "fp8"),
+    "llm.int8+h64": ("int8-absmax+h64", "int8-outliers"),
+    "w8a8+h64": ("int8+h64", "int8"),
+    "w8a8-static+h64": ("int8+h64", "int8-static"),
+    "w4a8+h64": ("int4-channel+h64", "int8"),
 }
 EXAMPLES = ("int8", "int8-g32", "int8-asym", "int8-outliers", "int8-static", "int8-static-percentile99.9", "fp8")
 
@@ -122,7 +126,8 @@ class Activations:
 
     def fits(self, format: Format) -> bool:
         """Whether a weight in this format can be multiplied by such inputs: its codes are numbers of the same type."""
-        return format.bits <= 8 if self.granularity == "group" else product_dtype(format) == self.dtype
+        codes: Format = getattr(format, "base", format) if rotation(format) else format  # inputs are rotated first
+        return format.bits <= 8 if self.granularity == "group" else product_dtype(codes) == self.dtype
 
     @property
     def specs(self) -> dict[str, TensorSpec]:

@@ -27,13 +27,14 @@ from whit.formats.lowrank import without_side_car
 from whit.formats.numeric import check_finite
 from whit.job import Job
 from whit.kernels import add_gram
+from whit.kernels.inputs import rounded_inputs
 from whit.methods import Method, stand_in
 from whit.methods.base import Block, BlockMethod
 from whit.methods.lowrank import beside, repaired
 from whit.methods.together import Together, Work
 from whit.plan import Item, Source, Unit, floats
-from whit.tensor import Format, LayerStats, QuantizedTensor
-from whit.transforms.base import Rounding
+from whit.tensor import Format, LayerStats, QuantizedTensor, rotation
+from whit.transforms.base import Inputs, Rounding
 from whit.transforms.fold import Basis, rescale
 
 
@@ -106,7 +107,14 @@ def _read_ahead(source: Source, items: Sequence[Item], reader: ThreadPoolExecuto
 def _rounding(method: Method, format: Format) -> Rounding:
     """What a method makes of a matrix in a format, or nearly: a transform tries it many times."""
     base = without_side_car(format)
-    return lambda weight, stats: method(weight, stats, base).dequantize()
+    quantizer = beside(method)
+    return lambda weight, stats: quantizer(weight, stats, base).dequantize()
+
+
+def _inputs(item: Item) -> Inputs:
+    """How a linear's inputs are rounded, or that they are not."""
+    how, turn = item.activations, 0 if item.format is None else rotation(item.format)
+    return lambda x: x if how is None else rounded_inputs(x, how, turn)
 
 
 class BlockFeed:
@@ -192,7 +200,8 @@ class BlockFeed:
         if not wanted:
             return {}
         first = next(iter(wanted.values()))
-        watch = RangeWatch({name: self._parameters[name] for name in wanted}, first.momentum)
+        turns = {item.name: rotation(item.format) for item in items if item.format is not None}
+        watch = RangeWatch({name: self._parameters[name] for name in wanted}, first.momentum, turns)
         with watch:
             for sample in self._runner.inputs:  # a moving average is one over samples
                 self._runner.forward(index, sample[None])
@@ -212,7 +221,8 @@ class BlockFeed:
         seen = {name: stats.of(name) for name in rounding}
         dtypes = {item.name: item.spec.dtype for item in unit.items}
         weights = {name: parameter.data for name, parameter in self._parameters.items()}
-        basis = rescale(recipe.transform, self._job.foldings[unit.name], weights, seen, rounding, dtypes)
+        inputs = {item.name: _inputs(item) for item in unit.items if item.format is not None}
+        basis = rescale(recipe.transform, self._job.foldings[unit.name], weights, seen, rounding, dtypes, inputs)
         for name, weight in basis.weights.items():
             weights[name].copy_(weight.to(dtypes[name]))
         return basis

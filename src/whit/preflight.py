@@ -7,11 +7,12 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 
 from whit.errors import RecipeError
-from whit.formats.lowrank import refuse_shape
+from whit.formats import lowrank, rotated
+from whit.methods.base import BlockMethod
 from whit.methods.stack import can_stack
 from whit.model.targets import Target
 from whit.recipe import Recipe
-from whit.tensor import Format
+from whit.tensor import Format, rotation
 
 
 def check_recipe(
@@ -39,7 +40,9 @@ def check_recipe(
     chosen = {groups[p][0]: f for p, f in formats.items() if f is not None}
     problems += _misfits(chosen)
     problems += _unreached(recipe, chosen)
-    problems += [f"{t.holder}: {f} for {why}" for t, f in chosen.items() if (why := refuse_shape(f, t.shape))]
+    for refuse in (lowrank.refuse_shape, rotated.refuse_shape):
+        problems += [f"{t.holder}: {f} for {why}" for t, f in chosen.items() if (why := refuse(f, t.shape))]
+    problems += _unturned(recipe, chosen)
     if recipe.needs_stats:
         problems += _unstackable(chosen)
     if fits is not None:
@@ -84,6 +87,19 @@ def _unstackable(formats: Mapping[Target, Format]) -> list[str]:
         "every expert must have its own; use a format without -dq or -tensor"
         for format, holder in wrong.items()
     ]
+
+
+def _unturned(recipe: Recipe, formats: Mapping[Target, Format]) -> list[str]:
+    """Methods that move codes one by one, for formats whose codes are of rotated columns."""
+    problems = []
+    for target, format in formats.items():
+        method = recipe.method_for(target.holder) or recipe.method
+        if rotation(format) and isinstance(method, BlockMethod):
+            problems.append(
+                f"{target.holder}: {format} by {method.name}, which moves columns one by one; a rotation turns "
+                f"{rotation(format)} together; use gptq, or {rotated.without_rotation(format)}"
+            )
+    return problems
 
 
 def _unreached(recipe: Recipe, formats: Mapping[Target, Format]) -> list[str]:

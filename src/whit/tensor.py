@@ -15,6 +15,8 @@ from typing import Protocol, TypeAlias, Union, runtime_checkable
 import torch
 from torch import Tensor
 
+from whit.rotation import rotate_exactly
+
 Params: TypeAlias = Mapping[str, Union[Tensor, "QuantizedTensor"]]
 
 
@@ -186,6 +188,16 @@ class LayerStats:
         sample = None if self.sample is None else self.sample / scale
         return LayerStats(self.hessian / scale[:, None] / scale, self.token_count, drift, magnitude, peak, sample)
 
+    def rotated(self, size: int) -> LayerStats:
+        """The statistics of x rotated in runs of `size` columns (`rotation.rotate`), without those of |x|."""
+        hessian, drift = _turned(self.hessian, size), None if self.drift is None else _turned(self.drift, size)
+        sample = None if self.sample is None else rotate_exactly(self.sample, size)
+        return LayerStats(hessian, self.token_count, drift, sample=sample)
+
+
+def _turned(sums: Tensor, size: int) -> Tensor:
+    return rotate_exactly(rotate_exactly(sums, size).T, size).T
+
 
 @dataclass(frozen=True)
 class TensorSpec:
@@ -211,6 +223,12 @@ def product_dtype(format: Format) -> torch.dtype | None:
     Such a format has `row_scale(params)`: float32 (rows, 1) or (1, 1), with w = code row_scale.
     """
     found: torch.dtype | None = getattr(format, "product_dtype", None)
+    return found
+
+
+def rotation(format: Format) -> int:
+    """How many neighbouring columns of the matrix are turned together before they are encoded; 0 for none."""
+    found: int = getattr(format, "rotation", 0)
     return found
 
 

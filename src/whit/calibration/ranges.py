@@ -23,6 +23,7 @@ from torch import Tensor
 from whit.activations import Activations
 from whit.calibration.capture import Products
 from whit.errors import CalibrationError
+from whit.rotation import rotate
 
 BINS = 1 << 14
 STEPS, LAST = 16, 128
@@ -72,19 +73,27 @@ class Histogram:
 
 
 class RangeWatch(Products):
-    """A histogram of the inputs of each watched parameter, while it is entered; the same one for the same input."""
+    """A histogram of the inputs of each watched parameter, while it is entered; the same one for the same input.
 
-    def __init__(self, parameters: Mapping[str, Tensor], momentum: float) -> None:
+    `turns` says by name how many columns are rotated together before they are quantized, where they are.
+    """
+
+    def __init__(
+        self, parameters: Mapping[str, Tensor], momentum: float, turns: Mapping[str, int] | None = None
+    ) -> None:
         super().__init__(parameters)
+        self._turns = turns or {}
         self.found = {name: Histogram(momentum) for name in parameters}
         self._last: tuple[Tensor, str] | None = None  # kept, so that its memory is not used again
 
     def _see(self, name: str, x: Tensor, weight: Tensor) -> None:
-        if self._last is not None and self._last[1] != name and _place(self._last[0]) == _place(x):
-            self.found[name] = self.found[self._last[1]]
+        turn = self._turns.get(name, 0)
+        before, other = self._last or (None, name)
+        if before is not None and other != name and _place(before) == _place(x) and self._turns.get(other, 0) == turn:
+            self.found[name] = self.found[other]
             return
         self._last = x, name
-        self.found[name].add(x)
+        self.found[name].add(rotate(x.to(torch.float32), turn) if turn else x)
 
 
 def _place(x: Tensor) -> tuple[int, ...]:

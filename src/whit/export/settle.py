@@ -12,9 +12,10 @@ from whit.export.base import Exporter
 from whit.formats import parse_format
 from whit.formats.ggml.mixes import MIXES, Place, Role, mixed_type
 from whit.formats.lowrank import side_car, without_side_car
+from whit.formats.rotated import without_rotation
 from whit.model.targets import Target
 from whit.recipe import Recipe
-from whit.tensor import Format
+from whit.tensor import Format, rotation
 
 ROLES: tuple[tuple[str, Role], ...] = (
     (r"(attn|attention)\.(c_proj|out_proj|dense)$|o_proj$", "attention_output"),
@@ -51,6 +52,8 @@ def settle(
         fitting, reason = exporter.adapted(targets[0], chosen)
         if fitting is not None and side_car(fitting) is not None and targets[0].kind not in ("linear", "conv1d"):
             fitting, reason = without_side_car(fitting), "a side-car goes beside linears alone"
+        if fitting is not None and rotation(fitting) and targets[0].kind not in ("linear", "conv1d"):
+            fitting, reason = without_rotation(fitting), "linears alone are rotated"
         if reason is not None:
             reasons[parameter] = reason
         if fitting != wanted:

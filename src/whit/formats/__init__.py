@@ -16,6 +16,8 @@ from whit.formats.ggml import Ggml
 from whit.formats.lowrank import PATTERN, LowRank
 from whit.formats.microfloat import BFloat16, Float8
 from whit.formats.offset import Offset
+from whit.formats.rotated import PATTERN as ROTATED
+from whit.formats.rotated import Rotated
 from whit.formats.signs import Binary, Ternary
 from whit.tensor import Format
 
@@ -51,6 +53,7 @@ EXAMPLES = {
     "mxfp4": "4-bit floats in groups of 32 with a power of two as their scale",
     "fp8": "8-bit floats (E4M3), one scale per row", "fp8-tensor": "",
     "int2-g32+r16": "any format with a side-car of rank 16 for linears: two bfloat16 factors that repair it",
+    "int8+h64": "any format with 64 columns at a time rotated, inputs too: what is large in one of them is spread",
     "bf16": "keep in 16 bits",
 }  # fmt: skip
 
@@ -64,6 +67,8 @@ def parse_format(spec: str | Format) -> Format:
         return Bands(tuple(_band(part) for part in re.split(r",(?![^(]*\))", table["parts"])))
     if pair := PATTERN.fullmatch(text):
         return LowRank(parse_format(pair["base"]), int(pair["rank"]))
+    if turn := ROTATED.fullmatch(text):
+        return Rotated(parse_format(turn["base"]), int(turn["size"]))
     for family in FORMATS:
         if (found := family.parse(text)) is not None:
             return found
@@ -82,5 +87,6 @@ def _band(text: str) -> tuple[Format, int]:
 
 __all__ = [
     "EXAMPLES", "FORMATS", "FP4", "NF4", "Affine", "BFloat16", "Bands", "Codebook", "Float8", "Ggml", "LowRank",
+    "Rotated",
     "parse_format",
 ]  # fmt: skip

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from whit.errors import FormatError
 from whit.formats.factors import best_factors
-from whit.tensor import Format, PackedWeight, Params, ParamSpec, QuantizedTensor, tensor_param
+from whit.tensor import Format, PackedWeight, Params, ParamSpec, QuantizedTensor, rotation, tensor_param
 
 A, B = "low_rank_a", "low_rank_b"
 DTYPE = torch.bfloat16
@@ -37,6 +37,10 @@ class LowRank:
     def __post_init__(self) -> None:
         if self.rank < 1 or self.base.bits == 16 or side_car(self.base) is not None:
             raise FormatError(f"{self}: a side-car of rank 1 or more goes beside a format of up to 8 bits; write one")
+        if rotation(self.base):
+            raise FormatError(
+                f"{self}: a side-car beside rotated codes; it goes beside plain ones; choose one of the two"
+            )
 
     def __str__(self) -> str:
         return f"{self.base}+r{self.rank}"

@@ -11,7 +11,7 @@ from torch import Tensor
 from whit.kernels import float8, int8
 from whit.kernels.reference import dequantize
 from whit.layouts import LAYOUTS, layout_named
-from whit.tensor import Activated, PackedWeight, product_dtype
+from whit.tensor import Activated, PackedWeight, product_dtype, rotation
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,8 @@ class Activation8:
             return "activations are not quantized"
         if not any(layout.name == packed.layout for layout in LAYOUTS) or len(packed.shape) != 2:
             return f"layout {packed.layout} of shape {tuple(packed.shape)}"
+        if rotation(packed.format):
+            return f"{packed.format} wants its inputs rotated first"
         if how.granularity != "group" and product_dtype(packed.format) != how.dtype:
             return f"{packed.format} is not made of {how.dtype}"
         return None if x.is_floating_point() else f"activations are {x.dtype}, not floats"

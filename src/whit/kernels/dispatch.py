@@ -18,12 +18,13 @@ from whit.kernels.base import Kernel
 from whit.kernels.cpu import Cpu, Cpu8
 from whit.kernels.gpu import Gpu, Gpu8
 from whit.kernels.reference import Reference
+from whit.kernels.rotated import Rotation
 from whit.kernels.side_car import SideCar
 from whit.tensor import PackedWeight
 
 KERNELS: tuple[Kernel, ...] = (
     SideCar(Gpu()), SideCar(Cpu()), Banded(Gpu()), Banded(Cpu()), Gpu(), Gpu8(), Cpu(), Cpu8(), Activation8(),
-    Reference(),
+    Rotation(Gpu()), Rotation(Gpu8()), Rotation(Cpu()), Rotation(Cpu8()), Rotation(Activation8()), Reference(),
 )  # fmt: skip
 
 Choice: TypeAlias = tuple[torch.dtype, str, int]

@@ -18,6 +18,7 @@ from whit.formats.factors import best_factors
 from whit.formats.lowrank import DTYPE, side_car
 from whit.methods.bands import in_bands
 from whit.methods.base import Method, Quantizer
+from whit.methods.rotated import turned
 from whit.methods.stack import energy
 from whit.tensor import Format, LayerStats, QuantizedTensor
 
@@ -27,18 +28,22 @@ Quantize = Callable[[Tensor], QuantizedTensor]
 
 def beside(method: Method, use: Tensor | None = None) -> Quantizer:
     """The method as it is, but for formats with a side-car, of which it chooses the codes and this the product, and for
-    those of bands, each of which it quantizes by itself. `use` (rows,): how often each row is used."""
+    those of bands, each of which it quantizes by itself. `use` (rows,): how often each row is used.
+
+    Formats that rotate are given the rotated matrix (`methods.rotated`).
+    """
+    quantizer = turned(method)
 
     def quantize(weight: Tensor, stats: LayerStats | None, format: Format) -> QuantizedTensor:
         if (bands := bands_of(format)) is not None:
             return in_bands(quantize, weight, stats, bands, use)
         found = side_car(format)
         if found is None:
-            return method(weight, stats, format)
+            return quantizer(weight, stats, format)
         base, hessian = found.base, None if stats is None else stats.hessian
 
         def codes(matrix: Tensor) -> QuantizedTensor:
-            return method(matrix, stats, base)
+            return quantizer(matrix, stats, base)
 
         return joined(factored(codes, weight, hessian, found.rank, ROUNDS, DTYPE), format)
 

@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from whit.activations import MOMENTUM
 from whit.errors import KernelError
 from whit.modules.linear import QuantizedLinear
+from whit.rotation import rotate
+from whit.tensor import rotation
 
 LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 
@@ -61,6 +63,8 @@ class _Range:
         x = args[0].detach()
         if not x.numel():
             return
+        if turn := rotation(linear.format):
+            x = rotate(x.to(torch.float32), turn)
         now = torch.stack(torch.aminmax(x)).to(torch.float32)
         before = self._stored(linear) if self._ends is None else self._ends
         moved = now if self._ends is None else before + self._momentum * (now - before)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from whit.activations import Activations
 from whit.errors import RecipeError
 from whit.kernels import float8, int8
+from whit.kernels.inputs import decoded, rounded_inputs
 from whit.tensor import QuantizedTensor
 
 SCALE, ZERO = "input_scale", "input_zero_point"
@@ -88,13 +89,7 @@ def rounded(x: Tensor, module: nn.Module, how: Activations) -> Tensor:
     if how.kind == "static":
         found: Tensor = _Static.apply(x, getattr(module, SCALE), getattr(module, ZERO, None), how.dtype)  # type: ignore[no-untyped-call]
         return found
-    flat, whole = x.detach().reshape(-1, x.shape[-1]), how.granularity == "tensor"
-    if how.granularity == "group":
-        near = int8.rounded_groups(flat)
-    elif how.dtype == torch.int8:
-        near = _floats(int8.quantize_rows(flat, whole, how.symmetric))
-    else:
-        near = _floats(float8.quantize_rows(flat, whole))
+    near = rounded_inputs(x.detach().reshape(-1, x.shape[-1]), how)
     return x + (near.reshape(x.shape).to(x.dtype) - x.detach())
 
 
@@ -105,7 +100,7 @@ class _Static(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, scale: Tensor, zero: Tensor | None, dtype: torch.dtype) -> Tensor:
         flat, kept = x.reshape(-1, x.shape[-1]), None if zero is None else zero.to(torch.int8)
         rows = float8.quantize_static(flat, scale) if dtype != torch.int8 else int8.quantize_static(flat, scale, kept)
-        near = _floats(rows).reshape(x.shape)
+        near = decoded(rows).reshape(x.shape)
         ctx.save_for_backward(x, scale, zero, near)
         ctx.dtype = dtype
         return near.to(x.dtype)
@@ -126,9 +121,3 @@ class _Static(torch.autograd.Function):
         if zero is not None:
             in_zero = (gradient * ~within).sum(dtype=torch.float64).reshape(1).to(torch.float32) * -scale
         return torch.where(within, grads[0], 0), in_scale, in_zero, None
-
-
-def _floats(rows: int8.Rows) -> Tensor:
-    """What codes stand for, float32."""
-    codes = rows.codes.to(torch.float32)
-    return (codes if rows.zero_point is None else codes - rows.zero_point) * rows.scale

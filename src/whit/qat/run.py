@@ -42,7 +42,7 @@ from whit.qat.sampled import own_calibration, sample_windows
 from whit.qat.state import StateFile
 from whit.qat.trained import Frozen, Kept, Trained, Value
 from whit.recipe import Recipe
-from whit.tensor import QuantizedTensor
+from whit.tensor import QuantizedTensor, rotation
 from whit.transcode import prepare_transcode, recast
 
 OWN_TEXT = "self"  # in the place of a text: what the model itself writes
@@ -111,7 +111,7 @@ def prepare_full(
     job = prepare(model, out, recipe, setting.options, calibration, setting.export)
     if isinstance(job.source, Coded):
         raise RecipeError(f"{model}: quantized already; full training begins with the unquantized model; use scales")
-    _refuse_bands(job)
+    _refuse_formats(job)
     assert job.recipe is not None
     begin = None
     if not given:
@@ -137,18 +137,23 @@ def prepare_scales(
         raise RecipeError("train: text self without a teacher; the model's own errors teach nothing; name --teacher")
     _refuse_activations(str(model), setting.options.trust_remote_code)
     job = prepare_transcode(model, out, setting.export, setting.options)
-    _refuse_bands(job)
+    _refuse_formats(job)
     teacher = None if setting.teacher is None else str(setting.teacher)
     training = {"mode": "scales", **_described(course, words), "teacher": teacher}
     return Training("scales", replace(job, training=training, exact=frozenset()), course, words, setting)
 
 
-def _refuse_bands(job: Job) -> None:
+def _refuse_formats(job: Job) -> None:
     for item in job.plan.items:
         if item.format is not None and bands_of(item.format) is not None:
             raise RecipeError(
                 f"{item.name}: {item.format}; training moves the params of one format for all rows; "
                 "give the table one with a rule"
+            )
+        if item.format is not None and rotation(item.format):
+            raise RecipeError(
+                f"{item.name}: {item.format} turns columns together, and training moves them one by one; it must be "
+                "trained in a plain format; leave the rotation out"
             )
 
 

@@ -12,19 +12,25 @@ from whit.tensor import LayerStats
 
 # A float32 matrix (out, in) and its statistics to what a format and a method make of it.
 Rounding: TypeAlias = Callable[[Tensor, LayerStats], Tensor]
+# Inputs (tokens, in) to what their rounding makes of them.
+Inputs: TypeAlias = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class Consumer:
-    """A parameter that multiplies the activation: `weight` (matrices, out, in) float32, with one LayerStats each."""
+    """A parameter that multiplies the activation: `weight` (matrices, out, in) float32, with one LayerStats each.
+
+    `inputs` rounds the activation as this parameter's product will; None where that is not known.
+    """
 
     weight: Tensor
     stats: tuple[LayerStats, ...]
     rounding: Rounding
+    inputs: Inputs | None = None
 
     def matrix(self, index: int) -> Consumer:
         """One matrix of a stack by itself."""
-        return Consumer(self.weight[index : index + 1], self.stats[index : index + 1], self.rounding)
+        return Consumer(self.weight[index : index + 1], self.stats[index : index + 1], self.rounding, self.inputs)
 
 
 @runtime_checkable

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from whit.model.graph import Folding
 from whit.tensor import LayerStats
-from whit.transforms.base import Consumer, Rounding, Transform
+from whit.transforms.base import Consumer, Inputs, Rounding, Transform
 
 
 @dataclass(frozen=True)
@@ -45,10 +45,12 @@ def rescale(
     stats: Mapping[str, tuple[LayerStats, ...]],
     rounding: Mapping[str, Rounding],
     dtypes: Mapping[str, torch.dtype],
+    inputs: Mapping[str, Inputs] | None = None,
 ) -> Basis:
     """Search a scale for every activation that a quantized parameter consumes, and fold it.
 
-    `weights` are a block's parameters, `stats` and `rounding` those of the quantized ones; `dtypes` the stored types.
+    `weights` are a block's parameters, `stats` and `rounding` those of the quantized ones; `dtypes` the stored
+    types; `inputs` how the quantized ones' inputs are rounded, where that is known.
     """
     changed: dict[str, Tensor] = {}
     scales: dict[str, Tensor] = {}
@@ -59,7 +61,12 @@ def rescale(
             continue
         now = {**weights, **changed}
         consumers = [
-            Consumer(_matrices(now[n].to(torch.float32), n in folding.transposed), stats[n], rounding[n])
+            Consumer(
+                _matrices(now[n].to(torch.float32), n in folding.transposed),
+                stats[n],
+                rounding[n],
+                (inputs or {}).get(n),
+            )
             for n in quantized
         ]
         count = len(now[folding.weight]) if now[folding.weight].dim() == 3 else 1  # experts have scales of their own

@@ -10,7 +10,8 @@ length: few tokens may have most of what is large, and their own scale takes car
 
     sum over tokens of |Q(x / s) Q(W s)^T - x W^T|^2 / |x W^T|^2
 
-on a sample of tokens, with both sides rounded, x by a scale per token. No scale at all is tried too.
+on a sample of tokens, with both sides rounded, x as its consumers' products will round it, or else by a scale per
+token. No scale at all is tried too.
 """
 
 from __future__ import annotations
@@ -93,7 +94,9 @@ def relative_error(consumers: Sequence[Consumer], scale: Tensor) -> float:
         for weight, stats in zip(consumer.weight, consumer.stats, strict=True):
             assert stats.sample is not None
             exact, scaled = stats.sample @ weight.T, weight * scale
-            near = rounded(stats.sample / scale) @ consumer.rounding(scaled, stats.rescaled(scale)).T
+            near = (consumer.inputs or rounded)(stats.sample / scale) @ consumer.rounding(
+                scaled, stats.rescaled(scale)
+            ).T
             size = exact.square().sum(1, dtype=torch.float64).clamp(min=SMALLEST**2)
             costs += ((near - exact).square().sum(1, dtype=torch.float64) / size).tolist()
     return fsum(costs)
