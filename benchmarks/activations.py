@@ -2,7 +2,8 @@
 
 Every row is made by `whit.quantize` from the same calibration and read by `from_pretrained`; all rows score the same
 tokens, in float32. The change of each against the original comes with its 95 % interval over windows' tokens (paired).
-Rows that an earlier run with the same settings finished are kept.
+With `--valid` a second text is scored too: the one by which to choose. Rows that an earlier run with the same settings
+finished are kept.
 """
 
 from __future__ import annotations
@@ -31,6 +32,10 @@ import harness
 DYNAMIC_DOWN = [("*down_proj", "w8a8")]  # a scale per token where few tokens hold all that is large
 FLOAT_DOWN = [("*down_proj", "int8-g64")]  # in groups, and so without quantized activations
 FIXED = {"name": "smoothquant", "alpha": 0.5}
+# 64 columns at a time rotated: weights in the file, inputs as they come
+TURNED = [("*", "int8+h64")]
+TURNED_DOWN = [("*", "int8"), ("*down_proj", "int8+h64")]
+TURNED_STATIC = [("*", "w8a8-static+h64"), ("*down_proj", "w8a8+h64")]
 # label: what goes to a recipe
 ROWS: dict[str, dict[str, Any]] = {
     "bf16": {},
@@ -41,8 +46,24 @@ ROWS: dict[str, dict[str, Any]] = {
     "SmoothQuant, W8A8 static, down_proj dynamic": {
         "method": "smoothquant", "rules": [("*", "w8a8-static"), *DYNAMIC_DOWN],
     },
-    "SmoothQuant, LLM.int8()": {"method": "smoothquant", "rules": [("*", "llm.int8")]},
     "SmoothQuant, GPTQ, W8A8 dynamic": {"method": "smoothquant+gptq"},
+    "W8A8 dynamic, rotated": {"rules": [("*", "w8a8+h64")]},
+    "LLM.int8(), rotated": {"rules": [("*", "llm.int8+h64")]},
+    "SmoothQuant, W8A8 dynamic, down_proj rotated": {"method": "smoothquant", "rules": TURNED_DOWN},
+    "SmoothQuant, W8A8 dynamic, rotated": {"method": "smoothquant", "rules": TURNED},
+    "SmoothQuant, W8A8 static, down_proj dynamic, rotated": {"method": "smoothquant", "rules": TURNED_STATIC},
+    "SmoothQuant, W8A8 static, MSE, down_proj dynamic, rotated": {
+        "method": "smoothquant", "activations": "int8-static-mse", "rules": [*TURNED, ("*down_proj", "w8a8+h64")],
+    },
+    "W8A8 static, down_proj dynamic, rotated": {"rules": TURNED_STATIC},
+    "SmoothQuant, GPTQ, W8A8 dynamic, rotated": {"method": "smoothquant+gptq", "rules": TURNED},
+    "SmoothQuant, LLM.int8(), rotated": {"method": "smoothquant", "rules": [("*", "llm.int8+h64")]},
+    "W8A8 static, rotated": {"rules": [("*", "w8a8-static+h64")]},
+    "LLM.int8(), down_proj rotated": {"rules": [("*", "llm.int8"), ("*down_proj", "llm.int8+h64")]},
+    "SmoothQuant, W8A8 static, o_proj and down_proj dynamic, rotated": {
+        "method": "smoothquant", "rules": [*TURNED_STATIC, ("*o_proj", "w8a8+h64")],
+    },
+    "SmoothQuant, LLM.int8()": {"method": "smoothquant", "rules": [("*", "llm.int8")]},
     "SmoothQuant, GPTQ, W8A8 static, down_proj dynamic": {
         "method": "smoothquant+gptq", "rules": [("*", "w8a8-static"), *DYNAMIC_DOWN],
     },
@@ -87,6 +108,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model")
     parser.add_argument("text")
+    parser.add_argument("--valid", help="another text, scored beside it")
     parser.add_argument("--calibration", default="whit:text")
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=16384)
@@ -99,22 +121,36 @@ def main() -> None:
     args, start = parser.parse_args(), time.monotonic()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    tokens = tokenize(read_text(Path(args.text)), load_tokenizer(args.model), args.tokens, args.text)
-    windows = cut_windows(tokens, args.context)
+    texts = [args.text] if args.valid is None else [args.text, args.valid]
+    windows = [windows_of(args, text) for text in texts]
     path = harness.RESULTS / f"{args.name}.json"
     settings = {k: getattr(args, k) for k in ("calibration", "samples", "tokens", "context")}
     before = json.loads(path.read_text()) if path.exists() else {}
     rows = before.get("rows", {}) if before.get("settings") == settings else {}
     Path(args.scratch).mkdir(exist_ok=True)
-    exact = losses(str(args.model), windows, args.device)
+    exact = [losses(str(args.model), some, args.device) for some in windows]
     for label in list(ROWS)[: args.rows]:
         if label not in rows and time.monotonic() - start < args.seconds:
-            found = exact if not ROWS[label] else losses(made(args, label), windows, args.device)
-            change = (found - exact).flatten()
-            half = 1.96 * float(change.std()) / math.sqrt(len(change))
-            rows[label] = {"perplexity": float(found.mean().exp()), "change": float(change.mean()), "half": half}
+            folder = made(args, label) if ROWS[label] else str(args.model)
+            found = [losses(folder, some, args.device) for some in windows]
+            rows[label] = measured(found[0], exact[0])
+            if args.valid is not None:
+                rows[label] |= {f"valid_{key}": value for key, value in measured(found[1], exact[1]).items()}
             print(label, rows[label], flush=True)
-        write(rows, settings, args)
+            write(rows, settings, args)
+
+
+def windows_of(args: argparse.Namespace, text: str) -> Tensor:
+    """The first tokens of a text, int64 (windows, context)."""
+    tokens = tokenize(read_text(Path(text)), load_tokenizer(args.model), args.tokens, text)
+    return cut_windows(tokens, args.context)
+
+
+def measured(found: Tensor, exact: Tensor) -> dict[str, float]:
+    """Of two losses of the same tokens: perplexity, mean change, and half of its 95 % interval."""
+    change = (found - exact).flatten()
+    half = 1.96 * float(change.std()) / math.sqrt(len(change))
+    return {"perplexity": float(found.mean().exp()), "change": float(change.mean()), "half": half}
 
 
 def write(rows: dict[str, dict[str, float]], settings: dict[str, object], args: argparse.Namespace) -> None:
@@ -122,16 +158,24 @@ def write(rows: dict[str, dict[str, float]], settings: dict[str, object], args: 
     table = []
     for label in (label for label in ROWS if label in rows):
         row = rows[label]
-        change = f"{100 * math.expm1(row['change']):+.2f} ± {100 * row['half']:.2f} %" if ROWS[label] else ""
-        table.append((label, f"{row['perplexity']:.3f}", change))
+        table.append((label, f"{row['perplexity']:.3f}", said(row) if ROWS[label] else "", said(row, "valid_")))
     note = (
         f"\n{Path(args.model).name}, the first {args.tokens} tokens of {Path(args.text).name} in windows of "
         f"{args.context}, float32 on a {args.device}; static scales, SmoothQuant and GPTQ from {args.samples} "
-        f"windows of 512 tokens of {args.calibration}. The change is of the same tokens, with the 95 % interval of its "
-        "mean."
+        f"windows of 512 tokens of {Path(args.calibration).name}. The change is of the same tokens, with the 95 % "
+        "interval of its mean."
     )
+    if args.valid is not None:
+        note += f" Valid: the first {args.tokens} tokens of {Path(args.valid).name}, the text to choose by."
     result = {"machine": harness.machine(), "settings": settings, "rows": rows}
-    harness.save(args.name, result, harness.markdown(("", "perplexity", "change"), table) + "\n" + note)
+    harness.save(args.name, result, harness.markdown(("", "perplexity", "change", "valid"), table) + "\n" + note)
+
+
+def said(row: dict[str, float], text: str = "") -> str:
+    """The change in percent, where it was measured."""
+    if f"{text}change" not in row or not row[f"{text}half"]:
+        return ""
+    return f"{100 * math.expm1(row[f'{text}change']):+.2f} ± {100 * row[f'{text}half']:.2f} %"
 
 
 if __name__ == "__main__":
