@@ -63,6 +63,10 @@ ROWS: dict[str, dict[str, Any]] = {
     "SmoothQuant, W8A8 static, o_proj and down_proj dynamic, rotated": {
         "method": "smoothquant", "rules": [*TURNED_STATIC, ("*o_proj", "w8a8+h64")],
     },
+    "W8A8 dynamic in q, k and v alone": {"rules": [("*[qkv]_proj", "w8a8")]},
+    "W8A8 dynamic in o_proj alone": {"rules": [("*o_proj", "w8a8")]},
+    "W8A8 dynamic in gate and up alone": {"rules": [("*gate_proj", "w8a8"), ("*up_proj", "w8a8")]},
+    "W8A8 dynamic in down_proj alone": {"rules": [("*down_proj", "w8a8")]},
     "SmoothQuant, LLM.int8()": {"method": "smoothquant", "rules": [("*", "llm.int8")]},
     "SmoothQuant, GPTQ, W8A8 static, down_proj dynamic": {
         "method": "smoothquant+gptq", "rules": [("*", "w8a8-static"), *DYNAMIC_DOWN],

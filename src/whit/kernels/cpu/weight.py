@@ -11,7 +11,7 @@ from torch import Tensor
 
 from whit.kernels.cpu.binding import CODES, NESTED, NONE, TYPES, Library, WeightPlan
 from whit.kernels.cpu.memory import in_huge_pages
-from whit.tensor import Format, PackedWeight, matrix_shape, radix
+from whit.tensor import Format, PackedWeight, matrix_shape, radix, rotation
 
 LAYOUT = 1  # of what `prepare` makes; another number is another file of prepared weights (compiled/prepared)
 LANE = 16  # the kernels' runs of columns that share params
@@ -35,6 +35,8 @@ def unsupported(packed: PackedWeight) -> str | None:
     format = packed.format
     if packed.layout != "bits":
         return f"layout {packed.layout} is not bits"
+    if rotation(format):
+        return f"{format} wants its inputs rotated first"
     if format.vector_size != 1 or format.bits > 8:
         return f"{format} is no format of up to 8 bits a weight"
     if base := radix(format):
