@@ -91,15 +91,16 @@ def _unstackable(formats: Mapping[Target, Format]) -> list[str]:
 
 def _unturned(recipe: Recipe, formats: Mapping[Target, Format]) -> list[str]:
     """Methods that move codes one by one, for formats whose codes are of rotated columns."""
-    problems = []
+    alike: dict[tuple[Format, str], list[str]] = {}
     for target, format in formats.items():
         method = recipe.method_for(target.holder) or recipe.method
         if rotation(format) and isinstance(method, BlockMethod):
-            problems.append(
-                f"{target.holder}: {format} by {method.name}, which moves columns one by one; a rotation turns "
-                f"{rotation(format)} together; use gptq, or {rotated.without_rotation(format)}"
-            )
-    return problems
+            alike.setdefault((format, method.name), []).append(target.holder)
+    return [
+        f"{names[0]} and {len(names) - 1} more: {format} by {method}, which moves columns one by one; a rotation turns "
+        f"{rotation(format)} together; use gptq, or {rotated.without_rotation(format)}"
+        for (format, method), names in alike.items()
+    ]
 
 
 def _unreached(recipe: Recipe, formats: Mapping[Target, Format]) -> list[str]:
