@@ -158,7 +158,9 @@ WHIT_API8 int whit_product8(const whit_weight* w, const whit_rows8* x, const int
   const size_t params = sizeof(float) * (size_t)(2 * 4 * (w->groups + 48));
   team.rows = w->rows, team.context = &call;
   if (x->count <= few) {
-    int64_t rows = 32768 / (w->row_bytes > 0 ? w->row_bytes : 1);
+    // Long runs of whole bytes, which the prefetcher follows; each thread has several, to even out what held it up.
+    const int64_t bytes = w->bits == 8 ? 1 << 18 : 1 << 15;
+    int64_t rows = bytes / (w->row_bytes > 0 ? w->row_bytes : 1);
     team.task = rows < 8 ? 8 : rows > 256 ? 256 : rows & ~(int64_t)7;
     team.work = few_task, team.scratch_bytes = params;
   } else {

@@ -72,6 +72,13 @@ static ALWAYS_INLINE void finish_row8(const Product8& p, int64_t m, int64_t row,
 template <int BITS>
 static constexpr int parts_of() { return BITS == 4 ? 2 : BITS == 2 ? 4 : 1; }
 
+// Ask for codes that are to come. Whole bytes come as fast as memory gives them: one row after the other is what the
+// processor's own prefetcher takes for a stream, and other requests, or several rows at once, only stand in its way.
+template <int BITS>
+static ALWAYS_INLINE void ask(const uint8_t* codes) {
+  if (BITS < 8) __builtin_prefetch(codes + 16384, 0, 2);
+}
+
 // The sums of lanes with what the shifts and zero points of the levels take from them.
 template <class V>
 static ALWAYS_INLINE typename V::G shifted8(const Product8& p, int64_t m, typename V::G total, const float* scale,
@@ -92,7 +99,7 @@ static ALWAYS_INLINE typename V::G shifted8(const Product8& p, int64_t m, typena
 template <class V, int BITS, bool TABLE, int M, bool GROUPED>
 static ALWAYS_INLINE void few_rows(const Product8& p, const Decoder8<V, BITS, TABLE>& decode, int64_t row, int64_t m0,
                                    float* scratch) {
-  constexpr int PARTS = parts_of<BITS>(), BYTES = PARTS > 1 ? V::LANES * 4 : V::LANES * BITS / 2, AHEAD = 16384;
+  constexpr int PARTS = parts_of<BITS>(), BYTES = PARTS > 1 ? V::LANES * 4 : V::LANES * BITS / 2;
   constexpr int COLUMNS = V::LANES * 4 * PARTS;
   constexpr bool SMALL = small_levels<V, BITS, TABLE>();
   const whit_weight& w = *p.w;
@@ -107,7 +114,7 @@ static ALWAYS_INLINE void few_rows(const Product8& p, const Decoder8<V, BITS, TA
   group_params<V>(w, row, 0, scale, zero);
   if constexpr (!GROUPED) {
     for (int64_t s = 0; s < steps; s++) {
-      __builtin_prefetch(codes + s * BYTES + AHEAD, 0, 2);
+      ask<BITS>(codes + s * BYTES);
       typename V::B level[PARTS];
       decode.parts(codes + s * BYTES, level);
       EACH(m, M) {
@@ -129,7 +136,7 @@ static ALWAYS_INLINE void few_rows(const Product8& p, const Decoder8<V, BITS, TA
     EACH(m, M) { by[m] = p.lanes + (m0 + m) * p.lane_stride; });
     for (int g = 0; g < V::LANES; g++) scale[w.groups + g] = zero[w.groups + g] = 0;
     for (int64_t s = 0; s < steps; s++) {
-      __builtin_prefetch(codes + s * BYTES + AHEAD, 0, 2);
+      ask<BITS>(codes + s * BYTES);
       typename V::B level[PARTS];
       decode.parts(codes + s * BYTES, level);
       typename V::G own = wide ? V::gset1(scale[s >> block_shift]) : V::grepeat(scale + s * in_step, run_shift);
