@@ -11,6 +11,7 @@ weight at the memory's rate, or operations at the tensor cores', whichever takes
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import subprocess
 import sys
@@ -58,13 +59,18 @@ SOME = (
 )  # fmt: skip
 MANY = (Config(2, 256, 4, pair=2), Config(2, 256, 4), Config(2, 128, 6, pair=2), Config(2, 128, 6))
 ONE_LAUNCH = (
-    Few(128, 4, 4), Few(128, 8, 4), Few(64, 8, 2), Few(64, 4, 4), Few(128, 8, 1), Few(64, 8, 1), Few(128, 4, 8),
-    Few(128, 4, 2), Few(64, 6, 8),
+    Few(128, 4, 4, 0, 2), Few(128, 4, 4, 4, 2), Few(128, 8, 4), Few(128, 4, 8, 0, 2), Few(128, 4, 8, 4, 2),
+    Few(64, 8, 2, 0, 2), Few(64, 8, 2, 8, 2), Few(64, 8, 4, 0, 2), Few(128, 4, 2, 4, 2), Few(128, 8, 1, 8),
+    Few(64, 8, 1, 8, 2), Few(32, 16, 1, 16), Few(32, 8, 1, 8, 2), Few(256, 4, 4),
+)  # fmt: skip
+FOR_64 = (
+    Few(128, 4, 4, 4), Few(128, 4, 8, 0, 2), Few(128, 4, 8, 4), Few(256, 4, 8), Few(256, 3, 8, 4), Few(256, 4, 4, 4),
+    Few(64, 4, 8, 0, 2), Few(64, 8, 4, 4), Few(128, 4, 2, 8), Few(64, 8, 2, 8),
 )  # fmt: skip
 CUTS: dict[int, tuple[Config | Few, ...]] = {
     1: (*ONE_LAUNCH, *FEW),
     16: (*ONE_LAUNCH, *FEW),
-    64: FEW,
+    64: (*FOR_64, *FEW),
     256: SOME,
     1024: (*MANY, Config(1, 256, 5)),
     4096: MANY,
@@ -156,10 +162,12 @@ def rows_checks() -> Iterator[tuple[str, float, float]]:
 
 
 def few_checks() -> Iterator[tuple[str, float, float]]:
-    """Up to 16 rows in one launch."""
-    for config in ONE_LAUNCH:
-        for rows, outliers in ((1, None), (8, None), (16, None), (1, 4), (16, 0), (16, 21)):
-            seed, shape = generator(rows), (1048, 4112)
+    """Up to 64 rows in one launch."""
+    cases = ((1, None), (16, None), (33, None), (64, None), (1, 4), (16, 21), (64, 0), (64, 40))
+    some = (Few(128, 4, 4, 4, 2), Few(64, 8, 2, 0, 2), Few(32, 8, 1, 8), Few(256, 3, 8, 4), Few(128, 4, 8, 0, 2))
+    for config, (rows, outliers) in itertools.product(some, cases):
+        seed, shape = generator(rows), (1048, 4112)
+        if config.fits(shape[1], rows):
             packed = weight(shape, "int8" if outliers is None else "int8-outliers", seed)
             x, bias = inputs(rows, shape[1], outliers or 0, seed), torch.randn(shape[0], device=DEVICE).bfloat16()
             y = torch.full((rows, shape[0]), float("nan"), dtype=x.dtype, device=DEVICE)
@@ -295,8 +303,7 @@ def limit_seconds(shape: tuple[int, int], rows: int) -> float:
 def may_be_best(config: Config | Few, shape: tuple[int, int], rows: int) -> bool:
     """Whether it fits, all blocks of a tile have work, and no more clusters wait than a few turns' worth."""
     if isinstance(config, Few):
-        blocks = config.grid(shape[0])[0]
-        return config.shared_bytes(shape[1], rows) <= int8.LARGEST_SHARED and 56 <= blocks <= 300
+        return config.fits(shape[1], rows) and 56 <= config.grid(shape[0])[0] <= 520
     blocks = config.tiles(shape[0], rows) * config.split * config.pair
     return config.split == 1 or (blocks <= 300 and config.split * 512 <= shape[1])
 
@@ -322,8 +329,7 @@ def time_cell(x: Tensor, dense: list[Tensor], ours: list[PackedWeight]) -> dict[
     cell["rows alone"] = seconds_cold([lambda: int8.quantize(x) for _ in range(8)])
     cell["rows alone, outliers"] = seconds_cold([lambda: int8.quantize(x, 6.0) for _ in range(8)])
     cell["W8A8"], cell["cuts"] = best_of(ours, x)
-    config = next(c for c in CUTS[rows] if str(c) == min(cell["cuts"], key=cell["cuts"].get))
-    cell["LLM.int8()"] = seconds_cold([timed(w, x, config) for w in outlying])
+    cell["LLM.int8()"], cell["cuts, outliers"] = best_of(outlying, x, sorted(cell["cuts"], key=cell["cuts"].get)[:6])
     cell["by dispatch"] = seconds_cold([lambda w=w: Gpu8().linear(x, w, None) for w in ours])
     codes = int8.quantize(x).codes
     if rows > 16:
@@ -340,10 +346,10 @@ def timed(packed: PackedWeight, x: Tensor, config: Config | Few) -> Callable[[],
     return lambda: kernel8.product(x, packed, None, y, config)
 
 
-def best_of(weights: list[PackedWeight], x: Tensor) -> tuple[float, dict[str, float]]:
+def best_of(weights: list[PackedWeight], x: Tensor, among: list[str] | None = None) -> tuple[float, dict[str, float]]:
     """Seconds of the fastest cut, and of each."""
     found, (outs, columns) = {}, weights[0].shape
-    cuts = [c for c in CUTS[len(x)] if PROVEN or not isinstance(c, Few)]
+    cuts = [c for c in CUTS[len(x)] if (PROVEN or not isinstance(c, Few)) and (among is None or str(c) in among)]
     for config in cuts:
         if may_be_best(config, (outs, columns), len(x)):
             try:
@@ -378,7 +384,10 @@ def time_all(seconds: float) -> None:
         for config in {c for each in CUTS.values() for c in each if isinstance(c, Config)}
         for outliers in (False, True)
     ]
-    few = {(c, shape, rows) for c in ONE_LAUNCH for shape in SHAPES for rows in (1, 16) if may_be_best(c, shape, rows)}
+    few = {
+        (c, shape, rows) for rows in ROWS for c in CUTS[rows] for shape in SHAPES
+        if isinstance(c, Few) and may_be_best(c, shape, rows)
+    }  # fmt: skip
     wanted += [(int8.FEW, c.macros(False, o, shape[1], rows).items()) for c, shape, rows in few for o in (False, True)]
     wanted += [(int8.QUANTIZE, int8.quantize_macros(c, False, o).items()) for c in (4096, 14336) for o in (False, True)]
     start = time.monotonic()

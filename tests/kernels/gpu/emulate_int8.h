@@ -16,7 +16,9 @@ static uint4 fresh16(const void *p) { return load16(p); }
 template <class T> static T fresh(const T *p) { return *p; }
 static float multiplied(float a, float b) { volatile float c = a * b; return c; }
 static float divided(float a, float b) { return a / b; }
-static int nearest(float v) { return std::isnan(v) ? 0 : (int)std::nearbyint(v); }
+static float clamped(float v, float most) { return std::fmin(std::fmax(v, -most), most); }
+static u32 larger_pair(u32 a, u32 b) { return max(a & 0xFFFF, b & 0xFFFF) | max(a >> 16, b >> 16) << 16; }
+static int byte_sum(u32 bytes, int sum) { for (int i = 0; i < 4; i++) sum += (signed char)(bytes >> 8 * i); return sum; }
 static int count_bits(u32 v) { return __builtin_popcount(v); }
 
 // A warp's lanes lay down a value each, and go on when all have.
@@ -43,6 +45,7 @@ static u32 exchange(u32 v, int mask) { return together(v)[current % 32 ^ mask]; 
 static void __syncwarp() {}
 
 static void atomicMax(u32 *p, u32 v) { if (*p < v) *p = v; }
+static void atomicOr(u32 *p, u32 v) { *p |= v; }
 static void atomicAdd(int *p, int v) { *p += v; }
 
 #ifdef BN
@@ -111,6 +114,7 @@ static void copy_tile(void *to, const Map &map, int column, int row, u64 *barrie
         b->bytes -= 128 * map.tall, settled(b);
     }
 }
+static void fetch_tile(const Map &, int, int) {}
 static void copy_tile(void *to, const Map &map, int column, int row, u64 *barrier) {
     copy_tile(to, map, column, row, barrier, 1 << own());
 }

@@ -97,7 +97,13 @@ def test_however_many_outliers_there_are_none_is_dropped(
 
 
 @pytest.mark.parametrize("outliers", [None, 5])
-@pytest.mark.parametrize(("config", "rows", "columns"), [(Few(32, 2, 2), 16, 784), (Few(32, 3, 1), 1, 400)])
+@pytest.mark.parametrize(
+    ("config", "rows", "columns"),
+    [
+        (Few(32, 2, 2), 16, 784), (Few(32, 3, 1, 2), 1, 400), (Few(32, 4, 2, 0, 2), 33, 784),
+        pytest.param(Few(64, 2, 4), 64, 4096 + 16, marks=pytest.mark.slow),
+    ],
+)  # fmt: skip
 def test_few_rows_in_one_launch(config: Few, rows: int, columns: int, outliers: int | None, random: Generator):
     x, codes, scale, bias = operands(rows, 70, columns, random, outliers or 0)
     signed, weight = (codes.to(torch.int16) - 128).to(torch.int8), Weight(codes, scale, bias)

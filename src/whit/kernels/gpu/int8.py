@@ -25,7 +25,7 @@ BYTES = {"BITS": 8, "CODEBOOK": 0, "OFFSET": 0, "SCALE": 2, "ZERO": 0}  # common
 STEP = 128  # columns of a tile, one byte each
 AT_ONCE = 8  # outlier columns in shared memory, as in int8_warp.cuh
 MARK_THREADS, MARK_COLUMNS = 256, 256
-MOST_FEW = 16  # rows of int8_few.cu
+MOST_FEW = 64  # rows of int8_few.cu
 SLICES, SLICE = 16, 64  # of rows that are marked by themselves: how many at most, and of how many rows at least
 LARGEST_SHARED = 227 << 10
 CHUNKS, LARGEST_BLOCK = 8, 1024  # of eight columns that a thread of int8_quantize.cu holds, and its threads, at most
@@ -79,24 +79,35 @@ class Config:
 
 @dataclass(frozen=True)
 class Few:
-    """How the work is cut for up to 16 rows; int8_few.cu explains the names."""
+    """How the work is cut for up to 64 rows; int8_few.cu explains the names."""
 
     outs: int = 128
     stages: int = 4
     split: int = 4
+    ahead: int = 0
+    blocks: int = 1
 
-    threads = 256
+    threads = 288
 
     def grid(self, outs: int) -> nvrtc.Dims:
         """A cluster per tile."""
         return -(-outs // self.outs) * self.split, 1, 1
 
-    def shared_bytes(self, columns: int, rows: int) -> int:
-        """Dynamic shared memory of a block: stages of the weight, all codes of its columns, and what lies aside."""
+    def shared_bytes(self, columns: int, rows: int, outliers: bool = True) -> int:
+        """Dynamic shared memory of a block: stages of the weight, later sums; all codes of its columns; the rest."""
         room, share = room_for(rows), self.share(columns)
-        aside = 4 * (2 * room * (self.outs + 8) + 2 * self.outs + 4 * room + 1)
-        tiles = self.stages * self.outs + share * room + 64 - room
-        return 1024 + tiles * STEP + 16 * (self.stages + 1) + aside + 16 * share
+        laid = 4 * room * (self.outs + 8) * (2 if outliers and self.is_beside(columns) else 1)
+        stages = -(-max(self.stages * self.outs * STEP, laid) // 1024) * 1024
+        aside = 4 * (2 * self.outs + 4 * room + 1)
+        return 1024 + stages + (share * room + 64 - room) * STEP + 16 * (self.stages + 1) + 16 * share + aside
+
+    def fits(self, columns: int, rows: int) -> bool:
+        """Whether its blocks' shared memory is there, beside each other."""
+        return self.shared_bytes(columns, rows) <= (LARGEST_SHARED if self.blocks == 1 else LARGEST_SHARED // 2)
+
+    def is_beside(self, columns: int) -> bool:
+        """Whether sums of outliers have no room in place of x."""
+        return self.share(columns) * STEP < 4 * (self.outs + 8)
 
     def share(self, columns: int) -> int:
         """Steps of a block."""
@@ -107,13 +118,14 @@ class Few:
         """What int8_few.cu is compiled with."""
         return BYTES | {
             "HALF": int(half), "XR": room_for(rows), "BN": self.outs, "STAGES": self.stages, "SPLITS": self.split,
+            "AHEAD": self.ahead, "BLOCKS": self.blocks, "BESIDE": int(self.is_beside(columns)),
             "OUTLIERS": int(outliers), "TURNS": -(-self.share(columns) * STEP // 1024),
         }  # fmt: skip
 
 
 def room_for(rows: int) -> int:
     """Rows for which int8_few.cu makes room."""
-    return 8 if rows <= 8 else MOST_FEW
+    return next(room for room in (8, 16, 32, MOST_FEW) if rows <= room)
 
 
 def best(outs: int, columns: int, rows: int, processors: int) -> Config:
@@ -293,7 +305,7 @@ def few_params(
 
 
 def multiply_few(x: Tensor, weight: Weight, y: Tensor, threshold: float, config: Few) -> None:
-    """Fill y (rows, outs) with contiguous x (rows, columns), quantized by row, through the weight: up to 16 rows.
+    """Fill y (rows, outs) with contiguous x (rows, columns), quantized by row, through the weight: up to 64 rows.
 
     With a threshold its outlier columns are multiplied as floats, as `quantize` and `multiply` do.
     """
@@ -302,7 +314,7 @@ def multiply_few(x: Tensor, weight: Weight, y: Tensor, threshold: float, config:
         _build(FEW, tuple(macros.items()), y.device.index),
         torch.cuda.current_stream(y.device).cuda_stream,
     )
-    params, shared = few_params(x, weight, y, threshold, config), config.shared_bytes(x.shape[1], len(x))
+    params, shared = few_params(x, weight, y, threshold, config), config.shared_bytes(x.shape[1], len(x), threshold > 0)
     function.launch_early(config.grid(y.shape[1]), config.threads, shared, params, where, config.split)
 
 

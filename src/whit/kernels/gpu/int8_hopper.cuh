@@ -66,6 +66,10 @@ DEVICE void copy_tile(void *to, const Map &map, int column, int row, u64 *barrie
     asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];"
                  ::"r"(shared_address(to)), "l"(&map), "r"(column), "r"(row), "r"(shared_address(barrier)) : "memory");
 }
+// Into the second cache, from where a later copy is quick.
+[[maybe_unused]] DEVICE void fetch_tile(const Map &map, int column, int row) {
+    asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global [%0, {%1, %2}];" ::"l"(&map), "r"(column), "r"(row) : "memory");
+}
 // To the same place in every block of `blocks` (a bit for each), whose barriers at that place count the bytes.
 [[maybe_unused]] DEVICE void copy_tile(void *to, const Map &map, int column, int row, u64 *barrier, u16 blocks) {
     asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
@@ -129,3 +133,14 @@ DEVICE void settle(int (&d)[BN / 8][4]) {  // nothing moves across that reads or
     for (int n = 0; n < BN / 8; n++) asm volatile("" : D1(n)::"memory");
 }
 #endif
+
+// Sixteen bytes of a row of y from `out` on, or as much as there is.
+DEVICE void store8(u16 *row, int out, int outs, const u32 (&pairs)[4]) {
+    if (outs % 8 == 0 && out < outs) {
+        *(uint4 *)(row + out) = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
+        return;
+    }
+#pragma unroll
+    for (int i = 0; i < 8; i++)
+        if (out + i < outs) row[out + i] = (u16)(pairs[i >> 1] >> 16 * (i & 1));
+}

@@ -13,10 +13,6 @@ struct Params {
     int rows, columns, slice;  // rows of a slice
 };
 
-DEVICE u32 reached(u32 pair, float threshold) {
-    return (u32)(fabsf(widen(pair & 0xFFFF)) >= threshold) | (u32)(fabsf(widen(pair >> 16)) >= threshold) << 1;
-}
-
 extern "C" __global__ void __launch_bounds__(THREADS) int8_mark(const Params p) {
     extern __shared__ uint4 shared[];
     u8 *found = (u8 *)shared;
@@ -27,11 +23,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) int8_mark(const Params p) 
     u32 mark = 0;
     if (column < p.columns) {
 #pragma unroll 8
-        for (int row = blockIdx.y * p.slice + warp; row < end; row += LANES) {
-            uint4 v = fresh16(p.x + (long long)row * p.columns + column);
-            mark |= reached(v.x, p.threshold) | reached(v.y, p.threshold) << 2;
-            mark |= reached(v.z, p.threshold) << 4 | reached(v.w, p.threshold) << 6;
-        }
+        for (int row = blockIdx.y * p.slice + warp; row < end; row += LANES)
+            mark |= reached(fresh16(p.x + (long long)row * p.columns + column), p.threshold);
     }
     found[threadIdx.x] = mark;
     __syncthreads();

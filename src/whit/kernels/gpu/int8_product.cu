@@ -167,19 +167,6 @@ DEVICE bool more_outliers(const Params &p, Aside &a, const Tile &tile, int &from
 #endif
 }
 
-// Sixteen bytes of y, or as much as there is.
-DEVICE void store8(const Params &p, int row, int out, const u32 (&pairs)[4]) {
-    u16 *to = p.y + (long long)row * p.outs + out;
-    if (row >= p.rows) return;
-    if (p.outs % 8 == 0 && out < p.outs) {
-        *(uint4 *)to = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
-        return;
-    }
-#pragma unroll
-    for (int i = 0; i < 8; i++)
-        if (out + i < p.outs) to[i] = (u16)(pairs[i >> 1] >> 16 * (i & 1));
-}
-
 #if SPLITS == 1
 // Four lanes hold two outs each of four neighbouring eights; afterwards each holds a whole eight.
 DEVICE void gather_eights(u32 (&v)[4], int lane) {
@@ -224,7 +211,8 @@ DEVICE void finish(const Params &p, const Block &b, const Tile &tile, const int 
                 pairs[i] = round_pair(y[j + i][2 * h] + a.bias[at], y[j + i][2 * h + 1] + a.bias[at + 1]);
             }
             gather_eights(pairs, lane);
-            store8(p, tile.row + m + h * 8, tile.out + (j + (lane & 3)) * 8, pairs);
+            int row = tile.row + m + h * 8;
+            if (row < p.rows) store8(p.y + (long long)row * p.outs, tile.out + (j + (lane & 3)) * 8, p.outs, pairs);
         }
     announce<FREE, CONSUMERS + HELPERS>();
 }
@@ -283,7 +271,7 @@ DEVICE void finish_share(const Params &p, const Block &b, const Tile &tile, int 
 #pragma unroll
         for (int e = 0; e < 4; e++)
             pairs[e] = round_pair(y[turn][2 * e] + a.bias[n + 2 * e], y[turn][2 * e + 1] + a.bias[n + 2 * e + 1]);
-        store8(p, tile.row + m, tile.out + n, pairs);
+        store8(p.y + (long long)(tile.row + m) * p.outs, tile.out + n, p.outs, pairs);
     }
 }
 #endif

@@ -2,7 +2,7 @@
 //
 // The host (int8.py) defines THREADS of a block and CHUNKS of eight columns that a thread holds, so that a row is read
 // once. With OUTLIERS, columns that int8_mark.cu has marked (a single row marks its own) get codes 0, count in no
-// row's maximum, and are listed by the first block. |x| is compared as its bits: so a NaN is the largest of all.
+// row's maximum, and are listed by the first block.
 #include "int8_warp.cuh"
 
 constexpr int WARPS = THREADS / 32;
@@ -17,11 +17,6 @@ struct Params {
     float threshold;
     int rows, columns, slices;
 };
-
-DEVICE float element(const uint4 &v, int i) {
-    u32 pair = i < 2 ? v.x : i < 4 ? v.y : i < 6 ? v.z : v.w;
-    return widen(i & 1 ? pair >> 16 : pair & 0xFFFF);
-}
 
 // The list, thread by thread: always in the same order.
 DEVICE void list_columns(const Params &p, const u32 (&marks)[CHUNKS], u32 *turns) {
@@ -71,35 +66,27 @@ extern "C" __global__ void __launch_bounds__(THREADS) int8_quantize(const Params
 #if OUTLIERS
         if (!p.marks) {
 #pragma unroll
-            for (int k = 0; k < CHUNKS; k++)
-#pragma unroll
-                for (int i = 0; i < 8; i++) marks[k] |= (u32)(fabsf(element(held[k], i)) >= p.threshold) << i;
+            for (int k = 0; k < CHUNKS; k++) marks[k] = reached(held[k], p.threshold);
             list_columns(p, marks, turns);
         }
 #endif
 #pragma unroll
-        for (int k = 0; k < CHUNKS; k++)
-#pragma unroll
-            for (int i = 0; i < 8; i++)
-                if (!(marks[k] >> i & 1)) most = max(most, float_bits(element(held[k], i)) & 0x7FFFFFFF);
-        most = warp_max(most);
+        for (int k = 0; k < CHUNKS; k++) {
+            if (OUTLIERS) clear(held[k], marks[k]);
+            most = larger_sizes(most, held[k]);
+        }
+        most = warp_max(larger_of(most));
         if (lane == 0) largest[warp] = most;
         __syncthreads();
         for (int i = 0; i < WARPS; i++) most = max(most, largest[i]);
-        float absmax = bits_float(most), factor = absmax > 0 ? multiplied(divided(1, absmax), 127) : 0;
+        float absmax = widen(most), factor = factor_of(absmax);
         int sum = 0;
 #pragma unroll
         for (int k = 0; k < CHUNKS; k++) {
-            u32 words[2] = {};
-#pragma unroll
-            for (int i = 0; i < 8; i++) {
-                int code = marks[k] >> i & 1 ? 0 : nearest(multiplied(element(held[k], i), factor));
-                code = max(min(code, 127), -128);
-                sum += code;
-                words[i >> 2] |= (u32)(code & 0xFF) << 8 * (i & 3);
-            }
-            if (tid + k * THREADS < chunks)
-                *(uint2 *)(p.codes + (long long)row * p.columns + (tid + k * THREADS) * 8) = make_uint2(words[0], words[1]);
+            uint2 words = codes_of(held[k], factor);
+            if (tid + k * THREADS >= chunks) continue;
+            sum = byte_sum(words.x, byte_sum(words.y, sum));
+            *(uint2 *)(p.codes + (long long)row * p.columns + (tid + k * THREADS) * 8) = words;
         }
         sum = warp_sum(sum);
         if (lane == 0) sums[warp] = sum;

@@ -28,8 +28,46 @@ template <class T> DEVICE T fresh(const T *p) { return __ldcg(p); }
 [[maybe_unused]] DEVICE u32 exchange(u32 v, int mask) { return __shfl_xor_sync(0xFFFFFFFFu, v, mask); }
 DEVICE float multiplied(float a, float b) { return __fmul_rn(a, b); }  // rounded, never fused with a sum
 [[maybe_unused]] DEVICE float divided(float a, float b) { return __fdiv_rn(a, b); }
-[[maybe_unused]] DEVICE int nearest(float v) { return __float2int_rn(v); }  // 0 for a NaN
+[[maybe_unused]] DEVICE float clamped(float v, float most) { return fminf(fmaxf(v, -most), most); }  // -most for a NaN
 [[maybe_unused]] DEVICE int count_bits(u32 v) { return __popc(v); }
+[[maybe_unused]] DEVICE u32 larger_pair(u32 a, u32 b) { return __vmaxu2(a, b); }
+[[maybe_unused]] DEVICE int byte_sum(u32 bytes, int sum) { return __dp4a((int)bytes, 0x01010101, sum); }  // signed
 #endif
 
 constexpr int OUTLIERS_AT_ONCE = 8;  // columns that lie in shared memory together
+
+// Eight numbers of 16 bits. |x| is compared as its bits, two at a time: so a NaN is the largest of all.
+DEVICE u32 reached(u32 pair, float threshold) {
+    return (u32)(fabsf(widen(pair & 0xFFFF)) >= threshold) | (u32)(fabsf(widen(pair >> 16)) >= threshold) << 1;
+}
+[[maybe_unused]] DEVICE u32 reached(const uint4 &v, float threshold) {  // a bit for each
+    return reached(v.x, threshold) | reached(v.y, threshold) << 2 | reached(v.z, threshold) << 4 | reached(v.w, threshold) << 6;
+}
+DEVICE u32 halves_of(u32 marks) { return (marks & 1 ? 0xFFFFu : 0) | (marks & 2 ? 0xFFFF0000u : 0); }
+[[maybe_unused]] DEVICE void clear(uint4 &v, u32 marks) {  // what is marked becomes 0
+    if (!marks) return;
+    v.x &= ~halves_of(marks), v.y &= ~halves_of(marks >> 2), v.z &= ~halves_of(marks >> 4), v.w &= ~halves_of(marks >> 6);
+}
+[[maybe_unused]] DEVICE u32 larger_sizes(u32 most, const uint4 &v) {  // of two columns each
+    u32 a = larger_pair(v.x & 0x7FFF7FFF, v.y & 0x7FFF7FFF), b = larger_pair(v.z & 0x7FFF7FFF, v.w & 0x7FFF7FFF);
+    return larger_pair(most, larger_pair(a, b));
+}
+[[maybe_unused]] DEVICE u32 larger_of(u32 pair) { return larger_pair(pair, pair >> 16) & 0xFFFF; }
+[[maybe_unused]] DEVICE float factor_of(float absmax) { return absmax > 0 ? multiplied(divided(1, absmax), 127) : 0; }
+
+// Codes of four numbers. 1.5 times 2^23 has steps of 1: the sum rounds as it should and ends in the code. Where the factor
+// is no finite number, products are not either.
+DEVICE u32 codes_of(u32 low, u32 high, float factor) {
+    float v[4] = {widen(low & 0xFFFF), widen(low >> 16), widen(high & 0xFFFF), widen(high >> 16)};
+    u32 bits[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        float step = multiplied(v[i], factor);
+        if (factor > 3e38f) step = v[i] == 0 ? 0 : clamped(step, 127);
+        bits[i] = float_bits(step + 12582912.0f);
+    }
+    return permute(permute(bits[0], bits[1], 0x0040), permute(bits[2], bits[3], 0x0040), 0x5410);
+}
+[[maybe_unused]] DEVICE uint2 codes_of(const uint4 &v, float factor) {
+    return make_uint2(codes_of(v.x, v.y, factor), codes_of(v.z, v.w, factor));
+}
