@@ -14,7 +14,6 @@ static void await_earlier() {}
 static void let_next_begin() {}
 static uint4 fresh16(const void *p) { return load16(p); }
 template <class T> static T fresh(const T *p) { return *p; }
-static float multiplied(float a, float b) { volatile float c = a * b; return c; }
 static float divided(float a, float b) { return a / b; }
 static float clamped(float v, float most) { return std::fmin(std::fmax(v, -most), most); }
 static u32 larger_pair(u32 a, u32 b) { return max(a & 0xFFFF, b & 0xFFFF) | max(a >> 16, b >> 16) << 16; }

@@ -57,6 +57,7 @@ DEVICE float load_uncached(const float *p) {
 #else
 #define TYPE "bf16"
 #endif
+[[maybe_unused]] DEVICE float multiplied(float a, float b) { return __fmul_rn(a, b); }  // rounded, never fused with a sum
 DEVICE u32 add_pair(u32 a, u32 b) {  // as a * 1 + b, which compute capability 8.0 has for bfloat16 too
     u32 d;
     asm("fma.rn." TYPE "x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(HALF ? 0x3C003C00u : 0x3F803F80u), "r"(b));

@@ -26,7 +26,6 @@ template <class T> DEVICE T fresh(const T *p) { return __ldcg(p); }
     return v;
 }
 [[maybe_unused]] DEVICE u32 exchange(u32 v, int mask) { return __shfl_xor_sync(0xFFFFFFFFu, v, mask); }
-DEVICE float multiplied(float a, float b) { return __fmul_rn(a, b); }  // rounded, never fused with a sum
 [[maybe_unused]] DEVICE float divided(float a, float b) { return __fdiv_rn(a, b); }
 [[maybe_unused]] DEVICE float clamped(float v, float most) { return fminf(fmaxf(v, -most), most); }  // -most for a NaN
 [[maybe_unused]] DEVICE int count_bits(u32 v) { return __popc(v); }
