@@ -26,9 +26,10 @@ from torch import Tensor
 from whit.activations import parse_activations
 from whit.errors import KernelError
 from whit.formats import parse_format
+from whit.kernels import float8
 from whit.kernels import int8 as reference
 from whit.kernels.activated import Activation8
-from whit.kernels.gpu import Gpu8, int8, kernel8, nvrtc
+from whit.kernels.gpu import Gpu8, GpuFloat8, int8, kernel8, nvrtc
 from whit.kernels.gpu.int8 import Config, Few
 from whit.layouts import BITS
 from whit.modules import QuantizedLinear
@@ -274,14 +275,15 @@ def float8_checks() -> Iterator[tuple[str, float, float]]:
                 BITS.name, parse_format("fp8"), (512, 1024), tensors, activations=parse_activations(how)
             )
             x = inputs(rows, 1024, 3, seed)
-            with no_waiting():
-                found = Activation8().linear(x, packed, None)
-            wanted = Activation8().linear(x.cpu(), on_cpu(packed), None)
-            yield (
-                f"{how}, {rows} rows",
-                float((found.cpu().double() - wanted.double()).norm() / wanted.double().norm()),
-                4e-3,
-            )
+            wanted = Activation8().linear(x.cpu(), on_cpu(packed), None).double()
+            for kernel in (Activation8(), *([GpuFloat8()] if how == "fp8" else [])):
+                with no_waiting():
+                    found = kernel.linear(x, kernel.prepare(packed), None)
+                yield f"{how}, {rows} rows, {kernel.name}", float((found.cpu() - wanted).norm() / wanted.norm()), 4e-3
+        if how == "fp8":
+            codes, wanted = int8.quantize(x, dtype=torch.float8_e4m3fn).codes, float8.quantize_rows(x.cpu()).codes
+            same = torch.equal(codes.cpu().view(torch.uint8), wanted.view(torch.uint8))
+            yield "rows as E4M3 floats", 0.0 if same else 1.0, 0.0
 
 
 CHECKS: dict[str, Callable[[], Iterator[tuple[str, float, float]]]] = {
@@ -336,7 +338,20 @@ def time_cell(x: Tensor, dense: list[Tensor], ours: list[PackedWeight]) -> dict[
         signed = [w.tensors["codes"].view(torch.int8).t() for w in ours]
         cell["torch._int_mm alone"] = seconds_cold([lambda w=w: torch._int_mm(codes, w) for w in signed])
     cell["torch._scaled_mm, FP8, alone"] = time_float8(ours, x)
+    cell["FP8"], cell["FP8 by torch"] = (time_whole_float8(ours, x, each) for each in (GpuFloat8(), Activation8()))
     return cell
+
+
+def time_whole_float8(weights: list[PackedWeight], x: Tensor, kernel: GpuFloat8 | Activation8) -> float:
+    """The same, rows quantized too."""
+    how, format = parse_activations("fp8"), parse_format("fp8")
+    scale = {"scale": torch.ones(weights[0].shape[0], 1, device=DEVICE)}
+    codes = [w.tensors["codes"] & 0xB7 for w in weights]
+    some = [
+        kernel.prepare(PackedWeight(BITS.name, format, w.shape, {"codes": c} | scale, activations=how))
+        for w, c in zip(weights, codes, strict=True)
+    ]
+    return seconds_cold([lambda w=w: kernel.linear(x, w, None) for w in some])
 
 
 def timed(packed: PackedWeight, x: Tensor, config: Config | Few) -> Callable[[], object]:
@@ -389,7 +404,8 @@ def time_all(seconds: float) -> None:
         if isinstance(c, Few) and may_be_best(c, shape, rows)
     }  # fmt: skip
     wanted += [(int8.FEW, c.macros(False, o, shape[1], rows).items()) for c, shape, rows in few for o in (False, True)]
-    wanted += [(int8.QUANTIZE, int8.quantize_macros(c, False, o).items()) for c in (4096, 14336) for o in (False, True)]
+    kinds = ((False, False), (True, False), (False, True))
+    wanted += [(int8.QUANTIZE, int8.quantize_macros(c, False, *kind).items()) for c in (4096, 14336) for kind in kinds]
     start = time.monotonic()
     kitchen.prepare([*wanted, (int8.MARK, (int8.BYTES | {"HALF": 0}).items())])
     kitchen.pool.terminate()

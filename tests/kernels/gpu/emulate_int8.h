@@ -43,6 +43,16 @@ static int warp_prefix(int v) {
 static u32 exchange(u32 v, int mask) { return together(v)[current % 32 ^ mask]; }
 static void __syncwarp() {}
 
+// E4M3: steps of 2^-9 below 2^-6, else of an eighth of the power of two below; halves to even.
+static u32 float8(float v) {
+    u32 sign = std::signbit(v) ? 0x80 : 0;
+    if (std::isnan(v)) return 0x7F;
+    float size = std::fmin(std::fabs(v), 448);
+    int e = size < 0.015625f ? -6 : std::ilogb(size);
+    int steps = (int)std::nearbyint(std::ldexp(size, 3 - e));  // 8 to 16, or less where e is -6
+    return sign | (u32)(steps + 8 * (e + 6));
+}
+static u32 float8_pair(float low, float high) { return float8(low) | float8(high) << 8; }
 static void atomicMax(u32 *p, u32 v) { if (*p < v) *p = v; }
 static void atomicOr(u32 *p, u32 v) { *p |= v; }
 static void atomicAdd(int *p, int v) { *p += v; }

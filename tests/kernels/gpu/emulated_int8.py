@@ -40,15 +40,15 @@ def library(kernel: Path, macros: tuple[tuple[str, int], ...], driver: str) -> c
     return loaded
 
 
-def quantize(x: Tensor, threshold: float = 0.0) -> Rows:
+def quantize(x: Tensor, threshold: float = 0.0, dtype: torch.dtype = torch.int8) -> Rows:
     """As `int8.quantize`."""
-    half, marks, rows = x.dtype == torch.float16, None, int8.empty_rows(x, threshold > 0)
+    half, marks, rows = x.dtype == torch.float16, None, int8.empty_rows(x, threshold > 0, dtype)
     if threshold > 0 and len(x) > 1:
         marks = torch.full((int8.slices(len(x)), x.shape[1] // 8), 0xFF, dtype=torch.uint8)
         params = int8.mark_params(x, marks, threshold)
         kernel = library(int8.MARK, tuple((int8.BYTES | {"HALF": int(half)}).items()), BLOCKS)
         kernel.run(ctypes.byref(params), *int8.mark_grid(x, marks)[:2])
-    macros = int8.quantize_macros(x.shape[1], half, threshold > 0)
+    macros = int8.quantize_macros(x.shape[1], half, threshold > 0, dtype == torch.float8_e4m3fn)
     params = int8.quantize_params(x, rows, marks, threshold)
     library(int8.QUANTIZE, tuple(macros.items()), BLOCKS).run(ctypes.byref(params), min(len(x), 3), 1)
     return rows

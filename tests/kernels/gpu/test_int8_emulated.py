@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Generator, Tensor
 
+from whit.kernels import float8
 from whit.kernels import int8 as reference
 from whit.kernels.gpu import int8
 from whit.kernels.gpu.int8 import Config, Few, Weight
@@ -42,6 +43,14 @@ def test_rows_are_the_references_bit_for_bit(rows: int, columns: int, dtype: tor
     assert torch.equal(found.scale[finite], wanted.scale[finite, 0])
     assert torch.equal(found.offset, 128 * found.codes.sum(1, dtype=torch.int32))
     assert not found.scale[~finite].isfinite().any()
+
+
+def test_rows_as_e4m3_floats_are_the_references_bit_for_bit(random: Generator):
+    x = planted(9, 1072, BF16, random) * torch.logspace(-30, 3, 9)[:, None].to(BF16)
+    x[1], x[2, :300] = 0.0, x[2, :300] * 1e-3  # steps below the smallest normal number
+    found, wanted = emulated_int8.quantize(x, dtype=torch.float8_e4m3fn), float8.quantize_rows(x)
+    assert torch.equal(found.codes.view(torch.uint8), wanted.codes.view(torch.uint8))
+    assert torch.equal(found.scale, wanted.scale[:, 0])
 
 
 @pytest.mark.parametrize(("rows", "outliers"), [(1, 0), (1, 3), (130, 0), (130, 21)])

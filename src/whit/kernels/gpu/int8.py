@@ -219,12 +219,12 @@ def slices(rows: int) -> int:
     return -(-rows // size)
 
 
-def quantize_macros(columns: int, half: bool, outliers: bool) -> dict[str, int]:
-    """What int8_quantize.cu is compiled with: two chunks per thread where the block is not too large for that."""
+def quantize_macros(columns: int, half: bool, outliers: bool, float8: bool = False) -> dict[str, int]:
+    """What int8_quantize.cu is compiled with: four chunks per thread where the block is not too large for that."""
     chunks = -(-columns // 8)
     threads = next((t for t in (128, 256, 512) if chunks <= 4 * t), LARGEST_BLOCK)
     sizes = {"THREADS": threads, "CHUNKS": -(-chunks // threads)}
-    return BYTES | {"HALF": int(half), "OUTLIERS": int(outliers)} | sizes
+    return BYTES | {"HALF": int(half), "OUTLIERS": int(outliers), "FLOAT8": int(float8)} | sizes
 
 
 def quantize_params(x: Tensor, rows: Rows, marks: Tensor | None, threshold: float) -> QuantizeParams:
@@ -234,11 +234,11 @@ def quantize_params(x: Tensor, rows: Rows, marks: Tensor | None, threshold: floa
     return QuantizeParams(*pointers, _rounded(threshold, x.dtype), *x.shape, 0 if marks is None else len(marks))
 
 
-def empty_rows(x: Tensor, outliers: bool) -> Rows:
+def empty_rows(x: Tensor, outliers: bool, dtype: torch.dtype = torch.int8) -> Rows:
     """Room for what int8_quantize.cu makes of x (rows, columns)."""
     (rows, columns), device = x.shape, x.device
     return Rows(
-        torch.empty(rows, columns, dtype=torch.int8, device=device),
+        torch.empty(rows, columns, dtype=dtype, device=device),
         torch.empty(rows, dtype=torch.float32, device=device),
         torch.empty(rows, dtype=torch.int32, device=device),
         listed=torch.empty(1 + columns, dtype=torch.int32, device=device) if outliers else None,
@@ -274,18 +274,19 @@ def product_params(
     )  # fmt: skip
 
 
-def quantize(x: Tensor, threshold: float = 0.0) -> Rows:
+def quantize(x: Tensor, threshold: float = 0.0, dtype: torch.dtype = torch.int8) -> Rows:
     """Contiguous x (rows, columns) by a scale per row; with a threshold without its outlier columns, which are listed.
 
-    Equals `kernels.int8.quantize_rows` bit for bit. Columns are a multiple of 16, and at most MOST_COLUMNS.
+    Equals `quantize_rows` of `kernels.int8`, or, for float8_e4m3fn, of `kernels.float8` bit for bit (where `offset` is
+    of no meaning). Columns are a multiple of 16, and at most MOST_COLUMNS.
     """
     device, where = x.device.index, torch.cuda.current_stream(x.device).cuda_stream
-    half, marks, rows = x.dtype == torch.float16, None, empty_rows(x, threshold > 0)
+    half, marks, rows = x.dtype == torch.float16, None, empty_rows(x, threshold > 0, dtype)
     if threshold > 0 and len(x) > 1:
         marks = torch.empty(slices(len(x)), x.shape[1] // 8, dtype=torch.uint8, device=x.device)
         function = _build(MARK, tuple((BYTES | {"HALF": int(half)}).items()), device)
         function.launch_early(mark_grid(x, marks), MARK_THREADS, MARK_THREADS, mark_params(x, marks, threshold), where)
-    macros = quantize_macros(x.shape[1], half, threshold > 0)
+    macros = quantize_macros(x.shape[1], half, threshold > 0, dtype == torch.float8_e4m3fn)
     function, threads = _build(QUANTIZE, tuple(macros.items()), device), macros["THREADS"]
     blocks = min(len(x), 16 * torch.cuda.get_device_properties(device).multi_processor_count)
     params = quantize_params(x, rows, marks, threshold)

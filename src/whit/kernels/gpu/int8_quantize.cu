@@ -2,10 +2,11 @@
 //
 // The host (int8.py) defines THREADS of a block and CHUNKS of eight columns that a thread holds, so that a row is read
 // once. With OUTLIERS, columns that int8_mark.cu has marked (a single row marks its own) get codes 0, count in no
-// row's maximum, and are listed by the first block.
+// row's maximum, and are listed by the first block. With FLOAT8 codes are E4M3 floats: x 448 / max|x|, rounded.
 #include "int8_warp.cuh"
 
 constexpr int WARPS = THREADS / 32;
+constexpr float LARGEST = FLOAT8 ? 448 : 127;  // code
 
 struct Params {
     const u16 *x;
@@ -79,11 +80,11 @@ extern "C" __global__ void __launch_bounds__(THREADS) int8_quantize(const Params
         if (lane == 0) largest[warp] = most;
         __syncthreads();
         for (int i = 0; i < WARPS; i++) most = max(most, largest[i]);
-        float absmax = widen(most), factor = factor_of(absmax);
+        float absmax = widen(most), factor = factor_of(absmax, LARGEST);
         int sum = 0;
 #pragma unroll
         for (int k = 0; k < CHUNKS; k++) {
-            uint2 words = codes_of(held[k], factor);
+            uint2 words = FLOAT8 ? float8_of(held[k], factor) : codes_of(held[k], factor);
             if (tid + k * THREADS >= chunks) continue;
             sum = byte_sum(words.x, byte_sum(words.y, sum));
             *(uint2 *)(p.codes + (long long)row * p.columns + (tid + k * THREADS) * 8) = words;
@@ -93,7 +94,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) int8_quantize(const Params
         __syncthreads();
         if (tid == 0) {
             for (int i = 1; i < WARPS; i++) sum += sums[i];
-            p.scale[row] = divided(absmax, 127), p.offset[row] = 128 * sum;
+            p.scale[row] = divided(absmax, LARGEST);
+            if (!FLOAT8) p.offset[row] = 128 * sum;
         }
         __syncthreads();
     }

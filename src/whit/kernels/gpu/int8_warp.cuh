@@ -31,6 +31,11 @@ template <class T> DEVICE T fresh(const T *p) { return __ldcg(p); }
 [[maybe_unused]] DEVICE int count_bits(u32 v) { return __popc(v); }
 [[maybe_unused]] DEVICE u32 larger_pair(u32 a, u32 b) { return __vmaxu2(a, b); }
 [[maybe_unused]] DEVICE int byte_sum(u32 bytes, int sum) { return __dp4a((int)bytes, 0x01010101, sum); }  // signed
+[[maybe_unused]] DEVICE u32 float8_pair(float low, float high) {  // E4M3, at most 448
+    u16 d;
+    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(d) : "f"(high), "f"(low));
+    return d;
+}
 #endif
 
 constexpr int OUTLIERS_AT_ONCE = 8;  // columns that lie in shared memory together
@@ -52,7 +57,9 @@ DEVICE u32 halves_of(u32 marks) { return (marks & 1 ? 0xFFFFu : 0) | (marks & 2 
     return larger_pair(most, larger_pair(a, b));
 }
 [[maybe_unused]] DEVICE u32 larger_of(u32 pair) { return larger_pair(pair, pair >> 16) & 0xFFFF; }
-[[maybe_unused]] DEVICE float factor_of(float absmax) { return absmax > 0 ? multiplied(divided(1, absmax), 127) : 0; }
+[[maybe_unused]] DEVICE float factor_of(float absmax, float largest = 127) {
+    return absmax > 0 ? multiplied(divided(1, absmax), largest) : 0;
+}
 
 // Codes of four numbers. 1.5 times 2^23 has steps of 1: the sum rounds as it should and ends in the code. Where the factor
 // is no finite number, products are not either.
@@ -69,4 +76,12 @@ DEVICE u32 codes_of(u32 low, u32 high, float factor) {
 }
 [[maybe_unused]] DEVICE uint2 codes_of(const uint4 &v, float factor) {
     return make_uint2(codes_of(v.x, v.y, factor), codes_of(v.z, v.w, factor));
+}
+
+// The same as E4M3 floats.
+DEVICE u32 float8_of(u32 pair, float factor) {
+    return float8_pair(multiplied(widen(pair & 0xFFFF), factor), multiplied(widen(pair >> 16), factor));
+}
+[[maybe_unused]] DEVICE uint2 float8_of(const uint4 &v, float factor) {
+    return make_uint2(float8_of(v.x, factor) | float8_of(v.y, factor) << 16, float8_of(v.z, factor) | float8_of(v.w, factor) << 16);
 }
