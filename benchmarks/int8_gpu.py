@@ -41,7 +41,7 @@ from harness import RESULTS, machine, markdown
 SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336))
 ROWS = (1, 16, 64, 256, 1024, 4096)
 DEVICE = "cuda"
-PROVEN = True  # whether the single launch is right here
+DOUBTED: set[str] = set()  # what is not timed: "few", the single launch, and "ahead", rows beside the products
 SHARE = 0.001  # of columns are outliers
 BYTES_PER_SECOND = {"H100": 3.35e12, "H200": 4.8e12}  # NVIDIA's data sheets
 OPERATIONS = 1979e12  # of int8, dense
@@ -68,6 +68,7 @@ FOR_64 = (
     Few(128, 4, 4, 4), Few(128, 4, 8, 0, 2), Few(128, 4, 8, 4), Few(256, 4, 8), Few(256, 3, 8, 4), Few(256, 4, 4, 4),
     Few(64, 4, 8, 0, 2), Few(64, 8, 4, 4), Few(128, 4, 2, 8), Few(64, 8, 2, 8),
 )  # fmt: skip
+AHEAD = (Config(2, 256, 4, pair=2), Config(2, 128, 6, pair=2))
 CUTS: dict[int, tuple[Config | Few, ...]] = {
     1: (*ONE_LAUNCH, *FEW),
     16: (*ONE_LAUNCH, *FEW),
@@ -202,6 +203,32 @@ def split_checks() -> Iterator[tuple[str, float, float]]:
         yield check_product(config, (1048, 4112), 1, "int8-outliers", 4)
 
 
+def ahead_checks() -> Iterator[tuple[str, float, float]]:
+    """Rows quantized beside the products."""
+    some = (Config(2, 256, 4, pair=2), Config(2, 128, 6, pair=2), Config(2, 128, 6, 2), Config(1, 64, 4, pair=2))
+    for config, outliers, rows in itertools.product(some, (None, 0, 21), (100, 300, 1500)):
+        seed, shape = generator(rows), (1048, 2064)
+        packed = weight(shape, "int8" if outliers is None else "int8-outliers", seed)
+        x, bias = inputs(rows, shape[1], outliers or 0, seed), torch.randn(shape[0], device=DEVICE).bfloat16()
+        y = torch.full((rows, shape[0]), float("nan"), dtype=x.dtype, device=DEVICE)
+        for _ in range(3):
+            ahead_product(packed, x, y, bias, config)
+        torch.cuda.synchronize()
+        yield f"{outliers} outliers, {rows} rows, {config}", compare(y, x, packed, bias), 4e-3 if outliers else 0.0
+    packed, x = weight((4096, 4096), "int8", generator(1)), inputs(4096, 4096, 0, generator(2))
+    y, wanted = (torch.full((4096, 4096), float("nan"), dtype=x.dtype, device=DEVICE) for _ in range(2))
+    kernel8.product(x, packed, None, wanted, MANY[0])
+    for config in AHEAD:
+        ahead_product(packed, x, y.fill_(float("nan")), None, config)
+        yield f"4096 rows, {config}", 0.0 if torch.equal(y, wanted) else 1.0, 0.0
+
+
+def ahead_product(packed: PackedWeight, x: Tensor, y: Tensor, bias: Tensor | None, config: Config) -> None:
+    assert packed.activations is not None
+    operand = int8.Weight(packed.tensors["codes"], packed.tensors[kernel8.ROW_SCALE], bias)
+    int8.multiply_ahead(x, operand, y, packed.activations.threshold, config)
+
+
 def pair_checks() -> Iterator[tuple[str, float, float]]:
     for config in (Config(2, 128, 6, pair=2), Config(2, 256, 4, pair=2), Config(1, 64, 4, pair=2)):
         for rows in (300, 1500):
@@ -287,8 +314,8 @@ def float8_checks() -> Iterator[tuple[str, float, float]]:
 
 
 CHECKS: dict[str, Callable[[], Iterator[tuple[str, float, float]]]] = {
-    "plain": plain_checks, "split": split_checks, "pair": pair_checks, "few": few_checks, "whole": whole_checks,
-    "graphs": graph_checks, "float8": float8_checks,
+    "plain": plain_checks, "split": split_checks, "pair": pair_checks, "few": few_checks, "ahead": ahead_checks,
+    "whole": whole_checks, "graphs": graph_checks, "float8": float8_checks,
 }  # fmt: skip
 
 
@@ -332,6 +359,11 @@ def time_cell(x: Tensor, dense: list[Tensor], ours: list[PackedWeight]) -> dict[
     cell["rows alone, outliers"] = seconds_cold([lambda: int8.quantize(x, 6.0) for _ in range(8)])
     cell["W8A8"], cell["cuts"] = best_of(ours, x)
     cell["LLM.int8()"], cell["cuts, outliers"] = best_of(outlying, x, sorted(cell["cuts"], key=cell["cuts"].get)[:6])
+    if rows >= 256 and "ahead" not in DOUBTED:
+        cell["ahead"] = {
+            f"{w[0].activations} {c}": seconds_cold([timed(each, x, c, ahead_product) for each in w])
+            for w in (ours, outlying) for c in (*AHEAD, *(SOME[:2] if rows == 256 else ()))
+        }  # fmt: skip
     cell["by dispatch"] = seconds_cold([lambda w=w: Gpu8().linear(x, w, None) for w in ours])
     codes = int8.quantize(x).codes
     if rows > 16:
@@ -354,8 +386,12 @@ def time_whole_float8(weights: list[PackedWeight], x: Tensor, kernel: GpuFloat8 
     return seconds_cold([lambda w=w: kernel.linear(x, w, None) for w in some])
 
 
-def timed(packed: PackedWeight, x: Tensor, config: Config | Few) -> Callable[[], object]:
+def timed(
+    packed: PackedWeight, x: Tensor, config: Config | Few, how: Callable[..., None] | None = None
+) -> Callable[[], object]:
     y = torch.empty(len(x), packed.shape[0], dtype=x.dtype, device=x.device)
+    if how is not None:
+        return lambda: how(packed, x, y, None, config)
     if isinstance(config, Few):
         return lambda: few_product(packed, x, y, None, config)
     return lambda: kernel8.product(x, packed, None, y, config)
@@ -364,7 +400,11 @@ def timed(packed: PackedWeight, x: Tensor, config: Config | Few) -> Callable[[],
 def best_of(weights: list[PackedWeight], x: Tensor, among: list[str] | None = None) -> tuple[float, dict[str, float]]:
     """Seconds of the fastest cut, and of each."""
     found, (outs, columns) = {}, weights[0].shape
-    cuts = [c for c in CUTS[len(x)] if (PROVEN or not isinstance(c, Few)) and (among is None or str(c) in among)]
+    cuts = [
+        c
+        for c in CUTS[len(x)]
+        if ("few" not in DOUBTED or not isinstance(c, Few)) and (among is None or str(c) in among)
+    ]
     for config in cuts:
         if may_be_best(config, (outs, columns), len(x)):
             try:
@@ -407,7 +447,10 @@ def time_all(seconds: float) -> None:
     kinds = ((False, False), (True, False), (False, True))
     wanted += [(int8.QUANTIZE, int8.quantize_macros(c, False, *kind).items()) for c in (4096, 14336) for kind in kinds]
     start = time.monotonic()
-    kitchen.prepare([*wanted, (int8.MARK, (int8.BYTES | {"HALF": 0}).items())])
+    wanted += [(int8.MARK, int8.mark_macros(False, joined).items()) for joined in (False, True)]
+    some = (*AHEAD, *SOME[:2])
+    wanted += [(int8.PRODUCT, c.macros(False, o, False, True).items()) for c in some for o in (False, True)]
+    kitchen.prepare(wanted)
     kitchen.pool.terminate()
     print(f"compiled in {time.monotonic() - start:.1f} s", flush=True)
     if budget.left > 20:
@@ -453,6 +496,12 @@ def finished(process: subprocess.Popen[str], seconds: float) -> str:
     return text + (f"\nFAILED: status {process.returncode}\n" if process.returncode else "")
 
 
+def is_wrong(text: str) -> bool:
+    """Whether a part that ran did not end well, or found something wrong."""
+    found = [json.loads(line[6:]) for line in text.splitlines() if line.startswith("CHECK ")]
+    return "FAILED" in text or not all(each[3] for each in found)
+
+
 def table(cells: list[dict[str, Any]]) -> str:
     """Times bf16, and in brackets the share of the limit."""
     lines = []
@@ -490,23 +539,21 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=90)
     parser.add_argument("--out", type=Path, default=RESULTS / "int8_gpu.json")
     parser.add_argument("--checks", default=",".join(CHECKS), help="which kinds, parted by commas")
-    parser.add_argument("--without-few", action="store_true", help="do not time the single launch")
+    parser.add_argument(
+        "--without", default="", help="do not time the single launch (few), rows beside products (ahead)"
+    )
     parser.add_argument("--part", choices=[*CHECKS, "times"])
     args = parser.parse_args()
     if args.part:
-        global PROVEN
-        PROVEN = not args.without_few
+        DOUBTED.update(args.without.split(","))
         run_part(args.part, args.seconds)
         return
     budget = Budget(args.seconds)
     running = {part: start_part(part, 40) for part in args.checks.split(",") if part}
     texts = {part: finished(process, min(budget.left, 45)) for part, process in running.items()}
     print(f"checked after {args.seconds - budget.left:.0f} s", flush=True)
-    few = texts.get("few", "")
-    wrong = "FAILED" in few or any(
-        not json.loads(line[6:])[3] for line in few.splitlines() if line.startswith("CHECK ")
-    )
-    times = start_part("times", budget.left - 8, *(["--without-few"] if wrong else []))
+    wrong = ",".join(part for part in ("few", "ahead") if is_wrong(texts.get(part, "")))
+    times = start_part("times", budget.left - 8, "--without", wrong)
     texts["times"] = finished(times, budget.left - 1)
     lines = [line for text in texts.values() for line in text.splitlines()]
     checks = [json.loads(line[6:]) for line in lines if line.startswith("CHECK ")]

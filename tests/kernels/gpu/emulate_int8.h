@@ -40,8 +40,13 @@ static int warp_prefix(int v) {
     for (int i = 0; i <= current % 32; i++) s += all[i];
     return s;
 }
+static u32 from_first(u32 v) { return together(v)[0]; }
+static void pause() { yield(); threadIdx.x = current % threads; }
+static u32 counted(const u32 *count) { return *(volatile const u32 *)count; }
+static void count_row(u32 *count) { ++*count; }
+static void between_engines() {}
 static u32 exchange(u32 v, int mask) { return together(v)[current % 32 ^ mask]; }
-static void __syncwarp() {}
+static void __syncwarp() { together(0); }
 
 // E4M3: steps of 2^-9 below 2^-6, else of an eighth of the power of two below; halves to even.
 static u32 float8(float v) {

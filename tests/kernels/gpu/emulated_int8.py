@@ -6,6 +6,7 @@ import ctypes
 import shutil
 import subprocess
 import tempfile
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -46,7 +47,7 @@ def quantize(x: Tensor, threshold: float = 0.0, dtype: torch.dtype = torch.int8)
     if threshold > 0 and len(x) > 1:
         marks = torch.full((int8.slices(len(x)), x.shape[1] // 8), 0xFF, dtype=torch.uint8)
         params = int8.mark_params(x, marks, threshold)
-        kernel = library(int8.MARK, tuple((int8.BYTES | {"HALF": int(half)}).items()), BLOCKS)
+        kernel = library(int8.MARK, tuple(int8.mark_macros(half, False).items()), BLOCKS)
         kernel.run(ctypes.byref(params), *int8.mark_grid(x, marks)[:2])
     macros = int8.quantize_macros(x.shape[1], half, threshold > 0, dtype == torch.float8_e4m3fn)
     params = int8.quantize_params(x, rows, marks, threshold)
@@ -60,6 +61,20 @@ def multiply(rows: Rows, weight: Weight, dtype: torch.dtype, config: Config, pro
     params = int8.product_params(rows, weight, y, config, _map)
     macros = config.macros(dtype == torch.float16, rows.listed is not None, rows.zero is not None)
     grid = config.grid(y.shape[1], len(y), processors)
+    library(int8.PRODUCT, tuple(macros.items()), CLUSTERS).run(ctypes.byref(params), *grid[:2])
+    return y
+
+
+def multiply_ahead(x: Tensor, weight: Weight, threshold: float, config: Config) -> Tensor:
+    """As `int8.multiply_ahead`, on as many multiprocessors as run here at a time."""
+    y, half = torch.full((len(x), len(weight.codes)), float("nan"), dtype=x.dtype), x.dtype == torch.float16
+    rows, ahead = replace(int8.empty_rows(x, threshold > 0), floats=x), int8.ahead_of(x, threshold > 0, config)
+    if threshold > 0:
+        grid, marks = int8.joined_marks(x, ahead, threshold, config)
+        library(int8.MARK, tuple(int8.mark_macros(half, True).items()), BLOCKS).run(ctypes.byref(marks), *grid[:2])
+    params = int8.product_params(rows, weight, y, config, _map, ahead)
+    macros = config.macros(half, threshold > 0, False, True)
+    grid = config.grid(y.shape[1], len(y), config.pair * config.split)
     library(int8.PRODUCT, tuple(macros.items()), CLUSTERS).run(ctypes.byref(params), *grid[:2])
     return y
 

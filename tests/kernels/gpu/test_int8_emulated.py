@@ -123,6 +123,22 @@ def test_few_rows_in_one_launch(config: Few, rows: int, columns: int, outliers: 
     assert (found.float() - wanted).norm() < 6e-3 * wanted.norm()
 
 
+@pytest.mark.parametrize(
+    ("outliers", "config", "rows", "outs", "columns"),
+    [(0, Config(1, 64, 3, 1, 2), 140, 72, 272), pytest.param(9, Config(1, 32, 2), 70, 70, 272, marks=pytest.mark.slow)],
+)
+def test_rows_that_are_quantized_beside_the_products(
+    outliers: int, config: Config, rows: int, outs: int, columns: int, random: Generator
+):
+    x, codes, scale, bias = operands(rows, outs, columns, random, outliers)
+    signed, weight = (codes.to(torch.int16) - 128).to(torch.int8), Weight(codes, scale, bias)
+    found = emulated_int8.multiply_ahead(x, weight, 6.0 if outliers else 0.0, config)
+    if not outliers:
+        assert torch.equal(found, reference.int8_linear(x, signed, scale, bias, reference.quantize_rows(x)))
+    wanted = reference.outlier_linear(x.float(), signed, scale[:, None], bias, 6.0)
+    assert (found.float() - wanted).norm() < 6e-3 * wanted.norm()
+
+
 def test_rows_with_zero_points(random: Generator):
     x, codes, scale, bias = operands(9, 40, 144, random)
     signed = (codes.to(torch.int16) - 128).to(torch.int8)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TypeAlias
@@ -69,11 +69,12 @@ class Config:
         aside += 8 + 4 * AT_ONCE * (self.outs + self.rows) if outliers else 0
         return 1024 + self.stages * (self.rows + self.outs) * STEP + 16 * self.stages + aside
 
-    def macros(self, half: bool, outliers: bool, shifted: bool) -> dict[str, int]:
-        """What int8_product.cu is compiled with."""
+    def macros(self, half: bool, outliers: bool, shifted: bool, ahead: bool = False) -> dict[str, int]:
+        """What int8_product.cu is compiled with; `ahead`: to quantize rows too."""
         return BYTES | {
             "HALF": int(half), "WG": self.groups, "BN": self.outs, "STAGES": self.stages, "SPLITS": self.split,
             "PAIR": self.pair, "OUTLIERS": int(outliers), "SHIFTED": int(shifted),
+            "AHEAD": int(ahead),
         }  # fmt: skip
 
 
@@ -183,8 +184,9 @@ class ProductParams(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in (
             "codes", "floats", "scale", "offset", "zero", "row_scale", "sums", "bias", "listed", "y",
         )),
+        ("ahead", ctypes.c_void_p), ("made", ctypes.c_void_p),
         *((name, ctypes.c_int) for name in ("outs", "columns", "rows")),
-        ("rest", ctypes.c_int * 9),  # the maps make it a multiple of 64 bytes
+        ("rest", ctypes.c_int * 5),  # the maps make it a multiple of 64 bytes
     )  # fmt: skip
 
 
@@ -258,13 +260,14 @@ class Weight:
 
 
 def product_params(
-    rows: Rows, weight: Weight, y: Tensor, config: Config, mapped: Mapped | None = None
+    rows: Rows, weight: Weight, y: Tensor, config: Config, mapped: Mapped | None = None, ahead: Tensor | None = None
 ) -> ProductParams:
     """The kernel's argument; it borrows the tensors' memory. `mapped` makes maps, as `tiles_of` does."""
     (count, outs), columns, mapped = y.shape, rows.codes.shape[1], mapped or tiles_of
     pointers = {
         "codes": weight.codes, "floats": rows.floats, "scale": rows.scale, "offset": rows.offset, "zero": rows.zero,
         "row_scale": weight.row_scale, "sums": weight.sums, "bias": weight.bias, "listed": rows.listed, "y": y,
+        "ahead": ahead, "made": rows.codes,
     }  # fmt: skip
     return ProductParams(
         mapped(rows.codes.data_ptr(), count, columns, config.rows),
@@ -284,7 +287,7 @@ def quantize(x: Tensor, threshold: float = 0.0, dtype: torch.dtype = torch.int8)
     half, marks, rows = x.dtype == torch.float16, None, empty_rows(x, threshold > 0, dtype)
     if threshold > 0 and len(x) > 1:
         marks = torch.empty(slices(len(x)), x.shape[1] // 8, dtype=torch.uint8, device=x.device)
-        function = _build(MARK, tuple((BYTES | {"HALF": int(half)}).items()), device)
+        function = _build(MARK, tuple(mark_macros(half, False).items()), device)
         function.launch_early(mark_grid(x, marks), MARK_THREADS, MARK_THREADS, mark_params(x, marks, threshold), where)
     macros = quantize_macros(x.shape[1], half, threshold > 0, dtype == torch.float8_e4m3fn)
     function, threads = _build(QUANTIZE, tuple(macros.items()), device), macros["THREADS"]
@@ -317,6 +320,44 @@ def multiply_few(x: Tensor, weight: Weight, y: Tensor, threshold: float, config:
     )
     params, shared = few_params(x, weight, y, threshold, config), config.shared_bytes(x.shape[1], len(x), threshold > 0)
     function.launch_early(config.grid(y.shape[1]), config.threads, shared, params, where, config.split)
+
+
+def ahead_of(x: Tensor, outliers: bool, config: Config) -> Tensor:
+    """Zeros for int8_ahead.cuh: the next row, rows done of each tile, and a bit for each outlier column."""
+    tiles, words = -(-len(x) // config.rows), -(-x.shape[1] // 32) if outliers else 0
+    return torch.zeros(1 + tiles + words, dtype=torch.int32, device=x.device)
+
+
+def joined_marks(x: Tensor, ahead: Tensor, threshold: float, config: Config) -> tuple[nvrtc.Dims, MarkParams]:
+    """Blocks and argument of int8_mark.cu, JOINED, for marks in `ahead_of`."""
+    at, count = ahead[1 + -(-len(x) // config.rows) :], slices(len(x))
+    slice = -(-len(x) // count)
+    params = MarkParams(x.data_ptr(), at.data_ptr(), _rounded(threshold, x.dtype), *x.shape, slice)
+    return (-(-x.shape[1] // MARK_COLUMNS), count, 1), params
+
+
+def mark_macros(half: bool, joined: bool) -> dict[str, int]:
+    """What int8_mark.cu is compiled with."""
+    return BYTES | {"HALF": int(half), "JOINED": int(joined)}
+
+
+def multiply_ahead(x: Tensor, weight: Weight, y: Tensor, threshold: float, config: Config) -> None:
+    """Fill y (rows, outs) with contiguous x (rows, columns), quantized by row beside the products, through the weight.
+
+    With a threshold its outlier columns are multiplied as floats, as `quantize` and `multiply` do.
+    """
+    device, where = x.device.index, torch.cuda.current_stream(x.device).cuda_stream
+    half, outliers, ahead = x.dtype == torch.float16, threshold > 0, ahead_of(x, threshold > 0, config)
+    rows = replace(empty_rows(x, outliers), floats=x)
+    if outliers:
+        grid, marks = joined_marks(x, ahead, threshold, config)
+        function = _build(MARK, tuple(mark_macros(half, True).items()), device)
+        function.launch_early(grid, MARK_THREADS, MARK_THREADS, marks, where)
+    function = _build(PRODUCT, tuple(config.macros(half, outliers, False, True).items()), device)
+    params = product_params(rows, weight, y, config, None, ahead)
+    grid = config.grid(y.shape[1], len(y), torch.cuda.get_device_properties(device).multi_processor_count)
+    shared = config.shared_bytes(outliers, False)
+    function.launch_early(grid, config.threads, shared, params, where, config.split * config.pair)
 
 
 def multiply(rows: Rows, weight: Weight, y: Tensor, config: Config) -> None:

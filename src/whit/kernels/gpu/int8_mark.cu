@@ -1,7 +1,7 @@
 // Which columns of x (rows, columns) hold an |x| of at least `threshold`: a bit for each, of every slice of rows.
 //
 // A warp reads 256 neighbouring columns of a row, a block eight rows at a time; slices are joined by whoever reads
-// the marks (int8_quantize.cu), so that nothing has to be zero before.
+// the marks (int8_quantize.cu), so that nothing has to be zero before; or, JOINED, here, where zeros are.
 #include "int8_warp.cuh"
 
 constexpr int THREADS = 256, LANES = THREADS / 32;
@@ -30,6 +30,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) int8_mark(const Params p) 
     __syncthreads();
     if (warp == 0 && column < p.columns) {
         for (int i = 1; i < LANES; i++) mark |= found[i * 32 + lane];
-        p.marks[(long long)blockIdx.y * (p.columns / 8) + column / 8] = mark;
+        if (!JOINED) p.marks[(long long)blockIdx.y * (p.columns / 8) + column / 8] = mark;
+        else if (mark) atomicOr((u32 *)p.marks + column / 32, mark << (column & 24));
     }
 }

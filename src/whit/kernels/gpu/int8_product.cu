@@ -6,6 +6,7 @@
 //   SPLITS             blocks of a cluster that share the columns of one tile
 //   PAIR               2: the two blocks of a cluster multiply neighbouring rows with the same weights; otherwise 1
 //   OUTLIERS, SHIFTED  columns in 16 bits; zero points of the rows
+//   AHEAD              1: rows are quantized here too (int8_ahead.cuh)
 //
 // Why it is fast. The weights are read as they lie in the file, as unsigned codes + 128, and wgmma multiplies signed by
 // unsigned: sums are 128 sum_j code_j too large, which the quantizing kernel counted. One thread asks for tiles of both
@@ -18,8 +19,8 @@
 
 constexpr int BM = 64 * WG, BK = 128, CONSUMERS = 128 * WG, HELPERS = 96, THREADS = CONSUMERS + 32 + HELPERS, CLUSTER = SPLITS * PAIR;
 constexpr int X_BYTES = BM * BK, W_BYTES = BN * BK, STAGE = X_BYTES + W_BYTES, PITCH = BN + 8;
-constexpr int GROUP = 16 / PAIR;  // tiles of rows that are multiplied with the same weights, one after the other
-enum { READY = 1, FREE, AMONG };  // barriers
+constexpr int GROUP = (AHEAD ? 8 : 16) / PAIR;  // tiles of rows that are multiplied with the same weights, one after the other
+enum { READY = 1, FREE, AMONG, LISTED };  // barriers
 
 struct Params {
     Map x, weight;         // the codes as (columns, rows) and (columns, outs)
@@ -33,8 +34,14 @@ struct Params {
     const u16 *bias;       // of the outs, or null
     const int *listed;     // how many columns are outliers, then these
     u16 *y;
+    u32 *ahead;            // where AHEAD: what int8_ahead.cuh begins with, and the codes that it makes
+    signed char *made;
     int outs, columns, rows;
 };
+
+#if AHEAD
+#include "int8_ahead.cuh"
+#endif
 
 struct Aside {  // what a tile needs beside the sums
     float row_scale[BN], bias[BN], scale[BM];
@@ -85,9 +92,15 @@ DEVICE void produce(const Params &p, const Block &b) {
         ask_weight(p, b, tile, asked, asked);
     }
     await_earlier();
+#if AHEAD
+    if (ahead) await_rows(p, tile.row);
+#endif
     for (int i = 0; i < ahead; i++) copy_tile(b.stages + i * STAGE, p.x, (b.begin + i) * BK, tile.row, b.full + i);
     for (int index = b.first, step = ahead; index < b.tiles; index += b.stride, step = 0) {
         tile = tile_of(p, b, index);
+#if AHEAD
+        if (step < b.steps) await_rows(p, tile.row);
+#endif
         for (; step < b.steps; step++, asked++) {
             int slot = asked % STAGES;
             if (asked >= STAGES) await(b.empty + slot, (asked / STAGES - 1) & 1);
@@ -119,6 +132,12 @@ DEVICE void fetch_outliers(const Params &p, Aside &a, const Tile &tile, int coun
 
 DEVICE void assist(const Params &p, const Block &b, int tid) {
     Aside &a = *b.aside;
+#if AHEAD
+    await_earlier();
+    if (OUTLIERS && tid < 32) list_columns(p, tid);
+    make_all(p, tid & 31);
+    if (OUTLIERS) meet<LISTED, HELPERS>();
+#endif
     for (int index = b.first; index < b.tiles; index += b.stride) {
         Tile tile = tile_of(p, b, index);
         if (index != b.first) meet<FREE, CONSUMERS + HELPERS>();
@@ -130,6 +149,9 @@ DEVICE void assist(const Params &p, const Block &b, int tid) {
 #endif
         }
         if (index == b.first) await_earlier();
+#if AHEAD
+        await_rows(p, tile.row);
+#endif
         for (int m = tid; m < BM; m += HELPERS) {
             int row = min(tile.row + m, p.rows - 1);
             a.scale[m] = fresh(p.scale + row), a.offset[m] = fresh(p.offset + row);
@@ -335,6 +357,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) int8_product(KERNEL_ARG
 
     if (warp < 4 * WG) {
         hold_registers<WG>();
+#if AHEAD
+        await_earlier();
+        make_one(p, tid & 31);
+#endif
         consume(p, b, tid);
     } else {
         give_registers<WG>();
