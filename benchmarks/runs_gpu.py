@@ -1,6 +1,6 @@
 """k-quants, ternary and binary on a GPU: python benchmarks/runs_gpu.py [--seconds 40] [--out results/runs_gpu.json]
 
-First checks against the reference on the CPU: dequantizing bit for bit, products of 1 to 16 rows against float64 of the
+First checks against the reference on the CPU: dequantizing bit for bit, products of 1 to 32 rows against float64 of the
 same 16-bit weights. Then times beside torch's bf16 product: cold weights in CUDA graphs, medians, for each cut; for
 more rows dequantizing with torch's product, and what the reference takes today.
 """
@@ -32,7 +32,7 @@ SPECS = (
 )  # fmt: skip
 TIMED = ("q4_k", "q6_k", "q2_k", "q3_k", "q5_k", "ternary-g64", "binary-g64", "q8_0", "iq4_xs")
 SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336))
-ROWS = (1, 4, 16)
+ROWS = (1, 4, 16, 32)
 CUTS = (Config(8, 1, 3), Config(8, 2, 2), Config(8, 1, 4), Config(4, 1, 6), Config(16, 1, 2), Config(4, 2, 4))
 
 
@@ -73,7 +73,7 @@ def check(spec: str, generator: torch.Generator) -> list[tuple[str, float, float
         same = torch.equal(runs.dequantize(packed, dtype, scheme).cpu(), wanted)
         found.append((f"{spec} {dtype} dequantized", 0.0 if same else 1.0, 0.0))
         bias, exact = torch.randn(shape[0], device="cuda").to(dtype), wanted.double().cuda()
-        for rows in (1, 3, 8, 16):
+        for rows in (1, 3, 8, 16, 27):
             x = torch.randn(rows, shape[1], device="cuda", generator=generator).to(dtype)
             y = runs.multiply_few(x, packed, bias, scheme, CUTS[rows % len(CUTS)])
             error = relative_error(y, x.double() @ exact.T + bias.double())
@@ -111,7 +111,7 @@ def compile_all(kitchen: Kitchen) -> None:
         for half in (False, True):
             wanted += [
                 (runs.FEW, runs.few_macros(scheme, CUTS[rows % len(CUTS)], half, rows).items())
-                for rows in (1, 3, 8, 16)
+                for rows in (1, 3, 8, 16, 27)
             ]
         if spec in TIMED:
             wanted += [(runs.FEW, runs.few_macros(scheme, c, False, rows).items()) for c in CUTS for rows in ROWS]

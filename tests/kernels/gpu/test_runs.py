@@ -54,7 +54,7 @@ def linear(x: Tensor, packed: PackedWeight, bias: Tensor | None, config: Config)
 
 FEW = [("q4_k", BF16, 1, 512, Config(2, 2, 1)), ("ternary-g64", F16, 9, 320, Config(2, 1, 1))]
 MORE = [
-    ("q6_k", F16, 5, 512, Config(4, 1, 1)), ("q3_k", BF16, 16, 256, Config(2, 1, 1)),
+    ("q6_k", F16, 5, 512, Config(4, 1, 1)), ("q3_k", BF16, 27, 256, Config(2, 1, 1)),
     ("iq4_xs", F16, 9, 256, Config(1, 2, 1)),
     ("q2_k", BF16, 2, 768, Config(2, 3, 1)), ("q5_k", F16, 1, 512, Config(2, 1, 1)),
     ("binary", BF16, 7, 96, Config(1, 1, 1)), ("q4_1", F16, 4, 288, Config(2, 2, 1)),

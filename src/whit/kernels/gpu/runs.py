@@ -1,6 +1,6 @@
 """Weights whose scales belong to runs of columns on a GPU: ggml's types, ternary and binary.
 
-Up to 16 rows are multiplied by weights that are decoded in registers (runs_few.cu); for more, and for training, the
+Up to 32 rows are multiplied by weights that are decoded in registers (runs_few.cu); for more, and for training, the
 matrix is dequantized (runs_dequantize.cu), equal to the reference bit for bit.
 """
 
@@ -23,7 +23,7 @@ from whit.tensor import Format, PackedWeight, matrix_shape, radix
 HERE = Path(__file__).parent
 FEW, DEQUANTIZE = HERE / "runs_few.cu", HERE / "runs_dequantize.cu"
 CHUNK = 32  # columns that a thread decodes together
-MOST_ROWS = 16
+MOST_ROWS = 32
 NONE, NUMBER, INTEGER = range(3)  # what is subtracted: nothing, a number of the run, dmin times an integer
 EXPONENT = 4  # a scale that is a power of two, as a byte
 ALIGNED = {1: 4, 2: 8, 3: 4, 4: 16, 5: 4, 6: 8, 8: 16}  # bytes, by the width of a code
@@ -113,6 +113,11 @@ class Config:
     min_blocks: int = 3
 
 
+def best(shape: tuple[int, ...], rows: int) -> Config:
+    """The cut for x (rows, columns) and a weight of `shape` (outs, columns)."""
+    return Config()
+
+
 def unaligned(packed: PackedWeight, found: Scheme) -> str | None:
     """Why the codes cannot be read in whole words, or None."""
     codes, want = packed.tensors["codes"], 1 if found.digits else ALIGNED[found.bits]
@@ -135,7 +140,7 @@ def weight_params(packed: PackedWeight, found: Scheme) -> WeightParams:
 
 
 def few_macros(found: Scheme, config: Config, half: bool, rows: int) -> dict[str, int]:
-    """What runs_few.cu is compiled with, for up to 16 rows."""
+    """What runs_few.cu is compiled with, for up to 32 rows."""
     return found.macros | {
         "HALF": int(half), "ROWS": 1 << (rows - 1).bit_length(), "WARPS": config.warps, "AHEAD": config.ahead,
         "MIN_BLOCKS": config.min_blocks,
@@ -165,7 +170,7 @@ def _build(source: Path, macros: tuple[tuple[str, int], ...], device: int) -> nv
 
 
 def multiply_few(x: Tensor, packed: PackedWeight, bias: Tensor | None, found: Scheme, config: Config) -> Tensor:
-    """Contiguous x (rows, columns), up to 16 rows that begin at 16 bytes, through the weight."""
+    """Contiguous x (rows, columns), up to 32 rows that begin at 16 bytes, through the weight."""
     y = torch.empty(len(x), packed.shape[0], dtype=x.dtype, device=x.device)
     function = _build(FEW, tuple(few_macros(found, config, x.dtype == torch.float16, len(x)).items()), x.device.index)
     shared, where = few_shared_bytes(found, config, len(x)), torch.cuda.current_stream(x.device).cuda_stream

@@ -1,7 +1,7 @@
-// y (rows, outs) = x (rows, columns) W (outs, columns)^T + bias for up to 16 rows: W is decoded in registers.
+// y (rows, outs) = x (rows, columns) W (outs, columns)^T + bias for up to 32 rows: W is decoded in registers.
 //
 // Built at run time after common.cuh. The host (runs.py) also defines
-//   ROWS               1, 2, 4, 8 or 16: rows rounded up
+//   ROWS               1, 2, 4, 8, 16 or 32: rows rounded up
 //   WARPS              of a block; they share the columns of a tile of 16 outs
 //   AHEAD              steps of W that a warp has under way
 //   MIN_BLOCKS         blocks per multiprocessor to leave registers for

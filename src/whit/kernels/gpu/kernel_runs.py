@@ -1,0 +1,59 @@
+"""The dispatch table's row for k-quants, ternary and binary on NVIDIA GPUs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from whit.kernels.base import QUANTIZED_INPUTS
+from whit.kernels.gpu import runs
+from whit.kernels.gpu.kernel import DTYPES, why_not
+from whit.layouts import BITS
+from whit.tensor import PackedWeight, matrix_shape
+
+
+@dataclass(frozen=True)
+class GpuRuns:
+    """Weights whose scales belong to runs of columns, in bfloat16 and float16, on compute capability 8.0 and newer.
+
+    Up to 32 rows meet weights that are decoded in registers; for more the matrix is dequantized for torch's product.
+    """
+
+    name: ClassVar[str] = "gpu-runs"
+
+    def supports(self, packed: PackedWeight, x: Tensor) -> str | None:
+        reason: str | None = why_not(x.device)
+        if reason is not None:
+            return reason
+        if packed.activations is not None:
+            return QUANTIZED_INPUTS
+        if x.dtype not in DTYPES:
+            return f"activations are {x.dtype}, not bfloat16 or float16"
+        return why_not_decoded(packed)
+
+    def prepare(self, packed: PackedWeight) -> PackedWeight:
+        return packed
+
+    def linear(self, x: Tensor, packed: PackedWeight, bias: Tensor | None) -> Tensor:
+        outs, columns = packed.shape
+        found = runs.scheme(packed.format, columns)
+        assert not isinstance(found, str), found
+        rows = x.numel() // columns
+        if not 0 < rows <= runs.MOST_ROWS:
+            return torch.nn.functional.linear(x, runs.dequantize(packed, x.dtype, found), bias)
+        flat = x.reshape(rows, columns).contiguous()
+        flat = flat if flat.data_ptr() % 16 == 0 else flat.clone()
+        bias = None if bias is None else bias.contiguous()
+        y = runs.multiply_few(flat, packed, bias, found, runs.best(packed.shape, rows))
+        return y.reshape(*x.shape[:-1], outs)
+
+
+def why_not_decoded(packed: PackedWeight) -> str | None:
+    """Why the kernels cannot read this weight, or None."""
+    if packed.layout != BITS.name or len(packed.shape) != 2:
+        return f"layout {packed.layout} of shape {tuple(packed.shape)}"
+    found = runs.scheme(packed.format, matrix_shape(packed.shape)[1])
+    return found if isinstance(found, str) else runs.unaligned(packed, found)
