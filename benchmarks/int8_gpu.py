@@ -29,8 +29,9 @@ from whit.formats import parse_format
 from whit.kernels import float8
 from whit.kernels import int8 as reference
 from whit.kernels.activated import Activation8
-from whit.kernels.gpu import Gpu8, GpuFloat8, int8, kernel8, nvrtc
-from whit.kernels.gpu.int8 import Config, Few
+from whit.kernels.gpu import Gpu8, GpuFloat8, int8, int8_few, kernel8, nvrtc
+from whit.kernels.gpu.int8 import Config
+from whit.kernels.gpu.int8_few import Few
 from whit.layouts import BITS
 from whit.modules import QuantizedLinear
 from whit.tensor import PackedWeight
@@ -175,7 +176,7 @@ def few_checks() -> Iterator[tuple[str, float, float]]:
     cases = ((1, None), (16, None), (33, None), (64, None), (1, 4), (16, 21), (64, 0), (64, 40))
     some = (Few(128, 4, 4, 4, 2), Few(64, 8, 2, 0, 2), Few(32, 8, 1, 8), Few(256, 3, 8, 4), Few(128, 4, 8, 0, 2))
     shape, every = (1048, 4112), [(c, *case) for c in some for case in cases if c.fits(4112, case[0])]
-    cook((int8.FEW, c.macros(False, outliers is not None, shape[1], rows)) for c, rows, outliers in every)
+    cook((int8_few.FEW, c.macros(False, outliers is not None, shape[1], rows)) for c, rows, outliers in every)
     for config, rows, outliers in every:
         seed = generator(rows)
         packed = weight(shape, "int8" if outliers is None else "int8-outliers", seed)
@@ -194,7 +195,7 @@ def few_checks() -> Iterator[tuple[str, float, float]]:
 def few_product(packed: PackedWeight, x: Tensor, y: Tensor, bias: Tensor | None, config: Few) -> None:
     assert packed.activations is not None
     operand = int8.Weight(packed.tensors["codes"], packed.tensors[kernel8.ROW_SCALE], bias)
-    int8.multiply_few(x, operand, y, packed.activations.threshold, config)
+    int8_few.multiply_few(x, operand, y, packed.activations.threshold, config)
 
 
 def split_checks() -> Iterator[tuple[str, float, float]]:
@@ -452,7 +453,9 @@ def time_all(seconds: float) -> None:
         (c, shape, rows) for rows in ROWS for c in CUTS[rows] for shape in SHAPES
         if isinstance(c, Few) and may_be_best(c, shape, rows)
     }  # fmt: skip
-    wanted += [(int8.FEW, c.macros(False, o, shape[1], rows).items()) for c, shape, rows in few for o in (False, True)]
+    wanted += [
+        (int8_few.FEW, c.macros(False, o, shape[1], rows).items()) for c, shape, rows in few for o in (False, True)
+    ]
     kinds = ((False, False), (True, False), (False, True))
     wanted += [(int8.QUANTIZE, int8.quantize_macros(c, False, *kind).items()) for c in (4096, 14336) for kind in kinds]
     start = time.monotonic()

@@ -13,8 +13,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from whit.kernels.gpu import int8, nvrtc
-from whit.kernels.gpu.int8 import Config, Few, Rows, Weight
+from whit.kernels.gpu import int8, int8_few, nvrtc
+from whit.kernels.gpu.int8 import Config, Rows, Weight
+from whit.kernels.gpu.int8_few import Few
 
 import emulated
 
@@ -80,11 +81,11 @@ def multiply_ahead(x: Tensor, weight: Weight, threshold: float, config: Config) 
 
 
 def multiply_few(x: Tensor, weight: Weight, threshold: float, config: Few) -> Tensor:
-    """As `int8.multiply_few`."""
+    """As `int8_few.multiply_few`."""
     y = torch.full((len(x), len(weight.codes)), float("nan"), dtype=x.dtype)
-    params = int8.few_params(x, weight, y, threshold, config, _map)
+    params = int8_few.few_params(x, weight, y, threshold, config, _map)
     macros = config.macros(x.dtype == torch.float16, threshold > 0, x.shape[1], len(x))
-    library(int8.FEW, tuple(macros.items()), CLUSTERS).run(ctypes.byref(params), *config.grid(y.shape[1])[:2])
+    library(int8_few.FEW, tuple(macros.items()), CLUSTERS).run(ctypes.byref(params), *config.grid(y.shape[1])[:2])
     return y
 
 

@@ -14,7 +14,8 @@ from torch import Generator, Tensor
 from whit.kernels import float8
 from whit.kernels import int8 as reference
 from whit.kernels.gpu import int8
-from whit.kernels.gpu.int8 import Config, Few, Weight
+from whit.kernels.gpu.int8 import Config, Weight
+from whit.kernels.gpu.int8_few import Few
 
 import emulated
 

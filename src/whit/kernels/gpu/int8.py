@@ -20,12 +20,11 @@ from torch import Tensor
 from whit.kernels.gpu import nvrtc
 
 HERE = Path(__file__).parent
-MARK, QUANTIZE, PRODUCT, FEW = (HERE / f"int8_{name}.cu" for name in ("mark", "quantize", "product", "few"))
+MARK, QUANTIZE, PRODUCT = (HERE / f"int8_{name}.cu" for name in ("mark", "quantize", "product"))
 BYTES = {"BITS": 8, "CODEBOOK": 0, "OFFSET": 0, "SCALE": 2, "ZERO": 0}  # common.cuh asks; nothing here depends on it
 STEP = 128  # columns of a tile, one byte each
 AT_ONCE = 8  # outlier columns in shared memory, as in int8_warp.cuh
 MARK_THREADS, MARK_COLUMNS = 256, 256
-MOST_FEW = 64  # rows of int8_few.cu
 SLICES, SLICE = 16, 64  # of rows that are marked by themselves: how many at most, and of how many rows at least
 LARGEST_SHARED = 227 << 10
 CHUNKS, LARGEST_BLOCK = 8, 1024  # of eight columns that a thread of int8_quantize.cu holds, and its threads, at most
@@ -78,57 +77,6 @@ class Config:
         }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Few:
-    """How the work is cut for up to 64 rows; int8_few.cu explains the names."""
-
-    outs: int = 128
-    stages: int = 4
-    split: int = 4
-    ahead: int = 0
-    blocks: int = 1
-
-    threads = 288
-
-    def grid(self, outs: int) -> nvrtc.Dims:
-        """A cluster per tile."""
-        return -(-outs // self.outs) * self.split, 1, 1
-
-    def shared_bytes(self, columns: int, rows: int, outliers: bool = True) -> int:
-        """Dynamic shared memory of a block: stages of the weight, later sums; all codes of its columns; the rest."""
-        room, share = room_for(rows), self.share(columns)
-        laid = 4 * room * (self.outs + 8) * (2 if outliers and self.is_beside(columns) else 1)
-        stages = -(-max(self.stages * self.outs * STEP, laid) // 1024) * 1024
-        aside = 4 * (2 * self.outs + 4 * room + 1)
-        return 1024 + stages + (share * room + 64 - room) * STEP + 16 * (self.stages + 1) + 16 * share + aside
-
-    def fits(self, columns: int, rows: int) -> bool:
-        """Whether its blocks' shared memory is there, beside each other."""
-        return self.shared_bytes(columns, rows) <= (LARGEST_SHARED if self.blocks == 1 else LARGEST_SHARED // 2)
-
-    def is_beside(self, columns: int) -> bool:
-        """Whether sums of outliers have no room in place of x."""
-        return self.share(columns) * STEP < 4 * (self.outs + 8)
-
-    def share(self, columns: int) -> int:
-        """Steps of a block."""
-        steps = -(-columns // STEP)
-        return -(-steps // self.split)
-
-    def macros(self, half: bool, outliers: bool, columns: int, rows: int) -> dict[str, int]:
-        """What int8_few.cu is compiled with."""
-        return BYTES | {
-            "HALF": int(half), "XR": room_for(rows), "BN": self.outs, "STAGES": self.stages, "SPLITS": self.split,
-            "AHEAD": self.ahead, "BLOCKS": self.blocks, "BESIDE": int(self.is_beside(columns)),
-            "OUTLIERS": int(outliers), "TURNS": -(-self.share(columns) * STEP // 1024),
-        }  # fmt: skip
-
-
-def room_for(rows: int) -> int:
-    """Rows for which int8_few.cu makes room."""
-    return next(room for room in (8, 16, 32, MOST_FEW) if rows <= room)
-
-
 def best(outs: int, columns: int, rows: int, processors: int) -> Config:
     """The cut for a shape: few rows share the columns of a tile out, many take pairs of large tiles."""
     if rows <= 64:
@@ -165,17 +113,6 @@ class QuantizeParams(ctypes.Structure):
     )  # fmt: skip
 
 
-class FewParams(ctypes.Structure):
-    """The argument of int8_few.cu, field by field."""
-
-    _fields_ = (
-        ("weight_map", ctypes.c_uint64 * 16),
-        *((name, ctypes.c_void_p) for name in ("codes", "x", "row_scale", "bias", "y")),
-        ("threshold", ctypes.c_float), *((name, ctypes.c_int) for name in ("outs", "columns", "rows")),
-        ("rest", ctypes.c_int * 2),  # the map makes it a multiple of 64 bytes
-    )  # fmt: skip
-
-
 class ProductParams(ctypes.Structure):
     """The argument of int8_product.cu, field by field."""
 
@@ -207,7 +144,7 @@ class Rows:
 def mark_params(x: Tensor, marks: Tensor, threshold: float) -> MarkParams:
     """The kernel's argument; it borrows the tensors' memory. `marks` uint8 (slices, columns / 8)."""
     slice = -(-x.shape[0] // len(marks))
-    return MarkParams(x.data_ptr(), marks.data_ptr(), _rounded(threshold, x.dtype), *x.shape, slice)
+    return MarkParams(x.data_ptr(), marks.data_ptr(), rounded(threshold, x.dtype), *x.shape, slice)
 
 
 def mark_grid(x: Tensor, marks: Tensor) -> nvrtc.Dims:
@@ -233,7 +170,7 @@ def quantize_params(x: Tensor, rows: Rows, marks: Tensor | None, threshold: floa
     """The kernel's argument; it borrows the tensors' memory."""
     tensors = (x, marks, rows.codes, rows.scale, rows.offset, rows.listed)
     pointers = [None if t is None else t.data_ptr() for t in tensors]
-    return QuantizeParams(*pointers, _rounded(threshold, x.dtype), *x.shape, 0 if marks is None else len(marks))
+    return QuantizeParams(*pointers, rounded(threshold, x.dtype), *x.shape, 0 if marks is None else len(marks))
 
 
 def empty_rows(x: Tensor, outliers: bool, dtype: torch.dtype = torch.int8) -> Rows:
@@ -287,39 +224,14 @@ def quantize(x: Tensor, threshold: float = 0.0, dtype: torch.dtype = torch.int8)
     half, marks, rows = x.dtype == torch.float16, None, empty_rows(x, threshold > 0, dtype)
     if threshold > 0 and len(x) > 1:
         marks = torch.empty(slices(len(x)), x.shape[1] // 8, dtype=torch.uint8, device=x.device)
-        function = _build(MARK, tuple(mark_macros(half, False).items()), device)
+        function = build(MARK, tuple(mark_macros(half, False).items()), device)
         function.launch_early(mark_grid(x, marks), MARK_THREADS, MARK_THREADS, mark_params(x, marks, threshold), where)
     macros = quantize_macros(x.shape[1], half, threshold > 0, dtype == torch.float8_e4m3fn)
-    function, threads = _build(QUANTIZE, tuple(macros.items()), device), macros["THREADS"]
+    function, threads = build(QUANTIZE, tuple(macros.items()), device), macros["THREADS"]
     blocks = min(len(x), 16 * torch.cuda.get_device_properties(device).multi_processor_count)
     params = quantize_params(x, rows, marks, threshold)
     function.launch_early((blocks, 1, 1), threads, 3 * 4 * threads // 32, params, where)
     return rows
-
-
-def few_params(
-    x: Tensor, weight: Weight, y: Tensor, threshold: float, config: Few, mapped: Mapped | None = None
-) -> FewParams:
-    """The kernel's argument; it borrows the tensors' memory."""
-    (rows, columns), outs = x.shape, y.shape[1]
-    tiles = (mapped or tiles_of)(weight.codes.data_ptr(), outs, columns, config.outs)
-    tensors = (weight.codes, x, weight.row_scale, weight.bias, y)
-    pointers = [None if t is None else t.data_ptr() for t in tensors]
-    return FewParams(tiles, *pointers, _rounded(threshold, x.dtype), outs, columns, rows)
-
-
-def multiply_few(x: Tensor, weight: Weight, y: Tensor, threshold: float, config: Few) -> None:
-    """Fill y (rows, outs) with contiguous x (rows, columns), quantized by row, through the weight: up to 64 rows.
-
-    With a threshold its outlier columns are multiplied as floats, as `quantize` and `multiply` do.
-    """
-    macros = config.macros(x.dtype == torch.float16, threshold > 0, x.shape[1], len(x))
-    function, where = (
-        _build(FEW, tuple(macros.items()), y.device.index),
-        torch.cuda.current_stream(y.device).cuda_stream,
-    )
-    params, shared = few_params(x, weight, y, threshold, config), config.shared_bytes(x.shape[1], len(x), threshold > 0)
-    function.launch_early(config.grid(y.shape[1]), config.threads, shared, params, where, config.split)
 
 
 def ahead_of(x: Tensor, outliers: bool, config: Config) -> Tensor:
@@ -332,7 +244,7 @@ def joined_marks(x: Tensor, ahead: Tensor, threshold: float, config: Config) -> 
     """Blocks and argument of int8_mark.cu, JOINED, for marks in `ahead_of`."""
     at, count = ahead[1 + -(-len(x) // config.rows) :], slices(len(x))
     slice = -(-len(x) // count)
-    params = MarkParams(x.data_ptr(), at.data_ptr(), _rounded(threshold, x.dtype), *x.shape, slice)
+    params = MarkParams(x.data_ptr(), at.data_ptr(), rounded(threshold, x.dtype), *x.shape, slice)
     return (-(-x.shape[1] // MARK_COLUMNS), count, 1), params
 
 
@@ -351,9 +263,9 @@ def multiply_ahead(x: Tensor, weight: Weight, y: Tensor, threshold: float, confi
     rows = replace(empty_rows(x, outliers), floats=x)
     if outliers:
         grid, marks = joined_marks(x, ahead, threshold, config)
-        function = _build(MARK, tuple(mark_macros(half, True).items()), device)
+        function = build(MARK, tuple(mark_macros(half, True).items()), device)
         function.launch_early(grid, MARK_THREADS, MARK_THREADS, marks, where)
-    function = _build(PRODUCT, tuple(config.macros(half, outliers, False, True).items()), device)
+    function = build(PRODUCT, tuple(config.macros(half, outliers, False, True).items()), device)
     params = product_params(rows, weight, y, config, None, ahead)
     grid = config.grid(y.shape[1], len(y), torch.cuda.get_device_properties(device).multi_processor_count)
     shared = config.shared_bytes(outliers, False)
@@ -364,7 +276,7 @@ def multiply(rows: Rows, weight: Weight, y: Tensor, config: Config) -> None:
     """Fill y (rows, outs) with rows through the weight."""
     device = y.device.index
     outliers, shifted = rows.listed is not None, rows.zero is not None
-    function = _build(PRODUCT, tuple(config.macros(y.dtype == torch.float16, outliers, shifted).items()), device)
+    function = build(PRODUCT, tuple(config.macros(y.dtype == torch.float16, outliers, shifted).items()), device)
     params = product_params(rows, weight, y, config)
     grid = config.grid(y.shape[1], len(y), torch.cuda.get_device_properties(device).multi_processor_count)
     shared, where = config.shared_bytes(outliers, shifted), torch.cuda.current_stream(y.device).cuda_stream
@@ -372,11 +284,11 @@ def multiply(rows: Rows, weight: Weight, y: Tensor, config: Config) -> None:
 
 
 @lru_cache(maxsize=256)
-def _build(source: Path, macros: tuple[tuple[str, int], ...], device: int) -> nvrtc.Function:
+def build(source: Path, macros: tuple[tuple[str, int], ...], device: int) -> nvrtc.Function:
     return nvrtc.build(source, dict(macros), source.stem, device)
 
 
-def _rounded(threshold: float, dtype: torch.dtype) -> float:
+def rounded(threshold: float, dtype: torch.dtype) -> float:
     """A threshold as torch compares it with floats of that type."""
     return torch.tensor(threshold, dtype=dtype).item()
 
