@@ -87,6 +87,11 @@ def best(outs: int, columns: int, rows: int, processors: int) -> Config:
     return Config(2, 256, 4, pair=2)
 
 
+def best_ahead(outs: int, columns: int, rows: int, outliers: bool) -> Config | None:
+    """The cut in which rows are best quantized beside the products; None where they are before them."""
+    return None
+
+
 def _split(tiles: int, columns: int, processors: int) -> int:
     """Blocks per tile, a power of two up to 8, such that all run at once and each has four steps or more."""
     split = 1

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from whit.kernels.gpu import nvrtc
 from whit.kernels.gpu.int8 import BYTES, HERE, LARGEST_SHARED, STEP, Mapped, Weight, build, rounded, tiles_of
+from whit.kernels.gpu.tables import Shape
+from whit.kernels.gpu.tuned import nearest
 
 FEW = HERE / "int8_few.cu"
 MOST_FEW = 64  # rows
@@ -64,6 +66,20 @@ class Few:
 def room_for(rows: int) -> int:
     """Rows for which int8_few.cu makes room."""
     return next(room for room in (8, 16, 32, MOST_FEW) if rows <= room)
+
+
+ROW_CLASSES = (1, 16, MOST_FEW)  # rows for which a cut is measured
+BEST: dict[tuple[int, Shape], Few] = {}
+
+
+def best(outs: int, columns: int, rows: int) -> Few | None:
+    """The cut for x (rows, columns) and a weight (outs, columns): that of the nearest shape; None: two launches."""
+    if rows > MOST_FEW:
+        return None
+    of = next(most for most in ROW_CLASSES if rows <= most)
+    near = nearest([shape for known, shape in BEST if known == of], (outs, columns))
+    found = None if near is None else BEST[of, near]
+    return found if found is not None and found.fits(columns, rows) else None
 
 
 class FewParams(ctypes.Structure):

@@ -1,4 +1,4 @@
-"""The row of the dispatch table for int8 activations on Hopper: LLM.int8() and W8A8 in two or three launches."""
+"""The row of the dispatch table for int8 activations on Hopper: LLM.int8() and W8A8 in one to three launches."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from whit.kernels import int8 as reference
-from whit.kernels.gpu import int8
+from whit.kernels.gpu import int8, int8_few
 from whit.kernels.gpu.kernel import DTYPES, why_not
 from whit.kernels.gpu.tiled import has_wgmma
 from whit.layouts import BITS
-from whit.tensor import PackedWeight, product_dtype
+from whit.tensor import Activated, PackedWeight, product_dtype
 
 ROW_SCALE, ROW_SUMS = "row_scale", "row_sums"  # derived: float32 and int32 (outs,)
 
@@ -62,8 +62,8 @@ class Gpu8:
 
 
 def product(x: Tensor, packed: PackedWeight, bias: Tensor | None, y: Tensor, config: int8.Config | None = None) -> None:
-    """Fill y (rows, outs), contiguous x (rows, columns); cut as `config` says, or as is best for the shape."""
-    (outs, columns), processors = packed.shape, _processors(x.device.index)
+    """Fill y (rows, outs), contiguous x (rows, columns); cut as `config` says, or by the way that is best here."""
+    (outs, columns), processors, how = packed.shape, _processors(x.device.index), packed.activations
     scale = packed.tensors.get(ROW_SCALE)
     sums = packed.tensors.get(ROW_SUMS)
     if sums is None and is_shifted(packed):
@@ -74,14 +74,26 @@ def product(x: Tensor, packed: PackedWeight, bias: Tensor | None, y: Tensor, con
         None if bias is None else bias.contiguous(),
         sums,
     )
+    if config is None and how is not None and is_plain(how):
+        few = int8_few.best(outs, columns, len(x))
+        if few is not None:
+            return int8_few.multiply_few(x, weight, y, how.threshold, few)
+        ahead = int8.best_ahead(outs, columns, len(x), how.threshold > 0)
+        if ahead is not None:
+            return int8.multiply_ahead(x, weight, y, how.threshold, ahead)
     int8.multiply(quantized(x, packed), weight, y, config or int8.best(outs, columns, len(x), processors))
+
+
+def is_plain(how: Activated) -> bool:
+    """Whether the kernels quantize such rows themselves: each by its own largest |x|."""
+    return how.kind == "dynamic" and how.symmetric and how.granularity == "token"
 
 
 def quantized(x: Tensor, packed: PackedWeight) -> int8.Rows:
     """x (rows, columns) as the packed weight's activations say."""
     how = packed.activations
     assert how is not None
-    if how.kind == "dynamic" and how.symmetric and how.granularity == "token":
+    if is_plain(how):
         return int8.quantize(x, how.threshold)
     if how.kind == "static":
         rows = reference.quantize_static(x, packed.tensors["input_scale"], packed.tensors.get("input_zero_point"))
