@@ -16,15 +16,17 @@ from whit.kernels.activated import Activation8
 from whit.kernels.bands import Banded
 from whit.kernels.base import Kernel
 from whit.kernels.cpu import Cpu, Cpu8
-from whit.kernels.gpu import Gpu, Gpu8
+from whit.kernels.gpu import Gpu, Gpu8, GpuFloat8, GpuRuns
 from whit.kernels.reference import Reference
 from whit.kernels.rotated import Rotation
 from whit.kernels.side_car import SideCar
 from whit.tensor import PackedWeight
 
+PLAIN: tuple[Kernel, ...] = (Gpu(), GpuRuns(), Cpu())  # of inputs as they are
+EIGHT: tuple[Kernel, ...] = (Gpu8(), GpuFloat8(), Cpu8(), Activation8())  # of quantized inputs
 KERNELS: tuple[Kernel, ...] = (
-    SideCar(Gpu()), SideCar(Cpu()), Banded(Gpu()), Banded(Cpu()), Gpu(), Gpu8(), Cpu(), Cpu8(), Activation8(),
-    Rotation(Gpu()), Rotation(Gpu8()), Rotation(Cpu()), Rotation(Cpu8()), Rotation(Activation8()), Reference(),
+    *(SideCar(kernel) for kernel in PLAIN), *(Banded(kernel) for kernel in PLAIN), *PLAIN, *EIGHT,
+    *(Rotation(kernel) for kernel in (*PLAIN, *EIGHT)), Reference(),
 )  # fmt: skip
 
 Choice: TypeAlias = tuple[torch.dtype, str, int]

@@ -10,11 +10,12 @@ from whit.formats.bands import banded, places
 from whit.formats.lowrank import A, B, product, split
 from whit.kernels import reference
 from whit.kernels.cpu import Cpu
+from whit.kernels.gpu import runs
 from whit.kernels.gpu.dequantize import dequantize as dequantize_gpu
 from whit.kernels.gpu.kernel import DTYPES, why_not
 from whit.kernels.gpu.scales import storage
 from whit.layouts.stream import unpack_stream
-from whit.tensor import PackedWeight
+from whit.tensor import PackedWeight, matrix_shape
 
 
 def dequantize(packed: PackedWeight, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -39,9 +40,12 @@ def dequantize(packed: PackedWeight, dtype: torch.dtype = torch.float32) -> Tens
 
 def _dequantize(packed: PackedWeight, dtype: torch.dtype) -> Tensor:
     stored = storage(packed.format)
-    if isinstance(stored, str):
+    if not isinstance(stored, str):
+        return dequantize_gpu(packed, dtype, stored).reshape(packed.shape)
+    found = runs.scheme(packed.format, matrix_shape(packed.shape)[1])
+    if isinstance(found, str) or runs.unaligned(packed, found) is not None:
         return reference.dequantize(packed, dtype)
-    return dequantize_gpu(packed, dtype, stored).reshape(packed.shape)
+    return runs.dequantize(packed, dtype, found).reshape(packed.shape)
 
 
 def dequantize_op(tensors: list[Tensor], keys: str, spec: str, shape: list[int], dtype: torch.dtype) -> Tensor:

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 
 from whit.kernels.gpu import nvrtc
+from whit.kernels.gpu.tables import Shape
+from whit.kernels.gpu.tuned import nearest
 
 HERE = Path(__file__).parent
 MARK, QUANTIZE, PRODUCT = (HERE / f"int8_{name}.cu" for name in ("mark", "quantize", "product"))
@@ -77,27 +79,37 @@ class Config:
         }  # fmt: skip
 
 
+# NVIDIA H200, the fastest of benchmarks/int8_gpu.py: up to so many rows, (outs, columns).
+BEST: dict[tuple[int, Shape], Config] = {
+    (16, (4096, 4096)): Config(1, 128, 8, 2),  # 8.5 us at one row, 10.0 at 16
+    (16, (14336, 4096)): Config(1, 128, 8),  # 19.7, 19.6
+    (16, (4096, 14336)): Config(1, 128, 4, 4),  # 24.6, 25.8
+    (64, (4096, 4096)): Config(1, 32, 12),  # 10.2
+    (64, (14336, 4096)): Config(1, 128, 8),  # 19.9
+    (64, (4096, 14336)): Config(1, 128, 8, 2),  # 22.4
+    (256, (4096, 4096)): Config(1, 128, 8),  # 13.9
+    (256, (14336, 4096)): Config(2, 256, 4),  # 31.1
+    (256, (4096, 14336)): Config(2, 128, 6, 2),  # 35.6
+}
+MANY = Config(2, 256, 4)  # 1.6 to 1.8 times bf16 at 4096 rows
+
+
 def best(outs: int, columns: int, rows: int, processors: int) -> Config:
-    """The cut for a shape: few rows share the columns of a tile out, many take pairs of large tiles."""
-    if rows <= 64:
-        return Config(1, 128, 6, _split(-(-outs // 128), columns, processors))
-    if rows <= 512:
-        wide = Config(2, 128, 6)
-        return Config(2, 128, 5, _split(wide.tiles(outs, rows), columns, processors))
-    return Config(2, 256, 4, pair=2)
+    """The cut for a shape: that of the nearest one that was measured, with no more blocks than run at a time."""
+    of = next((most for most in (16, 64, 256) if rows <= most), None)
+    near = nearest([shape for known, shape in BEST if known == of], (outs, columns))
+    if of is None or near is None:
+        return MANY
+    found = BEST[of, near]
+    split = found.split
+    while split > 1 and (split * found.tiles(outs, rows) > processors or split * 4 * STEP > columns):
+        split //= 2
+    return replace(found, split=split)
 
 
 def best_ahead(outs: int, columns: int, rows: int, outliers: bool) -> Config | None:
     """The cut in which rows are best quantized beside the products; None where they are before them."""
     return None
-
-
-def _split(tiles: int, columns: int, processors: int) -> int:
-    """Blocks per tile, a power of two up to 8, such that all run at once and each has four steps or more."""
-    split = 1
-    while split < 8 and 2 * split * tiles <= processors and 2 * split * 4 * STEP <= columns:
-        split *= 2
-    return split
 
 
 class MarkParams(ctypes.Structure):

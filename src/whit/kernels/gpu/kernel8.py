@@ -75,7 +75,7 @@ def product(x: Tensor, packed: PackedWeight, bias: Tensor | None, y: Tensor, con
         sums,
     )
     if config is None and how is not None and is_plain(how):
-        few = int8_few.best(outs, columns, len(x))
+        few = int8_few.best(outs, columns, len(x), how.threshold > 0)
         if few is not None:
             return int8_few.multiply_few(x, weight, y, how.threshold, few)
         ahead = int8.best_ahead(outs, columns, len(x), how.threshold > 0)

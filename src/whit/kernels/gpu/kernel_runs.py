@@ -19,7 +19,7 @@ from whit.tensor import PackedWeight, matrix_shape
 class GpuRuns:
     """Weights whose scales belong to runs of columns, in bfloat16 and float16, on compute capability 8.0 and newer.
 
-    Up to 32 rows meet weights that are decoded in registers; for more the matrix is dequantized for torch's product.
+    Up to 16 rows meet weights that are decoded in registers; for more the matrix is dequantized for torch's product.
     """
 
     name: ClassVar[str] = "gpu-runs"

@@ -1,6 +1,6 @@
 """Weights whose scales belong to runs of columns on a GPU: ggml's types, ternary and binary.
 
-Up to 32 rows are multiplied by weights that are decoded in registers (runs_few.cu); for more, and for training, the
+Up to 16 rows are multiplied by weights that are decoded in registers (runs_few.cu); for more, and for training, the
 matrix is dequantized (runs_dequantize.cu), equal to the reference bit for bit.
 """
 
@@ -23,7 +23,7 @@ from whit.tensor import Format, PackedWeight, matrix_shape, radix
 HERE = Path(__file__).parent
 FEW, DEQUANTIZE = HERE / "runs_few.cu", HERE / "runs_dequantize.cu"
 CHUNK = 32  # columns that a thread decodes together
-MOST_ROWS = 32
+MOST_ROWS = 16
 NONE, NUMBER, INTEGER = range(3)  # what is subtracted: nothing, a number of the run, dmin times an integer
 EXPONENT = 4  # a scale that is a power of two, as a byte
 ALIGNED = {1: 4, 2: 8, 3: 4, 4: 16, 5: 4, 6: 8, 8: 16}  # bytes, by the width of a code
@@ -114,8 +114,10 @@ class Config:
 
 
 def best(shape: tuple[int, ...], rows: int) -> Config:
-    """The cut for x (rows, columns) and a weight of `shape` (outs, columns)."""
-    return Config()
+    """The cut for x (rows, columns) and a weight of `shape` (outs, columns), by what was fastest on an H200."""
+    if rows > 4:
+        return Config(8, 1, 3)
+    return Config(16, 1, 2) if shape[1] >= 2 * shape[0] else Config(8, 1, 4)
 
 
 def unaligned(packed: PackedWeight, found: Scheme) -> str | None:
