@@ -314,6 +314,22 @@ def test_routes_that_cannot_be_gone_are_refused(plain: Path, packed: Path, train
     assert not out.exists()
 
 
+def test_what_began_with_the_loss_goes_into_no_weights_without_it(plain, packed, trained, tmp_path):
+    begun = shutil.copytree(trained, tmp_path / "begun")
+    record = {"tuning": {"format": "int4-g32", "method": None, "init": "data"}}
+    (begun / "whit.json").write_text(json.dumps(record))
+    for model, wanted in ((plain, Merge("bf16")), (packed, Merge(source=plain))):
+        with pytest.raises(whit.WhitError, match=r"init data.* name the model quantized to int4-g32 by rtn"):
+            merge(model, begun, tmp_path / "out", wanted)
+    merge(packed, begun, tmp_path / "out", Merge("sidecar"))
+    (begun / "base").mkdir()
+    with pytest.raises(whit.WhitError, match=r"name .*begun/base$"):
+        merge(plain, begun, tmp_path / "other", Merge("bf16"))
+    record["tuning"]["init"] = "default"
+    (begun / "whit.json").write_text(json.dumps(record))
+    merge(plain, begun, tmp_path / "other", Merge("bf16"))
+
+
 def test_modules_that_were_trained_whole_are_taken_over(packed: Path, tmp_path: Path):
     made = adapter(packed, tmp_path / "adapter", modules_to_save=["lm_head"])
     tensors = load_file(made / "adapter_model.safetensors")

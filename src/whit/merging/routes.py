@@ -14,7 +14,8 @@ from pathlib import Path
 
 from whit.calibration import Calibration
 from whit.checkpoint.hub import resolve_model
-from whit.checkpoint.work import check_out
+from whit.checkpoint.reader import read_json
+from whit.checkpoint.work import RECORD, check_out
 from whit.checkpoint.writer import file_sha256
 from whit.coverage import Account
 from whit.errors import CheckpointError, RecipeError
@@ -28,6 +29,7 @@ from whit.plan import Coded, Source, plan_dense, plan_quantization
 from whit.recipe import Recipe
 from whit.tensor import Format
 from whit.training.peft_file import CONFIG, WEIGHTS, Adapter, read_adapter
+from whit.training.settings import DEFAULT_INIT
 from whit.transcode import rules_for
 
 ROUTES = ("requantize", "sidecar", "bf16")
@@ -63,6 +65,7 @@ def prepare_merge(model: str | Path, adapter: str | Path, out: str | Path, wante
     packed = isinstance(base, Coded) and any(base.format(name) is not None for name in base.origins)
     route = wanted.route or ("requantize" if packed or wanted.format else "bf16")
     _check_route(route, wanted, packed, str(model))
+    _check_start(loaded, str(wanted.source or model), packed and wanted.source is None)
     weights = base if wanted.source is None else _original(wanted.source, base, options)
     source: Source = MergedSource(base, weights, loaded)
     if route != "bf16" and wanted.format is None:
@@ -83,6 +86,23 @@ def _check_route(route: str, wanted: Merge, packed: bool, model: str) -> None:
         raise RecipeError(f"{model}: is not quantized; a side-car goes beside codes; use --route bf16")
     if not packed and route == "requantize" and wanted.format is None:
         raise RecipeError(f"{model}: is not quantized; its grid must be named; add --format, say int4-g128")
+
+
+def _check_start(adapter: Adapter, weights: str, packed: bool) -> None:
+    """RecipeError where the adapter holds what quantization lost, and the weights have not lost it."""
+    try:
+        tuning = read_json(adapter.folder / RECORD)["tuning"]
+    except (CheckpointError, KeyError):  # not one of whit's
+        return
+    if packed or tuning.get("init", DEFAULT_INIT) == DEFAULT_INIT:
+        return
+    own = adapter.folder / "base"
+    method = tuning.get("method") or "rtn"
+    named = str(own) if own.is_dir() else f"the model quantized to {tuning['format']} by {method}"
+    raise RecipeError(
+        f"{adapter.folder}: began with what quantization lost (init {tuning['init']}), which {weights} still has; it "
+        f"must be merged into the weights that it was trained on; name {named}"
+    )
 
 
 def _job(name: str, source: Source, out: Path, route: str, wanted: Merge, options: Options) -> Job:
