@@ -188,7 +188,8 @@ def test_bands_of_one_format_are_one_and_their_bytes_add_up(model: Path, text: C
     bands = bands_for(job, item, (low, middle))
     sizes = [bytes_of_band(job, item, low, band) for band in bands]
     assert sum(sizes) == sum(spec.nbytes for spec in BITS.specs(low, (VOCABULARY, 64)).values())
-    assert bands_for(job, item, (low, parse_format("bf16"))) == ()
+    for other in ("bf16", "int2-g32+r4", SPEC):
+        assert bands_for(job, item, (low, parse_format(other))) == ()
     assert bands_for(job, next(i for i in job.plan.items if "q_proj" in i.name), (low, middle)) == ()
     assert ranked(torch.tensor([3, 1, 3, 1, 0]), 4).tolist() == [1, 3, 0, 2]
 

@@ -20,7 +20,7 @@ from whit.checkpoint.writer import Shard
 from whit.errors import RecipeError
 from whit.export.base import Exporter, Parameter, Value
 from whit.export.settle import settle
-from whit.formats.bands import refuse_table
+from whit.formats.bands import bands_of, refuse_table
 from whit.methods import Method
 from whit.model.graph import find_blocks
 from whit.model.source import Origin
@@ -172,8 +172,9 @@ def plan_quantization(source: Source, recipe: Recipe, exporter: Exporter, shard_
 
 def _misfits(model: PreTrainedModel, exporter: Exporter, formats: Mapping[Target, Format]) -> list[str]:
     """What the file cannot hold, and tables of something else than the vocabulary in bands."""
-    tables = vocabulary_tables(model)
-    refused = {t: why for t, f in formats.items() if (why := refuse_table(f, t.shape, tables.get(t.holder)))}
+    banded = [target for target, format in formats.items() if bands_of(format) is not None]
+    tables = vocabulary_tables(model) if banded else {}
+    refused = {t: why for t in banded if (why := refuse_table(formats[t], t.shape, tables.get(t.holder)))}
     return [*(f"{t.holder}: {formats[t]} for {why}" for t, why in refused.items()), *exporter.problems(formats)]
 
 

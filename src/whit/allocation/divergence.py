@@ -136,7 +136,7 @@ def _tables(
         return [_outside(job, probe, item, parameters, formats, tried)]
     places = _places(job, item, parameters)
     matrix = item.matrix(places[0].data)
-    method = method_of_table(job, matrix, tried.others)
+    method = method_of_table(job, matrix, formats, tried.others)
     methods = {} if method == job.recipe.method else dict.fromkeys(formats, method)  # type: ignore[union-attr]
     taken, found = formats if tried.every else _anchors(formats), []
     for first, last in bands:

@@ -119,7 +119,7 @@ def _tables(job: Job, item: Item, formats: Sequence[Format], methods: Methods, t
     use = use_of_rows(tokens, len(matrix)).to(matrix) + UNSEEN
     whole = float(use @ matrix.square().sum(1))
     order, found = ranked(tokens, len(matrix)).to(matrix.device), []
-    method = method_of_table(job, matrix, methods)
+    method = method_of_table(job, matrix, formats, methods)
     named = {} if method == job.recipe.method else dict.fromkeys(formats, method)  # type: ignore[union-attr]
     for first, last in bands:
         rows = order[first:last]

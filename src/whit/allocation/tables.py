@@ -1,8 +1,8 @@
 """Tables with a row for each token, of which some are used far more than others: each band of rows is a choice.
 
 The rows are ranked by how often their token occurs in the calibration text, and cut where ranks are multiplied, since
-use falls with a power of the rank (Zipf's law). A choice for a band is one like any other, measured
-with the band alone in the format; neighbours that get the same format become one.
+use falls with a power of the rank (Zipf's law). A choice for a band is one like any other, measured with the band alone
+in the format; neighbours that get the same format become one.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from whit.allocation.space import Methods, bytes_of, without_data
-from whit.formats.bands import Bands
+from whit.formats.bands import Bands, can_be_band
 from whit.job import Job
 from whit.methods import Method
 from whit.methods.bands import use_of_rows
@@ -30,10 +30,10 @@ Band = tuple[int, int]
 
 def bands_for(job: Job, item: Item, formats: Sequence[Format]) -> tuple[Band, ...]:
     """Ranks [first, last) of the rows of each band, none where the table has one format: where it is no table of the
-    vocabulary or a small one, where the file holds no bands, or where it may be kept in 16 bits."""
+    vocabulary or a small one, where the file holds no bands, or where a format cannot be a band's, such as 16 bits."""
     assert item.target is not None
     rows = item.target.shape[0]
-    if len(formats) < 2 or any(format.bits == 16 for format in formats):
+    if len(formats) < 2 or not all(map(can_be_band, formats)):
         return ()
     vocabulary = vocabulary_tables(job.source.model).get(item.target.holder)
     if vocabulary is None or not vocabulary <= rows or rows // SHARES[0] < LEAST:
@@ -44,14 +44,15 @@ def bands_for(job: Job, item: Item, formats: Sequence[Format]) -> tuple[Band, ..
     return tuple(zip([0, *ends], ends, strict=False))
 
 
-def method_of_table(job: Job, matrix: Tensor, methods: Methods) -> Method:
-    """The one method of a table in bands: that of the least squared errors in the formats that have several."""
+def method_of_table(job: Job, matrix: Tensor, formats: Sequence[Format], methods: Methods) -> Method:
+    """The one method of a table in bands: that of the least squared errors in those of its formats that have others
+    than the recipe's own."""
     assert job.recipe is not None
-    own = job.recipe.method
-    known = dict.fromkeys([own, *(method for several in methods.values() for method in several)])
+    own, others = job.recipe.method, [format for format in formats if format in methods]
+    known = dict.fromkeys([own, *(method for format in others for method in methods[format])])
 
     def lost(method: Method) -> float:
-        near = (without_data(method)(matrix, None, format).dequantize() for format in methods)
+        near = (without_data(method)(matrix, None, format).dequantize() for format in others)
         return sum(float((matrix - each).square().sum(dtype=torch.float64)) for each in near)
 
     return min(known, key=lost) if len(known) > 1 else own

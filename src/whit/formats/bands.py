@@ -51,7 +51,7 @@ class Bands:
                 "bands(q5_k:1024,q2_k)"
             )
         for format, _ in self.parts:
-            if format.bits == 16 or bands_of(format) is not None or side_car(format) is not None:
+            if not can_be_band(format):
                 raise FormatError(f"{self}: {format} cannot be a band; one of up to 8 bits must be; choose another")
 
     def __str__(self) -> str:
@@ -116,6 +116,11 @@ class Bands:
 
     def sums(self, values: Tensor) -> NoReturn:
         self.fit(values)
+
+
+def can_be_band(format: Format) -> bool:
+    """Whether rows of a table can have the format beside rows in others."""
+    return format.bits < 16 and bands_of(format) is None and side_car(format) is None
 
 
 def bands_of(format: Format) -> Bands | None:
