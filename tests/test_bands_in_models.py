@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import whit
 from whit import Calibration, Options, Recipe, quantize
-from whit.allocation import Group, budgeted, free_formats, measured, solve
+from whit.allocation import Group, budgeted, free_formats, measure_divergence, measured, solve
 from whit.allocation.tables import SHARES, banded_format, bands_for, bytes_of_band, ranked
 from whit.compiled.llama import Compiled
 from whit.errors import RecipeError, WhitError
@@ -162,16 +162,21 @@ def test_the_divergence_of_a_band_is_that_of_its_rows(model: Path, text: Calibra
     assert all(Group.named(g.name, g.errors) == g for g in groups)
     plain = load_causal_lm(str(model), device="cpu", dtype="float32")
     exact = plain.model.embed_tokens.weight.data.clone()
-    rank = torch.bincount(tokens.flatten(), minlength=VOCABULARY).argsort(descending=True, stable=True)
     low = parse_format(LADDER[0])
-    with torch.no_grad():
-        p = plain(tokens).logits.double().log_softmax(-1)
-        for group in groups:
-            rows = rank[slice(*group.band)]  # type: ignore[misc]
-            plain.model.embed_tokens.weight.data[rows] = whit.quantize_tensor(exact[rows], low, "clip").dequantize()
-            q = plain(tokens).logits.double().log_softmax(-1)
-            assert group.errors[low] == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=0.01)
-            plain.model.embed_tokens.weight.data.copy_(exact)
+    some = measure_divergence(job, tokens, wanted, probes=2 * tokens.shape[1])  # ranks of the other samples
+    for found, probed, others in (
+        (groups, tokens, tokens),
+        (some, tokens[:2], tokens[2:]),
+    ):  # ranks of what is not probed
+        rank = torch.bincount(others.flatten(), minlength=VOCABULARY).argsort(descending=True, stable=True)
+        with torch.no_grad():
+            p = plain(probed).logits.double().log_softmax(-1)
+            for group in found:
+                rows = rank[slice(*group.band)]  # type: ignore[misc]
+                plain.model.embed_tokens.weight.data[rows] = whit.quantize_tensor(exact[rows], low, "clip").dequantize()
+                q = plain(probed).logits.double().log_softmax(-1)
+                assert group.errors[low] == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=0.01)
+                plain.model.embed_tokens.weight.data.copy_(exact)
     few = measured(job, tokens, wanted, "probe")
     for every, two in zip(groups, few, strict=True):
         assert two.errors[low] == every.errors[low]
