@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 
@@ -10,12 +12,14 @@ from whit.errors import FormatError
 from whit.formats import Bands, parse_format
 from whit.formats.bands import places
 from whit.kernels import dequantize, explain, packed_linear, packed_linear_op
+from whit.kernels.bands import Banded, Parts
 from whit.kernels.ops import packed_arguments
+from whit.kernels.reference import Reference
 from whit.layouts import BITS
 from whit.methods import Clip
 from whit.methods.bands import use_of_rows
 from whit.methods.lowrank import beside
-from whit.tensor import QuantizedTensor, bits_per_weight
+from whit.tensor import PackedWeight, QuantizedTensor, bits_per_weight
 
 SPECS = (
     "bands(int8-g32:3,int2-g32-asym)",
@@ -110,3 +114,30 @@ def test_without_text_nothing_says_which_rows_are_used():
         quantize_tensor(torch.randn(8, 32), "bands(int8-g32:3,int2-g32)")
     with pytest.raises(FormatError, match="at least 9"):
         beside(Clip(), torch.arange(8))(torch.randn(8, 32), None, parse_format("bands(int8-g32:8,int2-g32)"))
+
+
+@dataclass(frozen=True)
+class Only(Reference):
+    """A kernel for one format."""
+
+    form: str
+
+    def supports(self, packed: PackedWeight, x: torch.Tensor) -> str | None:
+        return None if str(packed.format) == self.form else "another format"
+
+
+def test_each_band_has_a_kernel_that_multiplies_it():
+    packed = BITS.pack(table("bands(int8-g32:3,q6_k:9,int4-g32)")[2])
+    x = torch.randn(2, COLUMNS, generator=torch.Generator().manual_seed(2))
+    kernels = [Only(form) for form in ("int4-g32", "int8-g32", "q6_k")]
+    every, few = Banded(tuple(kernels)), Banded(tuple(kernels[:2]))
+    assert every.supports(packed, x) is None
+    assert "a band in q6_k" in (few.supports(packed, x) or "")
+    ready = every.prepare(packed)
+    assert isinstance(ready, Parts)
+    assert [kernel.form for kernel in ready.kernels] == ["int8-g32", "q6_k", "int4-g32"]  # type: ignore[attr-defined]
+    assert every.prepare(ready) is ready
+    assert all(ready.tensors[key] is tensor for key, tensor in packed.tensors.items())
+    wanted = x @ dequantize(packed).T
+    torch.testing.assert_close(every.linear(x, ready, None), wanted)
+    torch.testing.assert_close(every.linear(x, packed, None), wanted)

@@ -25,7 +25,7 @@ from whit.tensor import PackedWeight
 PLAIN: tuple[Kernel, ...] = (Gpu(), GpuRuns(), Cpu())  # of inputs as they are
 EIGHT: tuple[Kernel, ...] = (Gpu8(), GpuFloat8(), Cpu8(), Activation8())  # of quantized inputs
 KERNELS: tuple[Kernel, ...] = (
-    *(SideCar(kernel) for kernel in PLAIN), *(Banded(kernel) for kernel in PLAIN), *PLAIN, *EIGHT,
+    *(SideCar(kernel) for kernel in PLAIN), Banded(PLAIN), *PLAIN, *EIGHT,
     *(Rotation(kernel) for kernel in (*PLAIN, *EIGHT)), Reference(),
 )  # fmt: skip
 
