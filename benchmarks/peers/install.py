@@ -1,4 +1,4 @@
-"""Install every peer from PyPI: python benchmarks/peers/install.py DIR [--python python3.12]
+"""Install every peer from PyPI: python benchmarks/peers/install.py DIR [--python python3.12] [--peers kernels]
 
 Each peer gets a folder of its own below DIR, which `run.py` puts before its imports: an environment of its own over
 this interpreter's torch and transformers. Versions are pinned, dependencies are named (an open resolve would bring
@@ -27,7 +27,13 @@ PINS = {
         "flatbuffers==25.12.19",
     ),
     "hqq": ("hqq==0.2.8.post1", "einops", "termcolor"),
+    # Products alone, for cpu_kernels.py. ggml-python compiles ggml for this processor (a few minutes).
+    "openvino": ("openvino==2026.4.1", "openvino-telemetry==2025.2.0"),
+    "auto-round-lib": ("auto-round-lib==0.16.0",),
+    "torchao": ("torchao==0.18.0",),
+    "ggml": ("ggml-python==0.0.45",),
 }  # fmt: skip
+GROUPS = {"kernels": ("onnxruntime", "openvino", "auto-round-lib", "torchao", "ggml")}
 # What transformers does not need and these do; for an interpreter that lacks them.
 SHARED = (
     "datasets==5.2.0", "dill==0.4.1", "multiprocess==0.70.19", "httpx<1", "pydantic==2.14.3", "pydantic-core==2.50.4",
@@ -83,7 +89,7 @@ def main() -> None:
     parser.add_argument("--shared", action="store_true", help="also what a bare interpreter lacks")
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
-    for name in args.peers.split(","):
+    for name in (one for named in args.peers.split(",") for one in GROUPS.get(named, (named,))):
         print(install(name, PINS[name], args.folder / name, args.python), flush=True)
     if args.shared:
         print(install("shared", SHARED, args.folder / "shared", args.python), flush=True)

@@ -34,6 +34,25 @@ def test_json_has_every_kernel_and_consistent_ratios(monkeypatch: pytest.MonkeyP
             assert row["bytes"] >= 64 * 512 / 2
 
 
+def test_candidates_that_run_elsewhere_take_their_turns(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(kernel_speed, "COLD", 1 << 18)
+    asked = []
+
+    def turn(seconds: float) -> list[float]:
+        asked.append(seconds)
+        return [9.0] if len(asked) == 1 else [0.25, 0.5, 0.75]
+
+    limits = kernel_speed.Limits(1e9, 1e12)
+    others = {"elsewhere": (turn, 1000), "broken": (lambda seconds: [], 1000)}
+    found = kernel_speed.measure("int4-g128", (64, 512), 1, limits, rounds=2, peers=False, others=others)
+    speeds = {speed.kernel: speed for speed in found}
+    assert asked == [kernel_speed.TURN] * 3
+    assert speeds["elsewhere"].seconds == 0.5, "the first turn warms up"
+    assert speeds["elsewhere"].share_of_limit == pytest.approx(1000 / 1e9 / 0.5)
+    assert speeds["elsewhere"].ratio_to_bf16 == pytest.approx(speeds["torch bf16"].seconds / 0.5)
+    assert "broken" not in speeds
+
+
 def test_a_wrong_shape_is_wrong_usage():
     result = CliRunner().invoke(build_app(), ["bench", "kernels", "--shape", "12"])
     assert result.exit_code == 2

@@ -10,10 +10,11 @@ from __future__ import annotations
 import copy
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from itertools import cycle
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -38,6 +39,7 @@ READ = 512 << 20
 TURN = 0.2  # seconds after which the next kernel has its turn
 
 Call = Callable[[Tensor], object]
+Turn = Callable[[float], list[float]]  # calls for about so many seconds: what each took
 
 
 @dataclass(frozen=True)
@@ -82,9 +84,13 @@ def measure_limits(rounds: int = 5) -> Limits:
 
 
 def measure(
-    format: str, shape: tuple[int, int], rows: int, limits: Limits, rounds: int = 5, peers: bool = True
-) -> list[Speed]:
-    """whit's kernels, torch's bfloat16 product and the peers that have a weight of about this format."""
+    format: str, shape: tuple[int, int], rows: int, limits: Limits, rounds: int = 5, peers: bool = True,
+    others: Mapping[str, tuple[Turn, int]] = MappingProxyType({}),
+) -> list[Speed]:  # fmt: skip
+    """whit's kernels, torch's bfloat16 product and the peers that have a weight of about this format.
+
+    `others` are further candidates, which run somewhere else: their turns, and the bytes of a weight.
+    """
     random = torch.Generator().manual_seed(0)
     weight = torch.randn(shape, generator=random) / shape[1] ** 0.5
     x = torch.randn(rows, shape[1], generator=random).to(torch.bfloat16)
@@ -100,27 +106,41 @@ def measure(
             candidates[f"cpu, {inputs} inputs"] = _ours(Cpu8(), rounded)
     if peers:
         candidates |= _peers(weight, format)
-    seconds: dict[str, list[float]] = {name: [] for name in candidates}
-    turns = {name: cycle(calls) for name, (calls, _) in candidates.items()}
+    turns = {name: (_turn(calls, x), size) for name, (calls, size) in candidates.items()} | dict(others)
+    seconds: dict[str, list[float]] = {name: [] for name in turns}
     for turn in range(rounds + 1):
-        for name, (calls, _) in candidates.items():
-            spent = 0.0
-            for _ in calls:
-                call = next(turns[name])
-                took = _timed(lambda call=call: call(x))  # type: ignore[misc]
-                spent += took
-                if turn:  # the first one warms up
-                    seconds[name].append(took)
-                if spent > TURN:
-                    break
+        for name, (run, _) in turns.items():
+            took = run(TURN)
+            seconds[name] += took if turn else []  # the first one warms up
     plain = statistics.median(seconds["torch bf16"])
     flops = 2 * rows * shape[0] * shape[1]
     found = []
-    for name, (_, size) in candidates.items():
-        took = statistics.median(seconds[name])
+    for name, (_, size) in turns.items():
+        if not seconds[name]:  # another program's error, which its owner has said
+            continue
+        median = statistics.median(seconds[name])
         floor = max(size / limits.read_bytes_per_second, flops / limits.matmul_flops)
-        found.append(Speed(name, format, shape, rows, "bfloat16", took, size, plain / took, floor / took))
+        found.append(Speed(name, format, shape, rows, "bfloat16", median, size, plain / median, floor / median))
     return found
+
+
+def _turn(calls: list[Call], x: Tensor) -> Turn:
+    """All calls once, or as many as fit into the seconds; the next turn goes on where this one ended."""
+    upcoming = cycle(calls)
+
+    def run(seconds: float) -> list[float]:
+        found: list[float] = []
+        while len(found) < len(calls) and sum(found) <= seconds:
+            call = next(upcoming)
+            found.append(_timed(lambda call=call: call(x)))  # type: ignore[misc]
+        return found
+
+    return run
+
+
+def copies_of(size: int) -> int:
+    """How many weights of so many bytes are cold, one after the other."""
+    return max(-(-COLD // size), 2)
 
 
 def _timed(task: Callable[[], object]) -> float:
@@ -129,19 +149,15 @@ def _timed(task: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def _copies(size: int) -> int:
-    return max(-(-COLD // size), 2)
-
-
 def _plain(weight: Tensor) -> tuple[list[Call], int]:
     size = 2 * weight.numel()
-    copies = [in_huge_pages(weight.clone()) for _ in range(_copies(size))]
+    copies = [in_huge_pages(weight.clone()) for _ in range(copies_of(size))]
     return [lambda x, w=w: torch.nn.functional.linear(x, w) for w in copies], size  # type: ignore[misc]
 
 
 def _ours(kernel: Kernel, packed: PackedWeight) -> tuple[list[Call], int]:
     copies = []
-    for _ in range(_copies(packed.nbytes)):
+    for _ in range(copies_of(packed.nbytes)):
         tensors = {key: tensor.clone() for key, tensor in packed.tensors.items()}
         copies.append(kernel.prepare(replace(packed, tensors=tensors)))
     return [lambda x, w=w: kernel.linear(x, w, None) for w in copies], packed.nbytes  # type: ignore[misc]
@@ -164,7 +180,7 @@ def _int4pack(weight: Tensor, group: int) -> tuple[list[Call], int]:
     operators = torch.ops.aten
     one = operators._convert_weight_to_int4pack_for_cpu(codes, 1)
     size = one.numel() * one.element_size() + scales.numel() * 2
-    copies = [(in_huge_pages(one.clone()), scales.clone()) for _ in range(_copies(size))]
+    copies = [(in_huge_pages(one.clone()), scales.clone()) for _ in range(copies_of(size))]
     return [
         lambda x, w=w, s=s: operators._weight_int4pack_mm_for_cpu(x, w, group, s)  # type: ignore[misc]
         for w, s in copies
@@ -183,7 +199,7 @@ def _bitsandbytes(weight: Tensor) -> tuple[list[Call], int]:
     )
     layer = layer.to("cpu").eval()
     size = weight.numel() // 2 + weight.numel() // 64 * 4
-    layers = [layer, *(copy.deepcopy(layer) for _ in range(_copies(size) - 1))]
+    layers = [layer, *(copy.deepcopy(layer) for _ in range(copies_of(size) - 1))]
     return [torch.no_grad()(layer) for layer in layers], size
 
 
