@@ -5,8 +5,8 @@
 MODEL is a bfloat16 checkpoint (smollm2-135m-fp). The candidates are made once, in --work: whit's int4-g32 with an int8
 embedding, the same with inputs in int8 (fast), llama.cpp's Q4_0 and Q4_K_M. PyPI's `xllamacpp` carries llama.cpp;
 --peers is where `pip install --no-deps --target DIR xllamacpp` put it. All take turns, in processes that stay. Peak
-memory is what a process holds beyond the libraries it had loaded before the model. --large measures a random Llama of
-3 B parameters at int4-g128 instead (`decode_large.py`; MODEL is not read then).
+memory is told with and without the libraries that a process had loaded before the model. --large measures a random
+Llama of 3 B parameters at int4-g128 instead (`decode_large.py`; MODEL is not read then).
 """
 
 from __future__ import annotations
@@ -27,6 +27,10 @@ import decode_large
 
 from harness import machine, markdown, resident, save
 
+NOTE = """
+Peaks: what a process held at the most until a prompt of 32 tokens and 128 new ones were through, less what the imported
+libraries (Python, torch, transformers, whit) held before the model; then after prompts of 512 tokens too; and, with the
+libraries, all of the process in the first case. Pages of mapped files count."""
 CANDIDATES = ("bf16", "whit exact", "whit fast", "llama.cpp Q4_0", "llama.cpp Q4_K_M")
 WHIT = ("--format", "int4-g32", "--rule", "model.embed_tokens=int8-g32")
 
@@ -54,8 +58,9 @@ def size(path: Path) -> int:
 def child(name: str, path: str, threads: int) -> None:
     """Serve one candidate: a line of JSON in, a line of JSON out."""
     torch.set_num_threads(threads)
-    import transformers  # noqa: F401  (libraries are not the model's memory)
+    from transformers import LlamaForCausalLM  # noqa: F401  (libraries are not the model's memory)
 
+    bare = resident("VmRSS")
     from whit.cli.quiet import quiet_transformers
     from whit.evaluation.model_speed import LlamaCpp, Transformers
     from whit.integrations.loading import load_causal_lm
@@ -75,7 +80,8 @@ def child(name: str, path: str, threads: int) -> None:
     for line in sys.stdin:
         asked = json.loads(line)
         took = one.prefill(asked["prompt"]) if not asked["new"] else one.decode(asked["prompt"], asked["new"])
-        said = {"seconds": took, "peak": resident("VmHWM") - before, "cpu": time.process_time()}
+        peak = resident("VmHWM")
+        said = {"seconds": took, "cpu": time.process_time(), "peak": peak, "libraries": before, "bare": bare}
         print(json.dumps(said), file=answers, flush=True)
     os._exit(0)  # llama.cpp's server has threads of its own
 
@@ -110,35 +116,41 @@ def compare(args: argparse.Namespace) -> None:
     paths = {name: make(name, args.model, args.work) for name in names}
     limits = measure_limits()
     processes = {name: Process(name, path, args.threads, args.peers) for name, path in paths.items()}
-    cases = {"prefill 512": (512, 0), "decode 128": (32, 128)}
+    cases = {"decode 128": (32, 128), "prefill 512": (512, 0)}  # in this order: peaks are a process's, and stay
     seconds: dict[str, dict[str, list[float]]] = {name: {case: [] for case in cases} for name in names}
-    peaks: dict[str, int] = {}
+    memory: dict[str, dict[str, int]] = {name: {} for name in names}
     for turn in range(args.rounds + 1):
         for name, process in processes.items():
             for case, lengths in cases.items():
                 said = process.ask(*lengths)
-                peaks[name] = said["peak"]
+                memory[name] |= {"libraries": said["libraries"], "bare": said["bare"]}
+                memory[name].setdefault(case, said["peak"])
                 if turn:  # the first one warms up
                     seconds[name][case].append(said["seconds"])
     for process in processes.values():
         process.pipe.kill()
     rows, found = [], {}
     for name in names:
-        prefill, decode = (statistics.median(seconds[name][case]) for case in cases)
+        decode, prefill = (statistics.median(seconds[name][case]) for case in cases)
         plain = statistics.median(seconds["bf16"]["decode 128"])
         nbytes = size(paths[name])
         share = 128 * nbytes / limits.read_bytes_per_second / decode
         found[name] = {
-            "bytes": nbytes, "peak_bytes": peaks[name], "prefill_seconds": seconds[name]["prefill 512"],
+            "bytes": nbytes, "peak_bytes": memory[name], "prefill_seconds": seconds[name]["prefill 512"],
             "decode_seconds": seconds[name]["decode 128"], "share_of_limit": share,
         }  # fmt: skip
+        held = memory[name]
+        beyond = [(held[case] - held["libraries"]) / nbytes for case in cases]
         rows.append(
             (name, f"{nbytes / 1e6:.1f}", f"{512 / prefill:.0f}", f"{128 / decode:.1f}", f"{plain / decode:.2f}",
-             f"{100 * share:.0f} %", f"{peaks[name] / nbytes:.2f}")
+             f"{100 * share:.0f} %", f"{beyond[0]:.2f}", f"{beyond[1]:.2f}", f"{held['decode 128'] / 1e6:.0f}")
         )  # fmt: skip
-    header = ("candidate", "MB", "prefill 512, tokens/s", "decode, tokens/s", "x bf16", "of the limit", "peak / file")
+    header = (
+        "candidate", "MB", "prefill 512, tokens/s", "decode, tokens/s", "x bf16", "of the limit", "peak / file",
+        "after 512", "all of it, MB",
+    )  # fmt: skip
     about = {**machine(), "read_bytes_per_second": limits.read_bytes_per_second, "matmul_flops": limits.matmul_flops}
-    save("decode", {"machine": about, "candidates": found}, markdown(header, rows))
+    save("decode", {"machine": about, "candidates": found}, markdown(header, rows) + "\n" + NOTE)
 
 
 def main() -> None:
