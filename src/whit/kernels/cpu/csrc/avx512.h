@@ -59,9 +59,10 @@ struct Avx512 {
     unsigned shift = run == 1 ? 0 : run == 2 ? 1 : run == 4 ? 2 : run == 8 ? 3 : 4;
     return _mm512_permutexvar_ps(_mm512_srli_epi32(lanes(), shift), load(p));
   }
-  // Lanes from `first` on of 16, which lie in memory too, each RUN times.
+  // Lanes from `first` on, each RUN times; `p` is where they lie in memory.
   template <int RUN>
-  static ALWAYS_INLINE F repeat_of(F f, const float*, int first) {
+  static ALWAYS_INLINE F repeat_of(F f, const float* p, int first) {
+    (void)p;
     return _mm512_permutexvar_ps(_mm512_add_epi32(_mm512_srli_epi32(lanes(), RUN == 8 ? 3 : 4), _mm512_set1_epi32(first)), f);
   }
   template <int WIDTH>

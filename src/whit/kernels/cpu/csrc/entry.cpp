@@ -105,7 +105,7 @@ void decode_task(void* context, int64_t first, int64_t last, float* scratch) {
 
 size_t whit_row_scratch(const whit_weight& w) {
   int64_t lanes = w.columns / 4 + 64;  // 16 per block of at least 64 columns, and the last block
-  return sizeof(float) * (size_t)(2 * 8 * (w.groups + 48 + lanes));
+  return sizeof(float) * (size_t)(2 * 8 * (w.groups + 48 + lanes) + 8 * (w.groups + 48));
 }
 
 const Kernels* whit_kernels(const whit_weight& w, int type, int isa) {

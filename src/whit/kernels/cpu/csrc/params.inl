@@ -48,6 +48,13 @@ static void unpack(const whit_weight& w, const void* stream, int bits, int64_t r
   }
 }
 
+// Of 16 / SUBS superblocks from `first` on of `some`: outer (integer - less).
+template <class V, int SUBS>
+static ALWAYS_INLINE typename V::F run_params(typename V::F some, const float* part, int first, typename V::U codes,
+                                              typename V::F less) {
+  return V::mul(V::template repeat_of<SUBS>(some, part, first), V::sub(V::to_float(codes), less));
+}
+
 // What the runs of superblocks share: to = outer (integer - bias), in float32. SUBS is w.subs.
 template <class V, int SUBS>
 static ALWAYS_INLINE void super_params_of(const whit_weight& w, const void* outer, const uint8_t* inner, float bias,
@@ -55,7 +62,7 @@ static ALWAYS_INLINE void super_params_of(const whit_weight& w, const void* oute
   enum { SUPERS = 64, EACH = 16 / SUBS };  // superblocks converted at a time, and in 16 groups
   const int bytes = 2 * w.sub_bits;
   const int64_t supers = w.groups / SUBS, stride = (w.groups * w.sub_bits + 7) / 8;
-  const uint8_t *p = inner + row * stride, *safe = inner + w.rows * stride - 16;
+  const uint8_t *p = inner + row * stride, *end = inner + w.rows * stride;
   const typename V::Window window = window_of<V>(w.sub_bits);
   const typename V::F less = V::set1(bias);
   float part[SUPERS + 16];
@@ -63,18 +70,17 @@ static ALWAYS_INLINE void super_params_of(const whit_weight& w, const void* oute
     const int64_t count = supers - super < SUPERS ? supers - super : SUPERS;
     convert<V>(outer, row * supers + super, count, w.scale_type, part);
     V::store(part + count, V::zero());
-    for (int64_t i = 0; i < count; i += 16) {
+    int64_t i = 0;
+    for (; i + 16 <= count && p + SUBS * bytes <= end - 16; i += 16) {
       const typename V::F some = V::load(part + i);
-      for (int j = 0; j < 16 && i + j < count; j += EACH, p += bytes, to += 16) {
-        typename V::U codes;
-        if (__builtin_expect(p <= safe, 1)) codes = V::natural(p, window);
-        else {
-          uint8_t last[16] = {};
-          memcpy(last, p, (size_t)(safe + 16 - p));
-          codes = V::natural(last, window);
-        }
-        V::store(to, V::mul(V::template repeat_of<SUBS>(some, part + i, j), V::sub(V::to_float(codes), less)));
-      }
+UNROLL(16)
+      for (int j = 0; j < SUBS; j++, p += bytes, to += 16)
+        V::store(to, run_params<V, SUBS>(some, part + i + j * EACH, j * EACH, V::natural(p, window), less));
+    }
+    for (; i < count; i += EACH, p += bytes, to += 16) {
+      uint8_t last[16] = {};
+      memcpy(last, p, (size_t)(end - p < 16 ? end - p : 16));
+      V::store(to, run_params<V, SUBS>(V::load(part + i), part + i, 0, V::natural(last, window), less));
     }
   }
 }

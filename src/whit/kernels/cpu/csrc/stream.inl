@@ -14,7 +14,7 @@ static void tile(const Rows& a, int64_t row, const Params* params, const typenam
   for (int m = 0; m < M; m++) x[m] = (const char*)a.x + m * a.x_bytes;
   typename V::F total[R][M];
   for (int r = 0; r < R; r++)
-    for (int m = 0; m < M; m++) total[r][m] = from ? V::load(totals + 16 * (r * M + m)) : V::zero();
+    for (int m = 0; m < M; m++) total[r][m] = V::load(totals + 16 * (r * M + m));
   const uint8_t* codes = w.codes + row * w.row_bytes;
   // Into the second cache: what the first can have on its way is too little for the memory's rate.
   const int64_t set = R * w.row_bytes, ahead = set <= 16384 ? 16384 / set * set : 4096;
@@ -75,17 +75,6 @@ UNROLL(4)
         }
       }
     }
-    if (__builtin_expect(w.offsets, 0)) {
-UNROLL(8)
-      for (int m = 0; m < M; m++) {
-        typename V::F sum = V::load(a.sums + m * a.sum_count + 16 * b);
-UNROLL(4)
-        for (int r = 0; r < R; r++) {
-          typename V::F less = lane_params<V, WIDE>(params[r].zero, b, lanes);
-          total[r][m] = V::fnma(less, sum, total[r][m]);
-        }
-      }
-    }
 UNROLL(4)
     for (int r = 0; r < R; r++) {
       typename V::F scale = lane_params<V, WIDE>(params[r].scale, b, lanes);
@@ -95,6 +84,19 @@ UNROLL(8)
   }
   for (int r = 0; r < R; r++)
     for (int m = 0; m < M; m++) V::store(totals + 16 * (r * M + m), total[r][m]);
+}
+
+// The sums of x in the columns of each group, zeros beyond the last one.
+template <int CODES>
+static void sum_groups(const Rows& a, int m, float* to) {
+  const whit_weight& w = *a.w;
+  const float* lanes = a.sums + m * a.sum_count;
+  const int64_t all = 16 * a.blocks, each = w.groups == 1 ? all : w.group_size / CODES;
+  memset(to, 0, (size_t)padded_groups(w) * 4);
+  for (int64_t g = 0; g < w.groups; g++) {
+    const int64_t until = (g + 1) * each < all ? (g + 1) * each : all;
+    for (int64_t lane = g * each; lane < until; lane++) to[g] += lanes[lane];
+  }
 }
 
 template <class V, int KIND>
@@ -116,12 +118,21 @@ static void stream(const Rows& a, int64_t first, int64_t last, float* scratch, i
   const int64_t groups = padded_groups(w), spread_lanes = WIDE || lanes.run ? 0 : 16 * a.blocks, step = M == 1 ? a.blocks : CHUNK;
   Params params[SET];
   float totals[SET * M * 16];
+  float* group_sums = scratch + 2 * SET * (groups + spread_lanes);
+  for (int m = 0; m < M && w.offsets; m++) sum_groups<B::CODES>(a, m, group_sums + m * groups);
   for (int64_t row = first; row < last; row += SET) {
     const int count = last - row < SET ? (int)(last - row) : SET;
     for (int r = 0; r < count; r++) {
       float *scale = scratch + r * 2 * (groups + spread_lanes), *zero = scale + groups;
       params[r] = {scale, zero};
       group_params<V>(w, row + r, shift, scale, zero);
+      if (w.offsets) V::store(zero + w.groups, V::zero());
+      for (int m = 0; m < M; m++) {
+        typename V::F total = V::zero();  // offsets are taken off once per row, by the sums of groups
+        for (int64_t g = 0; g < w.groups && w.offsets; g += 16)
+          total = V::fnma(V::load(zero + g), V::load(group_sums + m * groups + g), total);
+        V::store(totals + 16 * (r * M + m), total);
+      }
       if (WIDE) continue;
       memset(scale + w.groups, 0, (size_t)(groups - w.groups) * 4);
       memset(zero + w.groups, 0, (size_t)(groups - w.groups) * 4);
