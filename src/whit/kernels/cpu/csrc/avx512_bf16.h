@@ -28,11 +28,15 @@ struct Pairs : Avx512 {
   }
   template <int BITS>
   static ALWAYS_INLINE U shift(U u) { return _mm512_srli_epi16(u, BITS); }
+  // All 16 levels, those of fewer bits as often as they fit.
+  static ALWAYS_INLINE __m512 all_levels(const float* levels, int bits) {
+    const int count = 1 << bits;
+    const __m512i index = _mm512_and_si512(lanes(), _mm512_set1_epi32(count - 1));
+    return _mm512_permutexvar_ps(index, _mm512_maskz_loadu_ps((__mmask16)(0xffff >> (16 - count)), levels));
+  }
+  static ALWAYS_INLINE Table twice(__m512 f) { return (__m512i)_mm512_cvtne2ps_pbh(f, f); }
   static ALWAYS_INLINE Table table(const float* levels, int bits) {
-    if (bits > 4) return _mm512_setzero_si512();
-    uint16_t t[32];
-    for (int i = 0; i < 32; i++) t[i] = float_to_bf16(levels[i & ((1 << bits) - 1)]);
-    return _mm512_loadu_si512(t);
+    return bits > 4 ? _mm512_setzero_si512() : twice(all_levels(levels, bits));
   }
   template <int BITS>
   static ALWAYS_INLINE W look(U u, const Table& t) {  // the index's low 5 bits
@@ -45,9 +49,9 @@ struct Pairs : Avx512 {
   template <int BITS>
   static constexpr float lift() { return BITS == 3 ? 8 : 16; }
   static ALWAYS_INLINE Table lift_table(int bits) {  // by the index' low 3 bits; for 2 bits by those above the lowest
-    uint16_t t[32];
-    for (int i = 0; i < 32; i++) t[i] = float_to_bf16(bits == 2 ? lift<2>() + (float)(i >> 1 & 3) : lift<3>() + (float)(i & 7));
-    return _mm512_loadu_si512(t);
+    const __m512i i = lanes(), two = _mm512_and_si512(_mm512_srli_epi32(i, 1), _mm512_set1_epi32(3));
+    const __m512 code = _mm512_cvtepi32_ps(bits == 2 ? two : _mm512_and_si512(i, _mm512_set1_epi32(7)));
+    return twice(_mm512_add_ps(code, set1(bits == 2 ? lift<2>() : lift<3>())));
   }
   template <int BITS>
   static ALWAYS_INLINE W below_exponent(U u) {  // of 16 + code or 8 + code: (u & MASK) | EXPONENT
@@ -74,9 +78,11 @@ struct PairsOfTwo : Pairs {
   static ALWAYS_INLINE F first(W w, X x) { return Pairs::next(w.high, x, Pairs::first(w.low, x)); }
   static ALWAYS_INLINE F next(W w, X x, F acc) { return Pairs::next(w.high, x, Pairs::next(w.low, x, acc)); }
   static ALWAYS_INLINE Table table(const float* levels, int bits) {
-    float low[16] = {};
-    for (int i = 0; i < 1 << bits && bits <= 4; i++) low[i] = levels[i] - bf16_to_float(float_to_bf16(levels[i]));
-    return {Pairs::table(levels, bits), Pairs::table(low, bits)};
+    if (bits > 4) return {_mm512_setzero_si512(), _mm512_setzero_si512()};
+    const __m512 all = all_levels(levels, bits);
+    const __m512i high = twice(all);
+    const __m512 rounded = (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(high)), 16);
+    return {high, twice(_mm512_sub_ps(all, rounded))};
   }
   template <int BITS>
   static ALWAYS_INLINE W look(U u, const Table& t) { return {Pairs::look<BITS>(u, t.high), Pairs::look<BITS>(u, t.low)}; }

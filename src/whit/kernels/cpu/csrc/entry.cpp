@@ -70,9 +70,9 @@ void member(void* argument) {
   }
 }
 
-// Tasks of about 32 KB of codes, in multiples of 8 rows: small enough to even out threads that were held up.
+// Tasks of about 64 KB of codes, in multiples of 8 rows: small enough to even out threads that were held up.
 int64_t task_rows(const whit_weight& w) {
-  int64_t rows = 32768 / (w.row_bytes > 0 ? w.row_bytes : 1);
+  int64_t rows = 65536 / (w.row_bytes > 0 ? w.row_bytes : 1);
   return rows < 8 ? 8 : rows > 1024 ? 1024 : rows & ~(int64_t)7;
 }
 
