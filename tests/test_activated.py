@@ -97,10 +97,10 @@ def test_a_killed_run_ends_with_the_same_bytes(model: Path, text: Path, tmp_path
     assert result(tmp_path / "killed") == result(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("how", ["int8", "int8-static"])
+@pytest.mark.parametrize("how", ["int8", "int8-static", "int8-g32-exact4"])
 def test_an_encoder(how: str, text: Path, tmp_path: Path):  # noqa: F811
     path = save_tiny(tmp_path / "model", "bert-classifier")
-    run(path, tmp_path / "out", text if "static" in how else None, Recipe("rtn", [("*", "int8")], activations=how))
+    run(path, tmp_path / "out", None if how == "int8" else text, Recipe("rtn", [("*", "int8")], activations=how))
     config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     assert config["inputs"]["bert.encoder.layer.0.output.dense"] == how
     assert ("bert.pooler.dense" in config["inputs"]) == (how == "int8")  # it is in no block

@@ -5,6 +5,7 @@
     int8-g32                     dynamic, a scale per row and 32 columns: for weights of any 8 bits and fewer
     int8-asym                    with a zero point: x = (code - zero_point) S, codes from -128 to 127
     int8-outliers, -outliers4.5  LLM.int8(): columns in which any |x| reaches the threshold (6) stay in 16 bits
+    int8-exact8, int8-g32-exact4 the columns with the largest |x| on calibration data stay floats
     int8-static                  one scale per linear, from calibration; its range is minmax unless named:
     int8-static-percentile99.9, -mse, -entropy, -moving0.01
     fp8, fp8-tensor, fp8-static  the same in E4M3, S = max|x| / 448
@@ -34,7 +35,7 @@ PERCENTILE, MOMENTUM = 99.99, 0.01
 PATTERN = re.compile(
     r"(?P<type>int8|fp8)(?P<tensor>-tensor)?(?P<group>-g32)?"
     r"(?P<static>-static(?:-(?P<range>minmax|percentile|mse|entropy|moving)(?P<value>[0-9.]+)?)?)?"
-    r"(?P<outliers>-outliers(?P<threshold>[0-9.]+)?)?(?P<asym>-asym)?"
+    r"(?P<outliers>-outliers(?P<threshold>[0-9.]+)?)?(?:-exact(?P<exact>[1-9][0-9]*))?(?P<asym>-asym)?"
 )
 SCHEMES = {  # names of a format and activations together
     "llm.int8": ("int8-absmax", "int8-outliers"),
@@ -48,7 +49,7 @@ SCHEMES = {  # names of a format and activations together
     "w8a8-static+h64": ("int8+h64", "int8-static"),
     "w4a8+h64": ("int4-channel+h64", "int8"),
 }
-EXAMPLES = ("int8", "int8-g32", "int8-asym", "int8-outliers", "int8-static", "int8-static-percentile99.9", "fp8")
+EXAMPLES = ("int8", "int8-g32", "int8-g32-exact4", "int8-asym", "int8-outliers", "int8-static-mse", "fp8")
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,10 @@ class Activations:
     `granularity` token, tensor or group (of 32 columns of a token); static is always tensor. `threshold`, where it is
     above 0: columns of an input that hold an |x| of at least this are multiplied in the input's own type (dynamic
     int8 per token only). `range` says how calibration chooses a static range, `percentile` (of |x| or of either end,
-    in percent) and `momentum` are options of two of them. RecipeError for what does not go together.
+    in percent) and `momentum` are options of two of them. `exact`: how many columns, those with the largest |x| on
+    calibration data, stay floats and count in no scale; where what is left has a low end much nearer to 0 than its
+    high one (a GELU's output), codes of dynamic int8 count from that low end on. RecipeError for what does not go
+    together.
     """
 
     kind: str = "dynamic"
@@ -70,6 +74,7 @@ class Activations:
     range: str = "minmax"
     percentile: float = PERCENTILE
     momentum: float = MOMENTUM
+    exact: int = 0
 
     def __post_init__(self) -> None:
         if not self.granularity:
@@ -93,10 +98,21 @@ class Activations:
                 "activations: outlier columns are for dynamic, symmetric int8 per token; "
                 "use int8-outliers, or a threshold of 0"
             )
-        if self.threshold < 0 or not 50 < self.percentile <= 100 or not 0 < self.momentum <= 1:
+        if self.exact and (self.kind, self.type, self.symmetric, self.threshold, self.granularity != "tensor") != (
+            "dynamic",
+            "int8",
+            True,
+            0.0,
+            True,
+        ):
             raise RecipeError(
-                f"activations: threshold {self.threshold}, percentile {self.percentile}, momentum {self.momentum}; "
-                "they must be at least 0, in (50, 100] and in (0, 1]; correct them"
+                "activations: exact columns are for dynamic, symmetric int8 per token or per 32 columns; use "
+                "int8-exact8 or int8-g32-exact4"
+            )
+        if self.exact < 0 or self.threshold < 0 or not 50 < self.percentile <= 100 or not 0 < self.momentum <= 1:
+            raise RecipeError(
+                f"activations: exact {self.exact}, threshold {self.threshold}, percentile {self.percentile}, momentum "
+                f"{self.momentum}; they must be at least 0, at least 0, in (50, 100] and in (0, 1]; correct them"
             )
 
     def __str__(self) -> str:
@@ -107,6 +123,7 @@ class Activations:
             text += "-static" + ("" if self.range == "minmax" else f"-{self.range}{value}")
         if self.threshold:
             text += "-outliers" + ("" if self.threshold == THRESHOLD else f"{self.threshold:g}")
+        text += f"-exact{self.exact}" if self.exact else ""
         return text + ("" if self.symmetric else "-asym")
 
     @property
@@ -117,7 +134,7 @@ class Activations:
     @property
     def needs_stats(self) -> bool:
         """Whether calibration is needed."""
-        return self.kind == "static"
+        return self.kind == "static" or self.exact > 0
 
     @classmethod
     def parse(cls, spec: str) -> Activations:
@@ -126,12 +143,20 @@ class Activations:
 
     def fits(self, format: Format) -> bool:
         """Whether a weight in this format can be multiplied by such inputs: its codes are numbers of the same type."""
+        if self.exact and rotation(format):  # columns are chosen as they come
+            return False
         codes: Format = getattr(format, "base", format) if rotation(format) else format  # inputs are rotated first
         return format.bits <= 8 if self.granularity == "group" else product_dtype(codes) == self.dtype
 
     @property
     def specs(self) -> dict[str, TensorSpec]:
-        """What a packed weight holds beside its layout's tensors: static scales, and zero points where there are."""
+        """What a packed weight holds beside its layout's tensors: static scales, and zero points where there are.
+
+        With exact columns which ones, and the low end from which codes count, minus infinity where they are symmetric.
+        """
+        if self.exact:
+            columns = TensorSpec((self.exact,), torch.int32)
+            return {"input_columns": columns, "input_low": TensorSpec((1,), torch.float32)}
         if self.kind != "static":
             return {}
         scale = {"input_scale": TensorSpec((1,), torch.float32)}
@@ -161,6 +186,8 @@ def parse_activations(spec: str | Mapping[str, Any] | Activated) -> Activations:
         options["granularity"] = "tensor"
     elif found["group"]:
         options["granularity"] = "group"
+    if found["exact"]:
+        options["exact"] = int(found["exact"])
     if found["outliers"]:
         options["threshold"] = _number(text, found["threshold"], THRESHOLD)
     if found["value"]:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from whit.calibration import CalibrationTokens
 from whit.calibration.capture import BlockStats, Watch
-from whit.calibration.ranges import RangeWatch, static_scales
+from whit.calibration.ranges import RangeWatch, input_tensors
 from whit.calibration.runner import Runner
 from whit.checkpoint.writer import Written
 from whit.formats.lowrank import without_side_car
@@ -195,7 +195,7 @@ class BlockFeed:
         return watch.stats()
 
     def _ranges(self, index: int, items: Sequence[Item]) -> dict[str, dict[str, Tensor]]:
-        """Static scales of the inputs of linears that have them: the block runs once more, as it was rescaled."""
+        """What linears must know of their inputs (`Activations.specs`): one more run of the rescaled block."""
         wanted = {item.name: how for item in items if (how := item.activations) is not None and how.needs_stats}
         if not wanted:
             return {}
@@ -206,7 +206,7 @@ class BlockFeed:
             for sample in self._runner.inputs:  # a moving average is one over samples
                 self._runner.forward(index, sample[None])
         kinds = {(watch.found[name], how) for name, how in wanted.items()}
-        chosen = {kind: static_scales(*kind) for kind in kinds}
+        chosen = {kind: input_tensors(*kind) for kind in kinds}
         return {name: chosen[watch.found[name], how] for name, how in wanted.items()}
 
     def _rescaled(self, unit: Unit) -> Basis:

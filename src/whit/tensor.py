@@ -139,6 +139,8 @@ class Activated(Protocol):
     def granularity(self) -> str: ...
     @property
     def threshold(self) -> float: ...
+    @property
+    def exact(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -146,7 +148,8 @@ class PackedWeight:
     """The physical value: named tensors as a module holds and a file stores them, in a named layout.
 
     `activations` says how its inputs are quantized, None that they are not. Where these have static scales, `tensors`
-    holds beside the layout's own `input_scale` float32 (1,) and, asymmetric, `input_zero_point` int8 (1,).
+    holds beside the layout's own `input_scale` float32 (1,) and, asymmetric, `input_zero_point` int8 (1,); where
+    columns stay exact, `input_columns` int32 (exact,) and `input_low` float32 (1,), the low end of codes or -infinity.
     """
 
     layout: str

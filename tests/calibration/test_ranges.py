@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from whit.activations import parse_activations
-from whit.calibration.ranges import LAST, STEPS, Histogram, RangeWatch, static_scales
+from whit.calibration.ranges import LAST, STEPS, Histogram, RangeWatch, input_tensors
 from whit.errors import CalibrationError
 
 
@@ -26,7 +26,7 @@ def heavy(random: torch.Generator) -> Tensor:
 
 
 def step_of(x: Tensor, how: str) -> float:
-    return float(static_scales(seen(x), parse_activations(how))["input_scale"])
+    return float(input_tensors(seen(x), parse_activations(how))["input_scale"])
 
 
 def test_counts_do_not_depend_on_the_order(heavy: Tensor):
@@ -53,7 +53,7 @@ def test_percentiles_are_numpys_up_to_a_bin(heavy: Tensor, share: float):
     expected = np.percentile(heavy.abs().numpy(), share, method="inverted_cdf")
     assert abs(step_of(heavy, f"int8-static-percentile{share}") * 127 - expected) <= width
     low, high = (np.percentile(heavy.numpy(), p, method="inverted_cdf") for p in (100 - share, share))
-    scales = static_scales(found, parse_activations(f"int8-static-percentile{share}-asym"))
+    scales = input_tensors(found, parse_activations(f"int8-static-percentile{share}-asym"))
     assert abs(float(scales["input_scale"]) * 255 - (high - low)) <= 3 * width
 
 
@@ -73,7 +73,7 @@ def test_mse_has_the_least_squared_error(random: torch.Generator, asym: str):
         return float((near - heavy).square().sum())
 
     tried = [error(2.0 ** (-i / STEPS)) for i in range(LAST + 1)]
-    scales = static_scales(seen(heavy), parse_activations(f"int8-static-mse{asym}"))
+    scales = input_tensors(seen(heavy), parse_activations(f"int8-static-mse{asym}"))
     zero = float(scales.get("input_zero_point", torch.zeros(1)))
     scale = float(scales["input_scale"])
     near = (((heavy / scale).round() + zero).clamp(-128, 127) - zero) * scale
@@ -95,6 +95,21 @@ def test_fp8_and_zeros(heavy: Tensor):
     assert step_of(torch.zeros(16), "int8-static") == 1.0
 
 
+def test_the_largest_columns_stay_exact_and_a_low_end_is_found(random: torch.Generator):
+    x = torch.randn(64, 40, generator=random).clamp(-3, 3)
+    x[5, 31], x[9, 7] = -50.0, 20.0
+    found = input_tensors(seen(x), parse_activations("int8-exact2"))
+    assert found["input_columns"].tolist() == [7, 31]
+    assert found["input_columns"].dtype == torch.int32
+    assert found["input_low"].tolist() == [-torch.inf]
+    one_sided = torch.nn.functional.gelu(x)
+    found = input_tensors(seen(one_sided), parse_activations("int8-g32-exact1"))
+    assert found["input_columns"].tolist() == [7]
+    assert found["input_low"].item() == pytest.approx(one_sided.min().item())
+    with pytest.raises(CalibrationError, match="40 exact columns of 40"):
+        input_tensors(seen(x), parse_activations("int8-exact40"))
+
+
 def test_a_watch_sees_what_linears_are_given(random: torch.Generator):
     weight, other = torch.randn(4, 8, generator=random), torch.randn(4, 8, generator=random)
     x = torch.randn(3, 8, generator=random)
@@ -103,6 +118,6 @@ def test_a_watch_sees_what_linears_are_given(random: torch.Generator):
         torch.nn.functional.linear(100 * x, other)
     assert (watch.found["one"].low, watch.found["one"].high) == (float(x.min()), float(x.max()))
     with pytest.raises(CalibrationError, match="no token reached"):
-        static_scales(Histogram(0.1), parse_activations("int8-static"))
+        input_tensors(Histogram(0.1), parse_activations("int8-static"))
     with pytest.raises(CalibrationError, match="not finite"):
         Histogram(0.1).add(torch.tensor([1.0, torch.nan]))

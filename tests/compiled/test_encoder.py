@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,7 @@ from whit.compiled.encoder import compile_encoder, find_stack
 from whit.errors import UnsupportedModelError
 from whit.kernels.cpu import library
 from whit.kernels.cpu.encoder import Encoder, Layer, Linear
-from whit.kernels.int8 import quantize_rows, rounded_groups
+from whit.kernels.int8 import quantize_rows, rounded_except, rounded_groups
 from whit.layouts import BITS
 from whit.modules import QuantizedLinear
 
@@ -22,6 +24,8 @@ from tiny_models import save_tiny, tiny_inputs, tiny_model
 
 COMPILED = library()
 ISAS_HERE = () if isinstance(COMPILED, str) else COMPILED.isas8
+EXACT = torch.tensor([0, 33, 90, 127], dtype=torch.int32)
+LOWS = {False: torch.tensor([-torch.inf]), True: torch.tensor([-0.17])}  # of a GELU's output
 SCHEMES = {"int8": "int8", "int8-g32": "int8", "int4-g32": "int8-g32", "int8-g64": "int8-g32"}
 pytestmark = pytest.mark.skipif(isinstance(COMPILED, str), reason=f"CPU kernels: {COMPILED}")
 
@@ -30,7 +34,8 @@ def float_layer(layer: nn.Module, hidden: Tensor, mask: Tensor, heads: int, roun
     """A layer of BERT in float64, written out: `rounded` is what quantization makes of a linear's input."""
 
     def linear(module: QuantizedLinear, x: Tensor) -> Tensor:
-        flat = rounded(x.reshape(-1, x.shape[-1]).float()).double()
+        flat = x.reshape(-1, x.shape[-1]).float()
+        flat = (rounded(flat, module) if "exact" in str(module.activations) else rounded(flat)).double()
         return (flat @ module.dequantize(torch.float64).T + module.bias.double()).reshape(*x.shape[:-1], -1)
 
     def norm(module: nn.LayerNorm, x: Tensor) -> Tensor:
@@ -53,6 +58,11 @@ def token_rounded(x: Tensor) -> Tensor:
     return codes * scale
 
 
+def rounded_but_some(x: Tensor, module: QuantizedLinear, grouped: bool) -> Tensor:
+    tensors = module.packed.tensors
+    return rounded_except(x, tensors["input_columns"], tensors["input_low"], grouped)
+
+
 def one_layer(spec: str, activations: str) -> nn.Module:
     sizes = {"num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 192, "max_position_embeddings": 64}
     config = BertConfig(vocab_size=128, hidden_size=128, **sizes)
@@ -66,9 +76,11 @@ def one_layer(spec: str, activations: str) -> nn.Module:
             module.bias.normal_(0, 0.1)
             packed = whit.quantize_tensor(module.weight.data, spec)
             how = whit.Activations.parse(activations) if activations else None
-            setattr(
-                parent, name.rpartition(".")[2], QuantizedLinear.from_quantized(packed, module.bias, activations=how)
-            )
+            weight = replace(BITS.pack(packed), activations=how)
+            if how is not None and how.exact:
+                beside = {"input_columns": EXACT, "input_low": LOWS[name == "output.dense"]}
+                weight = replace(weight, tensors={**weight.tensors, **beside})
+            setattr(parent, name.rpartition(".")[2], QuantizedLinear(weight, module.bias, torch.float32))
     return model
 
 
@@ -88,13 +100,17 @@ def ready(model: nn.Module, isa: str) -> Encoder:
 @pytest.mark.parametrize("isa", ISAS_HERE)
 @pytest.mark.parametrize(("spec", "activations"), [("int8", "int8"), ("int8-absmax", "int8"), ("int4-g32", "int8-g32"),
                                                    ("int8-g64", "int8-g32"), ("int4-channel", "int8-g32"),
-                                                   ("int8-g32", ""), ("int8", ""), ("int4-g64", "")])  # fmt: skip
+                                                   ("int8-g32", ""), ("int8", ""), ("int4-g64", ""),
+                                                   ("int8-g32", "int8-g32-exact4"),
+                                                   ("int8", "int8-exact4")])  # fmt: skip
 def test_a_layer_is_what_is_written_out(isa: str, spec: str, activations: str, random: torch.Generator):
     model = one_layer(spec, activations)
     hidden = torch.randn(3, 21, 128, generator=random)
     mask = torch.ones(3, 1, 1, 21, dtype=torch.bool)
     mask[0, ..., 9:], mask[1, ..., :2] = False, False
-    rounded = {"int8": token_rounded, "int8-g32": rounded_groups, "": lambda x: x}[activations]
+    rounded = {"int8": token_rounded, "int8-g32": rounded_groups, "": lambda x: x,
+               "int8-exact4": partial(rounded_but_some, grouped=False),
+               "int8-g32-exact4": partial(rounded_but_some, grouped=True)}[activations]  # fmt: skip
     wanted = float_layer(model.encoder.layer[0], hidden.double(), mask, 4, rounded)
     found = ready(model, isa)(hidden.clone(), mask)
     # a value on the edge between two codes may fall either way
@@ -150,6 +166,26 @@ def test_models_give_what_they_gave(tmp_path: Path, architecture: str, spec: str
     kept = slice(None) if before.dim() == 2 else inputs["attention_mask"].bool()
     assert "forward" in vars(find_stack(model))
     assert (found[kept] - before[kept]).norm() < 0.03 * before[kept].norm()
+
+
+def test_tokens_go_the_short_way_and_give_what_the_long_one_does(tmp_path: Path):
+    config = whit.QuantizationConfig("int8")  # inputs in 16 bits: no code falls the other way
+    model = AutoModel.from_pretrained(save_tiny(tmp_path, "bert"), quantization_config=config)
+    whit.compile(model, strict=True)
+    inputs = tiny_inputs("bert")
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    mask[1, 5:] = 0
+    with torch.no_grad():
+        short = model(ids, mask)
+        embedded = model.embeddings.word_embeddings(ids)
+        long = model(inputs_embeds=embedded, attention_mask=mask)
+        torch.testing.assert_close(short.last_hidden_state, long.last_hidden_state, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(short.pooler_output, long.pooler_output, rtol=1e-3, atol=1e-4)
+        other = model(ids, mask, torch.ones_like(ids)).last_hidden_state
+        assert not torch.equal(other, short.last_hidden_state)
+        assert isinstance(model(ids, mask, return_dict=False), tuple)
+        with pytest.raises(IndexError, match="none of the embedding's words"):
+            model(ids + 10**6)
 
 
 def test_what_is_not_covered_runs_as_before(tmp_path: Path):

@@ -32,7 +32,8 @@ def packed(how: str, spec: str = "int8", seed: int = 1, **static: torch.Tensor) 
 @pytest.mark.parametrize(
     "spec",
     ["int8", "int8-tensor", "int8-asym", "int8-tensor-asym", "int8-outliers", "int8-outliers4.5", "int8-static",
-     "int8-static-percentile99.9", "int8-static-mse-asym", "int8-static-moving0.1", "fp8", "fp8-tensor", "fp8-static"],
+     "int8-static-percentile99.9", "int8-static-mse-asym", "int8-static-moving0.1", "int8-exact8",
+     "int8-g32-exact4", "fp8", "fp8-tensor", "fp8-static"],
 )  # fmt: skip
 def test_shorthands_come_back(spec):
     how = parse_activations(spec)
@@ -40,7 +41,20 @@ def test_shorthands_come_back(spec):
     assert parse_activations(how.to_dict()) == how
 
 
-@pytest.mark.parametrize("wrong", ["int4", "int8-static-token", "fp8-asym", "int8-static-mse3", "int8-outliers-asym"])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        "int4",
+        "int8-static-token",
+        "fp8-asym",
+        "int8-static-mse3",
+        "int8-outliers-asym",
+        "int8-exact8-asym",
+        "int8-tensor-exact2",
+        "fp8-exact2",
+        "int8-exact0",
+    ],
+)
 def test_what_is_no_activations_is_refused(wrong):
     with pytest.raises(RecipeError):
         parse_activations(wrong)
@@ -90,6 +104,27 @@ def test_threshold_zero_is_the_integer_product_and_nothing_else():
     matrix, row_scale = operands(weight)
     exact = torch._int_mm(codes, matrix.T.contiguous())
     assert torch.equal(packed_linear(x, pure), exact.float() * scale * row_scale.T)
+
+
+@pytest.mark.parametrize("low", [-torch.inf, -0.125])
+@pytest.mark.parametrize("how", ["int8-exact2", "int8-g32-exact2"])
+def test_exact_columns_are_not_rounded(how, low):
+    x = numbers(ROWS, COLUMNS)
+    x = x if low == -torch.inf else x.clamp(min=2 * low)
+    x[:, [3, COLUMNS - 1]] *= 1000
+    given = {"input_columns": torch.tensor([3, COLUMNS - 1], dtype=torch.int32), "input_low": torch.tensor([low])}
+    weight, size = packed(how, **given), 32 if "g32" in how else COLUMNS
+    near = x.double().clone()
+    for row in near:
+        for first in range(0, COLUMNS, size):
+            kept = [c for c in range(first, min(first + size, COLUMNS)) if c not in (3, COLUMNS - 1)]
+            values = row[kept] if low == -torch.inf else (row[kept] - low).clamp(min=0)
+            step = values.abs().max() / (127 if low == -torch.inf else 255)
+            row[kept] = (values / step).round() * step + (0 if low == -torch.inf else low)
+    expected = near @ BITS.unpack(weight).dequantize().double().T
+    for kernel in (Activation8(), None):
+        found = packed_linear(x, weight, None, kernel).double()
+        assert (found - expected).norm() < 2e-4 * expected.norm()  # a value between two codes may fall either way
 
 
 @pytest.mark.parametrize("asym", ["", "-asym"])

@@ -10,6 +10,9 @@ came; the range [low, high] that is then chosen is
 - entropy: the same with the least KL divergence of the quantized distribution from the clipped one (TensorRT's way).
 
 c takes the values max|x| 2^(-i/16), i = 0 ... 128.
+
+Columns that stay exact are those with the largest |x|; what is left has a low end where that is nearer to 0 than the
+high one by ONE_SIDED.
 """
 
 from __future__ import annotations
@@ -27,12 +30,16 @@ from whit.rotation import rotate
 
 BINS = 1 << 14
 STEPS, LAST = 16, 128
+ONE_SIDED = 4.0
 LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 
 
 @dataclass(eq=False)
 class Histogram:
-    """Counts int64 (BINS,) of values in [-limit, limit), limit a power of two, and the extremes of all values."""
+    """Counts int64 (BINS,) of values in [-limit, limit), limit a power of two, and the extremes of all values.
+
+    `ends` float32 (2, columns): the extremes of each column.
+    """
 
     momentum: float
     counts: Tensor | None = None
@@ -40,6 +47,7 @@ class Histogram:
     low: float = 0.0
     high: float = 0.0
     moving: tuple[float, float] = (0.0, 0.0)
+    ends: Tensor | None = None
 
     def add(self, x: Tensor) -> None:
         """All values of a sample. CalibrationError where one of them is not finite."""
@@ -54,8 +62,16 @@ class Histogram:
         self.low, self.high = (low, high) if first else (min(self.low, low), max(self.high, high))
         self._widen(max(-low, high))
         assert self.counts is not None
+        if x.dim() > 1:
+            self._see_columns(x.reshape(-1, x.shape[-1]).to(torch.float32))
         index = (values * (BINS / 2 / self.limit)).floor().long() + BINS // 2  # exact: a product with a power of two
         self.counts += torch.bincount(index, minlength=BINS).cpu()
+
+    def _see_columns(self, rows: Tensor) -> None:
+        lows, highs = torch.aminmax(rows, dim=0)
+        if self.ends is not None:
+            lows, highs = lows.minimum(self.ends[0]), highs.maximum(self.ends[1])
+        self.ends = torch.stack([lows, highs])
 
     def _widen(self, size: float) -> None:
         """Make the limit exceed `size`; two bins become one with every doubling."""
@@ -100,16 +116,36 @@ def _place(x: Tensor) -> tuple[int, ...]:
     return x.data_ptr(), x._version, *x.shape, *x.stride()
 
 
-def static_scales(found: Histogram, how: Activations) -> dict[str, Tensor]:
-    """`input_scale` float32 (1,) and, asymmetric, `input_zero_point` int8 (1,), for a linear whose inputs were seen."""
-    if found.counts is None:
+def input_tensors(found: Histogram, how: Activations) -> dict[str, Tensor]:
+    """What `how.specs` names, for a linear whose inputs were seen.
+
+    `input_scale` float32 (1,) and, asymmetric, `input_zero_point` int8 (1,); `input_columns` int32 (exact,) in
+    ascending order and `input_low` float32 (1,) where columns stay exact.
+    """
+    if found.counts is None or (how.exact and found.ends is None):
         raise CalibrationError(
-            "activations: no token reached a linear that is to have a static scale; one must; use another text, or "
-            "dynamic ones"
+            "activations: no token reached a linear that is to have a static scale or exact columns; one must; use "
+            "another text, or dynamic ones"
         )
+    if how.exact:
+        assert found.ends is not None
+        return _exact_columns(found.ends.cpu(), how.exact)
     scale, zero = _scale(*_range(found, how), how)
     tensors = {"input_scale": torch.tensor([scale], dtype=torch.float32)}
     return tensors if how.symmetric else {**tensors, "input_zero_point": torch.tensor([zero], dtype=torch.int8)}
+
+
+def _exact_columns(ends: Tensor, count: int) -> dict[str, Tensor]:
+    """Of columns with these ends (2, columns)."""
+    if count >= ends.shape[1]:
+        raise CalibrationError(
+            f"activations: {count} exact columns of {ends.shape[1]}; fewer must be, to quantize the others; use less"
+        )
+    columns = ends.abs().amax(dim=0).argsort(descending=True, stable=True)[:count].sort().values
+    left = ends.index_fill(1, columns, 0.0)
+    low, high = min(float(left[0].min()), 0.0), float(left[1].max())
+    found = low if high > -ONE_SIDED * low else -torch.inf
+    return {"input_columns": columns.to(torch.int32), "input_low": torch.tensor([found], dtype=torch.float32)}
 
 
 def _range(found: Histogram, how: Activations) -> tuple[float, float]:

@@ -8,7 +8,6 @@ hidden states), gradients, or training runs the model's own layers.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from transformers.activations import GELUActivation
 from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPastAndCrossAttentions
 
+from whit.compiled.bert import records, take_tokens
 from whit.errors import KernelError, UnsupportedModelError
 from whit.kernels.cpu.binding import library
 from whit.kernels.cpu.encoder import Encoder, Layer, Linear
@@ -68,6 +68,9 @@ def compile_encoder(model: nn.Module, options: Mapping[str, Any]) -> nn.Module:
         raise UnsupportedModelError(f"compile: {error}") from error
     plain = type(stack).forward.__get__(stack)
     stack.forward = _forward(stack, encoder, plain, output)
+    for module in model.modules():
+        if type(module).__name__ == "BertModel" and getattr(module, "encoder", None) is stack:
+            take_tokens(module, encoder)
     return model
 
 
@@ -114,11 +117,4 @@ def _covered(stack: nn.Module, hidden: Tensor, mask: Tensor | None, args: tuple[
     unusual = ("encoder_hidden_states", "encoder_attention_mask", "past_key_values", "use_cache")
     if any(value is not None for value in args) or any(kwargs.get(name) for name in unusual):
         return False
-    return not torch.compiler.is_compiling() and not _records()
-
-
-def _records() -> bool:
-    """Whether transformers collects what layers give, which it does by hooks on them."""
-    collector = getattr(import_module("transformers.utils.output_capturing"), "_active_collector", None)
-    found = collector.get() if collector is not None else None
-    return bool(found)
+    return not torch.compiler.is_compiling() and not records()

@@ -47,7 +47,7 @@ class BitsAndBytes(LinearsExport):
 
     def refuses(self, activations: Activations) -> str | None:
         plain = activations.kind == "dynamic" and activations.type == "int8" and activations.symmetric
-        if plain and activations.granularity == "token":
+        if plain and activations.granularity == "token" and not activations.exact:
             return None
         return "bitsandbytes quantizes per token, with or without outlier columns; use int8 or int8-outliers"
 

@@ -36,7 +36,7 @@ class CompressedTensors(LinearsExport):
     types: ClassVar[tuple[str, str]] = ("fp8", "int8 activations belong to int8 weights; write compressed-tensors-int8")
 
     def refuses(self, activations: Activations) -> str | None:
-        if activations.threshold:
+        if activations.threshold or activations.exact:
             return "compressed-tensors knows no outlier columns; write a whit or bitsandbytes file"
         return None if activations.type == self.types[0] else self.types[1]
 

@@ -39,8 +39,8 @@ class Activation8:
         how = packed.activations
         assert how is not None
         flat = x.reshape(-1, packed.shape[1])
-        if how.granularity == "group":
-            wide = torch.nn.functional.linear(int8.rounded_groups(flat), dequantize(packed))
+        if how.granularity == "group" or how.exact:
+            wide = torch.nn.functional.linear(rounded_floats(flat, packed), dequantize(packed))
             y = (wide if bias is None else wide + bias.to(torch.float32)).to(x.dtype)
             return y.reshape(*x.shape[:-1], packed.shape[0])
         weight, row_scale = operands(packed)
@@ -51,6 +51,17 @@ class Activation8:
         else:
             y = int8.int8_linear(flat, weight, row_scale, bias, _int8_rows(flat, packed, how))
         return y.reshape(*x.shape[:-1], packed.shape[0])
+
+
+def rounded_floats(x: Tensor, packed: PackedWeight) -> Tensor:
+    """x (rows, in) in float32 as activations per group, or with exact columns, make it."""
+    how = packed.activations
+    assert how is not None
+    if not how.exact:
+        return int8.rounded_groups(x)
+    return int8.rounded_except(
+        x, packed.tensors["input_columns"], packed.tensors["input_low"], how.granularity == "group"
+    )
 
 
 def operands(packed: PackedWeight) -> tuple[Tensor, Tensor]:

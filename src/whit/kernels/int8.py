@@ -60,6 +60,26 @@ def rounded_groups(x: Tensor) -> Tensor:
     return (codes * scale).reshape(rows, -1)[:, :columns]
 
 
+def rounded_except(x: Tensor, columns: Tensor, low: Tensor, grouped: bool) -> Tensor:
+    """x (rows, in) in float32, all but `columns` rounded by a scale per row or per GROUP columns of a row.
+
+    Symmetric as `quantize_rows` where `low` float32 (1,) is not finite; else x = low + code scale, codes from 0 to 255,
+    scale = max(x - low) / 255; what lies below `low` becomes it.
+    """
+    rows, width = x.shape
+    wide = x.to(torch.float32)
+    exact = torch.zeros(width, dtype=torch.bool, device=x.device).index_fill_(0, columns.long(), True)
+    one_sided = torch.isfinite(low)
+    base = torch.where(one_sided, low, 0.0)
+    within = torch.where(exact, 0.0, torch.where(one_sided, (wide - base).clamp(min=0), wide))
+    size = GROUP if grouped else width
+    groups = pad(within, (0, -width % size)).reshape(-1, size)
+    absmax = groups.abs().amax(dim=1, keepdim=True)
+    limit = torch.where(one_sided, 2 * LIMIT + 1, LIMIT)
+    near = (groups * torch.where(absmax > 0, limit / absmax, 0.0)).round() * (absmax / limit)
+    return torch.where(exact, wide, near.reshape(rows, -1)[:, :width] + base)
+
+
 def quantize_static(x: Tensor, scale: Tensor, zero_point: Tensor | None) -> Rows:
     """x (rows, in) by a given scale float32 (1,) and zero point int8 (1,): codes = round(x / scale) + zero_point.
 

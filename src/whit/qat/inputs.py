@@ -77,7 +77,7 @@ def round_inputs(module: nn.Module, how: Activations, start: Mapping[str, Tensor
 
     RecipeError for outlier columns, which stay in floats and cannot be learned around.
     """
-    if how.threshold:
+    if how.threshold or how.exact:
         raise RecipeError(f"activations {how}: training rounds all columns; use int8, or a static range")
     for key, value in (start or {}).items():
         module.register_parameter(key, nn.Parameter(value.to(torch.float32), requires_grad=False))

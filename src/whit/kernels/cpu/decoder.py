@@ -113,7 +113,7 @@ def refusal(weight: CpuWeight) -> str | None:
         return None
     if isinstance(levels := levels_of(weight.format), str):
         return levels
-    if how.dtype != torch.int8 or how.kind != "dynamic" or not how.symmetric or how.threshold > 0:
+    if how.dtype != torch.int8 or how.kind != "dynamic" or not how.symmetric or how.threshold > 0 or how.exact:
         return "its activations are quantized in another way than to symmetric int8 as they come"
     if how.granularity not in ("token", "group"):
         return f"its activations are quantized per {how.granularity}"

@@ -26,6 +26,7 @@ from whit.tensor import PackedWeight
 
 PANEL = 48  # rows of the weight that lie beside each other
 MIDDLE = {False: 1 << 7, True: 1 << 15}  # the code of 0 in symmetric activations of 8 and of 16 bits
+NO_WORD = -5  # a status of encoder.cpp
 LONGEST = 128  # columns whose products of 16 and 8 bits fit a sum of 32
 
 
@@ -49,6 +50,15 @@ class LayerPlan(ctypes.Structure):
     ]
 
 
+class EmbeddingPlan(ctypes.Structure):
+    """whit_embedding8 of encoder.h."""
+
+    _fields_: ClassVar = [
+        *((name, Pointer) for name in ("ids", "word", "beside", "norm_weight", "norm_bias")),
+        ("words", ctypes.c_int64),
+    ]
+
+
 class EncoderPlan(ctypes.Structure):
     """whit_encoder8 of encoder.h."""
 
@@ -60,6 +70,7 @@ class EncoderPlan(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("batch", "tokens")),
         ("mask", Pointer),
         *((name, ctypes.c_int64) for name in ("mask_batch", "mask_query", "mask_key")),
+        ("embedding", EmbeddingPlan),
     ]
 
 
@@ -80,6 +91,18 @@ class Layer:
     up: Linear
     down: Linear
     norms: tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Embedding:
+    """What the first layer's input is made of: norm(word[id] + beside[position]), all float32 and contiguous.
+
+    `word` (words, size), `beside` (positions, size): positions and what else all tokens share; `norm` weight and bias.
+    """
+
+    word: Tensor
+    beside: Tensor
+    norm: tuple[Tensor, Tensor]
 
 
 class Encoder:
@@ -103,10 +126,22 @@ class Encoder:
 
         `mask` is bool, to be broadcast to (batch, 1, tokens, tokens): which tokens (last) a token sees.
         """
+        return self._run(hidden, mask, EmbeddingPlan())
+
+    def of_tokens(self, ids: Tensor, embedding: Embedding, mask: Tensor | None = None) -> Tensor:
+        """float32 (batch, tokens, size) for ids int64 (batch, tokens); IndexError where one is no word."""
+        ids, word = ids.contiguous(), embedding.word
+        plan = EmbeddingPlan(
+            ids=ids.data_ptr(), word=word.data_ptr(), beside=embedding.beside.data_ptr(),
+            norm_weight=embedding.norm[0].data_ptr(), norm_bias=embedding.norm[1].data_ptr(), words=len(word),
+        )  # fmt: skip
+        return self._run(torch.empty(*ids.shape, self.size), mask, plan)
+
+    def _run(self, hidden: Tensor, mask: Tensor | None, embedding: EmbeddingPlan) -> Tensor:
         plan = EncoderPlan(
             layers=ctypes.addressof(self.plans), count=len(self.plans), size=self.size, inner=self.inner,
             heads=self.heads, epsilon=self.epsilon, hidden=hidden.data_ptr(), batch=hidden.shape[0],
-            tokens=hidden.shape[1],
+            tokens=hidden.shape[1], embedding=embedding,
         )  # fmt: skip
         if mask is not None:
             seen = mask.expand(hidden.shape[0], 1, hidden.shape[1], hidden.shape[1])
@@ -116,6 +151,8 @@ class Encoder:
         status = library.encode8(
             ctypes.addressof(plan), library.parallel, library.team_size, self.isa, torch.get_num_threads()
         )  # fmt: skip
+        if status == NO_WORD:
+            raise IndexError("input_ids: a token is none of the embedding's words; each must be; use its own tokenizer")
         if status:
             raise MemoryError(f"the CPU encoder could not run ({status})")
         return hidden

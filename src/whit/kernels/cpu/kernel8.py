@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from whit.kernels import int8
+from whit.kernels.activated import rounded_floats
 from whit.kernels.cpu.binding import library
 from whit.kernels.cpu.kernel import FLOATS, Cpu, compiled_library
 from whit.kernels.cpu.rows8 import ROW_SUMS, Rows8, levels_of, multiply, padded, quantize_rows, round_groups
@@ -63,10 +64,14 @@ class Cpu8:
             return x.new_empty(*x.shape[:-1], weight.shape[0])
         bias = None if bias is None else bias.contiguous()
         how = weight.activations
-        if isinstance(levels_of(weight.format), str):  # such as nf4's
+        assert how is not None
+        if how.exact:
+            y = Cpu().linear(rounded_floats(flat, weight), weight, None if bias is None else bias.to(torch.float32))
+            y = y.to(x.dtype)
+        elif isinstance(levels_of(weight.format), str):  # such as nf4's
             rounded = round_groups(flat, x.dtype if x.dtype == torch.bfloat16 else torch.float32, compiled_library())
             y = Cpu().linear(rounded, weight, None if bias is None else bias.to(rounded.dtype)).to(x.dtype)
-        elif how is not None and how.threshold > 0:
+        elif how.threshold > 0:
             y = self._with_outliers(flat, weight, bias, how.threshold)
         else:
             y = multiply(self._rows(flat, weight), weight, bias, x.dtype, compiled_library(), self.isa)

@@ -36,7 +36,8 @@ class Gpu8:
             return "the device is not of compute capability 9.0"
         if x.dtype not in DTYPES or how.dtype != torch.int8:
             return f"activations are {x.dtype}, to be multiplied as {how.dtype}"
-        if how.granularity == "group" or product_dtype(packed.format) != torch.int8 or packed.format.bits != 8:
+        plain = how.granularity != "group" and not how.exact
+        if not plain or product_dtype(packed.format) != torch.int8 or packed.format.bits != 8:
             return f"{packed.format} with activations {how} is no product of bytes"
         if packed.layout != BITS.name or len(packed.shape) != 2:
             return f"layout {packed.layout} of shape {tuple(packed.shape)}"

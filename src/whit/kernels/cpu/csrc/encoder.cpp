@@ -48,10 +48,12 @@ bool make_room(const whit_encoder8& e, const Sizes& most, int64_t rows, Scratch&
   return true;
 }
 
-// Each thread's own: a row of x without its exact columns, or keys, values and scores of one head.
-bool make_own(const whit_encoder8& e, const Sizes& most, Room8& room) {
+// Each thread's own: a row of x without its exact columns, or keys, values and scores of one head; and a panel of y.
+bool make_own(const whit_encoder8& e, const Sizes& most, int64_t rows, Room8& room) {
   const int64_t padded = whole(e.tokens), head = 2 * padded * (e.size / e.heads) + 8 * padded;
-  room.own = (float*)own8.get((size_t)(4 * (head > most.widest ? head : most.widest) + 64));
+  const int64_t own = whole(head > most.widest ? head : most.widest);
+  room.own = (float*)own8.get((size_t)(4 * (own + rows * WIDE8) + 64));
+  room.totals = room.own + own;
   return room.own != nullptr;
 }
 
@@ -76,7 +78,7 @@ int64_t taken(const Call& call, int64_t chunk) {
 void member(void* argument) {
   Call& call = *(Call*)argument;
   Room8 room = call.shared;
-  const bool has_own = make_own(*call.e, *call.most, room);
+  const bool has_own = make_own(*call.e, *call.most, call.each * call.e->tokens, room);
   if (!has_own) call.failed = 1;
   if (call.together) {
     const int size = call.team_size ? call.team_size() : 1;
@@ -105,6 +107,9 @@ WHIT_API8 int whit_encode8(const whit_encoder8* e, whit_parallel parallel, int (
   if (!kernels) return -1;
   if (e->batch <= 0 || e->tokens <= 0) return 0;
   if (!parallel || !team_size) threads = 1;
+  const whit_embedding8& from = e->embedding;
+  for (int64_t i = 0; from.ids && i < e->batch * e->tokens; i++)
+    if (from.ids[i] < 0 || from.ids[i] >= from.words) return -5;
   const Sizes most(*e);
   Call call;
   call.kernels = kernels, call.e = e, call.most = &most, call.team_size = nullptr;

@@ -33,6 +33,13 @@ typedef struct {
   const float *norm_weight[2], *norm_bias[2];
 } whit_layer8;
 
+// What makes the first layer's input of tokens: norm(word[id] + beside[position]).
+typedef struct {
+  const int64_t* ids;   // (batch, tokens), or null: `hidden` is given
+  const float *word, *beside, *norm_weight, *norm_bias;  // (words, size), (at least tokens, size), (size) twice
+  int64_t words;
+} whit_embedding8;
+
 // hidden (batch, tokens, size) float32 is replaced. mask: bytes, 0 where a token does not see another, or null.
 struct whit_encoder8 {
   const whit_layer8* layers;
@@ -42,6 +49,7 @@ struct whit_encoder8 {
   int64_t batch, tokens;
   const uint8_t* mask;
   int64_t mask_batch, mask_query, mask_key;  // strides in bytes
+  whit_embedding8 embedding;
 };
 
 void whit_yield();
@@ -57,5 +65,5 @@ struct Crew {
 struct Room8 {
   float *wide, *inner, *context, *scale, *exact;  // (rows, 3 size), (rows, inner), (rows, size), (rows, most) twice
   uint8_t* codes;                                 // (rows, bytes of the widest)
-  float* own;                                     // whit_own8() floats
+  float *own, *totals;                            // what a task needs beside it; (rows, 48)
 };

@@ -112,11 +112,14 @@ static void codes_of(const whit_linear8& w, const float* x, float* kept, int64_t
     const int64_t until = first + size < w.in ? first + size : w.in;
     typename V::F most = V::zero();
     uint32_t odd = 0;
-    const typename V::F least = V::set1(low);
-    for (int64_t c = first; c < until; c += 16) most = V::larger(most, V::sub(V::load(x + c), least), odd);
+    for (int64_t c = first; c < until; c += 16) {
+      Floats16 at = load16(x + c) - low;
+      if (!symmetric) at = at < 0.0f ? Floats16{} : at;  // a NaN stays one
+      most = V::larger(most, same_bits<typename V::F>(at), odd);
+    }
     const float largest = V::largest(most), factor = largest > 0 ? 1.0f / largest * limit : 0;
     const float unit = odd ? __builtin_nanf("") : largest / limit;
-    const typename V::F by = V::set1(factor), less = V::set1(symmetric ? 0 : 128.0f);
+    const typename V::F least = V::set1(low), by = V::set1(factor), less = V::set1(symmetric ? 0 : 128.0f);
     for (int64_t c = first; c < until; c += 16) {
       uint8_t own[16];
       V::round8(V::sub(V::mul(V::sub(V::load(x + c), least), by), less), (int8_t*)own);
@@ -216,6 +219,22 @@ static __attribute__((noinline)) void exact8(const float* x, int64_t count, cons
   });
 }
 
+// A finished tile of M rows and 48 columns, to y.
+template <class V, int M, Then THEN>
+static ALWAYS_INLINE void put_tile(const float* total, const whit_linear8& w, int64_t panel, int64_t m0, float* y,
+                                   int64_t y_stride) {
+  const int64_t first = panel * WIDE8, count = w.out - first < WIDE8 ? w.out - first : WIDE8;
+  for (int m = 0; m < M; m++) {
+    float* to = y + (m0 + m) * y_stride + first;
+    for (int64_t n = 0; n < count; n += 16) {
+      Floats16 f = load16(total + m * WIDE8 + n);
+      if (THEN == GELU) f = gelu16<V>(f);
+      if (THEN == ADD) f += load16(to + n);
+      store16(to + n, f);
+    }
+  }
+}
+
 template <class V, int M, Then THEN, bool WIDE>
 static void linear_tile(const whit_linear8& w, const Room8& room, int64_t panel, int64_t m0, float* y, int64_t y_stride) {
   alignas(64) float total[M * WIDE8];
@@ -230,16 +249,7 @@ static void linear_tile(const whit_linear8& w, const Room8& room, int64_t panel,
   }
   exact8<V, M>(room.exact + m0 * w.exact_count, w.exact_count, w.exact + panel * w.exact_count * WIDE8,
                w.bias + panel * WIDE8, total);
-  const int64_t first = panel * WIDE8, count = w.out - first < WIDE8 ? w.out - first : WIDE8;
-  for (int m = 0; m < M; m++) {
-    float* to = y + (m0 + m) * y_stride + first;
-    for (int64_t n = 0; n < count; n += 16) {
-      Floats16 f = load16(total + m * WIDE8 + n);
-      if (THEN == GELU) f = gelu16<V>(f);
-      if (THEN == ADD) f += load16(to + n);
-      store16(to + n, f);
-    }
-  }
+  put_tile<V, M, THEN>(total, w, panel, m0, y, y_stride);
 }
 
 template <class V, Then THEN, bool WIDE>
@@ -254,10 +264,82 @@ static void linear_panel(const whit_linear8& w, const Room8& room, int64_t panel
   for (; m < rows; m++) linear_tile<V, 1, THEN, WIDE>(w, room, panel, m, y, stride);
 }
 
+// A tile of M rows and 48 of the weight over groups [first, last) of 32 columns: sums of a group and totals of all both
+// stay in registers. What earlier groups gave lies in `kept`, where the last ones are not among them they add to it.
+template <class V, int M, Then THEN>
+static __attribute__((noinline)) void grouped_tile(const whit_linear8& w, const Room8& room, int64_t panel, int64_t m0,
+                                                   int64_t first, int64_t last, float* kept, float* y, int64_t y_stride) {
+  constexpr int N = WIDE8 / V::LANES;
+  typename V::G total[M][N];
+  EACH(m, M) {
+    EACH(n, N) { total[m][n] = first ? V::gload(kept + m * WIDE8 + n * V::LANES) : V::gzero(); });
+  });
+  const int8_t* levels = w.panels + (panel * w.stride + first * GROUP8) * WIDE8;
+  const int8_t* q = (const int8_t*)room.codes + m0 * w.stride + first * GROUP8;
+  const float *by = room.scale + m0 * w.groups, *scale = w.scale + (panel * w.groups + first) * WIDE8;
+  const int32_t* start = w.start + (panel * w.groups + first) * WIDE8;
+  for (int64_t g = first; g < last; g++, q += GROUP8, levels += GROUP8 * WIDE8, scale += WIDE8, start += WIDE8) {
+    typename V::I acc[M][N];
+    EACH(n, N) {
+      typename V::I own;
+      memcpy(&own, start + n * V::LANES, sizeof own);
+      EACH(m, M) { acc[m][n] = own; });
+    });
+    EACH(k, GROUP8 / 4) {
+      typename V::B level[N];
+      EACH(n, N) { level[n] = V::bload(levels + (k * N + n) * V::LANES * 4); });
+      EACH(m, M) {
+        typename V::B four = V::four(q + m * w.stride + 4 * k);
+        EACH(n, N) { V::template dot_into<V::EXACT>(acc[m][n], four, level[n]); });
+      });
+    });
+    EACH(m, M) {
+      typename V::G one = V::gset1(by[m * w.groups + g]);
+      EACH(n, N) {
+        total[m][n] = V::gfma(V::gmul(V::to_g(acc[m][n]), one), V::gload(scale + n * V::LANES), total[m][n]);
+      });
+    });
+  }
+  if (last < w.groups) {
+    EACH(m, M) {
+      EACH(n, N) { V::gstore(kept + m * WIDE8 + n * V::LANES, total[m][n]); });
+    });
+    return;
+  }
+  EACH(m, M) {
+    EACH(n, N) { total[m][n] = V::gadd(total[m][n], V::gload(w.bias + panel * WIDE8 + n * V::LANES)); });
+  });
+  const float *exact = w.exact + panel * w.exact_count * WIDE8, *x = room.exact + m0 * w.exact_count;
+  for (int64_t c = 0; c < w.exact_count; c++) {
+    EACH(m, M) {
+      typename V::G one = V::gset1(x[m * w.exact_count + c]);
+      EACH(n, N) { total[m][n] = V::gfma(one, V::gload(exact + c * WIDE8 + n * V::LANES), total[m][n]); });
+    });
+  }
+  alignas(64) float own[M * WIDE8];
+  EACH(m, M) {
+    EACH(n, N) { V::gstore(own + m * WIDE8 + n * V::LANES, total[m][n]); });
+  });
+  put_tile<V, M, THEN>(own, w, panel, m0, y, y_stride);
+}
+
+// All rows past the groups whose levels stay in the first cache, then past the next ones.
+template <class V, Then THEN>
+static void grouped_panel(const whit_linear8& w, const Room8& room, int64_t panel, int64_t rows, float* y, int64_t stride) {
+  constexpr int64_t AT_ONCE = 12;  // groups: 18 KB of levels
+  for (int64_t g = 0; g < w.groups; g += AT_ONCE) {
+    const int64_t last = g + AT_ONCE < w.groups ? g + AT_ONCE : w.groups;
+    int64_t m = 0;
+    for (; m + 4 <= rows; m += 4) grouped_tile<V, 4, THEN>(w, room, panel, m, g, last, room.totals + m * WIDE8, y, stride);
+    for (; m < rows; m++) grouped_tile<V, 1, THEN>(w, room, panel, m, g, last, room.totals + m * WIDE8, y, stride);
+  }
+}
+
 template <class V, Then THEN>
 static void linear8(Crew& crew, const whit_linear8& w, const Room8& room, int64_t rows, float* y, int64_t stride) {
   phase8(crew, (w.out + WIDE8 - 1) / WIDE8, [&](int64_t panel) {
-    if (w.wide) linear_panel<V, THEN, true>(w, room, panel, rows, y, stride);
+    if (V::TALL == 8 && w.per_group && !w.wide) grouped_panel<V, THEN>(w, room, panel, rows, y, stride);
+    else if (w.wide) linear_panel<V, THEN, true>(w, room, panel, rows, y, stride);
     else linear_panel<V, THEN, false>(w, room, panel, rows, y, stride);
   });
 }
@@ -376,6 +458,12 @@ static void encode8(Crew& crew, const whit_encoder8& e, int64_t sequence, int64_
   const auto quantize = [&](const whit_linear8& w, const float* x) {
     each([&](int64_t m) { codes_of<V>(w, x + m * w.in, room.own, m, room); });
   };
+  if (const whit_embedding8& from = e.embedding; from.ids)
+    each([&](int64_t m) {
+      const float *word = from.word + from.ids[sequence * e.tokens + m] * e.size, *beside = from.beside + m % e.tokens * e.size;
+      for (int64_t c = 0; c < e.size; c += 16) store16(hidden + m * e.size + c, load16(word + c) + load16(beside + c));
+      norm_row(hidden + m * e.size, e.size, from.norm_weight, from.norm_bias, e.epsilon);
+    });
   for (int64_t i = 0; i < e.count; i++) {
     const whit_layer8& layer = e.layers[i];
     const auto norm = [&](int which) {

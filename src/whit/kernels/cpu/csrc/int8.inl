@@ -210,7 +210,7 @@ template <class V, int BITS, bool TABLE, bool GROUPED>
 static void few_of(const Product8& p, int64_t first, int64_t last, float* scratch) {
   const Decoder8<V, BITS, TABLE> decode(p);
   int64_t row = first;
-  if constexpr (GROUPED)
+  if constexpr (GROUPED && BITS < 8)
     for (; row + 4 <= last && p.x->count == 1; row += 4) four_rows(p, decode, row, scratch);
   for (; row < last; row++) {
     int64_t m = 0;
