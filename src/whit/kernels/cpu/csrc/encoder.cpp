@@ -19,14 +19,13 @@ namespace {
 thread_local Scratch room8, own8;
 
 struct Sizes {
-  int64_t stride = 0 /* of codes */, groups = 0, exact = 0, widest = 0;  // the most of any linear
+  int64_t stride = 0 /* of codes */, groups = 0, exact = 0;  // the most of any linear
   explicit Sizes(const whit_encoder8& e) {
     for (int64_t i = 0; i < e.count; i++)
       for (const whit_linear8* w : {&e.layers[i].qkv, &e.layers[i].out, &e.layers[i].up, &e.layers[i].down}) {
         if ((w->wide ? 2 : 1) * w->stride > stride) stride = (w->wide ? 2 : 1) * w->stride;
         if (w->groups > groups) groups = w->groups;
         if (w->exact_count > exact) exact = w->exact_count;
-        if (w->in > widest) widest = w->in;
       }
   }
 };
@@ -48,10 +47,10 @@ bool make_room(const whit_encoder8& e, const Sizes& most, int64_t rows, Scratch&
   return true;
 }
 
-// Each thread's own: a row of x without its exact columns, or keys, values and scores of one head; and a panel of y.
-bool make_own(const whit_encoder8& e, const Sizes& most, int64_t rows, Room8& room) {
+// Each thread's own: keys, values and scores of one head; and a panel of y.
+bool make_own(const whit_encoder8& e, int64_t rows, Room8& room) {
   const int64_t padded = whole(e.tokens), head = 2 * padded * (e.size / e.heads) + 8 * padded;
-  const int64_t own = whole(head > most.widest ? head : most.widest);
+  const int64_t own = whole(head);
   room.own = (float*)own8.get((size_t)(4 * (own + rows * WIDE8) + 64));
   room.totals = room.own + own;
   return room.own != nullptr;
@@ -78,7 +77,7 @@ int64_t taken(const Call& call, int64_t chunk) {
 void member(void* argument) {
   Call& call = *(Call*)argument;
   Room8 room = call.shared;
-  const bool has_own = make_own(*call.e, *call.most, call.each * call.e->tokens, room);
+  const bool has_own = make_own(*call.e, call.each * call.e->tokens, room);
   if (!has_own) call.failed = 1;
   if (call.together) {
     const int size = call.team_size ? call.team_size() : 1;

@@ -93,17 +93,13 @@ static void wide_codes(const whit_linear8& w, const float* x, int64_t m, const R
   }
 }
 
-// Codes of one row of x, its scales and the columns that stay exact.
+// Codes of one row of x, its scales and the columns that stay exact, which are 0 in x meanwhile.
 template <class V>
-static void codes_of(const whit_linear8& w, const float* x, float* kept, int64_t m, const Room8& room) {
+static void codes_of(const whit_linear8& w, float* x, int64_t m, const Room8& room) {
   if (w.wide) return wide_codes<V>(w, x, m, room);
   uint8_t* codes = room.codes + m * w.stride;
   float *scale = room.scale + m * w.groups, *exact = room.exact + m * w.exact_count;
-  if (w.exact_count) {
-    memcpy(kept, x, (size_t)w.in * 4);
-    for (int64_t c = 0; c < w.exact_count; c++) exact[c] = x[w.columns[c]], kept[w.columns[c]] = 0;
-    x = kept;
-  }
+  for (int64_t c = 0; c < w.exact_count; c++) exact[c] = x[w.columns[c]], x[w.columns[c]] = 0;
   memset(codes + w.in, 0, (size_t)(w.stride - w.in));
   const int64_t size = w.per_group ? w.group_size : w.in;
   const bool symmetric = w.zero != 0;
@@ -127,6 +123,7 @@ static void codes_of(const whit_linear8& w, const float* x, float* kept, int64_t
     }
     for (int64_t c = first; c < until; c += w.group_size) scale[g++] = unit;
   }
+  for (int64_t c = 0; c < w.exact_count; c++) x[w.columns[c]] = exact[c];
 }
 
 // What one group of columns adds to a tile of M rows of x and 48 of the weight.
@@ -455,8 +452,8 @@ static void encode8(Crew& crew, const whit_encoder8& e, int64_t sequence, int64_
       for (int64_t m = run * RUN; m < rows && m < (run + 1) * RUN; m++) body(m);
     });
   };
-  const auto quantize = [&](const whit_linear8& w, const float* x) {
-    each([&](int64_t m) { codes_of<V>(w, x + m * w.in, room.own, m, room); });
+  const auto quantize = [&](const whit_linear8& w, float* x) {
+    each([&](int64_t m) { codes_of<V>(w, x + m * w.in, m, room); });
   };
   if (const whit_embedding8& from = e.embedding; from.ids)
     each([&](int64_t m) {
