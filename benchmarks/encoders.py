@@ -23,9 +23,8 @@ import whit
 
 import harness
 
-RECIPE = "encoder.toml"  # beside this file, for accuracy
-FAST = "w8a8"
-FORMATS = "encoder.toml,gptq:int8-g32,int8-g32,gptq:int8,int8,int8+int8-g32,llm.int8,w8a8"
+RECIPES = ("encoder.toml", "encoder_int8.toml", "w8a8")  # files beside this one: weights alone, inputs too
+FORMATS = "encoder.toml,encoder_int8.toml,gptq:int8-g32,int8-g32,gptq:int8,int8,int8+int8-g32,llm.int8,w8a8"
 
 
 def sentences(text: str, count: int) -> list[str]:
@@ -61,13 +60,13 @@ def embeddings(model: Any, tokenizer: Any, texts: list[str]) -> Tensor:
 def quantized(args: argparse.Namespace, spec: str) -> Any:
     """The encoder by `[method:]format[+activations]`, a file with a recipe beside this one, or a folder that is ready.
 
-    A method with data is calibrated on whit:text.
+    A method with data is calibrated on whit:text, a file's on the text that --calibration names.
     """
     if Path(spec).is_dir():
         return AutoModel.from_pretrained(spec, dtype=torch.float32).eval()
     if spec.endswith(".toml"):
-        recipe, text = whit.Recipe.load(Path(__file__).parent / spec), whit.Calibration("whit:text", 1024, 32)
-        return calibrated(args, recipe, text)
+        recipe = whit.Recipe.load(Path(__file__).parent / spec)
+        return calibrated(args, recipe, whit.Calibration(args.calibration, 1024, 32))
     method, _, rest = spec.rpartition(":")
     format, _, activations = rest.partition("+")
     recipe = whit.Recipe(method or "rtn", [("*", format)], activations=activations or None)
@@ -95,6 +94,9 @@ def main() -> None:
     parser.add_argument("text", type=Path)
     parser.add_argument("--sentences", type=int, default=2000)
     parser.add_argument("--formats", default=FORMATS)
+    parser.add_argument(
+        "--calibration", default="whit:text", help="a text for recipes in files; not that of the sentences"
+    )
     args = parser.parse_args()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -109,6 +111,8 @@ def main() -> None:
     exact = embeddings(exact_model, tokenizer, texts) if todo else torch.zeros(1, 1)
     for spec in todo:
         model = quantized(args, spec)
+        if "exact" in str(getattr(model.config, "quantization_config", "")):
+            model = whit.compile(model, strict=True)  # other kernels multiply such inputs as floats, slowly
         found = embeddings(model, tokenizer, texts)
         cosine = (found * exact).sum(1)
         rows[spec] = {
@@ -125,7 +129,7 @@ def main() -> None:
         f"\n{args.sentences} sentences of {args.text.name}; {size:.1f} MB in float32, of which the embeddings, which "
         "are kept, are 47. llm.int8, w8a8 and what stands behind a plus "
         "quantize activations too; gptq is calibrated on 64 windows of 128 tokens of whit:text, "
-        "encoder.toml on 1024 of 32."
+        f"files on 1024 of 32 of {Path(args.calibration).name}."
     )
     header = ("format", "mean cosine", "smallest", "same nearest", "MB")
     result = {"machine": harness.machine(), "sentences": args.sentences, "rows": rows}

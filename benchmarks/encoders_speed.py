@@ -31,7 +31,7 @@ from transformers import AutoModel, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils import logging
 
 import whit
-from encoders import FAST, RECIPE, embeddings, quantized, sentences
+from encoders import RECIPES, embeddings, quantized, sentences
 from whit.data import resolve_text
 
 import harness
@@ -164,11 +164,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", type=Path)
     parser.add_argument("peers", type=Path)
-    parser.add_argument("--recipes", nargs="*", default=[RECIPE, FAST])
+    parser.add_argument("--recipes", nargs="*", default=RECIPES)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=100, help="for all timings together, beside loading")
     parser.add_argument("--sentences", type=int, default=200, help="0: no quality")
     parser.add_argument("--text", default="whit:text", help="a file, or whit:text")
+    parser.add_argument("--calibration", default="whit:text", help="a text for recipes in files")
     parser.add_argument("--cpu-time", action="store_true", help="of the calling thread, for a busy machine")
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
