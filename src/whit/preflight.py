@@ -97,7 +97,7 @@ def _unturned(recipe: Recipe, formats: Mapping[Target, Format]) -> list[str]:
         if rotation(format) and isinstance(method, BlockMethod):
             alike.setdefault((format, method.name), []).append(target.holder)
     return [
-        f"{names[0]} and {len(names) - 1} more: {format} by {method}, which moves columns one by one; a rotation turns "
+        f"{names[0]} ({len(names)} modules): {format} by {method}, which moves columns one by one; a rotation turns "
         f"{rotation(format)} together; use gptq, or {rotated.without_rotation(format)}"
         for (format, method), names in alike.items()
     ]

@@ -17,6 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from whit.errors import FormatError
+from whit.formats.bands import bands_of
 from whit.rotation import SIZES, rotate_exactly
 from whit.tensor import Format, PackedWeight, Params, ParamSpec, rotation
 
@@ -98,7 +99,9 @@ class Rotated:
 def _is_plain(format: Format) -> bool:
     """Whether all params belong to rows or groups of neighbouring columns: none is a column's own."""
     columns = 256
-    return not rotation(format) and all(spec.shape[1] < columns for spec in format.param_specs(2, columns).values())
+    if rotation(format) or bands_of(format) is not None:
+        return False
+    return all(spec.shape[1] < columns for spec in format.param_specs(2, columns).values())
 
 
 def as_rotated(format: Format) -> Rotated | None:
