@@ -40,7 +40,7 @@ static int warp_prefix(int v) {
     for (int i = 0; i <= current % 32; i++) s += all[i];
     return s;
 }
-static u32 from_first(u32 v) { return together(v)[0]; }
+static int from_lane_number(int v, int lane) { return together(v)[lane]; }
 static void pause() { yield(); threadIdx.x = current % threads; }
 static u32 counted(const u32 *count) { return *(volatile const u32 *)count; }
 static void count_row(u32 *count) { ++*count; }

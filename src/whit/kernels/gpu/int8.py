@@ -25,9 +25,9 @@ HERE = Path(__file__).parent
 MARK, QUANTIZE, PRODUCT = (HERE / f"int8_{name}.cu" for name in ("mark", "quantize", "product"))
 BYTES = {"BITS": 8, "CODEBOOK": 0, "OFFSET": 0, "SCALE": 2, "ZERO": 0}  # common.cuh asks; nothing here depends on it
 STEP = 128  # columns of a tile, one byte each
-AT_ONCE = 8  # outlier columns in shared memory, as in int8_warp.cuh
+AT_ONCE = 16  # outlier columns in shared memory, as in int8_warp.cuh
 MARK_THREADS, MARK_COLUMNS = 256, 256
-SLICES, SLICE = 16, 64  # of rows that are marked by themselves: how many at most, and of how many rows at least
+SLICES, SLICE = 64, 64  # of rows that blocks mark: how many at most, and of how many rows at least
 LARGEST_SHARED = 227 << 10
 CHUNKS, LARGEST_BLOCK = 8, 1024  # of eight columns that a thread of int8_quantize.cu holds, and its threads, at most
 Mapped: TypeAlias = Callable[[int, int, int, int], "ctypes.Array[ctypes.c_uint64]"]
@@ -126,7 +126,7 @@ class QuantizeParams(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("x", "marks", "codes", "scale", "offset", "listed")),
-        ("threshold", ctypes.c_float), *((name, ctypes.c_int) for name in ("rows", "columns", "slices")),
+        ("threshold", ctypes.c_float), *((name, ctypes.c_int) for name in ("rows", "columns")),
     )  # fmt: skip
 
 
@@ -158,21 +158,24 @@ class Rows:
     floats: Tensor | None = None
 
 
-def mark_params(x: Tensor, marks: Tensor, threshold: float) -> MarkParams:
-    """The kernel's argument; it borrows the tensors' memory. `marks` uint8 (slices, columns / 8)."""
-    slice = -(-x.shape[0] // len(marks))
-    return MarkParams(x.data_ptr(), marks.data_ptr(), rounded(threshold, x.dtype), *x.shape, slice)
-
-
-def mark_grid(x: Tensor, marks: Tensor) -> nvrtc.Dims:
-    """Blocks along columns and slices."""
-    return -(-x.shape[1] // MARK_COLUMNS), len(marks), 1
-
-
 def slices(rows: int) -> int:
-    """Slices in which rows are marked; none of them empty."""
+    """Slices of rows that are marked by blocks of their own; none of them empty."""
     size = max(SLICE, -(-rows // SLICES))
     return -(-rows // size)
+
+
+def mark_launch(x: Tensor, marks: Tensor, threshold: float) -> tuple[nvrtc.Dims, MarkParams]:
+    """Blocks of int8_mark.cu, and its argument, which borrows the tensors' memory; `marks`: a bit for each column."""
+    count = slices(len(x))
+    params = MarkParams(x.data_ptr(), marks.data_ptr(), rounded(threshold, x.dtype), *x.shape, -(-len(x) // count))
+    return (-(-x.shape[1] // MARK_COLUMNS), count, 1), params
+
+
+def marks_for(x: Tensor) -> tuple[Tensor, bool]:
+    """Room for marks, and whether slices are joined in it: zeros then."""
+    joined = slices(len(x)) > 1
+    empty = torch.zeros if joined else torch.empty
+    return empty(4 * -(-x.shape[1] // 32), dtype=torch.uint8, device=x.device), joined
 
 
 def quantize_macros(columns: int, half: bool, outliers: bool, float8: bool = False) -> dict[str, int]:
@@ -187,7 +190,7 @@ def quantize_params(x: Tensor, rows: Rows, marks: Tensor | None, threshold: floa
     """The kernel's argument; it borrows the tensors' memory."""
     tensors = (x, marks, rows.codes, rows.scale, rows.offset, rows.listed)
     pointers = [None if t is None else t.data_ptr() for t in tensors]
-    return QuantizeParams(*pointers, rounded(threshold, x.dtype), *x.shape, 0 if marks is None else len(marks))
+    return QuantizeParams(*pointers, rounded(threshold, x.dtype), *x.shape)
 
 
 def empty_rows(x: Tensor, outliers: bool, dtype: torch.dtype = torch.int8) -> Rows:
@@ -240,14 +243,15 @@ def quantize(x: Tensor, threshold: float = 0.0, dtype: torch.dtype = torch.int8)
     device, where = x.device.index, torch.cuda.current_stream(x.device).cuda_stream
     half, marks, rows = x.dtype == torch.float16, None, empty_rows(x, threshold > 0, dtype)
     if threshold > 0 and len(x) > 1:
-        marks = torch.empty(slices(len(x)), x.shape[1] // 8, dtype=torch.uint8, device=x.device)
-        function = build(MARK, tuple(mark_macros(half, False).items()), device)
-        function.launch_early(mark_grid(x, marks), MARK_THREADS, MARK_THREADS, mark_params(x, marks, threshold), where)
+        marks, joined = marks_for(x)
+        grid, params = mark_launch(x, marks, threshold)
+        function = build(MARK, tuple(mark_macros(half, joined).items()), device)
+        function.launch_early(grid, MARK_THREADS, MARK_THREADS, params, where)
     macros = quantize_macros(x.shape[1], half, threshold > 0, dtype == torch.float8_e4m3fn)
     function, threads = build(QUANTIZE, tuple(macros.items()), device), macros["THREADS"]
     blocks = min(len(x), 16 * torch.cuda.get_device_properties(device).multi_processor_count)
-    params = quantize_params(x, rows, marks, threshold)
-    function.launch_early((blocks, 1, 1), threads, 3 * 4 * threads // 32, params, where)
+    argument = quantize_params(x, rows, marks, threshold)
+    function.launch_early((blocks, 1, 1), threads, 3 * 4 * threads // 32, argument, where)
     return rows
 
 
@@ -257,12 +261,9 @@ def ahead_of(x: Tensor, outliers: bool, config: Config) -> Tensor:
     return torch.zeros(1 + tiles + words, dtype=torch.int32, device=x.device)
 
 
-def joined_marks(x: Tensor, ahead: Tensor, threshold: float, config: Config) -> tuple[nvrtc.Dims, MarkParams]:
-    """Blocks and argument of int8_mark.cu, JOINED, for marks in `ahead_of`."""
-    at, count = ahead[1 + -(-len(x) // config.rows) :], slices(len(x))
-    slice = -(-len(x) // count)
-    params = MarkParams(x.data_ptr(), at.data_ptr(), rounded(threshold, x.dtype), *x.shape, slice)
-    return (-(-x.shape[1] // MARK_COLUMNS), count, 1), params
+def marks_in(ahead: Tensor, x: Tensor, config: Config) -> Tensor:
+    """The part of `ahead_of` that has a bit for each column."""
+    return ahead[1 + -(-len(x) // config.rows) :]
 
 
 def mark_macros(half: bool, joined: bool) -> dict[str, int]:
@@ -279,7 +280,7 @@ def multiply_ahead(x: Tensor, weight: Weight, y: Tensor, threshold: float, confi
     half, outliers, ahead = x.dtype == torch.float16, threshold > 0, ahead_of(x, threshold > 0, config)
     rows = replace(empty_rows(x, outliers), floats=x)
     if outliers:
-        grid, marks = joined_marks(x, ahead, threshold, config)
+        grid, marks = mark_launch(x, marks_in(ahead, x, config), threshold)
         function = build(MARK, tuple(mark_macros(half, True).items()), device)
         function.launch_early(grid, MARK_THREADS, MARK_THREADS, marks, where)
     function = build(PRODUCT, tuple(config.macros(half, outliers, False, True).items()), device)

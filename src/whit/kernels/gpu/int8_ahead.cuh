@@ -17,7 +17,6 @@ DEVICE u32 counted(const u32 *count) {
 DEVICE void count_row(u32 *count) { asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(count) : "memory"); }
 // What was written plainly is to be read by the engine that copies tiles, or was, by another multiprocessor.
 DEVICE void between_engines() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
-DEVICE u32 from_first(u32 v) { return __shfl_sync(0xFFFFFFFFu, v, 0); }
 DEVICE void pause() { asm volatile("nanosleep.u32 32;" ::: "memory"); }
 #endif
 
@@ -75,7 +74,7 @@ DEVICE void make_row(const Params &p, int row, int lane) {
 DEVICE int take_row(const Params &p, int lane) {
     u32 row = 0;
     if (lane == 0) row = atomicAdd(p.ahead, 1u);
-    return (int)from_first(row);
+    return from_lane_number((int)row, 0);
 }
 
 DEVICE void make_one(const Params &p, int lane) {

@@ -1,14 +1,14 @@
-// Which columns of x (rows, columns) hold an |x| of at least `threshold`: a bit for each, of every slice of rows.
+// Which columns of x (rows, columns) hold an |x| of at least `threshold`: a bit for each.
 //
-// A warp reads 256 neighbouring columns of a row, a block eight rows at a time; slices are joined by whoever reads
-// the marks (int8_quantize.cu), so that nothing has to be zero before; or, JOINED, here, where zeros are.
+// A warp reads 256 neighbouring columns of a row, a block eight rows of its slice at a time; slices are JOINED where there
+// are zeros to begin with.
 #include "int8_warp.cuh"
 
 constexpr int THREADS = 256, LANES = THREADS / 32;
 
 struct Params {
     const u16 *x;
-    u8 *marks;  // (slices, columns / 8)
+    u8 *marks;  // a bit for each column
     float threshold;
     int rows, columns, slice;  // rows of a slice
 };
@@ -30,7 +30,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) int8_mark(const Params p) 
     __syncthreads();
     if (warp == 0 && column < p.columns) {
         for (int i = 1; i < LANES; i++) mark |= found[i * 32 + lane];
-        if (!JOINED) p.marks[(long long)blockIdx.y * (p.columns / 8) + column / 8] = mark;
+        if (!JOINED) p.marks[column / 8] = mark;
         else if (mark) atomicOr((u32 *)p.marks + column / 32, mark << (column & 24));
     }
 }

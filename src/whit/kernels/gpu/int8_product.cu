@@ -19,6 +19,7 @@
 
 constexpr int BM = 64 * WG, BK = 128, CONSUMERS = 128 * WG, HELPERS = 96, THREADS = CONSUMERS + 32 + HELPERS, CLUSTER = SPLITS * PAIR;
 constexpr int X_BYTES = BM * BK, W_BYTES = BN * BK, STAGE = X_BYTES + W_BYTES, PITCH = BN + 8;
+constexpr int AT_A_TIME = 8;  // loads of outliers that a thread has under way
 constexpr int GROUP = (AHEAD ? 8 : 16) / PAIR;  // tiles of rows that are multiplied with the same weights, one after the other
 enum { READY = 1, FREE, AMONG, LISTED };  // barriers
 
@@ -114,16 +115,22 @@ DEVICE void produce(const Params &p, const Block &b) {
 #if OUTLIERS
 // Outlier columns [from, from + OUTLIERS_AT_ONCE) of the tile; a weight is rounded as if it had been dequantized.
 DEVICE void fetch_outliers(const Params &p, Aside &a, const Tile &tile, int count, int from, int tid, int threads) {
-    int here = min(max(count - from, 0), OUTLIERS_AT_ONCE);
-    for (int i = 0; i < here; i++) {
-        int column = fresh(p.listed + 1 + from + i);
-        for (int m = tid; m < BM; m += threads)
-            a.x[i][m] = tile.row + m < p.rows ? widen(fresh(p.floats + (long long)(tile.row + m) * p.columns + column)) : 0;
-        for (int n = tid; n < BN; n += threads) {
-            float w = 0;
-            if (tile.out + n < p.outs)
-                w = multiplied((float)p.codes[(long long)(tile.out + n) * p.columns + column] - 128, p.row_scale[tile.out + n]);
-            a.weight[i][n] = widen(round_pair(w, w) & 0xFFFF);
+    int here = min(max(count - from, 0), OUTLIERS_AT_ONCE), lane = tid & 31, all = here * (BM + BN);
+    int mine = lane < here ? fresh(p.listed + 1 + from + lane) : 0;
+    for (int first = tid; first < all; first += AT_A_TIME * threads) {
+#pragma unroll
+        for (int k = 0; k < AT_A_TIME; k++) {
+            int j = first + k * threads, i = j / (BM + BN), m = j % (BM + BN), n = m - BM;
+            if (j >= all) break;  // as do all of a warp
+            int column = from_lane_number(mine, i);
+            if (m < BM) {
+                a.x[i][m] = tile.row + m < p.rows ? widen(fresh(p.floats + (long long)(tile.row + m) * p.columns + column)) : 0;
+            } else {
+                float w = 0;
+                if (tile.out + n < p.outs)
+                    w = multiplied((float)p.codes[(long long)(tile.out + n) * p.columns + column] - 128, p.row_scale[tile.out + n]);
+                a.weight[i][n] = widen(round_pair(w, w) & 0xFFFF);
+            }
         }
     }
     if (tid == 0) a.count = count, a.here = here;

@@ -10,13 +10,13 @@ constexpr float LARGEST = FLOAT8 ? 448 : 127;  // code
 
 struct Params {
     const u16 *x;
-    const u8 *marks;  // (slices, columns / 8), or null: x is one row
+    const u8 *marks;  // a bit for each column, or null: x is one row
     signed char *codes;
     float *scale;
     int *offset;  // of the rows' products with weights from 0 to 255 where they should be from -128 to 127
     int *listed;  // how many columns are outliers, then these
     float threshold;
-    int rows, columns, slices;
+    int rows, columns;
 };
 
 // The list, thread by thread: always in the same order.
@@ -50,8 +50,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) int8_quantize(const Params
     if (p.marks) {
 #pragma unroll
         for (int k = 0; k < CHUNKS; k++)
-            if (tid + k * THREADS < chunks)
-                for (int s = 0; s < p.slices; s++) marks[k] |= fresh(p.marks + (long long)s * chunks + tid + k * THREADS);
+            if (tid + k * THREADS < chunks) marks[k] = fresh(p.marks + tid + k * THREADS);
         if (blockIdx.x == 0) list_columns(p, marks, turns);
     }
 #endif

@@ -25,6 +25,7 @@ template <class T> DEVICE T fresh(const T *p) { return __ldcg(p); }
     }
     return v;
 }
+[[maybe_unused]] DEVICE int from_lane_number(int v, int lane) { return __shfl_sync(0xFFFFFFFFu, v, lane); }
 [[maybe_unused]] DEVICE u32 exchange(u32 v, int mask) { return __shfl_xor_sync(0xFFFFFFFFu, v, mask); }
 [[maybe_unused]] DEVICE float divided(float a, float b) { return __fdiv_rn(a, b); }
 [[maybe_unused]] DEVICE float clamped(float v, float most) { return fminf(fmaxf(v, -most), most); }  // -most for a NaN
@@ -38,7 +39,7 @@ template <class T> DEVICE T fresh(const T *p) { return __ldcg(p); }
 }
 #endif
 
-constexpr int OUTLIERS_AT_ONCE = 8;  // columns that lie in shared memory together
+constexpr int OUTLIERS_AT_ONCE = 16;  // columns that lie in shared memory together
 
 // Eight numbers of 16 bits. |x| is compared as its bits, two at a time: so a NaN is the largest of all.
 DEVICE u32 reached(u32 pair, float threshold) {
