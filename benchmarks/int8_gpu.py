@@ -29,9 +29,10 @@ from whit.formats import parse_format
 from whit.kernels import float8
 from whit.kernels import int8 as reference
 from whit.kernels.activated import Activation8
-from whit.kernels.gpu import Gpu8, GpuFloat8, int8, int8_few, kernel8, nvrtc
+from whit.kernels.gpu import Gpu8, GpuFloat8, int8, int8_few, int8_row, kernel8, nvrtc
 from whit.kernels.gpu.int8 import Config
 from whit.kernels.gpu.int8_few import Few
+from whit.kernels.gpu.int8_row import OneRow
 from whit.layouts import BITS
 from whit.modules import QuantizedLinear
 from whit.tensor import PackedWeight
@@ -57,9 +58,10 @@ FEW = (
 SOME = (Config(1, 128, 8), Config(2, 128, 6, 2), Config(2, 128, 6), Config(2, 256, 4), Config(1, 256, 5, 2))
 MANY = (Config(2, 256, 4), Config(2, 128, 6))
 ONE_LAUNCH = (Few(128, 4, 4, 0, 2), Few(256, 4, 4), Few(128, 4, 2, 4, 2), Few(256, 4, 2, 4))
+ONE_ROW = (OneRow(8, 2), OneRow(4, 2), OneRow(6, 2), OneRow(4, 3), OneRow(8, 1), OneRow(3, 4))
 AHEAD = (Config(2, 256, 4), Config(2, 128, 6))
-CUTS: dict[int, tuple[Config | Few, ...]] = {
-    1: (*ONE_LAUNCH, *FEW),
+CUTS: dict[int, tuple[Config | Few | OneRow, ...]] = {
+    1: (*ONE_ROW, *ONE_LAUNCH, *FEW),
     16: (*ONE_LAUNCH, *FEW),
     64: FEW,
     256: SOME,
@@ -164,26 +166,30 @@ def few_checks() -> Iterator[tuple[str, float, float]]:
     cases = ((1, None), (16, None), (33, None), (64, None), (1, 4), (16, 21), (64, 0), (64, 40))
     some = (Few(128, 4, 4, 4, 2), Few(64, 8, 2, 0, 2), Few(32, 8, 1, 8), Few(256, 3, 8, 4), Few(128, 4, 8, 0, 2))
     shape, every = (1048, 4112), [(c, *case) for c in some for case in cases if c.fits(4112, case[0])]
-    cook((int8_few.FEW, c.macros(False, outliers is not None, shape[1], rows)) for c, rows, outliers in every)
-    for config, rows, outliers in every:
-        seed = generator(rows)
+    lone = [(c, 1, outliers) for c in ONE_ROW[:4] for outliers in (None, 0, 4, 300)]
+    cook([
+        *((int8_few.FEW, c.macros(False, outliers is not None, shape[1], rows)) for c, rows, outliers in every),
+        *((int8_row.ROW, c.macros(False, outliers is not None, 4160)) for c, _, outliers in lone),
+    ])  # fmt: skip
+    for config, rows, outliers in [*every, *lone]:
+        seed, shape = generator(rows), (1048, 4160 if isinstance(config, OneRow) else 4112)
         packed = weight(shape, "int8" if outliers is None else "int8-outliers", seed)
         x, bias = inputs(rows, shape[1], outliers or 0, seed), torch.randn(shape[0], device=DEVICE).bfloat16()
         y = torch.full((rows, shape[0]), float("nan"), dtype=x.dtype, device=DEVICE)
         for _ in range(3):  # the next one begins before the last one is done
             few_product(packed, x, y, bias, config)
         torch.cuda.synchronize()
-        yield (
-            f"{outliers} outliers, {rows} rows, {config}",
-            compare(y, x, packed, bias),
-            0.0 if outliers is None else 4e-3,
-        )
+        allowed = 0.0 if outliers is None else 4e-3
+        yield f"{outliers} outliers, {rows} rows, {config}", compare(y, x, packed, bias), allowed
 
 
-def few_product(packed: PackedWeight, x: Tensor, y: Tensor, bias: Tensor | None, config: Few) -> None:
+def few_product(packed: PackedWeight, x: Tensor, y: Tensor, bias: Tensor | None, config: Few | OneRow) -> None:
     assert packed.activations is not None
     operand = int8.Weight(packed.tensors["codes"], packed.tensors[kernel8.ROW_SCALE], bias)
-    int8_few.multiply_few(x, operand, y, packed.activations.threshold, config)
+    if isinstance(config, OneRow):
+        int8_row.multiply_row(x, operand, y, packed.activations.threshold, config)
+    else:
+        int8_few.multiply_few(x, operand, y, packed.activations.threshold, config)
 
 
 def split_checks() -> Iterator[tuple[str, float, float]]:
@@ -331,8 +337,10 @@ def limit_seconds(shape: tuple[int, int], rows: int) -> float:
     return max(moved / rate, 2 * rows * shape[0] * shape[1] / OPERATIONS)
 
 
-def may_be_best(config: Config | Few, shape: tuple[int, int], rows: int) -> bool:
+def may_be_best(config: Config | Few | OneRow, shape: tuple[int, int], rows: int) -> bool:
     """Whether it fits, all blocks of a tile have work, and no more clusters wait than a few turns' worth."""
+    if isinstance(config, OneRow):
+        return rows == 1
     if isinstance(config, Few):
         return config.fits(shape[1], rows) and 56 <= config.grid(shape[0])[0] <= 520
     blocks = config.tiles(shape[0], rows) * config.split * config.pair
@@ -389,12 +397,12 @@ def time_whole_float8(weights: list[PackedWeight], x: Tensor, kernel: GpuFloat8 
 
 
 def timed(
-    packed: PackedWeight, x: Tensor, config: Config | Few, how: Callable[..., None] | None = None
+    packed: PackedWeight, x: Tensor, config: Config | Few | OneRow, how: Callable[..., None] | None = None
 ) -> Callable[[], object]:
     y = torch.empty(len(x), packed.shape[0], dtype=x.dtype, device=x.device)
     if how is not None:
         return lambda: how(packed, x, y, None, config)
-    if isinstance(config, Few):
+    if isinstance(config, Few | OneRow):
         return lambda: few_product(packed, x, y, None, config)
     return lambda: kernel8.product(x, packed, None, y, config)
 
@@ -405,7 +413,7 @@ def best_of(weights: list[PackedWeight], x: Tensor, among: list[str] | None = No
     cuts = [
         c
         for c in CUTS[len(x)]
-        if ("few" not in DOUBTED or not isinstance(c, Few)) and (among is None or str(c) in among)
+        if ("few" not in DOUBTED or not isinstance(c, Few | OneRow)) and (among is None or str(c) in among)
     ]
     for config in cuts:
         if may_be_best(config, (outs, columns), len(x)):
@@ -447,6 +455,12 @@ def time_all(seconds: float) -> None:
     }  # fmt: skip
     wanted += [
         (int8_few.FEW, c.macros(False, o, shape[1], rows).items()) for c, shape, rows in few for o in (False, True)
+    ]
+    wanted += [
+        (int8_row.ROW, c.macros(False, o, columns).items())
+        for c in ONE_ROW
+        for o in (False, True)
+        for columns in (4096, 14336)
     ]
     kinds = ((False, False), (True, False), (False, True))
     wanted += [(int8.QUANTIZE, int8.quantize_macros(c, False, *kind).items()) for c in (4096, 14336) for kind in kinds]

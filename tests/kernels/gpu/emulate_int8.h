@@ -59,6 +59,30 @@ static u32 float8(float v) {
 }
 static u32 float8_pair(float low, float high) { return float8(low) | float8(high) << 8; }
 static void atomicMax(u32 *p, u32 v) { if (*p < v) *p = v; }
+// mma.m16n8k32 of bytes: lane 4 g + t holds of A rows g and g + 8, columns 4 t to 4 t + 3 and those plus 16.
+struct Bytes { u32 a[32][4], b[32][2]; int count, turn, d[32][4]; };
+static std::vector<Bytes> byte_warps(64);
+static void multiply_bytes(int (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+    Bytes &w = byte_warps[current / 32];
+    int lane = current % 32, turn = w.turn;
+    u32 a[4] = {a0, a1, a2, a3}, b[2] = {b0, b1};
+    memcpy(w.a[lane], a, 16), memcpy(w.b[lane], b, 8);
+    if (++w.count == 32) {
+        for (int l = 0; l < 32; l++)
+            for (int e = 0; e < 4; e++) {
+                int row = l / 4 + 8 * (e / 2), column = 2 * (l % 4) + e % 2, sum = 0;
+                for (int k = 0; k < 32; k++) {
+                    u32 left = w.a[row % 8 * 4 + k % 16 / 4][row / 8 + 2 * (k / 16)], right = w.b[column * 4 + k % 16 / 4][k / 16];
+                    sum += (int)(left >> 8 * (k % 4) & 0xFF) * (signed char)(right >> 8 * (k % 4));
+                }
+                w.d[l][e] = sum;
+            }
+        w.count = 0, w.turn++;
+    }
+    while (w.turn == turn) yield();
+    threadIdx.x = current % threads;
+    for (int e = 0; e < 4; e++) d[e] += w.d[lane][e];
+}
 static void atomicOr(u32 *p, u32 v) { *p |= v; }
 static void atomicAdd(int *p, int v) { *p += v; }
 

@@ -13,9 +13,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from whit.kernels.gpu import int8, int8_few, nvrtc
+from whit.kernels.gpu import int8, int8_few, int8_row, nvrtc
 from whit.kernels.gpu.int8 import Config, Rows, Weight
 from whit.kernels.gpu.int8_few import Few
+from whit.kernels.gpu.int8_row import OneRow
 
 import emulated
 
@@ -86,6 +87,16 @@ def multiply_few(x: Tensor, weight: Weight, threshold: float, config: Few) -> Te
     params = int8_few.few_params(x, weight, y, threshold, config, _map)
     macros = config.macros(x.dtype == torch.float16, threshold > 0, x.shape[1], len(x))
     library(int8_few.FEW, tuple(macros.items()), CLUSTERS).run(ctypes.byref(params), *config.grid(y.shape[1])[:2])
+    return y
+
+
+def multiply_row(x: Tensor, weight: Weight, threshold: float, config: OneRow, processors: int) -> Tensor:
+    """As `int8_row.multiply_row`."""
+    y, outliers = torch.full((1, len(weight.codes)), float("nan"), dtype=x.dtype), threshold > 0
+    macros = config.macros(x.dtype == torch.float16, outliers, x.shape[1])
+    kernel = library(int8_row.ROW, tuple(macros.items()), BLOCKS)
+    params = int8_row.row_params(x, weight, y, threshold)
+    kernel.run(ctypes.byref(params), config.blocks(y.shape[1], processors), 1)
     return y
 
 

@@ -16,6 +16,7 @@ from whit.kernels import int8 as reference
 from whit.kernels.gpu import int8
 from whit.kernels.gpu.int8 import Config, Weight
 from whit.kernels.gpu.int8_few import Few
+from whit.kernels.gpu.int8_row import OneRow
 
 import emulated
 
@@ -118,6 +119,24 @@ def test_few_rows_in_one_launch(config: Few, rows: int, columns: int, outliers: 
     x, codes, scale, bias = operands(rows, 70, columns, random, outliers or 0)
     signed, weight = (codes.to(torch.int16) - 128).to(torch.int8), Weight(codes, scale, bias)
     found = emulated_int8.multiply_few(x, weight, 0.0 if outliers is None else 6.0, config)
+    if not outliers:
+        assert torch.equal(found, reference.int8_linear(x, signed, scale, bias, reference.quantize_rows(x)))
+    wanted = reference.outlier_linear(x.float(), signed, scale[:, None], bias, 6.0)
+    assert (found.float() - wanted).norm() < 6e-3 * wanted.norm()
+
+
+@pytest.mark.parametrize("dtype", [BF16, pytest.param(F16, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("outliers", [None, 0, 5, 40])
+@pytest.mark.parametrize(
+    ("outs", "columns", "ahead"), [(70, 1088, 1), pytest.param(40, 4160, 8, marks=pytest.mark.slow)]
+)
+def test_one_row_in_one_launch(
+    outs: int, columns: int, ahead: int, outliers: int | None, dtype: torch.dtype, random: Generator
+):
+    x, codes, scale, bias = operands(1, outs, columns, random, outliers or 0)
+    x, bias = x.to(dtype), bias.to(dtype)
+    signed, weight = (codes.to(torch.int16) - 128).to(torch.int8), Weight(codes, scale, bias)
+    found = emulated_int8.multiply_row(x, weight, 0.0 if outliers is None else 6.0, OneRow(ahead), 1)
     if not outliers:
         assert torch.equal(found, reference.int8_linear(x, signed, scale, bias, reference.quantize_rows(x)))
     wanted = reference.outlier_linear(x.float(), signed, scale[:, None], bias, 6.0)
