@@ -208,9 +208,12 @@ def split_checks() -> Iterator[tuple[str, float, float]]:
 
 def ahead_checks() -> Iterator[tuple[str, float, float]]:
     """Rows quantized beside the products."""
-    some = (Config(2, 256, 4, pair=2), Config(2, 128, 6, pair=2), Config(2, 128, 6, 2), Config(1, 64, 4, pair=2))
+    some = (
+        Config(2, 256, 4), Config(2, 128, 6), Config(2, 128, 6, 2), Config(1, 64, 4, pair=2), Config(1, 128, 8, 2),
+        Config(1, 32, 12),
+    )  # fmt: skip
     cook((int8.PRODUCT, c.macros(False, o, False, True)) for c in some for o in (False, True))
-    for config, outliers, rows in itertools.product(some, (None, 0, 21), (100, 300, 1500)):
+    for config, outliers, rows in itertools.product(some, (None, 0, 21), (16, 100, 1500)):
         seed, shape = generator(rows), (1048, 2064)
         packed = weight(shape, "int8" if outliers is None else "int8-outliers", seed)
         x, bias = inputs(rows, shape[1], outliers or 0, seed), torch.randn(shape[0], device=DEVICE).bfloat16()
@@ -226,7 +229,7 @@ def ahead_checks() -> Iterator[tuple[str, float, float]]:
     packed, x = weight((4096, 4096), "int8", generator(1)), inputs(4096, 4096, 0, generator(2))
     y, wanted = (torch.full((4096, 4096), float("nan"), dtype=x.dtype, device=DEVICE) for _ in range(2))
     kernel8.product(x, packed, None, wanted, MANY[0])
-    for config in (*AHEAD, Config(2, 256, 4, pair=2)):
+    for config in AHEAD:
         ahead_product(packed, x, y.fill_(float("nan")), None, config)
         yield f"4096 rows, {config}", 0.0 if torch.equal(y, wanted) else 1.0, 0.0
 
@@ -234,7 +237,7 @@ def ahead_checks() -> Iterator[tuple[str, float, float]]:
 def ahead_product(packed: PackedWeight, x: Tensor, y: Tensor, bias: Tensor | None, config: Config) -> None:
     assert packed.activations is not None
     operand = int8.Weight(packed.tensors["codes"], packed.tensors[kernel8.ROW_SCALE], bias)
-    int8.multiply_ahead(x, operand, y, packed.activations.threshold, config)
+    int8.multiply_ahead(x, operand, y, packed.activations.threshold, config, packed.tensors[kernel8.AHEAD])
 
 
 def pair_checks() -> Iterator[tuple[str, float, float]]:
@@ -369,12 +372,19 @@ def time_cell(x: Tensor, dense: list[Tensor], ours: list[PackedWeight]) -> dict[
     cell["rows alone, outliers"] = seconds_cold([lambda: int8.quantize(x, 6.0) for _ in range(8)])
     cell["W8A8"], cell["cuts"] = best_of(ours, x)
     cell["LLM.int8()"], cell["cuts, outliers"] = best_of(outlying, x, sorted(cell["cuts"], key=cell["cuts"].get)[:8])
-    if rows >= 256 and "ahead" not in DOUBTED:
+    if rows >= 16 and "ahead" not in DOUBTED:
+        few = [c for c in CUTS[rows] if isinstance(c, Config) and may_be_best(c, (shape[0], shape[1]), rows)]
+        some = AHEAD if rows >= 1024 else few
         cell["ahead"] = {
             f"{w[0].activations} {c}": seconds_cold([timed(each, x, c, ahead_product) for each in w])
-            for w in (ours, outlying) for c in (*AHEAD, *(SOME[:2] if rows == 256 else ()))
+            for w in (ours, outlying) for c in some
         }  # fmt: skip
-    cell["by dispatch"] = seconds_cold([lambda w=w: Gpu8().linear(x, w, None) for w in ours])
+        for name, key in (("W8A8", ours), ("LLM.int8()", outlying)):
+            found = (value for label, value in cell["ahead"].items() if label.startswith(f"{key[0].activations} "))
+            cell[name] = min(cell[name], *found)
+    cell["by dispatch"], cell["by dispatch, outliers"] = (
+        seconds_cold([lambda w=w: Gpu8().linear(x, w, None) for w in each]) for each in (ours, outlying)
+    )
     codes = int8.quantize(x).codes
     if rows > 16:
         signed = [w.tensors["codes"].view(torch.int8).t() for w in ours]
@@ -466,7 +476,7 @@ def time_all(seconds: float) -> None:
     wanted += [(int8.QUANTIZE, int8.quantize_macros(c, False, *kind).items()) for c in (4096, 14336) for kind in kinds]
     start = time.monotonic()
     wanted += [(int8.MARK, int8.mark_macros(False, joined).items()) for joined in (False, True)]
-    some = (*AHEAD, *SOME[:2])
+    some = {*AHEAD, *SOME, *FEW}
     wanted += [(int8.PRODUCT, c.macros(False, o, False, True).items()) for c in some for o in (False, True)]
     kitchen.prepare(wanted)
     kitchen.pool.terminate()
@@ -552,6 +562,21 @@ def page(result: dict[str, Any]) -> str:
     )
 
 
+def ways(cells: list[dict[str, Any]]) -> str:
+    """Lines of kernels/gpu/int8_ways.py: the fastest of each cell."""
+    lines = []
+    for name, kind in (("int8", "cuts"), ("int8-outliers", "cuts, outliers")):
+        for cell in (c for c in cells if "rows" in c):
+            ahead = {
+                f"Ahead({k.split(' ', 1)[1]})": v for k, v in cell.get("ahead", {}).items() if k.split()[0] == name
+            }
+            found = cell[kind] | ahead
+            best = min(found, key=found.get)
+            key = (name != "int8", cell["rows"], tuple(cell["shape"]))
+            lines.append(f"    {key}: {best},  # {1e6 * found[best]:.1f} us, bf16 {1e6 * cell['bf16']:.1f}")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=90)
@@ -560,8 +585,12 @@ def main() -> None:
     parser.add_argument(
         "--without", default="", help="do not time the single launch (few), rows beside products (ahead)"
     )
+    parser.add_argument("--ways", type=Path, help="print rows of kernels/gpu/int8_ways.py from such a JSON")
     parser.add_argument("--part", choices=[*CHECKS, "times"])
     args = parser.parse_args()
+    if args.ways:
+        print(ways(json.loads(args.ways.read_text())["cells"]))
+        return
     if args.part:
         DOUBTED.update(args.without.split(","))
         run_part(args.part, args.seconds)

@@ -70,7 +70,7 @@ def multiply(rows: Rows, weight: Weight, dtype: torch.dtype, config: Config, pro
 def multiply_ahead(x: Tensor, weight: Weight, threshold: float, config: Config) -> Tensor:
     """As `int8.multiply_ahead`, on as many multiprocessors as run here at a time."""
     y, half = torch.full((len(x), len(weight.codes)), float("nan"), dtype=x.dtype), x.dtype == torch.float16
-    rows, ahead = replace(int8.empty_rows(x, threshold > 0), floats=x), int8.ahead_of(x, threshold > 0, config)
+    rows, ahead = replace(int8.empty_rows(x, threshold > 0), floats=x), int8.ahead_for(x.shape[1], x.device)
     if threshold > 0:
         grid, marks = int8.mark_launch(x, int8.marks_in(ahead, x, config), threshold)
         library(int8.MARK, tuple(int8.mark_macros(half, True).items()), BLOCKS).run(ctypes.byref(marks), *grid[:2])
@@ -78,6 +78,7 @@ def multiply_ahead(x: Tensor, weight: Weight, threshold: float, config: Config) 
     macros = config.macros(half, threshold > 0, False, True)
     grid = config.grid(y.shape[1], len(y), config.pair * config.split)
     library(int8.PRODUCT, tuple(macros.items()), CLUSTERS).run(ctypes.byref(params), *grid[:2])
+    assert not ahead.any()
     return y
 
 

@@ -13,7 +13,7 @@ from torch import Generator, Tensor
 
 from whit.kernels import float8
 from whit.kernels import int8 as reference
-from whit.kernels.gpu import int8
+from whit.kernels.gpu import int8, int8_row, int8_ways
 from whit.kernels.gpu.int8 import Config, Weight
 from whit.kernels.gpu.int8_few import Few
 from whit.kernels.gpu.int8_row import OneRow
@@ -173,8 +173,15 @@ def test_rows_with_zero_points(random: Generator):
 
 @pytest.mark.parametrize("rows", [1, 16, 64, 65, 256, 1024, 4096])
 @pytest.mark.parametrize(("outs", "columns"), [(4096, 4096), (14336, 4096), (4096, 14336), (576, 1536), (16, 16)])
-def test_every_cut_fits_a_multiprocessor(rows: int, outs: int, columns: int):
-    config = int8.best(outs, columns, rows, 132)
-    assert config.shared_bytes(outliers=True, shifted=True) <= int8.LARGEST_SHARED
-    assert config.grid(outs, rows, 132)[0] % (config.split * config.pair) == 0
-    assert config.rows * config.outs % (8 * 128 * config.groups * config.split) == 0
+def test_every_way_fits_a_multiprocessor(rows: int, outs: int, columns: int):
+    for outliers in (False, True):
+        found = int8_ways.way(outs, columns, rows, outliers, 132)
+        config = found.config if isinstance(found, int8_ways.Ahead) else found
+        if isinstance(config, OneRow):
+            assert 2 * int8_row.shared_bytes(columns, outliers) <= int8.LARGEST_SHARED
+        elif isinstance(config, Few):
+            assert config.fits(columns, rows)
+        else:
+            assert config.shared_bytes(outliers=True, shifted=True) <= int8.LARGEST_SHARED
+            assert config.grid(outs, rows, 132)[0] % (config.split * config.pair) == 0
+            assert config.split == 1 or config.rows * config.outs % (8 * 128 * config.groups * config.split) == 0

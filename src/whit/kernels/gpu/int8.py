@@ -18,8 +18,6 @@ import torch
 from torch import Tensor
 
 from whit.kernels.gpu import nvrtc
-from whit.kernels.gpu.tables import Shape
-from whit.kernels.gpu.tuned import nearest
 
 HERE = Path(__file__).parent
 MARK, QUANTIZE, PRODUCT = (HERE / f"int8_{name}.cu" for name in ("mark", "quantize", "product"))
@@ -29,6 +27,7 @@ AT_ONCE = 16  # outlier columns in shared memory, as in int8_warp.cuh
 MARK_THREADS, MARK_COLUMNS = 256, 256
 SLICES, SLICE = 64, 64  # of rows that blocks mark: how many at most, and of how many rows at least
 LARGEST_SHARED = 227 << 10
+MOST_TILES = 512  # of rows, that are quantized beside the products
 CHUNKS, LARGEST_BLOCK = 8, 1024  # of eight columns that a thread of int8_quantize.cu holds, and its threads, at most
 Mapped: TypeAlias = Callable[[int, int, int, int], "ctypes.Array[ctypes.c_uint64]"]
 MOST_COLUMNS = 8 * CHUNKS * LARGEST_BLOCK  # and sums of weights from 0 to 255 stay within 32 bits up to 65,793
@@ -77,39 +76,6 @@ class Config:
             "PAIR": self.pair, "OUTLIERS": int(outliers), "SHIFTED": int(shifted),
             "AHEAD": int(ahead),
         }  # fmt: skip
-
-
-# NVIDIA H200, the fastest of benchmarks/int8_gpu.py: up to so many rows, (outs, columns).
-BEST: dict[tuple[int, Shape], Config] = {
-    (16, (4096, 4096)): Config(1, 128, 8, 2),  # 8.5 us at one row, 10.0 at 16
-    (16, (14336, 4096)): Config(1, 128, 8),  # 19.7, 19.6
-    (16, (4096, 14336)): Config(1, 128, 4, 4),  # 24.6, 25.8
-    (64, (4096, 4096)): Config(1, 32, 12),  # 10.2
-    (64, (14336, 4096)): Config(1, 128, 8),  # 19.9
-    (64, (4096, 14336)): Config(1, 128, 8, 2),  # 22.4
-    (256, (4096, 4096)): Config(1, 128, 8),  # 13.9
-    (256, (14336, 4096)): Config(2, 256, 4),  # 31.1
-    (256, (4096, 14336)): Config(2, 128, 6, 2),  # 35.6
-}
-MANY = Config(2, 256, 4)  # 1.6 to 1.8 times bf16 at 4096 rows
-
-
-def best(outs: int, columns: int, rows: int, processors: int) -> Config:
-    """The cut for a shape: that of the nearest one that was measured, with no more blocks than run at a time."""
-    of = next((most for most in (16, 64, 256) if rows <= most), None)
-    near = nearest([shape for known, shape in BEST if known == of], (outs, columns))
-    if of is None or near is None:
-        return MANY
-    found = BEST[of, near]
-    split = found.split
-    while split > 1 and (split * found.tiles(outs, rows) > processors or split * 4 * STEP > columns):
-        split //= 2
-    return replace(found, split=split)
-
-
-def best_ahead(outs: int, columns: int, rows: int, outliers: bool) -> Config | None:
-    """The cut in which rows are best quantized beside the products; None where they are before them."""
-    return None
 
 
 class MarkParams(ctypes.Structure):
@@ -255,15 +221,14 @@ def quantize(x: Tensor, threshold: float = 0.0, dtype: torch.dtype = torch.int8)
     return rows
 
 
-def ahead_of(x: Tensor, outliers: bool, config: Config) -> Tensor:
-    """Zeros for int8_ahead.cuh: the next row, rows done of each tile, and a bit for each outlier column."""
-    tiles, words = -(-len(x) // config.rows), -(-x.shape[1] // 32) if outliers else 0
-    return torch.zeros(1 + tiles + words, dtype=torch.int32, device=x.device)
+def ahead_for(columns: int, device: torch.device) -> Tensor:
+    """Zeros for int8_ahead.cuh, which leaves them so: two numbers, rows done of each tile, a bit for each column."""
+    return torch.zeros(2 + MOST_TILES + -(-columns // 32), dtype=torch.int32, device=device)
 
 
 def marks_in(ahead: Tensor, x: Tensor, config: Config) -> Tensor:
-    """The part of `ahead_of` that has a bit for each column."""
-    return ahead[1 + -(-len(x) // config.rows) :]
+    """The part of `ahead_for` that has a bit for each column."""
+    return ahead[2 + -(-len(x) // config.rows) :]
 
 
 def mark_macros(half: bool, joined: bool) -> dict[str, int]:
@@ -271,13 +236,17 @@ def mark_macros(half: bool, joined: bool) -> dict[str, int]:
     return BYTES | {"HALF": int(half), "JOINED": int(joined)}
 
 
-def multiply_ahead(x: Tensor, weight: Weight, y: Tensor, threshold: float, config: Config) -> None:
+def multiply_ahead(
+    x: Tensor, weight: Weight, y: Tensor, threshold: float, config: Config, ahead: Tensor | None = None
+) -> None:
     """Fill y (rows, outs) with contiguous x (rows, columns), quantized by row beside the products, through the weight.
 
-    With a threshold its outlier columns are multiplied as floats, as `quantize` and `multiply` do.
+    With a threshold its outlier columns are multiplied as floats, as `quantize` and `multiply` do. `ahead` is
+    `ahead_for` the columns, which no product at the same time may use; without it there are new zeros.
     """
     device, where = x.device.index, torch.cuda.current_stream(x.device).cuda_stream
-    half, outliers, ahead = x.dtype == torch.float16, threshold > 0, ahead_of(x, threshold > 0, config)
+    half, outliers = x.dtype == torch.float16, threshold > 0
+    ahead = ahead_for(x.shape[1], x.device) if ahead is None else ahead
     rows = replace(empty_rows(x, outliers), floats=x)
     if outliers:
         grid, marks = mark_launch(x, marks_in(ahead, x, config), threshold)

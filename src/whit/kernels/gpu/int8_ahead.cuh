@@ -2,10 +2,10 @@
 //
 // Whichever warp is free takes the next row, so nothing depends on which blocks run at a time. All warps take one before
 // they do what they are for, the helpers go on until there are none; who needs 64 WG rows waits until all are counted.
-// The numbers to begin with are zeros: [0] the next row, then how many rows of each tile are done, then a bit for each
-// outlier column.
+// The numbers to begin with are zeros: [0] the next row, [1] blocks that are done, then how many rows of each tile are, then
+// a bit for each outlier column. The last block leaves zeros.
 
-DEVICE u32 *counts_of(const Params &p) { return p.ahead + 1; }
+DEVICE u32 *counts_of(const Params &p) { return p.ahead + 2; }
 DEVICE const u8 *marks_of(const Params &p) { return (const u8 *)(counts_of(p) + (p.rows + BM - 1) / BM); }
 
 #ifndef EMULATED
@@ -100,4 +100,12 @@ DEVICE void list_columns(const Params &p, int lane) {
         at += warp_sum(count);
     }
     if (lane == 0) list[0] = at;
+}
+
+// By the first warp, when all of the block is done.
+DEVICE void leave_zeros(const Params &p, int lane) {
+    int words = 2 + (p.rows + BM - 1) / BM + (OUTLIERS ? (p.columns + 31) / 32 : 0), others = 0;
+    if (lane == 0) others = (int)atomicAdd(p.ahead + 1, 1u);
+    if (from_lane_number(others, 0) != (int)gridDim.x - 1) return;
+    for (int i = lane; i < words; i += 32) p.ahead[i] = 0;
 }

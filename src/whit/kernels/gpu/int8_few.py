@@ -10,8 +10,6 @@ from torch import Tensor
 
 from whit.kernels.gpu import nvrtc
 from whit.kernels.gpu.int8 import BYTES, HERE, LARGEST_SHARED, STEP, Mapped, Weight, build, rounded, tiles_of
-from whit.kernels.gpu.tables import Shape
-from whit.kernels.gpu.tuned import nearest
 
 FEW = HERE / "int8_few.cu"
 MOST_FEW = 64  # rows
@@ -66,24 +64,6 @@ class Few:
 def room_for(rows: int) -> int:
     """Rows for which int8_few.cu makes room."""
     return next(room for room in (8, 16, 32, MOST_FEW) if rows <= room)
-
-
-# NVIDIA H200, where it was faster than several launches: one row, without outliers or with them.
-BEST: dict[tuple[bool, Shape], Few | None] = {
-    (False, (4096, 4096)): None,
-    (False, (14336, 4096)): None,
-    (False, (4096, 14336)): Few(256, 4, 4),  # 22.6 us; two launches 23.6
-    (True, (4096, 4096)): Few(128, 4, 4, 0, 2),  # 10.0; two launches 10.9
-    (True, (14336, 4096)): Few(256, 4, 2, 4),  # 23.2; 24.6
-    (True, (4096, 14336)): Few(256, 4, 4),  # 24.2; 33.5
-}
-
-
-def best(outs: int, columns: int, rows: int, outliers: bool) -> Few | None:
-    """The cut for x (rows, columns) and a weight (outs, columns): that of the nearest shape; None: more launches."""
-    near = nearest([shape for known, shape in BEST if known == outliers], (outs, columns))
-    found = None if near is None or rows > 1 else BEST[outliers, near]
-    return found if found is not None and found.fits(columns, rows) else None
 
 
 class FewParams(ctypes.Structure):

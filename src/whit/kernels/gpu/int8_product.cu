@@ -383,4 +383,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) int8_product(KERNEL_ARG
     __syncwarp();
     cluster_barrier();
 #endif
+#if AHEAD
+    __syncthreads();
+    if (warp == 0) leave_zeros(p, tid);
+#endif
 }

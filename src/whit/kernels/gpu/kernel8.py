@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from whit.kernels import int8 as reference
-from whit.kernels.gpu import int8, int8_few
+from whit.kernels.gpu import int8, int8_few, int8_row, int8_ways
 from whit.kernels.gpu.kernel import DTYPES, why_not
 from whit.kernels.gpu.tiled import has_wgmma
 from whit.layouts import BITS
 from whit.tensor import Activated, PackedWeight, product_dtype
 
 ROW_SCALE, ROW_SUMS = "row_scale", "row_sums"  # derived: float32 and int32 (outs,)
+AHEAD = "ahead"  # derived: zeros, as `int8.ahead_for` says
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Gpu8:
     def prepare(self, packed: PackedWeight) -> PackedWeight:
         if ROW_SCALE in packed.tensors or unaligned(packed) is not None:
             return packed
-        derived = {ROW_SCALE: row_scale(packed)}
+        derived = {ROW_SCALE: row_scale(packed), AHEAD: int8.ahead_for(packed.shape[1], packed.device)}
         if is_shifted(packed):
             derived[ROW_SUMS] = row_sums(packed)
         tensors = {**packed.tensors, **derived}
@@ -75,14 +76,18 @@ def product(x: Tensor, packed: PackedWeight, bias: Tensor | None, y: Tensor, con
         None if bias is None else bias.contiguous(),
         sums,
     )
-    if config is None and how is not None and is_plain(how):
-        few = int8_few.best(outs, columns, len(x), how.threshold > 0)
-        if few is not None:
-            return int8_few.multiply_few(x, weight, y, how.threshold, few)
-        ahead = int8.best_ahead(outs, columns, len(x), how.threshold > 0)
-        if ahead is not None:
-            return int8.multiply_ahead(x, weight, y, how.threshold, ahead)
-    int8.multiply(quantized(x, packed), weight, y, config or int8.best(outs, columns, len(x), processors))
+    assert how is not None
+    found = config or int8_ways.way(outs, columns, len(x), how.threshold > 0, processors)
+    if isinstance(found, int8.Config):
+        return int8.multiply(quantized(x, packed), weight, y, found)
+    if not is_plain(how):
+        cut = int8_ways.fitted(int8_ways.FEWEST if len(x) <= 64 else int8_ways.MANY, outs, columns, len(x), processors)
+        return int8.multiply(quantized(x, packed), weight, y, cut)
+    if isinstance(found, int8_ways.Ahead):
+        return int8.multiply_ahead(x, weight, y, how.threshold, found.config, packed.tensors.get(AHEAD))
+    if isinstance(found, int8_few.Few):
+        return int8_few.multiply_few(x, weight, y, how.threshold, found)
+    int8_row.multiply_row(x, weight, y, how.threshold, found)
 
 
 def is_plain(how: Activated) -> bool:
