@@ -47,10 +47,10 @@ class Delta:
 
     def added_to(self, weight: Tensor) -> Tensor:
         """The merged matrix (out, in), in float32."""
-        merged: Tensor = weight.to(torch.float32) + self.b @ self.a
+        merged: Tensor = weight.to(torch.float32) + (self.b @ self.a).to(weight.device)
         if self.magnitude is None:
             return merged
-        scaled: Tensor = merged * (self.magnitude / merged.norm(dim=1))[:, None]
+        scaled: Tensor = merged * (self.magnitude.to(weight.device) / merged.norm(dim=1))[:, None]
         return scaled
 
     @property
