@@ -13,7 +13,8 @@ from whit.tensor import Activated
 def rounded_inputs(x: Tensor, how: Activated, turn: int = 0) -> Tensor:
     """x (rows, in) as dynamic activations make it, float32; `turn` columns are rotated together before, and back after.
 
-    Static ranges are not known here: in their place stands a scale per row.
+    Static ranges are not known here, nor which columns will hold outliers, for that depends on the batch: in the place
+    of both stands a scale per row for all columns.
     """
     wide = x.to(torch.float32)
     if turn:
@@ -23,9 +24,6 @@ def rounded_inputs(x: Tensor, how: Activated, turn: int = 0) -> Tensor:
     whole = how.kind == "dynamic" and how.granularity == "tensor"
     if how.dtype != torch.int8:
         return decoded(float8.quantize_rows(wide, whole))
-    if how.threshold > 0:
-        outlier = int8.outlier_columns(wide, how.threshold)
-        return torch.where(outlier, wide, decoded(int8.quantize_rows(torch.where(outlier, 0, wide))))
     return decoded(int8.quantize_rows(wide, whole, how.symmetric))
 
 
