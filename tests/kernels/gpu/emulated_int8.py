@@ -30,7 +30,8 @@ CLUSTERS = (
 def library(kernel: Path, macros: tuple[tuple[str, int], ...], driver: str) -> ctypes.CDLL:
     folder = Path(tempfile.mkdtemp(prefix="emulated-"))
     source, target = folder / "kernel.cpp", folder / "kernel.so"
-    included = (emulated.HERE / "emulate.h", emulated.HERE / "emulate_int8.h", nvrtc.COMMON, kernel)
+    headers = (emulated.HERE / f"{name}.h" for name in ("emulate", "emulate_cluster", "emulate_int8"))
+    included = (*headers, nvrtc.COMMON, kernel)
     setup = "gatherings.assign(64, Gathering{}), "
     body = driver.format(kernel.stem).replace("run_grid", f"{setup}run_grid")
     source.write_text("".join(f'#include "{path}"\n' for path in included) + body)
@@ -102,4 +103,4 @@ def multiply_row(x: Tensor, weight: Weight, threshold: float, config: OneRow, pr
 
 
 def _map(address: int, rows: int, columns: int, tall: int) -> ctypes.Array[ctypes.c_uint64]:
-    return (ctypes.c_uint64 * 16)(address, rows, columns, tall)
+    return (ctypes.c_uint64 * 16)(address, rows, columns, tall, 128, 1)

@@ -20,30 +20,35 @@
 #define SUMS R8
 #define LEFT "%8,%9,%10,%11"
 #define RIGHT "%12"
+#define FRESH "13"
 #define ALL D2(0)
 #elif NT == 4
 #define SHAPE "m64n32k16"
 #define SUMS R16
 #define LEFT "%16,%17,%18,%19"
 #define RIGHT "%20"
+#define FRESH "21"
 #define ALL D4(0)
 #elif NT == 8
 #define SHAPE "m64n64k16"
 #define SUMS R32
 #define LEFT "%32,%33,%34,%35"
 #define RIGHT "%36"
+#define FRESH "37"
 #define ALL D8(0)
 #elif NT == 16
 #define SHAPE "m64n128k16"
 #define SUMS R64
 #define LEFT "%64,%65,%66,%67"
 #define RIGHT "%68"
+#define FRESH "69"
 #define ALL D16(0)
 #elif NT == 32
 #define SHAPE "m64n256k16"
 #define SUMS R128
 #define LEFT "%128,%129,%130,%131"
 #define RIGHT "%132"
+#define FRESH "133"
 #define ALL D32(0)
 #endif
 

@@ -17,7 +17,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from whit.kernels.gpu import nvrtc
+from whit.kernels.gpu import maps, nvrtc
 
 HERE = Path(__file__).parent
 MARK, QUANTIZE, PRODUCT = (HERE / f"int8_{name}.cu" for name in ("mark", "quantize", "product"))
@@ -280,18 +280,6 @@ def rounded(threshold: float, dtype: torch.dtype) -> float:
     return torch.tensor(threshold, dtype=dtype).item()
 
 
-UINT8, SWIZZLE_128, AHEAD_256 = 0, 3, 3  # of cuTensorMapEncodeTiled
-
-
-@lru_cache(maxsize=4096)
-def tiles_of(address: int, rows: int, columns: int, tall: int) -> ctypes.Array[ctypes.c_uint64]:
-    """A map of a contiguous matrix of bytes for tiles of `tall` rows and STEP columns; what lies outside is 0."""
-    room = ctypes.create_string_buffer(192)
-    at = -(-ctypes.addressof(room) // 64) * 64
-    status = nvrtc.driver().cuTensorMapEncodeTiled(
-        ctypes.c_void_p(at), UINT8, 2, ctypes.c_void_p(address), (ctypes.c_uint64 * 2)(columns, rows),
-        (ctypes.c_uint64 * 1)(columns), (ctypes.c_uint32 * 2)(STEP, tall), (ctypes.c_uint32 * 2)(1, 1),
-        0, SWIZZLE_128, AHEAD_256, 0,
-    )  # fmt: skip
-    nvrtc.checked(status, f"map of {rows} x {columns} bytes")
-    return (ctypes.c_uint64 * 16).from_buffer_copy((ctypes.c_char * 128).from_address(at))
+def tiles_of(address: int, rows: int, columns: int, tall: int) -> maps.Map:
+    """A map of a contiguous matrix of bytes for tiles of `tall` rows and STEP columns."""
+    return maps.tiles_of(address, rows, columns, tall, STEP)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from whit.formats import parse_format
 from whit.kernels.base import QUANTIZED_INPUTS
-from whit.kernels.gpu import few, nvrtc, stream, tiled, tuned
+from whit.kernels.gpu import few, many, nvrtc, stream, tiled, tuned
 from whit.kernels.gpu.dequantize import dequantize
 from whit.kernels.gpu.scales import storage
 from whit.tensor import PackedWeight
@@ -177,6 +177,15 @@ def multiply_tiled(
     operands = _operands(x, packed, bias, config.splits, tiled.grid(config, packed.shape[0], x.shape[0]))
     tiled.launch(operands, scheme, config, tiled.has_wgmma(x.device) if wgmma is None else wgmma)
     return operands.y
+
+
+def multiply_many(
+    x: Tensor, packed: PackedWeight, bias: Tensor | None, scheme: stream.Scheme, config: many.Config
+) -> Tensor:
+    """The same on Hopper for codes of 4 bits, where `many.why_not` gives no reason; x begins at 16 bytes."""
+    y = torch.empty(x.shape[0], packed.shape[0], dtype=x.dtype, device=x.device)
+    many.launch(x, packed, bias, y, scheme, config)
+    return y
 
 
 def multiply_few(

@@ -1,0 +1,288 @@
+"""The fused product for more rows on Hopper: checked against float64, then its cuts timed beside bfloat16.
+
+    python benchmarks/gpu_many.py --seconds 140 --out FOLDER
+
+Every part is a process of its own, so that one that faults or hangs is told and the others go on. A cut is timed only
+where its result was right in the same process. Where one is wrong the rows and outs that are wrong are said.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import subprocess
+import sys
+from collections.abc import Iterable
+from dataclasses import astuple
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from whit.errors import KernelError
+from whit.formats import parse_format
+from whit.kernels import dequantize
+from whit.kernels.gpu import kernel as gpu_kernel
+from whit.kernels.gpu import many, stream
+from whit.kernels.gpu.many import Config
+from whit.tensor import PackedWeight
+
+from gpu_harness import Budget, Kitchen, random_packed, random_weights, random_x, relative_error, seconds_cold
+from harness import machine
+
+SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336), (28672, 8192))
+TIMED = ("int4-g128", "nf4")
+LIMIT = 5e-3
+PROCESSORS = 132
+
+# Which cuts are checked, in which process: (format, rows, cut). Outs are ragged.
+CHECKS = {
+    "plain": [
+        *((spec, rows, cut)
+          for spec in ("int4-g128", "nf4", "nf4-dq", "int4-g64-asym", "fp4-g32")
+          for rows, cut in ((16, Config(1, 2, 8, min_blocks=2)), (9, Config(2, 2, 8)), (60, Config(2, 8, 4)),
+                            (300, Config(2, 16, 4)), (520, Config(2, 32, 2)))),
+        ("int4-channel", 130, Config(2, 16, 4)), ("int4-g256", 64, Config(1, 8, 4, min_blocks=2)),
+    ],
+    "late": [
+        *((spec, rows, cut)
+          for spec in ("int4-g128", "nf4", "nf4-dq", "int4-g64-asym")
+          for rows, cut in ((16, Config(1, 2, 8, late=1, min_blocks=2)), (9, Config(2, 2, 8, late=1)),
+                            (60, Config(2, 8, 4, late=1)))),
+    ],
+    "split": [
+        *((spec, rows, cut)
+          for spec in ("int4-g128", "nf4")
+          for rows, cut in ((16, Config(1, 2, 8, 4, late=1, min_blocks=2)), (9, Config(2, 2, 8, 2)),
+                            (60, Config(2, 8, 4, 4)), (250, Config(2, 32, 2, 4)),
+                            (33, Config(1, 4, 4, 8, min_blocks=2)))),
+    ],
+    "pair": [
+        *((spec, rows, cut)
+          for spec in ("int4-g128", "nf4")
+          for rows, cut in ((60, Config(2, 8, 4, pair=2)), (300, Config(2, 16, 4, pair=2)),
+                            (520, Config(2, 32, 2, pair=2)))),
+    ],
+}  # fmt: skip
+
+
+def cuts(rows: int, outs: int, levels: bool) -> list[Config]:
+    """The cuts that are tried: those whose blocks fill a good part of the device, or most of them do."""
+    if rows <= 16:
+        found = [
+            Config(groups, 2, stages, split, late=late, min_blocks=blocks)
+            for groups, stages, late, blocks in ((1, 8, 1, 2), (1, 6, 0, 2), (1, 6, 1, 3), (2, 8, 1, 1), (2, 12, 0, 1))
+            for split in (1, 2, 4, 8)
+        ]
+    elif rows <= 64:
+        found = [
+            Config(groups, 8, stages, split, pair, late, blocks)
+            for groups, stages, late, blocks in ((2, 6, 0, 1), (2, 6, 1, 1), (1, 4, 0, 2), (1, 4, 1, 2))
+            for split, pair in ((1, 1), (2, 1), (4, 1), (8, 1), (1, 2))
+        ]
+    elif rows <= 256:
+        tall = ((32, 2 if levels else 3), (16, 4))
+        found = [Config(2, tiles, stages, split, pair) for tiles, stages in tall
+                 for split, pair in ((1, 1), (2, 1), (4, 1), (1, 2))]  # fmt: skip
+    else:
+        found = [Config(2, 32, 2 if levels else 3, pair=2), Config(2, 32, 2 if levels else 3), Config(2, 16, 4, pair=2)]
+    return [config for config in found if is_sensible(config, rows, outs, levels)]
+
+
+def is_sensible(config: Config, rows: int, outs: int, levels: bool) -> bool:
+    if config.shared_bytes(levels) * config.min_blocks > many.LARGEST_SHARED:
+        return False
+    blocks, room = config.grid(outs, rows, 1 << 20)[0], PROCESSORS * config.min_blocks
+    if config.split == 1:
+        return rows > 256 or 2 * blocks > room
+    return room < 3 * blocks <= 4 * room
+
+
+def scheme_of(spec: str, columns: int) -> stream.Scheme:
+    found = stream.scheme(parse_format(spec), columns)
+    assert not isinstance(found, str), found
+    assert many.why_not(found, columns) is None
+    return found
+
+
+def wanted(x: Tensor, packed: PackedWeight) -> Tensor:
+    """In float64 for few rows; beyond, the rounding of float32 is far below that of bfloat16."""
+    exact = torch.float64 if len(x) <= 64 else torch.float32
+    return x.to(exact) @ dequantize(packed, torch.bfloat16).to(exact).T
+
+
+def where_wrong(y: Tensor, right: Tensor) -> str:
+    """How many numbers are wrong, in which rows and outs."""
+    wrong = ~((y.to(right) - right).abs() < 0.05 * right.abs().max())
+    at = wrong.nonzero().cpu()
+    rows, outs = sorted(set(at[:, 0].tolist())), sorted(set(at[:, 1].tolist()))
+    nan = int((~y.isfinite()).sum())
+    wide = f"rows {rows[:12]}..{rows[-1:]}, outs {outs[:20]}..{outs[-1:]}"
+    return f"{len(at)} of {y.numel()} wrong, {nan} not finite, {wide}"
+
+
+def check(part: str) -> list[dict[str, Any]]:
+    kitchen, shape = Kitchen(), (1096, 4096)
+    torch.cuda.init()
+    kitchen.prepare(
+        (many.SOURCE, cut.macros(scheme_of(spec, shape[1]), False).items()) for spec, _, cut in CHECKS[part]
+    )
+    generator, found = torch.Generator("cuda").manual_seed(0), []
+    bias = torch.randn(shape[0], device="cuda", generator=generator).bfloat16()
+    for spec, rows, cut in CHECKS[part]:
+        entry: dict[str, Any] = {"spec": spec, "rows": rows, "cut": astuple(cut)}
+        found.append(entry)
+        try:
+            scheme = scheme_of(spec, shape[1])
+            packed, x = random_packed(spec, shape, generator), random_x(rows, shape[1], generator)
+            entry |= many.build(scheme, cut, False, 0).resources()
+            results = [gpu_kernel.multiply_many(x, packed, bias, scheme, cut) for _ in range(4)]
+            torch.cuda.synchronize()
+            right = wanted(x, packed) + bias.to(torch.float32)
+            entry["error"], entry["same"] = (
+                relative_error(results[0], right),
+                all(torch.equal(results[0], y) for y in results),
+            )
+            if not entry["error"] < LIMIT or not entry["same"]:
+                print("WRONG", entry, where_wrong(results[0], right), flush=True)
+        except (KernelError, RuntimeError) as problem:
+            print(f"FAIL {entry}: {str(problem)[:300]}", flush=True)
+            if "CUDA error" in str(problem) or "launch" in str(problem):
+                break
+    good = [each for each in found if each.get("error", 1.0) < LIMIT and each["same"]]
+    print(f"{part}: {len(good)} of {len(CHECKS[part])} right, largest {max((e['error'] for e in good), default=0):.1e}")
+    if part == "plain":
+        found.append({"invariant": invariance(generator)})
+    kitchen.pool.terminate()
+    return found
+
+
+def invariance(generator: torch.Generator) -> dict[str, bool]:
+    """Whether a row's result is the same bits in tiles of all heights, and at every place in them."""
+    shape, same = (1096, 4096), {}
+    for spec in TIMED:
+        scheme, packed = scheme_of(spec, shape[1]), random_packed(spec, shape, generator)
+        x = random_x(256, shape[1], generator)
+        every = [
+            gpu_kernel.multiply_many(x, packed, None, scheme, Config(2, tiles, stages))
+            for tiles, stages in ((2, 8), (8, 4), (16, 4), (32, 2))
+        ]
+        rolled = gpu_kernel.multiply_many(x.roll(13, 0).contiguous(), packed, None, scheme, Config(2, 32, 2)).roll(
+            -13, 0
+        )
+        same[spec] = all(torch.equal(every[0], each) for each in (*every, rolled))
+        print(f"invariant {spec}: {same[spec]}", flush=True)
+    return same
+
+
+def measure(rows: int, seconds: float) -> list[dict[str, Any]]:
+    """Seconds of bfloat16 and of every cut, over formats and shapes."""
+    kitchen, budget, found = Kitchen(), Budget(seconds), []
+    torch.cuda.init()
+    generator = torch.Generator("cuda").manual_seed(0)
+    work = [
+        (spec, shape, cuts(rows, shape[0], spec != "int4-g128")) for shape, spec in itertools.product(SHAPES, TIMED)
+    ]
+    kitchen.prepare(
+        (many.SOURCE, cut.macros(scheme_of(spec, shape[1]), False).items())
+        for spec, shape, every in work
+        for cut in every
+    )
+    print(f"compiled for {rows} rows, {budget.left:.0f} s left", flush=True)
+    plain: dict[tuple[int, int], float] = {}
+    for spec, shape, every in work:
+        if budget.left < 2:
+            print(f"no time left for {spec} {shape}", flush=True)
+            continue
+        x = random_x(rows, shape[1], generator)
+        if shape not in plain:
+            weights = [random_x(*shape, generator) for _ in range(max(-(-(400 << 20) // (2 * shape[0] * shape[1])), 2))]
+            plain[shape] = seconds_cold([lambda w=w, x=x: torch.nn.functional.linear(x, w) for w in weights], 5)
+            del weights
+        found.append(timed(spec, shape, x, every, generator, plain[shape]))
+    kitchen.pool.terminate()
+    return found
+
+
+def timed(
+    spec: str, shape: tuple[int, int], x: Tensor, every: Iterable[Config], generator: torch.Generator, plain: float
+) -> dict[str, Any]:
+    scheme, weights = scheme_of(spec, shape[1]), random_weights(spec, shape, generator)
+    right, ranking = wanted(x, weights[0]), []
+    for cut in every:
+        try:
+            y = gpu_kernel.multiply_many(x, weights[0], None, scheme, cut)
+            torch.cuda.synchronize()
+            error = relative_error(y, right)
+            if not error < LIMIT:
+                print(f"WRONG {spec} {shape} {len(x)} {cut}: {error:.1e} {where_wrong(y, right)}", flush=True)
+                continue
+            calls = [lambda w=w, c=cut: gpu_kernel.multiply_many(x, w, None, scheme, c) for w in weights]
+            ranking.append((seconds_cold(calls, 5), astuple(cut)))
+        except (KernelError, RuntimeError) as problem:
+            print(f"FAIL {spec} {shape} {len(x)} {cut}: {str(problem)[:200]}", flush=True)
+    ranking.sort()
+    found = {
+        "spec": spec,
+        "shape": shape,
+        "rows": len(x),
+        "plain": plain,
+        "bytes": weights[0].nbytes,
+        "ranking": ranking,
+    }
+    if ranking:
+        best, cut = ranking[0]
+        rest = " ".join(f"{c}:{s * 1e6:.1f}" for s, c in ranking[1:])
+        work = 2 * len(x) * shape[0] * shape[1] / best / 1e12
+        print(
+            f"{spec:9} {shape!s:13} rows {len(x):4} bf16 {plain * 1e6:6.1f} us {plain / best:.2f}x {best * 1e6:6.1f} us"
+            f" {found['bytes'] / best / 1e9:5.0f} GB/s {work:4.0f} TFLOP/s {cut} | {rest}", flush=True,
+        )  # fmt: skip
+    return found
+
+
+def run(arguments: list[str], limit: float, log: Path) -> Any:
+    """This script in a process of its own; what it found, or None."""
+    log.with_suffix(".json").unlink(missing_ok=True)
+    command = [sys.executable, __file__, *arguments, "--into", str(log.with_suffix(".json"))]
+    try:
+        status = subprocess.run(command, timeout=max(limit, 1)).returncode
+        if status:
+            print(f"{arguments}: FAILED with status {status}", flush=True)
+    except subprocess.TimeoutExpired:
+        print(f"{arguments}: HUNG, ended after {limit:.0f} s", flush=True)
+    return json.loads(log.with_suffix(".json").read_text()) if log.with_suffix(".json").exists() else None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=140)
+    parser.add_argument("--out", type=Path, default=Path("gpu-results"))
+    parser.add_argument("--checks", default=",".join(CHECKS))
+    parser.add_argument("--rows", default="16,64,256,4096,1024")
+    parser.add_argument("--part", help=argparse.SUPPRESS)
+    parser.add_argument("--into", type=Path, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.part:
+        found = check(given.part) if given.part in CHECKS else measure(int(given.part), given.seconds)
+        given.into.write_text(json.dumps(found, default=str))
+        return
+    budget = Budget(given.seconds)
+    given.out.mkdir(parents=True, exist_ok=True)
+    result: dict[str, Any] = {"machine": machine()}
+    parts = [*filter(None, given.checks.split(",")), *filter(None, given.rows.split(","))]
+    for i, part in enumerate(parts):
+        if budget.left < 5:
+            print(f"no time left for {part}")
+            continue
+        limit = min(30, budget.left) if part in CHECKS else budget.left / (len(parts) - i) * 1.3
+        arguments = ["--part", part, "--seconds", f"{limit - 6:.0f}"]
+        result[part] = run(arguments, min(limit + 4, budget.left), given.out / f"part_{part}")
+        (given.out / "gpu_many.json").write_text(json.dumps(result, indent=1, default=str) + "\n")
+    print(f"done, {budget.left:.0f} s left", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,125 @@
+"""The fused product for 9 rows and more on Hopper, of codes of 4 bits (many.cu says how)."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from whit.kernels.gpu import maps, nvrtc, stream
+from whit.kernels.gpu.scales import FLOAT_ZERO, Scales, scales, table
+from whit.tensor import PackedWeight
+
+SOURCE = Path(__file__).with_name("many.cu")
+STEP = 128  # columns of a tile
+ROW_TILES = (2, 4, 8, 16, 32)
+LARGEST_SHARED = 227 << 10
+Mapped: TypeAlias = Callable[[int, int, int, int, int, int], "ctypes.Array[ctypes.c_uint64]"]
+
+
+@dataclass(frozen=True)
+class Config:
+    """How the work is cut; many.cu explains the names. `split` blocks share the columns of a tile."""
+
+    groups: int = 2
+    row_tiles: int = 2
+    stages: int = 6
+    split: int = 1
+    pair: int = 1
+    late: int = 0
+    min_blocks: int = 1
+
+    @property
+    def outs(self) -> int:
+        return 64 * self.groups
+
+    @property
+    def rows(self) -> int:
+        return 8 * self.row_tiles
+
+    @property
+    def threads(self) -> int:
+        return 128 * (self.groups + 1)
+
+    def grid(self, outs: int, rows: int, processors: int) -> nvrtc.Dims:
+        """Blocks: a cluster per tile, or as many as run at a time, which take one tile after the other."""
+        tiles = -(-rows // self.rows) * -(-outs // (self.outs * self.pair))
+        if self.split > 1:
+            return tiles * self.split, 1, 1
+        return min(tiles, max(processors * self.min_blocks // self.pair, 1)) * self.pair, 1, 1
+
+    def shared_bytes(self, levels: bool) -> int:
+        """Dynamic shared memory: up to 1,024 bytes to where stages may begin, these, barriers, the table."""
+        stages = self.stages * (4 * STEP * self.rows // 2 + self.outs * STEP // 2)
+        if self.split > 1:  # sums lie where stages were
+            stages = max(stages, 4 * self.rows * (self.outs + 4))
+        return 1024 + stages + 16 * self.stages + (stream.TABLE_BYTES if levels else 0)
+
+    def macros(self, scheme: stream.Scheme, half: bool) -> dict[str, int]:
+        """What many.cu is compiled with."""
+        return scheme.storage.macros | {
+            "HALF": int(half), "GROUP": scheme.steps_per_group * scheme.step, "WG": self.groups, "NT": self.row_tiles,
+            "STAGES": self.stages, "SPLITS": self.split, "PAIR": self.pair, "LATE": self.late,
+            "MIN_BLOCKS": self.min_blocks,
+        }  # fmt: skip
+
+
+class Params(ctypes.Structure):
+    """The argument of many.cu, field by field."""
+
+    _fields_ = (
+        ("x_map", ctypes.c_uint64 * 16), ("codes_map", ctypes.c_uint64 * 16), ("scales", Scales),
+        *((name, ctypes.c_void_p) for name in ("table", "bias", "y")),
+        *((name, ctypes.c_int) for name in ("outs", "columns", "rows")),
+        ("rest", ctypes.c_int * 11),  # the maps make it a multiple of 64 bytes
+    )  # fmt: skip
+
+
+def why_not(scheme: stream.Scheme, columns: int) -> str | None:
+    """Why the kernel cannot multiply such a weight, or None."""
+    stored, group = scheme.storage, scheme.steps_per_group * scheme.step
+    if stored.bits != 4 or stored.zero == FLOAT_ZERO:
+        return "codes are not of 4 bits, or zero points are floats"
+    if columns % 32 or (group not in (32, 64) and group % STEP):
+        return f"{columns} columns in groups of {group}"
+    return None
+
+
+def params(
+    x: Tensor, packed: PackedWeight, bias: Tensor | None, y: Tensor, scheme: stream.Scheme, config: Config,
+    mapped: Mapped = maps.tiles_of,
+) -> Params:  # fmt: skip
+    """The kernel's argument; it borrows the tensors' memory."""
+    (rows, columns), outs, stored = x.shape, y.shape[1], scheme.storage
+    levels = table(stored.levels, x.dtype, x.device) if stored.levels else None
+    return Params(
+        mapped(x.data_ptr(), rows, columns, config.rows // config.pair, 64, 2),
+        mapped(packed.tensors["codes"].data_ptr(), outs, columns // 2, config.outs, STEP // 2, 1),
+        scales(packed, stored),
+        *(None if tensor is None else tensor.data_ptr() for tensor in (levels, bias, y)),
+        outs=outs, columns=columns, rows=rows,
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=512)
+def build(scheme: stream.Scheme, config: Config, half: bool, device: int) -> nvrtc.Function:
+    """The compiled kernel on a device."""
+    return nvrtc.build(SOURCE, config.macros(scheme, half), "many", device)
+
+
+def launch(
+    x: Tensor, packed: PackedWeight, bias: Tensor | None, y: Tensor, scheme: stream.Scheme, config: Config
+) -> None:
+    """Fill contiguous y (rows, outs) from contiguous x (rows, columns), which begins at 16 bytes."""
+    function = build(scheme, config, x.dtype == torch.float16, x.device.index)
+    processors = torch.cuda.get_device_properties(x.device).multi_processor_count
+    grid, shared = config.grid(y.shape[1], len(x), processors), config.shared_bytes(bool(scheme.storage.levels))
+    where = torch.cuda.current_stream(x.device).cuda_stream
+    argument = params(x, packed, bias, y, scheme, config)
+    function.launch_early(grid, config.threads, shared, argument, where, config.split * config.pair)

@@ -1,0 +1,79 @@
+// Tiles that another engine copies to shared memory, also for a neighbour in a cluster, as many.cu takes them.
+typedef unsigned long long u64;
+#include "hopper.cuh"
+
+struct alignas(64) Map {  // CUtensorMap
+    u64 opaque[16];
+};
+#define KERNEL_ARGUMENT const __grid_constant__
+
+DEVICE u32 shared_address(const void *p, u32 rank) {  // the same place in another block of the cluster
+    u32 at;
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(at) : "r"(shared_address(p)), "r"(rank));
+    return at;
+}
+DEVICE u32 cluster_rank() {
+    u32 rank;
+    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    return rank;
+}
+DEVICE void cluster_barrier() { asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory"); }
+DEVICE float4 load_from(const float *p, u32 rank) {
+    float4 v;
+    asm volatile("ld.shared::cluster.v4.f32 {%0,%1,%2,%3}, [%4];"
+                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(shared_address(p, rank)) : "memory");
+    return v;
+}
+// A barrier within a block, of so many threads.
+template <int ID, int COUNT> DEVICE void meet() { asm volatile("bar.sync %0, %1;" ::"n"(ID), "n"(COUNT) : "memory"); }
+
+DEVICE void arrive(u64 *barrier, u32 rank) {
+    asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(shared_address(barrier, rank)) : "memory");
+}
+DEVICE void expect(u64 *barrier, u32 bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes) : "memory");
+}
+DEVICE void await_tiles(u64 *barrier, u32 phase) {
+    asm volatile("{.reg .pred p;\nagain: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%0], %1;\n"
+                 "@p bra done;\nbra again;\ndone:}" ::"r"(shared_address(barrier)), "r"(phase) : "memory");
+}
+DEVICE void copy_tile(void *to, const Map &map, int column, int row, u64 *barrier) {
+    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];"
+                 ::"r"(shared_address(to)), "l"(&map), "r"(column), "r"(row), "r"(shared_address(barrier)) : "memory");
+}
+// To the same place in every block of `blocks` (a bit for each), whose barriers at that place count the bytes.
+DEVICE void copy_tile(void *to, const Map &map, int column, int row, u64 *barrier, u16 blocks) {
+    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
+                 " [%0], [%1, {%2, %3}], [%4], %5;"
+                 ::"r"(shared_address(to)), "l"(&map), "r"(column), "r"(row), "r"(shared_address(barrier)), "h"(blocks) : "memory");
+}
+
+// Where 64 columns of x lie: rows of 128 bytes in the 128-byte swizzle, eights of them 1,024 bytes apart.
+DEVICE u64 describe_rows(const void *tile) {
+    return (u64)(shared_address(tile) & 0x3FFFF) >> 4 | 1ull << 16 | 64ull << 32 | 1ull << 62;
+}
+template <int N> DEVICE void products_left() { asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory"); }
+// The products of step `step` of 16 columns; the first of a row of them (`fresh`) forgets what was there.
+DEVICE void multiply_step(float (&d)[NT][4], u32 (&a)[4], u64 x, int step, int fresh) {
+    asm volatile("{.reg .pred p; setp.eq.s32 p, %" FRESH ", 0;\n"
+                 "wgmma.mma_async.sync.aligned." SHAPE ".f32." TYPE "." TYPE " {" SUMS "}, {" LEFT "}, " RIGHT ", p, 1, 1, 0;}"
+                 : ALL : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(x + 2 * step), "r"(fresh));
+}
+
+// With two times four warps and many sums there are too few registers for all: the other four warps give theirs.
+constexpr bool TRADED = WG == 2 && MIN_BLOCKS == 1;
+DEVICE void hold_registers() {
+    if constexpr (TRADED) asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+}
+DEVICE void give_registers() {
+    if constexpr (TRADED) asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+}
+
+DEVICE u32 transpose(u32 v) {  // eight rows of a warp's lanes become eight columns
+    u32 d;
+    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(d) : "r"(v));
+    return d;
+}
+DEVICE u32 exchange(u32 v, int flip) { return __shfl_xor_sync(0xFFFFFFFFu, v, flip); }
+DEVICE float of_lane(float v, int lane) { return __shfl_sync(0xFFFFFFFFu, v, lane); }
+DEVICE u32 rotate(u32 v, u32 left) { return __funnelshift_l(v, v, left); }

@@ -1,0 +1,42 @@
+// What many.cu needs beyond emulate_cluster.h: Hopper's product, whose left side lies in registers.
+static float of_lane(float v, int lane) { return bits_float(together(float_bits(v))[lane]); }
+static u32 rotate(u32 v, u32 left) { return left ? v << left | v >> (32 - left) : v; }
+static u32 transpose(u32 v) {  // lane 4 g + t holds columns 2 t and 2 t + 1 of row g
+    const u32 *all = together(v);
+    int g = current % 32 / 4, t = current % 4;
+    auto at = [&](int row, int column) { return all[row * 4 + column / 2] >> 16 * (column % 2) & 0xFFFF; };
+    return at(2 * t, g) | at(2 * t + 1, g) << 16;
+}
+static void await_tiles(u64 *p, u32 phase) { await(p, phase); }
+static void hold_registers() {}
+static void give_registers() {}
+static u64 describe_rows(const void *tile) { return (u64)tile; }
+static void begin_products() {}
+static void end_products() {}
+template <int N> static void products_left() {}
+template <class T> static void settle(T &) {}
+
+struct Left { u32 a[2][32][4]; int count, turn; };
+static std::vector<Left> lefts(256);
+static void multiply_step(float (&d)[NT][4], u32 (&a)[4], u64 x, int step, int fresh) {
+    Left &w = lefts[current / 32];
+    int turn = w.turn, lane = current % 32;
+    memcpy(w.a[turn & 1][lane], a, 16);
+    if (++w.count == 32) w.count = 0, w.turn++;
+    while (w.turn == turn) yield();
+    threadIdx.x = current % threads;
+    const u8 *tile = (const u8 *)x;
+    if (((const u8 *)tile - (const u8 *)shared + 48) % 1024) __builtin_trap();
+    for (int n = 0; n < NT; n++)
+        for (int e = 0; e < 4; e++) {
+            int out = lane / 4, row = n * 8 + lane % 4 * 2 + e % 2;
+            double sum = fresh ? 0 : d[n][e];
+            for (int k = 0; k < 16; k++) {
+                int byte = (step * 16 + k) * 2;
+                const u8 *at = tile + row * 128 + ((byte >> 4 ^ row & 7) << 4 | byte & 15);
+                u32 left = w.a[turn & 1][out * 4 + k % 8 / 2][e / 2 + 2 * (k / 8)];
+                sum += (double)widen(k % 2 ? left >> 16 : left & 0xFFFF) * widen(*(const u16 *)at);
+            }
+            d[n][e] = sum;
+        }
+}

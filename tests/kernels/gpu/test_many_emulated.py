@@ -1,0 +1,55 @@
+"""The fused product for more rows on Hopper, compiled for the CPU, against float64.
+
+What this cannot see: the instructions themselves, the order of memory between engines, and speed.
+benchmarks/gpu_many.py checks the same on a GPU.
+"""
+
+from __future__ import annotations
+
+import emulated_many
+import pytest
+import torch
+from torch import Generator
+
+import whit
+from whit.kernels import reference
+from whit.kernels.gpu import many, stream
+from whit.kernels.gpu.many import Config
+from whit.layouts import BITS
+
+import emulated
+
+pytestmark = pytest.mark.skipif(emulated.COMPILER is None, reason="no g++ here")
+BF16, F16 = torch.bfloat16, torch.float16
+LIMIT = {BF16: 5e-3, F16: 1e-3}
+
+CASES = [
+    ("int4-g128", BF16, 40, Config(2, 2, 2, 2, late=1)),
+    ("nf4-dq", BF16, 33, Config(1, 4, 2, 1, pair=2)),
+]
+MORE = [
+    ("int4-g128", BF16, 16, Config(1, 2, 3, 1)),
+    ("nf4", BF16, 9, Config(1, 2, 2, 4, late=1)),
+    ("int4-g64-asym", F16, 70, Config(2, 8, 2, 1)),
+    ("fp4-g32", F16, 20, Config(2, 4, 3, 2)),
+    ("int4-channel", BF16, 140, Config(1, 16, 2, 1, pair=2)),
+    ("int4-g256", BF16, 300, Config(2, 32, 2, 1, pair=2)),
+    ("int4-g128-asym", BF16, 17, Config(2, 2, 4, 1, late=1)),
+    ("nf4", F16, 64, Config(1, 8, 2, 2)),
+]
+SLOW = [pytest.param(*case, marks=pytest.mark.slow) for case in MORE]
+
+
+@pytest.mark.parametrize(("spec", "dtype", "rows", "config"), [*CASES, *SLOW])
+def test_product_of_more_rows_equals_float64(
+    spec: str, dtype: torch.dtype, rows: int, config: Config, random: Generator
+):
+    outs, columns = 200, 768
+    weight = BITS.pack(whit.quantize_tensor(torch.randn(outs, columns, generator=random), spec))
+    scheme = stream.scheme(weight.format, columns)
+    assert not isinstance(scheme, str)
+    assert many.why_not(scheme, columns) is None
+    x, bias = torch.randn(rows, columns, generator=random).to(dtype), torch.randn(outs, generator=random).to(dtype)
+    found = emulated_many.linear(x, weight, bias, scheme, config)
+    wanted = x.double() @ reference.dequantize(weight, torch.float32).double().T + bias.double()
+    assert ((found.double() - wanted).norm() / wanted.norm()).item() < LIMIT[dtype]
