@@ -85,7 +85,7 @@ DEVICE void produce(const Params &p, const Block &b) {
         tile = tile_of(p, b, index);
         for (; step < b.steps; step++, asked++) {
             int slot = asked % STAGES;
-            if (asked >= STAGES) await_tiles(b.empty + slot, (asked / STAGES - 1) & 1);
+            if (asked >= STAGES) await(b.empty + slot, (asked / STAGES - 1) & 1);
             expect(b.full + slot, STAGE);
             ask_codes(p, b, tile, step, slot);
             ask_x(p, b, tile, step, slot);
@@ -97,8 +97,8 @@ DEVICE void produce(const Params &p, const Block &b) {
 struct Lane {
     int lane, out[2];        // rows of W, within bounds
     int codes;               // where the first one's lie among a stage's codes
-    u32 turn, unit;          // to its byte of a word; which of four units of 16 bytes lies first
-    Table table;
+    u32 byte, unit;          // which of a word is its own (for `permute`); which of four units of 16 bytes lies first
+    u32 table;               // where its copy of the table of pairs lies
 };
 struct Round {
     float scale[2], zero[2];
@@ -128,17 +128,18 @@ DEVICE Slot slot_of(const Round &round, const Lane &w, int slot) {
     for (int h = 0; h < 2; h++) {
         int from = (w.lane & 28) | (slot & 3);
         s.scale[h] = of_lane(round.scale[h], from), s.pair[h] = round_pair(s.scale[h], s.scale[h]);
-        float minus = -(ZERO ? of_lane(round.zero[h], from) + (HALF ? 1024.0f : 128.0f) + OFFSET : 0.0f);
-        s.minus[h] = ZERO ? round_pair(minus, minus) : minus_offset();
+        float zero = OFFSET + (ZERO ? of_lane(round.zero[h], from) : 0.0f);
+        s.minus[h] = round_pair(-(HALF ? 1024.0f : 128.0f) - zero, -(HALF ? 128.0f : 16.0f) - zero);
     }
     return s;
 }
 
-// Columns 2 t and 2 t + 1 of a word's eight.
+// Columns 2 t and 2 t + 1 of a word's eight. The upper code of a byte gets under the exponent three bits higher than the
+// lower one, as eight times itself: a product lays both where they belong, and what takes off the exponent divides too.
 DEVICE u32 operand(u32 word, const Slot &s, int h, const Lane &w) {
-    u32 pair;
-    if constexpr (CODEBOOK) pair = look_up(w.table, rotate(word, w.turn));
-    else pair = add_pair(under_exponent(permute(word, word >> 4, w.turn), 0x000F000F, MAGIC), s.minus[h]);
+    u32 byte = permute(word, 0, w.byte), pair;
+    if constexpr (CODEBOOK) pair = load_shared(w.table + byte * 128);
+    else pair = multiply_add(under_exponent(byte * 0x8001u, 0x0078000F, MAGIC), HALF ? 0x30003C00u : 0x3E003F80u, s.minus[h]);
     if constexpr (LATE) return pair;
     else if constexpr (SCALE_PAIRS) return scale_by(pair, s.pair[h]);
     else return round_pair(widen(pair & 0xFFFF) * s.scale[h], widen(pair >> 16) * s.scale[h]);
@@ -159,7 +160,7 @@ DEVICE void decode_half(u32 (&a)[4][4], const Round &round, Slot s, const Lane &
 }
 
 DEVICE void multiply_half(float (&sums)[NT][4], u32 (&a)[4][4], const u8 *x) {
-    u64 right = describe_rows(x);
+    auto right = describe_rows(x);
 #pragma unroll
     for (int i = 0; i < 4; i++) settle(a[i]);
     begin_products();
@@ -189,62 +190,85 @@ DEVICE void turn_scales(Scaling &r, const Params &p, const Lane &w, int step) {
     if (step * SLOTS % 4 == 0) r.now = r.next, load_round(r.next, p, w, r.first + step * SLOTS + 4);
 }
 
-// All steps of a tile; `taken`: steps of earlier tiles.
+// Where a step lies among the stages, and the phase of its barrier.
+struct Place {
+    int slot, phase;
+};
+DEVICE Place after(const Place &at) {
+    bool last = at.slot == STAGES - 1;
+    return {last ? 0 : at.slot + 1, last ? at.phase ^ 1 : at.phase};
+}
+DEVICE const u8 *stage_at(const Block &b, const Place &at) { return b.stages + at.slot * STAGE; }
+
+// All steps of a tile, from `at` on, which moves on.
 #if LATE
-DEVICE void add_up(Sums &sums, const Params &p, const Block &b, const Lane &w, int taken) {
+struct Halves {
     u32 a[2][4][4];
     Slot s[2];
+};
+template <bool LAST> DEVICE void add_step(Sums &sums, Halves &v, Scaling &r, const Params &p, const Block &b, const Lane &w, Place &at, int step) {
+    const u8 *stage = stage_at(b, at);
+    Place next = after(at);
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+        multiply_half(sums.part, v.a[h], stage + h * X_HALF);
+        if (!h) {
+            v.s[1] = slot_of(r.now, w, step * SLOTS + SLOTS / 2);
+            decode_half(v.a[1], r.now, v.s[1], w, stage + w.codes, 1, step * SLOTS + SLOTS / 2);
+        } else if (!LAST) {
+            await(b.full + next.slot, next.phase);
+            turn_scales(r, p, w, step + 1);
+            Slot s = slot_of(r.now, w, (step + 1) * SLOTS);
+            decode_half(v.a[0], r.now, s, w, stage_at(b, next) + w.codes, 0, (step + 1) * SLOTS);
+            v.s[0] = s;
+        }
+        products_left<0>();
+        settle(sums.part);
+#pragma unroll
+        for (int n = 0; n < NT; n++)
+#pragma unroll
+            for (int e = 0; e < 4; e++) sums.all[n][e] += v.s[h].scale[e >> 1] * sums.part[n][e];
+    }
+    release(b, at.slot, w.lane);
+    at = next;
+}
+DEVICE void add_up(Sums &sums, const Params &p, const Block &b, const Lane &w, Place &at) {
+    Halves v;
     Scaling r;
     begin_scales(r, p, b, w);
     if (b.steps == 0) return;
-    await_tiles(b.full + taken % STAGES, taken / STAGES & 1);
+    await(b.full + at.slot, at.phase);
     turn_scales(r, p, w, 0);
-    s[0] = slot_of(r.now, w, 0);
-    decode_half(a[0], r.now, s[0], w, b.stages + taken % STAGES * STAGE + w.codes, 0, 0);
+    v.s[0] = slot_of(r.now, w, 0);
+    decode_half(v.a[0], r.now, v.s[0], w, stage_at(b, at) + w.codes, 0, 0);
 #pragma unroll 1
-    for (int step = 0; step < b.steps; step++) {
-        int slot = (taken + step) % STAGES;
-        const u8 *stage = b.stages + slot * STAGE;
-#pragma unroll
-        for (int h = 0; h < 2; h++) {
-            multiply_half(sums.part, a[h], stage + h * X_HALF);
-            int after = min(step + h, b.steps - 1), next = taken + after, part = after * SLOTS + (1 - h) * (SLOTS / 2);
-            if (h) await_tiles(b.full + next % STAGES, next / STAGES & 1), turn_scales(r, p, w, step + 1);
-            s[1 - h] = slot_of(r.now, w, part);
-            decode_half(a[1 - h], r.now, s[1 - h], w, b.stages + next % STAGES * STAGE + w.codes, 1 - h, part);
-            products_left<0>();
-            settle(sums.part);
-#pragma unroll
-            for (int n = 0; n < NT; n++)
-#pragma unroll
-                for (int e = 0; e < 4; e++) sums.all[n][e] += s[h].scale[e >> 1] * sums.part[n][e];
-        }
-        release(b, slot, w.lane);
-    }
+    for (int step = 0; step < b.steps - 1; step++) add_step<false>(sums, v, r, p, b, w, at, step);
+    add_step<true>(sums, v, r, p, b, w, at, b.steps - 1);
 }
 #else
-DEVICE void add_up(Sums &sums, const Params &p, const Block &b, const Lane &w, int taken) {
+DEVICE void add_up(Sums &sums, const Params &p, const Block &b, const Lane &w, Place &at) {
     u32 a[2][4][4];
     Scaling r;
     begin_scales(r, p, b, w);
+    int before = 0;
 #pragma unroll 1
-    for (int step = 0; step < b.steps; step++, taken++) {
-        int slot = taken % STAGES;
-        const u8 *stage = b.stages + slot * STAGE;
+    for (int step = 0; step < b.steps; step++) {
+        const u8 *stage = stage_at(b, at);
         turn_scales(r, p, w, step);
-        await_tiles(b.full + slot, taken / STAGES & 1);
+        await(b.full + at.slot, at.phase);
 #pragma unroll
         for (int h = 0; h < 2; h++) {
             int part = step * SLOTS + h * (SLOTS / 2);
             decode_half(a[h], r.now, slot_of(r.now, w, part), w, stage + w.codes, h, part);
             multiply_half(sums.all, a[h], stage + h * X_HALF);
             products_left<1>();  // those of the half before are done
-            if (!h && step) release(b, (taken + STAGES - 1) % STAGES, w.lane);
+            if (!h && step) release(b, before, w.lane);
         }
+        before = at.slot, at = after(at);
     }
     products_left<0>();
     settle(sums.all);
-    if (b.steps) release(b, (taken + STAGES - 1) % STAGES, w.lane);
+    if (b.steps) release(b, before, w.lane);
 }
 #endif
 
@@ -325,15 +349,17 @@ DEVICE void finish_share(const Params &p, const Block &b, const Tile &tile, int 
 }
 #endif
 
-DEVICE void consume(const Params &p, const Block &b, int tid) {
-    int taken = 0, warp = tid >> 5;
+DEVICE void consume(const Params &p, const Block &block, int tid) {
+    Block b = block;
+    b.begin = uniform(b.begin), b.steps = uniform(b.steps), b.first = uniform(b.first), b.tiles = uniform(b.tiles);
+    int warp = uniform(tid >> 5);
+    Place at = {0, 0};
     Lane w;
     w.lane = tid & 31;
     u32 g = w.lane >> 2, t = w.lane & 3;
     w.codes = X_BYTES + (warp * 16 + g) * W_ROW, w.unit = g >> 1 & 3;
-    w.turn = CODEBOOK ? 7 - 8 * t & 31 : t | t << 4 | (t + 4) << 8 | (t + 4) << 12;
-    w.table = {(const u8 *)(b.empty + STAGES), (u32)w.lane * 4};
-    for (int index = b.first; index < b.tiles; index += b.stride, taken += b.steps) {
+    w.byte = t | 0x4440, w.table = shared_address(b.empty + STAGES) + w.lane * 4;
+    for (int index = b.first; index < b.tiles; index += b.stride) {
         Tile tile = tile_of(p, b, index);
 #pragma unroll
         for (int h = 0; h < 2; h++) w.out[h] = min(tile.out + warp * 16 + (int)g + 8 * h, p.outs - 1);
@@ -342,7 +368,7 @@ DEVICE void consume(const Params &p, const Block &b, int tid) {
         settle(sums.part);
 #endif
         settle(sums.all);
-        add_up(sums, p, b, w, taken);
+        add_up(sums, p, b, w, at);
 #if SPLITS == 1
         finish(p, tile, sums, w, tile.out + warp * 16);
 #else
@@ -351,9 +377,19 @@ DEVICE void consume(const Params &p, const Block &b, int tid) {
     }
 }
 
+// As fill_table; all warps take as many turns, or what follows would count as divergent.
+DEVICE void fill_pairs(uint4 *table, const u16 *levels, int tid) {
+#pragma unroll 1
+    for (int first = 0; first < TABLE; first += THREADS) {
+        int i = min(first + tid, TABLE - 1);
+        u32 pair = levels[i >> 3 & 15] | (u32)levels[i >> 7] << 16;
+        table[i] = make_uint4(pair, pair, pair, pair);
+    }
+}
+
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) many(KERNEL_ARGUMENT Params p) {
     extern __shared__ uint4 shared[];  // up to 1,024 bytes to where stages may begin, these, barriers, the table
-    int tid = threadIdx.x, warp = tid >> 5, steps = (p.columns + BK - 1) / BK, share = (steps + SPLITS - 1) / SPLITS;
+    int tid = threadIdx.x, steps = (p.columns + BK - 1) / BK, share = (steps + SPLITS - 1) / SPLITS;
     Block b;
     b.stages = (u8 *)shared + (-shared_address(shared) & 1023);
     b.full = (u64 *)(b.stages + STAGES * STAGE), b.empty = b.full + STAGES;
@@ -366,10 +402,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) many(KERNEL_AR
         publish_barriers();
     }
     next_may_begin();
-    if (CODEBOOK) fill_table((uint4 *)(b.empty + STAGES), p.table, THREADS);
+    if (CODEBOOK) fill_pairs((uint4 *)(b.empty + STAGES), p.table, tid);
     if (PAIR > 1) cluster_barrier();
     else __syncthreads();
 
+    int warp = uniform(tid >> 5);
     if (warp < 4 * WG) {
         hold_registers();
         consume(p, b, tid);

@@ -28,14 +28,10 @@ DEVICE float4 load_from(const float *p, u32 rank) {
 template <int ID, int COUNT> DEVICE void meet() { asm volatile("bar.sync %0, %1;" ::"n"(ID), "n"(COUNT) : "memory"); }
 
 DEVICE void arrive(u64 *barrier, u32 rank) {
-    asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(shared_address(barrier, rank)) : "memory");
+    asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(shared_address(barrier, rank)) : "memory");
 }
 DEVICE void expect(u64 *barrier, u32 bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes) : "memory");
-}
-DEVICE void await_tiles(u64 *barrier, u32 phase) {
-    asm volatile("{.reg .pred p;\nagain: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%0], %1;\n"
-                 "@p bra done;\nbra again;\ndone:}" ::"r"(shared_address(barrier)), "r"(phase) : "memory");
 }
 DEVICE void copy_tile(void *to, const Map &map, int column, int row, u64 *barrier) {
     asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];"
@@ -76,4 +72,14 @@ DEVICE u32 transpose(u32 v) {  // eight rows of a warp's lanes become eight colu
 }
 DEVICE u32 exchange(u32 v, int flip) { return __shfl_xor_sync(0xFFFFFFFFu, v, flip); }
 DEVICE float of_lane(float v, int lane) { return __shfl_sync(0xFFFFFFFFu, v, lane); }
-DEVICE u32 rotate(u32 v, u32 left) { return __funnelshift_l(v, v, left); }
+DEVICE int uniform(int v) { return __shfl_sync(0xFFFFFFFFu, v, 0); }  // the same in all lanes, and known to be
+DEVICE u32 load_shared(u32 at) {  // what was written before the first products
+    u32 v;
+    asm("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(at));
+    return v;
+}
+DEVICE u32 multiply_add(u32 a, u32 b, u32 c) {
+    u32 d;
+    asm("fma.rn." TYPE "x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+    return d;
+}
