@@ -207,6 +207,7 @@ struct Halves {
     Slot s[2];
 };
 template <bool LAST> DEVICE void add_step(Sums &sums, Halves &v, Scaling &r, const Params &p, const Block &b, const Lane &w, Place &at, int step) {
+    at.slot = uniform(at.slot);
     const u8 *stage = stage_at(b, at);
     Place next = after(at);
 #pragma unroll
@@ -253,6 +254,7 @@ DEVICE void add_up(Sums &sums, const Params &p, const Block &b, const Lane &w, P
     int before = 0;
 #pragma unroll 1
     for (int step = 0; step < b.steps; step++) {
+        at.slot = uniform(at.slot);
         const u8 *stage = stage_at(b, at);
         turn_scales(r, p, w, step);
         await(b.full + at.slot, at.phase);
