@@ -25,7 +25,7 @@ from whit.errors import KernelError
 from whit.formats import parse_format
 from whit.kernels import dequantize
 from whit.kernels.gpu import kernel as gpu_kernel
-from whit.kernels.gpu import many, stream
+from whit.kernels.gpu import many, stream, tuned
 from whit.kernels.gpu.many import Config
 from whit.tensor import PackedWeight
 
@@ -73,13 +73,20 @@ def cuts(rows: int, outs: int, levels: bool) -> list[Config]:
     if rows <= 16:
         found = [
             Config(groups, 2, stages, split, late=late, min_blocks=blocks)
-            for groups, stages, late, blocks in ((1, 8, 1, 2), (1, 6, 0, 2), (1, 6, 1, 3), (2, 8, 1, 1), (2, 12, 0, 1))
+            for groups, stages, late, blocks in (
+                (1, 8, 1, 2),
+                (1, 6, 0, 2),
+                (1, 6, 1, 3),
+                (2, 8, 1, 1),
+                (4, 5, 1, 1),
+                (4, 6, 1, 1),
+            )
             for split in (1, 2, 4, 8)
         ]
     elif rows <= 64:
         found = [
             Config(groups, 8, stages, split, pair, late, blocks)
-            for groups, stages, late, blocks in ((2, 6, 0, 1), (2, 6, 1, 1), (1, 4, 0, 2), (1, 4, 1, 2))
+            for groups, stages, late, blocks in ((2, 6, 0, 1), (2, 6, 1, 1), (1, 4, 0, 2), (4, 4, 0, 1), (4, 5, 0, 1))
             for split, pair in ((1, 1), (2, 1), (4, 1), (8, 1), (1, 2))
         ]
     elif rows <= 256:
@@ -224,7 +231,9 @@ def timed(
         except (KernelError, RuntimeError) as problem:
             print(f"FAIL {spec} {shape} {len(x)} {cut}: {str(problem)[:200]}", flush=True)
     ranking.sort()
+    now = dispatched(scheme, shape, weights, x) if len(x) <= 16 else 0.0
     found = {
+        "now": now,
         "spec": spec,
         "shape": shape,
         "rows": len(x),
@@ -236,11 +245,19 @@ def timed(
         best, cut = ranking[0]
         rest = " ".join(f"{c}:{s * 1e6:.1f}" for s, c in ranking[1:])
         work = 2 * len(x) * shape[0] * shape[1] / best / 1e12
-        print(
-            f"{spec:9} {shape!s:13} rows {len(x):4} bf16 {plain * 1e6:6.1f} us {plain / best:.2f}x {best * 1e6:6.1f} us"
-            f" {found['bytes'] / best / 1e9:5.0f} GB/s {work:4.0f} TFLOP/s {cut} | {rest}", flush=True,
-        )  # fmt: skip
+        speed = f"{found['bytes'] / best / 1e9:5.0f} GB/s {work:4.0f} TFLOP/s"
+        times = (
+            f"bf16 {plain * 1e6:6.1f} us now {plain / now if now else 0:.2f}x {plain / best:.2f}x {best * 1e6:6.1f} us"
+        )
+        print(f"{spec:9} {shape!s:13} rows {len(x):4} {times} {speed} {cut} | {rest}", flush=True)
     return found
+
+
+def dispatched(scheme: stream.Scheme, shape: tuple[int, int], weights: list[PackedWeight], x: Tensor) -> float:
+    """Seconds of the way that is taken without this kernel."""
+    tuned.best_many = lambda *_: None  # type: ignore[assignment]
+    gpu_kernel.plan.cache_clear()
+    return seconds_cold([lambda w=w: gpu_kernel.product(x, w, None) for w in weights], 5)
 
 
 def run(arguments: list[str], limit: float, log: Path) -> Any:

@@ -103,7 +103,7 @@ def product(x: Tensor, packed: PackedWeight, bias: Tensor | None, invariant: boo
     return torch.nn.functional.linear(x, dequantize(packed, x.dtype, stored), bias)
 
 
-Cut: TypeAlias = few.Config | stream.Config | tiled.Config | None
+Cut: TypeAlias = few.Config | many.Config | stream.Config | tiled.Config | None
 
 
 @lru_cache(maxsize=4096)
@@ -111,6 +111,8 @@ def plan(
     scheme: stream.Scheme, shape: tuple[int, int], rows: int, where: tuned.Device, invariant: bool
 ) -> tuple[str, Cut]:
     """The way for x (rows, columns) and a weight of `shape` (outs, columns), and how it is cut; None: dequantize."""
+    if not invariant and (most := tuned.best_many(scheme, shape, rows, where)):
+        return "many", most
     if not invariant and (cut := tuned.best_few(scheme, shape, rows, where)):
         return "few", cut
     way = "stream" if invariant else tuned.route(scheme, shape, rows, where)
@@ -137,9 +139,9 @@ def products(x: Tensor, packed: Sequence[PackedWeight], biases: Sequence[Tensor 
 
 
 def aligned(x: Tensor, rows: int) -> Tensor:
-    """x as contiguous rows that begin where eight bytes can be read at a time."""
+    """x as contiguous rows that begin where sixteen bytes can be read at a time."""
     flat = x.reshape(rows, x.shape[-1]).contiguous()
-    return flat if flat.data_ptr() % 8 == 0 else flat.clone()
+    return flat if flat.data_ptr() % 16 == 0 else flat.clone()
 
 
 def scheme_of(packed: PackedWeight) -> stream.Scheme:
@@ -220,7 +222,9 @@ def _operands(
     return stream.Operands(x, y, bias, packed, partial, arrived)
 
 
-_WAYS: dict[str, Callable[..., Tensor]] = {"few": _one, "stream": multiply, "tiled": multiply_tiled}
+_WAYS: dict[str, Callable[..., Tensor]] = {
+    "few": _one, "many": multiply_many, "stream": multiply, "tiled": multiply_tiled,
+}  # fmt: skip
 
 
 def linear_op(x: Tensor, tensors: list[Tensor], bias: Tensor | None, keys: str, spec: str, invariant: bool) -> Tensor:

@@ -173,3 +173,8 @@ HOPPER_FEW: dict[Key, tuple[int, int, int]] = {
     ("int2-64", 1, (28672, 8192)): (8, 4, 2),  # 1748 GB/s
 }
 FEW = {9: HOPPER_FEW}
+
+# The fused product for more rows of codes of 4 bits, where it is faster than all else: rows are the most that an entry
+# stands for. Columns: groups, row_tiles, stages, split, pair, late, min_blocks of many.Config.
+HOPPER_MANY: dict[Key, tuple[int, int, int, int, int, int, int]] = {}
+MANY = {9: HOPPER_MANY}

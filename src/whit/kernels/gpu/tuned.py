@@ -10,9 +10,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from math import log2
 
-from whit.kernels.gpu import few, stream, tiled
+from whit.kernels.gpu import few, many, stream, tiled
 from whit.kernels.gpu.stream import Config, Scheme, row_tiles
-from whit.kernels.gpu.tables import FEW, ROUTES, STREAM, TILED, Route, Shape
+from whit.kernels.gpu.tables import FEW, MANY, ROUTES, STREAM, TILED, Route, Shape
 
 BYTES_AHEAD = 32  # that a thread loads of each row before it computes
 MOST_COLUMNS = 640  # of 64 rows of x, twice, that fit in shared memory beside a table of levels
@@ -60,6 +60,26 @@ def best_few(scheme: Scheme, shape: Shape, rows: int, device: Device) -> few.Con
     if not few.fits(scheme, config, rows) or (rows > 8 and few.slices(scheme, config, rows, shape[1]) > 1):
         return None  # what x in slices costs is more than tiles do
     return config
+
+
+def best_many(scheme: Scheme, shape: Shape, rows: int, device: Device) -> many.Config | None:
+    """The configuration of Hopper's kernel for more rows; None where another is faster, or it was not measured.
+
+    A shape takes what the nearest one has that was measured for the same kind of weight, with blocks for its own rows
+    and as many of them.
+    """
+    table, name = MANY.get(device[0], {}), kind(scheme)
+    near = nearest({where for known, _, where in table if known == name}, shape)
+    if near is None or many.why_not(scheme, shape[1]) is not None:
+        return None
+    of = min((most for known, most, where in table if (known, where) == (name, near) and most >= rows), default=0)
+    if not of:
+        return None
+    config = many.Config(*table[name, of, near])
+    tiles = next(n for n in many.ROW_TILES if 8 * n >= min(rows, config.rows))
+    split = 1 if config.split == 1 else rescaled(config.outs, config.split, near, shape)
+    split = min(1 << max(split.bit_length() - 1, 0), 8, max(shape[1] // (2 * many.STEP), 1))
+    return replace(config, row_tiles=tiles, split=split)
 
 
 def default_few(scheme: Scheme, rows: int) -> few.Config:
