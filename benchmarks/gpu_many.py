@@ -25,7 +25,7 @@ from whit.errors import KernelError
 from whit.formats import parse_format
 from whit.kernels import dequantize
 from whit.kernels.gpu import kernel as gpu_kernel
-from whit.kernels.gpu import many, stream, tuned
+from whit.kernels.gpu import many, stream
 from whit.kernels.gpu.many import Config
 from whit.tensor import PackedWeight
 
@@ -71,37 +71,31 @@ CHECKS = {
 def cuts(rows: int, outs: int, levels: bool) -> list[Config]:
     """The cuts that are tried: those whose blocks fill a good part of the device, or most of them do."""
     if rows <= 16:
+        kinds = ((1, 8, 2), (4, 5, 1)) if levels else ((1, 8, 2), (1, 6, 3), (4, 6, 1))
         found = [
-            Config(groups, 2, stages, split, late=late, min_blocks=blocks)
-            for groups, stages, late, blocks in (
-                (1, 8, 1, 2),
-                (1, 6, 0, 2),
-                (1, 6, 1, 3),
-                (2, 8, 1, 1),
-                (4, 5, 1, 1),
-                (4, 6, 1, 1),
-            )
+            Config(groups, 2, stages, split, late=1, min_blocks=blocks)
+            for groups, stages, blocks in kinds
             for split in (1, 2, 4, 8)
         ]
     elif rows <= 64:
         found = [
-            Config(groups, 8, stages, split, pair, late, blocks)
-            for groups, stages, late, blocks in ((2, 6, 0, 1), (2, 6, 1, 1), (1, 4, 0, 2), (4, 4, 0, 1), (4, 5, 0, 1))
-            for split, pair in ((1, 1), (2, 1), (4, 1), (8, 1), (1, 2))
+            Config(groups, 8, stages, split, pair, late)
+            for groups, stages, late in ((2, 6, 0), (2, 6, 1), (4, 4, 0))
+            for split, pair in ((1, 1), (2, 1), (4, 1), (1, 2))
         ]
     elif rows <= 256:
         tall = ((32, 2 if levels else 3), (16, 4))
         found = [Config(2, tiles, stages, split, pair) for tiles, stages in tall
                  for split, pair in ((1, 1), (2, 1), (4, 1), (1, 2))]  # fmt: skip
     else:
-        found = [Config(2, 32, 2 if levels else 3, pair=2), Config(2, 32, 2 if levels else 3), Config(2, 16, 4, pair=2)]
+        found = [Config(2, 32, 2 if levels else 3, pair=2), Config(2, 16, 4, pair=2)]
     return [config for config in found if is_sensible(config, rows, outs, levels)]
 
 
 def is_sensible(config: Config, rows: int, outs: int, levels: bool) -> bool:
     if config.shared_bytes(levels) * config.min_blocks > many.LARGEST_SHARED:
         return False
-    blocks, room = config.grid(outs, rows, 1 << 20)[0], PROCESSORS * config.min_blocks
+    blocks, room = config.grid([outs], rows, 1 << 20)[0], PROCESSORS * config.min_blocks
     if config.split == 1:
         return rows > 256 or 2 * blocks > room
     return room < 3 * blocks <= 4 * room
@@ -112,6 +106,10 @@ def scheme_of(spec: str, columns: int) -> stream.Scheme:
     assert not isinstance(found, str), found
     assert many.why_not(found, columns) is None
     return found
+
+
+def one(x: Tensor, packed: PackedWeight, bias: Tensor | None, scheme: stream.Scheme, cut: Config) -> Tensor:
+    return gpu_kernel.multiply_many(x, [packed], [bias], scheme, cut)[0]
 
 
 def wanted(x: Tensor, packed: PackedWeight) -> Tensor:
@@ -144,8 +142,8 @@ def check(part: str) -> list[dict[str, Any]]:
         try:
             scheme = scheme_of(spec, shape[1])
             packed, x = random_packed(spec, shape, generator), random_x(rows, shape[1], generator)
-            entry |= many.build(scheme, cut, False, 0).resources()
-            results = [gpu_kernel.multiply_many(x, packed, bias, scheme, cut) for _ in range(4)]
+            entry |= many.build(scheme, cut, False, 1, 0).resources()
+            results = [one(x, packed, bias, scheme, cut) for _ in range(4)]
             torch.cuda.synchronize()
             right = wanted(x, packed) + bias.to(torch.float32)
             entry["error"], entry["same"] = (
@@ -161,7 +159,7 @@ def check(part: str) -> list[dict[str, Any]]:
     good = [each for each in found if each.get("error", 1.0) < LIMIT and each["same"]]
     print(f"{part}: {len(good)} of {len(CHECKS[part])} right, largest {max((e['error'] for e in good), default=0):.1e}")
     if part == "plain":
-        found.append({"invariant": invariance(generator)})
+        found += [{"invariant": invariance(generator)}, {"together": together(generator)}]
     kitchen.pool.terminate()
     return found
 
@@ -173,42 +171,56 @@ def invariance(generator: torch.Generator) -> dict[str, bool]:
         scheme, packed = scheme_of(spec, shape[1]), random_packed(spec, shape, generator)
         x = random_x(256, shape[1], generator)
         every = [
-            gpu_kernel.multiply_many(x, packed, None, scheme, Config(2, tiles, stages))
+            one(x, packed, None, scheme, Config(2, tiles, stages))
             for tiles, stages in ((2, 8), (8, 4), (16, 4), (32, 2))
         ]
-        rolled = gpu_kernel.multiply_many(x.roll(13, 0).contiguous(), packed, None, scheme, Config(2, 32, 2)).roll(
-            -13, 0
-        )
+        rolled = one(x.roll(13, 0).contiguous(), packed, None, scheme, Config(2, 32, 2)).roll(-13, 0)
         same[spec] = all(torch.equal(every[0], each) for each in (*every, rolled))
         print(f"invariant {spec}: {same[spec]}", flush=True)
     return same
 
 
-def measure(rows: int, seconds: float) -> list[dict[str, Any]]:
-    """Seconds of bfloat16 and of every cut, over formats and shapes."""
+def together(generator: torch.Generator) -> dict[str, float]:
+    """Errors of three weights in one launch."""
+    found = {}
+    for spec, cut in itertools.product(TIMED, (Config(1, 2, 8, 2, late=1, min_blocks=2), Config(2, 8, 4, pair=2))):
+        weights = [random_packed(spec, (outs, 4096), generator) for outs in (1096, 72, 512)]
+        x, scheme = random_x(8 * cut.row_tiles - 3, 4096, generator), scheme_of(spec, 4096)
+        ys = gpu_kernel.multiply_many(x, weights, [None] * 3, scheme, cut)
+        errors = [relative_error(y, wanted(x, weight)) for y, weight in zip(ys, weights, strict=True)]
+        found[f"{spec} {astuple(cut)}"] = max(errors)
+        print(f"together {spec} {astuple(cut)}: {errors}", flush=True)
+    return found
+
+
+def measure(every_rows: list[int], seconds: float, into: Path) -> list[dict[str, Any]]:
+    """Seconds of bfloat16 and of every cut, over rows, formats and shapes; what is found is kept on the way."""
     kitchen, budget, found = Kitchen(), Budget(seconds), []
     torch.cuda.init()
     generator = torch.Generator("cuda").manual_seed(0)
     work = [
-        (spec, shape, cuts(rows, shape[0], spec != "int4-g128")) for shape, spec in itertools.product(SHAPES, TIMED)
+        (rows, spec, shape, cuts(rows, shape[0], spec != "int4-g128"))
+        for rows, shape, spec in itertools.product(every_rows, SHAPES, TIMED)
     ]
     kitchen.prepare(
         (many.SOURCE, cut.macros(scheme_of(spec, shape[1]), False).items())
-        for spec, shape, every in work
+        for _, spec, shape, every in work
         for cut in every
     )
-    print(f"compiled for {rows} rows, {budget.left:.0f} s left", flush=True)
-    plain: dict[tuple[int, int], float] = {}
-    for spec, shape, every in work:
+    print(f"compiled {len(kitchen.done)} kernels, {budget.left:.0f} s left", flush=True)
+    plain: dict[tuple[int, tuple[int, int]], float] = {}
+    for rows, spec, shape, every in work:
         if budget.left < 2:
-            print(f"no time left for {spec} {shape}", flush=True)
+            print(f"no time left for {rows} {spec} {shape}", flush=True)
             continue
         x = random_x(rows, shape[1], generator)
-        if shape not in plain:
+        if (rows, shape) not in plain:
             weights = [random_x(*shape, generator) for _ in range(max(-(-(400 << 20) // (2 * shape[0] * shape[1])), 2))]
-            plain[shape] = seconds_cold([lambda w=w, x=x: torch.nn.functional.linear(x, w) for w in weights], 5)
-            del weights
-        found.append(timed(spec, shape, x, every, generator, plain[shape]))
+            calls = [lambda w=w, x=x: torch.nn.functional.linear(x, w) for w in weights]
+            plain[rows, shape] = seconds_cold(calls, 5)
+            del weights, calls
+        found.append(timed(spec, shape, x, every, generator, plain[rows, shape]))
+        into.write_text(json.dumps(found, default=str))
     kitchen.pool.terminate()
     return found
 
@@ -220,20 +232,18 @@ def timed(
     right, ranking = wanted(x, weights[0]), []
     for cut in every:
         try:
-            y = gpu_kernel.multiply_many(x, weights[0], None, scheme, cut)
+            y = one(x, weights[0], None, scheme, cut)
             torch.cuda.synchronize()
             error = relative_error(y, right)
             if not error < LIMIT:
                 print(f"WRONG {spec} {shape} {len(x)} {cut}: {error:.1e} {where_wrong(y, right)}", flush=True)
                 continue
-            calls = [lambda w=w, c=cut: gpu_kernel.multiply_many(x, w, None, scheme, c) for w in weights]
+            calls = [lambda w=w, c=cut: one(x, w, None, scheme, c) for w in weights]
             ranking.append((seconds_cold(calls, 5), astuple(cut)))
         except (KernelError, RuntimeError) as problem:
             print(f"FAIL {spec} {shape} {len(x)} {cut}: {str(problem)[:200]}", flush=True)
     ranking.sort()
-    now = dispatched(scheme, shape, weights, x) if len(x) <= 16 else 0.0
     found = {
-        "now": now,
         "spec": spec,
         "shape": shape,
         "rows": len(x),
@@ -246,18 +256,9 @@ def timed(
         rest = " ".join(f"{c}:{s * 1e6:.1f}" for s, c in ranking[1:])
         work = 2 * len(x) * shape[0] * shape[1] / best / 1e12
         speed = f"{found['bytes'] / best / 1e9:5.0f} GB/s {work:4.0f} TFLOP/s"
-        times = (
-            f"bf16 {plain * 1e6:6.1f} us now {plain / now if now else 0:.2f}x {plain / best:.2f}x {best * 1e6:6.1f} us"
-        )
+        times = f"bf16 {plain * 1e6:6.1f} us {plain / best:.2f}x {best * 1e6:6.1f} us"
         print(f"{spec:9} {shape!s:13} rows {len(x):4} {times} {speed} {cut} | {rest}", flush=True)
     return found
-
-
-def dispatched(scheme: stream.Scheme, shape: tuple[int, int], weights: list[PackedWeight], x: Tensor) -> float:
-    """Seconds of the way that is taken without this kernel."""
-    tuned.best_many = lambda *_: None  # type: ignore[assignment]
-    gpu_kernel.plan.cache_clear()
-    return seconds_cold([lambda w=w: gpu_kernel.product(x, w, None) for w in weights], 5)
 
 
 def run(arguments: list[str], limit: float, log: Path) -> Any:
@@ -278,25 +279,26 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=140)
     parser.add_argument("--out", type=Path, default=Path("gpu-results"))
     parser.add_argument("--checks", default=",".join(CHECKS))
-    parser.add_argument("--rows", default="16,64,256,4096,1024")
+    parser.add_argument("--rows", default="16,64,256,1024,4096", help="timed; empty: none")
     parser.add_argument("--part", help=argparse.SUPPRESS)
     parser.add_argument("--into", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
+    if given.part == "times":
+        measure([int(rows) for rows in given.rows.split(",")], given.seconds, given.into)
+        return
     if given.part:
-        found = check(given.part) if given.part in CHECKS else measure(int(given.part), given.seconds)
-        given.into.write_text(json.dumps(found, default=str))
+        given.into.write_text(json.dumps(check(given.part), default=str))
         return
     budget = Budget(given.seconds)
     given.out.mkdir(parents=True, exist_ok=True)
     result: dict[str, Any] = {"machine": machine()}
-    parts = [*filter(None, given.checks.split(",")), *filter(None, given.rows.split(","))]
-    for i, part in enumerate(parts):
-        if budget.left < 5:
+    for part in [*filter(None, given.checks.split(",")), *(["times"] if given.rows else [])]:
+        limit = min(30, budget.left) if part in CHECKS else budget.left
+        if budget.left < 10:
             print(f"no time left for {part}")
             continue
-        limit = min(30, budget.left) if part in CHECKS else budget.left / (len(parts) - i) * 1.3
-        arguments = ["--part", part, "--seconds", f"{limit - 6:.0f}"]
-        result[part] = run(arguments, min(limit + 4, budget.left), given.out / f"part_{part}")
+        arguments = ["--part", part, "--seconds", f"{limit - 8:.0f}", "--rows", given.rows]
+        result[part] = run(arguments, limit, given.out / f"part_{part}")
         (given.out / "gpu_many.json").write_text(json.dumps(result, indent=1, default=str) + "\n")
     print(f"done, {budget.left:.0f} s left", flush=True)
 

@@ -6,6 +6,7 @@ import ctypes
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from whit.kernels.gpu import many, nvrtc
-from whit.kernels.gpu.many import Config
+from whit.kernels.gpu.many import Config, Product
 from whit.kernels.gpu.stream import Scheme
 from whit.tensor import PackedWeight
 
@@ -37,15 +38,16 @@ def library(macros: tuple[tuple[str, int], ...]) -> ctypes.CDLL:
     return loaded
 
 
-def linear(
-    x: Tensor, packed: PackedWeight, bias: Tensor | None, scheme: Scheme, config: Config, processors: int = 4
-) -> Tensor:
+def linears(
+    x: Tensor, packed: Sequence[PackedWeight], bias: Tensor | None, scheme: Scheme, config: Config, processors: int = 4
+) -> list[Tensor]:
     """As `kernel.multiply_many`, on so many multiprocessors."""
-    y = torch.full((len(x), packed.shape[0]), float("nan"), dtype=x.dtype)
-    kernel = library(tuple(config.macros(scheme, x.dtype == torch.float16).items()))
-    argument = many.params(x, packed, bias, y, scheme, config, _map)
-    kernel.run(ctypes.byref(argument), config.grid(y.shape[1], len(x), processors)[0])
-    return y
+    ys = [torch.full((len(x), weight.shape[0]), float("nan"), dtype=x.dtype) for weight in packed]
+    products = [Product(weight, bias, y) for weight, y in zip(packed, ys, strict=True)]
+    kernel = library(tuple(config.macros(scheme, x.dtype == torch.float16, len(packed)).items()))
+    argument = many.params(x, products, scheme, config, _map)
+    kernel.run(ctypes.byref(argument), config.grid([y.shape[1] for y in ys], len(x), processors)[0])
+    return ys
 
 
 def _map(address: int, rows: int, columns: int, tall: int, wide: int, size: int) -> ctypes.Array[ctypes.c_uint64]:

@@ -50,6 +50,17 @@ def test_product_of_more_rows_equals_float64(
     assert not isinstance(scheme, str)
     assert many.why_not(scheme, columns) is None
     x, bias = torch.randn(rows, columns, generator=random).to(dtype), torch.randn(outs, generator=random).to(dtype)
-    found = emulated_many.linear(x, weight, bias, scheme, config)
+    (found,) = emulated_many.linears(x, [weight], bias, scheme, config)
     wanted = x.double() @ reference.dequantize(weight, torch.float32).double().T + bias.double()
     assert ((found.double() - wanted).norm() / wanted.norm()).item() < LIMIT[dtype]
+
+
+def test_weights_that_share_more_rows_are_multiplied_in_one_launch(random: Generator):
+    weights = [BITS.pack(whit.quantize_tensor(torch.randn(n, 256, generator=random), "nf4")) for n in (130, 8, 64)]
+    x, scheme = torch.randn(20, 256, generator=random).to(BF16), stream.scheme(weights[0].format, 256)
+    assert not isinstance(scheme, str)
+    for weight, found in zip(
+        weights, emulated_many.linears(x, weights, None, scheme, Config(1, 2, 2, 2, late=1)), strict=True
+    ):
+        wanted = x.double() @ reference.dequantize(weight, torch.float32).double().T
+        assert ((found.double() - wanted).norm() / wanted.norm()).item() < LIMIT[BF16]

@@ -132,10 +132,10 @@ def products(x: Tensor, packed: Sequence[PackedWeight], biases: Sequence[Tensor 
     if found or isinstance(scheme, str) or not rows or any(streams(weight) is not None for weight in packed):
         return [product(x, weight, bias) for weight, bias in zip(packed, biases, strict=True)]
     shape = sum(weight.shape[0] for weight in packed), columns
-    _, cut = plan(scheme, shape, rows, device_of(x), False)
-    if not isinstance(cut, few.Config):
+    way, cut = plan(scheme, shape, rows, device_of(x), False)
+    if way not in _AT_ONCE:
         return [product(x, weight, bias) for weight, bias in zip(packed, biases, strict=True)]
-    return [y.reshape(*x.shape[:-1], -1) for y in multiply_few(aligned(x, rows), packed, biases, scheme, cut)]
+    return [y.reshape(*x.shape[:-1], -1) for y in _AT_ONCE[way](aligned(x, rows), packed, biases, scheme, cut)]
 
 
 def aligned(x: Tensor, rows: int) -> Tensor:
@@ -182,12 +182,17 @@ def multiply_tiled(
 
 
 def multiply_many(
-    x: Tensor, packed: PackedWeight, bias: Tensor | None, scheme: stream.Scheme, config: many.Config
-) -> Tensor:
-    """The same on Hopper for codes of 4 bits, where `many.why_not` gives no reason; x begins at 16 bytes."""
-    y = torch.empty(x.shape[0], packed.shape[0], dtype=x.dtype, device=x.device)
-    many.launch(x, packed, bias, y, scheme, config)
-    return y
+    x: Tensor, packed: Sequence[PackedWeight], biases: Sequence[Tensor | None], scheme: stream.Scheme,
+    config: many.Config,
+) -> list[Tensor]:  # fmt: skip
+    """The same on Hopper for codes of 4 bits, where `many.why_not` gives no reason: weights of one scheme at once."""
+    sizes = [(x.shape[0], weight.shape[0]) for weight in packed]
+    found = [
+        many.Product(weight, bias, torch.empty(size, dtype=x.dtype, device=x.device))
+        for weight, bias, size in zip(packed, biases, sizes, strict=True)
+    ]
+    many.launch(x, found, scheme, config, device_of(x)[1])
+    return [one.y for one in found]
 
 
 def multiply_few(
@@ -204,8 +209,12 @@ def multiply_few(
     return [each.y for each in operands]
 
 
-def _one(x: Tensor, packed: PackedWeight, bias: Tensor | None, scheme: stream.Scheme, cut: few.Config) -> Tensor:
+def _one_few(x: Tensor, packed: PackedWeight, bias: Tensor | None, scheme: stream.Scheme, cut: few.Config) -> Tensor:
     return multiply_few(x, [packed], [bias], scheme, cut)[0]
+
+
+def _one_many(x: Tensor, packed: PackedWeight, bias: Tensor | None, scheme: stream.Scheme, cut: many.Config) -> Tensor:
+    return multiply_many(x, [packed], [bias], scheme, cut)[0]
 
 
 def _operands(
@@ -223,8 +232,9 @@ def _operands(
 
 
 _WAYS: dict[str, Callable[..., Tensor]] = {
-    "few": _one, "many": multiply_many, "stream": multiply, "tiled": multiply_tiled,
+    "few": _one_few, "many": _one_many, "stream": multiply, "tiled": multiply_tiled,
 }  # fmt: skip
+_AT_ONCE: dict[str, Callable[..., list[Tensor]]] = {"few": multiply_few, "many": multiply_many}
 
 
 def linear_op(x: Tensor, tensors: list[Tensor], bias: Tensor | None, keys: str, spec: str, invariant: bool) -> Tensor:

@@ -8,6 +8,7 @@
 //   PAIR               2: the two blocks of a cluster multiply neighbouring outs with the same rows; otherwise 1
 //   LATE               1: sums of 64 columns are scaled, not weights; for few rows, and groups of 64 or more
 //   MIN_BLOCKS         blocks per multiprocessor to leave registers for
+//   PARTS              weights of one format and width that are multiplied by the same x
 //
 // Four warps multiply 64 outs, whose weights they decode from shared memory into their registers, with all rows of the
 // tile: Hopper's product takes its left side from registers and x from shared memory. Codes and x both come as they lie
@@ -31,16 +32,21 @@ constexpr bool SCALE_PAIRS = SCALE == HALF;             // the scale is an opera
 static_assert(!LATE || SLOT >= 64, "64 columns have one scale");
 enum { AMONG = 1 };  // barrier of the consumers
 
-struct Params {
-    Map x, codes;         // x as (columns, rows), and codes as (bytes, outs)
+struct Weight {
+    Map codes;            // as (bytes, outs)
     Scales scales;
-    const u16 *table;     // CODEBOOK: 16 levels as operands
     const u16 *bias;      // or null
     u16 *y;
-    int outs, columns, rows;
+    int outs;
+};
+struct Params {
+    Map x;                // as (columns, rows)
+    Weight part[PARTS];
+    const u16 *table;     // CODEBOOK: 16 levels as operands
+    int columns, rows;
 };
 struct Tile {
-    int row, out;
+    int row, out, part;
 };
 struct Block {
     u8 *stages;
@@ -50,14 +56,25 @@ struct Block {
     u32 rank;
 };
 
+DEVICE int tiles_of(const Weight &part) { return (part.outs + BM * PAIR - 1) / (BM * PAIR); }  // or pairs of them
+DEVICE int all_tiles(const Params &p) {
+    int tiles = 0;
+#pragma unroll
+    for (int i = 0; i < PARTS; i++) tiles += tiles_of(p.part[i]);
+    return tiles;
+}
 DEVICE Tile tile_of(const Params &p, const Block &b, int index) {
-    int across = (p.rows + BN - 1) / BN, outs = (p.outs + BM * PAIR - 1) / (BM * PAIR);
+    int across = (p.rows + BN - 1) / BN, outs = all_tiles(p), part = 0;
     int first = index / (TOGETHER * outs) * TOGETHER, size = min(across - first, TOGETHER), within = index % (TOGETHER * outs);
-    return {(first + within % size) * BN, (within / size * PAIR + (PAIR > 1 ? (int)b.rank : 0)) * BM};
+    int out = within / size;
+#pragma unroll
+    for (int i = 0; i < PARTS - 1; i++)
+        if (part == i && out >= tiles_of(p.part[i])) out -= tiles_of(p.part[i]), part++;
+    return {(first + within % size) * BN, (out * PAIR + (PAIR > 1 ? (int)b.rank : 0)) * BM, part};
 }
 
 DEVICE void ask_codes(const Params &p, const Block &b, const Tile &tile, int step, int slot) {
-    copy_tile(b.stages + slot * STAGE + X_BYTES, p.codes, (b.begin + step) * W_ROW, tile.out, b.full + slot);
+    copy_tile(b.stages + slot * STAGE + X_BYTES, p.part[tile.part].codes, (b.begin + step) * W_ROW, tile.out, b.full + slot);
 }
 DEVICE void ask_x(const Params &p, const Block &b, const Tile &tile, int step, int slot) {
 #pragma unroll
@@ -114,7 +131,7 @@ struct Sums {
 #endif
 };
 
-DEVICE void load_round(Round &round, const Params &p, const Lane &w, int slot) {
+DEVICE void load_round(Round &round, const Weight &p, const Lane &w, int slot) {
     int group = GROUP ? min((slot + (w.lane & 3)) * SLOT / (GROUP ? GROUP : 1), p.scales.groups - 1) : 0;
 #pragma unroll
     for (int h = 0; h < 2; h++) {
@@ -182,11 +199,11 @@ struct Scaling {
     Round now, next;
     int first;  // slot of the block's first step
 };
-DEVICE void begin_scales(Scaling &r, const Params &p, const Block &b, const Lane &w) {
+DEVICE void begin_scales(Scaling &r, const Weight &p, const Block &b, const Lane &w) {
     r.first = b.begin * SLOTS;
     load_round(r.next, p, w, r.first);
 }
-DEVICE void turn_scales(Scaling &r, const Params &p, const Lane &w, int step) {
+DEVICE void turn_scales(Scaling &r, const Weight &p, const Lane &w, int step) {
     if (step * SLOTS % 4 == 0) r.now = r.next, load_round(r.next, p, w, r.first + step * SLOTS + 4);
 }
 
@@ -206,7 +223,7 @@ struct Halves {
     u32 a[2][4][4];
     Slot s[2];
 };
-template <bool LAST> DEVICE void add_step(Sums &sums, Halves &v, Scaling &r, const Params &p, const Block &b, const Lane &w, Place &at, int step) {
+template <bool LAST> DEVICE void add_step(Sums &sums, Halves &v, Scaling &r, const Weight &p, const Block &b, const Lane &w, Place &at, int step) {
     at.slot = uniform(at.slot);
     const u8 *stage = stage_at(b, at);
     Place next = after(at);
@@ -233,7 +250,7 @@ template <bool LAST> DEVICE void add_step(Sums &sums, Halves &v, Scaling &r, con
     release(b, at.slot, w.lane);
     at = next;
 }
-DEVICE void add_up(Sums &sums, const Params &p, const Block &b, const Lane &w, Place &at) {
+DEVICE void add_up(Sums &sums, const Weight &p, const Block &b, const Lane &w, Place &at) {
     Halves v;
     Scaling r;
     begin_scales(r, p, b, w);
@@ -247,7 +264,7 @@ DEVICE void add_up(Sums &sums, const Params &p, const Block &b, const Lane &w, P
     add_step<true>(sums, v, r, p, b, w, at, b.steps - 1);
 }
 #else
-DEVICE void add_up(Sums &sums, const Params &p, const Block &b, const Lane &w, Place &at) {
+DEVICE void add_up(Sums &sums, const Weight &p, const Block &b, const Lane &w, Place &at) {
     u32 a[2][4][4];
     Scaling r;
     begin_scales(r, p, b, w);
@@ -275,9 +292,8 @@ DEVICE void add_up(Sums &sums, const Params &p, const Block &b, const Lane &w, P
 #endif
 
 // Sixteen bytes of y, or as much as there is.
-DEVICE void store8(const Params &p, int row, int out, const u32 (&pairs)[4]) {
+DEVICE void store8(const Weight &p, int row, int out, const u32 (&pairs)[4]) {
     u16 *to = p.y + (long long)row * p.outs + out;
-    if (row >= p.rows) return;
     if (p.outs % 8 == 0 && out < p.outs) {
         *(uint4 *)to = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
         return;
@@ -298,7 +314,7 @@ DEVICE void gather_eights(u32 (&v)[4], int lane) {
 }
 
 // A lane's sums are outs g and g + 8 of rows 2 t and 2 t + 1; turned, they are outs 2 t and 2 t + 1 of row g.
-DEVICE void finish(const Params &p, const Tile &tile, const Sums &sums, const Lane &w, int warp_out) {
+DEVICE void finish(const Weight &p, const Tile &tile, int rows, const Sums &sums, const Lane &w, int warp_out) {
     float bias[2];
 #pragma unroll
     for (int h = 0; h < 2; h++) bias[h] = p.bias ? widen(p.bias[w.out[h]]) : 0.0f;
@@ -311,7 +327,8 @@ DEVICE void finish(const Params &p, const Tile &tile, const Sums &sums, const La
             eights[i] = transpose(round_pair(d[0] + bias[i % 2], d[1] + bias[i % 2]));
         }
         gather_eights(eights, w.lane);
-        store8(p, tile.row + (n + (w.lane >> 1 & 1)) * 8 + (w.lane >> 2), warp_out + (w.lane & 1) * 8, eights);
+        int row = tile.row + (n + (w.lane >> 1 & 1)) * 8 + (w.lane >> 2);
+        if (row < rows) store8(p, row, warp_out + (w.lane & 1) * 8, eights);
     }
 }
 #else
@@ -326,9 +343,9 @@ DEVICE void lay_down(const Block &b, const Sums &sums, int tid) {
         for (int e = 0; e < 4; e++) block[(n * 8 + row + (e & 1)) * PITCH + out + (e >> 1) * 8] = sums.all[n][e];
 }
 
-DEVICE void finish_share(const Params &p, const Block &b, const Tile &tile, int tid) {
+DEVICE void finish_share(const Weight &p, const Block &b, const Tile &tile, int rows, int tid) {
     const float *block = (const float *)b.stages;
-    int eights = min(p.rows - tile.row, BN) * (BM / 8);
+    int eights = min(rows - tile.row, BN) * (BM / 8);
 #pragma unroll 1
     for (int i = b.rank * CONSUMERS + tid; i < eights; i += SPLITS * CONSUMERS) {
         int row = i / (BM / 8), out = i % (BM / 8) * 8;
@@ -363,16 +380,17 @@ DEVICE void consume(const Params &p, const Block &block, int tid) {
     w.byte = t | 0x4440, w.table = shared_address(b.empty + STAGES) + w.lane * 4;
     for (int index = b.first; index < b.tiles; index += b.stride) {
         Tile tile = tile_of(p, b, index);
+        const Weight &part = p.part[tile.part];
 #pragma unroll
-        for (int h = 0; h < 2; h++) w.out[h] = min(tile.out + warp * 16 + (int)g + 8 * h, p.outs - 1);
+        for (int h = 0; h < 2; h++) w.out[h] = min(tile.out + warp * 16 + (int)g + 8 * h, part.outs - 1);
         Sums sums = {};
 #if LATE
         settle(sums.part);
 #endif
         settle(sums.all);
-        add_up(sums, p, b, w, at);
+        add_up(sums, part, b, w, at);
 #if SPLITS == 1
-        finish(p, tile, sums, w, tile.out + warp * 16);
+        finish(part, tile, p.rows, sums, w, tile.out + warp * 16);
 #else
         lay_down(b, sums, tid);
 #endif
@@ -396,7 +414,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) many(KERNEL_AR
     b.stages = (u8 *)shared + (-shared_address(shared) & 1023);
     b.full = (u64 *)(b.stages + STAGES * STAGE), b.empty = b.full + STAGES;
     b.rank = CLUSTER > 1 ? cluster_rank() : 0;
-    b.tiles = (p.rows + BN - 1) / BN * ((p.outs + BM * PAIR - 1) / (BM * PAIR));
+    b.tiles = (p.rows + BN - 1) / BN * all_tiles(p);
     b.first = blockIdx.x / CLUSTER, b.stride = gridDim.x / CLUSTER;
     b.begin = SPLITS > 1 ? min((int)b.rank * share, steps) : 0, b.steps = min(share, steps - b.begin);
     if (tid == 0) {
@@ -421,7 +439,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) many(KERNEL_AR
     cluster_barrier();
 #endif
 #if SPLITS > 1
-    if (warp < 4 * WG) finish_share(p, b, tile_of(p, b, b.first), tid);
+    Tile tile = tile_of(p, b, b.first);
+    if (warp < 4 * WG) finish_share(p.part[tile.part], b, tile, p.rows, tid);
     __syncwarp();
     cluster_barrier();
 #endif

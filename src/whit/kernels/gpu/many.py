@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -47,9 +47,9 @@ class Config:
     def threads(self) -> int:
         return 128 * (self.groups + 1)
 
-    def grid(self, outs: int, rows: int, processors: int) -> nvrtc.Dims:
-        """Blocks: a cluster per tile, or as many as run at a time, which take one tile after the other."""
-        tiles = -(-rows // self.rows) * -(-outs // (self.outs * self.pair))
+    def grid(self, outs: Sequence[int], rows: int, processors: int) -> nvrtc.Dims:
+        """Blocks for weights of these `outs`: a cluster per tile, or as many as run at a time, which stay."""
+        tiles = -(-rows // self.rows) * sum(-(-n // (self.outs * self.pair)) for n in outs)
         if self.split > 1:
             return tiles * self.split, 1, 1
         return min(tiles, max(processors * self.min_blocks // self.pair, 1)) * self.pair, 1, 1
@@ -61,24 +61,41 @@ class Config:
             stages = max(stages, 4 * self.rows * (self.outs + 4))
         return 1024 + stages + 16 * self.stages + (stream.TABLE_BYTES if levels else 0)
 
-    def macros(self, scheme: stream.Scheme, half: bool) -> dict[str, int]:
-        """What many.cu is compiled with."""
+    def macros(self, scheme: stream.Scheme, half: bool, parts: int = 1) -> dict[str, int]:
+        """What many.cu is compiled with for so many weights."""
         return scheme.storage.macros | {
             "HALF": int(half), "GROUP": scheme.steps_per_group * scheme.step, "WG": self.groups, "NT": self.row_tiles,
             "STAGES": self.stages, "SPLITS": self.split, "PAIR": self.pair, "LATE": self.late,
-            "MIN_BLOCKS": self.min_blocks,
+            "MIN_BLOCKS": self.min_blocks, "PARTS": parts,
         }  # fmt: skip
 
 
-class Params(ctypes.Structure):
-    """The argument of many.cu, field by field."""
+class Weight(ctypes.Structure):
+    """One of the weights, field by field as in many.cu."""
 
     _fields_ = (
-        ("x_map", ctypes.c_uint64 * 16), ("codes_map", ctypes.c_uint64 * 16), ("scales", Scales),
-        *((name, ctypes.c_void_p) for name in ("table", "bias", "y")),
-        *((name, ctypes.c_int) for name in ("outs", "columns", "rows")),
-        ("rest", ctypes.c_int * 11),  # the maps make it a multiple of 64 bytes
+        ("codes_map", ctypes.c_uint64 * 16), ("scales", Scales), ("bias", ctypes.c_void_p), ("y", ctypes.c_void_p),
+        ("outs", ctypes.c_int), ("rest", ctypes.c_int * 15),  # the map makes it a multiple of 64 bytes
     )  # fmt: skip
+
+
+@lru_cache(maxsize=8)
+def several(parts: int) -> type[ctypes.Structure]:
+    """The type of the kernel's argument for that many weights, field by field."""
+    fields = (
+        ("x_map", ctypes.c_uint64 * 16), ("part", Weight * parts), ("table", ctypes.c_void_p),
+        ("columns", ctypes.c_int), ("rows", ctypes.c_int), ("rest", ctypes.c_int * 12),
+    )  # fmt: skip
+    return type("Several", (ctypes.Structure,), {"_fields_": fields})
+
+
+@dataclass(frozen=True)
+class Product:
+    """A weight that is multiplied, with its bias, and contiguous y (rows, outs)."""
+
+    packed: PackedWeight
+    bias: Tensor | None
+    y: Tensor
 
 
 def why_not(scheme: stream.Scheme, columns: int) -> str | None:
@@ -92,34 +109,39 @@ def why_not(scheme: stream.Scheme, columns: int) -> str | None:
 
 
 def params(
-    x: Tensor, packed: PackedWeight, bias: Tensor | None, y: Tensor, scheme: stream.Scheme, config: Config,
-    mapped: Mapped = maps.tiles_of,
-) -> Params:  # fmt: skip
+    x: Tensor, products: Sequence[Product], scheme: stream.Scheme, config: Config, mapped: Mapped = maps.tiles_of
+) -> ctypes.Structure:
     """The kernel's argument; it borrows the tensors' memory."""
-    (rows, columns), outs, stored = x.shape, y.shape[1], scheme.storage
+    (rows, columns), stored = x.shape, scheme.storage
     levels = table(stored.levels, x.dtype, x.device) if stored.levels else None
-    return Params(
+    parts = [
+        Weight(
+            mapped(one.packed.tensors["codes"].data_ptr(), one.y.shape[1], columns // 2, config.outs, STEP // 2, 1),
+            scales(one.packed, stored),
+            None if one.bias is None else one.bias.data_ptr(),
+            one.y.data_ptr(),
+            one.y.shape[1],
+        )
+        for one in products
+    ]
+    return several(len(parts))(
         mapped(x.data_ptr(), rows, columns, config.rows // config.pair, 64, 2),
-        mapped(packed.tensors["codes"].data_ptr(), outs, columns // 2, config.outs, STEP // 2, 1),
-        scales(packed, stored),
-        *(None if tensor is None else tensor.data_ptr() for tensor in (levels, bias, y)),
-        outs=outs, columns=columns, rows=rows,
+        (Weight * len(parts))(*parts),
+        None if levels is None else levels.data_ptr(),
+        columns, rows,
     )  # fmt: skip
 
 
 @lru_cache(maxsize=512)
-def build(scheme: stream.Scheme, config: Config, half: bool, device: int) -> nvrtc.Function:
+def build(scheme: stream.Scheme, config: Config, half: bool, parts: int, device: int) -> nvrtc.Function:
     """The compiled kernel on a device."""
-    return nvrtc.build(SOURCE, config.macros(scheme, half), "many", device)
+    return nvrtc.build(SOURCE, config.macros(scheme, half, parts), "many", device)
 
 
-def launch(
-    x: Tensor, packed: PackedWeight, bias: Tensor | None, y: Tensor, scheme: stream.Scheme, config: Config
-) -> None:
-    """Fill contiguous y (rows, outs) from contiguous x (rows, columns), which begins at 16 bytes."""
-    function = build(scheme, config, x.dtype == torch.float16, x.device.index)
-    processors = torch.cuda.get_device_properties(x.device).multi_processor_count
-    grid, shared = config.grid(y.shape[1], len(x), processors), config.shared_bytes(bool(scheme.storage.levels))
-    where = torch.cuda.current_stream(x.device).cuda_stream
-    argument = params(x, packed, bias, y, scheme, config)
+def launch(x: Tensor, products: Sequence[Product], scheme: stream.Scheme, config: Config, multiprocessors: int) -> None:
+    """Fill y of each from contiguous x (rows, columns), which begins at 16 bytes."""
+    function = build(scheme, config, x.dtype == torch.float16, len(products), x.device.index)
+    grid = config.grid([one.y.shape[1] for one in products], len(x), multiprocessors)
+    argument, where = params(x, products, scheme, config), torch.cuda.current_stream(x.device).cuda_stream
+    shared = config.shared_bytes(bool(scheme.storage.levels))
     function.launch_early(grid, config.threads, shared, argument, where, config.split * config.pair)
