@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 import whit
+from gpu_many import winners
 from whit.compiled import cuda, static
 from whit.formats import parse_format
 from whit.kernels import dequantize
@@ -318,6 +319,12 @@ def take_cuts(found: list[dict[str, Any]]) -> None:
     gpu_kernel.plan.cache_clear()
 
 
+def take_many(path: Path) -> None:
+    """Use what gpu_many.py found."""
+    tables.HOPPER_MANY.update(winners(json.loads(path.read_text())["times"] or ()))
+    gpu_kernel.plan.cache_clear()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=110)
@@ -326,6 +333,7 @@ def main() -> None:
     parser.add_argument("--no-checks", action="store_true")
     parser.add_argument("--eager", action="store_true", help="time transformers' own generate too")
     parser.add_argument("--cuts", type=Path, help="gpu_few.json: cuts found there are used here")
+    parser.add_argument("--many", type=Path, help="gpu_many.json: cuts found there are used here")
     parser.add_argument("--formats", nargs="+", default=FORMATS)
     parser.add_argument("--out", type=Path, default=Path("gpu-results"))
     given = parser.parse_args()
@@ -347,6 +355,8 @@ def main() -> None:
 
     if given.cuts and given.cuts.exists():
         take_cuts(json.loads(given.cuts.read_text())["timed"])
+    if given.many and given.many.exists():
+        take_many(given.many)
     if not given.no_checks:
         result["checks"] = checks(device, SMALL)
         write()

@@ -24,8 +24,8 @@ from torch import Tensor
 from whit.errors import KernelError
 from whit.formats import parse_format
 from whit.kernels import dequantize
+from whit.kernels.gpu import few, many, stream, tables, tiled, tuned
 from whit.kernels.gpu import kernel as gpu_kernel
-from whit.kernels.gpu import many, stream
 from whit.kernels.gpu.many import Config
 from whit.tensor import PackedWeight
 
@@ -198,6 +198,7 @@ def measure(every_rows: list[int], seconds: float, into: Path) -> list[dict[str,
     kitchen, budget, found = Kitchen(), Budget(seconds), []
     torch.cuda.init()
     generator = torch.Generator("cuda").manual_seed(0)
+    tuned.best_many = lambda *_: None  # type: ignore[assignment]
     work = [
         (rows, spec, shape, cuts(rows, shape[0], spec != "int4-g128"))
         for rows, shape, spec in itertools.product(every_rows, SHAPES, TIMED)
@@ -208,6 +209,8 @@ def measure(every_rows: list[int], seconds: float, into: Path) -> list[dict[str,
         for cut in every
     )
     print(f"compiled {len(kitchen.done)} kernels, {budget.left:.0f} s left", flush=True)
+    prepare_now(kitchen, {(spec, shape, rows) for rows, spec, shape, _ in work})
+    print(f"compiled what is taken now, {budget.left:.0f} s left", flush=True)
     plain: dict[tuple[int, tuple[int, int]], float] = {}
     for rows, spec, shape, every in work:
         if budget.left < 2:
@@ -223,6 +226,25 @@ def measure(every_rows: list[int], seconds: float, into: Path) -> list[dict[str,
         into.write_text(json.dumps(found, default=str))
     kitchen.pool.terminate()
     return found
+
+
+def prepare_now(kitchen: Kitchen, wanted: Iterable[tuple[str, tuple[int, int], int]]) -> None:
+    """Compile what is taken for these without this kernel."""
+    sources: list[tuple[Path, Iterable[tuple[str, int]]]] = []
+    for spec, shape, rows in wanted:
+        scheme = scheme_of(spec, shape[1])
+        _, cut = gpu_kernel.plan(scheme, shape, rows, (9, PROCESSORS), False)
+        if isinstance(cut, few.Config):
+            even = few.is_even(scheme, cut, shape[1], few.slices(scheme, cut, rows, shape[1]))
+            case = few.Case(False, few.rounded(rows), 1, even)
+            sources.append((few.SOURCE, few.macros(scheme, cut, case).items()))
+        elif isinstance(cut, stream.Config):
+            tall = 8 * stream.row_tiles(rows)
+            sources.append((stream.SOURCE, stream.macros(scheme, cut.whole, False, tall).items()))
+        elif isinstance(cut, tiled.Config):
+            sources.append((tiled.SOURCE, tiled.macros(scheme, cut.whole, False, True).items()))
+            sources.append((tiled.ARRANGE, tiled.arrange_macros(scheme, cut.row_tiles).items()))
+    kitchen.prepare(sources)
 
 
 def timed(
@@ -243,7 +265,9 @@ def timed(
         except (KernelError, RuntimeError) as problem:
             print(f"FAIL {spec} {shape} {len(x)} {cut}: {str(problem)[:200]}", flush=True)
     ranking.sort()
+    now = seconds_cold([lambda w=w: gpu_kernel.product(x, w, None) for w in weights], 5)
     found = {
+        "now": now,
         "spec": spec,
         "shape": shape,
         "rows": len(x),
@@ -256,9 +280,20 @@ def timed(
         rest = " ".join(f"{c}:{s * 1e6:.1f}" for s, c in ranking[1:])
         work = 2 * len(x) * shape[0] * shape[1] / best / 1e12
         speed = f"{found['bytes'] / best / 1e9:5.0f} GB/s {work:4.0f} TFLOP/s"
-        times = f"bf16 {plain * 1e6:6.1f} us {plain / best:.2f}x {best * 1e6:6.1f} us"
+        times = f"bf16 {plain * 1e6:6.1f} us now {plain / now:.2f}x {plain / best:.2f}x {best * 1e6:6.1f} us"
         print(f"{spec:9} {shape!s:13} rows {len(x):4} {times} {speed} {cut} | {rest}", flush=True)
     return found
+
+
+def winners(found: Iterable[dict[str, Any]]) -> dict[tables.Key, many.Cut | None]:
+    """Rows of the table: the fastest cut, or None where what is taken now is as fast."""
+    table: dict[tables.Key, many.Cut | None] = {}
+    for each in found:
+        outs, columns = each["shape"]
+        best, cut = min(each["ranking"], default=(float("inf"), None))
+        key = tuned.kind(scheme_of(each["spec"], columns)), each["rows"], (outs, columns)
+        table[key] = many.Config(*cut).values if cut and best < 0.98 * each["now"] else None
+    return table
 
 
 def run(arguments: list[str], limit: float, log: Path) -> Any:
@@ -279,7 +314,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=140)
     parser.add_argument("--out", type=Path, default=Path("gpu-results"))
     parser.add_argument("--checks", default=",".join(CHECKS))
-    parser.add_argument("--rows", default="16,64,256,1024,4096", help="timed; empty: none")
+    parser.add_argument("--rows", default="16,64,256,1024,4096,8,1", help="timed; empty: none")
     parser.add_argument("--part", help=argparse.SUPPRESS)
     parser.add_argument("--into", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -300,6 +335,8 @@ def main() -> None:
         arguments = ["--part", part, "--seconds", f"{limit - 8:.0f}", "--rows", given.rows]
         result[part] = run(arguments, limit, given.out / f"part_{part}")
         (given.out / "gpu_many.json").write_text(json.dumps(result, indent=1, default=str) + "\n")
+    for key, cut in winners(result.get("times") or ()).items():
+        print(f"    {key}: {cut},")
     print(f"done, {budget.left:.0f} s left", flush=True)
 
 

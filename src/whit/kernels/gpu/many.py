@@ -20,6 +20,7 @@ SOURCE = Path(__file__).with_name("many.cu")
 STEP = 128  # columns of a tile
 ROW_TILES = (2, 4, 8, 16, 32)
 LARGEST_SHARED = 227 << 10
+Cut: TypeAlias = tuple[int, int, int, int, int, int, int]
 Mapped: TypeAlias = Callable[[int, int, int, int, int, int], "ctypes.Array[ctypes.c_uint64]"]
 
 
@@ -34,6 +35,13 @@ class Config:
     pair: int = 1
     late: int = 0
     min_blocks: int = 1
+
+    @property
+    def values(self) -> Cut:
+        """Its fields, as a table has them."""
+        return (
+            self.groups, self.row_tiles, self.stages, self.split, self.pair, self.late, self.min_blocks,
+        )  # fmt: skip
 
     @property
     def outs(self) -> int:

@@ -174,7 +174,7 @@ HOPPER_FEW: dict[Key, tuple[int, int, int]] = {
 }
 FEW = {9: HOPPER_FEW}
 
-# The fused product for more rows of codes of 4 bits, where it is faster than all else: rows are the most that an entry
-# stands for. Columns: groups, row_tiles, stages, split, pair, late, min_blocks of many.Config.
-HOPPER_MANY: dict[Key, tuple[int, int, int, int, int, int, int]] = {}
+# The fused product for more rows of codes of 4 bits. Rows are the most that an entry stands for, down to the next one;
+# the last stands for more, too. None: another way is faster. Columns: the fields of many.Config.
+HOPPER_MANY: dict[Key, tuple[int, int, int, int, int, int, int] | None] = {}
 MANY = {9: HOPPER_MANY}

@@ -68,14 +68,15 @@ def best_many(scheme: Scheme, shape: Shape, rows: int, device: Device) -> many.C
     A shape takes what the nearest one has that was measured for the same kind of weight, with blocks for its own rows
     and as many of them.
     """
-    table, name = MANY.get(device[0], {}), kind(scheme)
+    table, name = MANY.get(device[0], {}), kind(scheme).removesuffix("-dq")
     near = nearest({where for known, _, where in table if known == name}, shape)
     if near is None or many.why_not(scheme, shape[1]) is not None:
         return None
-    of = min((most for known, most, where in table if (known, where) == (name, near) and most >= rows), default=0)
-    if not of:
+    known = sorted(most for other, most, where in table if (other, where) == (name, near))
+    measured_cut = table[name, next((most for most in known if most >= rows), known[-1]), near]
+    if measured_cut is None:
         return None
-    config = many.Config(*table[name, of, near])
+    config = many.Config(*measured_cut)
     tiles = next(n for n in many.ROW_TILES if 8 * n >= min(rows, config.rows))
     split = 1 if config.split == 1 else rescaled(config.outs, config.split, near, shape)
     split = min(1 << max(split.bit_length() - 1, 0), 8, max(shape[1] // (2 * many.STEP), 1))
