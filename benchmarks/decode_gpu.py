@@ -279,13 +279,13 @@ def ratios(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def few_rows_right() -> bool:
-    """Whether the kernel for few rows is right here; if not, it is left out of what follows."""
+def few_rows_right(some_rows: tuple[int, ...] = (1, 5)) -> bool:
+    """Whether what is taken for few rows is right here; if not, it is left out of what follows."""
     random, right = torch.Generator("cuda").manual_seed(5), True
     for spec, shape in itertools.product(("int4-g128", "nf4-dq"), ((4096, 4096), (4096, 14336))):
         packed = random_packed(spec, shape, "cuda", random)
         weight = dequantize(packed, torch.bfloat16).double()
-        for rows in (1, 5):
+        for rows in some_rows:
             x = torch.randn(rows, shape[1], device="cuda", generator=random).bfloat16()
             wanted = x.double() @ weight.T
             for y in gpu_kernel.products(x, [packed, packed], [None, None]):
@@ -323,6 +323,13 @@ def take_many(path: Path) -> None:
     """Use what gpu_many.py found."""
     tables.HOPPER_MANY.update(winners(json.loads(path.read_text())["times"] or ()))
     gpu_kernel.plan.cache_clear()
+    right = few_rows_right((9, 16, 40))
+    print(
+        f"{len(tables.HOPPER_MANY)} cuts for more rows, weights together: {'right' if right else 'WRONG'}", flush=True
+    )
+    if not right:
+        tables.HOPPER_MANY.clear()
+        gpu_kernel.plan.cache_clear()
 
 
 def main() -> None:

@@ -80,7 +80,7 @@ def cuts(rows: int, outs: int, levels: bool) -> list[Config]:
     elif rows <= 64:
         found = [
             Config(groups, 8, stages, split, pair, late)
-            for groups, stages, late in ((2, 6, 0), (2, 6, 1), (4, 4, 0))
+            for groups, stages, late in ((2, 4, 0), (2, 6, 0), (2, 6, 1), (4, 4, 0))
             for split, pair in ((1, 1), (2, 1), (4, 1), (1, 2))
         ]
     elif rows <= 256:
@@ -89,7 +89,9 @@ def cuts(rows: int, outs: int, levels: bool) -> list[Config]:
                  for split, pair in ((1, 1), (2, 1), (4, 1), (1, 2))]  # fmt: skip
     else:
         found = [Config(2, 32, 2 if levels else 3, pair=2), Config(2, 16, 4, pair=2)]
-    return [config for config in found if is_sensible(config, rows, outs, levels)]
+    scheme = scheme_of("nf4" if levels else "int4-g128", 4096)
+    invariant = tuned.invariant_many(scheme, (outs, 4096), rows, (9, PROCESSORS))
+    return [*dict.fromkeys([*(c for c in found if is_sensible(c, rows, outs, levels)), invariant])]
 
 
 def is_sensible(config: Config, rows: int, outs: int, levels: bool) -> bool:
@@ -212,20 +214,34 @@ def measure(every_rows: list[int], seconds: float, into: Path) -> list[dict[str,
     prepare_now(kitchen, {(spec, shape, rows) for rows, spec, shape, _ in work})
     print(f"compiled what is taken now, {budget.left:.0f} s left", flush=True)
     plain: dict[tuple[int, tuple[int, int]], float] = {}
+    first: dict[tuple[str, tuple[int, int]], Tensor] = {}
     for rows, spec, shape, every in work:
         if budget.left < 2:
             print(f"no time left for {rows} {spec} {shape}", flush=True)
             continue
-        x = random_x(rows, shape[1], generator)
+        x = random_x(max(every_rows), shape[1], torch.Generator("cuda").manual_seed(shape[1]))[:rows].contiguous()
         if (rows, shape) not in plain:
             weights = [random_x(*shape, generator) for _ in range(max(-(-(400 << 20) // (2 * shape[0] * shape[1])), 2))]
             calls = [lambda w=w, x=x: torch.nn.functional.linear(x, w) for w in weights]
             plain[rows, shape] = seconds_cold(calls, 5)
             del weights, calls
-        found.append(timed(spec, shape, x, every, generator, plain[rows, shape]))
+        found.append(timed(spec, shape, x, every, plain[rows, shape]))
+        same_bits(found[-1], first)
         into.write_text(json.dumps(found, default=str))
     kitchen.pool.terminate()
     return found
+
+
+def same_bits(found: dict[str, Any], first: dict[tuple[str, tuple[int, int]], Tensor]) -> None:
+    """Whether the invariant cut gave the rows that it was given before the same bits."""
+    y, key = found.pop("invariant_rows"), (found["spec"], found["shape"])
+    if y is None:
+        return
+    known = first.setdefault(key, y)
+    least = min(len(y), len(known))
+    found["same_bits"] = torch.equal(y[:least], known[:least])
+    if not found["same_bits"]:
+        print(f"NOT INVARIANT: {key}, {found['rows']} rows", flush=True)
 
 
 def prepare_now(kitchen: Kitchen, wanted: Iterable[tuple[str, tuple[int, int], int]]) -> None:
@@ -247,11 +263,11 @@ def prepare_now(kitchen: Kitchen, wanted: Iterable[tuple[str, tuple[int, int], i
     kitchen.prepare(sources)
 
 
-def timed(
-    spec: str, shape: tuple[int, int], x: Tensor, every: Iterable[Config], generator: torch.Generator, plain: float
-) -> dict[str, Any]:
-    scheme, weights = scheme_of(spec, shape[1]), random_weights(spec, shape, generator)
+def timed(spec: str, shape: tuple[int, int], x: Tensor, every: Iterable[Config], plain: float) -> dict[str, Any]:
+    scheme = scheme_of(spec, shape[1])
+    weights = random_weights(spec, shape, torch.Generator("cuda").manual_seed(shape[0]))
     right, ranking = wanted(x, weights[0]), []
+    invariant, invariant_rows = tuned.invariant_many(scheme, shape, len(x), (9, PROCESSORS)), None
     for cut in every:
         try:
             y = one(x, weights[0], None, scheme, cut)
@@ -260,6 +276,8 @@ def timed(
             if not error < LIMIT:
                 print(f"WRONG {spec} {shape} {len(x)} {cut}: {error:.1e} {where_wrong(y, right)}", flush=True)
                 continue
+            if cut == invariant:
+                invariant_rows = y[:64].clone()
             calls = [lambda w=w, c=cut: one(x, w, None, scheme, c) for w in weights]
             ranking.append((seconds_cold(calls, 5), astuple(cut)))
         except (KernelError, RuntimeError) as problem:
@@ -267,6 +285,8 @@ def timed(
     ranking.sort()
     now = seconds_cold([lambda w=w: gpu_kernel.product(x, w, None) for w in weights], 5)
     found = {
+        "invariant": next((seconds for seconds, cut in ranking if cut == astuple(invariant)), None),
+        "invariant_rows": invariant_rows,
         "now": now,
         "spec": spec,
         "shape": shape,

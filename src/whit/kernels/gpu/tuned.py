@@ -83,6 +83,20 @@ def best_many(scheme: Scheme, shape: Shape, rows: int, device: Device) -> many.C
     return replace(config, row_tiles=tiles, split=split)
 
 
+def invariant_many(scheme: Scheme, shape: Shape, rows: int, device: Device) -> many.Config:
+    """A cut in which a row's sums do not depend on the rows: only the height of the tiles and the stages do.
+
+    Blocks share the columns of a tile where the tiles of one height would leave multiprocessors without work.
+    """
+    tiles = next((n for n in many.ROW_TILES if 8 * n >= rows), many.ROW_TILES[-1])
+    stages = 8 if tiles <= 2 else 4 if tiles <= 16 else 2 if scheme.storage.levels else 3
+    config, split = many.Config(2, tiles, stages), 1
+    blocks = -(-shape[0] // config.outs)
+    while split < 8 and 2 * split * blocks <= device[1] and 4 * split * many.STEP <= shape[1]:
+        split *= 2
+    return replace(config, split=split)
+
+
 def default_few(scheme: Scheme, rows: int) -> few.Config:
     """Two blocks of eight warps, or one of sixteen where x takes room; four steps ahead where they are small."""
     ahead = 2 if scheme.chunk * scheme.storage.bits >= 128 else 4
