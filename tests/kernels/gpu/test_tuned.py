@@ -7,7 +7,7 @@ from itertools import pairwise
 import pytest
 
 import whit
-from whit.kernels.gpu import stream, tables, tiled, tuned
+from whit.kernels.gpu import many, stream, tables, tiled, tuned
 from whit.kernels.gpu.stream import Scheme
 
 H100 = (9, 132)
@@ -51,3 +51,40 @@ def test_measured_tiles_fit_the_multiprocessor(kind: str, rows: int, shape: tupl
     assert config.min_blocks * (tiled.shared_bytes(scheme, config) + 1024) <= SHARED + 1024
     assert config.stages <= 4  # the benchmark's checks cover no more
     assert config.rows >= min(rows, 128)
+
+
+def test_more_rows_take_a_cut_for_their_own_height_and_only_where_it_won(monkeypatch: pytest.MonkeyPatch):
+    won, shape = (2, 8, 4, 4, 1, 0, 1), (4096, 4096)
+    table = {("int4-128", 8, shape): None, ("int4-128", 64, shape): won, ("int4-128", 256, shape): None}
+    monkeypatch.setattr(tuned, "MANY", {9: table})
+    scheme = scheme_of("int4-g128", 4096)
+    assert tuned.best_many(scheme, shape, 8, H100) is None
+    assert tuned.best_many(scheme, shape, 9, H100) == many.Config(2, 2, 4, 4)
+    assert tuned.best_many(scheme, shape, 33, H100) == many.Config(*won)
+    assert tuned.best_many(scheme, shape, 65, H100) is None
+    assert tuned.best_many(scheme, shape, 9000, H100) is None
+    assert tuned.best_many(scheme, (1024, 4096), 64, H100) == many.Config(2, 8, 4, 8)  # as many blocks, or nearly
+    assert tuned.best_many(scheme, (14336, 4096), 64, H100) == many.Config(2, 8, 4, 1)
+    assert tuned.best_many(scheme, shape, 64, (8, 108)) is None
+    assert tuned.best_many(scheme_of("int8", 4096), shape, 64, H100) is None
+    assert tuned.best_many(scheme_of("int4-g128-asym-fz", 4096), shape, 64, H100) is None
+
+
+@pytest.mark.parametrize("spec", ["int4-g128", "nf4"])
+@pytest.mark.parametrize("shape", [(4096, 4096), (14336, 4096), (1024, 512), (16, 128)])
+def test_an_invariant_cut_sums_alike_whatever_the_rows(spec: str, shape: tuple[int, int]):
+    scheme = scheme_of(spec, shape[1])
+    cuts = [tuned.invariant_many(scheme, shape, rows, H100) for rows in (1, 16, 17, 64, 256, 5000)]
+    assert {(cut.groups, cut.split, cut.pair, cut.late) for cut in cuts} == {(2, cuts[0].split, 1, 0)}
+    assert cuts[0].split == {4096: 4, 14336: 1, 1024: 2, 16: 1}[shape[0]]
+    assert all(cut.shared_bytes(spec == "nf4") <= SHARED for cut in cuts)
+
+
+@pytest.mark.parametrize(("kind", "rows", "shape"), [key for key, cut in tables.HOPPER_MANY.items() if cut])
+def test_measured_cuts_for_more_rows_fit_the_multiprocessor(kind: str, rows: int, shape: tuple[int, int]):
+    scheme = scheme_of({"int4-128": "int4-g128", "table-64": "nf4"}[kind], shape[1])
+    config = tuned.best_many(scheme, shape, rows, H100)
+    assert config is not None
+    assert config.min_blocks * (config.shared_bytes(bool(scheme.storage.levels)) + 1024) <= SHARED + 1024
+    assert config.split * config.pair <= 8
+    assert config.split == 1 or config.pair == 1
