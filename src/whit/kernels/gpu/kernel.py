@@ -111,7 +111,8 @@ def plan(
     scheme: stream.Scheme, shape: tuple[int, int], rows: int, where: tuned.Device, invariant: bool
 ) -> tuple[str, Cut]:
     """The way for x (rows, columns) and a weight of `shape` (outs, columns), and how it is cut; None: dequantize."""
-    if not invariant and (most := tuned.best_many(scheme, shape, rows, where)):
+    best_many = tuned.best_invariant if invariant else tuned.best_many
+    if most := best_many(scheme, shape, rows, where):
         return "many", most
     if not invariant and (cut := tuned.best_few(scheme, shape, rows, where)):
         return "few", cut

@@ -178,3 +178,5 @@ FEW = {9: HOPPER_FEW}
 # the last stands for more, too. None: another way is faster. Columns: the fields of many.Config.
 HOPPER_MANY: dict[Key, tuple[int, int, int, int, int, int, int] | None] = {}
 MANY = {9: HOPPER_MANY}
+# The kinds of weight whose batch-invariant products it is faster for, over all rows.
+INVARIANT_MANY: dict[int, frozenset[str]] = {9: frozenset()}

@@ -12,7 +12,7 @@ from math import log2
 
 from whit.kernels.gpu import few, many, stream, tiled
 from whit.kernels.gpu.stream import Config, Scheme, row_tiles
-from whit.kernels.gpu.tables import FEW, MANY, ROUTES, STREAM, TILED, Route, Shape
+from whit.kernels.gpu.tables import FEW, INVARIANT_MANY, MANY, ROUTES, STREAM, TILED, Route, Shape
 
 BYTES_AHEAD = 32  # that a thread loads of each row before it computes
 MOST_COLUMNS = 640  # of 64 rows of x, twice, that fit in shared memory beside a table of levels
@@ -81,6 +81,13 @@ def best_many(scheme: Scheme, shape: Shape, rows: int, device: Device) -> many.C
     split = 1 if config.split == 1 else rescaled(config.outs, config.split, near, shape)
     split = min(1 << max(split.bit_length() - 1, 0), 8, max(shape[1] // (2 * many.STEP), 1))
     return replace(config, row_tiles=tiles, split=split)
+
+
+def best_invariant(scheme: Scheme, shape: Shape, rows: int, device: Device) -> many.Config | None:
+    """The invariant configuration of Hopper's kernel for more rows, which then takes all; None where it does not."""
+    if kind(scheme).removesuffix("-dq") not in INVARIANT_MANY.get(device[0], ()):
+        return None
+    return invariant_many(scheme, shape, rows, device) if many.why_not(scheme, shape[1]) is None else None
 
 
 def invariant_many(scheme: Scheme, shape: Shape, rows: int, device: Device) -> many.Config:
