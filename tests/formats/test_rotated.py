@@ -11,7 +11,7 @@ from torch import Tensor
 import whit
 from whit import GPTQ, RTN, parse_format
 from whit.activations import parse_activations
-from whit.calibration.ranges import RangeWatch, static_scales
+from whit.calibration.ranges import RangeWatch, input_tensors
 from whit.errors import FormatError
 from whit.kernels import explain, packed_linear, select
 from whit.kernels.activated import Activation8
@@ -119,7 +119,7 @@ def test_static_ranges_are_those_of_rotated_inputs(random: torch.Generator):
             torch.nn.functional.linear(x, weight)
     turned = x.double() @ whole(128, 64)
     for name, seen in (("plain", x), ("turned", turned), ("also", turned)):
-        scale = static_scales(watch.found[name], parse_activations("int8-static"))["input_scale"]
+        scale = input_tensors(watch.found[name], parse_activations("int8-static"))["input_scale"]
         assert float(scale) == pytest.approx(float(seen.abs().max()) / 127, rel=1e-5)
     assert watch.found["also"] is watch.found["turned"]
 
