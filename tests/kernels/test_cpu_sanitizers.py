@@ -119,7 +119,9 @@ for architecture, length in (("qwen2", 5), ("qwen3", 520)):
                 for layer in range(2):
                     keys = torch.randn(1, 2, length, 16, generator=random).to(dtype)
                     cache.update(keys, keys.flip(2), layer)
-                assert len(States(only, cache, length + 3).decode(5, 3, [])) == 3
+                states = States(only, cache, length + 3)
+                states.begin()
+                assert len(states.decode(5, 3, [])) == 3
 """
 
 
