@@ -20,6 +20,16 @@ ROW_SCALE, ROW_SUMS = "row_scale", "row_sums"  # derived: float32 and int32 (out
 AHEAD = "ahead"  # derived: zeros, as `int8.ahead_for` says
 
 
+def why_not_hopper(packed: PackedWeight, x: Tensor) -> str | None:
+    """Why no kernel for quantized activations on Hopper is for this weight on this device, or None."""
+    if packed.activations is None:
+        return "activations are not quantized"
+    reason: str | None = why_not(x.device)
+    if reason is not None:
+        return reason
+    return None if has_wgmma(x.device) else "the device is not of compute capability 9.0"
+
+
 @dataclass(frozen=True)
 class Gpu8:
     """int8 activations, however they are quantized per row or tensor, in bfloat16 or float16, on Hopper."""
@@ -27,14 +37,9 @@ class Gpu8:
     name: ClassVar[str] = "gpu-int8"
 
     def supports(self, packed: PackedWeight, x: Tensor) -> str | None:
-        how = packed.activations
-        if how is None:
-            return "activations are not quantized"
-        reason: str | None = why_not(x.device)
-        if reason is not None:
+        how, reason = packed.activations, why_not_hopper(packed, x)
+        if how is None or reason is not None:
             return reason
-        if not has_wgmma(x.device):
-            return "the device is not of compute capability 9.0"
         if x.dtype not in DTYPES or how.dtype != torch.int8:
             return f"activations are {x.dtype}, to be multiplied as {how.dtype}"
         plain = how.granularity != "group" and not how.exact

@@ -10,9 +10,7 @@ from torch import Tensor
 
 from whit.kernels import float8
 from whit.kernels.gpu import int8
-from whit.kernels.gpu.kernel import why_not
-from whit.kernels.gpu.kernel8 import ROW_SCALE, row_scale, unaligned
-from whit.kernels.gpu.tiled import has_wgmma
+from whit.kernels.gpu.kernel8 import ROW_SCALE, row_scale, unaligned, why_not_hopper
 from whit.layouts import BITS
 from whit.tensor import PackedWeight, product_dtype
 
@@ -24,14 +22,9 @@ class GpuFloat8:
     name: ClassVar[str] = "gpu-fp8"
 
     def supports(self, packed: PackedWeight, x: Tensor) -> str | None:
-        how = packed.activations
-        if how is None:
-            return "activations are not quantized"
-        reason: str | None = why_not(x.device)
-        if reason is not None:
+        how, reason = packed.activations, why_not_hopper(packed, x)
+        if how is None or reason is not None:
             return reason
-        if not has_wgmma(x.device):
-            return "the device is not of compute capability 9.0"
         if how.dtype != torch.float8_e4m3fn or product_dtype(packed.format) != how.dtype or x.dtype != torch.bfloat16:
             return f"activations are {x.dtype}, to be multiplied as {how.dtype}"
         if how.kind != "dynamic" or how.granularity != "token":
