@@ -13,7 +13,6 @@ from math import prod
 
 import torch
 
-from whit.calibration.runner import BUDGET
 from whit.finish import peak_memory
 from whit.formats.bands import bands_of
 from whit.job import Job
@@ -38,11 +37,15 @@ ACTIVATIONS = 3  # what a backward pass keeps, over the inputs and outputs of al
 
 @dataclass(frozen=True)
 class Estimate:
-    """Seconds, bytes of peak memory, and bytes that the weight files take on the disk."""
+    """Seconds, bytes of peak memory, and bytes that the weight files take on the disk.
+
+    `inputs_bytes` are those of all block inputs; beyond `Options.input_memory` they lie in files, not in memory.
+    """
 
     seconds: float
     memory_bytes: int
     disk_bytes: int
+    inputs_bytes: int = 0
 
 
 def estimate(job: Job) -> Estimate:
@@ -51,7 +54,7 @@ def estimate(job: Job) -> Estimate:
     largest = max((prod(_shape(item)) for item in quantized), default=0)
     seconds = sum(item.spec.nbytes for item in job.plan.items) / READ_RATE
     seconds += job.plan.size_bytes / WRITE_RATE
-    memory = peak_memory() + WORKING_BYTES * largest
+    memory, inputs = peak_memory() + WORKING_BYTES * largest, 0
     if job.recipe is not None:
         for method in job.recipe.all_methods:
             seconds += _solving(
@@ -65,10 +68,11 @@ def estimate(job: Job) -> Estimate:
                 job.recipe.all_methods, key=lambda method: (isinstance(method, BlockMethod), method.needs_exact)
             )
             seconds += _running(job, slowest, blocks)
-            memory += _holding(job, slowest, blocks)
+            inputs = _inputs(job, slowest)
+            memory += _holding(job, slowest, blocks) + (inputs if inputs <= job.options.input_memory else 0)
             if job.recipe.transform is not None:  # a block waits in its new basis, in float32
                 memory += max(sum(4 * prod(item.spec.shape) for item in unit.items) for unit in job.plan.units)
-    return Estimate(seconds, memory, job.plan.size_bytes)
+    return Estimate(seconds, memory, job.plan.size_bytes, inputs)
 
 
 def _solving(job: Job, method: Method, quantized: list[Item]) -> float:
@@ -116,16 +120,21 @@ def _running(job: Job, method: Method, blocks: list[list[Item]]) -> float:
     return seconds + ((1 + method.needs_exact) * squares + account) / _rate(torch.float32, job.device)
 
 
-def _holding(job: Job, method: Method, blocks: list[list[Item]]) -> int:
-    """Bytes of block inputs, of a block with its statistics, and of what a refinement keeps."""
+def _inputs(job: Job, method: Method) -> int:
+    """Bytes of block inputs, and of what the unquantized model has in their place where the method asks for it."""
     assert job.calibration is not None
-    samples, context = job.calibration.tokens.shape
+    return (1 + method.needs_exact) * job.calibration.tokens.numel() * _hidden(job) * _dtype(job).itemsize
+
+
+def _holding(job: Job, method: Method, blocks: list[list[Item]]) -> int:
+    """Bytes of a block with its statistics, and of what a refinement keeps."""
+    assert job.calibration is not None
+    context = job.calibration.tokens.shape[1]
     twice, itemsize = 1 + method.needs_exact, _dtype(job).itemsize
-    inputs = twice * min(samples * context * _hidden(job) * itemsize, BUDGET)
     columns = [_shape(item)[-1] for block in blocks for item in block]
     largest = max((sum(prod(_shape(item)) for item in block) for block in blocks), default=0)
     statistics = max((sum(_shape(item)[-1] ** 2 for item in block) for block in blocks), default=0) * 4 // 2
-    memory = LOADED + inputs + itemsize * largest + twice * statistics + SQUARES * max(columns, default=0) ** 2
+    memory = LOADED + itemsize * largest + twice * statistics + SQUARES * max(columns, default=0) ** 2
     if isinstance(method, BlockMethod):
         wide = max((sum(sum(_shape(item)[-2:]) for item in block) for block in blocks), default=0)
         at_once = min(method.at_once, torch.get_num_threads()) if job.device.type == "cpu" else method.at_once

@@ -22,6 +22,7 @@ from whit.calibration import CalibrationTokens
 from whit.calibration.capture import BlockStats, Watch
 from whit.calibration.ranges import RangeWatch, input_tensors
 from whit.calibration.runner import Runner
+from whit.calibration.storage import Storage
 from whit.checkpoint.writer import Written
 from whit.formats.lowrank import without_side_car
 from whit.formats.numeric import check_finite
@@ -307,7 +308,8 @@ class BlockFeed:
     def _runner(self) -> Runner:
         job = self._job
         twice = self._method.needs_exact or (job.recipe is not None and job.recipe.needs_exact)
-        return Runner(job.source.model, self._read, self._tokens.tokens, job.device, self._written, twice)
+        storage = Storage(self._written, job.options.input_memory)
+        return Runner(job.source.model, self._read, self._tokens.tokens, job.device, storage, twice)
 
     def _read(self, name: str) -> Tensor:
         source = self._job.source

@@ -11,6 +11,7 @@ import torch
 from whit.calibration import Calibration
 from whit.calibration.capture import Watch
 from whit.calibration.runner import Runner
+from whit.calibration.storage import Storage
 from whit.checkpoint.hub import resolve_model
 from whit.errors import OutputError, RecipeError
 from whit.export.base import Importance
@@ -36,7 +37,7 @@ def measure_importance(model: str | Path, calibration: Calibration, device: str 
     with torch.no_grad(), TemporaryDirectory(prefix="whit-") as scratch:
         runner = Runner(
             source.model, lambda name: source.read(source.tied.get(name, name)), text.tokens, torch.device(device),
-            Path(scratch), False,
+            Storage(Path(scratch)), False,
         )  # fmt: skip
         for index in range(len(runner.names)):
             with runner.loaded(index) as parameters:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 import whit
 from whit.calibration import Calibration, CalibrationTokens
+from whit.calibration.storage import INPUT_MEMORY
 from whit.checkpoint.hub import resolve_model
 from whit.checkpoint.onnx import onnx_graph
 from whit.checkpoint.reader import Checkpoint, read_json
@@ -39,6 +40,8 @@ class Options:
     """How a run is done; of these only the seed and the shard size change a byte of the result.
 
     `device` is auto, cpu or cuda. `progress` is called with a unit's name, the number of units done and their total.
+    `input_memory`: bytes of memory for the inputs of blocks, which calibration keeps, and what the unquantized model
+    has in their place, together; where they are more, they lie in files beside OUT. RecipeError where it is negative.
     """
 
     seed: int = 0
@@ -47,6 +50,11 @@ class Options:
     trust_remote_code: bool = False
     shard_size: int = SHARD_SIZE
     progress: Callable[[str, int, int], None] | None = None
+    input_memory: int = INPUT_MEMORY
+
+    def __post_init__(self) -> None:
+        if self.input_memory < 0:
+            raise RecipeError(f"input memory {self.input_memory}: is no amount of memory; give 0 or more bytes")
 
 
 @dataclass(frozen=True)

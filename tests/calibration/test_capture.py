@@ -11,6 +11,7 @@ import torch
 import whit
 from whit.calibration.capture import EXPERT_TOKENS, BlockStats, Watch
 from whit.calibration.runner import Runner
+from whit.calibration.storage import INPUT_MEMORY, Storage
 from whit.model.graph import GROUPS, find_foldings
 from whit.model.targets import find_targets
 from whit.tensor import LayerStats
@@ -25,9 +26,9 @@ def windows(samples: int = 3, seed: int = 0) -> torch.Tensor:
     return torch.randint(3, 128, (samples, 32), generator=torch.Generator().manual_seed(seed))
 
 
-def runner_of(model, tokens: torch.Tensor, folder: Path) -> Runner:
+def runner_of(model, tokens: torch.Tensor, folder: Path, memory: int = INPUT_MEMORY) -> Runner:
     state = model.state_dict()
-    return Runner(model, lambda name: state[name].clone(), tokens, CPU, folder, twice=False)
+    return Runner(model, lambda name: state[name].clone(), tokens, CPU, Storage(folder, memory), twice=False)
 
 
 def capture(run: Callable[[], None], parameters: Mapping[str, torch.Tensor]) -> BlockStats:
@@ -147,15 +148,14 @@ def test_a_parameter_that_no_token_reached_is_named(tmp_path: Path):
 
 
 @torch.no_grad()
-def test_statistics_do_not_depend_on_threads_or_on_where_inputs_lie(tmp_path: Path, monkeypatch):
+def test_statistics_do_not_depend_on_threads_or_on_where_inputs_lie(tmp_path: Path):
     model, tokens = tiny_model("llama"), windows(8)
     names, found = block_targets(model), []
     before = torch.get_num_threads()
     try:
         for threads, budget in ((1, 1 << 30), (2, 0)):
             torch.set_num_threads(threads)
-            monkeypatch.setattr("whit.calibration.runner.BUDGET", budget)
-            runner = runner_of(model, tokens, tmp_path)
+            runner = runner_of(model, tokens, tmp_path, budget)
             with runner.loaded(0):
                 runner.run(0)
             found.append(stats_of(runner, 1, names))
@@ -175,7 +175,7 @@ def test_models_whose_blocks_cannot_run_alone_are_refused(tmp_path: Path):
 def test_drift_pairs_each_input_with_the_unquantized_models(architecture: str, tmp_path: Path):
     model, tokens = tiny_model(architecture), windows()
     state = model.state_dict()
-    runner = Runner(model, lambda name: state[name].clone(), tokens, CPU, tmp_path, twice=True)
+    runner = Runner(model, lambda name: state[name].clone(), tokens, CPU, Storage(tmp_path), twice=True)
     assert runner.exact is not None
     noise = 0.1 * torch.randn(runner.inputs.shape, generator=torch.Generator().manual_seed(3))
     runner.inputs += noise

@@ -31,6 +31,7 @@ from whit.allocation.space import Methods, inside_blocks, without_data
 from whit.allocation.tables import bands_for, method_of_table, ranked
 from whit.calibration.capture import Watch
 from whit.calibration.runner import Runner
+from whit.calibration.storage import Storage
 from whit.errors import UnsupportedModelError
 from whit.job import Job
 from whit.methods import Method
@@ -83,7 +84,7 @@ def measure_divergence(
     with torch.no_grad(), TemporaryDirectory(prefix="whit-") as scratch:
         runner = Runner(
             source.model, lambda name: _single(source.read(source.tied.get(name, name))), tokens, job.device,
-            Path(scratch), twice=False,
+            Storage(Path(scratch), job.options.input_memory), twice=False,
         )  # fmt: skip
         with runner.whole() as parameters:
             some = tokens[: max(probes // tokens.shape[1], 1)]

@@ -29,6 +29,7 @@ from whit.allocation.space import Methods, inside_blocks, without_data
 from whit.allocation.tables import Band, bands_for, method_of_table, ranked
 from whit.calibration.capture import Watch
 from whit.calibration.runner import Runner
+from whit.calibration.storage import Storage
 from whit.job import Job
 from whit.kernels import add_gram
 from whit.methods import Clip, Method
@@ -89,7 +90,8 @@ def measure_sensitivity(
         def read(name: str) -> Tensor:
             return source.read(source.tied.get(name, name))
 
-        runner = Runner(source.model, read, tokens, job.device, Path(scratch), twice=False)
+        storage = Storage(Path(scratch), job.options.input_memory)
+        runner = Runner(source.model, read, tokens, job.device, storage, twice=False)
         for index, name in enumerate(runner.names):
             with runner.loaded(index) as parameters:
                 inside = {p: parameters[p] for p in parameters if p in items}

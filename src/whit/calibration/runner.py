@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,11 +17,9 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from whit.calibration.storage import Storage, at_once
 from whit.errors import UnsupportedModelError
 from whit.model.graph import find_blocks
-
-BUDGET = 3 << 30  # bytes of block inputs that stay in memory; beyond it they lie in a file
-AT_ONCE = 16 << 20  # bytes of block inputs that a GPU is given at once: a small block would only wait for Python
 
 Read = Callable[[str], Tensor]
 
@@ -40,7 +37,7 @@ class Runner:
     """
 
     def __init__(
-        self, model: PreTrainedModel, read: Read, tokens: Tensor, device: torch.device, scratch: Path, twice: bool
+        self, model: PreTrainedModel, read: Read, tokens: Tensor, device: torch.device, storage: Storage, twice: bool
     ) -> None:
         with init_empty_weights(include_buffers=False):  # buffers that no checkpoint holds are computed
             self.model = type(model)(model.config).eval()
@@ -52,11 +49,8 @@ class Runner:
         self._calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         self._wrapped = False
         self._read = read
-        self.inputs = self._embed(tokens, scratch / "block-inputs.tmp")
-        self.exact: Tensor | None = None
-        if twice:
-            self.exact = self._room(tuple(self.inputs.shape), self.inputs.dtype, scratch / "exact-inputs.tmp")
-            self.exact.copy_(self.inputs)
+        self.inputs, *others = self._embed(tokens, storage, 1 + twice)
+        self.exact = others[0] if twice else None
 
     @contextmanager
     def loaded(self, index: int, weights: Mapping[str, Tensor] | None = None) -> Iterator[dict[str, nn.Parameter]]:
@@ -113,39 +107,34 @@ class Runner:
             for samples in self.batches(self.exact):
                 samples.copy_(self.forward(index, samples))
 
-    def batches(self, samples: Tensor) -> tuple[Tensor, ...]:
-        """What is run at once: one sample (1, context, hidden) on a CPU, on a GPU as many as its shape says."""
-        if self.device.type == "cpu" or not len(samples):
-            return torch.split(samples, 1)
-        return torch.split(samples, max(AT_ONCE // samples[0].nbytes, 1))
+    def batches(self, samples: Tensor, inputs: Tensor | None = None) -> tuple[Tensor, ...]:
+        """What is run at once: one sample (1, context, hidden) on a CPU, on a GPU as many as its shape says.
+
+        It is the shape of `inputs` where samples are something else.
+        """
+        return torch.split(samples, at_once(samples if inputs is None else inputs, self.device))
 
     def forward(self, index: int, samples: Tensor) -> Tensor:
         """A loaded block's outputs (n, context, hidden) for inputs of that shape."""
         args, kwargs = self._calls[index]
         return _hidden(self.blocks[index](samples.to(self.device, non_blocking=True), *args, **kwargs))
 
-    def _embed(self, tokens: Tensor, file: Path) -> Tensor:
+    def _embed(self, tokens: Tensor, storage: Storage, copies: int) -> list[Tensor]:
+        """The first block's inputs (samples, context, hidden), so many times."""
         base = self.model.base_model
         inside = tuple(f"{name}." for name in self.names)
         prefix = next((f"{name}." for name, module in self.model.named_modules() if name and module is base), "")
         names = [f"{prefix}{name}" for name in _state(base)]
-        inputs: Tensor | None = None
         with self._filled([name for name in names if not name.startswith(inside)], {}):
             self._calls = self._note_calls(base, tokens[:1])
-            for number, row in enumerate(tokens):
-                hidden = self._first_input(base, row[None])
-                if inputs is None:
-                    inputs = self._room((len(tokens), *hidden.shape[1:]), hidden.dtype, file)
-                inputs[number].copy_(hidden[0])
-        assert inputs is not None
-        return inputs
-
-    def _room(self, shape: tuple[int, ...], dtype: torch.dtype, file: Path) -> Tensor:
-        """Memory, from which a GPU copies at full speed, or a file that is mapped into it."""
-        count = torch.Size(shape).numel()
-        if count * dtype.itemsize <= BUDGET:
-            return torch.empty(shape, dtype=dtype, pin_memory=self.device.type == "cuda")
-        return torch.from_file(str(file), shared=True, size=count, dtype=dtype).reshape(shape)
+            first = self._first_input(base, tokens[:1])
+            shape = (len(tokens), *first.shape[1:])
+            kept = storage.empty(shape, first.dtype, self.device, copies)
+            for rows, *places in zip(self.batches(tokens, first), *(self.batches(k) for k in kept), strict=True):
+                hidden = self._first_input(base, rows)
+                for place in places:
+                    place.copy_(hidden)
+        return kept
 
     def _note_calls(self, base: nn.Module, row: Tensor) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
         """The arguments of every block beside the hidden states."""

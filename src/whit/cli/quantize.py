@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeAlias
 
 import torch
 import typer
@@ -15,6 +15,7 @@ from rich.table import Table
 from whit.activations import EXAMPLES as ACTIVATION_EXAMPLES
 from whit.activations import SCHEMES
 from whit.calibration import Calibration
+from whit.calibration.storage import INPUT_MEMORY
 from whit.cli.budget import (
     FitInto,
     Ladder,
@@ -29,7 +30,7 @@ from whit.cli.budget import (
 )
 from whit.cli.console import console, print_json
 from whit.cli.gate import MaxIncrease, MaxKL, build_gate, measure
-from whit.cli.shown import account_table, pattern, progress, reasons, size
+from whit.cli.shown import account_table, parse_size, pattern, progress, reasons, size
 from whit.coverage import Account
 from whit.estimate import Estimate, estimate
 from whit.export import EXPORTERS
@@ -67,6 +68,14 @@ RULE_HELP = (
     "'*.down_proj=gptq:int4-g64'; the last match counts. The rows of an embedding or a head may have several, "
     "those used most the first: '*.embed_tokens=bands(q5_k:1024,q2_k)'."
 )
+InputMemory: TypeAlias = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE",
+        help="Memory for block inputs while calibrating, such as 24GB; those that take more lie in files beside OUT. "
+        f"[default: {INPUT_MEMORY >> 30}GiB]",
+    ),
+]
 
 
 def quantize(
@@ -89,6 +98,7 @@ def quantize(
     samples: Annotated[int | None, typer.Option(min=1, help="Calibration windows. [default: 128]")] = None,
     context: Annotated[int | None, typer.Option(min=2, help=CONTEXT_HELP)] = None,
     imatrix: Annotated[Path | None, typer.Option(help="Weigh columns by llama.cpp's importance matrix.")] = None,
+    input_memory: InputMemory = None,
     seed: Annotated[int, typer.Option(help="The same seed gives the same bytes.")] = 0,
     export: Annotated[str, typer.Option(metavar="NAME", help=EXPORT_HELP)] = "whit",
     device: Annotated[str, typer.Option(help="Where to compute: auto, cpu or cuda.")] = "auto",
@@ -105,7 +115,7 @@ def quantize(
     """Quantize a model, block by block from disk to disk; run it again after a kill and it goes on."""
     if threads is not None:
         torch.set_num_threads(threads)
-    options = Options(seed=seed, device=device, restart=restart, trust_remote_code=trust_remote_code)
+    options = Options(seed, device, restart, trust_remote_code, input_memory=input_bytes(input_memory))
     gate = build_gate(max_kl, max_ppl_increase, gate_text, gate_tokens)
     text = build_calibration(calibration, samples, context if fit is None else None, seed)
     if imatrix is not None and recipe is None:
@@ -135,6 +145,11 @@ def quantize(
     else:
         run_and_show(job, as_json)
         measure(model, out, gate, options, job.budget)
+
+
+def input_bytes(asked: str | None) -> int:
+    """Of --input-memory."""
+    return INPUT_MEMORY if asked is None else parse_size(asked)
 
 
 def build_calibration(text: str | None, samples: int | None, context: int | None, seed: int) -> Calibration | None:
@@ -239,7 +254,12 @@ def show_plan(job: Job, as_json: bool) -> None:
 
 def cost(job: Job, expected: Estimate) -> str:
     """What a run is going to take and give, in one line."""
-    return (
+    line = (
         f"{job.plan.bits_per_weight:.3f} bits per weight; {size(job.plan.size_bytes)} on disk; about "
         f"{expected.seconds:.0f} s and {size(expected.memory_bytes)} of memory on {job.device}"
     )
+    inputs, most = expected.inputs_bytes, job.options.input_memory
+    if not inputs:
+        return line
+    where = "in memory" if inputs <= most else f"in files until the end, more than --input-memory {size(most)}"
+    return f"{line}; {size(inputs)} of block inputs {where}"

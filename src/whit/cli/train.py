@@ -15,7 +15,17 @@ from whit.calibration import Calibration
 from whit.checkpoint.hub import resolve_model
 from whit.checkpoint.reader import read_json
 from whit.cli.console import console, print_json
-from whit.cli.quantize import EXPORT_HELP, FORMAT_HELP, RULE_HELP, cost, parse_rules, run_and_show, show_plan
+from whit.cli.quantize import (
+    EXPORT_HELP,
+    FORMAT_HELP,
+    RULE_HELP,
+    InputMemory,
+    cost,
+    input_bytes,
+    parse_rules,
+    run_and_show,
+    show_plan,
+)
 from whit.cli.shown import account_table, progress, size
 from whit.coverage import Account
 from whit.errors import RecipeError
@@ -88,6 +98,7 @@ def train(
         float | None, typer.Option(min=0, help="End sooner; no second run gives the same bytes.")
     ] = None,
     at_once: Annotated[int, typer.Option(min=1, help="Windows that run together on a GPU.")] = 4,
+    input_memory: InputMemory = None,
     seed: Annotated[int, typer.Option(help="The same seed gives the same bytes.")] = 0,
     export: Annotated[str, typer.Option(metavar="NAME", help=EXPORT_HELP)] = "whit",
     device: Annotated[str, typer.Option(help="Where to compute: auto, cpu or cuda.")] = "auto",
@@ -100,7 +111,7 @@ def train(
     """Train a model for the format it is stored in; run it again after a kill and it goes on, to the same bytes."""
     if threads is not None:
         torch.set_num_threads(threads)
-    options = Options(seed=seed, device=device, restart=restart, trust_remote_code=trust_remote_code)
+    options = Options(seed, device, restart, trust_remote_code, input_memory=input_bytes(input_memory))
     mode = qat or ("scales" if _is_quantized(model, trust_remote_code) else "full")
     if recipe == "bitnet":
         format, activations = format or BITNET_FORMAT, activations or BITNET_ACTIVATIONS

@@ -16,6 +16,7 @@ from typing import Protocol, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from whit.calibration.storage import at_once
 from whit.methods.base import Block
 from whit.methods.joined import Matrices
 from whit.methods.workers import Workers
@@ -62,7 +63,8 @@ class Samples:
         self.device, self.count = device, len(targets)
         self._inputs, self._targets = block.inputs, targets
         if device.type == "cuda":
-            free, _ = torch.cuda.mem_get_info(device)
+            free, _ = torch.cuda.mem_get_info(device)  # what torch keeps for itself is free as well
+            free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
             if RESIDENT * (block.inputs.nbytes + targets.nbytes) < free:
                 self._inputs, self._targets = block.inputs.to(device), targets.to(device)
 
@@ -132,9 +134,10 @@ class Descent:
     def loss(self, quantized: Mapping[str, QuantizedTensor]) -> float:
         """Over all samples, in order."""
         decoded = {name: value.format.decode(value.codes, value.params) for name, value in quantized.items()}
-        everything = torch.arange(self.samples.count)
+        everything = torch.arange(self.samples.count, device=self.samples.device if self.samples.resident else "cpu")
+        size = 1 if self.team.share else max(self.method.batch, at_once(self.block.inputs, self.samples.device))
         with self._holding(decoded):
-            losses = list(self.team.map(self._loss_of, self._parts(everything)))
+            losses = list(self.team.map(self._loss_of, torch.split(everything, size)))
         return float(torch.stack(losses).sum())
 
     def step(self, numbers: Tensor, pace: Pace) -> None:

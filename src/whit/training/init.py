@@ -25,6 +25,7 @@ from whit.arrays import quantize_tensor
 from whit.calibration import Calibration
 from whit.calibration.capture import Watch
 from whit.calibration.runner import Runner
+from whit.calibration.storage import Storage
 from whit.checkpoint.hub import resolve_model
 from whit.checkpoint.reader import Checkpoint, read_json
 from whit.errors import RecipeError, UnsupportedModelError
@@ -121,7 +122,7 @@ class _Setter:
         tokens = calibration.tokens(load_tokenizer(folder), maximum_context(config)).tokens
         device = next(iter(self.places.values())).packed.packed.device
         with TemporaryDirectory(prefix="whit-") as scratch:
-            runner = Runner(original.model, self._read_adapted, tokens, device, Path(scratch), False)
+            runner = Runner(original.model, self._read_adapted, tokens, device, Storage(Path(scratch)), False)
             for index, block in enumerate(runner.names):
                 inside = [place for name, place in self.places.items() if name.startswith(f"{block}.")]
                 yield from self._block(runner, index, inside)
