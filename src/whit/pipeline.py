@@ -165,21 +165,24 @@ def _write_units(job: Job, output: Output, feed: Feed, todo: Sequence[Unit]) -> 
     """Every unit that is not finished, in order."""
     total = len(job.plan.units)
     for done, unit in enumerate(todo, total - len(todo) + 1):
-        start, entries = time.monotonic(), []
+        start = time.monotonic()
         with feed.unit(unit):
-            for item in unit.items:
-                if _is_copy(job.source, item) and not feed.changes(item):
-                    output.write(item, None)
-                    entries.append(entry_of(item))
-                else:
-                    tensors, entry, approximation = _convert(job, item, feed.give(item))
-                    output.write(item, tensors, approximation)
-                    entries.append(entry)
-                    feed.take_back(item, approximation)
+            entries = [_write_item(job, output, feed, item) for item in unit.items]
         output.record(unit, entries, time.monotonic() - start)
         if job.options.progress is not None:
             job.options.progress(unit.name, done, total)
     output.wait()
+
+
+def _write_item(job: Job, output: Output, feed: Feed, item: Item) -> Entry:
+    """One parameter; nothing of it stays but in the writer's hands."""
+    if _is_copy(job.source, item) and not feed.changes(item):
+        output.write(item, None)
+        return entry_of(item)
+    tensors, entry, approximation = _convert(job, item, feed.give(item))
+    output.write(item, tensors, approximation)
+    feed.take_back(item, approximation)
+    return entry
 
 
 def _is_copy(source: Source, item: Item) -> bool:

@@ -10,7 +10,8 @@ threads; LAPACK's Cholesky is not beyond 128 columns (its blocks depend on the t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -40,54 +41,83 @@ def walk(target: Tensor, feedback: Tensor, choose: Choose, leaf: int, unit: int,
     (columns, columns); `choose` returns the change (last - first, rows) of at most `leaf` columns. `enter(first)` is
     called at the beginning of every `unit` columns, when all earlier changes have arrived there. Returns all changes.
     """
-    change = torch.empty_like(target)
+    steps = _Walk(target, feedback, torch.empty_like(target), choose, leaf, unit, enter)
+    if len(target):
+        steps.descend(0, len(target), False)
+    return steps.change
 
-    def descend(first: int, last: int, in_unit: bool) -> None:
-        count = last - first
-        if not in_unit and count <= unit:
-            enter(first)
+
+@dataclass(frozen=True)
+class _Walk:
+    """A walk under way. An object, because a function that calls itself by a name outside it is a cycle: the matrices
+    that it sees would stay until Python looks for cycles, a block's gigabytes for each block of a model."""
+
+    target: Tensor
+    feedback: Tensor
+    change: Tensor
+    choose: Choose
+    leaf: int
+    unit: int
+    enter: Enter
+
+    def descend(self, first: int, last: int, in_unit: bool) -> None:
+        """Columns [first, last), which lie in one unit where `in_unit`."""
+        count, target = last - first, self.target
+        if not in_unit and count <= self.unit:
+            self.enter(first)
             in_unit = True
-        if in_unit and count <= leaf:
-            change[first:last] = choose(first, last)
+        if in_unit and count <= self.leaf:
+            self.change[first:last] = self.choose(first, last)
         elif in_unit and count <= ONE_THREAD and target.is_cpu and torch.get_num_threads() > 1:
             with one_thread():
-                descend(first, last, in_unit)
+                self.descend(first, last, in_unit)
         else:
-            step = leaf if in_unit else unit
+            step = self.leaf if in_unit else self.unit
             middle = first + step * ((count // step + 1) // 2 if count >= 2 * step else 1)
-            descend(first, middle, in_unit)
-            target[middle:last].addmm_(feedback[first:middle, middle:last].T, change[first:middle], alpha=-1)
-            descend(middle, last, in_unit)
-
-    if len(target):
-        descend(0, len(target), False)
-    return change
+            self.descend(first, middle, in_unit)
+            target[middle:last].addmm_(self.feedback[first:middle, middle:last].T, self.change[first:middle], alpha=-1)
+            self.descend(middle, last, in_unit)
 
 
-def prepare(hessian: Tensor, damp: float, order: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The damped float64 hessian (n, n), and the upper triangular U with U^T U its inverse, columns taken in `order`.
+def factored(hessian: Tensor, damp: float, order: Tensor | None = None) -> tuple[Tensor, tuple[float, ...]]:
+    """The upper triangular U (n, n) float64, with U^T U the inverse of the damped hessian, columns taken in `order`,
+    and the shares by which it was damped: `damp`, and ten times as much again until U exists.
 
-    A column that no token excited gets the mean of the diagonal and no neighbours: it is rounded for itself. `damp`
-    times that mean is added to the diagonal, and ten times as much again until the factor exists.
+    U takes the memory of the damped hessian, which is gigabytes for a wide matrix: who needs both asks for `damped`.
     """
-    hessian = hessian.to(torch.float64, copy=True)
-    if not bool(torch.isfinite(hessian.sum())):
+    if not bool(torch.isfinite(hessian.sum(dtype=torch.float64))):
         raise CalibrationError("hessian: holds NaN or infinity; activations must be finite; try another text or dtype")
-    diagonal = hessian.diagonal()
-    live = diagonal > 0
-    mean = float(diagonal[live].mean()) if bool(live.any()) else 1.0
-    hessian.mul_(live).mul_(live[:, None])
-    diagonal[~live] = mean
-    diagonal.add_(damp * mean)
+    shares = [damp]
     while True:
-        factor = hessian.clone() if order is None else hessian[order][:, order]
+        factor = damped(hessian, shares)
+        factor = factor if order is None else factor[order[:, None], order]
         try:
             invert_root_(factor)
         except LinAlgError:
-            damp = max(damp * GROWTH, SMALLEST_DAMP)
-            diagonal.add_(damp * mean)
+            shares.append(max(shares[-1] * GROWTH, SMALLEST_DAMP))
             continue
-        return hessian, factor
+        return factor, tuple(shares)
+
+
+def damped(hessian: Tensor, shares: Sequence[float]) -> Tensor:
+    """The hessian (n, n) in float64, with `damped_diagonal`. A column that no token excited has no neighbours: it is
+    rounded for itself."""
+    matrix = hessian.to(torch.float64, copy=True)
+    live = hessian.diagonal() > 0
+    matrix.mul_(live).mul_(live[:, None])
+    matrix.diagonal().copy_(damped_diagonal(hessian, shares))
+    return matrix
+
+
+def damped_diagonal(hessian: Tensor, shares: Sequence[float]) -> Tensor:
+    """The diagonal (n,) in float64, its mean in columns that no token excited, plus `shares` of that mean."""
+    diagonal = hessian.diagonal().to(torch.float64, copy=True)
+    live = diagonal > 0
+    mean = float(diagonal[live].mean()) if bool(live.any()) else 1.0
+    diagonal[~live] = mean
+    for share in shares:
+        diagonal.add_(share * mean)
+    return diagonal
 
 
 def invert_root_(matrix: Tensor) -> None:

@@ -15,6 +15,9 @@ each scale moved to its best value given all codes and the other scales.
 `asymmetric` is GPTAQ (Li et al. 2025): the inputs X of the quantized model so far are not those X~ of the model as it
 was, and what should be met is W X~. ||Q X - W X~||^2 is least at W* = W + W (X~ - X) X^T H^-1, and is but for a
 constant tr((W* - Q) H (W* - Q)^T): the same walk, towards W*.
+
+Bytes beside W (m, n) and H: 8 n^2 of U and 4 n^2 more while it is made, then 16 n of each row that is walked, ROWS at
+a time; `sweeps` and `refit` take 8 n^2 more, act-order 8 n^2 while U is made. At n = 14336 U is 1.6 GB.
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ from torch import Tensor
 
 from whit.errors import CalibrationError, RecipeError
 from whit.methods.columns import Columns, fit_params, plain_rows
-from whit.methods.feedback import prepare
+from whit.methods.feedback import damped, damped_diagonal, factored
 from whit.methods.scales import refit_scales
 from whit.tensor import Format, LayerStats, Params, QuantizedTensor
 
@@ -71,18 +74,21 @@ class GPTQ:
         if self.sweeps and format.vector_size > 1:
             raise RecipeError(f"gptq: sweeps with {format}; its codes must be one column wide; set sweeps = 0")
         order = _by_activation(hessian, format.vector_size) if self.act_order else None
-        hessian, factor = prepare(hessian, self.damp, order)
+        factor, shares = factored(hessian, self.damp, order)
         if self.asymmetric:
             weight = weight + self.asymmetric * _pull(weight, stats, factor, order)
         feedback = factor.div_(factor.diagonal()[:, None].clone())
-        sealed = self._params_up_front(weight, hessian, format)
+        importance = damped_diagonal(hessian, shares)
+        sealed = self._params_up_front(weight, importance, format)
         movable = self.refit and not _is_nested(format)
+        if self.sweeps or movable:
+            hessian = damped(hessian, shares)
         step = ROWS if format.row_independent else max(len(weight), 1)
         done = []
         for first in range(0, max(len(weight), 1), step):
             rows = weight[first : first + step]
             params = None if sealed is None else plain_rows(sealed, first, first + step, len(weight))
-            solver = Columns((len(rows), weight.shape[1]), hessian.diagonal(), format, self.clip, params)
+            solver = Columns((len(rows), weight.shape[1]), importance, format, self.clip, params)
             solver.feed_back(rows, feedback, order)
             for _ in range(self.sweeps):
                 solver.descend(rows, hessian)
@@ -94,11 +100,11 @@ class GPTQ:
             sealed = {name: torch.cat([solver.params[name] for solver in done]) for name in done[0].params}
         return QuantizedTensor(format, tuple(weight.shape), codes, format.seal(sealed))
 
-    def _params_up_front(self, weight: Tensor, hessian: Tensor, format: Format) -> Params | None:
+    def _params_up_front(self, weight: Tensor, importance: Tensor, format: Format) -> Params | None:
         """The params as stored, None where each group's are fitted when the walk reaches it."""
         if format.row_independent and not self.act_order and not _is_nested(format):
             return None
-        return format.seal(fit_params(weight, hessian.diagonal(), format, self.clip))
+        return format.seal(fit_params(weight, importance, format, self.clip))
 
 
 def _pull(weight: Tensor, stats: LayerStats | None, factor: Tensor, order: Tensor | None) -> Tensor:

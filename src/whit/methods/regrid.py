@@ -22,7 +22,7 @@ from torch import Tensor
 
 from whit.formats.lowrank import product, side_car
 from whit.methods.columns import Columns, plain_rows
-from whit.methods.feedback import prepare
+from whit.methods.feedback import damped, factored
 from whit.methods.gptq import GPTQ
 from whit.methods.scales import refit_scales
 from whit.methods.stack import energy
@@ -66,7 +66,8 @@ def regrid(target: Tensor, present: QuantizedTensor, stats: LayerStats | None) -
         return Regridded(_moved_params(target, present), share, True, "moved")
     if stats is None:
         return Regridded(_with_codes(present, present.format.encode(target, present.params)), share, False, "same")
-    hessian, factor = prepare(stats.hessian, DAMP)
+    factor, shares = factored(stats.hessian, DAMP)
+    hessian = damped(stats.hessian, shares)
     feedback = factor.div_(factor.diagonal()[:, None].clone())
     same = _with_codes(present, _searched(target, present, hessian, feedback))
     ways = {"same": same, "moved": _moved(target, same, hessian), "new": GPTQ()(target, stats, present.format)}
