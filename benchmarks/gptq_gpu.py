@@ -5,12 +5,14 @@
 Makes a random bfloat16 Llama-3-8B of the first `--blocks` of its 32 blocks in DIR, quantizes it with GPTQ on
 samples x 2048 tokens from disk to disk, and writes results/gptq_gpu.json and .md. The whole model is what lies outside
 the blocks plus 32 times the median block. The profile is that of one block, by kind of kernel; operations are counted
-by hand and set against the matrix product that is measured in the same run.
+by hand and set against the matrix product that is measured in the same run. So is memory: for each unit the most that
+torch held, what it still held and had reserved in the end, and of what larger tensors that was.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import shutil
 import statistics
@@ -84,14 +86,42 @@ def ceiling(dtype: torch.dtype, size: int) -> float:
     return 2 * size**3 / statistics.median(times[1:]) / 1e12
 
 
+LARGE = 200_000_000  # bytes of a tensor that is named
+
+
+def large_tensors() -> list[str]:
+    """What lies on the device in large pieces, cycles that wait for Python's collector included: dtype, shape, GB."""
+    found: dict[int, str] = {}
+    for value in gc.get_objects():
+        if issubclass(type(value), torch.Tensor) and value.device.type == "cuda":
+            storage = value.untyped_storage()
+            if storage.nbytes() > LARGE:
+                what = f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}: {storage.nbytes() / 1e9:.2f} GB"
+                found[storage.data_ptr()] = what
+    return sorted(found.values())
+
+
+def counted_bytes() -> dict[str, int]:
+    """Bytes that are alive at a block's peak, while GPTQ walks over down_proj; see methods/gptq."""
+    down = HIDDEN * INNER
+    return {
+        "the block, bfloat16": 2 * (HIDDEN * (2 * HIDDEN + 2 * KEYS) + 3 * down),
+        "x^T x of its four inputs, float32": 4 * (3 * HIDDEN**2 + INNER**2),
+        "the factor of down_proj's, float64": 8 * INNER**2,
+        "while it is made: half of it again": 4 * INNER**2,
+        "or targets and changes of the walk, float64": 16 * down,
+        "codes and what the writer holds of up_proj": down + 4 * down + down // 2,
+    }
+
+
 class Clock:
-    """When each unit was done; profiles the block after the second."""
+    """When each unit was done and what it held; profiles the block after the second."""
 
     def __init__(self) -> None:
         self.times: dict[str, float] = {}
         self.kernels: dict[str, float] = {}
         self.peaks: dict[str, int] = {}  # bytes that torch held at most in a unit
-        self.reserved = 0
+        self.ends: dict[str, dict[str, Any]] = {}  # bytes, and the large tensors, when a unit was done
         self._last = time.perf_counter()
         self._profile: profile | None = None
 
@@ -99,7 +129,10 @@ class Clock:
         torch.cuda.synchronize()
         self.times[unit] = time.perf_counter() - self._last
         self.peaks[unit] = torch.cuda.max_memory_allocated()
-        self.reserved = max(self.reserved, torch.cuda.max_memory_reserved())
+        self.ends[unit] = {
+            "allocated": torch.cuda.memory_allocated(), "reserved": torch.cuda.memory_reserved(),
+            "most_reserved": torch.cuda.max_memory_reserved(), "large": large_tensors(),
+        }  # fmt: skip
         torch.cuda.reset_peak_memory_stats()
         if unit.endswith("layers.1"):
             self._profile = profile(activities=[ProfilerActivity.CUDA])
@@ -159,7 +192,8 @@ def run(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "block_seconds": blocks, "block_median": block,
         "whole_model_seconds": seconds - sum(blocks) + blocks[0] + (BLOCKS - 1) * block,
         "gpu_memory_bytes": max(clock.peaks.values()), "unit_memory_bytes": clock.peaks,
-        "reserved_bytes": clock.reserved,
+        "reserved_bytes": max(end["most_reserved"] for end in clock.ends.values()),
+        "unit_ends": clock.ends, "counted_bytes": counted_bytes(),
         "peak_memory_bytes": account.peak_memory_bytes,
         "tflops": {"bf16": bf16, "float64": float64}, "operations": count, "floor_seconds": least,
         "share_of_matrix_throughput": least / block,
@@ -185,6 +219,14 @@ def table(found: dict[str, Any]) -> str:
         "| one block, on the device | seconds |", "|---|---|",
     ]  # fmt: skip
     lines += [f"| {kind} | {value:.2f} |" for kind, value in found["profile"].items()]
+    lines += ["", "| GB of GPU memory | at most | in the end | reserved | tensors over 0.2 GB in the end |"]
+    lines += ["|---|---|---|---|---|"]
+    for unit, end in found["unit_ends"].items():
+        sizes = (found["unit_memory_bytes"][unit], end["allocated"], end["reserved"])
+        cells = " | ".join(f"{size / 1e9:.2f}" for size in sizes)
+        lines.append(f"| {unit} | {cells} | {'; '.join(end['large']) or 'none'} |")
+    lines += ["", "| a block's peak, counted | GB |", "|---|---|"]
+    lines += [f"| {what} | {size / 1e9:.2f} |" for what, size in found["counted_bytes"].items()]
     return "\n".join(lines) + "\n"
 
 
