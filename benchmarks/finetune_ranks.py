@@ -94,7 +94,7 @@ def work(args: argparse.Namespace) -> None:
     rows, said = [train(name, args) for name in ("alone", "both")], ""
     try:
         rows.append(train("sharded", args))
-    except TrainingError as error:  # a torch that cannot
+    except TrainingError as error:  # a torch that cannot leave adapters whole
         said = str(error)
     if rank == 0:
         check(rows, dist.get_world_size(), args.dtype)

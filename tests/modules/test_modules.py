@@ -139,6 +139,28 @@ def test_experts_index_like_the_stack_they_replace(random: Generator):
     torch.testing.assert_close(torch.matmul(input=x, other=experts), torch.matmul(x, floats))
 
 
+@pytest.mark.parametrize("spec", ["int8", "int3-g32-asym", "nf4-g32-dq", "q4_0", "ternary", "int2-g32+r4"])
+def test_shardable_tensors_are_floats_to_torch_and_the_same_bytes_to_us(spec: str, random: Generator):
+    module, x = linear(random, spec), torch.randn(5, 64, generator=random)
+    before, expected = {key: tensor.clone() for key, tensor in module.packed.tensors.items()}, module(x)
+    with torch.no_grad():
+        module.packed.tensors["codes"].view(torch.uint8)[:1] = 127  # which float8 calls a NaN
+        before["codes"].view(torch.uint8)[:1] = 127
+    parameters = module.make_shardable()
+    assert len(parameters) > 1
+    assert all(one is other for one, other in zip(parameters, module.make_shardable(), strict=True))
+    torch.testing.assert_close(module(x)[:, 1:], expected[:, 1:])
+    for parameter in parameters:  # torch 2.11 asks each for gradients, before it remembers that it is frozen
+        assert nn.Parameter(parameter.detach()).requires_grad
+        assert not parameter.requires_grad
+    for held in (module, copy.deepcopy(module), module.to(torch.bfloat16)):
+        found = held.packed.tensors
+        assert {key: (tensor.dtype, tensor.shape) for key, tensor in found.items()} == {
+            key: (tensor.dtype, tensor.shape) for key, tensor in before.items()
+        }
+        assert all(torch.equal(found[key], before[key]) for key in before)
+
+
 def test_dispatch_is_asked_once_per_kind_of_input(random: Generator, monkeypatch):
     asked = []
     monkeypatch.setattr("whit.modules.packed.select", lambda p, x: asked.append(x.shape) or select(p, x))

@@ -17,6 +17,8 @@ from whit.kernels import Choice, Kernel, choice_key, dequantize, packed_numbers,
 from whit.layouts import layout_named
 from whit.tensor import Activated, Format, PackedWeight
 
+FLOATS = {1: torch.float8_e4m3fn, 2: torch.bfloat16, 4: torch.float32, 8: torch.float64}  # by bytes
+
 
 class PackedModule(nn.Module):
     """Holds a PackedWeight. Casting the module casts what surrounds the packed tensors, never these."""
@@ -34,6 +36,7 @@ class PackedModule(nn.Module):
         self.activations = packed.activations
         self._keys, self._numbers = tuple(packed.tensors), packed_numbers(packed)
         self._ready: dict[Choice, tuple[Kernel, PackedWeight]] = {}
+        self._kinds: dict[str, torch.dtype] = {}
         self._parameters.pop("weight", None)
         for key, tensor in packed.tensors.items():
             self.register_buffer(key, tensor)
@@ -49,18 +52,27 @@ class PackedModule(nn.Module):
 
     def _held(self, key: str) -> Tensor:
         """A packed tensor: a buffer, or a frozen parameter where `make_shardable` has made it one."""
+        found, kind = self._stored(key), self._kinds.get(key)
+        return found if kind is None else found.view(kind)
+
+    def _stored(self, key: str) -> Tensor:
+        """The same as it is registered: integers that are parameters are said to be floats of as many bytes."""
         found = self._buffers.get(key)
         return found if found is not None else self._parameters[key]  # type: ignore[return-value]
 
     def make_shardable(self) -> list[nn.Parameter]:
         """Hold the packed tensors as frozen parameters, which torch's `fully_shard` spreads over processes.
 
-        Scalars stay buffers. What a kernel would prepare is not held: other bytes lie there at the next call.
+        Scalars stay buffers. What a kernel would prepare is not held: other bytes lie there at the next call. Up to
+        torch 2.11 it takes floats alone, so integers are given to it as floats of as many bytes; it moves bytes.
         """
         for key in self._keys:
             tensor = self._buffers.get(key)
             if tensor is not None and tensor.dim():
                 del self._buffers[key]
+                if not tensor.is_floating_point():
+                    self._kinds[key] = tensor.dtype
+                    tensor = tensor.view(FLOATS[tensor.dtype.itemsize])
                 self.register_parameter(key, nn.Parameter(tensor, requires_grad=False))
         self._ready.clear()
         self._comes_and_goes = True
@@ -114,7 +126,7 @@ class PackedModule(nn.Module):
         return floats.reshape(*index.shape, -1)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedModule:
-        held = {id(self._held(key)) for key in self._keys}
+        held = {id(self._stored(key)) for key in self._keys}
 
         def move_only(tensor: Tensor) -> Tensor:
             moved = fn(tensor)

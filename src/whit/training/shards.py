@@ -40,15 +40,7 @@ def shard_packed(model: Any, ranks: Ranks) -> Ranks:
         raise TrainingError("shard: no packed linears; what is shared must be quantized; pass --format nf4-dq")
     shared = {p for parameters in packed.values() for p in parameters}
     whole: set[nn.Parameter] = {p for p in model.parameters() if p not in shared}
-    try:
-        for name in find_blocks(model).names:
-            fully_shard(model.get_submodule(name), mesh=mesh, reshard_after_forward=True, ignored_params=whole)
-        fully_shard(model.base_model, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
-    except RuntimeError as error:  # torch 2.11 asks for gradients of what it has just cut
-        if "require gradients" not in str(error):
-            raise
-        raise TrainingError(
-            f"shard: torch {torch.__version__} cannot spread integers over processes; 2.13 can; update torch, or drop "
-            "--shard: each process then holds all packed weights"
-        ) from None
+    for name in find_blocks(model).names:
+        fully_shard(model.get_submodule(name), mesh=mesh, reshard_after_forward=True, ignored_params=whole)
+    fully_shard(model.base_model, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
     return replace(ranks, together=True)
