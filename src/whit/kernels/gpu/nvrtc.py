@@ -126,30 +126,28 @@ class Function:
         checked(driver().cuModuleLoadData(ctypes.byref(self.module), code), name)
         checked(driver().cuModuleGetFunction(ctypes.byref(self.handle), self.module, name.encode()), name)
 
-    def launch(self, grid: Dims, threads: int, shared: int, params: ctypes.Structure, stream: int) -> None:
-        """Enqueue it on a stream (its address); `shared` bytes of dynamic shared memory."""
-        self._reserve(shared)
-        pointers = (ctypes.c_void_p * 1)(ctypes.addressof(params))
-        where = ctypes.c_void_p(stream)
-        status = driver().cuLaunchKernel(self.handle, *grid, threads, 1, 1, shared, where, pointers, None)
-        checked(status, self.name)
+    def launch(
+        self, grid: Dims, threads: int, shared: int, params: ctypes.Structure, stream: int, cluster: int = 1
+    ) -> None:
+        """Enqueue it on a stream (its address); `shared` bytes of dynamic shared memory, blocks in such clusters."""
+        self._launch(LaunchConfig(*grid, threads, 1, 1, shared, stream), params, {CLUSTER: (cluster, 1, 1)})
 
     def launch_early(
         self, grid: Dims, threads: int, shared: int, params: ctypes.Structure, stream: int, cluster: int = 1
     ) -> None:
-        """The same for a kernel that waits for the one before it by itself (common.cuh), on Hopper and newer.
+        """The same at once, for a kernel that waits for the one before it by itself (common.cuh), from Hopper on."""
+        wanted = {CLUSTER: (cluster, 1, 1)} | ({EARLY: (1,)} if self.early else {})
+        self._launch(LaunchConfig(*grid, threads, 1, 1, shared, stream), params, wanted)
 
-        There blocks may run in clusters of `cluster`.
-        """
-        if not self.early:
-            return self.launch(grid, threads, shared, params, stream)
-        self._reserve(shared)
+    def _launch(self, config: LaunchConfig, params: ctypes.Structure, wanted: Mapping[int, tuple[int, ...]]) -> None:
+        self._reserve(config.shared)
+        attributes = (Attribute * len(wanted))()
+        for number, value in wanted.items():
+            if value != (1, 1, 1):  # no cluster, which older devices do not know either
+                attributes[config.count].id, attributes[config.count].value[: len(value)] = number, value
+                config.count += 1
+        config.attributes = ctypes.addressof(attributes)
         pointers = (ctypes.c_void_p * 1)(ctypes.addressof(params))
-        attributes = (Attribute * 2)()
-        attributes[0].id, attributes[0].value[0] = EARLY, 1
-        attributes[1].id, attributes[1].value[:3] = CLUSTER, (cluster, 1, 1)
-        count = 2 if cluster > 1 else 1
-        config = LaunchConfig(*grid, threads, 1, 1, shared, stream, ctypes.addressof(attributes), count)
         checked(driver().cuLaunchKernelEx(ctypes.byref(config), self.handle, pointers, None), self.name)
 
     def _reserve(self, shared: int) -> None:
