@@ -174,9 +174,67 @@ HOPPER_FEW: dict[Key, tuple[int, int, int]] = {
 }
 FEW = {9: HOPPER_FEW}
 
-# The fused product for more rows of codes of 4 bits. Rows are the most that an entry stands for, down to the next one;
-# the last stands for more, too. None: another way is faster. Columns: the fields of many.Config.
-HOPPER_MANY: dict[Key, tuple[int, int, int, int, int, int, int] | None] = {}
+# The fused product for more rows of codes of 4 bits, NVIDIA H200 (results/gpu_many.md). Rows are the most that an entry
+# stands for, down to the next one; the last stands for more, too; those for 4 were measured at 1. None: another way is
+# faster. Columns: the fields of many.Config.
+HOPPER_MANY: dict[Key, tuple[int, int, int, int, int, int, int] | None] = {
+    ("int4-128", 4, (4096, 4096)): None,
+    ("table-64", 4, (4096, 4096)): None,
+    ("int4-128", 4, (4096, 14336)): None,
+    ("table-64", 4, (4096, 14336)): None,
+    ("int4-128", 4, (14336, 4096)): None,
+    ("table-64", 4, (14336, 4096)): (4, 2, 5, 2, 1, 1, 1),
+    ("int4-128", 4, (28672, 8192)): None,
+    ("table-64", 4, (28672, 8192)): None,
+    ("int4-128", 8, (4096, 4096)): None,  # 1.52x bfloat16
+    ("table-64", 8, (4096, 4096)): None,  # 1.38x bfloat16
+    ("int4-128", 8, (4096, 14336)): (1, 2, 6, 4, 1, 1, 3),  # 1.49x bfloat16
+    ("table-64", 8, (4096, 14336)): (4, 2, 5, 4, 1, 1, 1),  # 1.22x bfloat16
+    ("int4-128", 8, (14336, 4096)): None,  # 2.05x bfloat16
+    ("table-64", 8, (14336, 4096)): (4, 2, 5, 2, 1, 1, 1),  # 1.68x bfloat16
+    ("int4-128", 8, (28672, 8192)): None,  # 2.61x bfloat16
+    ("table-64", 8, (28672, 8192)): (4, 2, 5, 1, 1, 1, 1),  # 1.87x bfloat16
+    ("int4-128", 16, (4096, 4096)): (1, 2, 6, 4, 1, 1, 3),  # 1.35x bfloat16
+    ("table-64", 16, (4096, 4096)): (1, 2, 8, 2, 1, 1, 2),  # 1.20x bfloat16
+    ("int4-128", 16, (4096, 14336)): (1, 2, 6, 4, 1, 1, 3),  # 1.49x bfloat16
+    ("table-64", 16, (4096, 14336)): (4, 2, 5, 4, 1, 1, 1),  # 1.20x bfloat16
+    ("int4-128", 16, (14336, 4096)): (1, 2, 8, 1, 1, 1, 2),  # 1.98x bfloat16
+    ("table-64", 16, (14336, 4096)): (1, 2, 8, 1, 1, 1, 2),  # 1.68x bfloat16
+    ("int4-128", 16, (28672, 8192)): (4, 2, 6, 1, 1, 1, 1),  # 2.08x bfloat16
+    ("table-64", 16, (28672, 8192)): (4, 2, 5, 1, 1, 1, 1),  # 1.84x bfloat16
+    ("int4-128", 64, (4096, 4096)): (2, 8, 4, 2, 1, 0, 1),  # 0.94x bfloat16
+    ("table-64", 64, (4096, 4096)): (2, 8, 6, 2, 1, 1, 1),  # 0.84x bfloat16
+    ("int4-128", 64, (4096, 14336)): (2, 8, 4, 2, 1, 0, 1),  # 0.98x bfloat16
+    ("table-64", 64, (4096, 14336)): (2, 8, 6, 2, 1, 1, 1),  # 0.87x bfloat16
+    ("int4-128", 64, (14336, 4096)): (2, 8, 4, 1, 1, 0, 1),  # 1.60x bfloat16
+    ("table-64", 64, (14336, 4096)): (2, 8, 6, 1, 1, 1, 1),  # 1.41x bfloat16
+    ("int4-128", 64, (28672, 8192)): None,  # 1.70x bfloat16
+    ("table-64", 64, (28672, 8192)): (2, 8, 6, 1, 1, 1, 1),  # 1.34x bfloat16
+    ("int4-128", 256, (4096, 4096)): (2, 16, 4, 2, 1, 0, 1),  # 0.93x bfloat16
+    ("table-64", 256, (4096, 4096)): (2, 16, 4, 2, 1, 0, 1),  # 0.77x bfloat16
+    ("int4-128", 256, (4096, 14336)): (2, 16, 4, 2, 1, 0, 1),  # 0.99x bfloat16
+    ("table-64", 256, (4096, 14336)): (2, 16, 4, 2, 1, 0, 1),  # 0.84x bfloat16
+    ("int4-128", 256, (14336, 4096)): (2, 32, 3, 1, 1, 0, 1),  # 1.05x bfloat16
+    ("table-64", 256, (14336, 4096)): (2, 32, 2, 1, 1, 0, 1),  # 0.90x bfloat16
+    ("int4-128", 256, (28672, 8192)): (2, 32, 3, 1, 1, 0, 1),  # 1.09x bfloat16
+    ("table-64", 256, (28672, 8192)): (2, 32, 2, 1, 1, 0, 1),  # 0.93x bfloat16
+    ("int4-128", 1024, (4096, 4096)): (2, 32, 3, 1, 2, 0, 1),  # 0.97x bfloat16
+    ("table-64", 1024, (4096, 4096)): (2, 32, 2, 1, 2, 0, 1),  # 0.87x bfloat16
+    ("int4-128", 1024, (4096, 14336)): (2, 32, 3, 1, 2, 0, 1),  # 0.99x bfloat16
+    ("table-64", 1024, (4096, 14336)): (2, 32, 2, 1, 2, 0, 1),  # 0.86x bfloat16
+    ("int4-128", 1024, (14336, 4096)): (2, 32, 3, 1, 1, 0, 1),  # 0.90x bfloat16
+    ("table-64", 1024, (14336, 4096)): None,  # 0.80x bfloat16
+    ("int4-128", 1024, (28672, 8192)): (2, 32, 3, 1, 2, 0, 1),  # 1.01x bfloat16
+    ("table-64", 1024, (28672, 8192)): (2, 32, 2, 1, 1, 0, 1),  # 0.91x bfloat16
+    ("int4-128", 4096, (4096, 4096)): (2, 32, 3, 1, 2, 0, 1),  # 0.99x bfloat16
+    ("table-64", 4096, (4096, 4096)): None,  # 0.94x bfloat16
+    ("int4-128", 4096, (4096, 14336)): (2, 32, 3, 1, 2, 0, 1),  # 1.02x bfloat16
+    ("table-64", 4096, (4096, 14336)): None,  # 0.91x bfloat16
+    ("int4-128", 4096, (14336, 4096)): (2, 32, 3, 1, 2, 0, 1),  # 1.01x bfloat16
+    ("table-64", 4096, (14336, 4096)): None,  # 0.96x bfloat16
+    ("int4-128", 4096, (28672, 8192)): (2, 32, 3, 1, 2, 0, 1),  # 1.07x bfloat16
+    ("table-64", 4096, (28672, 8192)): None,  # 0.92x bfloat16
+}
 MANY = {9: HOPPER_MANY}
 # The kinds of weight whose batch-invariant products it is faster for, over all rows.
-INVARIANT_MANY: dict[int, frozenset[str]] = {9: frozenset()}
+INVARIANT_MANY: dict[int, frozenset[str]] = {9: frozenset({"int4-128", "table-64"})}

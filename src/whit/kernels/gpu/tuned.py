@@ -93,15 +93,16 @@ def best_invariant(scheme: Scheme, shape: Shape, rows: int, device: Device) -> m
 def invariant_many(scheme: Scheme, shape: Shape, rows: int, device: Device) -> many.Config:
     """A cut in which a row's sums do not depend on the rows: only the height of the tiles and the stages do.
 
-    Blocks share the columns of a tile where the tiles of one height would leave multiprocessors without work.
+    Blocks share the columns of a tile where the tiles of one height would leave most multiprocessors without work.
     """
-    tiles = next((n for n in many.ROW_TILES if 8 * n >= rows), many.ROW_TILES[-1])
-    stages = 8 if tiles <= 2 else 4 if tiles <= 16 else 2 if scheme.storage.levels else 3
-    config, split = many.Config(2, tiles, stages), 1
-    blocks = -(-shape[0] // config.outs)
-    while split < 8 and 2 * split * blocks <= device[1] and 4 * split * many.STEP <= shape[1]:
+    split, blocks = 1, -(-shape[0] // many.Config(2).outs)
+    while split < 8 and 3 * split * blocks <= device[1] and 4 * split * many.STEP <= shape[1]:
         split *= 2
-    return replace(config, split=split)
+    highest = many.ROW_TILES[-1] if split == 1 else 16  # sums of taller tiles take long to lay down
+    tiles = next((n for n in many.ROW_TILES if 8 * n >= rows), highest)
+    tiles = min(tiles, highest)
+    stages = 8 if tiles <= 2 else 4 if tiles <= 16 else 2 if scheme.storage.levels else 3
+    return many.Config(2, tiles, stages, split)
 
 
 def default_few(scheme: Scheme, rows: int) -> few.Config:
