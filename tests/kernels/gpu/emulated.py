@@ -110,7 +110,8 @@ def few_linears(
     assert few.fits(scheme, config, x.shape[0])
     macros = few.macros(scheme, config, few.case_of(operands, scheme, config, cuts))
     blocks = few.grid(config, [weight.shape[0] for weight in packed], cuts, 3 * cuts)
-    library(few.SOURCE, tuple(macros.items())).run(ctypes.byref(few.params(operands, scheme, cuts)), *blocks)
+    params = few.params(operands, few.spread_of(scheme, config), cuts)
+    library(few.SOURCE, tuple(macros.items())).run(ctypes.byref(params), *blocks)
     assert not any(each.arrived.any() for each in operands)
     return [each.y for each in operands]
 

@@ -68,6 +68,7 @@ FEW = [
     ("int4-g128", BF16, 1, few.Config(4, 2, 1), 1),
     ("nf4-dq", BF16, 8, few.Config(1, 4, 1), 3),
     ("int3-channel", BF16, 13, few.Config(4, 3, 1), 1),
+    ("nf4", BF16, 1, few.Config(2, 3, 1, 2), 1),
 ]
 MORE_FEW = [
     ("int4-g64-asym", F16, 3, few.Config(2, 4, 1), 2),
@@ -77,6 +78,11 @@ MORE_FEW = [
     ("int8-channel", BF16, 5, few.Config(2, 2, 1), 2),
     ("int7-g128-asym-fz", F16, 1, few.Config(1, 2, 1), 1),
     ("int2-g64", BF16, 16, few.Config(4, 2, 1), 2),
+    ("nf4-dq", F16, 3, few.Config(1, 2, 1, 2), 2),
+    ("fp4-g32", BF16, 2, few.Config(3, 2, 1, 4), 1),
+    ("int4-g64-asym", BF16, 1, few.Config(2, 1, 1, 2), 1),
+    ("int2-g64", F16, 2, few.Config(3, 1, 1, 4), 1),
+    ("int3-g128-asym", BF16, 1, few.Config(1, 1, 1, 2), 1),
 ]
 SLOW_FEW = [pytest.param(*case, marks=pytest.mark.slow) for case in MORE_FEW]
 

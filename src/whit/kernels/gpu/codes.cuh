@@ -86,10 +86,10 @@ template <bool RAW = false> DEVICE void decode(u32 (&pairs)[4], const u32 (&word
             u32 v = under_exponent(words[word] >> (BITS * code), MASK, MAGIC);
             pairs[i] = RAW ? v : add_pair(v, minus_offset());
         } else {  // 32 codes in 2 BITS half words; code j + 16 lies BITS half words after code j
-            int bit = BITS * (unit * 4 + i), at = bit >> 4, shift = bit & 15;
+            int bit = BITS * (unit % 4 * 4 + i), at = bit >> 4, shift = bit & 15, period = unit / 4 * BITS;
             auto halves = [&](int k) {
                 u32 selector = (k & 1 ? 0x0032 : 0x0010) | ((k + BITS) & 1 ? 0x7600 : 0x5400);
-                return permute(words[k >> 1], words[(k + BITS) >> 1], selector);
+                return permute(words[period + (k >> 1)], words[period + ((k + BITS) >> 1)], selector);
             };
             u32 here = shift + BITS <= 16 ? MASK : both((1u << (16 - shift)) - 1);
             u32 v = under_exponent(halves(at) >> shift, here, MAGIC);

@@ -8,15 +8,20 @@
 //   PARTS              weights of one format and width that are multiplied by the same x, one after the other
 //   EVEN               1: all warps have whole rounds of AHEAD steps, each with its own scale, and these lie aligned
 //   MIN_BLOCKS         blocks per multiprocessor to leave registers for
+//   SPREAD             groups side by side in a step; up to 8 rows times groups
 //
 // What bounds a stream of codes is instructions, so there are few per code. Blocks stay and take tile after tile: x, in
 // the order of the operands, and the table of a codebook are laid into shared memory once. Integers are multiplied with
 // the exponent's bit that the unpacking leaves in them; the sum of x over a step, made once, takes it off again, and the
 // zero point with it. Scales stay as they were loaded until their step is due. The next tile's codes are asked for
+// before the warps add up, always in the same order.
+// A row of W is read 64 bytes at a time where its groups allow it, or memory answers half of what it could: four threads
+// then hold columns of SPREAD groups, and x of each group is a row of its own in the product (`V`), zero elsewhere, so
+// that its sum comes apart from the others' and gets its own scale.
 // Requests to the first cache are few, too: in EVEN cuts the scales of a round come in one, and where a thread's codes of
 // a step are eight bytes (PAIRED), it asks for 16 of one of its rows and gets the other row's from its neighbour's
-// neighbour. The next tile's codes are asked for before the warps add up, always in the same order. Where x is too large for a block it is cut into slices of columns
-// (blockIdx.y), and the last block to come to a tile adds them.
+// neighbour. Where x is too large for a block it is cut into slices of columns (blockIdx.y), and the last block to come to
+// a tile adds them.
 #include "codes.cuh"
 #include "sums.cuh"
 
@@ -26,10 +31,14 @@ constexpr float BIAS = HAS_RAW ? (HALF ? 1024.0f : 128.0f) + OFFSET : 0.0f;  // 
 constexpr int LEVELS = SCALE == 3 ? 64 : 0;  // of uint4: the levels of quantized scales
 constexpr int PER_STEP = UNITS * ROWS * 4;   // of uint4: a step of x
 constexpr int SHARERS = 4 * UNITS;           // uint4 of a row and step
-constexpr bool PAIRED = WORDS == 2;
+constexpr int PER_SUM = SHARERS / SPREAD;    // of a row, step and group
+constexpr int V = ROWS * SPREAD, LANES = 4 / SPREAD;  // rows of the product; threads that share a group
+constexpr bool PAIRED = WORDS == 2 && SPREAD == 1;
 constexpr int SCALE_BYTES = SCALE == 3 ? 1 : SCALE == 2 ? 4 : 2;
-constexpr int SCALE_WORDS = EVEN ? AHEAD * SCALE_BYTES / 4 : 1;  // of a round
+constexpr int SCALE_WORDS = EVEN ? AHEAD * SPREAD * SCALE_BYTES / 4 : 1;  // of a round
+constexpr int KINDS = SPREAD > 1 ? 2 : 1;    // scales of a row of W and step that a thread needs: of columns 2 t, 2 t + 1
 constexpr int NT = ROWS > 8 ? ROWS / 8 : 1;  // tiles of 8 rows
+static_assert(SPREAD == 1 || (V <= 8 && STEPS_PER_GROUP == 1), "a group is a row of the product");
 
 struct Raw {  // a scale as it is stored
     u32 bits;
@@ -37,9 +46,10 @@ struct Raw {  // a scale as it is stored
 };
 struct Held {  // what a thread holds of W for one step: rows 8 apart
     u32 words[2][WORDS];
-    Raw scale[2];
-    float zero[2];
+    Raw scale[2][KINDS];
+    float zero[2][KINDS];
 };
+DEVICE int group_of(int lane, int kind) { return (2 * (lane & 3) + kind) % SPREAD; }  // of a step's
 struct Rows {  // where a thread's two rows of W lie, from the warp's first step on
     const u32 *codes[2];
     int out[2], part, tile;
@@ -71,7 +81,7 @@ DEVICE float scale_of(const Raw &raw, const float *levels, float offset) {
 #endif
 }
 
-struct Round {  // the scales of AHEAD steps of two rows, as they are stored
+struct Round {  // the scales of AHEAD steps of two rows of W, as they are stored
     u32 bits[2][SCALE_WORDS];
     float absmax[2];
 };
@@ -96,11 +106,17 @@ DEVICE void load_round(Round &round, const Rows &rows, int group) {
         if (SCALE == 3) round.absmax[h] = ((const float *)rows.scales.scale)[index >> 8];
     }
 }
-DEVICE Raw raw_of(const Round &round, int h, int j) {
+DEVICE Raw raw_at(const Round &round, int h, int j) {
     if (SCALE == 2) return {0, bits_float(round.bits[h][j % SCALE_WORDS])};
     constexpr int PER_WORD = 4 / SCALE_BYTES;
     u32 word = round.bits[h][j / PER_WORD % SCALE_WORDS] >> (8 * SCALE_BYTES * (j % PER_WORD));
     return {word & (SCALE == 3 ? 0xFFu : 0xFFFFu), round.absmax[h]};
+}
+DEVICE Raw raw_of(const Round &round, int h, int step, int kind, int lane) {
+    Raw first = raw_at(round, h, step * SPREAD + kind);
+    if (SPREAD < 4) return first;
+    Raw second = raw_at(round, h, step * SPREAD + 2 + kind);
+    return lane & 1 ? second : first;
 }
 
 DEVICE void load_held(Held &held, const Rows &rows, int begin, int step) {
@@ -112,8 +128,12 @@ DEVICE void load_held(Held &held, const Rows &rows, int begin, int step) {
     for (int h = 0; h < 2; h++) {
         if (!PAIRED) load_words(held.words[h], rows.codes[h] + step * 4 * WORDS);
 #if STEPS_PER_GROUP
-        if (!EVEN) held.scale[h] = load_raw(rows.scales, rows.out[h], (begin + step) / STEPS_PER_GROUP);
-        if (ZERO) held.zero[h] = load_zero(rows.scales, rows.out[h], (begin + step) / STEPS_PER_GROUP);
+#pragma unroll
+        for (int kind = 0; kind < KINDS; kind++) {
+            int group = (begin + step) / STEPS_PER_GROUP * SPREAD + group_of(threadIdx.x, kind);
+            if (!EVEN) held.scale[h][kind] = load_raw(rows.scales, rows.out[h], group);
+            if (ZERO) held.zero[h][kind] = load_zero(rows.scales, rows.out[h], group);
+        }
 #endif
     }
 }
@@ -137,7 +157,7 @@ DEVICE Rows rows_of(const Several &all, int tile, int begin, int lane) {
     return rows;
 }
 
-// x in the order of the operands, [step][unit][row][lane & 3], and its sums, [step][row].
+// x in the order of the operands, [step][unit][row][lane & 3], and its sums, [step][row][group].
 DEVICE void stage(uint4 *xs, float *sums, const Params &p, int first_step, int steps, u32 tid) {
     u32 count = steps * SHARERS * ROWS;
 #pragma unroll 2
@@ -153,13 +173,13 @@ DEVICE void stage(uint4 *xs, float *sums, const Params &p, int first_step, int s
         u32 i = first + tid % 32, at = i / SHARERS, step = at / ROWS, row = at % ROWS, in = i % SHARERS;
         float sum = 0;
         if (i < count) {
-            uint4 v = xs[((step * UNITS + in / 4) * ROWS + row) * 4 + in % 4];
+            uint4 v = xs[((step * UNITS + in % UNITS) * ROWS + row) * 4 + in / UNITS];
             sum = (widen(v.x & 0xFFFF) + widen(v.x >> 16)) + (widen(v.y & 0xFFFF) + widen(v.y >> 16)) +
                   (widen(v.z & 0xFFFF) + widen(v.z >> 16)) + (widen(v.w & 0xFFFF) + widen(v.w >> 16));
         }
 #pragma unroll
-        for (int flip = SHARERS / 2; flip; flip /= 2) sum += from_lane(sum, flip);
-        if (i < count && in == 0) sums[at] = sum;
+        for (int flip = PER_SUM / 2; flip; flip /= 2) sum += from_lane(sum, flip);
+        if (i < count && in % PER_SUM == 0) sums[i / PER_SUM] = sum;
     }
 }
 
@@ -168,6 +188,7 @@ struct Shared {
     const float *sums;   // of x, from the warp's first step on
     const float *levels;
     Table table;
+    bool has_x;          // its column of the product has x where its columns of W are
 };
 
 // A thread's sums: per tile of 8 rows, rows 2 t and 2 t + 1 with its two rows of W; and x's own.
@@ -186,7 +207,7 @@ DEVICE void exchange(Held &held, int lane) {
     }
 }
 
-DEVICE void add_step(Sums &sums, Held &held, const Raw (&raw)[2], const Shared &s, const Rows &rows, int step, int lane) {
+DEVICE void add_step(Sums &sums, Held &held, const Raw (&raw)[2][KINDS], const Shared &s, const Rows &rows, int step, int lane) {
     if (PAIRED) exchange(held, lane);
 #if STEPS_PER_GROUP
     float part[NT][4] = {};
@@ -201,7 +222,8 @@ DEVICE void add_step(Sums &sums, Held &held, const Raw (&raw)[2], const Shared &
         decode<HAS_RAW>(bottom, held.words[1], unit, s.table);
 #pragma unroll
         for (int n = 0; n < NT; n++) {
-            uint4 b = x[(unit * ROWS + 8 * n) * 4];
+            uint4 b = make_uint4(0, 0, 0, 0);
+            if (V >= 8 && SPREAD == 1 || s.has_x) b = x[(unit * ROWS + 8 * n) * 4];
             multiply(part[n], top[0], bottom[0], top[1], bottom[1], b.x, b.y);
             multiply(part[n], top[2], bottom[2], top[3], bottom[3], b.z, b.w);
         }
@@ -209,13 +231,13 @@ DEVICE void add_step(Sums &sums, Held &held, const Raw (&raw)[2], const Shared &
 #pragma unroll
     for (int n = 0; n < NT; n++) {
         if (SUMMED) {
-            const float *of_x = s.sums + step * ROWS + 8 * n;
-            float first = of_x[min(2 * (lane & 3), ROWS - 1)], second = of_x[min(2 * (lane & 3) + 1, ROWS - 1)];
+            const float *of_x = s.sums + step * V + 8 * n;
+            float first = of_x[min(2 * (lane & 3), V - 1)], second = of_x[min(2 * (lane & 3) + 1, V - 1)];
 #if STEPS_PER_GROUP
 #pragma unroll
             for (int h = 0; h < 2; h++) {
-                float bias = BIAS + (ZERO ? held.zero[h] : 0.0f);
-                part[n][2 * h] -= bias * first, part[n][2 * h + 1] -= bias * second;
+                part[n][2 * h] -= (BIAS + (ZERO ? held.zero[h][0] : 0.0f)) * first;
+                part[n][2 * h + 1] -= (BIAS + (ZERO ? held.zero[h][KINDS - 1] : 0.0f)) * second;
             }
 #else
             sums.x[n][0] += first, sums.x[n][1] += second;
@@ -225,8 +247,9 @@ DEVICE void add_step(Sums &sums, Held &held, const Raw (&raw)[2], const Shared &
         float offset = SCALE == 3 ? *rows.scales.offset : 0.0f;
 #pragma unroll
         for (int h = 0; h < 2; h++) {
-            float scale = scale_of(raw[h], s.levels, offset);
-            sums.all[n][2 * h] += scale * part[n][2 * h], sums.all[n][2 * h + 1] += scale * part[n][2 * h + 1];
+#pragma unroll
+            for (int e = 0; e < 2; e++)
+                sums.all[n][2 * h + e] += scale_of(raw[h][e % KINDS], s.levels, offset) * part[n][2 * h + e];
         }
 #endif
     }
@@ -244,7 +267,7 @@ DEVICE void scale_sums(Sums &sums, const Rows &rows) {
     }
 }
 
-// The warps' sums of a tile, [warp][row][out], become outs of y, or of a slice.
+// The warps' sums of a tile, [warp][row][group][out], become outs of y, or of a slice.
 DEVICE void join(float *block, u32 *ticket, const Sums &sums, const Params &p, int tile, int tid) {
     int lane = tid & 31, warp = tid >> 5, slices = gridDim.y, slice = blockIdx.y;
 #pragma unroll
@@ -252,7 +275,7 @@ DEVICE void join(float *block, u32 *ticket, const Sums &sums, const Params &p, i
 #pragma unroll
         for (int e = 0; e < 4; e++) {
             int row = 8 * n + 2 * (lane & 3) + (e & 1), out = (e >> 1) * 8 + (lane >> 2);
-            if (row < ROWS) block[(warp * ROWS + row) * 16 + out] = sums.all[n][e];
+            if (row < V) block[(warp * V + row) * 16 + out] = sums.all[n][e];
         }
     __syncthreads();
 #pragma unroll 1
@@ -260,7 +283,9 @@ DEVICE void join(float *block, u32 *ticket, const Sums &sums, const Params &p, i
         int out = tile * 16 + i % 16, row = i / 16;
         float sum = 0;
 #pragma unroll
-        for (int w = 0; w < WARPS; w++) sum += block[w * ROWS * 16 + i];
+        for (int w = 0; w < WARPS; w++)
+#pragma unroll
+            for (int group = 0; group < SPREAD; group++) sum += block[((w * ROWS + row) * SPREAD + group) * 16 + i % 16];
         if (out >= p.outs) continue;
         if (slices == 1) store(p, row, out, sum);
         else p.partial[((long long)slice * p.rows + row) * p.outs + out] = sum;
@@ -285,7 +310,7 @@ DEVICE void join(float *block, u32 *ticket, const Sums &sums, const Params &p, i
 }
 
 DEVICE void begin_tile(Held (&held)[AHEAD], Round &round, const Rows &rows, int begin, int steps) {
-    if (EVEN) load_round(round, rows, begin);
+    if (EVEN) load_round(round, rows, begin * SPREAD);
 #pragma unroll
     for (int j = 0; j < AHEAD; j++)
         if (EVEN || j < steps) load_held(held[j], rows, begin, j);
@@ -297,12 +322,15 @@ DEVICE void add_tile(Sums &sums, Held (&held)[AHEAD], Round &round, const Shared
     for (int first = 0; first < steps; first += AHEAD) {
         Round now = round;
         bool more = first + AHEAD < steps;
-        if (EVEN && more) load_round(round, rows, begin + first + AHEAD);
+        if (EVEN && more) load_round(round, rows, (begin + first + AHEAD) * SPREAD);
 #pragma unroll
         for (int j = 0; j < AHEAD; j++) {
             if (!EVEN && first + j >= steps) break;
-            Raw raw[2];
-            for (int h = 0; h < 2; h++) raw[h] = EVEN ? raw_of(now, h, j) : held[j].scale[h];
+            Raw raw[2][KINDS];
+#pragma unroll
+            for (int h = 0; h < 2; h++)
+#pragma unroll
+                for (int k = 0; k < KINDS; k++) raw[h][k] = EVEN ? raw_of(now, h, j, k, lane) : held[j].scale[h][k];
             add_step(sums, held[j], raw, s, rows, first + j, lane);
             if (EVEN ? more : first + j + AHEAD < steps) load_held(held[j], rows, begin, first + j + AHEAD);
         }
@@ -316,8 +344,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) few(const Seve
     int all_steps = min(in_slice, p.part[0].columns / STEP - first_step), per_warp = (all_steps + WARPS - 1) / WARPS;
     int in_block = warp * per_warp, begin = first_step + in_block, steps = min(per_warp, all_steps - in_block);
     uint4 *xs = shared + TABLE + LEVELS;
-    float *x_sums = (float *)(xs + in_slice * PER_STEP), *blocks = x_sums + (SUMMED ? (in_slice * ROWS + 3) / 4 * 4 : 0);
-    u32 *ticket = (u32 *)(blocks + 2 * WARPS * ROWS * 16);
+    float *x_sums = (float *)(xs + in_slice * PER_STEP), *blocks = x_sums + (SUMMED ? (in_slice * V + 3) / 4 * 4 : 0);
+    u32 *ticket = (u32 *)(blocks + 2 * WARPS * V * 16);
 #pragma unroll
     for (int i = 0; i < PARTS; i++) tiles += tiles_of(p.part[i]);
 
@@ -332,19 +360,21 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) few(const Seve
     stage(xs, x_sums, p.part[0], first_step, all_steps, tid);
     __syncthreads();
 
-    Shared s = {xs + in_block * PER_STEP + min(lane >> 2, ROWS - 1) * 4 + (lane & 3), x_sums + in_block * ROWS,
-                (const float *)(shared + TABLE), {(const u8 *)shared, (u32)lane * 4}};
+    int row = (lane >> 2) / SPREAD;
+    Shared s = {xs + in_block * PER_STEP + min(row, ROWS - 1) * 4 + (lane & 3), x_sums + in_block * V,
+                (const float *)(shared + TABLE), {(const u8 *)shared, (u32)lane * 4},
+                row < ROWS && (lane >> 2) % SPREAD == (lane & 3) / LANES};
     int turn = 0;
 #pragma unroll 1
     for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x, turn ^= 1) {
         Sums sums = {};
-add_tile(sums, held, round, s, rows, begin, steps, lane);
+        add_tile(sums, held, round, s, rows, begin, steps, lane);
         if (!STEPS_PER_GROUP) scale_sums(sums, rows);
         int part = rows.part, in_part = rows.tile;
         if (tile + gridDim.x < tiles) {
             rows = rows_of(p, tile + gridDim.x, begin, lane);
             begin_tile(held, round, rows, begin, steps);
         }
-        join(blocks + turn * WARPS * ROWS * 16, ticket, sums, p.part[part], in_part, tid);
+        join(blocks + turn * WARPS * V * 16, ticket, sums, p.part[part], in_part, tid);
     }
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -27,6 +27,7 @@ class Config:
     warps: int = 8
     ahead: int = 4
     min_blocks: int = 2
+    spread: int = 1
 
     @property
     def threads(self) -> int:
@@ -48,26 +49,32 @@ class Case:
     even: bool = False
 
 
+def spread_of(scheme: Scheme, config: Config) -> Scheme:
+    """The scheme in whose steps `spread` groups lie side by side."""
+    return replace(scheme, chunk=scheme.chunk * config.spread)
+
+
 def macros(scheme: Scheme, config: Config, case: Case) -> dict[str, int]:
     """What few.cu is compiled with."""
     return scheme.storage.macros | {
-        "HALF": int(case.half), "CHUNK": scheme.chunk, "STEPS_PER_GROUP": scheme.steps_per_group,
+        "HALF": int(case.half), "CHUNK": scheme.chunk * config.spread, "STEPS_PER_GROUP": scheme.steps_per_group,
         "ROWS": rounded(case.rows), "WARPS": config.warps, "AHEAD": config.ahead, "MIN_BLOCKS": config.min_blocks,
-        "PARTS": case.parts, "EVEN": int(case.even),
+        "PARTS": case.parts, "EVEN": int(case.even), "SPREAD": config.spread,
     }  # fmt: skip
 
 
 def shared_bytes(scheme: Scheme, config: Config, rows: int, steps: int) -> int:
     """Dynamic shared memory of a block: table, levels of scales, `steps` of x and their sums, sums of two tiles."""
-    rows = rounded(rows)
+    rows, step = rounded(rows), scheme.step * config.spread
     table = (stream.TABLE_BYTES if scheme.storage.levels else 0) + (1024 if scheme.storage.scale == 3 else 0)
-    return table + 2 * rows * steps * scheme.step + -(-steps * rows // 4) * 16 + 2 * config.warps * rows * 64 + 16
+    sums = rows * config.spread
+    return table + 2 * rows * steps * step + -(-steps * sums // 4) * 16 + 2 * config.warps * sums * 64 + 16
 
 
 @lru_cache(maxsize=4096)
 def slices(scheme: Scheme, config: Config, rows: int, columns: int) -> int:
     """Into how many slices of columns x is cut, so that `min_blocks` fit a multiprocessor; none is empty."""
-    steps, room = columns // scheme.step, MOST_SHARED // config.min_blocks
+    steps, room = columns // (scheme.step * config.spread), MOST_SHARED // config.min_blocks
     per_slice = max((n for n in range(1, steps + 1) if shared_bytes(scheme, config, rows, n) <= room), default=1)
     count = -(-steps // per_slice)
     return -(-steps // -(-steps // count))
@@ -75,6 +82,8 @@ def slices(scheme: Scheme, config: Config, rows: int, columns: int) -> int:
 
 def fits(scheme: Scheme, config: Config, rows: int) -> bool:
     """Whether the kernel can run it: few rows, and a step of x in shared memory."""
+    if config.spread > 1 and (rounded(rows) * config.spread > 8 or scheme.steps_per_group != 1):
+        return False
     return rows <= MOST_ROWS and shared_bytes(scheme, config, rows, 1) * config.min_blocks <= MOST_SHARED
 
 
@@ -98,8 +107,8 @@ def several(parts: int) -> type[ctypes.Structure]:
 
 def is_even(scheme: Scheme, config: Config, columns: int, cuts: int) -> bool:
     """Whether all warps have whole rounds of `ahead` steps, each step with a scale of its own."""
-    steps, round_steps = columns // scheme.step, config.warps * config.ahead
-    size = SCALE_BYTES[scheme.storage.scale] * config.ahead
+    steps, round_steps = columns // (scheme.step * config.spread), config.warps * config.ahead
+    size = SCALE_BYTES[scheme.storage.scale] * config.ahead * config.spread
     return scheme.steps_per_group == 1 and not steps % (cuts * round_steps) and size in (4, 8, 16, 32)
 
 
@@ -128,6 +137,7 @@ def launch(operands: Sequence[Operands], scheme: Scheme, config: Config, cuts: i
     rows, columns = x.shape
     function = build(scheme, config, case_of(operands, scheme, config, cuts), x.device.index)
     blocks = grid(config, [each.y.shape[1] for each in operands], cuts, multiprocessors)
-    shared = shared_bytes(scheme, config, rows, -(-(columns // scheme.step) // cuts))
+    wide = spread_of(scheme, config)
+    shared = shared_bytes(scheme, config, rows, -(-(columns // wide.step) // cuts))
     where = torch.cuda.current_stream(x.device).cuda_stream
-    function.launch_early(blocks, config.threads, shared, params(operands, scheme, cuts), where)
+    function.launch_early(blocks, config.threads, shared, params(operands, wide, cuts), where)
