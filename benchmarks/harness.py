@@ -14,6 +14,8 @@ from typing import Any
 import torch
 
 RESULTS = Path(__file__).parent / "results"
+ROUNDS = 5  # of turns
+PAUSE = 0.1  # seconds before a turn
 
 
 def machine() -> dict[str, Any]:
@@ -57,6 +59,29 @@ def interleaved(tasks: Mapping[str, Callable[[], object]], rounds: int) -> dict[
             task()
             seconds[name].append(time.perf_counter() - start)
     return seconds
+
+
+def in_turns(
+    tasks: Mapping[str, Callable[[], object]], seconds: float, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, list[float]]:
+    """Seconds of every task, in `seconds` for all together: ROUNDS turns each of calls in a row, the first not counted.
+
+    A pause comes before each turn: the threads of some libraries (ONNX Runtime's) go on spinning for tens of
+    milliseconds after a call, and would take processors from whoever comes next.
+    """
+    took: dict[str, list[float]] = {name: [] for name in tasks}
+    for _ in range(ROUNDS):
+        for name, task in tasks.items():
+            time.sleep(PAUSE)
+            task()
+            until = time.monotonic() + max(seconds / ROUNDS / len(tasks) - PAUSE, 0)
+            while True:
+                start = clock()
+                task()
+                took[name].append(clock() - start)
+                if time.monotonic() > until:
+                    break
+    return took
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
