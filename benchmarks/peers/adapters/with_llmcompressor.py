@@ -1,4 +1,8 @@
-"""llm-compressor's GPTQ and AWQ, at their own defaults (static act-order, damping 0.01; 20 grid points)."""
+"""llm-compressor's GPTQ and AWQ, at their own defaults (static act-order, damping 0.01; 20 grid points).
+
+`batch_size`, one by default there, is of samples that go through a module at once: AWQ's search runs a module 20 times
+over all of them for each of its scales, and waits for Python where they go one by one.
+"""
 
 from __future__ import annotations
 
@@ -32,6 +36,7 @@ def quantize(job: Job) -> tuple[Weights, Took]:
             recipe=recipe(job),
             max_seq_length=context,
             num_calibration_samples=samples,
+            batch_size=job.options.get("batch_size", 1),
             shuffle_calibration_samples=False,
         )
     )
