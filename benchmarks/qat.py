@@ -4,13 +4,16 @@
     python benchmarks/qat.py --model smollm2-135m-fp --shared FOLDER --out OUT --smoke       # every way, on 4 blocks
     python benchmarks/qat.py --model smollm2-135m-fp --shared FOLDER --out OUT --pilot       # rates of ternary
     python benchmarks/qat.py --model smollm2-135m-fp --shared FOLDER --out OUT --seconds 690 --mps
+    python benchmarks/qat.py --model smollm2-135m-fp --shared FOLDER --out OUT --seconds 540 --jobs 1 --formats int2-g64
+        --ways efficientqat --efficient-samples 4096    # EfficientQAT in full; run it again until its cell is there
 
 Chains of cells (format x way) run side by side, each in a process of its own: blocks and then full training from them;
 gptq and rtn; refine; scales, which begin with what blocks left; and EfficientQAT's published recipe. A finished cell
 is a JSON file in OUT/cells and is not made again; a second call goes on with the rest. `--seconds` is the whole budget:
 ternary is trained until it is nearly over, all else has a fixed number of steps (times --scale). With `--gpus 2`
 ternary and binary are trained on the second.
-OUT/qat.json, OUT/qat.md and OUT/qat.png hold the table and a plot of whatever cells are there.
+OUT/qat.json, OUT/qat.md and OUT/qat.png hold the table and a plot of whatever cells are there. With `--jobs 1` the log
+goes to the terminal, and every minute a line for each thread says what it is at.
 
 Measured in bfloat16, dequantized: perplexity on WikiText-2 test (windows of --context) and on wiki_valid, KL
 from the unquantized model on both, piqa and arc_easy (the first --items of each), bits per weight of the whole file,
@@ -20,6 +23,7 @@ minutes of quantizing and training (beside all other processes), and the most me
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import os
 import signal
 import subprocess
@@ -62,6 +66,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--at-once", type=int, default=8, help="windows that run together")
     parser.add_argument("--samples", type=int, default=128, help="calibration windows, of --context tokens")
     parser.add_argument("--efficient-samples", type=int, default=512, help="EfficientQAT's (4096 as published)")
+    parser.add_argument("--input-memory", type=float, default=48.0, metavar="GB", help="for the inputs of blocks")
     parser.add_argument("--context", type=int, default=2048)
     parser.add_argument("--valid-tokens", type=int, default=131072)
     parser.add_argument("--test-tokens", type=int, default=None)
@@ -83,6 +88,8 @@ def run_chain(args: argparse.Namespace) -> int:
     """The cells of one process, in order; how many failed. A failure of one is no reason to leave out the next."""
     baseline = lru_cache(maxsize=1)(lambda: load(args, args.model))
     failed = 0
+    if args.jobs == 1:
+        faulthandler.dump_traceback_later(60, repeat=True)
     for cell in args.chain.split(","):
         format, way = cell.split(":")
         if cell_path(args, format, way).exists():
@@ -159,7 +166,8 @@ class Runner:
             name = chain.replace(":", "_").replace(",", "+")
             log = (self.args.out / "logs" / f"{name}.log").open("ab")
             command = [sys.executable, *sys.argv, "--chain", chain, "--deadline", str(self.deadline)]
-            process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=self._beside(chain))
+            to = None if self.args.jobs == 1 else log
+            process = subprocess.Popen(command, stdout=to, stderr=subprocess.STDOUT, env=self._beside(chain))
             self.running[chain] = process, log
 
     def _beside(self, chain: str) -> dict[str, str]:
@@ -224,7 +232,7 @@ def main() -> int:
     if args.chain:
         return min(run_chain(args), 1)
     if args.report:
-        report(args.out, args.formats.split(","), args.efficient_formats.split(","))
+        report(args, FORMATS)
         return 0
     qat_text.prepare(args.model, args.shared, args.out / "tokens")
     if args.smoke:
@@ -233,7 +241,7 @@ def main() -> int:
         pilot(args, lambda waiting: run_all(args, waiting))
     elif not args.prepare:
         run_all(args, chains(args))
-        report(args.out, args.formats.split(","), args.efficient_formats.split(","))
+        report(args, FORMATS)
     return 0
 
 

@@ -14,6 +14,7 @@ import time
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -22,20 +23,26 @@ from torch import Tensor
 
 import qat_text
 import whit
-from whit.calibration import Calibration
+from whit.calibration import Calibration, CalibrationTokens
+from whit.cli.quantize import cost
 from whit.errors import OutputError
+from whit.estimate import estimate
 from whit.evaluation.listener import Silent
 from whit.evaluation.tasks import builtin
 from whit.evaluation.text import cut_windows
 from whit.evaluation.zeroshot import Scorer, run_task
 from whit.finish import peak_memory
 from whit.integrations.loading import load_causal_lm, load_tokenizer, maximum_context
+from whit.job import prepare
 from whit.methods import GPTQ, RTN, Blocks, Refine
 from whit.modules import PackedModule, remove_packed
+from whit.pipeline import run
 from whit.qat import Course, Setting, Training, Words, finish, learn, prepare_full, prepare_scales
 from whit.qat.losses import divergence, text_loss
 from whit.qat.recipes import efficientqat
 from whit.tensor import QuantizedTensor
+
+from harness import machine
 
 WAYS = ("rtn", "gptq", "refine", "blocks", "scales", "full")
 TASKS = ("piqa", "arc_easy")
@@ -72,16 +79,22 @@ class Cell:
 
     def __init__(self, args: argparse.Namespace, format: str, way: str, baseline: Callable[[], Any]) -> None:
         self.args, self.format, self.way, self.baseline = args, format, way, baseline
-        self.options = whit.Options(device="cuda" if on_gpu(args) else "cpu")
+        self.options = whit.Options(
+            device="cuda" if on_gpu(args) else "cpu", progress=self._unit, input_memory=int(args.input_memory * 1e9)
+        )
         self.rules = [("*", format)]
         text = qat_text.calibration_text(args.out / "tokens")
         self.calibration = Calibration(text, args.samples, args.context)
         self.out = model_path(args, format, way)
-        self.record: dict[str, Any] = {"format": format, "way": way}
+        self.record: dict[str, Any] = {"format": format, "way": way, "machine": machine(), "jobs": args.jobs}
+        self.spent = args.out / "spent" / f"{format}__{way}.json"
+        self.before = {"seconds": 0.0, "peak": 0}  # of calls that were ended before this one
 
     def run(self) -> dict[str, Any]:
         """The record, which is in its file as well."""
         self.began = time.monotonic()
+        if self.spent.exists():
+            self.before = json.loads(self.spent.read_text())
         if on_gpu(self.args):
             torch.cuda.reset_peak_memory_stats()
         if self.way == "bf16":
@@ -96,6 +109,7 @@ class Cell:
         if "wikitext2" not in self.record:
             self.record |= measure(self.args, load(self.args, self.out), self.baseline())
         self._keep({})
+        self.spent.unlink(missing_ok=True)
         return self.record
 
     def _quantized(self) -> None:
@@ -154,15 +168,28 @@ class Cell:
         return course
 
     def _efficientqat(self) -> None:
+        """As published: windows that do not overlap, both phases at the authors' rates."""
         phases = efficientqat(whit.parse_format(self.format), self.args.efficient_samples)
         first = model_path(self.args, self.format, "efficientqat-blocks")
-        published = replace(self.calibration, samples=phases.calibration_samples)
+        tokens = drawn(self.args, phases.calibration_samples, self.args.context, seed=0)
+        text = CalibrationTokens(tokens, sha256(tokens.numpy().astype("<i8").tobytes()).hexdigest())
+        self._say(f"{len(tokens)} windows of {tokens.shape[1]} tokens")
         recipe = whit.Recipe(phases.blocks, self.rules)
-        self._again(lambda o: whit.quantize(self.args.model, first, recipe, calibration=published, options=o))
-        self.record["samples"] = phases.calibration_samples
-        self.record["blocks_minutes"] = (time.monotonic() - self.began) / 60
-        words = Words(tokens=windows(self.args, phases.scales, 2 * self.args.context))
-        self._train(lambda o: prepare_scales(first, self.out, phases.scales, words, Setting(o)), phases.scales)
+
+        def blocks(options: whit.Options) -> None:
+            one = replace(self.calibration, samples=1)  # takes no time; in its place come the windows
+            job = replace(prepare(self.args.model, first, recipe, options, one, "whit"), calibration=text)
+            if not first.exists():
+                self._say(f"blocks: {cost(job, estimate(job))}")
+            run(job)
+
+        self._again(blocks)
+        self.record["samples"] = len(tokens)
+        self.record["blocks_minutes"] = json.loads((first / "whit.json").read_text())["seconds"] / 60
+        course = replace(phases.scales, at_once=min(self.args.at_once, 4))
+        words = Words(tokens=windows(self.args, course, 2 * self.args.context))
+        self._say(f"scales: {course.steps} steps of {course.batch} windows of {2 * self.args.context} tokens")
+        self._train(lambda o: prepare_scales(first, self.out, course, words, Setting(o)), course)
 
     def _train(self, prepare: Callable[[whit.Options], Training], course: Course) -> None:
         """Learn, measure what was learned, keep that, and only then write it and compare the two."""
@@ -184,7 +211,19 @@ class Cell:
 
     def _seen(self, what: str, step: int, total: int, loss: float) -> None:
         self.record |= {"steps": step, "loss": loss}
-        print(f"{self.format} {self.way}: {step}/{total} loss {loss:.4f}, {self._minutes():.1f} min", flush=True)
+        self._say(f"{step}/{total} loss {loss:.4f}")
+
+    def _unit(self, name: str, done: int, total: int) -> None:
+        self._say(f"{done}/{total} {name}")
+
+    def _say(self, what: str) -> None:
+        """With the time, so that a stall is seen; what was spent is kept for the call that goes on from here."""
+        print(f"{self.format} {self.way}: {what}, {self._minutes():.2f} min", flush=True)
+        save(self.spent, {"seconds": 60 * self._minutes(), "peak": self._peak()})
+
+    def _peak(self) -> int:
+        """Most bytes that were held by any call: of the GPU's memory, or of the process."""
+        return max(torch.cuda.max_memory_allocated() if on_gpu(self.args) else peak_memory(), int(self.before["peak"]))
 
     def _again(self, do: Callable[[whit.Options], object]) -> None:
         """Go on with what an earlier call began; begin anew where that had other options."""
@@ -197,16 +236,19 @@ class Cell:
         return max(round(count * self.args.scale), 2)
 
     def _minutes(self) -> float:
-        return (time.monotonic() - self.began) / 60
+        return (self.before["seconds"] + time.monotonic() - self.began) / 60
 
     def _taken(self) -> None:
-        peak = torch.cuda.max_memory_allocated() if on_gpu(self.args) else peak_memory()
         begun = cell_path(self.args, self.format, "blocks")
         if (self.way == "scales" or self.record.get("start") == "blocks") and begun.exists():
             before = float(json.loads(begun.read_text())["minutes"])
         else:
             before = 0.0
-        self.record |= {"minutes": self._minutes() + before, "minutes_before": before, "peak_memory_bytes": peak}
+        self.record |= {
+            "minutes": self._minutes() + before,
+            "minutes_before": before,
+            "peak_memory_bytes": self._peak(),
+        }
 
     def _read_account(self) -> None:
         account = json.loads((self.out / "whit.json").read_text())
@@ -228,9 +270,14 @@ def chosen(args: argparse.Namespace) -> dict[str, Any]:
 
 def windows(args: argparse.Namespace, course: Course, context: int) -> Tensor:
     """Windows of the training text, as many as the course takes or there are, in a seeded order."""
+    return drawn(args, course.steps * course.batch, context, course.seed)
+
+
+def drawn(args: argparse.Namespace, count: int, context: int, seed: int) -> Tensor:
+    """That many windows of the training text, or all there are, in a seeded order; none overlaps another."""
     cut = cut_windows(qat_text.stream(args.out / "tokens", qat_text.TRAIN), context)[: -qat_text.HELD_OUT]
-    order = torch.randperm(len(cut), generator=torch.Generator().manual_seed(course.seed))
-    return cut[order[: course.steps * course.batch]]
+    order = torch.randperm(len(cut), generator=torch.Generator().manual_seed(seed))
+    return cut[order[:count]]
 
 
 # What is measured

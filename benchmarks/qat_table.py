@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,14 +13,20 @@ from qat_cells import WAYS
 
 from harness import machine
 
+TEXTS = (("wikitext2", "WikiText-2's test text"), ("wiki_valid", "wiki_valid"))
+PUBLISHED, OWN_SAMPLES = 4096, 128
+SHARED = "3 to 15"  # where a cell does not say how many ran at most
 TITLES = {"scales": "blocks + scales", "full": "full, distilled", "efficientqat": "EfficientQAT", "bf16": "bf16"}
 
 
-def report(out: Path, formats: Sequence[str], efficient: Sequence[str]) -> None:
-    """The table, as JSON and Markdown, and the plot, of the cells that are there."""
-    paths = (out / "cells" / f"{f}__{w}.json" for f, w in _keys(formats, efficient))
+def report(args: argparse.Namespace, formats: Sequence[str]) -> None:
+    """The table, as JSON and Markdown, and the plot, of the cells that are there: first those of `formats`."""
+    out = args.out
+    formats = list(dict.fromkeys((*formats, *args.formats.split(","))))
+    paths = (out / "cells" / f"{f}__{w}.json" for f, w in _keys(formats, args.efficient_formats.split(",")))
     cells = [json.loads(path.read_text()) for path in paths if path.exists()]
-    (out / "qat.json").write_text(json.dumps({"machine": machine(), "cells": cells}, indent=1))
+    made = _machine(out / "qat.json", cells)
+    (out / "qat.json").write_text(json.dumps({"machine": made, "cells": cells}, indent=1))
     found = {(cell["format"], cell["way"]): cell for cell in cells}
     lines = [
         "| format | way | bits | WikiText-2 | KL | gap closed | wiki_valid | KL | tasks | tokens | minutes | memory |",
@@ -26,16 +34,68 @@ def report(out: Path, formats: Sequence[str], efficient: Sequence[str]) -> None:
     ]
     lines += [row(cell, found.get((cell["format"], "gptq"))) for cell in cells]
     lines += ["", *said(found)]
-    (out / "qat.md").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines), flush=True)
+    text = "\n".join([*head(args, cells, made), *lines]) + "\n"
+    (out / "qat.md").write_text(text)
+    print(text, flush=True)
     try:
-        plot(out / "qat.png", found, formats)
+        plot(out / "qat.png", found, [f for f in formats if any(form == f for form, _ in found)])
     except ImportError as error:
         print(f"no plot: {error}", flush=True)
 
 
 def _keys(formats: Sequence[str], efficient: Sequence[str]) -> list[tuple[str, str]]:
     return [("bf16", "bf16"), *((f, w) for f in (*formats, *efficient) for w in (*WAYS, "efficientqat"))]
+
+
+def _machine(before: Path, cells: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """Where the cells were made: as they say, as an earlier table says, or else here."""
+    if known := [cell["machine"] for cell in cells if "machine" in cell]:
+        return dict(known[0])
+    return dict(json.loads(before.read_text())["machine"]) if before.exists() else machine()
+
+
+def head(args: argparse.Namespace, cells: Sequence[Mapping[str, Any]], made: Mapping[str, Any]) -> list[str]:
+    """What the table is of, before it."""
+    if not cells:
+        return ["# Quantization after training, and in training", ""]
+    sizes = [f"{cells[0][text]['tokens']:,} tokens of {name}" for text, name in TEXTS]
+    tasks = [f"{task['items']} items of {name}" for name, task in cells[0].get("tasks", {}).items()]
+    scales = next((trained(cell) for cell in cells if cell["way"] == "scales"), "")
+    paragraphs = [
+        f"{Path(args.model).name} on {made.get('gpu') or made['cpu']} by `python benchmarks/qat.py`; perplexity and KL "
+        f"from bf16 over {' and '.join(sizes)}; tasks is the mean accuracy over {' and '.join(tasks) or 'none'}; bits "
+        "per weight are those of the whole file, whose tied embedding stays in bfloat16. `blocks` trains each block by "
+        f"itself from GPTQ's codes ({args.samples} windows of {args.context:,} tokens), `blocks + scales` then trains "
+        f"the scales alone from end to end ({scales or 'no'} tokens), `full` all weights and scales, distilled from "
+        "the bf16 model, from what `blocks` left. Minutes include what a way began with, and that a GPU was shared by "
+        f"{SHARED} processes{_alone(cells)}; memory is the most that torch held.",
+        *(efficient(cell) for cell in cells if cell["way"] == "efficientqat"),
+    ]
+    lines = ["# Quantization after training, and in training", ""]
+    for paragraph in paragraphs:
+        lines += [*textwrap.wrap(paragraph, 120, break_long_words=False, break_on_hyphens=False), ""]
+    return lines
+
+
+def _alone(cells: Sequence[Mapping[str, Any]]) -> str:
+    alone = any(cell.get("jobs") == 1 for cell in cells if cell["way"] == "efficientqat")
+    return " (EfficientQAT had it to itself)" if alone else ""
+
+
+def efficient(cell: Mapping[str, Any]) -> str:
+    """How much of EfficientQAT's published recipe its row is."""
+    samples = int(cell["samples"])
+    share = (
+        f"in full: {samples:,} samples, two epochs of every block ({cell['blocks_minutes']:.1f} min) and one of the "
+        "scales from end to end. Its rates were made for models of 7 B weights."
+        if samples >= PUBLISHED
+        else f"with {samples:,} samples where {PUBLISHED:,} were published, {samples / PUBLISHED:.3g} of its steps: at "
+        "rates made for 7 B models that is too few for this one, and the row says no more than that."
+    )
+    return (
+        f"EfficientQAT's row is its published recipe (rounding to nearest, its rates, its batches) {share} The row "
+        f"that is like it in all but the recipe is `blocks + scales` of the same format, from {OWN_SAMPLES} samples."
+    )
 
 
 def row(cell: Mapping[str, Any], gptq: Mapping[str, Any] | None) -> str:
