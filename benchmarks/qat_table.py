@@ -25,8 +25,10 @@ def report(args: argparse.Namespace, formats: Sequence[str]) -> None:
     formats = list(dict.fromkeys((*formats, *args.formats.split(","))))
     paths = (out / "cells" / f"{f}__{w}.json" for f, w in _keys(formats, args.efficient_formats.split(",")))
     cells = [json.loads(path.read_text()) for path in paths if path.exists()]
-    made = _machine(out / "qat.json", cells)
-    (out / "qat.json").write_text(json.dumps({"machine": made, "cells": cells}, indent=1))
+    before = json.loads((out / "qat.json").read_text()) if (out / "qat.json").exists() else {}
+    made, notes = _machine(before, cells), before.get("notes", ())
+    record = {"machine": made, "cells": cells, **({"notes": notes} if notes else {})}
+    (out / "qat.json").write_text(json.dumps(record, indent=1) + "\n")
     found = {(cell["format"], cell["way"]): cell for cell in cells}
     lines = [
         "| format | way | bits | WikiText-2 | KL | gap closed | wiki_valid | KL | tasks | tokens | minutes | memory |",
@@ -34,7 +36,7 @@ def report(args: argparse.Namespace, formats: Sequence[str]) -> None:
     ]
     lines += [row(cell, found.get((cell["format"], "gptq"))) for cell in cells]
     lines += ["", *said(found)]
-    text = "\n".join([*head(args, cells, made), *lines]) + "\n"
+    text = "\n".join([*head(args, cells, made, notes), *lines]) + "\n"
     (out / "qat.md").write_text(text)
     print(text, flush=True)
     try:
@@ -47,15 +49,16 @@ def _keys(formats: Sequence[str], efficient: Sequence[str]) -> list[tuple[str, s
     return [("bf16", "bf16"), *((f, w) for f in (*formats, *efficient) for w in (*WAYS, "efficientqat"))]
 
 
-def _machine(before: Path, cells: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+def _machine(before: Mapping[str, Any], cells: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
     """Where the cells were made: as they say, as an earlier table says, or else here."""
-    if known := [cell["machine"] for cell in cells if "machine" in cell]:
-        return dict(known[0])
-    return dict(json.loads(before.read_text())["machine"]) if before.exists() else machine()
+    known = [cell["machine"] for cell in cells if "machine" in cell]
+    return dict(known[0] if known else before.get("machine") or machine())
 
 
-def head(args: argparse.Namespace, cells: Sequence[Mapping[str, Any]], made: Mapping[str, Any]) -> list[str]:
-    """What the table is of, before it."""
+def head(
+    args: argparse.Namespace, cells: Sequence[Mapping[str, Any]], made: Mapping[str, Any], notes: Sequence[str]
+) -> list[str]:
+    """What the table is of, before it; `notes` are an earlier qat.json's."""
     if not cells:
         return ["# Quantization after training, and in training", ""]
     sizes = [f"{cells[0][text]['tokens']:,} tokens of {name}" for text, name in TEXTS]
@@ -69,6 +72,7 @@ def head(args: argparse.Namespace, cells: Sequence[Mapping[str, Any]], made: Map
         f"the scales alone from end to end ({scales or 'no'} tokens), `full` all weights and scales, distilled from "
         "the bf16 model, from what `blocks` left. Minutes include what a way began with, and that a GPU was shared by "
         f"{SHARED} processes{_alone(cells)}; memory is the most that torch held.",
+        *notes,
         *(efficient(cell) for cell in cells if cell["way"] == "efficientqat"),
     ]
     lines = ["# Quantization after training, and in training", ""]
