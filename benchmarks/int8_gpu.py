@@ -29,10 +29,11 @@ from whit.formats import parse_format
 from whit.kernels import float8
 from whit.kernels import int8 as reference
 from whit.kernels.activated import Activation8
-from whit.kernels.gpu import Gpu8, GpuFloat8, int8, int8_few, int8_row, kernel8, nvrtc
+from whit.kernels.gpu import Gpu8, GpuFloat8, int8, int8_few, int8_row, int8_thin, kernel8, nvrtc
 from whit.kernels.gpu.int8 import Config
 from whit.kernels.gpu.int8_few import Few
 from whit.kernels.gpu.int8_row import OneRow
+from whit.kernels.gpu.int8_thin import BESIDE, Thin
 from whit.layouts import BITS
 from whit.modules import QuantizedLinear
 from whit.tensor import PackedWeight
@@ -43,7 +44,7 @@ from harness import RESULTS, machine, markdown
 SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336))
 ROWS = (1, 16, 64, 256, 1024, 4096)
 DEVICE = "cuda"
-DOUBTED: set[str] = set()  # what is not timed: "few", the single launch, and "ahead", rows beside the products
+DOUBTED: set[str] = set()  # what is not timed: "few", the single launch, "thin", and "ahead", rows beside the products
 SHARE = 0.001  # of columns are outliers
 BYTES_PER_SECOND = {"H100": 3.35e12, "H200": 4.8e12}  # NVIDIA's data sheets
 OPERATIONS = 1979e12  # of int8, dense
@@ -60,14 +61,33 @@ MANY = (Config(2, 256, 4), Config(2, 128, 6))
 ONE_LAUNCH = (Few(128, 4, 4, 0, 2), Few(256, 4, 4), Few(128, 4, 2, 4, 2), Few(256, 4, 2, 4))
 ONE_ROW = (OneRow(8, 2), OneRow(4, 2), OneRow(6, 2), OneRow(4, 3), OneRow(8, 1), OneRow(3, 4))
 AHEAD = (Config(2, 256, 4), Config(2, 128, 6))
+GEOMETRIES = {  # outs and splits
+    (4096, 4096): ((64, 2), (64, 1), (128, 4), (128, 2)),
+    (14336, 4096): ((128, 1), (64, 1), (256, 2), (128, 2)),
+    (4096, 14336): ((128, 4), (64, 2), (256, 8), (128, 2)),
+}
+BEGINNINGS = ((0, 99), (8, 99), (0, 8), (8, 8), (4, 4), (16, 8), (8, 16), (8, 0))  # `fetch` and `late`
 CUTS: dict[int, tuple[Config | Few | OneRow, ...]] = {
-    1: (*ONE_ROW, *ONE_LAUNCH, *FEW),
-    16: (*ONE_LAUNCH, *FEW),
+    1: (*ONE_ROW, *ONE_LAUNCH[:2], *FEW[:3]),
+    16: (*ONE_LAUNCH[:1], *FEW),
     64: FEW,
     256: SOME,
     1024: MANY,
     4096: MANY,
 }
+
+
+def stages_beside(outs: int, split: int, rows: int, most: int = 14) -> int:
+    """As many stages as lie in half of a multiprocessor's shared memory."""
+    return max(s for s in range(1, most) if Thin(outs, s, split).shared_bytes(rows) <= BESIDE)
+
+
+def thin_cuts(shape: tuple[int, int], rows: int) -> list[Thin]:
+    """Every geometry of a shape, in every way to begin."""
+    if rows > 64 or "thin" in DOUBTED:
+        return []
+    some = [each for each in GEOMETRIES.get(shape, ()) if each[0] * rows < 1 << 14]
+    return [Thin(o, stages_beside(o, split, rows), split, *begin) for o, split in some for begin in BEGINNINGS]
 
 
 # Operands
@@ -181,6 +201,46 @@ def few_checks() -> Iterator[tuple[str, float, float]]:
         torch.cuda.synchronize()
         allowed = 0.0 if outliers is None else 4e-3
         yield f"{outliers} outliers, {rows} rows, {config}", compare(y, x, packed, bias), allowed
+
+
+def thin_checks() -> Iterator[tuple[str, float, float]]:
+    """Beside the end of the product before."""
+    some = (Thin(64, 8, 2), Thin(64, 4, 1, 0, 0), Thin(128, 4, 4, 8, 99), Thin(256, 2, 8, 4, 4, 1), Thin(128, 3, 2))
+    cases = ((1, None), (16, None), (33, None), (64, None), (1, 4), (16, 21), (64, 0), (64, 40))
+    shape, every = (1048, 4112), [(c, *case) for c in some for case in cases]
+    cook((int8_thin.THIN, c.macros(False, outliers is not None, rows)) for c, rows, outliers in every)
+    for config, rows, outliers in every:
+        seed = generator(rows)
+        packed = weight(shape, "int8" if outliers is None else "int8-outliers", seed)
+        x, bias = inputs(rows, shape[1], outliers or 0, seed), torch.randn(shape[0], device=DEVICE).bfloat16()
+        y = torch.full((rows, shape[0]), float("nan"), dtype=x.dtype, device=DEVICE)
+        for _ in range(3):
+            kernel8.product(x, packed, bias, y, config)
+        torch.cuda.synchronize()
+        allowed = 0.0 if outliers is None else 4e-3
+        yield f"{outliers} outliers, {rows} rows, {config}", compare(y, x, packed, bias), allowed
+    for how, config, rows in itertools.product(("int8", "int8-outliers"), some, (1, 16, 64)):
+        packed, x = weight((4096, 4096), how, generator(1)), inputs(rows, 4096, 4 if "out" in how else 0, generator(2))
+        found, wanted = (chained(packed, x, each) for each in (config, Config(1, 128, 8)))
+        error = (found.double() - wanted.double()).norm() / wanted.double().norm()
+        yield f"five in a row, {how}, {rows} rows, {config}", float(error), 0.0 if how == "int8" else 4e-3
+
+
+def chained(packed: PackedWeight, x: Tensor, config: Thin | Config) -> Tensor:
+    """Each product's rows are what the one before it made, in one graph."""
+    ys, graph = [torch.full_like(x, float("nan")) for _ in range(5)], torch.cuda.CUDAGraph()
+    kernel8.product(x, packed, None, ys[0], config)
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        for y in ys:
+            kernel8.product(x, packed, None, y, config)
+            x = y
+    for y in ys:
+        y.fill_(float("nan"))
+    for _ in range(3):
+        graph.replay()
+    torch.cuda.synchronize()
+    return ys[-1]
 
 
 def few_product(packed: PackedWeight, x: Tensor, y: Tensor, bias: Tensor | None, config: Few | OneRow) -> None:
@@ -326,6 +386,7 @@ def float8_checks() -> Iterator[tuple[str, float, float]]:
 
 CHECKS: dict[str, Callable[[], Iterator[tuple[str, float, float]]]] = {
     "plain": plain_checks, "split": split_checks, "pair": pair_checks, "few": few_checks, "ahead": ahead_checks,
+    "thin": thin_checks,
     "whole": whole_checks, "graphs": graph_checks, "float8": float8_checks,
 }  # fmt: skip
 
@@ -371,7 +432,7 @@ def time_cell(x: Tensor, dense: list[Tensor], ours: list[PackedWeight]) -> dict[
     cell["rows alone"] = seconds_cold([lambda: int8.quantize(x) for _ in range(8)])
     cell["rows alone, outliers"] = seconds_cold([lambda: int8.quantize(x, 6.0) for _ in range(8)])
     cell["W8A8"], cell["cuts"] = best_of(ours, x)
-    cell["LLM.int8()"], cell["cuts, outliers"] = best_of(outlying, x, sorted(cell["cuts"], key=cell["cuts"].get)[:8])
+    cell["LLM.int8()"], cell["cuts, outliers"] = best_of(outlying, x, sorted(cell["cuts"], key=cell["cuts"].get)[:14])
     if rows >= 16 and "ahead" not in DOUBTED:
         few = [c for c in CUTS[rows] if isinstance(c, Config) and may_be_best(c, (shape[0], shape[1]), rows)]
         some = AHEAD if rows >= 1024 else few
@@ -407,7 +468,7 @@ def time_whole_float8(weights: list[PackedWeight], x: Tensor, kernel: GpuFloat8 
 
 
 def timed(
-    packed: PackedWeight, x: Tensor, config: Config | Few | OneRow, how: Callable[..., None] | None = None
+    packed: PackedWeight, x: Tensor, config: Config | Few | OneRow | Thin, how: Callable[..., None] | None = None
 ) -> Callable[[], object]:
     y = torch.empty(len(x), packed.shape[0], dtype=x.dtype, device=x.device)
     if how is not None:
@@ -422,11 +483,11 @@ def best_of(weights: list[PackedWeight], x: Tensor, among: list[str] | None = No
     found, (outs, columns) = {}, weights[0].shape
     cuts = [
         c
-        for c in CUTS[len(x)]
+        for c in (*thin_cuts((outs, columns), len(x)), *CUTS[len(x)])
         if ("few" not in DOUBTED or not isinstance(c, Few | OneRow)) and (among is None or str(c) in among)
     ]
     for config in cuts:
-        if may_be_best(config, (outs, columns), len(x)):
+        if isinstance(config, Thin) or may_be_best(config, (outs, columns), len(x)):
             try:
                 found[str(config)] = seconds_cold([timed(w, x, config) for w in weights])
             except KernelError as error:
@@ -472,6 +533,10 @@ def time_all(seconds: float) -> None:
         for o in (False, True)
         for columns in (4096, 14336)
     ]
+    wanted += [
+        (int8_thin.THIN, c.macros(False, o, rows).items())
+        for rows in ROWS for shape in SHAPES for c in thin_cuts(shape, rows) for o in (False, True)
+    ]  # fmt: skip
     kinds = ((False, False), (True, False), (False, True))
     wanted += [(int8.QUANTIZE, int8.quantize_macros(c, False, *kind).items()) for c in (4096, 14336) for kind in kinds]
     start = time.monotonic()
@@ -583,7 +648,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS / "int8_gpu.json")
     parser.add_argument("--checks", default=",".join(CHECKS), help="which kinds, parted by commas")
     parser.add_argument(
-        "--without", default="", help="do not time the single launch (few), rows beside products (ahead)"
+        "--without", default="", help="do not time the single launch (few), thin, rows beside products (ahead)"
     )
     parser.add_argument("--ways", type=Path, help="print rows of kernels/gpu/int8_ways.py from such a JSON")
     parser.add_argument("--part", choices=[*CHECKS, "times"])
@@ -599,7 +664,7 @@ def main() -> None:
     running = {part: start_part(part, 40) for part in args.checks.split(",") if part}
     texts = {part: finished(process, min(budget.left, 45)) for part, process in running.items()}
     print(f"checked after {args.seconds - budget.left:.0f} s", flush=True)
-    wrong = ",".join(part for part in ("few", "ahead") if is_wrong(texts.get(part, "")))
+    wrong = ",".join([args.without] + [part for part in ("few", "thin", "ahead") if is_wrong(texts.get(part, ""))])
     times = start_part("times", budget.left - 8, "--without", wrong)
     texts["times"] = finished(times, budget.left - 1)
     lines = [line for text in texts.values() for line in text.splitlines()]

@@ -18,6 +18,12 @@ static int warp_prefix(int v) {
     return s;
 }
 static int from_lane_number(int v, int lane) { return together(v)[lane]; }
+static u32 lanes_with(bool v) {
+    const u32 *all = together(v);
+    u32 s = 0;
+    for (int i = 0; i < 32; i++) s |= all[i] << i;
+    return s;
+}
 static void pause() { yield(); threadIdx.x = current % threads; }
 static u32 counted(const u32 *count) { return *(volatile const u32 *)count; }
 static void count_row(u32 *count) { ++*count; }
@@ -69,9 +75,16 @@ static void begin_products() {}
 static void end_products() {}
 template <int LEFT> static void await_products() {}
 static void settle(int (&)[BN / 8][4]) {}
+#ifdef OUTS  // W is the left tile
+typedef u8 Left;
+typedef signed char Right;
+#else
+typedef signed char Left;
+typedef u8 Right;
+#endif
 static void multiply_tiles(int (&d)[BN / 8][4], u64 left, u64 right, int step) {
-    const signed char *x = (const signed char *)left;
-    const u8 *w = (const u8 *)right;
+    const Left *x = (const Left *)left;
+    const Right *w = (const Right *)right;
     int lane = current % 32, warp = current % threads / 32 % 4;
     for (int j = 0; j < BN / 8; j++)
         for (int e = 0; e < 4; e++) {

@@ -13,10 +13,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from whit.kernels.gpu import int8, int8_few, int8_row, nvrtc
+from whit.kernels.gpu import int8, int8_few, int8_row, int8_thin, nvrtc
 from whit.kernels.gpu.int8 import Config, Rows, Weight
 from whit.kernels.gpu.int8_few import Few
 from whit.kernels.gpu.int8_row import OneRow
+from whit.kernels.gpu.int8_thin import Thin
 
 import emulated
 
@@ -99,6 +100,16 @@ def multiply_row(x: Tensor, weight: Weight, threshold: float, config: OneRow, pr
     kernel = library(int8_row.ROW, tuple(macros.items()), BLOCKS)
     params = int8_row.row_params(x, weight, y, threshold)
     kernel.run(ctypes.byref(params), config.blocks(y.shape[1], processors), 1)
+    return y
+
+
+def multiply_thin(rows: Rows, weight: Weight, dtype: torch.dtype, config: Thin) -> Tensor:
+    """As `int8_thin.multiply_thin`."""
+    y = torch.full((len(rows.codes), len(weight.codes)), float("nan"), dtype=dtype)
+    params = int8_thin.thin_params(rows, weight, y, config, _map)
+    macros = config.macros(dtype == torch.float16, rows.listed is not None, len(y))
+    grid = config.grid(y.shape[1])
+    library(int8_thin.THIN, tuple(macros.items()), CLUSTERS).run(ctypes.byref(params), *grid[:2])
     return y
 
 

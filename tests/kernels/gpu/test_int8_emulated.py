@@ -17,6 +17,7 @@ from whit.kernels.gpu import int8, int8_row, int8_ways
 from whit.kernels.gpu.int8 import Config, Weight
 from whit.kernels.gpu.int8_few import Few
 from whit.kernels.gpu.int8_row import OneRow
+from whit.kernels.gpu.int8_thin import Thin
 
 import emulated
 
@@ -125,6 +126,27 @@ def test_few_rows_in_one_launch(config: Few, rows: int, columns: int, outliers: 
     assert (found.float() - wanted).norm() < 6e-3 * wanted.norm()
 
 
+@pytest.mark.parametrize("outliers", [None, 19])
+@pytest.mark.parametrize(
+    ("config", "rows", "columns"),
+    [
+        (Thin(64, 2, 2, 1, 1), 16, 784), (Thin(64, 3, 1, 0, 0), 1, 400), (Thin(128, 2, 4, 2, 99), 33, 1168),
+        pytest.param(Thin(256, 2, 8, 1, 3, 1), 64, 2064, marks=pytest.mark.slow),
+    ],
+)  # fmt: skip
+def test_few_rows_beside_the_end_of_the_product_before(
+    config: Thin, rows: int, columns: int, outliers: int | None, random: Generator
+):
+    x, codes, scale, bias = operands(rows, 168, columns, random, outliers or 0)
+    signed, weight = (codes.to(torch.int16) - 128).to(torch.int8), Weight(codes, scale, bias)
+    quantized = emulated_int8.quantize(x, 6.0 if outliers else 0.0)
+    found = emulated_int8.multiply_thin(quantized, weight, BF16, config)
+    if not outliers:
+        assert torch.equal(found, reference.int8_linear(x, signed, scale, bias, reference.quantize_rows(x)))
+    wanted = reference.outlier_linear(x.float(), signed, scale[:, None], bias, 6.0)
+    assert (found.float() - wanted).norm() < 6e-3 * wanted.norm()
+
+
 @pytest.mark.parametrize("dtype", [BF16, pytest.param(F16, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("outliers", [None, 0, 5, 40])
 @pytest.mark.parametrize(
@@ -181,6 +203,8 @@ def test_every_way_fits_a_multiprocessor(rows: int, outs: int, columns: int):
             assert 2 * int8_row.shared_bytes(columns, outliers) <= int8.LARGEST_SHARED
         elif isinstance(config, Few):
             assert config.fits(columns, rows)
+        elif isinstance(config, Thin):
+            assert config.fits(rows)
         else:
             assert config.shared_bytes(outliers=True, shifted=True) <= int8.LARGEST_SHARED
             assert config.grid(outs, rows, 132)[0] % (config.split * config.pair) == 0

@@ -36,6 +36,9 @@ DEVICE u32 shared_address(const void *p, u32 rank) {  // the same place in anoth
     asm volatile("ld.shared::cluster.u32 %0, [%1];" : "=r"(v) : "r"(shared_address(p, rank)) : "memory");
     return v;
 }
+[[maybe_unused]] DEVICE void store_word(u32 *p, u32 v, u32 rank) {
+    asm volatile("st.shared::cluster.u32 [%0], %1;" ::"r"(shared_address(p, rank)), "r"(v) : "memory");
+}
 // What was written to shared memory plainly is to be read by wgmma.
 [[maybe_unused]] DEVICE void publish_tiles() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
@@ -77,14 +80,26 @@ DEVICE void copy_tile(void *to, const Map &map, int column, int row, u64 *barrie
                  ::"r"(shared_address(to)), "l"(&map), "r"(column), "r"(row), "r"(shared_address(barrier)), "h"(blocks) : "memory");
 }
 
-#define R16 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15"
+#define R4 "%0,%1,%2,%3"
+#define R8 R4 ",%4,%5,%6,%7"
+#define R16 R8 ",%8,%9,%10,%11,%12,%13,%14,%15"
 #define R32 R16 ",%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
 #define R64 R32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
 #define R128 R64 ",%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95,%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111,%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
 #define D1(n) "+r"(d[n][0]), "+r"(d[n][1]), "+r"(d[n][2]), "+r"(d[n][3])
 #define D4(n) D1(n), D1(n + 1), D1(n + 2), D1(n + 3)
 #define D16(n) D4(n), D4(n + 4), D4(n + 8), D4(n + 12)
-#if BN == 32
+#if BN == 8
+#define SHAPE "m64n8k32"
+#define SUMS R4
+#define ENDS "%4, %5"
+#define ALL D1(0)
+#elif BN == 16
+#define SHAPE "m64n16k32"
+#define SUMS R8
+#define ENDS "%8, %9"
+#define ALL D1(0), D1(1)
+#elif BN == 32
 #define SHAPE "m64n32k32"
 #define SUMS R16
 #define ENDS "%16, %17"
@@ -106,6 +121,12 @@ DEVICE void copy_tile(void *to, const Map &map, int column, int row, u64 *barrie
 #define ALL D16(0), D16(16)
 #endif
 
+#ifdef WEIGHT_LEFT
+#define TYPES ".s32.u8.s8"
+#else
+#define TYPES ".s32.s8.u8"
+#endif
+
 // With two times four warps that multiply there are too few registers for all: the other four warps give theirs.
 template <int N> DEVICE void hold_registers() {
     if constexpr (N == 2) asm volatile("setmaxnreg.inc.sync.aligned.u32 224;");
@@ -122,10 +143,10 @@ DEVICE void begin_products() {
 }
 DEVICE void end_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 template <int LEFT> DEVICE void await_products() { asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(LEFT) : "memory"); }
-// d += left (64 rows, signed) right (BN rows, unsigned)^T over columns [32 step, 32 step + 32) of the tiles.
+// d += left (64 rows) right (BN rows)^T, the weight's unsigned and the other signed, over columns [32 step, 32 step + 32) of the tiles.
 DEVICE void multiply_tiles(int (&d)[BN / 8][4], u64 left, u64 right, int step) {
     asm volatile("{.reg .pred p; setp.eq.u32 p, 0, 0;\n"
-                 "wgmma.mma_async.sync.aligned." SHAPE ".s32.s8.u8 {" SUMS "}, " ENDS ", p;}"
+                 "wgmma.mma_async.sync.aligned." SHAPE TYPES " {" SUMS "}, " ENDS ", p;}"
                  : ALL : "l"(left + 2 * step), "l"(right + 2 * step));
 }
 DEVICE void settle(int (&d)[BN / 8][4]) {  // nothing moves across that reads or makes these

@@ -26,6 +26,7 @@ template <class T> DEVICE T fresh(const T *p) { return __ldcg(p); }
     return v;
 }
 [[maybe_unused]] DEVICE int from_lane_number(int v, int lane) { return __shfl_sync(0xFFFFFFFFu, v, lane); }
+[[maybe_unused]] DEVICE u32 lanes_with(bool v) { return __ballot_sync(0xFFFFFFFFu, v); }
 [[maybe_unused]] DEVICE u32 exchange(u32 v, int mask) { return __shfl_xor_sync(0xFFFFFFFFu, v, mask); }
 [[maybe_unused]] DEVICE float divided(float a, float b) { return __fdiv_rn(a, b); }
 [[maybe_unused]] DEVICE float clamped(float v, float most) { return fminf(fmaxf(v, -most), most); }  // -most for a NaN

@@ -14,6 +14,7 @@ from whit.kernels.gpu import int8_row
 from whit.kernels.gpu.int8 import STEP, Config
 from whit.kernels.gpu.int8_few import Few
 from whit.kernels.gpu.int8_row import OneRow
+from whit.kernels.gpu.int8_thin import Thin
 from whit.kernels.gpu.tables import Shape
 from whit.kernels.gpu.tuned import nearest
 
@@ -25,7 +26,7 @@ class Ahead:
     config: Config
 
 
-Way: TypeAlias = OneRow | Few | Ahead | Config
+Way: TypeAlias = OneRow | Thin | Few | Ahead | Config
 ROWS = (1, 16, 64, 256, 1024, 4096)
 FEWEST, MANY = Config(1, 128, 8, 2), Config(2, 256, 4)  # for few rows, and many
 
@@ -82,6 +83,8 @@ def way(outs: int, columns: int, rows: int, outliers: bool, processors: int) -> 
         found = FEWEST
     if isinstance(found, Few) and not found.fits(columns, rows):
         found = FEWEST
+    if isinstance(found, Thin):
+        return found
     return fitted(found, outs, columns, rows, processors) if isinstance(found, Config) else found
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from whit.kernels import int8 as reference
-from whit.kernels.gpu import int8, int8_few, int8_row, int8_ways
+from whit.kernels.gpu import int8, int8_few, int8_row, int8_thin, int8_ways
 from whit.kernels.gpu.kernel import DTYPES, why_not
 from whit.kernels.gpu.tiled import has_wgmma
 from whit.layouts import BITS
@@ -68,7 +68,9 @@ class Gpu8:
         return y.reshape(*x.shape[:-1], outs)
 
 
-def product(x: Tensor, packed: PackedWeight, bias: Tensor | None, y: Tensor, config: int8.Config | None = None) -> None:
+def product(
+    x: Tensor, packed: PackedWeight, bias: Tensor | None, y: Tensor, config: int8_ways.Way | None = None
+) -> None:
     """Fill y (rows, outs), contiguous x (rows, columns); cut as `config` says, or by the way that is best here."""
     (outs, columns), processors, how = packed.shape, _processors(x.device.index), packed.activations
     scale = packed.tensors.get(ROW_SCALE)
@@ -85,7 +87,9 @@ def product(x: Tensor, packed: PackedWeight, bias: Tensor | None, y: Tensor, con
     found = config or int8_ways.way(outs, columns, len(x), how.threshold > 0, processors)
     if isinstance(found, int8.Config):
         return int8.multiply(quantized(x, packed), weight, y, found)
-    if not is_plain(how):
+    if isinstance(found, int8_thin.Thin) and sums is None:
+        return int8_thin.multiply_thin(quantized(x, packed), weight, y, found)
+    if isinstance(found, int8_thin.Thin) or not is_plain(how):
         cut = int8_ways.fitted(int8_ways.FEWEST if len(x) <= 64 else int8_ways.MANY, outs, columns, len(x), processors)
         return int8.multiply(quantized(x, packed), weight, y, cut)
     if isinstance(found, int8_ways.Ahead):

@@ -1,0 +1,266 @@
+// y (rows, outs) = codes (rows, columns) W (outs, columns)^T, both int8, for up to 64 rows: as fast as W can be read.
+//
+// Built at run time after common.cuh, for Hopper. The host (int8_thin.py) also defines
+//   BN                 rows that there is room for: 8, 16, 32 or 64
+//   OUTS, STAGES       outs of a block's tile; steps of 128 columns in shared memory
+//   SPLITS             blocks of a cluster that share the columns of one tile
+//   BLOCKS             per multiprocessor to leave registers for
+//   OUTLIERS           1: columns in 16 bits
+//
+// Why it is fast. The outs take the place of 64 in wgmma's left tile and the rows the narrow one, so that tiles of x are
+// small, and blocks of two kernels fit beside each other: while one multiplies its last steps and the rows of the next
+// one are quantized, W of that is on its way into shared memory, and what does not fit there into the second cache. The
+// kernel behind begins late enough that this fills the time in which nothing else is read. Sums are integers, and blocks of
+// a cluster add them up out of each other's shared memory; each finishes outs of its own. What outlier columns need of W
+// is taken out of the steps as they pass (reading single bytes of many rows takes memory a third of the time of all of W).
+#define WG 1
+#define WEIGHT_LEFT
+#include "int8_warp.cuh"
+#include "int8_hopper.cuh"
+
+constexpr int BK = 128, TEAMS = OUTS > 128 ? OUTS / 128 : 1, HEIGHTS = OUTS / 64 / TEAMS;  // fours of warps; 64 outs of each
+constexpr int CONSUMERS = 128 * TEAMS, HELPERS = 96, THREADS = CONSUMERS + 32 + HELPERS, CLUSTER = SPLITS;
+constexpr int W_BYTES = OUTS * BK, STAGE = W_BYTES + BN * BK, PITCH = OUTS + 4, SHARE = OUTS / SPLITS;
+constexpr int LAID = BN * PITCH * 4;  // bytes of a block's sums, which take the place of the stages
+constexpr int ROOM = ((STAGES * STAGE > LAID ? STAGES * STAGE : LAID) + 1023) / 1024 * 1024;
+constexpr int READERS = CONSUMERS + (OUTLIERS ? 32 : 0);  // of the stages
+enum { AMONG = 1, TOGETHER };  // barriers
+
+struct Params {
+    Map x, weight;         // the codes as (columns, rows) and (columns, outs)
+    const u8 *codes;       // the weight's again
+    const u16 *floats;     // (rows, columns), what was quantized
+    const float *scale;    // of the rows
+    const int *offset;     // of the rows
+    const float *row_scale;  // of the outs
+    const u16 *bias;       // of the outs, or null
+    const int *listed;     // how many columns are outliers, then these
+    u16 *y;
+    int outs, columns, rows;
+    int fetch, late;       // further steps of W for the second cache; steps still to be asked for when the next may begin
+};
+
+struct Aside {  // what the block's own outs need beside the sums
+    float row_scale[SHARE], bias[SHARE], scale[BN];
+    int offset[BN];
+#if OUTLIERS
+    int count;  // columns that are outliers
+    float x[OUTLIERS_AT_ONCE][BN], weight[OUTLIERS_AT_ONCE][SHARE];
+#endif
+};
+
+struct Block {
+    u8 *stages;
+    u64 *full, *empty;
+    Aside *aside;
+    int out, own;      // first outs of the tile, and of those that this block finishes
+    int begin, steps;  // of the columns
+};
+
+DEVICE void ask_weight(const Params &p, const Block &b, int step, int slot) {
+    expect(b.full + slot, STAGE);
+    copy_tile(b.stages + slot * STAGE, p.weight, (b.begin + step) * BK, b.out, b.full + slot);
+}
+DEVICE void ask_rows(const Params &p, const Block &b, int step, int slot) {
+    copy_tile(b.stages + slot * STAGE + W_BYTES, p.x, (b.begin + step) * BK, 0, b.full + slot);
+}
+
+DEVICE void produce(const Params &p, const Block &b) {
+    int ahead = min(b.steps, STAGES), late = max(b.steps - p.late, 0);
+    for (int step = 0; step < ahead; step++) ask_weight(p, b, step, step);
+    for (int step = ahead; step < min(b.steps, ahead + p.fetch); step++) fetch_tile(p.weight, (b.begin + step) * BK, b.out);
+    if (late <= ahead) let_next_begin();
+    await_earlier();
+    for (int step = 0; step < ahead; step++) ask_rows(p, b, step, step);
+    for (int step = ahead; step < b.steps; step++) {
+        int slot = step % STAGES;
+        if (p.fetch && step + p.fetch < b.steps) fetch_tile(p.weight, (b.begin + step + p.fetch) * BK, b.out);
+        if (step == late && late > ahead) let_next_begin();
+        await(b.empty + slot, (step / STAGES - 1) & 1);
+        ask_weight(p, b, step, slot), ask_rows(p, b, step, slot);
+    }
+}
+
+#if OUTLIERS
+DEVICE float weight_of(u32 code, float scale) {  // rounded as if it had been dequantized
+    float w = multiplied((float)code - 128, scale);
+    return widen(round_pair(w, w) & 0xFFFF);
+}
+
+// What the first outlier columns need of W, which a warp takes out of each step and lays where it will be used.
+DEVICE void take_outliers(const Params &p, const Block &b, int lane) {
+    float scale[OUTS / 32];
+#pragma unroll
+    for (int q = 0; q < OUTS / 32; q++) scale[q] = p.row_scale[min(b.out + q * 32 + lane, p.outs - 1)];
+    await_earlier();
+    int count = fresh(p.listed), column = fresh(p.listed + 1 + lane % OUTLIERS_AT_ONCE);
+    if (lane >= min(count, OUTLIERS_AT_ONCE)) column = -1;
+    if (lane == 0) b.aside->count = count;
+#pragma unroll 1
+    for (int step = 0; step < b.steps; step++) {
+        int slot = step % STAGES;
+        await(b.full + slot, step / STAGES & 1);
+        const u8 *stage = b.stages + slot * STAGE;
+        for (u32 left = lanes_with(column >= 0 && column / BK == b.begin + step); left; left &= left - 1) {
+            int i = count_bits((left & (0 - left)) - 1), at = from_lane_number(column, i) % BK;
+#pragma unroll
+            for (int q = 0; q < OUTS / 32; q++) {
+                int n = q * 32 + lane;
+                float w = weight_of(stage[n * BK + (((at >> 4) ^ (n & 7)) << 4 | (at & 15))], scale[q]);
+                store_word((u32 *)&b.aside->weight[i][n % SHARE], float_bits(w), n / SHARE);
+            }
+        }
+        __syncwarp();
+        if (lane == 0) arrive(b.empty + slot);
+    }
+    announce<AMONG, READERS>();
+}
+
+// What they need of x.
+DEVICE void fetch_rows(const Params &p, const Block &b, int tid, int threads) {
+    int here = min(fresh(p.listed), OUTLIERS_AT_ONCE);
+    for (int i = tid; i < here * BN; i += threads)
+        if (i % BN < p.rows) b.aside->x[i / BN][i % BN] = widen(fresh(p.floats + (long long)(i % BN) * p.columns + fresh(p.listed + 1 + i / BN)));
+}
+
+// Further outlier columns [from, from + OUTLIERS_AT_ONCE), of which there are `here`.
+DEVICE void fetch_more(const Params &p, const Block &b, int from, int here, int tid) {
+    for (int i = tid; i < here * (BN + SHARE); i += THREADS) {
+        int m = i % (BN + SHARE), k = i / (BN + SHARE), out = b.own + m - BN, column = fresh(p.listed + 1 + from + k);
+        if (m >= BN) b.aside->weight[k][m - BN] = out < p.outs ? weight_of(p.codes[(long long)out * p.columns + column], p.row_scale[out]) : 0;
+        else if (m < p.rows) b.aside->x[k][m] = widen(fresh(p.floats + (long long)m * p.columns + column));
+    }
+}
+#endif
+
+DEVICE void assist(const Params &p, const Block &b, int tid) {
+    constexpr int REST = OUTLIERS ? HELPERS - 32 : HELPERS;
+    Aside &a = *b.aside;
+#if OUTLIERS
+    if (tid >= REST) return take_outliers(p, b, tid - REST);
+#endif
+    for (int n = tid; n < SHARE; n += REST) {
+        int out = min(b.own + n, p.outs - 1);
+        a.row_scale[n] = p.row_scale[out], a.bias[n] = p.bias ? widen(p.bias[out]) : 0;
+    }
+    await_earlier();
+    for (int m = tid; m < p.rows; m += REST) a.scale[m] = fresh(p.scale + m), a.offset[m] = fresh(p.offset + m);
+#if OUTLIERS
+    fetch_rows(p, b, tid, REST);
+#endif
+}
+
+DEVICE void consume(const Params &p, const Block &b, int tid) {
+    int sums[HEIGHTS][BN / 8][4] = {}, lane = tid & 31, first = (tid >> 7) * HEIGHTS * 64;
+#pragma unroll
+    for (int h = 0; h < HEIGHTS; h++) settle(sums[h]);
+#pragma unroll 1
+    for (int step = 0; step < b.steps; step++) {
+        int slot = step % STAGES;
+        await(b.full + slot, step / STAGES & 1);
+        const u8 *stage = b.stages + slot * STAGE;
+        u64 right = describe(stage + W_BYTES);
+        begin_products();
+#pragma unroll
+        for (int k = 0; k < BK / 32; k++)
+#pragma unroll
+            for (int h = 0; h < HEIGHTS; h++) multiply_tiles(sums[h], describe(stage + (first + h * 64) * BK), right, k);
+        end_products();
+        await_products<1>();
+        if (step && lane == 0) arrive(b.empty + (step + STAGES - 1) % STAGES);
+    }
+    await_products<0>();
+    meet<AMONG, READERS>();  // nobody reads the stages any more
+    int *block = (int *)b.stages, m = 2 * (lane & 3), n = first + (tid >> 5 & 3) * 16 + (lane >> 2);
+#pragma unroll
+    for (int h = 0; h < HEIGHTS; h++) {
+        settle(sums[h]);
+#pragma unroll
+        for (int j = 0; j < BN / 8; j++)
+#pragma unroll
+            for (int e = 0; e < 4; e++) block[(j * 8 + m + (e & 1)) * PITCH + n + h * 64 + (e >> 1) * 8] = sums[h][j][e];
+    }
+}
+
+// Eight outs of a row per thread and turn.
+DEVICE void finish(const Params &p, const Block &b, int tid) {
+    constexpr int EIGHTS = SHARE / 8, TURNS = (BN * EIGHTS + THREADS - 1) / THREADS;
+    Aside &a = *b.aside;
+    const int *block = (const int *)b.stages;
+    float y[TURNS][8];
+#pragma unroll
+    for (int turn = 0; turn < TURNS; turn++) {
+        int i = turn * THREADS + tid, m = i / EIGHTS, n = i % EIGHTS * 8;
+        if (m >= p.rows) continue;
+        int total[8] = {};
+#pragma unroll
+        for (int r = 0; r < SPLITS; r++)
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                int4 v = load_from(block + m * PITCH + b.own - b.out + n + 4 * h, r);
+                total[4 * h] += v.x, total[4 * h + 1] += v.y, total[4 * h + 2] += v.z, total[4 * h + 3] += v.w;
+            }
+#pragma unroll
+        for (int e = 0; e < 8; e++) y[turn][e] = multiplied(multiplied((float)(total[e] - a.offset[m]), a.scale[m]), a.row_scale[n + e]);
+    }
+#if OUTLIERS
+    for (int from = 0;;) {
+        int here = min(a.count - from, OUTLIERS_AT_ONCE);
+#pragma unroll
+        for (int turn = 0; turn < TURNS; turn++) {
+            int i = turn * THREADS + tid, m = i / EIGHTS, n = i % EIGHTS * 8;
+            if (m >= p.rows) continue;
+            for (int k = 0; k < here; k++)
+#pragma unroll
+                for (int e = 0; e < 8; e++) y[turn][e] += a.x[k][m] * a.weight[k][n + e];
+        }
+        from += OUTLIERS_AT_ONCE;
+        if (from >= a.count) break;
+        meet<TOGETHER, THREADS>();
+        fetch_more(p, b, from, min(a.count - from, OUTLIERS_AT_ONCE), tid);
+        meet<TOGETHER, THREADS>();
+    }
+#endif
+#pragma unroll
+    for (int turn = 0; turn < TURNS; turn++) {
+        int i = turn * THREADS + tid, m = i / EIGHTS, n = i % EIGHTS * 8;
+        if (m >= p.rows) continue;
+        u32 pairs[4];
+#pragma unroll
+        for (int e = 0; e < 4; e++) pairs[e] = round_pair(y[turn][2 * e] + a.bias[n + 2 * e], y[turn][2 * e + 1] + a.bias[n + 2 * e + 1]);
+        store8(p.y + (long long)m * p.outs, b.own + n, p.outs, pairs);
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) int8_thin(KERNEL_ARGUMENT Params p) {
+    extern __shared__ uint4 shared[];
+    int tid = threadIdx.x, steps = (p.columns + BK - 1) / BK, share = (steps + SPLITS - 1) / SPLITS;
+    int rank = SPLITS > 1 ? (int)cluster_rank() : 0;
+    Block b;
+    b.stages = (u8 *)shared + (-shared_address(shared) & 1023);
+    b.full = (u64 *)(b.stages + ROOM), b.empty = b.full + STAGES, b.aside = (Aside *)(b.empty + STAGES);
+    b.out = blockIdx.x / SPLITS * OUTS, b.own = b.out + rank * SHARE;
+    b.begin = min(rank * share, steps), b.steps = min(share, steps - b.begin);
+    if (tid == CONSUMERS) {
+        for (int i = 0; i < STAGES; i++) make_barrier(b.full + i, 1), make_barrier(b.empty + i, READERS / 32);
+        publish_barriers();
+    }
+#if OUTLIERS && SPLITS > 1  // others write to this block's shared memory
+    cluster_barrier();
+#else
+    __syncthreads();
+#endif
+    if (tid < CONSUMERS) consume(p, b, tid);
+    else if (tid >= CONSUMERS + 32) assist(p, b, tid - CONSUMERS - 32);
+    else if (tid == CONSUMERS) produce(p, b);
+    __syncwarp();
+#if SPLITS > 1
+    cluster_barrier();
+#else
+    __syncthreads();
+#endif
+    finish(p, b, tid);
+#if SPLITS > 1  // the others read this block's shared memory
+    cluster_barrier();
+#endif
+}
