@@ -1,8 +1,6 @@
-"""The kernel for up to 16 rows on a GPU: checked against float64, then its cuts timed beside streaming and bfloat16.
+"""The kernel for up to 16 rows on a GPU: checked against float64, then its cuts timed beside bfloat16.
 
-    python benchmarks/gpu_few.py --seconds 80 --out FOLDER
-
-Also looks at the six-stage cuts of the tiled kernel that were once not finite: which outs, rows and splits are wrong.
+python benchmarks/gpu_few.py --seconds 80 --out FOLDER
 """
 
 from __future__ import annotations
@@ -21,14 +19,13 @@ from torch import Tensor
 from whit.errors import KernelError
 from whit.formats import parse_format
 from whit.kernels import dequantize
-from whit.kernels.gpu import few, stream, tiled, tuned
+from whit.kernels.gpu import few, stream, tuned
 from whit.kernels.gpu import kernel as gpu_kernel
 from whit.tensor import PackedWeight
 
 from gpu_harness import (
     Budget,
     Kitchen,
-    early_works,
     random_packed,
     random_weights,
     random_x,
@@ -37,18 +34,31 @@ from gpu_harness import (
 )
 from harness import machine
 
-SHAPES = ((4096, 4096), (28672, 4096), (4096, 14336), (28672, 8192))
-SPECS = ("int4-g128", "nf4-dq", "nf4", "int8", "int4-g64-asym", "int3-g128", "int2-g64")
-MORE_ROWS = ("int4-g128", "nf4-dq")  # also with 16 rows
-CUTS = ((8, 2, 2), (8, 4, 2), (16, 2, 1), (16, 4, 1), (8, 2, 3))
-CONFIGS = tuple(few.Config(*cut) for cut in CUTS)
+SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336), (28672, 8192))
+OLD = ((8, 2, 2), (8, 4, 2), (8, 2, 3))
+NF4 = ((8, 4, 2), (8, 2, 2, 2), (8, 2, 2, 2, 1), (8, 4, 2, 2, 1), (16, 2, 1, 2, 1), (7, 4, 2, 2, 1), (8, 4, 2, 1, 1))
+CUTS = {
+    ("nf4", 1): NF4,
+    ("nf4-dq", 1): NF4,
+    ("int3-g128", 1): (OLD[1], (8, 2, 2, 2), (8, 1, 2, 4), (7, 2, 2, 2), (7, 1, 2, 4), (4, 2, 4, 2), (8, 2, 2, 4)),
+    ("int2-g64", 1): (OLD[1], (8, 2, 2, 4), (8, 1, 2, 4), (7, 2, 2, 4), (4, 2, 4, 4), (8, 1, 3, 4), (8, 4, 2, 2)),
+    ("int4-g64-asym", 1): (OLD[1], (8, 2, 2, 2), (16, 2, 1, 2)),
+    ("int4-g128", 1): OLD,
+    ("int8", 1): (OLD[1], OLD[2]),
+    ("nf4", 4): ((8, 2, 2, 2, 1), (16, 2, 1, 2, 1), (8, 4, 2, 1, 1), (16, 4, 1, 1, 1)),
+    ("int4-g128", 4): (*OLD[:2], (16, 2, 1), (16, 4, 1)),
+    ("nf4", 8): ((8, 4, 2, 1, 1), (16, 2, 1, 1, 1), (16, 4, 1, 1, 1)),
+    ("int4-g128", 8): (*OLD[:2], (16, 2, 1), (16, 4, 1)),
+}
+Work = tuple[str, int]
 MOST_SPILLED = 128  # bytes per thread
 LIMIT = 5e-3
 
 
-def schemes(specs: Sequence[str]) -> dict[str, stream.Scheme]:
-    found = {spec: stream.scheme(parse_format(spec), 4096) for spec in specs}
-    return {spec: scheme for spec, scheme in found.items() if not isinstance(scheme, str)}
+def scheme_of(spec: str) -> stream.Scheme:
+    found = stream.scheme(parse_format(spec), 4096)
+    assert not isinstance(found, str), found
+    return found
 
 
 def case_of(scheme: stream.Scheme, config: few.Config, rows: int, columns: int) -> few.Case:
@@ -61,69 +71,35 @@ def wanted(x: Tensor, packed: PackedWeight) -> Tensor:
     return x.double() @ dequantize(packed, torch.bfloat16).double().T
 
 
-def check(budget: Budget, generator: torch.Generator) -> list[dict[str, Any]]:
-    """Relative errors over formats, rows and cuts, outs ragged."""
+def check(work: Sequence[Work], generator: torch.Generator) -> list[dict[str, Any]]:
+    """Relative errors over formats and cuts, outs ragged, with as many rows as each takes."""
     found = []
-    for spec, scheme in schemes(SPECS).items():
-        packed = random_packed(spec, (4072, 4096), generator)
-        for rows, config in itertools.product((3, 16), CONFIGS[1:2]):
+    for spec, rows in work:
+        scheme, packed = scheme_of(spec), random_packed(spec, (4072, 4096), generator)
+        for config in configs(spec, rows):
             x = random_x(rows, 4096, generator)
-            (y,) = gpu_kernel.multiply_few(x, [packed], [None], scheme, config)
-            (again,) = gpu_kernel.multiply_few(x, [packed], [None], scheme, config)
-            error = relative_error(y, wanted(x, packed))
-            found.append({"spec": spec, "rows": rows, "config": astuple(config), "error": error})
-            if not error < LIMIT or not torch.equal(y, again):
-                print("WRONG", found[-1], "same twice:", torch.equal(y, again), flush=True)
-    good = sum(each["error"] < LIMIT for each in found)
+            ys = [gpu_kernel.multiply_few(x, [packed], [None], scheme, config)[0] for _ in range(3)]
+            error, same = relative_error(ys[0], wanted(x, packed)), all(torch.equal(y, ys[0]) for y in ys)
+            found.append({"spec": spec, "rows": rows, "config": astuple(config), "error": error, "same": same})
+            if not error < LIMIT or not same:
+                print("WRONG", found[-1], flush=True)
+    good = sum(each["error"] < LIMIT and each["same"] for each in found)
     print(f"few rows: {good} of {len(found)} right, largest {max(e['error'] for e in found):.1e}", flush=True)
     return found
 
 
-def six_stages(generator: torch.Generator) -> list[dict[str, Any]]:
-    """The cuts that were not finite, and some beside them."""
-    spec, shape, rows = "int4-g128", (14336, 4096), 32
-    scheme = schemes([spec])[spec]
-    packed, x = random_packed(spec, shape, generator), random_x(rows, 4096, generator)
-    right, found = wanted(x, packed), []
-    for ahead, stages, splits, blocks in itertools.product((2, 3), (6,), (3, 5), (3,)):
-        config = tiled.fitted(tiled.Config(1, 2, 4, ahead, stages, splits, blocks), scheme, 4096)
-        local = tiled.build(scheme, config.whole, False, True, 0).resources()["local_bytes"]
-        errors, bad = [], ""
-        for _ in range(3):
-            y = gpu_kernel.multiply_tiled(x, packed, None, scheme, config).double()
-            errors.append(((y - right).norm() / right.norm()).item())
-            wrong = ~((y - right).abs() < 0.05 * right.abs().max())
-            if wrong.any():
-                at = wrong.nonzero()
-                blocks_hit = sorted({int(o) // 128 for o in at[:, 1].tolist()})
-                outs_hit, rows_hit = {int(o) % 128 for o in at[:, 1].tolist()}, set(at[:, 0].tolist())
-                bad = f"{len(at)} wrong, {int((~y.isfinite()).sum())} not finite, {len(blocks_hit)} blocks "
-                bad += f"{blocks_hit[:12]}, rows {sorted(rows_hit)[:9]}, outs {sorted(outs_hit)[:20]}"
-        left = int(packed.tensors[gpu_kernel.ARRIVED].abs().sum())
-        packed.tensors[gpu_kernel.ARRIVED].zero_()
-        found.append({"config": astuple(config), "local": local, "errors": errors, "left": left, "bad": bad})
-        if bad or left:
-            print("SIX", found[-1], flush=True)
-    print(f"six stages: {sum(not e['bad'] for e in found)} of {len(found)} right", flush=True)
-    return found
+def configs(spec: str, rows: int) -> list[few.Config]:
+    every = [few.Config(*cut) for cut in CUTS[spec, rows]]
+    return [config for config in every if few.fits(scheme_of(spec), config, rows)]
 
 
 def timed(spec: str, shape: tuple[int, int], rows: int, generator: torch.Generator) -> dict[str, Any]:
-    """Seconds of each cut, of streaming as it is dispatched now, and of bfloat16."""
-    scheme = schemes([spec])[spec]
-    if scheme.step * (shape[1] // scheme.step) != shape[1]:
-        return {}
+    """Seconds of each cut, and of what is dispatched now."""
+    scheme = scheme_of(spec)
     weights, x = random_weights(spec, shape, generator), random_x(rows, shape[1], generator)
-    where = gpu_kernel.device_of(x)
-    streaming = stream.fitted(tuned.best(scheme, shape, rows, where), scheme, shape[1])
     found: dict[str, Any] = {"spec": spec, "shape": shape, "rows": rows, "bytes": weights[0].nbytes}
-    calls = [lambda w=w: gpu_kernel.multiply(x, w, None, scheme, streaming) for w in weights]
-    found["stream"] = seconds_cold(calls, 5)
-    right = wanted(x, weights[0])
-    ranking = []
-    for config in CONFIGS:
-        if not few.fits(scheme, config, rows):
-            continue
+    right, ranking = wanted(x, weights[0]), []
+    for config in configs(spec, rows):
         try:
             case = case_of(scheme, config, rows, shape[1])
             if few.build(scheme, config, case, 0).resources()["local_bytes"] > MOST_SPILLED:
@@ -140,61 +116,60 @@ def timed(spec: str, shape: tuple[int, int], rows: int, generator: torch.Generat
     return found
 
 
+def plain_seconds(shape: tuple[int, int], rows: int, generator: torch.Generator) -> float:
+    """torch's bf16 product."""
+    weights = [random_x(*shape, generator) for _ in range(max(-(-(400 << 20) // (2 * shape[0] * shape[1])), 2))]
+    x = random_x(rows, shape[1], generator)
+    return seconds_cold([lambda w=w: torch.nn.functional.linear(x, w) for w in weights])
+
+
+def prepare(kitchen: Kitchen, work: Sequence[Work]) -> None:
+    """Compile what is checked and timed."""
+    sources = []
+    for (spec, rows), shape in itertools.product(work, SHAPES):
+        scheme = scheme_of(spec)
+        for config in configs(spec, rows):
+            sources.append((few.SOURCE, few.macros(scheme, config, case_of(scheme, config, rows, shape[1])).items()))
+    kitchen.prepare(sources)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=80)
     parser.add_argument("--out", type=Path, default=Path("gpu-results"))
+    parser.add_argument("--work", default=",".join(f"{spec}:{rows}" for spec, rows in CUTS), help="FORMAT:ROWS,...")
     given = parser.parse_args()
+    work = [(spec, int(rows)) for spec, rows in (each.split(":") for each in given.work.split(","))]
     kitchen, budget = Kitchen(), Budget(given.seconds)
     given.out.mkdir(parents=True, exist_ok=True)
     torch.cuda.init()
     generator = torch.Generator("cuda").manual_seed(0)
-    early = early_works()
-    sources = []
-    for (spec, scheme), config, shape in itertools.product(schemes(SPECS).items(), CONFIGS, SHAPES):
-        for rows in (1, 16) if spec in MORE_ROWS else (1,):
-            sources.append((few.SOURCE, few.macros(scheme, config, case_of(scheme, config, rows, shape[1])).items()))
-    for scheme, rows in itertools.product(schemes(SPECS).values(), (3, 16)):
-        case = case_of(scheme, CONFIGS[1], rows, 4096)
-        sources.append((few.SOURCE, few.macros(scheme, CONFIGS[1], case).items()))
-    kitchen.prepare(sources)
-    int4 = schemes(["int4-g128"])["int4-g128"]
-    kitchen.prepare_tiled((int4, tiled.Config(1, 2, 4, ahead, 6, 1, 3), False, True) for ahead in (2, 3))
-    print(f"compiled, {budget.left:.0f} s left", flush=True)
-    result: dict[str, Any] = {
-        "machine": machine(),
-        "early": early,
-        "check": check(budget, generator),
-        "six": six_stages(generator),
-    }
+    prepare(kitchen, work)
+    print(f"compiled {len(kitchen.done)}, {budget.left:.0f} s left", flush=True)
+    result: dict[str, Any] = {"machine": machine(), "check": check(work, generator)}
     print(f"checked, {budget.left:.0f} s left", flush=True)
-    plain: dict[tuple[tuple[int, int], int], float] = {}
-    for shape, rows in itertools.product(SHAPES, (1, 16)):
-        weights = [random_x(*shape, generator) for _ in range(max(-(-(400 << 20) // (2 * shape[0] * shape[1])), 2))]
-        x = random_x(rows, shape[1], generator)
-        plain[shape, rows] = seconds_cold([lambda w=w, x=x: torch.nn.functional.linear(x, w) for w in weights])
+    plain = {
+        (shape, rows): plain_seconds(shape, rows, generator)
+        for shape, rows in itertools.product(SHAPES, sorted({rows for _, rows in work}))
+    }
     result["plain"] = [(shape, rows, seconds) for (shape, rows), seconds in plain.items()]
     entries = result["timed"] = []
-    work = [(spec, rows) for rows in (1, 16) for spec in (MORE_ROWS if rows > 1 else SPECS)]
-    work.sort(key=lambda each: each[0] not in MORE_ROWS)
     for (spec, rows), shape in itertools.product(work, SHAPES):
         if budget.left < 2:
             print(f"no time left for {spec} {rows} {shape}")
             continue
         entries.append(found := timed(spec, shape, rows, generator))
-        if found and found["ranking"]:
+        if found["ranking"]:
             best, config = found["ranking"][0]
             bf16 = plain[shape, rows]
             speed = found["bytes"] / best / 1e9
-            others = " ".join(f"{c}:{s * 1e6:.1f}" for s, c in found["ranking"][1:4])
-            print(
-                f"{spec:13} {shape!s:14} rows {rows} bf16 {bf16 * 1e6:6.1f} stream {bf16 / found['stream']:.2f}x "
-                f"few {bf16 / best:.2f}x {best * 1e6:6.1f} us {speed:5.0f} GB/s {config} | {others}", flush=True,
-            )  # fmt: skip
+            others = " ".join(f"{c}:{s * 1e6:.1f}" for s, c in found["ranking"][1:])
+            times = f"bf16 {bf16 * 1e6:6.1f} few {bf16 / best:.2f}x {best * 1e6:6.1f} us {speed:5.0f} GB/s"
+            print(f"{spec:13} {shape!s:14} rows {rows} {times} {config} | {others}", flush=True)
         (given.out / "gpu_few.json").write_text(json.dumps(result, indent=1, default=str) + "\n")
     for found in entries:
-        if found and found["ranking"]:
-            key = tuned.kind(schemes([found["spec"]])[found["spec"]]), found["rows"], tuple(found["shape"])
+        if found["ranking"]:
+            key = tuned.kind(scheme_of(found["spec"])), found["rows"], tuple(found["shape"])
             print(f"    {key}: {found['ranking'][0][1]},  # {found['bytes'] / found['ranking'][0][0] / 1e9:.0f} GB/s")
     print(f"done, {budget.left:.0f} s left", flush=True)
     kitchen.pool.terminate()

@@ -53,6 +53,13 @@ static uint2 load8(const void *p) { if ((uintptr_t)p % 8) __builtin_trap(); uint
 static u32 load4(const void *p) { if ((uintptr_t)p % 4) __builtin_trap(); u32 v; memcpy(&v, p, 4); return v; }
 static void copy_behind(void *to, const void *from) { *(uint4 *)to = load16(from); }
 static void end_copies() {}
+static u32 kept(u32 v) { return v; }
+static const u32 SHARED_BEGINS = 1024;
+static u32 shared_place(const void *p) { return (u32)((const char *)p - (const char *)shared) + SHARED_BEGINS; }
+static u32 shared_word(u32 at) { u32 v; memcpy(&v, (const char *)shared + at - SHARED_BEGINS, 4); return v; }
+static uint4 shared_if(bool wanted, u32 at) {
+    return wanted ? *(const uint4 *)((const char *)shared + at - SHARED_BEGINS) : make_uint4(0, 0, 0, 0);
+}
 static void previous_done() {}
 static void next_may_begin() {}
 template <int N> static void copies_left() {}

@@ -1,12 +1,21 @@
 // Packed codes as operands of a matrix product: what the products (stream.cu, tiled.cu) share. The host defines
 //   CHUNK              columns of a row that a thread holds at a time; four threads share a row, so a step is 4 CHUNK columns
 //   STEPS_PER_GROUP    steps that share a scale; 0: the whole row does
+//   WIDE               pairs of levels lie 256 bytes apart, so that one permutation makes their address: where shared memory
+//                      begins, 1024 on Hopper (default 0: they lie 128 bytes apart)
+//   PLACED             1: raw integers may lie some bits higher, and x be divided by as much (default 0)
 //
 // A sum over columns may run in any order as long as both operands agree: each thread loads whole words of its row and
 // takes as neighbours the two codes that lie 16 bits apart, so that a shift and one three-input logical operation make
 // two of them (integer bits under the exponent of 128 or 1024). Levels are looked up two at a time by the byte, in a
 // table with a copy for each of the 32 banks.
 
+#ifndef WIDE
+#define WIDE 0
+#endif
+#ifndef PLACED
+#define PLACED 0
+#endif
 constexpr int STEP = 4 * CHUNK;                  // columns
 constexpr int WORDS = CHUNK * BITS / 32;         // that a thread holds of one row of W per step
 constexpr int UNITS = CHUNK / 8;                 // eight columns: the operands of two mma
@@ -15,7 +24,33 @@ constexpr int PERIOD = DENSE ? 32 / BITS : 32;  // codes after which the pattern
 constexpr bool NATURAL = CODEBOOK || BITS == 8; // neighbours in an operand are neighbours in memory
 constexpr u32 MAGIC = HALF ? 0x64006400u : 0x43004300u;  // 1024, 128: integers to 7 bits are its lowest bits
 constexpr u32 ONES = HALF ? 0x3C003C00u : 0x3F803F80u;
-constexpr int TABLE = CODEBOOK ? 256 * 32 / 4 : 0;  // of uint4
+constexpr int TABLE = CODEBOOK ? (WIDE ? 512 : 256) * 32 / 4 : 0;  // of uint4
+
+// By how much a code of a period is shifted to the right, and where it lies then: codes share a shift while they stay in
+// the seven bits below bfloat16's exponent.
+typedef unsigned long long u64_codes;  // four bits for each code of a period
+DEVICE constexpr u64_codes all_shifts() {
+    u64_codes all = 0;
+    for (int i = 0, shift = 0; i < (DENSE ? PERIOD / 2 : 16); i++) {
+        int bit = BITS * i & 15;
+        if (bit < BITS) shift = 0;  // the first that begins in its half word
+        if (!PLACED || bit - shift + BITS > 7) shift = bit;
+        all |= (u64_codes)shift << 4 * i;
+    }
+    return all;
+}
+DEVICE constexpr u64_codes all_places() {
+    u64_codes all = 0;
+    for (int i = 0; i < (DENSE ? PERIOD / 2 : 16); i++) all |= ((BITS * i & 15) - (all_shifts() >> 4 * i & 15)) << 4 * i;
+    return all;
+}
+constexpr u64_codes SHIFTS = all_shifts(), PLACES = all_places();
+DEVICE constexpr int shift_of(int code) { return (int)(SHIFTS >> 4 * code) & 15; }
+DEVICE constexpr int place_of(int code) { return (int)(PLACES >> 4 * code) & 15; }
+DEVICE u32 place_at(u32 unit, u32 i) {  // of a code of a unit
+    constexpr u32 UNITS_PER_PERIOD = NATURAL ? 1 : PERIOD / 8;
+    return PLACED ? place_of(unit % UNITS_PER_PERIOD * 4 + i) : 0;
+}
 
 DEVICE void load_words(u32 (&to)[WORDS], const u32 *from) {
     if constexpr (WORDS % 4 == 0) {
@@ -43,7 +78,12 @@ DEVICE uint4 load_opposite(const u16 *x, u32 unit) {
     x += unit / UNITS_PER_PERIOD * 2 * HALF_PERIOD + unit % UNITS_PER_PERIOD * 4;
     uint2 a = *(const uint2 *)x, b = *(const uint2 *)(x + HALF_PERIOD);
     if (NATURAL) return make_uint4(a.x, a.y, b.x, b.y);
-    return make_uint4(permute(a.x, b.x, 0x5410), permute(a.x, b.x, 0x7632), permute(a.y, b.y, 0x5410), permute(a.y, b.y, 0x7632));
+    u32 v[4] = {permute(a.x, b.x, 0x5410), permute(a.x, b.x, 0x7632), permute(a.y, b.y, 0x5410), permute(a.y, b.y, 0x7632)};
+#if PLACED
+#pragma unroll
+    for (int i = 0; i < 4; i++) v[i] = scale_by(v[i], (0x3F80u - (place_at(unit, i) << 7)) * 0x10001u);
+#endif
+    return make_uint4(v[0], v[1], v[2], v[3]);
 }
 
 DEVICE constexpr u32 both(u32 v) { return v | v << 16; }
@@ -59,8 +99,12 @@ struct Table {
     const u8 *pairs;
     u32 lane;  // times 4
 };
-DEVICE u32 look_up(const Table &table, u32 at) {
-    return *(const u32 *)(table.pairs + under_exponent(at, 0x7F80, table.lane));
+DEVICE u32 look_up(const Table &table, u32 word, int byte) {
+#if WIDE
+    return shared_word(permute(word, table.lane, 0x5504 | byte << 4) + WIDE);
+#else
+    return *(const u32 *)(table.pairs + under_exponent(byte == 0 ? word << 7 : word >> (8 * byte - 7), 0x7F80, table.lane));
+#endif
 }
 
 // The four operands of a unit of one row of W; RAW: integers that still lack minus_offset().
@@ -70,8 +114,7 @@ template <bool RAW = false> DEVICE void decode(u32 (&pairs)[4], const u32 (&word
 #pragma unroll
     for (int i = 0; i < 4; i++) {
         if constexpr (CODEBOOK) {
-            u32 word = words[unit];
-            pairs[i] = look_up(table, i == 0 ? word << 7 : word >> (8 * i - 7));
+            pairs[i] = look_up(table, words[unit], i);
         } else if constexpr (BITS == 8) {
             u32 word = words[2 * unit + i / 2];
             if constexpr (HALF) {
@@ -83,7 +126,7 @@ template <bool RAW = false> DEVICE void decode(u32 (&pairs)[4], const u32 (&word
             }
         } else if constexpr (DENSE) {
             int word = unit * 8 / PERIOD, code = unit % (PERIOD / 8) * 4 + i;
-            u32 v = under_exponent(words[word] >> (BITS * code), MASK, MAGIC);
+            u32 v = under_exponent(words[word] >> shift_of(code), MASK << place_of(code), MAGIC);
             pairs[i] = RAW ? v : add_pair(v, minus_offset());
         } else {  // 32 codes in 2 BITS half words; code j + 16 lies BITS half words after code j
             int bit = BITS * (unit % 4 * 4 + i), at = bit >> 4, shift = bit & 15, period = unit / 4 * BITS;
@@ -92,8 +135,9 @@ template <bool RAW = false> DEVICE void decode(u32 (&pairs)[4], const u32 (&word
                 return permute(words[period + (k >> 1)], words[period + ((k + BITS) >> 1)], selector);
             };
             u32 here = shift + BITS <= 16 ? MASK : both((1u << (16 - shift)) - 1);
-            u32 v = under_exponent(halves(at) >> shift, here, MAGIC);
-            if (shift + BITS > 16) v = under_exponent(halves(at + 1) << (16 - shift), MASK & ~here, v);
+            int by = shift_of(unit % 4 * 4 + i), place = shift - by;
+            u32 v = under_exponent(halves(at) >> by, here << place, MAGIC);
+            if (shift + BITS > 16) v = under_exponent(halves(at + 1) << (16 - by), (MASK & ~here) << place, v);
             pairs[i] = RAW ? v : add_pair(v, minus_offset());
         }
     }
@@ -102,8 +146,8 @@ template <bool RAW = false> DEVICE void decode(u32 (&pairs)[4], const u32 (&word
 // Every thread writes its part of the table of pairs; `levels`: 16 operands.
 DEVICE void fill_table(uint4 *table, const u16 *levels, u32 threads) {
 #pragma unroll 1
-    for (int i = threadIdx.x; i < TABLE; i += threads) {
+    for (int i = threadIdx.x; i < 256 * 8; i += threads) {
         u32 pair = levels[i >> 3 & 15] | (u32)levels[i >> 7] << 16;
-        table[i] = make_uint4(pair, pair, pair, pair);
+        table[WIDE ? i + (i & ~7) : i] = make_uint4(pair, pair, pair, pair);
     }
 }

@@ -78,6 +78,24 @@ DEVICE u32 round_pair(float low, float high) {
     asm("cvt.rn." TYPE "x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
     return d;
 }
+[[maybe_unused]] DEVICE u32 kept(u32 v) {  // in a register, never made again
+    asm volatile("" : "+r"(v));
+    return v;
+}
+// Shared memory by its address; what is read was written before the last barrier and the last `kept`.
+[[maybe_unused]] DEVICE u32 shared_place(const void *p) { return (u32)__cvta_generic_to_shared(p); }
+[[maybe_unused]] DEVICE u32 shared_word(u32 at) {
+    u32 v;
+    asm("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(at));
+    return v;
+}
+[[maybe_unused]] DEVICE uint4 shared_if(bool wanted, u32 at) {  // zeros where it is not
+    uint4 v;
+    asm("{.reg .pred p; setp.ne.u32 p, %5, 0; mov.u32 %0, 0; mov.u32 %1, 0; mov.u32 %2, 0; mov.u32 %3, 0;\n"
+        "@p ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];}"
+        : "=&r"(v.x), "=&r"(v.y), "=&r"(v.z), "=&r"(v.w) : "r"(at), "r"((u32)wanted));
+    return v;
+}
 [[maybe_unused]] DEVICE float from_lane(float v, int flip) { return __shfl_xor_sync(0xFFFFFFFFu, v, flip); }
 [[maybe_unused]] DEVICE float power_of_two(float v) {
     float d;

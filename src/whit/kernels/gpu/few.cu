@@ -8,6 +8,7 @@
 //   PARTS              weights of one format and width that are multiplied by the same x, one after the other
 //   EVEN               1: all warps have whole rounds of AHEAD steps, each with its own scale, and these lie aligned
 //   MIN_BLOCKS         blocks per multiprocessor to leave registers for
+//   WIDE               as codes.cuh says
 //   SPREAD             groups side by side in a step; up to 8 rows times groups
 //
 // What bounds a stream of codes is instructions, so there are few per code. Blocks stay and take tile after tile: x, in
@@ -22,12 +23,13 @@
 // a step are eight bytes (PAIRED), it asks for 16 of one of its rows and gets the other row's from its neighbour's
 // neighbour. Where x is too large for a block it is cut into slices of columns (blockIdx.y), and the last block to come to
 // a tile adds them.
+#define PLACED (!HALF && !ZERO && !CODEBOOK && BITS < 4)
 #include "codes.cuh"
 #include "sums.cuh"
 
 constexpr int THREADS = 32 * WARPS;
 constexpr bool SUMMED = HAS_RAW || ZERO;  // needs sums of x
-constexpr float BIAS = HAS_RAW ? (HALF ? 1024.0f : 128.0f) + OFFSET : 0.0f;  // what is added to a code
+constexpr float BIAS = PLACED ? 1.0f : HAS_RAW ? (HALF ? 1024.0f : 128.0f) + OFFSET : 0.0f;  // what is added to a code
 constexpr int LEVELS = SCALE == 3 ? 64 : 0;  // of uint4: the levels of quantized scales
 constexpr int PER_STEP = UNITS * ROWS * 4;   // of uint4: a step of x
 constexpr int SHARERS = 4 * UNITS;           // uint4 of a row and step
@@ -54,6 +56,7 @@ struct Rows {  // where a thread's two rows of W lie, from the warp's first step
     const u32 *codes[2];
     int out[2], part, tile;
     Scales scales;
+    float offset;  // SCALE 3
 };
 struct Several {  // weights of the same format and columns, which share x
     Params part[PARTS];
@@ -147,7 +150,7 @@ DEVICE Rows rows_of(const Several &all, int tile, int begin, int lane) {
     for (int i = 0; i < PARTS - 1; i++)
         if (rows.part == i && tile >= tiles_of(all.part[i])) tile -= tiles_of(all.part[i]), rows.part++;
     const Params &p = all.part[rows.part];
-    rows.scales = p.scales, rows.tile = tile;
+    rows.scales = p.scales, rows.tile = tile, rows.offset = SCALE == 3 ? *p.scales.offset : 0.0f;
 #pragma unroll
     for (int h = 0; h < 2; h++) {
         rows.out[h] = min(tile * 16 + h * 8 + (lane >> 2), p.outs - 1);
@@ -174,8 +177,12 @@ DEVICE void stage(uint4 *xs, float *sums, const Params &p, int first_step, int s
         float sum = 0;
         if (i < count) {
             uint4 v = xs[((step * UNITS + in % UNITS) * ROWS + row) * 4 + in / UNITS];
-            sum = (widen(v.x & 0xFFFF) + widen(v.x >> 16)) + (widen(v.y & 0xFFFF) + widen(v.y >> 16)) +
-                  (widen(v.z & 0xFFFF) + widen(v.z >> 16)) + (widen(v.w & 0xFFFF) + widen(v.w >> 16));
+            u32 pairs[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+            for (int k = 0; k < 4; k++) {
+                float factor = PLACED ? 128.0f + OFFSET * (float)(1 << place_at(in % UNITS, k)) : 1.0f;
+                sum += (widen(pairs[k] & 0xFFFF) + widen(pairs[k] >> 16)) * factor;
+            }
         }
 #pragma unroll
         for (int flip = PER_SUM / 2; flip; flip /= 2) sum += from_lane(sum, flip);
@@ -184,7 +191,7 @@ DEVICE void stage(uint4 *xs, float *sums, const Params &p, int first_step, int s
 }
 
 struct Shared {
-    const uint4 *x;      // the lane's row and columns of the warp's first step
+    u32 x;               // where the lane's row and columns of the warp's first step lie
     const float *sums;   // of x, from the warp's first step on
     const float *levels;
     Table table;
@@ -214,7 +221,7 @@ DEVICE void add_step(Sums &sums, Held &held, const Raw (&raw)[2][KINDS], const S
 #else
     float(&part)[NT][4] = sums.all;
 #endif
-    const uint4 *x = s.x + step * PER_STEP;
+    u32 x = s.x + step * (16 * PER_STEP);
 #pragma unroll
     for (int unit = 0; unit < UNITS; unit++) {
         u32 top[4], bottom[4];
@@ -222,8 +229,7 @@ DEVICE void add_step(Sums &sums, Held &held, const Raw (&raw)[2][KINDS], const S
         decode<HAS_RAW>(bottom, held.words[1], unit, s.table);
 #pragma unroll
         for (int n = 0; n < NT; n++) {
-            uint4 b = make_uint4(0, 0, 0, 0);
-            if (V >= 8 && SPREAD == 1 || s.has_x) b = x[(unit * ROWS + 8 * n) * 4];
+            uint4 b = shared_if(s.has_x, x + (unit * ROWS + 8 * n) * 64);
             multiply(part[n], top[0], bottom[0], top[1], bottom[1], b.x, b.y);
             multiply(part[n], top[2], bottom[2], top[3], bottom[3], b.z, b.w);
         }
@@ -244,12 +250,11 @@ DEVICE void add_step(Sums &sums, Held &held, const Raw (&raw)[2][KINDS], const S
 #endif
         }
 #if STEPS_PER_GROUP
-        float offset = SCALE == 3 ? *rows.scales.offset : 0.0f;
 #pragma unroll
         for (int h = 0; h < 2; h++) {
 #pragma unroll
             for (int e = 0; e < 2; e++)
-                sums.all[n][2 * h + e] += scale_of(raw[h][e % KINDS], s.levels, offset) * part[n][2 * h + e];
+                sums.all[n][2 * h + e] += scale_of(raw[h][e % KINDS], s.levels, rows.offset) * part[n][2 * h + e];
         }
 #endif
     }
@@ -322,7 +327,7 @@ DEVICE void add_tile(Sums &sums, Held (&held)[AHEAD], Round &round, const Shared
     for (int first = 0; first < steps; first += AHEAD) {
         Round now = round;
         bool more = first + AHEAD < steps;
-        if (EVEN && more) load_round(round, rows, (begin + first + AHEAD) * SPREAD);
+        if (EVEN) load_round(round, rows, (begin + (more ? first + AHEAD : 0)) * SPREAD);  // without a branch
 #pragma unroll
         for (int j = 0; j < AHEAD; j++) {
             if (!EVEN && first + j >= steps) break;
@@ -361,8 +366,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) few(const Seve
     __syncthreads();
 
     int row = (lane >> 2) / SPREAD;
-    Shared s = {xs + in_block * PER_STEP + min(row, ROWS - 1) * 4 + (lane & 3), x_sums + in_block * V,
-                (const float *)(shared + TABLE), {(const u8 *)shared, (u32)lane * 4},
+    u32 first_x = shared_place(xs + in_block * PER_STEP + min(row, ROWS - 1) * 4 + (lane & 3));
+    Shared s = {kept(first_x), x_sums + in_block * V,
+                (const float *)(shared + TABLE), {(const u8 *)shared, kept((u32)lane * 4)},
                 row < ROWS && (lane >> 2) % SPREAD == (lane & 3) / LANES};
     int turn = 0;
 #pragma unroll 1

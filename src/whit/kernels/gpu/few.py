@@ -17,6 +17,7 @@ from whit.kernels.gpu.stream import Operands, Scheme
 SOURCE = Path(__file__).with_name("few.cu")
 MOST_ROWS = 16
 MOST_SHARED = 226 << 10
+SHARED_BEGINS = 1024  # the address, on Hopper: what is before is the system's
 SCALE_BYTES = (2, 2, 4, 1)  # by the storage of a scale
 
 
@@ -28,6 +29,7 @@ class Config:
     ahead: int = 4
     min_blocks: int = 2
     spread: int = 1
+    wide: int = 0
 
     @property
     def threads(self) -> int:
@@ -59,14 +61,14 @@ def macros(scheme: Scheme, config: Config, case: Case) -> dict[str, int]:
     return scheme.storage.macros | {
         "HALF": int(case.half), "CHUNK": scheme.chunk * config.spread, "STEPS_PER_GROUP": scheme.steps_per_group,
         "ROWS": rounded(case.rows), "WARPS": config.warps, "AHEAD": config.ahead, "MIN_BLOCKS": config.min_blocks,
-        "PARTS": case.parts, "EVEN": int(case.even), "SPREAD": config.spread,
+        "PARTS": case.parts, "EVEN": int(case.even), "SPREAD": config.spread, "WIDE": SHARED_BEGINS * config.wide,
     }  # fmt: skip
 
 
 def shared_bytes(scheme: Scheme, config: Config, rows: int, steps: int) -> int:
     """Dynamic shared memory of a block: table, levels of scales, `steps` of x and their sums, sums of two tiles."""
     rows, step = rounded(rows), scheme.step * config.spread
-    table = (stream.TABLE_BYTES if scheme.storage.levels else 0) + (1024 if scheme.storage.scale == 3 else 0)
+    table = (stream.TABLE_BYTES << config.wide if scheme.storage.levels else 0) + 1024 * (scheme.storage.scale == 3)
     sums = rows * config.spread
     return table + 2 * rows * steps * step + -(-steps * sums // 4) * 16 + 2 * config.warps * sums * 64 + 16
 

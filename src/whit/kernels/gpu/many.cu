@@ -122,7 +122,7 @@ struct Round {
 };
 struct Slot {
     float scale[2];
-    u32 pair[2], minus[2];   // as operands
+    u32 pair[2], rest[2], minus[2];  // as operands; scale = pair + rest where it is no operand itself
 };
 struct Sums {
     float all[NT][4];
@@ -145,6 +145,8 @@ DEVICE Slot slot_of(const Round &round, const Lane &w, int slot) {
     for (int h = 0; h < 2; h++) {
         int from = (w.lane & 28) | (slot & 3);
         s.scale[h] = of_lane(round.scale[h], from), s.pair[h] = round_pair(s.scale[h], s.scale[h]);
+        float rest = s.scale[h] - widen(s.pair[h] & 0xFFFF);
+        s.rest[h] = SCALE_PAIRS ? 0 : round_pair(rest, rest);
         float zero = OFFSET + (ZERO ? of_lane(round.zero[h], from) : 0.0f);
         s.minus[h] = round_pair(-(HALF ? 1024.0f : 128.0f) - zero, -(HALF ? 128.0f : 16.0f) - zero);
     }
@@ -159,7 +161,7 @@ DEVICE u32 operand(u32 word, const Slot &s, int h, const Lane &w) {
     else pair = multiply_add(under_exponent(byte * 0x8001u, 0x0078000F, MAGIC), HALF ? 0x30003C00u : 0x3E003F80u, s.minus[h]);
     if constexpr (LATE) return pair;
     else if constexpr (SCALE_PAIRS) return scale_by(pair, s.pair[h]);
-    else return round_pair(widen(pair & 0xFFFF) * s.scale[h], widen(pair >> 16) * s.scale[h]);
+    else return multiply_add(pair, s.pair[h], scale_by(pair, s.rest[h]));  // the rest's rounding is far below the sum's
 }
 
 // The operands of 64 columns of a lane's two rows, for four products.
