@@ -44,7 +44,10 @@ from harness import RESULTS, machine, markdown
 SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336))
 ROWS = (1, 16, 64, 256, 1024, 4096)
 DEVICE = "cuda"
-DOUBTED: set[str] = set()  # what is not timed: "few", the single launch, "thin", and "ahead", rows beside the products
+DOUBTED: set[str] = (
+    set()
+)  # what is not timed: "few", the single launch, "thin", "ahead", rows beside the products, and, if
+# "plain" is not right, outliers by these
 SHARE = 0.001  # of columns are outliers
 BYTES_PER_SECOND = {"H100": 3.35e12, "H200": 4.8e12}  # NVIDIA's data sheets
 OPERATIONS = 1979e12  # of int8, dense
@@ -443,9 +446,9 @@ def time_cell(x: Tensor, dense: list[Tensor], ours: list[PackedWeight]) -> dict[
         for name, key in (("W8A8", ours), ("LLM.int8()", outlying)):
             found = (value for label, value in cell["ahead"].items() if label.startswith(f"{key[0].activations} "))
             cell[name] = min(cell[name], *found)
-    cell["by dispatch"], cell["by dispatch, outliers"] = (
-        seconds_cold([lambda w=w: Gpu8().linear(x, w, None) for w in each]) for each in (ours, outlying)
-    )
+    for name, each in (("by dispatch", ours), ("by dispatch, outliers", outlying)):
+        if "plain" not in DOUBTED:
+            cell[name] = seconds_cold([lambda w=w: Gpu8().linear(x, w, None) for w in each])
     codes = int8.quantize(x).codes
     if rows > 16:
         signed = [w.tensors["codes"].view(torch.int8).t() for w in ours]
@@ -486,13 +489,15 @@ def best_of(weights: list[PackedWeight], x: Tensor, among: list[str] | None = No
         for c in (*thin_cuts((outs, columns), len(x)), *CUTS[len(x)])
         if ("few" not in DOUBTED or not isinstance(c, Few | OneRow)) and (among is None or str(c) in among)
     ]
+    if "plain" in DOUBTED and weights[0].activations is not None and weights[0].activations.threshold:
+        cuts = [c for c in cuts if not isinstance(c, Config)]
     for config in cuts:
         if isinstance(config, Thin) or may_be_best(config, (outs, columns), len(x)):
             try:
                 found[str(config)] = seconds_cold([timed(w, x, config) for w in weights])
             except KernelError as error:
                 print(f"{config}: {error}", flush=True)
-    return min(found.values()), found
+    return min(found.values(), default=float("nan")), found
 
 
 def time_float8(weights: list[PackedWeight], x: Tensor) -> float | None:
@@ -540,7 +545,7 @@ def time_all(seconds: float) -> None:
     kinds = ((False, False), (True, False), (False, True))
     wanted += [(int8.QUANTIZE, int8.quantize_macros(c, False, *kind).items()) for c in (4096, 14336) for kind in kinds]
     start = time.monotonic()
-    wanted += [(int8.MARK, int8.mark_macros(False, joined).items()) for joined in (False, True)]
+    wanted += [(int8.MARK, int8.mark_macros(False, rows).items()) for rows in ROWS]
     some = {*AHEAD, *SOME, *FEW}
     wanted += [(int8.PRODUCT, c.macros(False, o, False, True).items()) for c in some for o in (False, True)]
     kitchen.prepare(wanted)
@@ -664,7 +669,9 @@ def main() -> None:
     running = {part: start_part(part, 40) for part in args.checks.split(",") if part}
     texts = {part: finished(process, min(budget.left, 45)) for part, process in running.items()}
     print(f"checked after {args.seconds - budget.left:.0f} s", flush=True)
-    wrong = ",".join([args.without] + [part for part in ("few", "thin", "ahead") if is_wrong(texts.get(part, ""))])
+    wrong = ",".join(
+        [args.without] + [part for part in ("few", "thin", "ahead", "plain") if is_wrong(texts.get(part, ""))]
+    )
     times = start_part("times", budget.left - 8, "--without", wrong)
     texts["times"] = finished(times, budget.left - 1)
     lines = [line for text in texts.values() for line in text.splitlines()]

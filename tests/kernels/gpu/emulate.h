@@ -102,7 +102,7 @@ static void multiply(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 
         w.count = 0, w.turn++;
     }
     while (w.turn == turn) yield();
-    threadIdx.x = current;
+    threadIdx.x = current % threads;
     for (int e = 0; e < 4; e++) d[e] += w.d[lane][e];
 }
 

@@ -13,13 +13,17 @@
 // matrices, four steps and more ahead; those of the weight even before the kernel in front of this one has made x. The
 // scales, the outlier columns and the bias are fetched by warps of their own while the products run, and are applied in
 // registers, so that no int32 is ever written. For few rows blocks share the columns, and add up out of each other's
-// shared memory: integers, in whatever order the same. Outliers are multiplied eight columns at a time, all there are.
+// shared memory: integers, in whatever order the same. What outlier columns need of W a warp takes out of the steps as they
+// pass (reading single bytes of many rows would take memory long), and floats are multiplied where the sums lie, by mma,
+// sixteen columns at a time, all there are.
 #include "int8_warp.cuh"
 #include "int8_hopper.cuh"
 
 constexpr int BM = 64 * WG, BK = 128, CONSUMERS = 128 * WG, HELPERS = 96, THREADS = CONSUMERS + 32 + HELPERS, CLUSTER = SPLITS * PAIR;
 constexpr int X_BYTES = BM * BK, W_BYTES = BN * BK, STAGE = X_BYTES + W_BYTES, PITCH = BN + 8;
-constexpr int AT_A_TIME = 8;  // loads of outliers that a thread has under way
+constexpr int AT_A_TIME = 4;  // loads of outliers that a thread has under way
+constexpr bool TAKE = OUTLIERS && CLUSTER == 1;  // one of the helpers' warps is there for the outliers
+constexpr int RING = 24;  // numbers of 16 bits from one row's outliers to the next one's
 constexpr int GROUP = (AHEAD ? 8 : 16) / PAIR;  // tiles of rows that are multiplied with the same weights, one after the other
 enum { READY = 1, FREE, AMONG, LISTED };  // barriers
 
@@ -52,7 +56,11 @@ struct Aside {  // what a tile needs beside the sums
 #endif
 #if OUTLIERS
     int count, here;  // columns that are outliers; how many of them lie here
-    float x[OUTLIERS_AT_ONCE][BM], weight[OUTLIERS_AT_ONCE][BN];
+#if SPLITS == 1
+    u16 x[BM * RING], weight[BN * RING];
+#else
+    float x[OUTLIERS_AT_ONCE * BM], weight[OUTLIERS_AT_ONCE * BN];
+#endif
 #endif
 };
 
@@ -113,32 +121,13 @@ DEVICE void produce(const Params &p, const Block &b) {
 }
 
 #if OUTLIERS
-// Outlier columns [from, from + OUTLIERS_AT_ONCE) of the tile; a weight is rounded as if it had been dequantized.
-DEVICE void fetch_outliers(const Params &p, Aside &a, const Tile &tile, int count, int from, int tid, int threads) {
-    int here = min(max(count - from, 0), OUTLIERS_AT_ONCE), lane = tid & 31, all = here * (BM + BN);
-    int mine = lane < here ? fresh(p.listed + 1 + from + lane) : 0;
-    for (int first = tid; first < all; first += AT_A_TIME * threads) {
-#pragma unroll
-        for (int k = 0; k < AT_A_TIME; k++) {
-            int j = first + k * threads, i = j / (BM + BN), m = j % (BM + BN), n = m - BM;
-            if (j >= all) break;  // as do all of a warp
-            int column = from_lane_number(mine, i);
-            if (m < BM) {
-                a.x[i][m] = tile.row + m < p.rows ? widen(fresh(p.floats + (long long)(tile.row + m) * p.columns + column)) : 0;
-            } else {
-                float w = 0;
-                if (tile.out + n < p.outs)
-                    w = multiplied((float)p.codes[(long long)(tile.out + n) * p.columns + column] - 128, p.row_scale[tile.out + n]);
-                a.weight[i][n] = widen(round_pair(w, w) & 0xFFFF);
-            }
-        }
-    }
-    if (tid == 0) a.count = count, a.here = here;
-}
+#include "int8_outliers.cuh"
 #endif
 
 DEVICE void assist(const Params &p, const Block &b, int tid) {
     Aside &a = *b.aside;
+    constexpr int REST = TAKE ? HELPERS - 32 : HELPERS;
+    int taken = 0, column = -1;  // of the warp that takes outliers: steps, and a lane's column
 #if AHEAD
     await_earlier();
     if (OUTLIERS && tid < 32) list_columns(p, tid);
@@ -148,7 +137,21 @@ DEVICE void assist(const Params &p, const Block &b, int tid) {
     for (int index = b.first; index < b.tiles; index += b.stride) {
         Tile tile = tile_of(p, b, index);
         if (index != b.first) meet<FREE, CONSUMERS + HELPERS>();
-        for (int n = tid; n < BN; n += HELPERS) {
+#if OUTLIERS && SPLITS * PAIR == 1
+        if (tid >= REST) {
+            if (index == b.first) {
+                for (int i = tid - REST; i < BN * RING; i += 32) a.weight[i] = 0;
+                await_earlier();
+                int count = fresh(p.listed);
+                if (tid - REST < min(count, OUTLIERS_AT_ONCE)) column = fresh(p.listed + 1 + tid - REST);
+                __syncwarp();
+            }
+            take_outliers(p, b, tile, taken, column, tid - REST);
+            announce<READY, CONSUMERS + HELPERS>();
+            continue;
+        }
+#endif
+        for (int n = tid; n < BN; n += REST) {
             int out = min(tile.out + n, p.outs - 1);
             a.row_scale[n] = p.row_scale[out], a.bias[n] = p.bias ? widen(p.bias[out]) : 0;
 #if SHIFTED
@@ -159,7 +162,7 @@ DEVICE void assist(const Params &p, const Block &b, int tid) {
 #if AHEAD
         await_rows(p, tile.row);
 #endif
-        for (int m = tid; m < BM; m += HELPERS) {
+        for (int m = tid; m < BM; m += REST) {
             int row = min(tile.row + m, p.rows - 1);
             a.scale[m] = fresh(p.scale + row), a.offset[m] = fresh(p.offset + row);
 #if SHIFTED
@@ -167,7 +170,7 @@ DEVICE void assist(const Params &p, const Block &b, int tid) {
 #endif
         }
 #if OUTLIERS
-        fetch_outliers(p, a, tile, fresh(p.listed), 0, tid, HELPERS);
+        fetch_outliers<TAKE ? BM : BM + BN>(p, a, tile, fresh(p.listed), 0, tid, REST);
 #endif
         announce<READY, CONSUMERS + HELPERS>();
     }
@@ -188,7 +191,7 @@ DEVICE bool more_outliers(const Params &p, Aside &a, const Tile &tile, int &from
     from += OUTLIERS_AT_ONCE;
     if (from >= a.count) return false;
     meet<AMONG, CONSUMERS>();
-    fetch_outliers(p, a, tile, a.count, from, tid, CONSUMERS);
+    fetch_outliers<BM + BN>(p, a, tile, a.count, from, tid, CONSUMERS);
     meet<AMONG, CONSUMERS>();
     return true;
 #else
@@ -218,15 +221,11 @@ DEVICE void finish(const Params &p, const Block &b, const Tile &tile, const int 
 #if OUTLIERS
     int from = 0;
     do {
-#pragma unroll 1
-        for (int i = 0; i < a.here; i++) {
-            float top = a.x[i][m], bottom = a.x[i][m + 8];
+        if (!a.here) break;
+        const u16 *left = a.x + m * RING + n, *right = a.weight + (lane >> 2) * RING + n;
+        u32 a0 = *(const u32 *)left, a1 = *(const u32 *)(left + 8 * RING), a2 = *(const u32 *)(left + 8), a3 = *(const u32 *)(left + 8 * RING + 8);
 #pragma unroll
-            for (int j = 0; j < BN / 8; j++) {
-                float left = a.weight[i][j * 8 + n], right = a.weight[i][j * 8 + n + 1];
-                y[j][0] += top * left, y[j][1] += top * right, y[j][2] += bottom * left, y[j][3] += bottom * right;
-            }
-        }
+        for (int j = 0; j < BN / 8; j++, right += 8 * RING) multiply(y[j], a0, a1, a2, a3, *(const u32 *)right, *(const u32 *)(right + 8));
     } while (more_outliers(p, a, tile, from, tid));
 #endif
 #pragma unroll
@@ -288,7 +287,7 @@ DEVICE void finish_share(const Params &p, const Block &b, const Tile &tile, int 
             if (i >= eights) continue;
             for (int k = 0; k < a.here; k++)
 #pragma unroll
-                for (int e = 0; e < 8; e++) y[turn][e] += a.x[k][m] * a.weight[k][n + e];
+                for (int e = 0; e < 8; e++) y[turn][e] += a.x[k * BM + m] * a.weight[k * BN + n + e];
         }
     } while (more_outliers(p, a, tile, from, tid));
 #endif
@@ -355,7 +354,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) int8_product(KERNEL_ARG
     b.first = blockIdx.x / CLUSTER, b.stride = gridDim.x / CLUSTER;
     b.begin = SPLITS > 1 ? min((int)b.rank * share, steps) : 0, b.steps = min(share, steps - b.begin);
     if (tid == 0) {
-        for (int i = 0; i < STAGES; i++) make_barrier(b.full + i, 1), make_barrier(b.empty + i, 4 * WG * PAIR);
+        for (int i = 0; i < STAGES; i++) make_barrier(b.full + i, 1), make_barrier(b.empty + i, 4 * WG * PAIR + TAKE);
         publish_barriers();
         let_next_begin();
     }
