@@ -44,10 +44,8 @@ from harness import RESULTS, machine, markdown
 SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336))
 ROWS = (1, 16, 64, 256, 1024, 4096)
 DEVICE = "cuda"
-DOUBTED: set[str] = (
-    set()
-)  # what is not timed: "few", the single launch, "thin", "ahead", rows beside the products, and, if
-# "plain" is not right, outliers by these
+# What is not timed: "few", the single launch, "thin", "ahead", rows beside the products; if "plain" is wrong, outliers.
+DOUBTED: set[str] = set()
 SHARE = 0.001  # of columns are outliers
 BYTES_PER_SECOND = {"H100": 3.35e12, "H200": 4.8e12}  # NVIDIA's data sheets
 OPERATIONS = 1979e12  # of int8, dense
@@ -669,10 +667,11 @@ def main() -> None:
     running = {part: start_part(part, 40) for part in args.checks.split(",") if part}
     texts = {part: finished(process, min(budget.left, 45)) for part, process in running.items()}
     print(f"checked after {args.seconds - budget.left:.0f} s", flush=True)
-    wrong = ",".join(
-        [args.without] + [part for part in ("few", "thin", "ahead", "plain") if is_wrong(texts.get(part, ""))]
-    )
-    times = start_part("times", budget.left - 8, "--without", wrong)
+    wrong = [part for part in ("few", "ahead", "plain") if is_wrong(texts.get(part, ""))]
+    wrong += (
+        ["thin"] if "FAILED" in texts.get("thin", "") else []
+    )  # where it only is not right, its times tell something
+    times = start_part("times", budget.left - 8, "--without", ",".join([args.without, *wrong]))
     texts["times"] = finished(times, budget.left - 1)
     lines = [line for text in texts.values() for line in text.splitlines()]
     checks = [json.loads(line[6:]) for line in lines if line.startswith("CHECK ")]
