@@ -104,7 +104,11 @@ class Cell:
         make: dict[str, Callable[[], None]] = {
             "scales": self._scales, "full": self._full, "efficientqat": self._efficientqat,
         }  # fmt: skip
-        make.get(self.way, self._quantized)()
+        try:
+            make.get(self.way, self._quantized)()
+        except KeyboardInterrupt:
+            self._say("interrupted")
+            raise
         self._read_account()
         if "wikitext2" not in self.record:
             self.record |= measure(self.args, load(self.args, self.out), self.baseline())
