@@ -115,6 +115,21 @@ def test_windows_hold_the_examples_in_one_seeded_order(model, data):  # noqa: F8
     assert based.windows(job.data.examples[:1], 4096, 0).tokens.shape == (1, len(job.data.examples[0].tokens))
 
 
+def test_a_start_by_data_goes_by_the_examples(model, data):  # noqa: F811
+    def start(lines: tuple[str, ...]) -> dict[str, torch.Tensor]:
+        few = data.parent / "few.jsonl"
+        few.write_text("".join(lines))
+        tuning = replace(CALIBRATED, method=None, targets=("q_proj", "down_proj"), holdout=0.0)
+        loop, _ = build_loop(prepare_tuning(model, few, Path("out"), tuning, None, whit.Options()), Ranks())
+        return {name: p.detach() for name, p in loop.model.named_parameters() if "lora_B" in name}
+
+    lines = tuple(data.read_text().splitlines(keepends=True))
+    one, again, other = start(lines[:6]), start(lines[:6]), start(lines[6:18])
+    assert all(torch.equal(one[name], again[name]) for name in one)
+    assert not any(torch.equal(one[name], other[name]) for name in one)
+    assert all(bool(b.any()) for b in one.values())
+
+
 def test_weights_alone_and_data_do_not_mix():
     with pytest.raises(TrainingError, match="init loftq: goes by weights alone, and gptq by data"):
         whit.Tuning("int2-g32", method="gptq", init="loftq")

@@ -25,7 +25,9 @@ from whit.training.settings import DEFAULT_INIT, DTYPES, Tuning
 DATA_HELP = "JSON lines: `prompt` and `response`, or `messages`."
 TARGET_HELP = "Linears to adapt, by name: q_proj,k_proj,...; or all-linear (the head left out)."
 HELD_OUT_HELP = "Score the examples of this file, instead of a share of DATA."
-INIT_HELP = "Begin at nothing, or at what makes up for what quantization lost, by weights (loftq) or outputs (data)."
+INIT_HELP = (
+    "Begin at nothing, or at what makes up for what quantization lost, by weights (loftq) or outputs on DATA (data)."
+)
 METHOD_HELP = (
     "How it is quantized: rtn, clip, hqq; or gptq, refine, ..., which look at DATA and write OUT/base, the model that "
     "the adapter belongs to. [default: rtn]"

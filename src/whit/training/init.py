@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from whit.arrays import quantize_tensor
-from whit.calibration import Calibration
+from whit.calibration import Calibration, CalibrationTokens
 from whit.calibration.capture import Watch
 from whit.calibration.runner import Runner
 from whit.calibration.storage import Storage
@@ -67,7 +67,7 @@ def initialize_adapter(
     source: str | Path,
     *,
     method: str = "data",
-    calibration: Calibration | None = None,
+    calibration: Calibration | CalibrationTokens | None = None,
     iterations: int = 1,
     adapter: str = "default",
     progress: Progress | None = None,
@@ -75,7 +75,8 @@ def initialize_adapter(
     """Set the LoRA factors of a quantized PEFT model so that it begins as near to the model in `source` as they reach.
 
     `model` is what `peft.get_peft_model` gave over packed linears of any format; `source` a folder or hub id of the
-    model that was quantized, in full precision. `calibration` is for `data` (128 samples of `whit:text` unless given).
+    model that was quantized, in full precision. `calibration` is for `data` (128 samples of `whit:text` unless given;
+    best is what will be trained on).
     rsLoRA's and other scalings are honoured; DoRA's magnitudes become the row norms of Q + s B A, so that they change
     nothing at the start. Adapters around linears that are not packed, and all other parameters, stay as they are.
 
@@ -115,14 +116,16 @@ class _Setter:
             if progress is not None:
                 progress(place.name, done, len(adapted))
 
-    def run_with_data(self, calibration: Calibration, progress: Progress | None) -> Iterator[Start]:
+    def run_with_data(self, calibration: Calibration | CalibrationTokens, progress: Progress | None) -> Iterator[Start]:
         """By what the linears see, all before them quantized and adapted; what lies in no block, by the weights."""
         original = self.original
         config, folder = original.model.config, str(original.checkpoint.folder)
-        tokens = calibration.tokens(load_tokenizer(folder), maximum_context(config)).tokens
+        if isinstance(calibration, Calibration):
+            calibration = calibration.tokens(load_tokenizer(folder), maximum_context(config))
         device = next(iter(self.places.values())).packed.packed.device
         with TemporaryDirectory(prefix="whit-") as scratch:
-            runner = Runner(original.model, self._read_adapted, tokens, device, Storage(Path(scratch)), False)
+            store = Storage(Path(scratch))
+            runner = Runner(original.model, self._read_adapted, calibration.tokens, device, store, False)
             for index, block in enumerate(runner.names):
                 inside = [place for name, place in self.places.items() if name.startswith(f"{block}.")]
                 yield from self._block(runner, index, inside)

@@ -160,7 +160,7 @@ class Loop:
         return collate(rows, examples, self.work.pad).to(self.device)
 
     def _precision(self) -> torch.autocast:
-        half = self.model.dtype == torch.bfloat16
+        half = self.model.get_input_embeddings().weight.dtype == torch.bfloat16  # packed parameters say nothing of it
         return torch.autocast(self.device.type, torch.bfloat16, enabled=half)
 
     @contextmanager

@@ -26,9 +26,9 @@ class Tuning:
 
     `format` quantizes a full-precision MODEL on the way in (None: as it is), by `method` (None: to nearest). The
     adapters begin at nothing (`init` default), or at what makes up for what quantization lost, by the weights
-    (`loftq`) or by outputs on `whit:text` (`data`; see `initialize_adapter`). A method that needs data, such as gptq
-    or refine, sees the examples, and its codes are written beside the adapter; with `data` it chooses codes and the
-    adapter's start for each other. `targets` are names of linears, or ("all-linear",), the head left out.
+    (`loftq`) or by outputs on the examples that are trained on (`data`; see `initialize_adapter`). A method that needs
+    data, such as gptq or refine, sees these too, and its codes are written beside the adapter; with `data` it chooses
+    codes and the adapter's start for each other. `targets` are names of linears, or ("all-linear",), the head left out.
 
     A step is `batch` rows of at most `context` tokens (None: 1024, or what the model was built for where that is
     less), `accumulate` times, on however many processes; `steps` counts instead of `epochs` where it is given. The

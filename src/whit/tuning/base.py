@@ -83,7 +83,7 @@ def _make(job: TuningJob, progress: Told | None) -> None:
     work, tuning = work_path(job.out), job.tuning
     options = replace(job.options, device=job.device, restart=False, progress=progress)
     patterns = _patterns(job)
-    tokens = windows(job.data.examples, tuning.context or 1, job.options.seed)
+    tokens = seen(job)
 
     def planned(out: Path, rank: int) -> Job:
         beside = [(pattern, f"{tuning.format}+r{rank}") for pattern in patterns] if rank else []
@@ -107,6 +107,11 @@ def _patterns(job: TuningJob) -> list[str]:
         return ["*"]
     names = {name for name, _ in model.named_modules()}
     return [name if name in names else f"*.{name}" for name in targets]
+
+
+def seen(job: TuningJob) -> CalibrationTokens:
+    """What methods and starts that go by data see: the examples that are trained on."""
+    return windows(job.data.examples, job.tuning.context or 1, job.options.seed)
 
 
 def windows(examples: tuple[Example, ...], context: int, seed: int) -> CalibrationTokens:

@@ -29,7 +29,7 @@ from whit.training.ranks import Ranks
 from whit.training.settings import DEFAULT_INIT
 from whit.training.shards import shard_packed
 from whit.training.state import load_state, save_state
-from whit.tuning.base import BASE, base_folder, forget_start, make_base, set_start
+from whit.tuning.base import BASE, base_folder, forget_start, make_base, seen, set_start
 from whit.tuning.job import TuningJob
 from whit.tuning.record import record_of_run
 
@@ -134,7 +134,7 @@ def build_loop(job: TuningJob, ranks: Ranks) -> tuple[Loop, Any]:
         adapted.peft_config["default"].base_model_name_or_path = str(job.out / BASE)
         set_start(job, adapted)
     elif tuning.init != DEFAULT_INIT:
-        initialize_adapter(adapted, job.folder, method=tuning.init)
+        initialize_adapter(adapted, job.folder, method=tuning.init, calibration=seen(job))
     model.eval()
     loss = ResponseLoss.of(model)
     parameters = adapters(model)
