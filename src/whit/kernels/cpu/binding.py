@@ -62,6 +62,7 @@ class Library:
     many: Callable[..., int]
     quantize8: Callable[..., int]
     product8: Callable[..., int]
+    linear8: Callable[..., int]
     decode: Callable[..., int]
     encode8: Callable[..., int]
     isas: tuple[str, ...]
@@ -90,6 +91,7 @@ def load(path: Path) -> Library | str:
     if handle.whit_abi() != ABI or handle.whit_sources().decode() != source_hash():
         return f"built from other sources; build it again by {BUILD}"
     long, short = ctypes.c_int64, ctypes.c_int
+    rest8 = (short, Pointer, short, ctypes.c_float, long, short, short)
     for name, arguments in {
         "linear": [*[Pointer] * 4, long, *[short] * 3],
         "dequantize": [*[Pointer] * 2, *[long] * 2, *[short] * 3],
@@ -99,14 +101,16 @@ def load(path: Path) -> Library | str:
         "gram": [Pointer, *[long] * 2, *[Pointer] * 2, *[short] * 2],
         "quantize8": [Pointer, *[long] * 2, short, *[Pointer] * 3, *[long] * 2, Pointer, *[short] * 2],
         "encode8": [*[Pointer] * 3, *[short] * 2],
-        "product8": [*[Pointer] * 5, short, Pointer, short, ctypes.c_float, long, *[short] * 2],
+        "linear8": [*[Pointer] * 2, long, short, *[Pointer] * 2, *rest8],
+        "product8": [*[Pointer] * 5, *rest8],
         "decode": [*[Pointer] * 2, *[long] * 2, Pointer, long, Pointer],
     }.items():
         getattr(handle, f"whit_{name}").argtypes = arguments
     handle.whit_read.restype, handle.whit_decode.restype = ctypes.c_double, long
     return Library(
         handle.whit_linear, handle.whit_dequantize, handle.whit_round, handle.whit_read, handle.whit_gram,
-        handle.whit_many, handle.whit_quantize8, handle.whit_product8, handle.whit_decode, handle.whit_encode8,
+        handle.whit_many, handle.whit_quantize8, handle.whit_product8, handle.whit_linear8,
+        handle.whit_decode, handle.whit_encode8,
         tuple(name for number, name in enumerate(ISAS) if handle.whit_has(number)),
         tuple(name for number, name in enumerate(ISAS8) if handle.whit_has8(number)),
         tuple(name for number, name in enumerate(ISAS) if handle.whit_has_many(number)),

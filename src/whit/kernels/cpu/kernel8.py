@@ -17,7 +17,7 @@ from whit.kernels import int8
 from whit.kernels.activated import rounded_floats
 from whit.kernels.cpu.binding import library
 from whit.kernels.cpu.kernel import FLOATS, Cpu, compiled_library
-from whit.kernels.cpu.rows8 import ROW_SUMS, Rows8, levels_of, multiply, padded, quantize_rows, round_groups
+from whit.kernels.cpu.rows8 import ROW_SUMS, Rows8, levels_of, linear, multiply, padded, quantize_rows, round_groups
 from whit.kernels.cpu.weight import CpuWeight, plan_weight, unsupported
 from whit.layouts import BITS
 from whit.tensor import PackedWeight, product_dtype
@@ -73,24 +73,11 @@ class Cpu8:
             y = Cpu().linear(rounded, weight, None if bias is None else bias.to(rounded.dtype)).to(x.dtype)
         elif how.threshold > 0:
             y = self._with_outliers(flat, weight, bias, how.threshold)
+        elif how.kind == "dynamic" and how.symmetric and how.granularity != "tensor":
+            y = linear(flat, how.granularity == "group", weight, bias, compiled_library(), self.isa)
         else:
-            y = multiply(self._rows(flat, weight), weight, bias, x.dtype, compiled_library(), self.isa)
+            y = multiply(_rows(flat, weight), weight, bias, x.dtype, compiled_library(), self.isa)
         return y.reshape(*x.shape[:-1], weight.shape[0])
-
-    def _rows(self, x: Tensor, weight: CpuWeight) -> Rows8:
-        how = weight.activations
-        assert how is not None
-        if how.kind == "dynamic" and how.symmetric and how.granularity != "tensor":
-            return quantize_rows(x, how.granularity == "group", compiled_library(), self.isa)
-        if how.kind == "static":
-            rows = int8.quantize_static(x, weight.tensors["input_scale"], weight.tensors.get("input_zero_point"))
-        else:
-            rows = int8.quantize_rows(x, how.granularity == "tensor", how.symmetric)
-        one = (len(x), 1)
-        zero = None if rows.zero_point is None else rows.zero_point.expand(one).contiguous()
-        codes = pad(rows.codes, (0, padded(x.shape[1]) - x.shape[1]))
-        sums = rows.codes.sum(1, keepdim=True, dtype=torch.int32)
-        return Rows8(codes.contiguous(), rows.scale.expand(one).contiguous(), sums, zero)
 
     def _with_outliers(self, x: Tensor, weight: CpuWeight, bias: Tensor | None, threshold: float) -> Tensor:
         """int8.outlier_linear, whose exact part has only the columns that hold an outlier."""
@@ -106,6 +93,21 @@ class Cpu8:
         exact = torch.nn.functional.linear(x[:, columns], (codes * scale).to(x.dtype))
         y += exact.to(torch.float32)
         return (y if bias is None else y + bias.to(torch.float32)).to(x.dtype)
+
+
+def _rows(x: Tensor, weight: CpuWeight) -> Rows8:
+    """Rows by one scale for all, static ones, or with zero points."""
+    how = weight.activations
+    assert how is not None
+    if how.kind == "static":
+        rows = int8.quantize_static(x, weight.tensors["input_scale"], weight.tensors.get("input_zero_point"))
+    else:
+        rows = int8.quantize_rows(x, how.granularity == "tensor", how.symmetric)
+    one = (len(x), 1)
+    zero = None if rows.zero_point is None else rows.zero_point.expand(one).contiguous()
+    codes = pad(rows.codes, (0, padded(x.shape[1]) - x.shape[1]))
+    sums = rows.codes.sum(1, keepdim=True, dtype=torch.int32)
+    return Rows8(codes.contiguous(), rows.scale.expand(one).contiguous(), sums, zero)
 
 
 def _planned(packed: PackedWeight, move: bool) -> CpuWeight:

@@ -69,6 +69,21 @@ def quantize_rows(x: Tensor, grouped: bool, library: Library, isa: str | None = 
     return rows
 
 
+def linear(
+    x: Tensor, grouped: bool, weight: CpuWeight, bias: Tensor | None, library: Library, isa: str | None = None
+) -> Tensor:
+    """`multiply` of `quantize_rows` in one call: x (count, columns), contiguous -> (count, out_features) in x.dtype."""
+    levels = levels_of(weight.format)
+    assert not isinstance(levels, str)
+    y = x.new_empty(len(x), weight.shape[0])
+    status = library.linear8(
+        weight.address, x.data_ptr(), len(x), grouped, None if bias is None else bias.data_ptr(), y.data_ptr(),
+        TYPES[x.dtype], levels.table, levels.shift, levels.unit, FEW, _number(isa, library), torch.get_num_threads(),
+    )  # fmt: skip
+    _check(status)
+    return y
+
+
 def round_groups(x: Tensor, dtype: torch.dtype, library: Library) -> Tensor:
     """int8.rounded_groups of x (count, columns), contiguous, rounded once more to `dtype`."""
     count, columns = x.shape

@@ -79,10 +79,10 @@ static void wide_codes(const whit_linear8& w, const float* x, int64_t m, const R
   for (int64_t first = 0, g = 0; first < w.in; first += w.group_size, g++) {
     const int64_t until = first + w.group_size < w.in ? first + w.group_size : w.in;
     typename V::F most = V::zero();
-    uint32_t odd = 0;
-    for (int64_t c = first; c < until; c += 16) most = V::larger(most, V::load(x + c), odd);
-    const float largest = V::largest(most), factor = largest > 0 ? 1.0f / largest * 32767.0f : 0;
-    room.scale[m * w.groups + g] = odd ? __builtin_nanf("") : largest / 32767.0f;
+    for (int64_t c = first; c < until; c += 16) most = V::larger(most, V::load(x + c));
+    const Largest largest(V::largest(most));
+    const float factor = largest.factor(32767.0f);
+    room.scale[m * w.groups + g] = largest.unit(32767.0f);
     for (int64_t c = first; c < until; c += 16) {
       const Floats16 shifted = load16(x + c) * factor + 12582912.0f;  // 1.5 2^23: units are integers
       const Ints16 q = same_bits<Ints16>(shifted) - 0x4b400000 + 32768;
@@ -107,18 +107,18 @@ static void codes_of(const whit_linear8& w, float* x, int64_t m, const Room8& ro
   for (int64_t first = 0, g = 0; first < w.in; first += size) {
     const int64_t until = first + size < w.in ? first + size : w.in;
     typename V::F most = V::zero();
-    uint32_t odd = 0;
     for (int64_t c = first; c < until; c += 16) {
       Floats16 at = load16(x + c) - low;
       if (!symmetric) at = at < 0.0f ? Floats16{} : at;  // a NaN stays one
-      most = V::larger(most, same_bits<typename V::F>(at), odd);
+      most = V::larger(most, same_bits<typename V::F>(at));
     }
-    const float largest = V::largest(most), factor = largest > 0 ? 1.0f / largest * limit : 0;
-    const float unit = odd ? __builtin_nanf("") : largest / limit;
+    const Largest largest(V::largest(most));
+    const float factor = largest.factor(limit), unit = largest.unit(limit);
+    typename V::I none = V::izero();
     const typename V::F least = V::set1(low), by = V::set1(factor), less = V::set1(symmetric ? 0 : 128.0f);
     for (int64_t c = first; c < until; c += 16) {
       uint8_t own[16];
-      V::round8(V::sub(V::mul(V::sub(V::load(x + c), least), by), less), (int8_t*)own);
+      V::round8(V::sub(V::mul(V::sub(V::load(x + c), least), by), less), (int8_t*)own, none);
       for (int i = 0; i < 16; i++) codes[c + i] = (uint8_t)(own[i] ^ 128);
     }
     for (int64_t c = first; c < until; c += w.group_size) scale[g++] = unit;

@@ -14,7 +14,7 @@
 
 namespace {
 
-thread_local Scratch sums8;
+thread_local Scratch sums8, rows8;
 
 #if defined(__x86_64__) || defined(__i386__)
 bool has_vnni() {
@@ -165,9 +165,28 @@ WHIT_API8 int whit_product8(const whit_weight* w, const whit_rows8* x, const int
     team.work = few_task, team.scratch_bytes = params;
   } else {
     team.task = WIDE8, team.work = many_task;
-    team.scratch_bytes = params + 2 * 4 * WIDE8 * (size_t)w->groups + WIDE8 * (size_t)(w->columns + STEP8) + 128;
+    const bool grouped = x->groups > 1, kept = !grouped && w->columns > CHUNK8;
+    const int64_t columns = grouped || !kept ? w->columns + STEP8 : CHUNK8 + STEP8;
+    team.scratch_bytes = params + (size_t)(2 * 4 * WIDE8 * w->groups + WIDE8 * columns + 128);
+    if (kept) team.scratch_bytes += (size_t)(4 * WIDE8 * x->count);
   }
   return whit_run(team, w->parallel, threads);
+}
+
+// x (count, columns) of `type` quantized by its rows, or by 32 columns of them, and multiplied as whit_product8 does.
+WHIT_API8 int whit_linear8(const whit_weight* w, const void* x, int64_t count, int grouped, const void* bias, void* y,
+                           int type, const uint8_t* table, int shift, float unit, int64_t few, int isa, int threads) {
+  const int64_t stride = (w->columns + STEP8 - 1) / STEP8 * STEP8, groups = grouped ? stride / GROUP8 : 1;
+  char* room = (char*)rows8.get((size_t)(count * (stride + 8 * groups) + 64));
+  if (!room) return -3;
+  int8_t* codes = (int8_t*)room;
+  float* scale = (float*)(room + count * stride);
+  int32_t* sums = (int32_t*)(scale + count * groups);
+  const int alone = count <= few ? 1 : threads;  // to wake others takes longer
+  const int status = whit_quantize8(x, count, w->columns, type, codes, scale, sums, stride, groups, w->parallel, isa, alone);
+  if (status) return status;
+  const whit_rows8 rows = {codes, scale, sums, nullptr, count, stride, groups};
+  return whit_product8(w, &rows, nullptr, bias, y, type, table, shift, unit, few, isa, threads);
 }
 
 WHIT_API8 int whit_has8(int isa) { return whit_kernels8(isa) != nullptr; }

@@ -9,7 +9,8 @@
 
 #include "common.h"
 
-enum { STEP8 = 64, GROUP8 = 32, WIDE8 = 48 };  // columns that x is padded to; columns that share a scale; rows at a time
+// Columns that x is padded to; columns that share a scale; rows at a time, and columns of them.
+enum { STEP8 = 64, GROUP8 = 32, WIDE8 = 48, CHUNK8 = 4096 };
 
 typedef struct {
   const int8_t* codes;   // (count, stride), zeros beyond the last column

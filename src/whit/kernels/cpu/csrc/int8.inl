@@ -245,6 +245,16 @@ static void few8(const Product8& p, int64_t first, int64_t last, float* scratch)
   else few_bits<V, true>(p, first, last, scratch);
 }
 
+// The largest |x| of what shares a scale, of its bits.
+struct Largest {
+  int32_t bits;
+  explicit Largest(int32_t of) : bits(of) {}
+  bool finite() const { return bits < 0x7f800000; }
+  // In the two steps that torch takes; 0 where all are 0.
+  float factor(float limit) const { return finite() && bits ? 1.0f / same_bits<float>(bits) * limit : 0; }
+  float unit(float limit) const { return finite() ? same_bits<float>(bits) / limit : __builtin_nanf(""); }
+};
+
 // Codes = round(x 127 / max|x|), scale = max|x| / 127, of a row or of 32 columns at a time, as int8.quantize_rows.
 template <class V>
 static void quantize8(const void* x, int type, int64_t columns, int64_t stride, int64_t groups, int8_t* codes,
@@ -256,26 +266,25 @@ static void quantize8(const void* x, int type, int64_t columns, int64_t stride, 
     const int64_t until = first + size < columns ? first + size : columns;
     const int64_t whole = first + ((until - first) & ~(int64_t)15);
     typename V::F most = V::zero();
-    uint32_t odd = 0;
-    for (int64_t c = first; c < whole; c += 16) most = V::larger(most, V::convert(x, c, type), odd);
-    float largest = V::largest(most);
+    for (int64_t c = first; c < whole; c += 16) most = V::larger(most, V::convert(x, c, type));
+    int32_t bits = V::largest(most);
     for (int64_t c = whole; c < until; c++) {
-      float f = load_as_float(x, c, type);
-      f = f < 0 ? -f : f;
-      if (!(f <= 3.4028234663852886e38f)) odd = 1;
-      if (f > largest) largest = f;
+      const int32_t own = same_bits<int32_t>(load_as_float(x, c, type)) & 0x7fffffff;
+      bits = own > bits ? own : bits;
     }
-    const float factor = largest > 0 ? 1.0f / largest * 127.0f : 0;  // in the two steps that torch takes
-    int32_t sum = 0;
+    const Largest largest(bits);
+    const float factor = largest.factor(127.0f);
+    typename V::I lanes = V::izero();
     for (int64_t c = first; c < whole; c += 16)
-      sum += V::round8(V::mul(V::convert(x, c, type), V::set1(factor)), codes + c);
+      V::round8(V::mul(V::convert(x, c, type), V::set1(factor)), codes + c, lanes);
+    int32_t sum = V::isum(lanes);
     for (int64_t c = whole; c < until; c++) {
       const float f = load_as_float(x, c, type) * factor;
       int q = f > -128 && f < 127.5f ? (int)__builtin_nearbyintf(f) : 0;  // out of range: x is not finite
       codes[c] = (int8_t)q;
       sum += q;
     }
-    scale[g] = odd ? __builtin_nanf("") : largest / 127.0f;
+    scale[g] = largest.unit(127.0f);
     sums[g] = sum;
   }
 }

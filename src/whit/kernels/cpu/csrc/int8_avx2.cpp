@@ -117,29 +117,30 @@ UNROLL(4)
       v[4 + i] = _mm256_permute2x128_si256(u[i], u[4 + i], 0x31);
     }
   }
-  static ALWAYS_INLINE F larger(F most, F x, uint32_t& odd) {
-    const __m256 sign = _mm256_set1_ps(-0.0f), limit = _mm256_set1_ps(3.4028234663852886e38f);
-    __m256 a = _mm256_andnot_ps(sign, x.a), b = _mm256_andnot_ps(sign, x.b);
-    odd |= (uint32_t)(_mm256_movemask_ps(_mm256_cmp_ps(a, limit, _CMP_NLE_UQ)) |
-                      _mm256_movemask_ps(_mm256_cmp_ps(b, limit, _CMP_NLE_UQ)));
-    return {_mm256_max_ps(most.a, a), _mm256_max_ps(most.b, b)};
+  // Of |x|, by their bits, in which NaN and infinities are beyond all numbers.
+  static ALWAYS_INLINE F larger(F most, F x) {
+    const __m256 sign = _mm256_set1_ps(-0.0f);
+    return {larger(most.a, _mm256_andnot_ps(sign, x.a)), larger(most.b, _mm256_andnot_ps(sign, x.b))};
   }
-  static ALWAYS_INLINE float largest(F f) {
-    alignas(32) float v[8];
-    _mm256_store_ps(v, _mm256_max_ps(f.a, f.b));
-    float most = v[0];
+  static ALWAYS_INLINE __m256 larger(__m256 x, __m256 y) {
+    return _mm256_castsi256_ps(_mm256_max_epi32(_mm256_castps_si256(x), _mm256_castps_si256(y)));
+  }
+  static ALWAYS_INLINE int32_t largest(F f) {
+    alignas(32) int32_t v[8];
+    _mm256_store_ps((float*)v, larger(f.a, f.b));
+    int32_t most = v[0];
     for (int i = 1; i < 8; i++) most = v[i] > most ? v[i] : most;
     return most;
   }
-  static ALWAYS_INLINE int32_t round8(F f, int8_t* to) {
-    // Beyond the bytes are only rows that are not finite, and their sum must not overflow.
+  static ALWAYS_INLINE void round8(F f, int8_t* to, I& sum) {
+    // Beyond the bytes are only rows that are not finite, or whose largest is subnormal.
     const __m256 low = _mm256_set1_ps(-128), high = _mm256_set1_ps(127);
     __m256i a = _mm256_cvtps_epi32(_mm256_min_ps(_mm256_max_ps(f.a, low), high));
     __m256i b = _mm256_cvtps_epi32(_mm256_min_ps(_mm256_max_ps(f.b, low), high));
     __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(a, b), 0xd8);
     __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
     _mm_storeu_si128((__m128i*)to, bytes);
-    return isum(_mm256_add_epi32(a, b));
+    sum = _mm256_add_epi32(sum, _mm256_add_epi32(a, b));
   }
 };
 

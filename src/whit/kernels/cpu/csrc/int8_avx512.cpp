@@ -76,17 +76,17 @@ struct Vnni512 : Avx512 {
     return _mm512_permutexvar_ps(_mm512_srl_epi32(lanes(), _mm_cvtsi32_si128(shift)), _mm512_loadu_ps(p));
   }
   static ALWAYS_INLINE void transpose(B (&v)[16]) { transpose16(v); }
-  static ALWAYS_INLINE F larger(F most, F x, uint32_t& odd) {
-    odd |= _mm512_fpclass_ps_mask(x, 0x99);  // NaN and infinities
-    return _mm512_max_ps(most, _mm512_abs_ps(x));
+  // Of |x|, by their bits, in which NaN and infinities are beyond all numbers.
+  static ALWAYS_INLINE F larger(F most, F x) {
+    const __m512i bits = _mm512_castps_si512(_mm512_abs_ps(x));
+    return _mm512_castsi512_ps(_mm512_max_epi32(_mm512_castps_si512(most), bits));
   }
-  static ALWAYS_INLINE float largest(F f) { return _mm512_reduce_max_ps(f); }
-  static ALWAYS_INLINE int32_t round8(F f, int8_t* to) {
-    // Beyond the bytes are only rows that are not finite, and their sum must not overflow.
-    f = _mm512_min_ps(_mm512_max_ps(f, _mm512_set1_ps(-128)), _mm512_set1_ps(127));
-    __m512i q = _mm512_cvtps_epi32(f);
+  static ALWAYS_INLINE int32_t largest(F f) { return _mm512_reduce_max_epi32(_mm512_castps_si512(f)); }
+  static ALWAYS_INLINE void round8(F f, int8_t* to, I& sum) {
+    // Beyond the bytes are only rows that are not finite, or whose largest is subnormal.
+    const __m512i q = _mm512_cvtps_epi32(_mm512_min_ps(_mm512_max_ps(f, _mm512_set1_ps(-128)), _mm512_set1_ps(127)));
     _mm_storeu_si128((__m128i*)to, _mm512_cvtsepi32_epi8(q));
-    return _mm512_reduce_add_epi32(q);
+    sum = _mm512_add_epi32(sum, q);
   }
 };
 

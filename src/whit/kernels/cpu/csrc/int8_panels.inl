@@ -43,19 +43,19 @@ static ALWAYS_INLINE void finish_tile(const Product8& p, int64_t m0, int64_t cou
   }
 }
 
-// A panel of 48 rows: bytes (steps of COLUMNS / 4, 48 / LANES vectors) of four columns to a lane; rows that are not
-// there stand for the last one. Params as (groups, 48).
+// A panel of 48 rows in columns [first, until): bytes (steps of COLUMNS / 4, 48 / LANES vectors) of four columns to a
+// lane; rows that are not there stand for the last one. Params as (groups, 48).
 template <class V, int BITS, bool TABLE>
-static void decode_panel(const Product8& p, int64_t row, int64_t rows, uint8_t* panel) {
+static void decode_panel(const Product8& p, int64_t row, int64_t rows, int64_t first, int64_t until, uint8_t* panel) {
   constexpr int COLUMNS = V::LANES * 4, VECTORS = WIDE8 / V::LANES;
   const Decoder8<V, BITS, TABLE> decode(p);
   const whit_weight& w = *p.w;
-  const int64_t steps = (w.columns + COLUMNS - 1) / COLUMNS;
+  const int64_t steps = (until - first + COLUMNS - 1) / COLUMNS;
   for (int v = 0; v < VECTORS; v++) {
     const uint8_t* from[V::LANES];
     for (int r = 0; r < V::LANES; r++) {
       int64_t at = v * V::LANES + r;
-      from[r] = w.codes + (row + (at < rows ? at : rows - 1)) * w.row_bytes;
+      from[r] = w.codes + (row + (at < rows ? at : rows - 1)) * w.row_bytes + first * BITS / 8;
     }
     for (int64_t s = 0; s < steps; s++) {
       typename V::B lines[V::LANES];
@@ -69,12 +69,48 @@ UNROLL(16)
   }
 }
 
-// A tile of M rows of x and 48 of the weight over `run` lanes of four columns from the first on. A function of its own,
-// so that all sums stay in registers. Grouped: what one group of x adds to `total`; else the integers, to `sums`.
-template <class V, int M, bool GROUPED, bool SMALL>
+// Codes that the next panel is decoded from, which a tile asks for: `lines` of this row of the weight, one for every four
+// columns that it multiplies, then as many of the next row.
+struct Ask8 {
+  const uint8_t* at;
+  int64_t lines, row_bytes;
+};
+
+// A tile of M rows of x and 48 of the weight over `run` lanes of four columns, to `sums`, which have those of earlier
+// columns already or begin with start. A function of its own, so that all sums stay in registers.
+template <class V, int M, bool SMALL, bool ASKING>
+static __attribute__((noinline)) void sums8(const int8_t* q, int64_t stride, const uint8_t* panel, int64_t run,
+                                            const int32_t* start, int32_t* sums, Ask8 ask) {
+  constexpr int N = WIDE8 / V::LANES;
+  typename V::I acc[M][N];
+  EACH(m, M) {
+    EACH(n, N) {
+      if (start) acc[m][n] = V::iset1(start[m]);
+      else memcpy(&acc[m][n], sums + m * WIDE8 + n * V::LANES, sizeof acc[m][n]);
+    });
+  });
+  for (int64_t k = 0, until; k < run; ask.at += ask.row_bytes) {
+    until = ASKING && k + ask.lines < run ? k + ask.lines : run;
+    for (const uint8_t* at = ask.at; k < until; k++, at += 64) {
+      if (ASKING) __builtin_prefetch(at, 0, 2);
+      typename V::B level[N];
+      EACH(n, N) { level[n] = V::bload((const int8_t*)panel + (k * N + n) * V::LANES * 4); });
+      EACH(m, M) {
+        typename V::B four = V::four(q + m * stride + 4 * k);
+        EACH(n, N) { V::template dot_into<SMALL>(acc[m][n], level[n], four); });
+      });
+    }
+  }
+  EACH(m, M) {
+    EACH(n, N) { V::istore(sums + m * WIDE8 + n * V::LANES, acc[m][n]); });
+  });
+}
+
+// What one group of x adds to `total`.
+template <class V, int M, bool SMALL>
 static __attribute__((noinline)) void run8(const int8_t* q, int64_t stride, const uint8_t* panel, int64_t run,
                                            const int32_t* start, const float* by, int64_t groups, const float* scale,
-                                           float* total, int32_t* sums) {
+                                           float* total) {
   constexpr int N = WIDE8 / V::LANES;
   typename V::I acc[M][N];
   EACH(m, M) {
@@ -90,68 +126,87 @@ static __attribute__((noinline)) void run8(const int8_t* q, int64_t stride, cons
     });
   }
   EACH(m, M) {
-    if constexpr (GROUPED) {
-      typename V::G one = V::gset1(by[m * groups]);
-      EACH(n, N) {
-        float* to = total + m * WIDE8 + n * V::LANES;
-        typename V::G part = V::gmul(V::to_g(acc[m][n]), one);
-        V::gstore(to, V::gfma(part, V::gload(scale + n * V::LANES), V::gload(to)));
-      });
-    } else {
-      EACH(n, N) { V::istore(sums + m * WIDE8 + n * V::LANES, acc[m][n]); });
-    }
+    typename V::G one = V::gset1(by[m * groups]);
+    EACH(n, N) {
+      float* to = total + m * WIDE8 + n * V::LANES;
+      typename V::G part = V::gmul(V::to_g(acc[m][n]), one);
+      V::gstore(to, V::gfma(part, V::gload(scale + n * V::LANES), V::gload(to)));
+    });
   });
 }
 
-template <class V, int M, bool GROUPED, bool SMALL>
-static void tile8(const Product8& p, int64_t row, int64_t rows, int64_t m0, const uint8_t* panel, const float* scale,
+template <class V, int M, bool SMALL>
+static void grouped8(const Product8& p, int64_t row, int64_t rows, int64_t m0, const uint8_t* panel, const float* scale,
                   const float* offset) {
   constexpr int N = WIDE8 / V::LANES, RUN = GROUP8 / 4;
   const whit_weight& w = *p.w;
   const whit_rows8& x = *p.x;
   const int8_t* q = x.codes + m0 * x.stride;
   alignas(64) float total[M * WIDE8];
-  alignas(64) int32_t sums[M * WIDE8];
   const int32_t* start = p.starts + m0 * x.groups;
-  if constexpr (!GROUPED) {
-    run8<V, M, false, SMALL>(q, x.stride, panel, (w.columns + 3) / 4, start, nullptr, 1, nullptr, nullptr, sums);
-    finish_tile<V>(p, m0, M, row, rows, sums, scale);
-  } else {
-    memset(total, 0, sizeof total);
-    const int64_t runs = (w.columns + GROUP8 - 1) / GROUP8;
-    int64_t g = 0, next = w.groups == 1 ? w.columns : w.group_size;
-    for (int64_t u = 0; u < runs; u++) {
-      run8<V, M, true, SMALL>(q + u * GROUP8, x.stride, panel + u * RUN * WIDE8 * 4, RUN, start + u,
-                              x.scale + m0 * x.groups + u, x.groups, scale + g * WIDE8, total, sums);
-      if ((u + 1) * GROUP8 < next && u + 1 < runs) continue;
-      for (int m = 0; m < M && offset; m++) {
-        typename V::G by = V::gset1(-p.group_sums[(m0 + m) * p.sum_stride + g]);
-        for (int n = 0; n < N; n++) {
-          float* to = total + m * WIDE8 + n * V::LANES;
-          V::gstore(to, V::gfma(V::gload(offset + g * WIDE8 + n * V::LANES), by, V::gload(to)));
-        }
+  memset(total, 0, sizeof total);
+  const int64_t runs = (w.columns + GROUP8 - 1) / GROUP8;
+  int64_t g = 0, next = w.groups == 1 ? w.columns : w.group_size;
+  for (int64_t u = 0; u < runs; u++) {
+    run8<V, M, SMALL>(q + u * GROUP8, x.stride, panel + u * RUN * WIDE8 * 4, RUN, start + u,
+                      x.scale + m0 * x.groups + u, x.groups, scale + g * WIDE8, total);
+    if ((u + 1) * GROUP8 < next && u + 1 < runs) continue;
+    for (int m = 0; m < M && offset; m++) {
+      typename V::G by = V::gset1(-p.group_sums[(m0 + m) * p.sum_stride + g]);
+      for (int n = 0; n < N; n++) {
+        float* to = total + m * WIDE8 + n * V::LANES;
+        V::gstore(to, V::gfma(V::gload(offset + g * WIDE8 + n * V::LANES), by, V::gload(to)));
       }
-      g++, next += w.group_size;
     }
-    finish_tile<V>(p, m0, M, row, rows, total, scale);
+    g++, next += w.group_size;
   }
+  finish_tile<V>(p, m0, M, row, rows, total, scale);
 }
 
-template <class V, bool GROUPED, bool SMALL>
-static void tiles8(const Product8& p, int64_t row, int64_t rows, const uint8_t* panel, const float* scale,
-                   const float* offset) {
+// body(m, M) for tiles of x, M a constant.
+template <class V, class Body>
+static ALWAYS_INLINE void tiles8(int64_t count, const Body& body) {
   int64_t m = 0;
-  for (; m + V::TALL <= p.x->count; m += V::TALL)
-    tile8<V, V::TALL, GROUPED, SMALL>(p, row, rows, m, panel, scale, offset);
+  for (; m + V::TALL <= count; m += V::TALL) body(m, std::integral_constant<int, V::TALL>());
   if constexpr (V::TALL > 4)
-    if (m + 4 <= p.x->count) tile8<V, 4, GROUPED, SMALL>(p, row, rows, m, panel, scale, offset), m += 4;
-  if (m + 2 <= p.x->count) tile8<V, 2, GROUPED, SMALL>(p, row, rows, m, panel, scale, offset), m += 2;
-  if (m < p.x->count) tile8<V, 1, GROUPED, SMALL>(p, row, rows, m, panel, scale, offset);
+    if (m + 4 <= count) body(m, std::integral_constant<int, 4>()), m += 4;
+  if (m + 2 <= count) body(m, std::integral_constant<int, 2>()), m += 2;
+  if (m < count) body(m, std::integral_constant<int, 1>());
+}
+
+// 48 rows of the weight times all rows of x, which share their scales: in columns that leave room in the second cache
+// for the codes of the panel that comes next.
+template <class V, int BITS, bool TABLE>
+static void whole_panel(const Product8& p, int64_t row, int64_t rows, uint8_t* panel, const float* scale) {
+  constexpr bool SMALL = small_levels<V, BITS, TABLE>();
+  const whit_weight& w = *p.w;
+  const whit_rows8& x = *p.x;
+  int32_t* kept = (int32_t*)(panel + WIDE8 * CHUNK8);
+  for (int64_t first = 0; first < w.columns; first += CHUNK8) {
+    const int64_t until = first + CHUNK8 < w.columns ? first + CHUNK8 : w.columns;
+    const bool last = until == w.columns;
+    decode_panel<V, BITS, TABLE>(p, row, rows, first, until, panel);
+    // The next panel's codes are these columns of the next rows, or the next columns of these.
+    const int64_t coming = last ? 0 : until, row_next = last ? row + WIDE8 : row;
+    const int64_t in_row = (w.columns - coming < CHUNK8 ? w.columns - coming : CHUNK8) * BITS / 8, run = (until - first + 3) / 4;
+    const int64_t rows_asked = w.rows - row_next < WIDE8 ? w.rows - row_next : WIDE8;
+    const bool whole = in_row == w.row_bytes;
+    const int64_t lines = whole ? run : (in_row + 63) / 64, row_step = whole ? 64 * run : w.row_bytes;
+    int64_t left = whole ? rows_asked * w.row_bytes / 64 : rows_asked * lines;
+    Ask8 ask = {w.codes + row_next * w.row_bytes + coming * BITS / 8, lines, row_step};
+    tiles8<V>(x.count, [&](int64_t m, auto M) {
+      alignas(64) int32_t own[M * WIDE8];
+      int32_t* sums = w.columns > CHUNK8 ? kept + m * WIDE8 : own;
+      (left > 0 ? sums8<V, M, SMALL, true> : sums8<V, M, SMALL, false>)(
+          x.codes + m * x.stride + first, x.stride, panel, run, first ? nullptr : p.starts + m, sums, ask);
+      ask.at += (run + lines - 1) / lines * row_step, left -= run;
+      if (last) finish_tile<V>(p, m, M, row, rows, sums, scale);
+    });
+  }
 }
 
 template <class V, int BITS, bool TABLE>
 static void many_of(const Product8& p, int64_t first, int64_t last, float* scratch) {
-  constexpr bool SMALL = small_levels<V, BITS, TABLE>();
   const whit_weight& w = *p.w;
   const int64_t groups = padded_groups(w);
   float *row_scale = scratch, *row_zero = scratch + groups, *scale = scratch + 2 * groups;
@@ -164,9 +219,14 @@ static void many_of(const Product8& p, int64_t first, int64_t last, float* scrat
       for (int64_t g = 0; g < w.groups; g++) scale[g * WIDE8 + r] = row_scale[g] * p.unit;
       for (int64_t g = 0; g < w.groups && w.zero; g++) offset[g * WIDE8 + r] = w.offsets ? row_zero[g] : row_scale[g] * row_zero[g];
     }
-    decode_panel<V, BITS, TABLE>(p, row, rows, panel);
-    if (p.x->groups == 1) tiles8<V, false, SMALL>(p, row, rows, panel, scale, nullptr);
-    else tiles8<V, true, SMALL>(p, row, rows, panel, scale, w.zero ? offset : nullptr);
+    if (p.x->groups == 1) {
+      whole_panel<V, BITS, TABLE>(p, row, rows, panel, scale);
+      continue;
+    }
+    decode_panel<V, BITS, TABLE>(p, row, rows, 0, w.columns, panel);
+    tiles8<V>(p.x->count, [&](int64_t m, auto M) {
+      grouped8<V, M, small_levels<V, BITS, TABLE>()>(p, row, rows, m, panel, scale, w.zero ? offset : nullptr);
+    });
   }
 }
 

@@ -85,27 +85,26 @@ struct Plain8 : Scalar {
       for (int j = 0; j < 8; j++) memcpy(t[i].v + 4 * j, v[j].v + 4 * i, 4);
     memcpy(v, t, sizeof t);
   }
-  static ALWAYS_INLINE F larger(F most, F x, uint32_t& odd) {
-    for (int i = 0; i < 16; i++) {
-      float f = x[i] < 0 ? -x[i] : x[i];
-      if (!(f <= 3.4028234663852886e38f)) odd = 1;
-      most[i] = f > most[i] ? f : most[i];
-    }
+  // Of |x|, by their bits, in which NaN and infinities are beyond all numbers.
+  static ALWAYS_INLINE F larger(F most, F x) {
+    int32_t bits[16], own[16];
+    memcpy(bits, &most, 64), memcpy(own, &x, 64);
+    for (int i = 0; i < 16; i++) bits[i] = (own[i] & 0x7fffffff) > bits[i] ? own[i] & 0x7fffffff : bits[i];
+    memcpy(&most, bits, 64);
     return most;
   }
-  static ALWAYS_INLINE float largest(F f) {
-    float most = f[0];
-    for (int i = 1; i < 16; i++) most = f[i] > most ? f[i] : most;
+  static ALWAYS_INLINE int32_t largest(F f) {
+    int32_t bits[16], most = 0;
+    memcpy(bits, &f, 64);
+    for (int i = 0; i < 16; i++) most = bits[i] > most ? bits[i] : most;
     return most;
   }
-  static ALWAYS_INLINE int32_t round8(F f, int8_t* to) {
-    int32_t sum = 0;
+  static ALWAYS_INLINE void round8(F f, int8_t* to, I& sum) {
     for (int i = 0; i < 16; i++) {
       int q = f[i] > -128 && f[i] < 127.5f ? (int)__builtin_nearbyintf(f[i]) : 0;  // out of range: x is not finite
       to[i] = (int8_t)q;
-      sum += q;
+      sum[0] += q;
     }
-    return sum;
   }
 };
 
