@@ -15,7 +15,7 @@ import whit
 from whit import Recipe
 from whit.cli.inspect import verify_files
 from whit.coverage import load_account
-from whit.errors import CheckpointError, NonFiniteError, OutputError, RecipeError, UnsupportedModelError
+from whit.errors import CheckpointError, DeviceError, NonFiniteError, OutputError, RecipeError, UnsupportedModelError
 from whit.estimate import estimate
 from whit.export.packed import PackedSource
 from whit.job import Options, open_source, prepare
@@ -392,6 +392,8 @@ def test_a_method_that_needs_data_needs_a_tokenizer(llama: Path, tmp_path: Path)
 def test_a_missing_device_is_said(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     job = prepare(llama, tmp_path / "out", INT4, Options(device="cuda"))
-    with pytest.raises(RecipeError, match="use --device cpu"):
+    with pytest.raises(DeviceError, match="use --device cpu"):
         _ = job.device
+    with pytest.raises(DeviceError, match="device tpu: unknown; it must be auto, cpu, cuda or cuda:N"):
+        _ = replace(job, options=Options(device="tpu")).device
     assert replace(job, options=Options()).device.type == "cpu"

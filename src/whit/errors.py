@@ -29,6 +29,10 @@ class OutputError(WhitError):
     """An output place that cannot be used: it exists, lies inside the model, or the disk is full."""
 
 
+class DeviceError(WhitError):
+    """A device that has no such name, or that this machine lacks."""
+
+
 class RecipeError(WhitError):
     """A recipe that contradicts itself or does not fit the model."""
 

@@ -20,6 +20,7 @@ from whit.checkpoint.hub import resolve_model
 from whit.checkpoint.onnx import onnx_graph
 from whit.checkpoint.reader import Checkpoint, read_json
 from whit.checkpoint.work import check_out
+from whit.devices import find_device
 from whit.errors import RecipeError
 from whit.export import Exporter, exporter_named
 from whit.export.foreign import ForeignSource
@@ -90,12 +91,7 @@ class Job:
     @cached_property
     def device(self) -> torch.device:
         """Where the arithmetic is done."""
-        name = self.options.device
-        if name == "auto":
-            name = "cuda" if torch.cuda.is_available() else "cpu"
-        if name.startswith("cuda") and not torch.cuda.is_available():
-            raise RecipeError(f"device {name}: torch finds none here; it must be present; use --device cpu")
-        return torch.device(name)
+        return find_device(self.options.device)
 
     @property
     def single(self) -> str | None:

@@ -10,7 +10,7 @@ import torch
 from transformers import BertConfig, BertForMaskedLM, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
 from whit import data
-from whit.errors import CheckpointError, EvaluationError, UnsupportedModelError
+from whit.errors import CheckpointError, DeviceError, EvaluationError, UnsupportedModelError
 from whit.evaluation.size import measure_size, weight_files
 from whit.integrations.loading import load_causal_lm, load_config, load_tokenizer, maximum_context, model_files
 
@@ -91,13 +91,12 @@ def test_models_that_predict_no_next_token(tmp_path):
 
 
 def test_devices_and_dtypes(tiny):
-    with pytest.raises(EvaluationError, match="device tpu: unknown"):
+    with pytest.raises(DeviceError, match="device tpu: unknown"):
         load_causal_lm(str(tiny), device="tpu")
     with pytest.raises(EvaluationError, match="dtype int3: unknown"):
         load_causal_lm(str(tiny), dtype="int3")
-    if not torch.cuda.is_available():
-        with pytest.raises(EvaluationError, match="no CUDA device"):
-            load_causal_lm(str(tiny), device="cuda")
+    with pytest.raises(DeviceError, match=r"device cuda:99: torch finds \d+ GPUs here; .* use --device cpu"):
+        load_causal_lm(str(tiny), device="cuda:99")
 
 
 def test_maximum_context(tiny):

@@ -16,6 +16,7 @@ from whit.cli.console import console, print_json
 from whit.cli.quiet import quiet_transformers
 from whit.cli.shown import size
 from whit.cli.training import Progress, estimate, show_plan
+from whit.devices import find_device
 from whit.job import Options
 from whit.training.init import METHODS as INITS
 from whit.training.optimizers import BITSANDBYTES, TORCHAO
@@ -132,7 +133,7 @@ def _processes(device: str) -> Iterator[None]:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield
         return
-    on_gpu = device != "cpu" and torch.cuda.is_available()
+    on_gpu = find_device(device).type == "cuda"
     if on_gpu:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     torch.distributed.init_process_group("nccl" if on_gpu else "gloo", timeout=PATIENCE)

@@ -6,7 +6,6 @@ import re
 from enum import Enum
 from typing import Annotated, Any
 
-import torch
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -14,6 +13,7 @@ from rich.table import Table
 from whit.cli.console import print_json
 from whit.cli.quantize import parse_rules
 from whit.cli.shown import parse_size, size
+from whit.devices import find_device
 from whit.memory import Fit, Need, Planner, Situation, find_subject
 
 CALIBRATED_BELOW = 5  # bits: from here on down calibration pays
@@ -61,9 +61,7 @@ def memory(
     budget = None if fit is None else parse_size(fit)
     subject = find_subject(model, trust_remote_code)
     most = getattr(subject.config, "max_position_embeddings", None)
-    where = device.value
-    if where == "auto":
-        where = "cuda" if torch.cuda.is_available() else "cpu"
+    where = "cuda" if device is Device.cuda else find_device(device.value).type  # it may be asked of another machine
     situation = Situation(
         context=context or min(DEFAULT_CONTEXT, most or DEFAULT_CONTEXT), batch=batch, cache_format=cache_format,
         device=where, train=None if train is None else train.value, rank=rank,

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from whit.data import resolve_text
+from whit.devices import find_device
 from whit.errors import EvaluationError
 from whit.evaluation.divergence import Baseline, Divergence, LiveBaseline, compare_windows
 from whit.evaluation.harness import available, run_harness
@@ -201,7 +202,7 @@ def _baseline(
         key = baseline_key(model_files(name), windows, options.dtype, options.device)
         folder = place / key
         folder.mkdir(parents=True, exist_ok=True)
-        on_gpu = options.device != "cpu" and torch.cuda.is_available()
+        on_gpu = find_device(options.device).type == "cuda"
         if is_complete(folder, windows, on_gpu):
             notes.note(f"baseline: its logits are read from {folder}")
         else:

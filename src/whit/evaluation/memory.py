@@ -8,13 +8,15 @@ from pathlib import Path
 
 import torch
 
+from whit.devices import find_device
+
 _OVERHEAD = 1.3  # weights as loaded, against their bytes on disk
 _WORKING_BYTES = 2 * 2**30  # two windows of logits, activations, allocator
 
 
 def available_bytes(device: str) -> int:
     """Bytes that can be allocated now on the device that "auto", "cpu" or "cuda" stands for."""
-    if device != "cpu" and torch.cuda.is_available():
+    if find_device(device).type == "cuda":
         return int(torch.cuda.mem_get_info()[0])
     meminfo = Path("/proc/meminfo")
     if meminfo.is_file():  # MemAvailable counts the page cache that the system would give back; sysconf does not

@@ -6,7 +6,6 @@ Whatever transformers or the hub answers is said again as one sentence.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,11 +15,11 @@ from safetensors import SafetensorError
 
 from whit.checkpoint.gguf import read_gguf
 from whit.data import resolve_model
+from whit.devices import find_device
 from whit.errors import CheckpointError, EvaluationError, UnsupportedModelError
 from whit.integrations.foreign import is_foreign, load_foreign
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-DEVICES = ("auto", "cpu", "cuda")
 _FOREIGN_ERRORS = (OSError, ValueError, KeyError, RuntimeError, ImportError, AttributeError, TypeError, SafetensorError)
 
 T = TypeVar("T")
@@ -138,12 +137,7 @@ def _source(name: str) -> tuple[str, dict[str, str]]:
 
 
 def _placement(device: str) -> dict[str, Any]:
-    if device not in DEVICES and not re.fullmatch(r"cuda:\d+", device):
-        raise EvaluationError(f"device {device}: unknown; use one of {', '.join(DEVICES)}")
-    there = torch.cuda.is_available()
-    if device.startswith("cuda") and not there:
-        raise EvaluationError(f"device {device}: this machine has no CUDA device that torch can use; use --device cpu")
-    if device == "cpu" or not there:
+    if find_device(device).type == "cpu":
         return {}
     return {"device_map": "auto" if device == "auto" else {"": device}}
 

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from whit.devices import find_device
+
 LIBRARIES = ("torch", "transformers", "bitsandbytes", "hqq", "optimum-quanto", "torchao")
 READ = 256 << 20  # bytes, more than any cache holds
 
@@ -27,7 +29,7 @@ def machine(device: str) -> dict[str, Any]:
         "python": platform.python_version(),
         "libraries": {name: _version(name) for name in LIBRARIES if _version(name)},
     }
-    if device != "cpu" and torch.cuda.is_available():
+    if find_device(device).type == "cuda":
         found["gpu"] = torch.cuda.get_device_name()
     return found
 
@@ -41,8 +43,7 @@ def _version(package: str) -> str | None:
 
 def read_bandwidth(device: str, repeats: int = 5) -> float:
     """Bytes per second of reading memory once through, the best of several: the ceiling of batch-1 decoding."""
-    place = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
-    data = torch.ones(READ // 4, dtype=torch.float32, device=place)
+    data = torch.ones(READ // 4, dtype=torch.float32, device=find_device(device))
     best = float("inf")
     for _ in range(repeats):
         start = time.perf_counter()

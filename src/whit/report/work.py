@@ -24,6 +24,7 @@ from transformers.utils import logging
 from whit.calibration import Calibration
 from whit.coverage import load_account
 from whit.data import resolve_text
+from whit.devices import find_device
 from whit.errors import WhitError
 from whit.evaluation import EvaluationOptions, evaluate
 from whit.evaluation.size import measure_size
@@ -128,9 +129,7 @@ def load(order: Order) -> Any:
     """The candidate as a model, by whit or by its own library."""
     peer = find_peer(order.entrant.label) if order.entrant.kind == "peer" else None
     if peer is not None:
-        device = order.evaluation.device
-        on_gpu = device == "cuda" or (device == "auto" and torch.cuda.is_available())
-        return load_peer(peer, str(model_files(order.model)), "cuda" if on_gpu else "cpu")
+        return load_peer(peer, str(model_files(order.model)), find_device(order.evaluation.device).type)
     e = order.evaluation
     return load_causal_lm(order.files, device=e.device, dtype=e.dtype, trust_remote_code=e.trust_remote_code)
 

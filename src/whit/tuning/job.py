@@ -14,6 +14,7 @@ import torch
 import whit
 from whit.checkpoint.hub import resolve_model
 from whit.checkpoint.work import check_out
+from whit.devices import find_device
 from whit.errors import TrainingError
 from whit.integrations.loading import load_config, load_tokenizer, maximum_context
 from whit.job import Options
@@ -42,10 +43,8 @@ class TuningJob:
     @cached_property
     def device(self) -> str:
         """Where the model goes: one device a process."""
-        name = self.options.device
-        if name == "auto":
-            name = "cuda" if torch.cuda.is_available() else "cpu"
-        return f"cuda:{torch.cuda.current_device()}" if name == "cuda" and torch.cuda.is_available() else name
+        place = find_device(self.options.device)
+        return f"cuda:{torch.cuda.current_device()}" if place.type == "cuda" and place.index is None else str(place)
 
     @cached_property
     def fingerprint(self) -> str:
