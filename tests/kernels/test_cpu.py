@@ -129,7 +129,18 @@ def test_sums_of_bfloat16_are_exact_to_float32(kernel: Cpu, spec: str, random: G
             assert bool(((got - left).abs() <= 1e-5 * size + 2**-8 * left.abs()).all())
 
 
-@pytest.mark.parametrize("spec", ["int4-g128", "nf4-dq", "int3-g64-asym", "int8"])
+@pytest.mark.parametrize("spec", ["q2_k", "q3_k", "q4_k", "q6_k", "iq4_xs", "q4_1"])
+def test_rows_of_many_superblocks(kernel: Cpu, spec: str, random: Generator):
+    """Params are converted for 16 superblocks at a time: one, two and some of these, in rows of inputs 1 to 3."""
+    for supers in (15, 16, 17, 35):
+        weight, x = packed(spec, 5, 256 * supers, random), torch.randn(3, 256 * supers, generator=random)
+        for rows in (1, 3):
+            check(kernel.linear(x[:rows], weight, None), x[:rows], weight, None, TOLERANCE[torch.float32])
+            few = x[:rows].bfloat16()
+            check(kernel.linear(few, weight, None), few, weight, None, TOLERANCE[torch.bfloat16])
+
+
+@pytest.mark.parametrize("spec", ["int4-g128", "nf4-dq", "int3-g64-asym", "int8", "q4_k", "q2_k"])
 def test_the_number_of_threads_changes_no_bit(kernel: Cpu, spec: str, random: Generator, threads: None):
     weight = packed(spec, 700, 512, random)
     for dtype in (torch.float32, torch.bfloat16):

@@ -67,7 +67,7 @@ struct Avx2 {
             _mm256_permutevar8x32_ps(v, _mm256_srli_epi32(_mm256_add_epi32(lane, _mm256_set1_epi32(8)), shift))};
   }
   template <int RUN>
-  static ALWAYS_INLINE F repeat_of(F, const float* p, int) { return repeat(p, RUN); }
+  static ALWAYS_INLINE F repeat_of(const float* p) { return {_mm256_set1_ps(p[0]), _mm256_set1_ps(p[RUN == 8])}; }
   // Two runs of bytes, one per 128-bit lane, each four dwords of `WIDTH` bits.
   template <int WIDTH>
   static ALWAYS_INLINE __m256i spread(const uint8_t* p) {

@@ -59,11 +59,12 @@ struct Avx512 {
     unsigned shift = run == 1 ? 0 : run == 2 ? 1 : run == 4 ? 2 : run == 8 ? 3 : 4;
     return _mm512_permutexvar_ps(_mm512_srli_epi32(lanes(), shift), load(p));
   }
-  // Lanes from `first` on, each RUN times; `p` is where they lie in memory.
   template <int RUN>
-  static ALWAYS_INLINE F repeat_of(F f, const float* p, int first) {
-    (void)p;
-    return _mm512_permutexvar_ps(_mm512_add_epi32(_mm512_srli_epi32(lanes(), RUN == 8 ? 3 : 4), _mm512_set1_epi32(first)), f);
+  static ALWAYS_INLINE F repeat_of(const float* p) {  // reads 16 / RUN floats only, which may have been written just now
+    if constexpr (RUN == 16) return set1(*p);
+    double two;
+    memcpy(&two, p, 8);
+    return _mm512_permutexvar_ps(_mm512_srli_epi32(lanes(), 3), _mm512_castpd_ps(_mm512_set1_pd(two)));
   }
   template <int WIDTH>
   static ALWAYS_INLINE __m512i spread(const uint8_t* p) {

@@ -48,62 +48,59 @@ static void unpack(const whit_weight& w, const void* stream, int bits, int64_t r
   }
 }
 
-// Of 16 / SUBS superblocks from `first` on of `some`: outer (integer - less).
-template <class V, int SUBS>
-static ALWAYS_INLINE typename V::F run_params(typename V::F some, const float* part, int first, typename V::U codes,
-                                              typename V::F less) {
-  return V::mul(V::template repeat_of<SUBS>(some, part, first), V::sub(V::to_float(codes), less));
-}
-
-// What the runs of superblocks share: to = outer (integer - bias), in float32. SUBS is w.subs.
-template <class V, int SUBS>
+// What the runs of superblocks share: outer (integer - bias), in float32; SUBS is w.subs. put(g, params) takes those of
+// 16 runs from g on, zeros after the last one.
+template <class V, int SUBS, bool BIASED, class Put>
 static ALWAYS_INLINE void super_params_of(const whit_weight& w, const void* outer, const uint8_t* inner, float bias,
-                                          int64_t row, float* to) {
-  enum { SUPERS = 64, EACH = 16 / SUBS };  // superblocks converted at a time, and in 16 groups
+                                          int64_t row, const Put& put) {
+  enum { EACH = 16 / SUBS };  // superblocks in 16 runs
   const int bytes = 2 * w.sub_bits;
   const int64_t supers = w.groups / SUBS, stride = (w.groups * w.sub_bits + 7) / 8;
   const uint8_t *p = inner + row * stride, *end = inner + w.rows * stride;
   const typename V::Window window = window_of<V>(w.sub_bits);
   const typename V::F less = V::set1(bias);
-  float part[SUPERS + 16];
-  for (int64_t super = 0; super < supers; super += SUPERS) {
-    const int64_t count = supers - super < SUPERS ? supers - super : SUPERS;
-    convert<V>(outer, row * supers + super, count, w.scale_type, part);
-    V::store(part + count, V::zero());
-    int64_t i = 0;
-    for (; i + 16 <= count && p + SUBS * bytes <= end - 16; i += 16) {
-      const typename V::F some = V::load(part + i);
-UNROLL(16)
-      for (int j = 0; j < SUBS; j++, p += bytes, to += 16)
-        V::store(to, run_params<V, SUBS>(some, part + i + j * EACH, j * EACH, V::natural(p, window), less));
-    }
-    for (; i < count; i += EACH, p += bytes, to += 16) {
-      uint8_t last[16] = {};
-      memcpy(last, p, (size_t)(end - p < 16 ? end - p : 16));
-      V::store(to, run_params<V, SUBS>(V::load(part + i), part + i, 0, V::natural(last, window), less));
+  float part[16 + EACH];
+  for (int64_t super = 0; super < supers; super += 16) {
+    const int64_t first = row * supers + super, count = supers - super < 16 ? supers - super : 16;
+    if (first + 16 <= w.rows * supers) V::store(part, V::convert(outer, first, w.scale_type));
+    else
+      for (int64_t i = 0; i < count; i++) part[i] = load_as_float(outer, first + i, w.scale_type);
+    part[count] = 0;
+    for (int64_t i = 0; i < count; i += EACH, p += bytes) {
+      const uint8_t* from = p;
+      uint8_t last[16];
+      if (__builtin_expect(p + 16 > end, 0)) {
+        memset(last, 0, sizeof last);
+        memcpy(last, p, (size_t)(end - p));
+        from = last;
+      }
+      typename V::F number = V::to_float(V::natural(from, window));
+      if (BIASED) number = V::sub(number, less);
+      put((super + i) * SUBS, V::mul(V::template repeat_of<SUBS>(part + i), number));
     }
   }
 }
 
-template <class V>
-static void super_params(const whit_weight& w, const void* outer, const uint8_t* inner, float bias, int64_t row,
-                         float* to) {
-  if (w.subs == 8) super_params_of<V, 8>(w, outer, inner, bias, row, to);
-  else super_params_of<V, 16>(w, outer, inner, bias, row, to);
+template <class V, class Put>
+static ALWAYS_INLINE void super_params(const whit_weight& w, const void* outer, const uint8_t* inner, int bias,
+                                       int64_t row, const Put& put) {
+  if (w.subs == 8) {
+    if (bias) super_params_of<V, 8, true>(w, outer, inner, (float)bias, row, put);
+    else super_params_of<V, 8, false>(w, outer, inner, 0, row, put);
+  } else {
+    if (bias) super_params_of<V, 16, true>(w, outer, inner, (float)bias, row, put);
+    else super_params_of<V, 16, false>(w, outer, inner, 0, row, put);
+  }
 }
 
-// The scales (and zero points, or `shift` without any) of a row, one per group, as float32; or its offsets.
+// The scales of a row, one per group, as float32.
 template <class V>
-static void group_params(const whit_weight& w, int64_t row, float shift, float* scale, float* zero) {
+static void group_scales(const whit_weight& w, int64_t row, float* scale) {
+  const int64_t first = row * w.scale_stride;
   if (w.subs) {
-    super_params<V>(w, w.scale, w.sub_scale, (float)w.sub_bias, row, scale);
-    if (w.zero) super_params<V>(w, w.zero, w.sub_min, 0, row, zero);
-    else if (shift != 0)
-      for (int64_t g = 0; g < w.groups; g++) zero[g] = shift;
-    return;
-  }
-  int64_t first = row * w.scale_stride;
-  if (w.scale_type == WHIT_NESTED) {
+    super_params<V>(w, w.scale, w.sub_scale, w.sub_bias, row,
+                    [&](int64_t g, typename V::F f) __attribute__((always_inline)) { V::store(scale + g, f); });
+  } else if (w.scale_type == WHIT_NESTED) {
     const uint8_t* codes = (const uint8_t*)w.scale;
     float offset = *w.nested_offset;
     for (int64_t g = 0; g < w.groups; g++)
@@ -111,13 +108,28 @@ static void group_params(const whit_weight& w, int64_t row, float shift, float* 
   } else {
     convert<V>(w.scale, first, w.groups, w.scale_type, scale);
   }
+}
+
+// Their zero points plus `shift`, or `shift` without any; or their offsets.
+template <class V>
+static void group_zeros(const whit_weight& w, int64_t row, float shift, float* zero) {
+  if (w.zero && w.subs)
+    return super_params<V>(w, w.zero, w.sub_min, 0, row, [&](int64_t g, typename V::F f) __attribute__((always_inline)) {
+      V::store(zero + g, f);
+    });
   if (w.zero_type == WHIT_CODES) unpack<V>(w, w.zero, w.bits, row, zero);
-  else if (w.zero) convert<V>(w.zero, first, w.groups, w.zero_type, zero);
+  else if (w.zero) convert<V>(w.zero, row * w.scale_stride, w.groups, w.zero_type, zero);
   else if (shift != 0) memset(zero, 0, (size_t)w.groups * 4);
   if (w.offsets)
-    for (int64_t g = 0; g < w.groups; g++) zero[g] *= (float)w.offsets;
+    for (int64_t g = 0; g < w.groups; g += 16) V::store(zero + g, V::mul(V::load(zero + g), V::set1((float)w.offsets)));
   else if (shift != 0)
-    for (int64_t g = 0; g < w.groups; g++) zero[g] += shift;
+    for (int64_t g = 0; g < w.groups; g += 16) V::store(zero + g, V::add(V::load(zero + g), V::set1(shift)));
+}
+
+template <class V>
+static void group_params(const whit_weight& w, int64_t row, float shift, float* scale, float* zero) {
+  group_scales<V>(w, row, scale);
+  group_zeros<V>(w, row, shift, zero);
 }
 
 // How a block finds the params of its lanes. Blocks in one group: 2^shift of them share one. Otherwise a block has `in`

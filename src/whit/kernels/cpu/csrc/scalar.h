@@ -64,7 +64,7 @@ struct Scalar {
     return f;
   }
   template <int RUN>
-  static ALWAYS_INLINE F repeat_of(F, const float* p, int) { return repeat(p, RUN); }
+  static ALWAYS_INLINE F repeat_of(const float* p) { return repeat(p, RUN); }
   template <int BITS>
   static ALWAYS_INLINE U block(const uint8_t* p) {
     constexpr int WIDTH = Block<BITS>::CODES * BITS;

@@ -1,37 +1,47 @@
 // Products of a few rows of activations with rows of codes that stream past them. Included by kernels.inl.
 
-template <class V, int BITS, int KIND, int M, int R, bool WIDE>
-static void tile(const Rows& a, int64_t row, const Params* params, const typename V::Table& table, const Lanes& lanes,
+// CHECKED: rows whose last blocks end too near the end of the weight for a whole load.
+template <class V, int BITS, int KIND, int M, int R, bool WIDE, bool CHECKED>
+static void tile(const Rows& a, int64_t row, const Params* params, const typename V::Table& shared, const Lanes& by,
                  int64_t from, int64_t until, float* totals) {
   using B = Block<BITS>;
   constexpr int STEPS = B::CODES / V::CODES_PER_STEP;
   const whit_weight& w = *a.w;
-  const uint8_t* end = w.codes + w.rows * w.row_bytes;
-  const bool has_zero = (w.zero && !w.offsets) || KIND == COUNT;
-  typename V::F lowered = V::zero();  // what is to be taken off lifted levels
+  const typename V::Table table = shared;
+  const Lanes lanes = by;
+  const bool has_zero = (w.zero && !w.offsets) || KIND == COUNT, one_zero = w.offsets;
+  typename V::F lowered = V::set1(-w.levels[0]);  // what is to be taken off lifted levels, and off counted ones
   if constexpr (KIND == LIFT) lowered = V::set1(w.levels[0] - V::template lift<BITS>());
-  const char* x[M];
-  for (int m = 0; m < M; m++) x[m] = (const char*)a.x + m * a.x_bytes;
+  const float *scale[R], *zero[R];
   typename V::F total[R][M];
-  for (int r = 0; r < R; r++)
+UNROLL(4)
+  for (int r = 0; r < R; r++) {
+    scale[r] = params[r].scale, zero[r] = params[r].zero;
+UNROLL(8)
     for (int m = 0; m < M; m++) total[r][m] = V::load(totals + 16 * (r * M + m));
-  const uint8_t* codes = w.codes + row * w.row_bytes;
-  // Into the second cache: what the first can have on its way is too little for the memory's rate.
-  const int64_t set = R * w.row_bytes, ahead = set <= 16384 ? 16384 / set * set : 4096;
-  uint8_t last[R][LOAD_SPAN + 8];
+  }
+  const char* x = (const char*)a.x + from * STEPS * 64;
+  const float* sums = a.sums + 16 * from;
+  const int64_t x_bytes = a.x_bytes, sum_count = a.sum_count, stride = w.row_bytes;
+  const uint8_t *codes = w.codes + row * stride + from * B::BYTES, *end = w.codes + w.rows * stride;
+  // Into the second cache, since what the first can have on its way is too little for the memory's rate: the rows that
+  // follow as they lie, which is how memory is read fastest; of long rows what follows in each.
+  const int64_t set = R * stride, apart = set <= 65536 ? B::BYTES : stride, step = set <= 65536 ? R * B::BYTES : B::BYTES;
+  const uint8_t* next = w.codes + row * stride + from * step + (set > 65536 ? 4096 : set > 16384 ? set : 16384);
 
-  for (int64_t b = from; b < until; b++) {
+  for (int64_t b = from; b < until; b++, codes += B::BYTES, next += step, x += STEPS * 64, sums += 16) {
     typename V::U bits[R];
 UNROLL(4)
     for (int r = 0; r < R; r++) {
-      const uint8_t* p = codes + r * w.row_bytes + b * B::BYTES;
-      if (__builtin_expect(p + LOAD_SPAN > end, 0)) {
+      const uint8_t* p = codes + r * stride;
+      uint8_t last[LOAD_SPAN + 8];
+      if (CHECKED && p + LOAD_SPAN > end) {
         size_t left = p < end ? (size_t)(end - p) : 0;
-        memset(last[r], 0, sizeof last[r]);
-        memcpy(last[r], p, left < LOAD_SPAN ? left : (size_t)LOAD_SPAN);
-        p = last[r];
+        memset(last, 0, sizeof last);
+        memcpy(last, p, left < LOAD_SPAN ? left : (size_t)LOAD_SPAN);
+        p = last;
       } else {
-        __builtin_prefetch(p + ahead, 0, 2);
+        __builtin_prefetch(next + r * apart, 0, 2);
       }
       bits[r] = V::template block<BITS>(p);
     }
@@ -39,7 +49,7 @@ UNROLL(4)
     if constexpr (KIND == LIFT) {
 UNROLL(8)
       for (int m = 0; m < M; m++) {
-        typename V::F less = V::mul(V::load(a.sums + m * a.sum_count + 16 * b), lowered);
+        typename V::F less = V::mul(V::load(sums + m * sum_count), lowered);
 UNROLL(4)
         for (int r = 0; r < R; r++) acc[r][m] = less;
       }
@@ -57,7 +67,7 @@ UNROLL(4)
       }
 UNROLL(8)
       for (int m = 0; m < M; m++) {
-        typename V::X xs = V::load_x(x[m] + (b * STEPS + k) * 64);
+        typename V::X xs = V::load_x(x + m * x_bytes + k * 64);
 UNROLL(4)
         for (int r = 0; r < R; r++)
           acc[r][m] = k || KIND == LIFT ? V::next(weights[r], xs, acc[r][m]) : V::first(weights[r], xs);
@@ -66,24 +76,33 @@ UNROLL(4)
     if (has_zero) {
 UNROLL(8)
       for (int m = 0; m < M; m++) {
-        typename V::F sum = V::load(a.sums + m * a.sum_count + 16 * b);
+        typename V::F sum = V::load(sums + m * sum_count);
 UNROLL(4)
         for (int r = 0; r < R; r++) {
-          typename V::F zero =
-              w.offsets ? V::set1(-w.levels[0]) : lane_params<V, WIDE>(params[r].zero, b, lanes);
-          acc[r][m] = V::fnma(zero, sum, acc[r][m]);
+          typename V::F less = lowered;
+          if (KIND == LIFT || !one_zero) less = lane_params<V, WIDE>(zero[r], b, lanes);
+          acc[r][m] = V::fnma(less, sum, acc[r][m]);
         }
       }
     }
 UNROLL(4)
     for (int r = 0; r < R; r++) {
-      typename V::F scale = lane_params<V, WIDE>(params[r].scale, b, lanes);
+      typename V::F factor = lane_params<V, WIDE>(scale[r], b, lanes);
 UNROLL(8)
-      for (int m = 0; m < M; m++) total[r][m] = V::fma(acc[r][m], scale, total[r][m]);
+      for (int m = 0; m < M; m++) total[r][m] = V::fma(acc[r][m], factor, total[r][m]);
     }
   }
+UNROLL(4)
   for (int r = 0; r < R; r++)
+UNROLL(8)
     for (int m = 0; m < M; m++) V::store(totals + 16 * (r * M + m), total[r][m]);
+}
+
+// How many rows can be read in whole blocks; those after them are near the end of the weight.
+template <int BITS>
+static int64_t whole_rows(const Rows& a) {
+  const int64_t stride = a.w->row_bytes, left = a.w->rows * stride - LOAD_SPAN - (a.blocks - 1) * Block<BITS>::BYTES;
+  return left < 0 ? 0 : left / stride + 1;
 }
 
 // The sums of x in the columns of each group, zeros beyond the last one.
@@ -97,6 +116,28 @@ static void sum_groups(const Rows& a, int m, float* to) {
     const int64_t until = (g + 1) * each < all ? (g + 1) * each : all;
     for (int64_t lane = g * each; lane < until; lane++) to[g] += lanes[lane];
   }
+}
+
+// totals (M, 16) = what a row's offsets take off, by the sums of x in the columns of each group.
+template <class V, int M>
+static void take_offsets(const whit_weight& w, int64_t row, float* zero, const float* group_sums, float* totals) {
+  typename V::F total[M];
+UNROLL(8)
+  for (int m = 0; m < M; m++) total[m] = V::zero();
+  const int64_t stride = padded_groups(w);
+  auto take = [&](int64_t g, typename V::F offset) __attribute__((always_inline)) {
+UNROLL(8)
+    for (int m = 0; m < M; m++) total[m] = V::fnma(offset, V::load(group_sums + m * stride + g), total[m]);
+  };
+  if (w.subs) {
+    super_params<V>(w, w.zero, w.sub_min, 0, row, take);
+  } else {
+    group_zeros<V>(w, row, 0, zero);
+    V::store(zero + w.groups, V::zero());
+    for (int64_t g = 0; g < w.groups; g += 16) take(g, V::load(zero + g));
+  }
+UNROLL(8)
+  for (int m = 0; m < M; m++) V::store(totals + 16 * m, total[m]);
 }
 
 template <class V, int KIND>
@@ -116,27 +157,26 @@ static void stream(const Rows& a, int64_t first, int64_t last, float* scratch, i
   const typename V::Table table = table_of<V, KIND>(w);
   const Lanes lanes = WIDE ? Lanes{block_shift, 0, 0} : lanes_of(w, B::CODES, 0);
   const int64_t groups = padded_groups(w), spread_lanes = WIDE || lanes.run ? 0 : 16 * a.blocks, step = M == 1 ? a.blocks : CHUNK;
+  const int64_t whole = whole_rows<BITS>(a);
   Params params[SET];
   float totals[SET * M * 16];
   float* group_sums = scratch + 2 * SET * (groups + spread_lanes);
   for (int m = 0; m < M && w.offsets; m++) sum_groups<B::CODES>(a, m, group_sums + m * groups);
+  for (int r = 0; r < SET; r++) {  // lanes beyond the last group: no row writes there what is not finite
+    float* scale = scratch + r * 2 * (groups + spread_lanes);
+    memset(scale + w.groups, 0, (size_t)(groups - w.groups) * 4);
+    memset(scale + groups + w.groups, 0, (size_t)(groups - w.groups) * 4);
+  }
   for (int64_t row = first; row < last; row += SET) {
     const int count = last - row < SET ? (int)(last - row) : SET;
     for (int r = 0; r < count; r++) {
       float *scale = scratch + r * 2 * (groups + spread_lanes), *zero = scale + groups;
       params[r] = {scale, zero};
-      group_params<V>(w, row + r, shift, scale, zero);
-      if (w.offsets) V::store(zero + w.groups, V::zero());
-      for (int m = 0; m < M; m++) {
-        typename V::F total = V::zero();  // offsets are taken off once per row, by the sums of groups
-        for (int64_t g = 0; g < w.groups && w.offsets; g += 16)
-          total = V::fnma(V::load(zero + g), V::load(group_sums + m * groups + g), total);
-        V::store(totals + 16 * (r * M + m), total);
-      }
-      if (WIDE) continue;
-      memset(scale + w.groups, 0, (size_t)(groups - w.groups) * 4);
-      memset(zero + w.groups, 0, (size_t)(groups - w.groups) * 4);
-      if (lanes.run) continue;
+      group_scales<V>(w, row + r, scale);
+      if (w.offsets) take_offsets<V, M>(w, row + r, zero, group_sums, totals + 16 * r * M);
+      else group_zeros<V>(w, row + r, shift, zero);
+      if (!w.offsets) memset(totals + 16 * r * M, 0, 64 * M);
+      if (WIDE || lanes.run) continue;
       params[r] = {scale + 2 * groups, scale + 2 * groups + spread_lanes};
       spread<V>(w, scale, a.blocks, B::CODES, params[r].scale);
       if (w.zero || KIND == COUNT) spread<V>(w, zero, a.blocks, B::CODES, params[r].zero);
@@ -144,10 +184,10 @@ static void stream(const Rows& a, int64_t first, int64_t last, float* scratch, i
     for (int64_t b = 0; b < a.blocks; b += step) {
       const int64_t until = b + step < a.blocks ? b + step : a.blocks;
       int r = 0;
-      for (; r + R <= count; r += R)
-        tile<V, BITS, KIND, M, R, WIDE>(a, row + r, params + r, table, lanes, b, until, totals + r * M * 16);
+      for (; r + R <= count && row + r + R <= whole; r += R)
+        tile<V, BITS, KIND, M, R, WIDE, false>(a, row + r, params + r, table, lanes, b, until, totals + r * M * 16);
       for (; r < count; r++)
-        tile<V, BITS, KIND, M, 1, WIDE>(a, row + r, params + r, table, lanes, b, until, totals + r * M * 16);
+        tile<V, BITS, KIND, M, 1, WIDE, true>(a, row + r, params + r, table, lanes, b, until, totals + r * M * 16);
     }
     for (int r = 0; r < count; r++)
       for (int m = 0; m < M; m++) {
