@@ -245,7 +245,7 @@ def same_bits(found: dict[str, Any], first: dict[tuple[str, tuple[int, int]], Te
 
 
 def prepare_now(kitchen: Kitchen, wanted: Iterable[tuple[str, tuple[int, int], int]]) -> None:
-    """Compile what is taken for these without this kernel."""
+    """Compile what is taken for these."""
     sources: list[tuple[Path, Iterable[tuple[str, int]]]] = []
     for spec, shape, rows in wanted:
         scheme = scheme_of(spec, shape[1])
@@ -254,6 +254,8 @@ def prepare_now(kitchen: Kitchen, wanted: Iterable[tuple[str, tuple[int, int], i
             even = few.is_even(scheme, cut, shape[1], few.slices(scheme, cut, rows, shape[1]))
             case = few.Case(False, few.rounded(rows), 1, even)
             sources.append((few.SOURCE, few.macros(scheme, cut, case).items()))
+        elif isinstance(cut, many.Config):
+            sources.append((many.SOURCE, cut.macros(scheme, False).items()))
         elif isinstance(cut, stream.Config):
             tall = 8 * stream.row_tiles(rows)
             sources.append((stream.SOURCE, stream.macros(scheme, cut.whole, False, tall).items()))
