@@ -11,11 +11,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -24,6 +26,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from harness import RESULTS
 
 GB = 1e9
+CASE = ("blocks", "samples", "context")
 
 
 def write_model(folder: Path, blocks: int, tokenizer: Path) -> float:
@@ -59,22 +62,34 @@ def _random(shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
     return (torch.randn(shape, generator=generator) * 0.02).bfloat16()
 
 
-def _watch(child: subprocess.Popen[bytes]) -> int:
-    """The highest VmHWM that was seen, in bytes: it only grows, and is read until the process ends."""
-    peak = 0
-    while child.poll() is None:
-        try:
-            lines = Path(f"/proc/{child.pid}/status").read_text().splitlines()
-        except OSError:
+def _status(child: subprocess.Popen[str], key: str) -> int:
+    lines = Path(f"/proc/{child.pid}/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(key))
+
+
+def _watch(child: subprocess.Popen[str], minutes: float) -> list[dict[str, Any]]:
+    """For each unit, as the process says that it is done: seconds, the highest VmHWM since the last, what stays."""
+    units: list[dict[str, Any]] = []
+    begin = start = time.monotonic()
+    assert child.stderr is not None
+    for line in child.stderr:
+        if not (found := re.match(r"\d+/\d+ (\S+)", line)):
+            print(line, end="", file=sys.stderr)
+            continue
+        peak, left, now = _status(child, "VmHWM"), _status(child, "RssAnon"), time.monotonic()
+        Path(f"/proc/{child.pid}/clear_refs").write_text("5")  # VmHWM counts from here
+        units.append({"unit": found[1], "seconds": now - start, "peak_gb": peak / GB, "anonymous_after_gb": left / GB})
+        print(units[-1], file=sys.stderr)
+        start = now
+        if now - begin > 60 * minutes:
+            child.terminate()
             break
-        peak = max([peak, *(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM"))])
-        time.sleep(0.2)
     child.wait()
-    return peak
+    return units
 
 
-def measure(args: argparse.Namespace) -> dict[str, float]:
-    """Write, quantize, and read the child's peak."""
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """Write, quantize, and read the child's peaks."""
     with TemporaryDirectory(dir=args.scratch) as scratch:
         model, out = Path(scratch, "model"), Path(scratch, "out")
         model.mkdir()
@@ -86,14 +101,22 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
         child = subprocess.Popen(
             [sys.executable, "-m", "whit", *command],
             env={**os.environ, "PYTHONPATH": os.pathsep.join([source, os.environ.get("PYTHONPATH", "")])},
-            stdout=subprocess.DEVNULL,
-        )
-        peak = _watch(child)
+            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        units = _watch(child, args.minutes)
         seconds = time.monotonic() - start
-        if child.returncode:
+        if child.returncode and seconds < 60 * args.minutes:
             raise SystemExit(f"whit ended with {child.returncode}")
     row = {"blocks": args.blocks, "samples": args.samples, "context": args.context, "parameters": parameters}
-    return row | {"peak_gb": peak / GB, "minutes": seconds / 60}
+    peak = max(unit["peak_gb"] for unit in units)
+    done = sum(".layers." in unit["unit"] for unit in units)
+    return row | {"blocks_done": done, "peak_gb": peak, "minutes": seconds / 60, "units": units}
+
+
+def block_peaks(row: dict[str, Any]) -> str:
+    """The lowest and the highest peak of the blocks behind the first, which holds the embedding too."""
+    peaks = [unit["peak_gb"] for unit in row.get("units", ()) if ".layers." in unit["unit"]][1:]
+    return f"{min(peaks):.2f} to {max(peaks):.2f}" if peaks else ""
 
 
 def main() -> None:
@@ -104,18 +127,22 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--context", type=int, default=2048)
     parser.add_argument("--scratch", type=Path)
+    parser.add_argument("--minutes", type=float, default=1e6, help="end the run after the unit in which they pass")
     args = parser.parse_args()
     row = measure(args)
     file = RESULTS / "calibrated_peak.json"
     rows = json.loads(file.read_text()) if file.exists() else []
-    rows = [old for old in rows if (old["blocks"], old["samples"]) != (args.blocks, args.samples)] + [row]
-    rows.sort(key=lambda row: row["blocks"])
+    rows = [old for old in rows if [old[key] for key in CASE] != [row[key] for key in CASE]] + [row]
+    rows.sort(key=lambda row: [row[key] for key in CASE])
     file.write_text(json.dumps(rows, indent=1) + "\n")
-    lines = ["| blocks | parameters | tokens | peak GB | minutes |", "|---:|---:|---:|---:|---:|"]
+    lines = ["| blocks | parameters | tokens | peak GB | each block behind the first | minutes |"]
+    lines.append("|---:|---:|---:|---:|---:|---:|")
     for r in rows:
-        tokens = f"{r['samples']:.0f} x {r['context']:.0f}"
+        tokens, done = f"{r['samples']} x {r['context']}", r.get("blocks_done", r["blocks"])
+        blocks = done if done == r["blocks"] else f"{done} of {r['blocks']}"
         lines.append(
-            f"| {r['blocks']:.0f} | {r['parameters'] / GB:.2f} B | {tokens} | {r['peak_gb']:.2f} | {r['minutes']:.0f} |"
+            f"| {blocks} | {r['parameters'] / GB:.2f} B | {tokens} | {r['peak_gb']:.2f} | {block_peaks(r)} "
+            f"| {r['minutes']:.0f} |"
         )
     lines.append("\nGPTQ int4-g128 on a CPU of a random Llama of Llama-3.2-3B's shape; VmHWM of the whole process.")
     file.with_suffix(".md").write_text("\n".join(lines) + "\n")

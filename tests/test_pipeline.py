@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -397,3 +399,11 @@ def test_a_missing_device_is_said(llama: Path, tmp_path: Path, monkeypatch: pyte
     with pytest.raises(DeviceError, match="device tpu: unknown; it must be auto, cpu, cuda or cuda:N"):
         _ = replace(job, options=Options(device="tpu")).device
     assert replace(job, options=Options()).device.type == "cpu"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="elsewhere the system's figure is all there is")
+def test_the_peak_is_not_that_of_the_process_that_began_this_one():
+    ballast = bytearray(1_200_000_000)
+    said = subprocess.check_output([sys.executable, "-c", "from whit.finish import peak_memory; print(peak_memory())"])
+    assert 0 < int(said) < len(ballast)

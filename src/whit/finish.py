@@ -6,6 +6,7 @@ import platform
 import resource
 import sys
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import safetensors
@@ -19,6 +20,8 @@ from whit.checkpoint.writer import file_sha256
 from whit.coverage import Account, Entry, account_bytes
 from whit.export.base import Outcome
 from whit.job import Job
+
+STATUS = Path("/proc/self/status")  # Linux: getrusage's figure begins with what the process had that started this one
 
 
 def finish(job: Job, work: WorkFolder) -> None:
@@ -79,5 +82,9 @@ def _others(job: Job) -> Iterable[Entry]:
 
 def peak_memory() -> int:
     """Most bytes that this process has held in memory."""
+    lines = STATUS.read_text().splitlines() if STATUS.exists() else []
+    for line in lines:
+        if line.startswith("VmHWM:"):
+            return 1024 * int(line.split()[1])
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak
