@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import threading
 from pathlib import Path
 
 import pytest
@@ -15,9 +16,11 @@ import whit
 from whit import GPTQ, Calibration, Options, Recipe, Refine
 from whit.coverage import Account
 from whit.estimate import AROUND, Estimate, estimate
+from whit.feed import BlockReader
 from whit.job import open_source, prepare
 from whit.methods import Method
 from whit.methods.stack import energy
+from whit.model.source import ModelSource
 from whit.pipeline import quantize
 
 from tiny_models import ARCHITECTURES, save_tiny, tiny_config, tiny_model
@@ -96,6 +99,32 @@ def test_nothing_of_a_block_stays_when_the_next_begins(text: Path, tmp_path: Pat
         gc.enable()
     assert len(held) == 4
     assert max(held) <= held[0] + 2 * 4 * 128 * 64  # what the writer may just be holding: a matrix and its bytes
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen3_moe"])
+def test_blocks_read_ahead_are_the_same(architecture: str, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """As on a GPU: the next block is read by another thread while this one is worked on."""
+    model = checkpoint(tmp_path / "model", architecture)
+    run(model, tmp_path / "out", text)
+    read, expected, others = ModelSource.read, [], []
+
+    def noted(source: ModelSource, name: str) -> torch.Tensor:
+        if threading.current_thread() is not threading.main_thread():
+            others.append(name)
+        return read(source, name)
+
+    def expect(reader: BlockReader, names: list[str]) -> None:
+        expected.append(names)
+        begin(reader, names)
+
+    begin = BlockReader.expect
+    monkeypatch.setattr(ModelSource, "read", noted)
+    monkeypatch.setattr(BlockReader, "expect", expect)
+    monkeypatch.setattr("whit.feed.reads_ahead", lambda job: True)
+    run(model, tmp_path / "ahead", text)
+    assert result(tmp_path / "ahead") == result(tmp_path / "out")
+    assert [bool(names) for names in expected] == [True, False]  # the second block's; nothing is behind it
+    assert all(others.count(name) == 1 for name in expected[0])
 
 
 def test_the_proxy_loss_is_that_of_the_written_file(text: Path, tmp_path: Path):

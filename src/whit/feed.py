@@ -8,7 +8,7 @@ on after a kill finds those inputs again by running the finished blocks as they 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -33,7 +33,7 @@ from whit.methods import Method, stand_in
 from whit.methods.base import Block, BlockMethod
 from whit.methods.lowrank import beside, repaired
 from whit.methods.together import Together, Work
-from whit.plan import Item, Source, Unit, floats
+from whit.plan import Coded, Item, Source, Unit, floats
 from whit.tensor import Format, LayerStats, QuantizedTensor, rotation
 from whit.transforms.base import Inputs, Rounding
 from whit.transforms.fold import Basis, rescale
@@ -118,11 +118,45 @@ def _inputs(item: Item) -> Inputs:
     return lambda x: x if how is None else rounded_inputs(x, how, turn)
 
 
-class BlockFeed:
-    """For methods with calibration. `written` is the folder in which finished blocks lie."""
+def reads_ahead(job: Job) -> bool:
+    """Whether blocks are read ahead: for a GPU, unless codes are asked of MODEL itself, by another thread."""
+    return job.device.type != "cpu" and not isinstance(job.source, Coded)
 
-    def __init__(self, job: Job, method: Method, tokens: CalibrationTokens, written: Path) -> None:
+
+class BlockReader:
+    """Reads parameters by name; where `ahead`, the next block's while this one is worked on.
+
+    That takes the memory of a second block, on the host; a CPU has no time to gain by it. All reading is then one
+    thread's, and nothing of it is the GPU's: while a graph is recorded no other thread may ask for pinned memory.
+    """
+
+    def __init__(self, source: Source, reader: ThreadPoolExecutor, ahead: bool) -> None:
+        self._source, self._reader, self._ahead = source, reader, ahead
+        self._coming: dict[str, Future[Tensor]] = {}
+
+    def __call__(self, name: str) -> Tensor:
+        """A parameter, or the one that it is tied to."""
+        if not self._ahead:
+            return self._read(name)
+        return (self._coming.pop(name, None) or self._reader.submit(self._read, name)).result()
+
+    def expect(self, names: Sequence[str]) -> None:
+        """Begin to read what will be asked for next."""
+        if self._ahead:
+            self._coming = {name: self._reader.submit(self._read, name) for name in names}
+
+    def _read(self, name: str) -> Tensor:
+        return self._source.read(self._source.tied.get(name, name))
+
+
+class BlockFeed:
+    """For methods with calibration. `written` is the folder in which finished blocks lie, `reader` a thread."""
+
+    def __init__(
+        self, job: Job, method: Method, tokens: CalibrationTokens, written: Path, reader: ThreadPoolExecutor
+    ) -> None:
         self._job, self._method, self._tokens, self._written = job, method, tokens, written
+        self._read = BlockReader(job.source, reader, reads_ahead(job))
         self._next = 0  # the block whose inputs the runner holds
         self._parameters: dict[str, nn.Parameter] = {}
         self._stats: BlockStats | None = None
@@ -141,6 +175,7 @@ class BlockFeed:
             self._pass_over(self._next)
         items = [item for item in unit.items if item.format is not None]
         with self._runner.loaded(index) as self._parameters:
+            self._read.expect(self._runner.state_of(index + 1))
             self._stats = self._watch(index, items) if items else None
             if not items:
                 self._runner.run_exact(index)
@@ -310,10 +345,6 @@ class BlockFeed:
         twice = self._method.needs_exact or (job.recipe is not None and job.recipe.needs_exact)
         storage = Storage(self._written, job.options.input_memory)
         return Runner(job.source.model, self._read, self._tokens.tokens, job.device, storage, twice)
-
-    def _read(self, name: str) -> Tensor:
-        source = self._job.source
-        return source.read(source.tied.get(name, name))
 
     def _pass_over(self, index: int) -> None:
         """Run a block that an earlier run finished, to have the next one's inputs."""

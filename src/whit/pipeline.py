@@ -107,7 +107,7 @@ def _fill(job: Job, work: WorkFolder, ready: Feed | None) -> None:
 
 def _feed(job: Job, todo: Sequence[Unit], work: WorkFolder, reader: ThreadPoolExecutor) -> Feed:
     if job.calibration is not None and job.recipe is not None and job.recipe.needs_stats:
-        return BlockFeed(job, job.recipe.method, job.calibration, work.path)
+        return BlockFeed(job, job.recipe.method, job.calibration, work.path, reader)
     items = [item for unit in todo for item in unit.items if not _is_copy(job.source, item)]
     return ReadAhead(job.source, items, reader)
 

@@ -55,10 +55,15 @@ class Runner:
     @contextmanager
     def loaded(self, index: int, weights: Mapping[str, Tensor] | None = None) -> Iterator[dict[str, nn.Parameter]]:
         """The block with its weights, from `weights` by name or else read; yields its parameters by name."""
-        block, prefix = self.blocks[index], f"{self.names[index]}."
-        names = [f"{prefix}{name}" for name in _state(block)]
-        with self._filled(names, weights or {}):
-            yield {f"{prefix}{name}": p for name, p in block.named_parameters()}
+        prefix = f"{self.names[index]}."
+        with self._filled(self.state_of(index), weights or {}):
+            yield {f"{prefix}{name}": p for name, p in self.blocks[index].named_parameters()}
+
+    def state_of(self, index: int) -> list[str]:
+        """Names of what a block holds; nothing behind the last one."""
+        if index == len(self.blocks):
+            return []
+        return [f"{self.names[index]}.{name}" for name in _state(self.blocks[index])]
 
     @contextmanager
     def whole(self) -> Iterator[dict[str, nn.Parameter]]:
