@@ -85,6 +85,18 @@ def test_awq_is_nearer_to_the_model_than_rounding(models, text: Path, tmp_path: 
     assert ours < 0.8 * plain
 
 
+def test_what_shares_an_input_is_one_matrix_after_awq_too(models, text: Path, tmp_path: Path, monkeypatch):  # noqa: F811
+    rows, call = [], GPTQ.__call__
+
+    def noted(method, weight, stats, format):
+        rows.append(len(weight))
+        return call(method, weight, stats, format)
+
+    monkeypatch.setattr(GPTQ, "__call__", noted)
+    run(models["llama"], tmp_path / "out", text, Recipe(GPTQ(), [("*", "int4-g32")], "awq"))
+    assert sorted(rows) == 2 * [64] + 2 * [64] + 2 * [64 + 32 + 32] + 2 * [128 + 128]  # o; down; q, k, v; gate, up
+
+
 @pytest.mark.parametrize("architecture", [name for name in ARCHITECTURES if name != "t5"])
 def test_nothing_but_the_basis_changes(architecture: str, text: Path, tmp_path: Path):  # noqa: F811
     """At 8 bits the dequantized result is the model, up to rounding, in every architecture."""

@@ -163,6 +163,7 @@ class BlockFeed:
         self._together: Mapping[str, Together] = {}  # by parameter
         self._refined: Mapping[str, QuantizedTensor] = {}
         self._basis = Basis()
+        self._seen: Mapping[str, tuple[LayerStats, ...]] = {}  # by parameter, in that basis
         self._inputs: Mapping[str, Mapping[str, Tensor]] = {}
 
     @contextmanager
@@ -180,6 +181,7 @@ class BlockFeed:
             if not items:
                 self._runner.run_exact(index)
             self._basis = self._rescaled(unit)
+            self._seen = self._in_basis(items)
             self._inputs = self._ranges(index, items)
             works = self._works(items)
             self._together = self._by_method(works)
@@ -189,7 +191,7 @@ class BlockFeed:
             if index + 1 < len(self._runner.names):
                 self._runner.run(index)
         self._next, self._parameters, self._stats = index + 1, {}, None
-        self._together, self._refined, self._basis, self._inputs = {}, {}, Basis(), {}
+        self._together, self._refined, self._basis, self._seen, self._inputs = {}, {}, Basis(), {}, {}
 
     def changes(self, item: Item) -> bool:
         return item.name in self._basis.weights
@@ -203,7 +205,7 @@ class BlockFeed:
         seen = tuple(s.token_count for s in self._stats.stats[item.name])
         return Given(
             weight,
-            self._basis.stats(item.name, self._stats.of(item.name)),
+            self._seen[item.name],
             self._codes(item.name),
             seen if len(seen) > 1 else None,
             self._stats.starved(item.name),
@@ -263,20 +265,33 @@ class BlockFeed:
             weights[name].copy_(weight.to(dtypes[name]))
         return basis
 
+    def _in_basis(self, items: Sequence[Item]) -> dict[str, tuple[LayerStats, ...]]:
+        """What linears see in the new basis. Those that share an input and a scale share it still, so that one factor
+        of it serves them all."""
+        if self._stats is None:
+            return {}
+        seen = [(item.name, self._stats.of(item.name)) for item in items]  # held, so that no id is another's
+        known: dict[tuple[int, ...], tuple[LayerStats, ...]] = {}
+        found = {}
+        for name, stats in seen:
+            key = (id(self._basis.scales.get(name)), *(id(s.hessian) for s in stats))
+            if key not in known:
+                known[key] = self._basis.stats(name, stats)
+            found[name] = known[key]
+        return found
+
     def _works(self, items: Sequence[Item]) -> list[Work]:
         """The block's matrices that are to be given codes, with their statistics."""
         works = []
         for item in items:
             assert item.format is not None
-            assert self._stats is not None
             if item.name in self._job.exact | self._job.regridded:  # has its codes, or begins with them
                 continue
             weight = self._basis.weights.get(item.name, self._parameters[item.name].data)
             check_finite(weight, item.name)
-            stats = self._basis.stats(item.name, self._stats.of(item.name))
             together = isinstance(self._method_of(item), BlockMethod)  # a side-car is for what is left in the end
             format = without_side_car(item.format) if together else item.format
-            works.append(Work(item.name, item.matrix(weight), stats, format))
+            works.append(Work(item.name, item.matrix(weight), self._seen[item.name], format))
         return works
 
     def _method_of(self, item: Item) -> Method:
