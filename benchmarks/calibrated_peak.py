@@ -135,14 +135,14 @@ def main() -> None:
     rows = [old for old in rows if [old[key] for key in CASE] != [row[key] for key in CASE]] + [row]
     rows.sort(key=lambda row: [row[key] for key in CASE])
     file.write_text(json.dumps(rows, indent=1) + "\n")
-    lines = ["| blocks | parameters | tokens | peak GB | each block behind the first | minutes |"]
-    lines.append("|---:|---:|---:|---:|---:|---:|")
+    lines = ["| blocks | parameters | tokens | peak GB | each block behind the first | minutes | |"]
+    lines.append("|---:|---:|---:|---:|---:|---:|---|")
     for r in rows:
         tokens, done = f"{r['samples']} x {r['context']}", r.get("blocks_done", r["blocks"])
         blocks = done if done == r["blocks"] else f"{done} of {r['blocks']}"
         lines.append(
             f"| {blocks} | {r['parameters'] / GB:.2f} B | {tokens} | {r['peak_gb']:.2f} | {block_peaks(r)} "
-            f"| {r['minutes']:.0f} |"
+            f"| {r['minutes']:.0f} | {r.get('note', '')} |"
         )
     lines.append("\nGPTQ int4-g128 on a CPU of a random Llama of Llama-3.2-3B's shape; VmHWM of the whole process.")
     file.with_suffix(".md").write_text("\n".join(lines) + "\n")
