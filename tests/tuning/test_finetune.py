@@ -302,6 +302,8 @@ def test_the_command(model, data, tmp_path, capfd):
     assert record["tuning"]["targets"] == ["q_proj", "v_proj"]
     assert "step 2/2: loss" in done.stderr
     assert "tokens/s" in done.stderr
+    again = runner.invoke(build_app(), words, catch_exceptions=False)  # what is done is only said again
+    assert f"from_pretrained({str(model)!r}, quantization_config=whit.QuantizationConfig('int4-g32'))" in again.stdout
 
 
 @pytest.mark.slow

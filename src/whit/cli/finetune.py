@@ -109,10 +109,10 @@ def finetune(
         with Progress(screen) as progress:
             record = run_tuning(job, progress if speaks else None)
         if speaks:
-            _show(record, out, as_json)
+            _show(record, model, out, as_json)
 
 
-def _show(record: dict[str, Any], out: Path, as_json: bool) -> None:
+def _show(record: dict[str, Any], model: str, out: Path, as_json: bool) -> None:
     if as_json:
         print_json(record)
         return
@@ -121,10 +121,16 @@ def _show(record: dict[str, Any], out: Path, as_json: bool) -> None:
     if scores:
         print(f"held-out loss {scores['first']:.4f} before, {scores['last']:.4f} after")
     print(f"{record['tokens_per_second']:,.0f} tokens/s, peak memory {size(record['peak_memory_bytes'])}")
+    format, method, codes = record["tuning"]["format"], record["tuning"]["method"], ""
     if "base" in record:
-        base = record["base"]
+        base, model = record["base"], str(out / record["base"]["folder"])
         print(f"{out / base['folder']}: the model that it belongs to, {base['bits_per_weight']:.3f} bits per weight")
-    print(f"{out}: the adapter; peft.PeftModel.from_pretrained(model, {str(out)!r}) puts it on")
+    elif format is not None:
+        how = f"{format!r}, method={method!r}" if method else repr(format)
+        codes = f", quantization_config=whit.QuantizationConfig({how})"
+    name = f"whit.resolve_model({model!r})" if model.startswith("whit:") else repr(model)
+    print(f"{out}: the adapter; its model is AutoModelForCausalLM.from_pretrained({name}{codes});")
+    print(f"peft.PeftModel.from_pretrained(model, {str(out)!r}) puts it on")
 
 
 @contextmanager
