@@ -199,6 +199,8 @@ def test_models_that_are_neither_here_nor_on_the_hub(tmp_path: Path, monkeypatch
         ("org/name", r"org/name: neither a folder here nor a model that the hub gives .Cannot reach the hub"),
         ("./no/such/folder", "no such folder"),
         ("a b", "no such folder"),
+        ("", "no such folder"),
+        ("~no-such-user/model", "no such folder"),
         (str(tmp_path / "file.txt"), "is a file"),
     ):
         with pytest.raises(CheckpointError, match=expected) as caught:
@@ -209,14 +211,17 @@ def test_models_that_are_neither_here_nor_on_the_hub(tmp_path: Path, monkeypatch
 def test_a_hub_id_is_downloaded_without_pickles_or_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     asked = []
 
-    def download(name: str, allow_patterns: list[str]) -> str:
+    def download(name: str, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
         asked.append((name, set(allow_patterns)))
+        assert "consolidated*" in ignore_patterns  # some carry their weights twice
         return str(tmp_path)
 
     monkeypatch.setattr("whit.checkpoint.hub.snapshot_download", download)
     assert resolve_model("org/name") == tmp_path
     resolve_model("org/name", trust_remote_code=True)
-    (name, plain), (_, trusted) = asked
+    resolve_model("org/name", weights=False)
+    (name, plain), (_, trusted), (_, small) = asked
+    assert plain - small == {"*.safetensors"}
     assert name == "org/name"
     assert "*.safetensors" in plain
     assert not {"*.bin", "*.pt", "*.py"} & plain

@@ -13,7 +13,7 @@ import transformers as hf
 
 import whit
 from whit.cli import main
-from whit.errors import RecipeError
+from whit.errors import CheckpointError, RecipeError
 from whit.memory import SHAPES, Planner, Situation, find_subject
 from whit.memory.activations import Widths, saved_bytes
 from whit.memory.subject import of_shape
@@ -82,6 +82,20 @@ def test_names_are_found_however_they_are_spelt():
     unknown = find_subject("33.3B")
     assert abs(unknown.parameters / 33.3e9 - 1) < 0.1
     assert "taken as a Llama" in unknown.notes[0]
+
+
+def test_a_gguf_file_is_counted_as_it_runs(tmp_path: Path):
+    whit.quantize("whit:model", tmp_path / "m.gguf", whit.Recipe(rules=[("*", "q8_0")]), export="gguf")
+    subject = find_subject(str(tmp_path / "m.gguf"))
+    assert subject.parameters == find_subject("whit:model").parameters
+    assert "runs it dequantized" in subject.notes[0]
+
+
+def test_what_is_no_model_is_refused(tmp_path: Path):
+    (tmp_path / "model.pkl").write_bytes(b"")
+    for name in (str(tmp_path / "model.pkl"), "./no/such/folder"):
+        with pytest.raises(CheckpointError, match=r"; .*or give a name such as Llama-3-8B or a number such as 7B$"):
+            find_subject(name)
 
 
 def test_the_cache_counts_grouped_heads_windows_and_precision():

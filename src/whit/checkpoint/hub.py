@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -11,16 +12,20 @@ from huggingface_hub.errors import HFValidationError, HTTPError
 from whit.data import resolve_model as shipped_model
 from whit.errors import CheckpointError
 
-PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+SMALL = ["*.json", "*.txt", "*.model", "*.jinja"]
+COPIES = ["original/*", "consolidated*"]  # the same weights once more, as their makers' own programs read them
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
-def resolve_model(model: str | Path, trust_remote_code: bool = False) -> Path:
-    """The folder that holds MODEL, or the .gguf file that it is; a hub id is downloaded (HF_HUB_OFFLINE is respected).
+def resolve_model(model: str | Path, trust_remote_code: bool = False, weights: bool = True) -> Path:
+    """The folder that holds MODEL, or the .gguf file that it is; a hub id is downloaded (HF_HUB_OFFLINE is respected),
+    without its weight files where no `weights` are asked for.
 
     `whit:model` is the model that ships with the package.
     """
-    path = Path(shipped_model(str(model))).expanduser()
+    if not str(model):
+        raise CheckpointError("MODEL: no such folder, the name is empty; name a model folder or a hub id")
+    path = Path(os.path.expanduser(shipped_model(str(model))))  # Path's own raises where there is no such user
     if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
         return path
     if path.exists():
@@ -32,7 +37,8 @@ def resolve_model(model: str | Path, trust_remote_code: bool = False) -> Path:
             f"{model}: no such folder; a model is a folder or a hub id such as org/name; check the path"
         )
     try:
-        return Path(snapshot_download(str(model), allow_patterns=PATTERNS + ["*.py"] * trust_remote_code))
+        wanted = [*SMALL, *["*.safetensors"] * weights, *["*.py"] * trust_remote_code]
+        return Path(snapshot_download(str(model), allow_patterns=wanted, ignore_patterns=COPIES))
     except (HFValidationError, HTTPError, OSError) as error:
         reason = str(error).strip().splitlines()[0].rstrip(".")
         raise CheckpointError(

@@ -52,7 +52,10 @@ class Generated:
 
 
 def generate(model: Any, tokenizer: Any, prompt: str, sampling: Sampling, streamer: Any = None) -> Generated:
-    """Continue the prompt. Raises EvaluationError for an empty prompt or one that leaves the model no position."""
+    """Continue the prompt.
+
+    Raises EvaluationError for an empty prompt, one that leaves the model no position, and logits that are no numbers.
+    """
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
     length = int(inputs["input_ids"].shape[1])
     if length == 0:

@@ -14,7 +14,8 @@ import torch
 from safetensors import SafetensorError
 
 from whit.checkpoint.gguf import read_gguf
-from whit.data import resolve_model
+from whit.checkpoint.hub import resolve_model
+from whit.checkpoint.reader import Checkpoint
 from whit.devices import find_device
 from whit.errors import CheckpointError, EvaluationError, UnsupportedModelError
 from whit.integrations.foreign import is_foreign, load_foreign
@@ -42,11 +43,13 @@ def load_causal_lm(
         raise EvaluationError(f"dtype {dtype}: unknown; use one of {', '.join(DTYPES)}")
     config = load_config(name, trust_remote_code=trust_remote_code)
     _require_causal(name, config)
-    source, options = _source(name)
+    source, options = _source(name, trust_remote_code, weights=True)
     if not options and is_foreign(Path(source)):
         floats = dtype if dtype == "auto" else getattr(torch, dtype)
         model, info = _translated(name, lambda: load_foreign(Path(source), floats, trust_remote_code, **placement))
         return _complete(name, model, info)
+    if not options:
+        Checkpoint(Path(source)).close()  # a missing or damaged file is said as every command says it
     if quantization is not None:
         placement["quantization_config"] = quantization
     model, info = _translated(
@@ -79,9 +82,8 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:  # tra
     """The tokenizer beside the model. Raises CheckpointError where there is none."""
     from transformers import AutoTokenizer
 
-    source, options = _source(name)
-    folder = Path(source)
-    if folder.is_dir() and not options and not _has_tokenizer(folder):
+    source, options = _source(name, trust_remote_code)
+    if not options and not _has_tokenizer(Path(source)):
         raise CheckpointError(f"{name}: holds no tokenizer; a text needs one; copy its files beside the weights")
     return _translated(
         name, lambda: AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code, **options)
@@ -92,23 +94,13 @@ def load_config(name: str, *, trust_remote_code: bool = False) -> Any:  # transf
     """The configuration alone; no weights are read."""
     from transformers import AutoConfig
 
-    source, options = _source(name)
+    source, options = _source(name, trust_remote_code)
     return _translated(name, lambda: AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code, **options))
 
 
 def model_files(name: str) -> Path:
     """The folder (or .gguf file) that holds the weights; for a hub id, its snapshot in the local cache."""
-    source, options = _source(name)
-    folder = Path(source)
-    if folder.is_dir():
-        return folder / options["gguf_file"] if options else folder
-    from huggingface_hub import snapshot_download
-
-    def cached() -> str:
-        patterns = ["*.json", "*.safetensors", "*.bin"]
-        return str(snapshot_download(source, local_files_only=True, allow_patterns=patterns))
-
-    return Path(_translated(name, cached))
+    return resolve_model(name)
 
 
 def maximum_context(config: Any) -> int | None:
@@ -118,22 +110,15 @@ def maximum_context(config: Any) -> int | None:
     return int(limit) if limit else None
 
 
-def _source(name: str) -> tuple[str, dict[str, str]]:
-    """What to hand to from_pretrained, after the checks that tell a missing folder from a hub id."""
-    resolved = resolve_model(name)
-    path = Path(resolved).expanduser()
+def _source(name: str, trust_remote_code: bool = False, weights: bool = False) -> tuple[str, dict[str, str]]:
+    """The folder to hand to from_pretrained, and `gguf_file` where it is a file in it."""
+    path = resolve_model(name, trust_remote_code, weights)
     if path.is_file():
-        if path.suffix != ".gguf":
-            raise CheckpointError(f"{name}: is a file; MODEL must be a folder, a .gguf file or a hub id")
         read_gguf(path)  # nothing else opens a file that lies about itself
         return str(path.parent), {"gguf_file": path.name}
-    if resolved and path.is_dir():
-        if not (path / "config.json").is_file():
-            raise CheckpointError(f"{name}: the folder holds no config.json; it must be a model folder; check the path")
-        return str(path), {}
-    if resolved.startswith((".", "/", "~")) or resolved.count("/") > 1 or "\\" in resolved or not resolved:
-        raise CheckpointError(f"{name or 'MODEL'}: no such folder; name a local model folder or a hub id")
-    return resolved, {}
+    if not (path / "config.json").is_file():
+        raise CheckpointError(f"{name}: the folder holds no config.json; it must be a model folder; check the path")
+    return str(path), {}
 
 
 def _placement(device: str) -> dict[str, Any]:
@@ -174,8 +159,8 @@ def _translated(name: str, action: Callable[[], T]) -> T:
         said = str(error)
         if "trust_remote_code" in said:
             message = "brings its own Python code, which runs only on demand; read it and pass --trust-remote-code"
-        elif not Path(resolve_model(name)).expanduser().exists():
-            message = f"is no folder here, and the hub gives none ({_first_line(said)}); check the name or go online"
+        elif "ignore_mismatched_sizes" in said:  # its table of shapes goes to a log
+            message = "a tensor has another shape than config.json says; both must agree; fetch them again together"
         else:
             message = f"transformers cannot load it ({_first_line(said)}); check the folder or fetch it again"
         raise CheckpointError(f"{name}: {message}") from error

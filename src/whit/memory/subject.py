@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -9,15 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import HFValidationError, HTTPError
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from whit.checkpoint.header import Entry, count_parameters
-from whit.checkpoint.hub import HUB_ID
+from whit.checkpoint.hub import resolve_model
 from whit.checkpoint.reader import Checkpoint, read_json
-from whit.data import resolve_model
+from whit.data import resolve_model as shipped_model
 from whit.errors import CheckpointError
 from whit.evaluation.size import weight_files
 from whit.job import open_source
@@ -102,14 +101,16 @@ class Subject:
 
 
 def find_subject(model: str, trust_remote_code: bool = False) -> Subject:
-    """A model folder, a hub id (only its config.json is fetched), a well-known name, or a number of parameters."""
-    folder = Path(resolve_model(model)).expanduser()
-    if folder.is_dir():
-        return _of_folder(model, folder, trust_remote_code)
-    shape = find_shape(model)
+    """A model folder, a hub id (no weights are fetched), a well-known name, or a number of parameters."""
+    here = Path(os.path.expanduser(shipped_model(model))).exists()
+    shape = None if here else find_shape(model)
     if shape is not None:
         return of_shape(shape)
-    return _of_folder(model, _config_folder(model), trust_remote_code)
+    try:
+        path = resolve_model(model, trust_remote_code, weights=False)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}, or give a name such as Llama-3-8B or a number such as 7B") from None
+    return _of_gguf(model, path) if path.is_file() else _of_folder(model, path, trust_remote_code)
 
 
 def of_shape(shape: Shape) -> Subject:
@@ -137,20 +138,12 @@ def _of_folder(name: str, folder: Path, trust_remote_code: bool) -> Subject:
     return _sized(Subject(name, ConfigSource(model, dtype), 0, stored))
 
 
+def _of_gguf(name: str, file: Path) -> Subject:
+    """By the file's header. As it lies no command runs it, so that there is no row for that."""
+    model = open_source(file).model
+    note = f"{name}: whit runs it dequantized; quantize it, or convert it with --export whit, for its size in memory"
+    return _sized(Subject(name, ConfigSource(model, torch.float32), 0, None, (note,)))
+
+
 def _sized(subject: Subject) -> Subject:
     return replace(subject, nominal=float(subject.parameters))
-
-
-def _config_folder(model: str) -> Path:
-    if not HUB_ID.fullmatch(model) or model.startswith("."):
-        raise CheckpointError(
-            f"{model}: neither a folder, a known model nor a number of parameters; it must be one; try 7B or a path"
-        )
-    try:
-        return Path(hf_hub_download(model, "config.json")).parent
-    except (HFValidationError, HTTPError, OSError) as error:
-        reason = str(error).strip().splitlines()[0].rstrip(".")
-        raise CheckpointError(
-            f"{model}: no folder, no well-known model, and the hub gives no config.json ({reason}); "
-            "give a folder, a name such as Llama-3-8B, or a number such as 7B"
-        ) from None
