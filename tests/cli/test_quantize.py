@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from whit import __version__ as version
 from whit.cli import main
 from whit.formats import EXAMPLES
 
@@ -39,7 +40,7 @@ def test_quantize_inspect_and_back(whit, model: Path, tmp_path: Path):
     out = tmp_path / "out"
     status, screen, notes = whit("quantize", model, out, "--format", "int4-g32", "--rule", "lm_head=int8")
     assert status == 0
-    assert "bits per weight" in screen
+    assert "bytes of weight files" in screen.splitlines()[0]  # not folded to the width of the table below
     assert "int8-channel" in screen
     assert "on disk; about" in notes.splitlines()[0]  # what it will take, before it starts
     assert notes.splitlines()[1].startswith("1/")  # plain lines where there is no terminal
@@ -48,7 +49,7 @@ def test_quantize_inspect_and_back(whit, model: Path, tmp_path: Path):
     assert status == 0
     assert "rtn, seed 0" in screen
     assert "kept: model.layers.*.input_layernorm.weight (2)" in screen
-    assert "as they were written" in notes
+    assert "1 weight file, all as written" in notes
     status, screen, _ = whit("convert", out, tmp_path / "plain", "--export", "bf16")
     assert status == 0
     assert "largest relative error" in screen
@@ -74,6 +75,7 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(whit, model: Path, tmp_pat
     assert status == 0
     for part in ("model.layers.*.mlp.up_proj", "int4-g32", "kept: lm_head.weight: an output head", "of memory on cpu"):
         assert part in screen
+    assert [cell.strip() for cell in next(x for x in screen.splitlines() if "lm_head" in x).split("│")][4] == "kept"
     plan = json.loads(whit("quantize", model, tmp_path / "out", "--format", "int4-g32", "--dry-run", "--json")[1])
     assert not list(tmp_path.iterdir())
     account = json.loads(whit("quantize", model, tmp_path / "out", "--format", "int4-g32", "--json")[1])
@@ -103,6 +105,8 @@ def test_a_recipe_file(whit, model: Path, tmp_path: Path):
         (("quantize", "{model}", "{out}", "--rule", "lm_head"), 2, "GLOB=SPEC"),
         (("quantize", "{model}", "{out}", "--rule", "nothing=int8"), 1, "matches no module"),
         (("quantize", "{model}"), 2, "OUT"),
+        (("quantize", "{model}", "whit:model"), 1, "is a name of what ships with whit"),
+        (("quantize", "{model}", "{out}", "--format", "int8", "--device", "tpu"), 1, "device tpu: unknown"),
         (("convert", "{model}", "{out}", "--export", "bf16", "--format", "int8"), 2, "bf16"),
         (("convert", "{model}", "{out}", "--export", "whit"), 1, "whit file needs a format"),
         (("inspect", "{model}", "--verify"), 1, "no whit.json"),
@@ -115,6 +119,11 @@ def test_mistakes_are_said_in_a_sentence(whit, model: Path, tmp_path: Path, argu
     assert said in " ".join(notes.replace("│", " ").split())
     assert "Traceback" not in notes + screen
     assert not list(tmp_path.iterdir())
+
+
+def test_the_version(whit):
+    status, screen, _ = whit("--version")
+    assert (status, screen) == (0, f"whit {version}\n")
 
 
 def test_help_lists_all_formats(whit, monkeypatch: pytest.MonkeyPatch):

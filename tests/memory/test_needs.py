@@ -80,6 +80,7 @@ def test_names_are_found_however_they_are_spelt():
         assert find_subject(text).name == "LLaMA-7B"
     assert find_subject("meta-llama/Meta-Llama-3-8B-Instruct".replace("Meta-Llama", "Llama")).name == "Llama-3-8B"
     unknown = find_subject("33.3B")
+    assert not unknown.exists  # so that no command to run it with is proposed
     assert abs(unknown.parameters / 33.3e9 - 1) < 0.1
     assert "taken as a Llama" in unknown.notes[0]
 

@@ -163,6 +163,8 @@ def check_out(out: Path, model: Path, suffix: str = "") -> None:
         raise OutputError(
             f"{out}: lies inside MODEL {model}; it must lie elsewhere, as MODEL is never written; choose another"
         )
+    if str(out).startswith("whit:"):
+        raise OutputError(f"{out}: is a name of what ships with whit; OUT must be a new folder; choose another name")
     if ours in theirs.parents:
         raise OutputError(f"{out}: holds MODEL {model}; it must lie elsewhere; choose another folder")
     if out.exists() and not out.is_dir() and not (suffix and out.name.endswith(suffix)):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import sys
+from typing import Annotated
 
 import typer
 
+import whit
 from whit.cli import (
     bench,
     compare,
@@ -55,7 +57,15 @@ def build_app() -> typer.Typer:
     return app
 
 
-def _root() -> None:
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"whit {whit.__version__}")
+        raise typer.Exit()
+
+
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and end.", callback=_version)] = False,
+) -> None:
     """Quantize any Hugging Face transformer, run it, and measure what was given up."""
 
 

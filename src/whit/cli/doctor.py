@@ -25,8 +25,9 @@ def doctor(json: Annotated[bool, typer.Option("--json", help="Only JSON on stand
         return
     for title, facts in found.items():
         print(title)
+        width = max(map(len, facts), default=0)
         for name, value in facts.items():
-            print(f"  {name:<18} {', '.join(value) if isinstance(value, list) else value}")
+            print(f"  {name:<{width}}  {', '.join(value) if isinstance(value, list) else value}")
 
 
 def examine() -> dict[str, dict[str, Any]]:

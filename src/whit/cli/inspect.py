@@ -22,7 +22,7 @@ from whit.checkpoint.writer import file_sha256
 from whit.cli.console import console, print_json
 from whit.cli.inspect_gguf import gguf_facts
 from whit.cli.quiet import quiet_transformers
-from whit.cli.shown import account_table, reasons, size
+from whit.cli.shown import counted, reasons, show_totals, size
 from whit.coverage import Account, load_account
 from whit.errors import CheckpointError, OutputError
 from whit.export.lint import Finding, lint, lint_onnx
@@ -116,7 +116,7 @@ def verify_files(folder: Path, account: Account) -> None:
 def show_account(account: Account, verified: bool) -> None:
     """The account as tables and lines."""
     screen = Console()
-    screen.print(account_table(account))
+    show_totals(screen, account)
     for line in reasons(account.parameters):
         screen.print(line, highlight=False, soft_wrap=True)
     libraries = ", ".join(f"{name} {version}" for name, version in account.libraries.items())
@@ -137,7 +137,7 @@ def show_account(account: Account, verified: bool) -> None:
             highlight=False, soft_wrap=True,
         )  # fmt: skip
     if verified:
-        console().print(f"{len(account.files)} weight files are as they were written", highlight=False)
+        console().print(f"{counted(len(account.files), 'weight file')}, all as written", highlight=False)
 
 
 def plain_facts(folder: Path, checkpoint: Checkpoint | OnnxFile) -> dict[str, Any]:
@@ -177,7 +177,6 @@ def show_plain(facts: dict[str, Any]) -> None:
         table.add_row(name, str(row["tensors"]), f"{row['elements']:,}", size(row["bytes"]))
     screen.print(table)
     method = facts["quant_method"]
-    screen.print(
-        f"{facts['tensors']} tensors in {len(facts['files'])} files, {size(facts['size_bytes'])}, "
-        + (f"quantized by {method}" if method else "not quantized"), highlight=False,
-    )  # fmt: skip
+    said = f"quantized by {method}" if method else "not quantized"
+    tensors, files = counted(facts["tensors"], "tensor"), counted(len(facts["files"]), "file")
+    screen.print(f"{tensors} in {files}, {size(facts['size_bytes'])}, {said}", highlight=False)

@@ -72,7 +72,7 @@ def memory(
         planner.notes.append(f"context {situation.context}: the model was built for {most}")
     rows = planner.rows(format or ())
     fits = [] if budget is None else planner.fits(budget, format or ())
-    said = next_steps(model, fits, situation) if budget is not None else []
+    said = next_steps(model if subject.exists else "MODEL", fits, situation) if budget is not None else []
     notes = tuple(dict.fromkeys(planner.notes))  # rows and fits may say the same
     if as_json:
         print_json(_json(planner, rows, fits, said, notes))

@@ -30,7 +30,7 @@ from whit.cli.budget import (
 )
 from whit.cli.console import console, print_json
 from whit.cli.gate import MaxIncrease, MaxKL, build_gate, measure
-from whit.cli.shown import account_table, parse_size, pattern, progress, reasons, size
+from whit.cli.shown import parse_size, pattern, progress, reasons, show_totals, size
 from whit.coverage import Account
 from whit.estimate import Estimate, estimate
 from whit.export import EXPORTERS
@@ -207,7 +207,7 @@ def run_and_show(job: Job, as_json: bool) -> Account:
         print_json(account.to_json())
         return account
     screen = Console()
-    screen.print(account_table(account))
+    show_totals(screen, account)
     took = f"{account.seconds:.1f} s, peak memory {size(account.peak_memory_bytes)}"
     if account.decoded is not None:
         screen.print(read_back(account.decoded), highlight=False, soft_wrap=True)
@@ -242,7 +242,8 @@ def show_plan(job: Job, as_json: bool) -> None:
     for item in job.plan.items:
         if item.target is not None:
             shape = " x ".join(map(str, item.target.shape))
-            rows.setdefault((pattern(item.target.holder), shape, str(item.format)), []).append(item.bits_per_weight)
+            form = "kept" if item.format is None else str(item.format)
+            rows.setdefault((pattern(item.target.holder), shape, form), []).append(item.bits_per_weight)
     for (name, shape, form), bits in rows.items():
         table.add_row(name, str(len(bits)), shape, form, f"{bits[0]:.3f}")
     screen = Console()

@@ -35,9 +35,11 @@ def pattern(name: str) -> str:
     return re.sub(r"\.\d+(?=\.|$)", ".*", name)
 
 
-def account_table(account: Account) -> Table:
-    """One row per status and format: how many, their bits per weight and their error."""
-    table = Table(title=f"{account.bits_per_weight:.3f} bits per weight, {account.size_bytes:,} bytes of weight files")
+def show_totals(screen: Console, account: Account) -> None:
+    """One row per status and format: how many, their bits per weight and their error; and all of it in one line."""
+    total = f"{account.bits_per_weight:.3f} bits per weight, {account.size_bytes:,} bytes of weight files"
+    screen.print(total, highlight=False, soft_wrap=True)  # a title would be folded to the width of a small table
+    table = Table()
     for column, justify in (("", "left"), ("parameters", "right"), ("bits", "right"), ("relative error", "right")):
         table.add_column(column, justify=justify)  # type: ignore[arg-type]
     groups: dict[str, list[Entry]] = {}
@@ -48,7 +50,7 @@ def account_table(account: Account) -> Table:
         bits = [e.bits_per_weight for e in entries if e.bits_per_weight is not None]
         errors = [e.relative_error for e in entries if e.relative_error is not None]
         table.add_row(name, str(len(entries)), _range(bits, ".3f"), _range(errors, ".4g") if any(errors) else "")
-    return table
+    screen.print(table)
 
 
 def reasons(entries: Iterable[Entry]) -> Iterator[str]:
@@ -60,6 +62,11 @@ def reasons(entries: Iterable[Entry]) -> Iterator[str]:
             groups[key] = groups.get(key, 0) + 1
     for (status, name, reason), count in groups.items():
         yield f"{status}: {name}" + (f" ({count})" if count > 1 else "") + f": {reason}"
+
+
+def counted(count: int, noun: str) -> str:
+    """1 file, 2 files."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def _range(values: list[float], form: str) -> str:

@@ -26,7 +26,7 @@ from whit.cli.quantize import (
     run_and_show,
     show_plan,
 )
-from whit.cli.shown import account_table, progress, size
+from whit.cli.shown import progress, show_totals, size
 from whit.coverage import Account
 from whit.errors import RecipeError
 from whit.estimate import estimate
@@ -205,7 +205,7 @@ def _show(account: Account, out: Path, as_json: bool) -> None:
         print_json(account.to_json())
         return
     screen = Console()
-    screen.print(account_table(account))
+    show_totals(screen, account)
     screen.print(f"{out}: peak memory {size(account.peak_memory_bytes)}", highlight=False, soft_wrap=True)
 
 

@@ -68,13 +68,15 @@ class ConfigSource:
 
 @dataclass(frozen=True)
 class Subject:
-    """A model that memory is planned for. `nominal` is the number of parameters that its name says."""
+    """A model that memory is planned for. `nominal` is the number of parameters that its name says; `exists` is False
+    where a name or number stands for a shape, and there are no weights to do anything with."""
 
     name: str
     source: Source
     nominal: float
     stored_bytes: int | None = None  # of weight files that are quantized already
     notes: tuple[str, ...] = ()
+    exists: bool = True
 
     @property
     def model(self) -> PreTrainedModel:
@@ -116,7 +118,7 @@ def find_subject(model: str, trust_remote_code: bool = False) -> Subject:
 def of_shape(shape: Shape) -> Subject:
     """A model of the table of well-known shapes."""
     source = ConfigSource(build_skeleton(shape.config, shape.name), torch.bfloat16)
-    subject = Subject(shape.name, source, shape.nominal)
+    subject = Subject(shape.name, source, shape.nominal, exists=False)
     if not shape.name.endswith("parameters"):
         return subject
     text = f"{shape.name}: taken as a Llama of {subject.parameters / 1e9:.3g}B; a folder or a model's name is exact"
