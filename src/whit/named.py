@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
@@ -27,4 +28,10 @@ def parse_named(
             return kind(
                 **{key: nested(value) if isinstance(value, Mapping) else value for key, value in options.items()}
             )
-    raise RecipeError(f"{name!r} is not a {what}; it must be one of {', '.join(kind.name for kind in kinds)}")
+    raise RecipeError(f"{name!r} is not a {what}; {one_of(str(name), [kind.name for kind in kinds])}")
+
+
+def one_of(name: str, known: Sequence[str]) -> str:
+    """The end of a sentence about a name that is not among those `known`: which ones are, and which is the nearest."""
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+    return f"it must be one of {', '.join(known)}; {f'did you mean {near[0]}?' if near else 'choose one'}"

@@ -102,6 +102,8 @@ def test_a_recipe_file(whit, model: Path, tmp_path: Path):
         (("quantize", "{model}", "{out}", "--format", "int3-g65x"), 1, "is not a format"),
         (("quantize", "{model}", "{out}", "--format", "int4-g48"), 1, "not divisible by group_size 48"),
         (("quantize", "{model}", "{out}", "--method", "magic"), 1, "is not a method"),
+        (("quantize", "{model}", "{out}", "--method", "gpqt"), 1, "blocks; did you mean gptq?"),
+        (("quantize", "{model}", "{out}", "--export", "ggfu"), 1, "onnx; did you mean gguf?"),
         (("quantize", "{model}", "{out}", "--rule", "lm_head"), 2, "GLOB=SPEC"),
         (("quantize", "{model}", "{out}", "--rule", "nothing=int8"), 1, "matches no module"),
         (("quantize", "{model}"), 2, "OUT"),

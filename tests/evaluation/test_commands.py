@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from whit import cli
+from whit.errors import EvaluationError
 from whit.integrations.generation import Sampling, generate
 from whit.integrations.loading import load_causal_lm, load_tokenizer
 
@@ -121,6 +122,13 @@ def test_generate_refuses_in_one_sentence(whit, tiny):
         assert (status, out) == (1, ""), said
         assert said in err
         assert err.count("\n") == 1
+
+
+def test_weights_that_are_no_numbers_are_said(tiny):
+    model, tokenizer = load_causal_lm(str(tiny)), load_tokenizer(str(tiny))
+    model.model.norm.weight.data.fill_(torch.nan)
+    with pytest.raises(EvaluationError, match="next token has no finite probability"):
+        generate(model, tokenizer, "The", Sampling(4))
 
 
 def test_a_seed_gives_the_same_text_and_leaves_the_callers_alone(tiny):

@@ -77,6 +77,12 @@ def test_refuses_what_contradicts_itself():
         whit.QuantizationConfig.from_dict({"quant_method": "whit", "version": 2})
 
 
+@pytest.mark.parametrize("wrong", [4, None, torch.int8])
+def test_refuses_what_is_no_format(wrong: object):
+    with pytest.raises(FormatError, match="is neither a name nor a Format"):
+        whit.QuantizationConfig(wrong)  # type: ignore[arg-type]
+
+
 def test_importing_whit_registers_it_once():
     register()
     quantizer = AutoHfQuantizer.from_config(whit.QuantizationConfig("int8"), pre_quantized=False)

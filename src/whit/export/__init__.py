@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
-
 from whit.errors import RecipeError
 from whit.export.awq import AWQ
 from whit.export.base import Exporter, Outcome, Parameter, Value
@@ -16,6 +14,7 @@ from whit.export.hqq import HQQFile
 from whit.export.mlx import MLX
 from whit.export.onnx import Onnx
 from whit.export.whit import Whit
+from whit.named import one_of
 
 EXPORTERS: tuple[type[Exporter], ...] = (
     Whit, Dense, Gguf, GPTQ, GPTQv2, AWQ, BitsAndBytes, CompressedTensors, CompressedTensorsInt8, MLX, HQQFile,
@@ -28,10 +27,7 @@ def exporter_named(name: str) -> type[Exporter]:
     for exporter in EXPORTERS:
         if exporter.name == name:
             return exporter
-    known = [exporter.name for exporter in EXPORTERS]
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
-    hint = f"did you mean {near[0]}?" if near else "choose one of them"
-    raise RecipeError(f"export {name!r}: not known; it must be one of {', '.join(known)}; {hint}")
+    raise RecipeError(f"export {name!r}: not known; {one_of(name, [exporter.name for exporter in EXPORTERS])}")
 
 
 __all__ = ["EXPORTERS", "Exporter", "Outcome", "Parameter", "Value", "exporter_named"]

@@ -61,6 +61,8 @@ EXAMPLES = {
 def parse_format(spec: str | Format) -> Format:
     """The format that a shorthand such as `int4-g128-asym` names; FormatError names the nearest right one."""
     if not isinstance(spec, str):
+        if not hasattr(spec, "encode"):
+            raise FormatError(f"format {spec!r}: is neither a name nor a Format; it must be; write one such as 'int8'")
         return spec
     text = spec.strip().lower()
     if table := BANDS.fullmatch(text):

@@ -80,14 +80,21 @@ def generate(model: Any, tokenizer: Any, prompt: str, sampling: Sampling, stream
     start = time.perf_counter()
     with torch.random.fork_rng(devices=devices), torch.inference_mode():
         torch.manual_seed(sampling.seed)
-        output = model.generate(
-            **inputs,
-            **drawing,
-            max_new_tokens=sampling.max_new_tokens,
-            pad_token_id=first_stop if pad is None else pad,
-            streamer=streamer,
-            **({} if cache is None else {"past_key_values": cache}),
-        )
+        try:
+            output = model.generate(
+                **inputs,
+                **drawing,
+                max_new_tokens=sampling.max_new_tokens,
+                pad_token_id=first_stop if pad is None else pad,
+                streamer=streamer,
+                **({} if cache is None else {"past_key_values": cache}),
+            )
+        except RuntimeError as error:
+            if "probability tensor contains" not in str(error):  # torch's only name for it
+                raise
+            raise EvaluationError(
+                "the model: a next token has no finite probability; every one must; try --dtype float32 or check the weights"
+            ) from error
     seconds = time.perf_counter() - start
     new = output[0, length:]
     return Generated(tokenizer.decode(new, skip_special_tokens=True), length, int(new.numel()), seconds)
