@@ -195,6 +195,8 @@ def test_models_that_are_neither_here_nor_on_the_hub(tmp_path: Path, monkeypatch
 
     monkeypatch.setattr("whit.checkpoint.hub.snapshot_download", offline)
     (tmp_path / "file.txt").write_text("")
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter/adapter_config.json").write_text("{}")
     for model, expected in (
         ("org/name", r"org/name: neither a folder here nor a model that the hub gives .Cannot reach the hub"),
         ("./no/such/folder", "no such folder"),
@@ -202,6 +204,7 @@ def test_models_that_are_neither_here_nor_on_the_hub(tmp_path: Path, monkeypatch
         ("", "no such folder"),
         ("~no-such-user/model", "no such folder"),
         (str(tmp_path / "file.txt"), "is a file"),
+        (str(tmp_path / "adapter"), "is an adapter; .* whit merge"),
     ):
         with pytest.raises(CheckpointError, match=expected) as caught:
             resolve_model(model)

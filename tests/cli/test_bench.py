@@ -8,6 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from whit.cli import build_app
+from whit.errors import FormatError
 from whit.evaluation import kernel_speed
 from whit.kernels.cpu import library
 
@@ -57,12 +58,31 @@ def test_a_wrong_shape_is_wrong_usage():
     result = CliRunner().invoke(build_app(), ["bench", "kernels", "--shape", "12"])
     assert result.exit_code == 2
     assert "out x in" in result.output
+    for rows in ("x", "0", "1,-2"):
+        result = CliRunner().invoke(build_app(), ["bench", "kernels", "--shape", "12x12", "--rows", rows])
+        assert result.exit_code == 2
+        assert "whole numbers from 1" in result.output
+
+
+def test_a_wrong_format_is_said_before_anything_is_measured(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(kernel_speed, "measure_limits", lambda: pytest.fail("measured"))
+    result = CliRunner().invoke(build_app(), ["bench", "kernels", "--format", "int4-g128,nf44", "--rows", "1"])
+    assert isinstance(result.exception, FormatError)
+
+
+def test_the_table_is_the_result(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(kernel_speed, "measure_limits", lambda: kernel_speed.Limits(1e9, 1e12))
+    monkeypatch.setattr(kernel_speed, "measure", lambda *_: [])
+    result = CliRunner().invoke(build_app(), ["bench", "kernels", "--rows", "1", "--threads", "1"])
+    assert "kernel" in result.stdout
+    assert "1 thread; the machine reads 1.0 GB/s" in result.stdout
+    assert result.stderr == ""
 
 
 @pytest.mark.skipif(isinstance(library(), str), reason="the CPU kernels are not built")
 def test_a_model_is_measured_compiled_or_not_and_in_bfloat16(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(kernel_speed, "READ", 1 << 22)
-    command = "bench model whit:model --prompt 4 --new 3 --rounds 1 --peers --json"
+    command = "bench model whit:model --prompt-tokens 4 --new-tokens 3 --rounds 1 --peers --json"
     result = CliRunner().invoke(build_app(), command.split())
     assert result.exit_code == 0, result.output
     assert "llama.cpp is left out: MODEL is no .gguf file" in result.stderr

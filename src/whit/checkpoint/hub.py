@@ -26,6 +26,10 @@ def resolve_model(model: str | Path, trust_remote_code: bool = False, weights: b
     if not str(model):
         raise CheckpointError("MODEL: no such folder, the name is empty; name a model folder or a hub id")
     path = Path(os.path.expanduser(shipped_model(str(model))))  # Path's own raises where there is no such user
+    if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
+        raise CheckpointError(
+            f"{model}: is an adapter; MODEL must be a whole model; name the adapter's, or join the two with whit merge"
+        )
     if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
         return path
     if path.exists():

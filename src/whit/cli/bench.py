@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from whit.cli.console import console, print_json
+from whit.cli.shown import counted
 
 
 class Subject(str, Enum):
@@ -21,17 +22,19 @@ def bench(
     formats: Annotated[str, typer.Option("--format", help="Formats, separated by commas.")] = "int4-g128,nf4",
     shapes: Annotated[str, typer.Option("--shape", help="out x in, separated by commas.")] = "4096x4096",
     rows: Annotated[str, typer.Option(help="Rows of activations, separated by commas.")] = "1,16,512",
-    rounds: Annotated[int, typer.Option(help="Turns that every kernel takes.")] = 5,
-    threads: Annotated[int, typer.Option(help="0: as torch chooses.")] = 0,
-    prompt: Annotated[int, typer.Option(min=1, help="Tokens of the prompt before those that are written.")] = 32,
-    new: Annotated[int, typer.Option(min=1, help="Tokens that a model writes.")] = 128,
+    rounds: Annotated[int, typer.Option(min=1, help="Turns that every kernel takes.")] = 5,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
+    prompt: Annotated[
+        int, typer.Option("--prompt-tokens", "--prompt", min=1, help="Of the prompt before those that are written.")
+    ] = 32,
+    new: Annotated[int, typer.Option("--new-tokens", "--new", min=1, help="Tokens that a model writes.")] = 128,
     peers: Annotated[bool, typer.Option("--peers", help="The model in bfloat16 and in llama.cpp (GGUF) too.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Only JSON on standard output.")] = False,
 ) -> None:
     """Measure kernels or a model: seconds, ratio to bfloat16, and share of what this machine can do."""
     import torch
 
-    if threads:
+    if threads is not None:
         torch.set_num_threads(threads)
     if what is Subject.model:
         if not model:
@@ -64,8 +67,8 @@ def _bench_model(model: str, lengths: tuple[int, int], rounds: int, peers: bool,
     from whit.training import count_parameters
 
     quiet_transformers()
-    limits = measure_limits()
     network = load_causal_lm(model, device="cpu")
+    limits = measure_limits()
     contenders: dict[str, Contender] = {"whit, not compiled": Transformers(network, compiled=False)}
     try:
         contenders["whit"] = Transformers(network, compiled=True)
@@ -87,14 +90,20 @@ def _bench_model(model: str, lengths: tuple[int, int], rounds: int, peers: bool,
 
 def _bench_kernels(formats: str, shapes: str, rows: str, rounds: int, json: bool) -> None:
     from whit.evaluation.kernel_speed import HEADER, measure, measure_limits, table
+    from whit.formats import parse_format
+    from whit.recipe import split_list
 
-    sizes = [parse_shape(text) for text in shapes.split(",")]
+    sizes = [parse_shape(text) for text in split_list(shapes)]
+    counts = [parse_rows(text) for text in split_list(rows)]
+    specs = split_list(formats)
+    for spec in specs:
+        parse_format(spec)  # a wrong one is said before anything is measured
     limits = measure_limits()
     speeds = []
     for shape in sizes:
-        for format in formats.split(","):
-            for count in rows.split(","):
-                speeds += measure(format, shape, int(count), limits, rounds)
+        for format in specs:
+            for count in counts:
+                speeds += measure(format, shape, count, limits, rounds)
     _show(json, limits, [speed.as_json() for speed in speeds], HEADER, table(speeds))
 
 
@@ -102,6 +111,7 @@ def _show(
     json: bool, limits: Any, rows: list[dict[str, Any]], header: tuple[str, ...], lines: list[tuple[str, ...]]
 ) -> None:
     import torch
+    from rich.console import Console
     from rich.table import Table
 
     threads = torch.get_num_threads()
@@ -116,8 +126,10 @@ def _show(
     for line in lines:
         shown.add_row(*line)
     read, flops = limits.read_bytes_per_second / 1e9, limits.matmul_flops / 1e12
-    console().print(shown)
-    console().print(f"{threads} threads; the machine reads {read:.1f} GB/s and multiplies {flops:.2f} TFLOP/s")
+    screen = Console()
+    screen.print(shown)
+    limit = f"the machine reads {read:.1f} GB/s and multiplies {flops:.2f} TFLOP/s"
+    screen.print(f"{counted(threads, 'thread')}; {limit}", highlight=False, soft_wrap=True)
 
 
 def parse_shape(text: str) -> tuple[int, int]:
@@ -126,3 +138,10 @@ def parse_shape(text: str) -> tuple[int, int]:
     if len(parts) != 2 or not all(part.isdigit() and int(part) for part in parts):
         raise typer.BadParameter(f"{text}: a shape is two sizes, out x in; for example 4096x11008")
     return int(parts[0]), int(parts[1])
+
+
+def parse_rows(text: str) -> int:
+    """A number of rows; wrong usage otherwise."""
+    if not text.isdigit() or not int(text):
+        raise typer.BadParameter(f"{text!r}: rows are whole numbers from 1 on, with commas; for example 1,16,512")
+    return int(text)

@@ -24,7 +24,6 @@ LEAST_LENGTH = 256  # of a cache
 ASK_EVERY = 16  # tokens between two looks at whether all sequences have ended
 MOST_STOPS = 8
 KNOWN_INPUTS = {"attention_mask", "position_ids", "past_key_values", "use_cache", "cache_position", "logits_to_keep"}
-PLAIN_MODES = {"greedy_search", "sample"}
 
 
 def compile_cuda(model: Any, options: Mapping[str, Any], capture: Capture = captured_on_cuda) -> nn.Module:

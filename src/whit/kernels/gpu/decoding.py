@@ -25,7 +25,6 @@ NORM, GATE, ATTEND = HERE / "normalize.cu", HERE / "gate.cu", HERE / "attend.cu"
 GATE_THREADS = 256
 ATTEND_THREADS = 128
 CHUNK = 64  # places of the cache per block
-HEAD_SIZES = (64, 128, 256)
 LOG2_E = log2(2.718281828459045)
 Macros: TypeAlias = tuple[tuple[str, int], ...]
 Grid: TypeAlias = tuple[int, int, int]
