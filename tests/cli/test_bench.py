@@ -70,6 +70,12 @@ def test_a_wrong_format_is_said_before_anything_is_measured(monkeypatch: pytest.
     assert isinstance(result.exception, FormatError)
 
 
+def test_kernels_have_shapes_and_no_model():
+    result = CliRunner().invoke(build_app(), ["bench", "kernels", "whit:model"])
+    assert result.exit_code == 2
+    assert "use --shape" in result.output
+
+
 def test_the_table_is_the_result(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(kernel_speed, "measure_limits", lambda: kernel_speed.Limits(1e9, 1e12))
     monkeypatch.setattr(kernel_speed, "measure", lambda *_: [])

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from whit.cli.console import console, print_json
+from whit.cli.quiet import quiet_transformers
 from whit.cli.shown import counted
 
 
@@ -43,6 +44,8 @@ def bench(
             )
         _bench_model(model, (prompt, new), rounds, peers, json)
     else:
+        if model:
+            raise typer.BadParameter(f"bench kernels: is of shapes, not of {model}; use --shape, or whit bench model")
         _bench_kernels(formats, shapes, rows, rounds, json)
 
 
@@ -51,7 +54,6 @@ def _bench_model(model: str, lengths: tuple[int, int], rounds: int, peers: bool,
 
     import torch
 
-    from whit.cli.quiet import quiet_transformers
     from whit.errors import UnsupportedModelError
     from whit.evaluation.kernel_speed import measure_limits
     from whit.evaluation.model_speed import (
@@ -93,6 +95,7 @@ def _bench_kernels(formats: str, shapes: str, rows: str, rounds: int, json: bool
     from whit.formats import parse_format
     from whit.recipe import split_list
 
+    quiet_transformers()  # the peers say things when they are imported
     sizes = [parse_shape(text) for text in split_list(shapes)]
     counts = [parse_rows(text) for text in split_list(rows)]
     specs = split_list(formats)
