@@ -546,7 +546,7 @@ def time_all(seconds: float) -> None:
     kinds = ((False, False), (True, False), (False, True))
     wanted += [(int8.QUANTIZE, int8.quantize_macros(c, False, *kind).items()) for c in (4096, 14336) for kind in kinds]
     start = time.monotonic()
-    wanted += [(int8.MARK, int8.mark_macros(False, rows).items()) for rows in ROWS]
+    wanted += [(int8.MARK, int8.mark_macros(False, rows, int8.slices(rows) > 1).items()) for rows in ROWS]
     some = {*AHEAD, *SOME, *FEW}
     wanted += [(int8.PRODUCT, c.macros(False, o, False, True).items()) for c in some for o in (False, True)]
     kitchen.prepare(wanted)
