@@ -54,7 +54,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) int8_quantize(const Params
         if (blockIdx.x == 0) list_columns(p, marks, turns);
     }
 #endif
-    for (int row = blockIdx.x; row < p.rows; row += gridDim.x) {
+    for (int row = p.rows - 1 - blockIdx.x; row >= 0; row -= gridDim.x) {  // what was marked last is still near
         const u16 *from = p.x + (long long)row * p.columns;
         uint4 held[CHUNKS];
         u32 most = 0;
