@@ -4,7 +4,7 @@
     python benchmarks/qat.py --model smollm2-135m-fp --shared FOLDER --out OUT --smoke       # every way, on 4 blocks
     python benchmarks/qat.py --model smollm2-135m-fp --shared FOLDER --out OUT --pilot       # rates of ternary
     python benchmarks/qat.py --model smollm2-135m-fp --shared FOLDER --out OUT --seconds 690 --mps
-    python benchmarks/qat.py --model smollm2-135m-fp --shared FOLDER --out OUT --seconds 540 --jobs 1 --formats int2-g64
+    python benchmarks/qat.py --model smollm2-135m-fp --shared FOLDER --out OUT --seconds 900 --jobs 1 --formats int2-g64
         --ways efficientqat --efficient-samples 4096    # EfficientQAT in full; run it again until its cell is there
 
 Chains of cells (format x way) run side by side, each in a process of its own: blocks and then full training from them;
@@ -13,7 +13,7 @@ is a JSON file in OUT/cells and is not made again; a second call goes on with th
 ternary is trained until it is nearly over, all else has a fixed number of steps (times --scale). With `--gpus 2`
 ternary and binary are trained on the second.
 OUT/qat.json, OUT/qat.md and OUT/qat.png hold the table and a plot of whatever cells are there. With `--jobs 1` the log
-goes to the terminal, and every minute a line for each thread says what it is at.
+goes to the terminal.
 
 Measured in bfloat16, dequantized: perplexity on WikiText-2 test (windows of --context) and on wiki_valid, KL
 from the unquantized model on both, piqa and arc_easy (the first --items of each), bits per weight of the whole file,
@@ -23,7 +23,6 @@ minutes of quantizing and training (beside all other processes), and the most me
 from __future__ import annotations
 
 import argparse
-import faulthandler
 import os
 import signal
 import subprocess
@@ -88,8 +87,6 @@ def run_chain(args: argparse.Namespace) -> int:
     """The cells of one process, in order; how many failed. A failure of one is no reason to leave out the next."""
     baseline = lru_cache(maxsize=1)(lambda: load(args, args.model))
     failed = 0
-    if args.jobs == 1:
-        faulthandler.dump_traceback_later(60, repeat=True)
     for cell in args.chain.split(","):
         format, way = cell.split(":")
         if cell_path(args, format, way).exists():
