@@ -76,6 +76,18 @@ def test_tokens_give_the_references_bits(kernel: Cpu8, how: str, random: Generat
                 assert torch.equal(kernel.linear(x[:batch], kernel.prepare(weight), bias), wanted)
 
 
+@pytest.mark.parametrize("spec", ["int8", "int3-channel"])
+def test_rows_longer_than_a_panel_give_the_references_bits(kernel: Cpu8, spec: str, random: Generator):
+    weight = packed(spec, 61, 2 * 4096 + 77, "int8", random)
+    x = torch.randn(21, 2 * 4096 + 77, generator=random)
+    for batch in (1, 4, 21):
+        wanted = Activation8().linear(x[:batch], weight, None)
+        if spec == "int8":
+            assert torch.equal(kernel.linear(x[:batch], weight, None), wanted)
+        else:
+            torch.testing.assert_close(kernel.linear(x[:batch], weight, None), wanted)
+
+
 def test_any_number_of_rows(kernel: Cpu8, random: Generator):
     token, group = packed("int8", 61, 288, "int8", random), packed("int4-g32", 61, 288, "int8-g32", random)
     x = torch.randn(65, 288, generator=random)
