@@ -110,7 +110,23 @@ def test_any_number_of_rows(kernel: Cpu, spec: str, random: Generator):
 
 
 @pytest.mark.parametrize(
-    "spec", ["int1-g64", "int2-g128", "int2-g32-asym", "int3-g64", "int4-g128", "nf4", "q2_k", "q4_k"]
+    "spec",
+    [
+        "int1-g64",
+        "int2-g128",
+        "int2-g32-asym",
+        "int3-g64",
+        "int4-g128",
+        "nf4",
+        "q2_k",
+        "q4_k",
+        "int5-g32",
+        "int6-g64-asym",
+        "int8",
+        "int8-g64-asym",
+        "q6_k",
+        "q8_0",
+    ],
 )
 def test_sums_of_bfloat16_are_exact_to_float32(kernel: Cpu, spec: str, random: Generator):
     """The bias takes off the result's own rounding; inputs of one sign are the worst for levels that were moved up."""

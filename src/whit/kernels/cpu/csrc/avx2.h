@@ -17,7 +17,9 @@ struct Avx2 {
   static constexpr int ROWS = 2;     // of the weight at a time, for one row of activations
   static constexpr int SIZES = 5;    // the rows of activations at a time, as a sum of 1, 2, 4 and 8
   static constexpr bool WIDE = false;  // whether blocks that lie in one group have a kernel of their own
-  static constexpr bool LIFTS = false;   // whether consecutive levels may be moved up to where they cost less
+  static constexpr int LOOK_BITS = 4;  // up to so many bits are looked up
+  // Whether consecutive levels of 2 and 3 bits, or of 5 to 8, may be moved up to where they cost less.
+  static constexpr bool LIFTS = false, LIFTS_MANY = false;
   static constexpr bool COUNTS = true;   // whether converting a small code beats looking it up
 
   static ALWAYS_INLINE F set1(float v) { return {_mm256_set1_ps(v), _mm256_set1_ps(v)}; }

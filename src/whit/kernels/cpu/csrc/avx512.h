@@ -17,7 +17,9 @@ struct Avx512 {
   static constexpr int ROWS = 4;     // of the weight at a time, for one row of activations
   static constexpr int SIZES = 15;    // the rows of activations at a time, as a sum of 1, 2, 4 and 8
   static constexpr bool WIDE = true;  // whether blocks that lie in one group have a kernel of their own
-  static constexpr bool LIFTS = false;   // whether consecutive levels may be moved up to where they cost less
+  static constexpr int LOOK_BITS = 4;  // up to so many bits are looked up
+  // Whether consecutive levels of 2 and 3 bits, or of 5 to 8, may be moved up to where they cost less.
+  static constexpr bool LIFTS = false, LIFTS_MANY = true;
   static constexpr bool COUNTS = false;  // whether converting a small code beats looking it up
 
   static ALWAYS_INLINE F set1(float v) { return _mm512_set1_ps(v); }
@@ -104,6 +106,17 @@ struct Avx512 {
   static ALWAYS_INLINE U low(U u) { return _mm512_and_si512(u, _mm512_set1_epi32((1 << BITS) - 1)); }
   template <int BITS>
   static ALWAYS_INLINE F number(U u) { return to_float(low<BITS>(u)); }
+  // A code right below the exponent of 2^BITS is 2^BITS + code: one logical operation, where a number takes a conversion too.
+  template <int BITS>
+  static constexpr float lift() { return (float)(1 << BITS); }
+  static ALWAYS_INLINE Table lift_table(int) { return zero(); }
+  template <int BITS>
+  static ALWAYS_INLINE F lifted(U u, int step, const Table&) {
+    const int left = 23 - BITS - step * BITS;
+    const U moved = left >= 0 ? _mm512_slli_epi32(u, left) : _mm512_srli_epi32(u, -left);
+    const U mask = _mm512_set1_epi32(((1 << BITS) - 1) << (23 - BITS)), exponent = _mm512_set1_epi32((127 + BITS) << 23);
+    return _mm512_castsi512_ps(_mm512_ternarylogic_epi32(moved, mask, exponent, 0xea));
+  }
   static ALWAYS_INLINE F pick(U u, const float* levels) { return _mm512_i32gather_ps(u, levels, 4); }
   template <int BITS>
   static ALWAYS_INLINE F gather(U u, const float* levels) { return pick(low<BITS>(u), levels); }

@@ -31,7 +31,8 @@ static void arrange_steps(const uint16_t* x, int64_t columns, uint16_t* to, floa
 
 static void arrange_pairs(const void* x, int, int64_t columns, int bits, void* out, float* sums) {
   if (bits <= 2) arrange_steps<8>((const uint16_t*)x, columns, (uint16_t*)out, sums);
-  else arrange_steps<4>((const uint16_t*)x, columns, (uint16_t*)out, sums);
+  else if (bits <= 4) arrange_steps<4>((const uint16_t*)x, columns, (uint16_t*)out, sums);
+  else arrange_steps<2>((const uint16_t*)x, columns, (uint16_t*)out, sums);
 }
 
 }  // namespace
@@ -40,3 +41,5 @@ const Kernels whit_kernels_avx512_bf16 = {
     dot<Pairs>, dequantize<Avx512>, arrange_pairs, round_row<Avx512>, read_all, 1, 1, Pairs::SIZES};
 const Kernels whit_kernels_bf16_tables = {
     dot<PairsOfTwo>, dequantize<Avx512>, arrange_pairs, round_row<Avx512>, read_all, 1, 0, Pairs::SIZES};
+const Kernels whit_kernels_bf16_bytes = {
+    dot<PairsOfNibbles>, dequantize<Avx512>, arrange_pairs, round_row<Avx512>, read_all, 1, 1, Pairs::SIZES};

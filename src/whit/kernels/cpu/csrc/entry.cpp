@@ -110,10 +110,13 @@ size_t whit_row_scratch(const whit_weight& w) {
 
 const Kernels* whit_kernels(const whit_weight& w, int type, int isa) {
   if (isa != WHIT_AVX512_BF16) return kernels_for(isa);
-  if (type != WHIT_BF16 || w.bits > 4) return kernels_for(WHIT_AVX512);
+  if (type != WHIT_BF16) return kernels_for(WHIT_AVX512);
 #if defined(WHIT_HAVE_AVX512_BF16)
+  if (w.bits == 8 && w.consecutive) return &whit_kernels_bf16_bytes;
+  if (w.bits > 6) return kernels_for(WHIT_AVX512);
   for (int i = 0; i < 1 << w.bits; i++)
-    if (w.levels[i] != bf16_to_float(float_to_bf16(w.levels[i]))) return &whit_kernels_bf16_tables;
+    if (w.levels[i] != bf16_to_float(float_to_bf16(w.levels[i])))
+      return w.bits > 4 ? kernels_for(WHIT_AVX512) : &whit_kernels_bf16_tables;
 #endif
   return kernels_for(isa);
 }

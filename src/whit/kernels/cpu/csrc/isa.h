@@ -4,6 +4,7 @@
 #include "common.h"
 
 extern const Kernels whit_kernels_scalar, whit_kernels_avx2, whit_kernels_avx512, whit_kernels_avx512_bf16;
+extern const Kernels whit_kernels_bf16_bytes;   // of AVX512_BF16, for consecutive levels of 8 bits
 extern const Kernels whit_kernels_bf16_tables;  // of AVX512_BF16, for levels that are no numbers of bfloat16
 
 // A product x^T x in panels of WIDTH columns; pairs of rows of x lie beside each other, as bfloat16 products take them.

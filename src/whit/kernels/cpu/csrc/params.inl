@@ -114,9 +114,8 @@ static void group_scales(const whit_weight& w, int64_t row, float* scale) {
 template <class V>
 static void group_zeros(const whit_weight& w, int64_t row, float shift, float* zero) {
   if (w.zero && w.subs)
-    return super_params<V>(w, w.zero, w.sub_min, 0, row, [&](int64_t g, typename V::F f) __attribute__((always_inline)) {
-      V::store(zero + g, f);
-    });
+    return super_params<V>(w, w.zero, w.sub_min, 0, row,
+                           [&](int64_t g, typename V::F f) __attribute__((always_inline)) { V::store(zero + g, f); });
   if (w.zero_type == WHIT_CODES) unpack<V>(w, w.zero, w.bits, row, zero);
   else if (w.zero) convert<V>(w.zero, row * w.scale_stride, w.groups, w.zero_type, zero);
   else if (shift != 0) memset(zero, 0, (size_t)w.groups * 4);

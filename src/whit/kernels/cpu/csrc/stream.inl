@@ -26,8 +26,10 @@ UNROLL(8)
   const uint8_t *codes = w.codes + row * stride + from * B::BYTES, *end = w.codes + w.rows * stride;
   // Into the second cache, since what the first can have on its way is too little for the memory's rate: the rows that
   // follow as they lie, which is how memory is read fastest; of long rows what follows in each.
-  const int64_t set = R * stride, apart = set <= 65536 ? B::BYTES : stride, step = set <= 65536 ? R * B::BYTES : B::BYTES;
-  const uint8_t* next = w.codes + row * stride + from * step + (set > 65536 ? 4096 : set > 16384 ? set : 16384);
+  const int64_t set = R * stride;
+  const bool in_order = set <= 65536;
+  const int64_t apart = in_order ? B::BYTES : stride, step = in_order ? R * B::BYTES : B::BYTES;
+  const uint8_t* next = w.codes + row * stride + from * step + (in_order ? set > 16384 ? set : 16384 : 4096);
 
   for (int64_t b = from; b < until; b++, codes += B::BYTES, next += step, x += STEPS * 64, sums += 16) {
     typename V::U bits[R];
@@ -156,8 +158,8 @@ static void stream(const Rows& a, int64_t first, int64_t last, float* scratch, i
   const float shift = KIND == COUNT ? -w.levels[0] : 0;
   const typename V::Table table = table_of<V, KIND>(w);
   const Lanes lanes = WIDE ? Lanes{block_shift, 0, 0} : lanes_of(w, B::CODES, 0);
-  const int64_t groups = padded_groups(w), spread_lanes = WIDE || lanes.run ? 0 : 16 * a.blocks, step = M == 1 ? a.blocks : CHUNK;
-  const int64_t whole = whole_rows<BITS>(a);
+  const int64_t groups = padded_groups(w), spread_lanes = WIDE || lanes.run ? 0 : 16 * a.blocks;
+  const int64_t step = M == 1 ? a.blocks : CHUNK, whole = whole_rows<BITS>(a);
   Params params[SET];
   float totals[SET * M * 16];
   float* group_sums = scratch + 2 * SET * (groups + spread_lanes);
@@ -221,7 +223,7 @@ static void stream_rows(const Rows& a, int64_t first, int64_t last, float* scrat
 }
 
 template <class V>
-static void dot(const Rows& a, int64_t first, int64_t last, float* scratch) {
+static void dot_of(const Rows& a, int64_t first, int64_t last, float* scratch) {
   if constexpr (V::COUNTS) {
     if (a.w->consecutive) switch (a.w->bits) {
         case 1: return stream_rows<V, 1, COUNT>(a, first, last, scratch);
@@ -242,12 +244,17 @@ static void dot(const Rows& a, int64_t first, int64_t last, float* scratch) {
     case 3: return stream_rows<V, 3, LOOK>(a, first, last, scratch);
     case 4: return stream_rows<V, 4, LOOK>(a, first, last, scratch);
   }
+  if constexpr (V::LOOK_BITS == 6) {
+    if (a.w->bits == 5) return stream_rows<V, 5, LOOK>(a, first, last, scratch);
+    return stream_rows<V, 6, LOOK>(a, first, last, scratch);
+  }
   if constexpr (V::CODES_PER_STEP == 1) {
+    constexpr int NUMBER = V::LIFTS_MANY ? LIFT : COUNT;
     if (a.w->consecutive) switch (a.w->bits) {
-        case 5: return stream_rows<V, 5, COUNT>(a, first, last, scratch);
-        case 6: return stream_rows<V, 6, COUNT>(a, first, last, scratch);
-        case 7: return stream_rows<V, 7, COUNT>(a, first, last, scratch);
-        default: return stream_rows<V, 8, COUNT>(a, first, last, scratch);
+        case 5: return stream_rows<V, 5, NUMBER>(a, first, last, scratch);
+        case 6: return stream_rows<V, 6, NUMBER>(a, first, last, scratch);
+        case 7: return stream_rows<V, 7, NUMBER>(a, first, last, scratch);
+        default: return stream_rows<V, 8, NUMBER>(a, first, last, scratch);
       }
     switch (a.w->bits) {
       case 5: return stream_rows<V, 5, GATHER>(a, first, last, scratch);
@@ -256,4 +263,10 @@ static void dot(const Rows& a, int64_t first, int64_t last, float* scratch) {
       default: return stream_rows<V, 8, GATHER>(a, first, last, scratch);
     }
   }
+}
+
+template <class V>
+static void dot(const Rows& a, int64_t first, int64_t last, float* scratch) {
+  if constexpr (V::LOOK_BITS == 0) return stream_rows<V, 8, LIFT>(a, first, last, scratch);
+  else return dot_of<V>(a, first, last, scratch);
 }
