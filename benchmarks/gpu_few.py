@@ -35,21 +35,39 @@ from gpu_harness import (
 from harness import machine
 
 SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336), (28672, 8192))
-OLD = ((8, 2, 2), (8, 4, 2), (8, 2, 3))
-NF4 = ((8, 4, 2), (8, 2, 2, 2), (8, 2, 2, 2, 1), (8, 4, 2, 2, 1), (16, 2, 1, 2, 1), (7, 4, 2, 2, 1), (8, 4, 2, 1, 1))
+NF4 = (
+    (8, 2, 2, 2), (8, 2, 2, 2, 1), (8, 4, 2, 2), (8, 4, 2, 2, 1), (4, 2, 4, 2), (4, 4, 4, 2), (16, 2, 1, 2),
+    (8, 1, 2, 2), (8, 2, 3, 2), (7, 2, 2, 2), (14, 2, 1, 2), (8, 4, 2), (16, 4, 1, 2, 1),
+)  # fmt: skip
+INT4 = (
+    (8, 2, 2), (8, 4, 2), (8, 2, 3), (4, 2, 4), (4, 4, 4), (7, 2, 2), (7, 4, 2), (8, 1, 2), (8, 1, 3),
+    (16, 2, 1), (14, 2, 1),
+)  # fmt: skip
+SOME = ((16, 2, 1), (16, 4, 1), (16, 1, 1), (14, 2, 1), (8, 2, 2), (8, 4, 2), (8, 1, 2))
+NF4_SOME = ((16, 2, 1, 2), (16, 2, 1, 2, 1), (8, 2, 2, 2), (16, 1, 1, 2), (14, 2, 1, 2), (8, 4, 2, 2), (16, 4, 1, 2))
 CUTS = {
     ("nf4", 1): NF4,
     ("nf4-dq", 1): NF4,
-    ("int3-g128", 1): (OLD[1], (8, 2, 2, 2), (8, 1, 2, 4), (7, 2, 2, 2), (7, 1, 2, 4), (4, 2, 4, 2), (8, 2, 2, 4)),
-    ("int2-g64", 1): (OLD[1], (8, 2, 2, 4), (8, 1, 2, 4), (7, 2, 2, 4), (4, 2, 4, 4), (8, 1, 3, 4), (8, 4, 2, 2)),
-    ("int4-g64-asym", 1): (OLD[1], (8, 2, 2, 2), (16, 2, 1, 2)),
-    ("int4-g128", 1): OLD,
-    ("int8", 1): (OLD[1], OLD[2]),
-    ("nf4", 4): ((8, 2, 2, 2, 1), (16, 2, 1, 2, 1), (8, 4, 2, 1, 1), (16, 4, 1, 1, 1)),
-    ("int4-g128", 4): (*OLD[:2], (16, 2, 1), (16, 4, 1)),
-    ("nf4", 8): ((8, 4, 2, 1, 1), (16, 2, 1, 1, 1), (16, 4, 1, 1, 1)),
-    ("int4-g128", 8): (*OLD[:2], (16, 2, 1), (16, 4, 1)),
-}
+    ("int3-g128", 1): (
+        (8, 4, 2), (8, 2, 2), (8, 2, 2, 2), (8, 1, 2, 2), (8, 1, 2, 4), (8, 2, 2, 4), (7, 2, 2, 2), (7, 1, 2, 4),
+        (4, 2, 4, 2), (4, 1, 4, 4), (4, 2, 4, 4), (14, 1, 1, 4), (8, 1, 3, 2), (8, 2, 3, 2),
+    ),
+    ("int2-g64", 1): (
+        (8, 4, 2), (8, 2, 2, 4), (8, 1, 2, 4), (7, 2, 2, 4), (4, 2, 4, 4), (8, 1, 3, 4), (8, 4, 2, 2), (8, 2, 2, 2),
+        (4, 1, 4, 4), (7, 1, 2, 4), (8, 2, 3, 4), (8, 2, 3, 2), (4, 4, 4, 4),
+    ),
+    ("int4-g64-asym", 1): ((8, 2, 2, 2), (8, 4, 2, 2), (16, 2, 1, 2), (8, 1, 2, 2), (4, 2, 4, 2), (7, 2, 2, 2)),
+    ("int4-g128", 1): INT4,
+    ("int8", 1): ((8, 4, 2), (8, 2, 3), (8, 2, 2), (4, 4, 4), (7, 4, 2), (16, 4, 1), (8, 8, 2)),
+    ("nf4", 4): NF4_SOME,
+    ("nf4-dq", 4): NF4_SOME,
+    ("int4-g128", 4): SOME,
+    ("nf4", 8): SOME,
+    ("nf4-dq", 8): SOME,
+    ("int4-g128", 8): SOME,
+    ("nf4", 16): SOME,
+    ("int4-g128", 16): SOME,
+}  # fmt: skip
 Work = tuple[str, int]
 MOST_SPILLED = 128  # bytes per thread
 LIMIT = 5e-3
@@ -59,12 +77,6 @@ def scheme_of(spec: str) -> stream.Scheme:
     found = stream.scheme(parse_format(spec), 4096)
     assert not isinstance(found, str), found
     return found
-
-
-def case_of(scheme: stream.Scheme, config: few.Config, rows: int, columns: int) -> few.Case:
-    """What is compiled for x (rows, columns) in bfloat16."""
-    cuts = few.slices(scheme, config, rows, columns)
-    return few.Case(False, few.rounded(rows), 1, few.is_even(scheme, config, columns, cuts))
 
 
 def wanted(x: Tensor, packed: PackedWeight) -> Tensor:
@@ -101,7 +113,7 @@ def timed(spec: str, shape: tuple[int, int], rows: int, generator: torch.Generat
     right, ranking = wanted(x, weights[0]), []
     for config in configs(spec, rows):
         try:
-            case = case_of(scheme, config, rows, shape[1])
+            case = few.case_for(scheme, config, rows, shape[1])
             if few.build(scheme, config, case, 0).resources()["local_bytes"] > MOST_SPILLED:
                 continue
             error = relative_error(gpu_kernel.multiply_few(x, weights[:1], [None], scheme, config)[0], right)
@@ -129,7 +141,9 @@ def prepare(kitchen: Kitchen, work: Sequence[Work]) -> None:
     for (spec, rows), shape in itertools.product(work, SHAPES):
         scheme = scheme_of(spec)
         for config in configs(spec, rows):
-            sources.append((few.SOURCE, few.macros(scheme, config, case_of(scheme, config, rows, shape[1])).items()))
+            sources.append(
+                (few.SOURCE, few.macros(scheme, config, few.case_for(scheme, config, rows, shape[1])).items())
+            )
     kitchen.prepare(sources)
 
 

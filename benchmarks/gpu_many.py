@@ -251,8 +251,7 @@ def prepare_now(kitchen: Kitchen, wanted: Iterable[tuple[str, tuple[int, int], i
         scheme = scheme_of(spec, shape[1])
         _, cut = gpu_kernel.plan(scheme, shape, rows, (9, PROCESSORS), False)
         if isinstance(cut, few.Config):
-            even = few.is_even(scheme, cut, shape[1], few.slices(scheme, cut, rows, shape[1]))
-            case = few.Case(False, few.rounded(rows), 1, even)
+            case = few.case_for(scheme, cut, rows, shape[1])
             sources.append((few.SOURCE, few.macros(scheme, cut, case).items()))
         elif isinstance(cut, many.Config):
             sources.append((many.SOURCE, cut.macros(scheme, False).items()))

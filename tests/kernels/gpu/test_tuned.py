@@ -7,7 +7,7 @@ from itertools import pairwise
 import pytest
 
 import whit
-from whit.kernels.gpu import many, stream, tables, tiled, tuned
+from whit.kernels.gpu import few, many, stream, tables, tiled, tuned
 from whit.kernels.gpu.stream import Scheme
 
 H100 = (9, 132)
@@ -90,3 +90,15 @@ def test_measured_cuts_for_more_rows_fit_the_multiprocessor():
             assert config.min_blocks * shared <= SHARED + 1024
             assert config.split * config.pair <= 8
             assert config.split == 1 or config.pair == 1
+
+
+@pytest.mark.parametrize(("kind", "rows", "shape"), tables.HOPPER_FEW)
+def test_measured_cuts_for_few_rows_fit_the_multiprocessor(kind: str, rows: int, shape: tuple[int, int]):
+    specs = ("int4-g128", "nf4", "nf4-dq", "int8", "int4-g64-asym", "int3-g128", "int2-g64")
+    scheme = next(found for spec in specs if tuned.kind(found := scheme_of(spec, shape[1])) == kind)
+    config = few.Config(*tables.HOPPER_FEW[kind, rows, shape])
+    cuts = few.slices(scheme, config, rows, shape[1])
+    steps = -(-shape[1] // (scheme.step * config.spread) // cuts)
+    assert config.min_blocks * (few.shared_bytes(scheme, config, rows, steps) + 1024) <= SHARED + 1024
+    assert few.fits(scheme, config, rows)
+    assert tuned.best_few(scheme, shape, rows, H100) in (config, None)

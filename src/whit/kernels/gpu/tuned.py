@@ -54,9 +54,10 @@ def best_few(scheme: Scheme, shape: Shape, rows: int, device: Device) -> few.Con
     """The configuration of the kernel for up to 16 rows; None where another is faster."""
     if rows > few.MOST_ROWS:
         return None
-    table, of = FEW.get(device[0], {}), 1 if rows == 1 else few.MOST_ROWS
-    near = nearest(measured(table, kind(scheme), of), shape)
-    config = few.Config(*table[kind(scheme), of, near]) if near else default_few(scheme, rows)
+    table, name = FEW.get(device[0], {}), kind(scheme)
+    of = min((most for known, most, _ in table if known == name and most >= rows), default=0)
+    near = nearest(measured(table, name, of), shape)
+    config = few.Config(*table[name, of, near]) if near else default_few(scheme, rows)
     if not few.fits(scheme, config, rows) or (rows > 8 and few.slices(scheme, config, rows, shape[1]) > 1):
         return None  # what x in slices costs is more than tiles do
     return config
