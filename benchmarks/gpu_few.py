@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from runs_gpu import random_packed as random_runs
 from whit.errors import KernelError
 from whit.formats import parse_format
 from whit.kernels import dequantize
-from whit.kernels.gpu import few, stream, tuned
+from whit.kernels.gpu import GpuRuns, few, stream, tuned
 from whit.kernels.gpu import kernel as gpu_kernel
 from whit.tensor import PackedWeight
 
@@ -90,7 +91,11 @@ def check(work: Sequence[Work], generator: torch.Generator) -> list[dict[str, An
         scheme, packed = scheme_of(spec), random_packed(spec, (4072, 4096), generator)
         for config in configs(spec, rows):
             x = random_x(rows, 4096, generator)
-            ys = [gpu_kernel.multiply_few(x, [packed], [None], scheme, config)[0] for _ in range(3)]
+            try:
+                ys = [gpu_kernel.multiply_few(x, [packed], [None], scheme, config)[0] for _ in range(3)]
+            except KernelError as problem:
+                print(f"FAIL {spec} {rows} {config}: {str(problem)[:200]}", flush=True)
+                continue
             error, same = relative_error(ys[0], wanted(x, packed)), all(torch.equal(y, ys[0]) for y in ys)
             found.append({"spec": spec, "rows": rows, "config": astuple(config), "error": error, "same": same})
             if not error < LIMIT or not same:
@@ -125,6 +130,19 @@ def timed(spec: str, shape: tuple[int, int], rows: int, generator: torch.Generat
         except (KernelError, RuntimeError) as problem:
             print(f"FAIL {spec} {shape} {rows} {config}: {str(problem)[:200]}", flush=True)
     found["ranking"] = sorted(ranking)
+    return found
+
+
+def ternary(plain: float, shape: tuple[int, int], generator: torch.Generator) -> dict[str, Any]:
+    """One row of ternary weights as they are stored, and prepared: their errors and seconds."""
+    kernel, found = GpuRuns(), {"shape": shape, "plain": plain}
+    stored = [random_runs("ternary-g64", shape, generator) for _ in range(-(-(400 << 20) * 4 // (shape[0] * shape[1])))]
+    prepared, x = [kernel.prepare(weight) for weight in stored], random_x(1, shape[1], generator)
+    right = wanted(x, stored[0])
+    for name, weights in (("stored", stored), ("prepared", prepared)):
+        found[f"{name} error"] = relative_error(kernel.linear(x, weights[0], None), right)
+        found[name] = seconds_cold([lambda w=w: kernel.linear(x, w, None) for w in weights], 5)
+    print("ternary-g64", found, f"{plain / found['stored']:.2f}x {plain / found['prepared']:.2f}x", flush=True)
     return found
 
 
@@ -181,6 +199,8 @@ def main() -> None:
             times = f"bf16 {bf16 * 1e6:6.1f} few {bf16 / best:.2f}x {best * 1e6:6.1f} us {speed:5.0f} GB/s"
             print(f"{spec:13} {shape!s:14} rows {rows} {times} {config} | {others}", flush=True)
         (given.out / "gpu_few.json").write_text(json.dumps(result, indent=1, default=str) + "\n")
+    result["ternary"] = [ternary(plain[shape, 1], shape, generator) for shape in SHAPES if (shape, 1) in plain]
+    (given.out / "gpu_few.json").write_text(json.dumps(result, indent=1, default=str) + "\n")
     for found in entries:
         if found["ranking"]:
             key = tuned.kind(scheme_of(found["spec"])), found["rows"], tuple(found["shape"])

@@ -3,9 +3,10 @@
     python benchmarks/gpu_peers.py --peers DIR --seconds 90 --out FOLDER
 
 DIR holds what the machine has not installed: bitsandbytes and gemlite as they lie in their wheels, and marlin, which
-is IST-DASLab's marlin_cuda_kernel.cu behind one C function (below, `marlin`). Each is a process of its own, so that one
-that cannot be loaded, or hangs, is told and the others go on. A time counts only where the product was right: each is
-compared with the product of what its own codes stand for, on one shape. marlin multiplies float16, all others bfloat16.
+is IST-DASLab's marlin_cuda_kernel.cu behind one C function (below, `marlin`). gemlite, which compiles while it runs,
+has a process of its own. One that cannot be loaded, or hangs, is told and the others go on. A time counts only where
+the product was right: each is compared with the product of what its own codes stand for, on one shape. marlin
+multiplies float16, all others bfloat16.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import subprocess
 import sys
 import types
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +89,18 @@ def gemlite_2(shape: tuple[int, int], random: torch.Generator) -> Made:
     return gemlite(shape, random, 2)
 
 
+@lru_cache(maxsize=1)
+def marlin_sample(kind: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes and scales as marlin lays them out, and the weight they stand for; packing goes through numpy."""
+    outs, columns = SHAPES[0]
+    codes, scales = codes_and_scales((outs, columns), 4, torch.Generator("cuda").manual_seed(1))
+    layer = kind(columns, outs, groupsize=GROUP)
+    linear = torch.nn.Linear(columns, outs, bias=False, device="cuda", dtype=torch.float16)
+    linear.weight.data = decoded(codes, scales, 8).half()
+    layer.cuda().pack(linear, scales.half())
+    return layer.B, layer.s, linear.weight.data
+
+
 def marlin(shape: tuple[int, int], random: torch.Generator) -> Made:
     """`marlin_run(A, B, C, scales, rows, outs, columns, workspace, group, stream)` of marlin.so calls `marlin_cuda`."""
     sys.modules["marlin_cuda"] = types.ModuleType("marlin_cuda")
@@ -94,16 +108,13 @@ def marlin(shape: tuple[int, int], random: torch.Generator) -> Made:
     library = ctypes.CDLL(str(Path(module.__file__).with_name("marlin.so")))
     outs, columns = shape
     layer = module.Layer(columns, outs, groupsize=GROUP).cuda()
-    if shape == SHAPES[0]:  # packing goes through numpy
-        codes, scales = codes_and_scales(shape, 4, random)
-        linear = torch.nn.Linear(columns, outs, bias=False, device="cuda", dtype=torch.float16)
-        linear.weight.data = decoded(codes, scales, 8).half()
-        layer.pack(linear, scales.half())
-        weight = linear.weight.data
+    weight = torch.empty(0, device="cuda")
+    if shape == SHAPES[0]:
+        layer.B, layer.s, weight = marlin_sample(module.Layer)
+        layer.B, layer.s = layer.B.clone(), layer.s.clone()
     else:
         layer.B.random_(generator=random)
         layer.s.uniform_(0.01, 0.03, generator=random)
-        weight = torch.empty(0, device="cuda")
     layer.workspace = layer.workspace.cuda()
 
     def call(x: Tensor) -> Tensor:
@@ -142,13 +153,19 @@ PEERS: dict[str, tuple[Callable[[tuple[int, int], torch.Generator], Made], torch
 }
 
 
+def compile_ours(names: Sequence[str], rows: Sequence[int]) -> None:
+    """What whit takes is compiled side by side, before CUDA is used."""
+    specs = [name.split()[1] for name in names if name.startswith("whit")]
+    if not specs:
+        return
+    kitchen = Kitchen()
+    prepare_now(kitchen, itertools.product(specs, SHAPES, rows))
+    kitchen.pool.terminate()
+
+
 def measure(name: str, rows: Sequence[int], seconds: float) -> list[dict[str, Any]]:
     """Seconds by shape and rows of one of them, as far as time allows."""
     make, dtype, bits = PEERS[name]
-    if name.startswith("whit"):
-        kitchen = Kitchen()
-        prepare_now(kitchen, itertools.product([name.split()[1]], SHAPES, rows))
-        kitchen.pool.terminate()
     random, budget, found = torch.Generator("cuda").manual_seed(0), Budget(seconds), []
     for shape in SHAPES:
         made = [make(shape, random) for _ in range(copies(int(shape[0] * shape[1] * bits / 8)))]
@@ -172,6 +189,20 @@ def measure(name: str, rows: Sequence[int], seconds: float) -> list[dict[str, An
                 print(f"FAIL {name} {shape} {n}: {entry['failure']}", flush=True)
             found.append(entry)
     return found
+
+
+def measure_parts(names: Sequence[str], rows: Sequence[int], seconds: float, into: Path) -> None:
+    """All of these one after the other in this process; what is found is kept on the way."""
+    budget, found = Budget(seconds), []
+    compile_ours(names, rows)
+    for name, left in zip(names, itertools.count(len(names), -1), strict=False):
+        try:
+            found += measure(name, rows, budget.left / left * 1.5)
+        except Exception as problem:
+            print(f"{name}: {type(problem).__name__}: {str(problem)[:300]}", flush=True)
+        torch.cuda.empty_cache()
+        into.write_text(json.dumps(found))
+        print(f"{name}: {budget.left:.0f} s left", flush=True)
 
 
 def table(entries: Sequence[dict[str, Any]], shape: tuple[int, int]) -> str:
@@ -200,22 +231,25 @@ def main() -> None:
     given = parser.parse_args()
     sys.path.append(str(given.peers.resolve()))
     if given.part:
-        found = measure(given.part, [int(n) for n in given.rows.split(",")], given.seconds)
-        given.out.write_text(json.dumps(found))
+        measure_parts(given.part.split(","), [int(n) for n in given.rows.split(",")], given.seconds, given.out)
         return
     budget, entries = Budget(given.seconds), []
     given.out.mkdir(parents=True, exist_ok=True)
-    names = given.only.split(",")
-    for name, left in zip(names, itertools.count(len(names), -1), strict=False):
-        limit, into = budget.left / left * 1.6, given.out / "part.json"
+    known = [name for name in given.only.split(",") if not name.startswith("gemlite")]
+    others = [name for name in given.only.split(",") if name.startswith("gemlite")]
+    for names, share in ((known, 0.65 if others else 1.0), (others, 1.0)):
+        limit, into = budget.left * share, given.out / "part.json"
+        if not names or limit < 10:
+            continue
         into.unlink(missing_ok=True)
-        options = {"--part": name, "--seconds": str(limit - 8), "--rows": given.rows, "--peers": str(given.peers)}
+        options = {"--part": ",".join(names), "--seconds": str(limit - 4), "--rows": given.rows}
+        options |= {"--peers": str(given.peers), "--out": str(into)}
         try:
-            command = [sys.executable, __file__, *itertools.chain(*options.items()), "--out", str(into)]
-            subprocess.run(command, timeout=max(min(limit, budget.left), 1), check=True)
-            entries += json.loads(into.read_text())
+            command = [sys.executable, __file__, *itertools.chain(*options.items())]
+            subprocess.run(command, timeout=limit, check=True)
         except (subprocess.SubprocessError, OSError) as problem:
-            print(f"{name}: {type(problem).__name__}, {budget.left:.0f} s left", flush=True)
+            print(f"{names}: {type(problem).__name__}, {budget.left:.0f} s left", flush=True)
+        entries += json.loads(into.read_text()) if into.exists() else []
         result = {"machine": machine(), "rows": entries}
         (given.out / "gpu_peers.json").write_text(json.dumps(result, indent=1) + "\n")
     text = "\n\n".join(table(entries, shape) for shape in SHAPES)
