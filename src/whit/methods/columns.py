@@ -195,7 +195,8 @@ class Recorded:
             run()
         torch.cuda.current_stream(device).wait_stream(lane)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, stream=lane):
+        # The writer's thread copies what is finished from the device meanwhile.
+        with torch.cuda.graph(self._graph, stream=lane, capture_error_mode="thread_local"):
             self.change = run()
 
     def replay(self, inputs: Mapping[str, Tensor], params: Mapping[str, Tensor]) -> None:
