@@ -67,7 +67,8 @@ def cell(runs: Sequence[dict[str, Any]], plain: Mapping[int, float]) -> str:
     kl = [run["kl"] for run in runs]
     ratios = [run["kl"] / plain[run["seed"]] for run in runs if run["seed"] in plain]
     ratio = f", x {statistics.mean(ratios):.2f}" if ratios else ""
-    return f"{statistics.mean(kl):.4f} ±{(max(kl) - min(kl)) / 2:.4f}{ratio}"
+    spread = f" ±{(max(kl) - min(kl)) / 2:.4f}" if len(kl) > 1 else ""
+    return f"{statistics.mean(kl):.4f}{spread}{ratio}"
 
 
 def table(runs: Sequence[dict[str, Any]], note: str) -> str:
@@ -101,18 +102,26 @@ def main() -> None:
     args = parser.parse_args()
     file, start = harness.RESULTS / f"{args.name}.json", time.monotonic()
     runs = json.loads(file.read_text())["runs"] if file.exists() else []
-    note = f"KL in nats per token (± half its range over the seeds, x the share of plain GPTQ's) of {args.model} on "
-    note += f"{args.tokens:,} tokens of {Path(args.text).name}, {args.samples} x {args.context} tokens of calibration, "
-    note += f"seeds {', '.join(map(str, args.seeds))}. `python benchmarks/gptq_options.py`"
     for seed in args.seeds:
         for format in args.formats:
             for name in CANDIDATES:
                 if any((r["option"], r["format"], r["seed"]) == (name, format, seed) for r in runs):
                     continue
-                if time.monotonic() - start > 60 * args.minutes:
-                    return
-                runs.append(run(args, name, format, seed))
-                harness.save(args.name, {"machine": harness.machine(), "runs": runs}, table(runs, note))
+                if time.monotonic() - start < 60 * args.minutes:
+                    runs.append(run(args, name, format, seed))
+                    save(args, runs)
+    save(args, runs)
+
+
+def save(args: argparse.Namespace, runs: Sequence[dict[str, Any]]) -> None:
+    """The runs and their table."""
+    seeds = sorted({run["seed"] for run in runs})
+    note = (
+        f"KL in nats per token (± half its range over the seeds, x the share of plain GPTQ's) of {args.model} on "
+        f"{args.tokens:,} tokens of {Path(args.text).name}, {args.samples} x {args.context} tokens of calibration, "
+        f"seeds {', '.join(map(str, seeds))}. `python benchmarks/gptq_options.py`"
+    )
+    harness.save(args.name, {"machine": harness.machine(), "runs": list(runs)}, table(runs, note))
 
 
 if __name__ == "__main__":

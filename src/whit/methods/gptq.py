@@ -46,7 +46,7 @@ class GPTQ:
     range, squared errors weighted by the hessian's diagonal. `refit`: refine the scales after the codes; params that
     are quantized themselves stay. `sweeps`: passes of coordinate descent over the codes. `asymmetric`: the share of
     the way towards W*, 0 for the symmetric loss. Few tokens with huge activations can rule W*: at 1 a 135M model was
-    ruined (benchmarks/results/peers.md), so measure what you use.
+    ruined (benchmarks/results/peers.md), so measure what you use; benchmarks/results/gptq_options.md has the gains.
     """
 
     damp: float = 0.01
