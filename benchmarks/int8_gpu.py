@@ -17,7 +17,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -64,12 +63,11 @@ ONE_LAUNCH = (Few(128, 4, 4, 0, 2), Few(256, 4, 4), Few(128, 4, 2, 4, 2), Few(25
 ONE_ROW = (OneRow(8, 2), OneRow(4, 2), OneRow(6, 2), OneRow(4, 3), OneRow(8, 1), OneRow(3, 4))
 AHEAD = (Config(2, 256, 4), Config(2, 128, 6))
 GEOMETRIES = {  # outs and splits
-    (4096, 4096): ((64, 2), (64, 4), (64, 1), (128, 4)),
-    (14336, 4096): ((64, 1), (128, 2), (128, 1)),
-    (4096, 14336): ((64, 2), (64, 4), (128, 4), (128, 8)),
+    (4096, 4096): ((64, 2), (64, 1), (128, 4), (128, 2)),
+    (14336, 4096): ((128, 1), (64, 1), (256, 2), (128, 2)),
+    (4096, 14336): ((128, 4), (64, 2), (256, 8), (128, 2)),
 }
-LEADS = {1: (4, 10), 16: (4, 8), 64: (3, 5)}  # steps of x
-LATE = (99, 8, 2, 0)
+BEGINNINGS = ((0, 99), (8, 99), (0, 8), (8, 8), (4, 4), (16, 8), (8, 16), (8, 0))  # `fetch` and `late`
 CUTS: dict[int, tuple[Config | Few | OneRow, ...]] = {
     1: (*ONE_ROW, *ONE_LAUNCH[:2], *FEW[:3]),
     16: (*ONE_LAUNCH[:1], *FEW),
@@ -80,9 +78,9 @@ CUTS: dict[int, tuple[Config | Few | OneRow, ...]] = {
 }
 
 
-def stages_beside(outs: int, split: int, lead: int, rows: int, most: int = 14) -> int:
+def stages_beside(outs: int, split: int, rows: int, most: int = 14) -> int:
     """As many stages as lie in half of a multiprocessor's shared memory."""
-    return max(s for s in range(1, most) if Thin(outs, s, split, lead).shared_bytes(rows) <= BESIDE)
+    return max(s for s in range(1, most) if Thin(outs, s, split).shared_bytes(rows) <= BESIDE)
 
 
 def thin_cuts(shape: tuple[int, int], rows: int) -> list[Thin]:
@@ -90,8 +88,7 @@ def thin_cuts(shape: tuple[int, int], rows: int) -> list[Thin]:
     if rows > 64 or "thin" in DOUBTED:
         return []
     some = [each for each in GEOMETRIES.get(shape, ()) if each[0] * rows < 1 << 14]
-    cuts = [Thin(o, stages_beside(o, split, n, rows), split, n) for o, split in some for n in LEADS[rows]]
-    return [replace(cut, late=late) for cut in cuts for late in LATE if 2 <= cut.lead <= cut.stages]
+    return [Thin(o, stages_beside(o, split, rows), split, *begin) for o, split in some for begin in BEGINNINGS]
 
 
 # Operands
@@ -209,7 +206,7 @@ def few_checks() -> Iterator[tuple[str, float, float]]:
 
 def thin_checks() -> Iterator[tuple[str, float, float]]:
     """Beside the end of the product before."""
-    some = (Thin(64, 8, 2), Thin(64, 4, 1, 2, 0), Thin(128, 4, 4), Thin(256, 2, 8, 2, 4, 1), Thin(128, 3, 2, 3, 2))
+    some = (Thin(64, 8, 2), Thin(64, 4, 1, 0, 0), Thin(128, 4, 4, 8, 99), Thin(256, 2, 8, 4, 4, 1), Thin(128, 3, 2))
     cases = ((1, None), (16, None), (33, None), (64, None), (1, 4), (16, 21), (64, 0), (64, 40))
     shape, every = (1048, 4112), [(c, *case) for c in some for case in cases]
     cook((int8_thin.THIN, c.macros(False, outliers is not None, rows)) for c, rows, outliers in every)
@@ -546,7 +543,7 @@ def time_all(seconds: float) -> None:
     kinds = ((False, False), (True, False), (False, True))
     wanted += [(int8.QUANTIZE, int8.quantize_macros(c, False, *kind).items()) for c in (4096, 14336) for kind in kinds]
     start = time.monotonic()
-    wanted += [(int8.MARK, int8.mark_macros(False, rows, int8.slices(rows) > 1).items()) for rows in ROWS]
+    wanted += [(int8.MARK, int8.mark_macros(False, rows).items()) for rows in ROWS]
     some = {*AHEAD, *SOME, *FEW}
     wanted += [(int8.PRODUCT, c.macros(False, o, False, True).items()) for c in some for o in (False, True)]
     kitchen.prepare(wanted)
@@ -671,7 +668,9 @@ def main() -> None:
     texts = {part: finished(process, min(budget.left, 45)) for part, process in running.items()}
     print(f"checked after {args.seconds - budget.left:.0f} s", flush=True)
     wrong = [part for part in ("few", "ahead", "plain") if is_wrong(texts.get(part, ""))]
-    wrong += ["thin"] if "FAILED" in texts.get("thin", "") else []  # wrong times tell something
+    wrong += (
+        ["thin"] if "FAILED" in texts.get("thin", "") else []
+    )  # where it only is not right, its times tell something
     times = start_part("times", budget.left - 8, "--without", ",".join([args.without, *wrong]))
     texts["times"] = finished(times, budget.left - 1)
     lines = [line for text in texts.values() for line in text.splitlines()]

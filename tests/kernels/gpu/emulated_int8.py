@@ -49,14 +49,19 @@ def quantize(x: Tensor, threshold: float = 0.0, dtype: torch.dtype = torch.int8)
     """As `int8.quantize`."""
     half, marks, rows = x.dtype == torch.float16, None, int8.empty_rows(x, threshold > 0, dtype)
     if threshold > 0 and len(x) > 1:
-        marks, joined = int8.marks_for(x)
-        grid, argument = int8.mark_launch(x, marks, threshold)
-        kernel = library(int8.MARK, tuple(int8.mark_macros(half, len(x), joined).items()), BLOCKS)
-        kernel.run(ctypes.byref(argument), *grid[:2])
+        marks = int8.marks_for(x)
+        mark(x, marks, threshold)
     macros = int8.quantize_macros(x.shape[1], half, threshold > 0, dtype == torch.float8_e4m3fn)
     params = int8.quantize_params(x, rows, marks, threshold)
     library(int8.QUANTIZE, tuple(macros.items()), BLOCKS).run(ctypes.byref(params), min(len(x), 3), 1)
     return rows
+
+
+def mark(x: Tensor, marks: Tensor, threshold: float) -> None:
+    """As `int8.mark`."""
+    grid, argument = int8.mark_launch(x, marks, threshold)
+    macros = int8.mark_macros(x.dtype == torch.float16, len(x))
+    library(int8.MARK, tuple(macros.items()), CLUSTERS).run(ctypes.byref(argument), *grid[:2])
 
 
 def multiply(rows: Rows, weight: Weight, dtype: torch.dtype, config: Config, processors: int = 4) -> Tensor:
@@ -74,10 +79,7 @@ def multiply_ahead(x: Tensor, weight: Weight, threshold: float, config: Config) 
     y, half = torch.full((len(x), len(weight.codes)), float("nan"), dtype=x.dtype), x.dtype == torch.float16
     rows, ahead = replace(int8.empty_rows(x, threshold > 0), floats=x), int8.ahead_for(x.shape[1], x.device)
     if threshold > 0:
-        grid, marks = int8.mark_launch(x, int8.marks_in(ahead, x, config), threshold)
-        library(int8.MARK, tuple(int8.mark_macros(half, len(x), True).items()), BLOCKS).run(
-            ctypes.byref(marks), *grid[:2]
-        )
+        mark(x, int8.marks_in(ahead, x, config), threshold)
     params = int8.product_params(rows, weight, y, config, _map, ahead)
     macros = config.macros(half, threshold > 0, False, True)
     grid = config.grid(y.shape[1], len(y), config.pair * config.split)

@@ -56,7 +56,7 @@ def test_rows_as_e4m3_floats_are_the_references_bit_for_bit(random: Generator):
     assert torch.equal(found.scale, wanted.scale[:, 0])
 
 
-@pytest.mark.parametrize(("rows", "outliers"), [(1, 0), (1, 3), (130, 21), (300, 2)])
+@pytest.mark.parametrize(("rows", "outliers"), [(1, 0), (1, 3), (130, 0), (130, 21)])
 def test_outlier_columns_are_listed_and_count_in_no_scale(rows: int, outliers: int, random: Generator):
     x = planted(rows, 1072, BF16, random, outliers)
     found, columns = emulated_int8.quantize(x, 6.0), reference.outlier_columns(x, 6.0)
@@ -130,8 +130,8 @@ def test_few_rows_in_one_launch(config: Few, rows: int, columns: int, outliers: 
 @pytest.mark.parametrize(
     ("config", "rows", "columns"),
     [
-        (Thin(64, 2, 2, 2, 1), 16, 784), (Thin(64, 3, 1, 3, 0), 1, 400), (Thin(128, 2, 4, 2), 33, 1168),
-        pytest.param(Thin(256, 3, 8, 2, 3, 1), 64, 2064, marks=pytest.mark.slow),
+        (Thin(64, 2, 2, 1, 1), 16, 784), (Thin(64, 3, 1, 0, 0), 1, 400), (Thin(128, 2, 4, 2, 99), 33, 1168),
+        pytest.param(Thin(256, 2, 8, 1, 3, 1), 64, 2064, marks=pytest.mark.slow),
     ],
 )  # fmt: skip
 def test_few_rows_beside_the_end_of_the_product_before(

@@ -23,6 +23,7 @@ constexpr int BM = 64 * WG, BK = 128, CONSUMERS = 128 * WG, HELPERS = 96, THREAD
 constexpr int X_BYTES = BM * BK, W_BYTES = BN * BK, STAGE = X_BYTES + W_BYTES, PITCH = BN + 8;
 constexpr int AT_A_TIME = 4;  // loads of outliers that a thread has under way
 constexpr bool TAKE = OUTLIERS && CLUSTER == 1;  // one of the helpers' warps is there for the outliers
+constexpr int RING = 24;  // numbers of 16 bits from one row's outliers to the next one's
 constexpr int GROUP = (AHEAD ? 8 : 16) / PAIR;  // tiles of rows that are multiplied with the same weights, one after the other
 enum { READY = 1, FREE, AMONG, LISTED };  // barriers
 
@@ -56,7 +57,7 @@ struct Aside {  // what a tile needs beside the sums
 #if OUTLIERS
     int count, here;  // columns that are outliers; how many of them lie here
 #if SPLITS == 1
-    u16 x[BM * OUTLIERS_AT_ONCE], weight[BN * OUTLIERS_AT_ONCE];
+    u16 x[BM * RING], weight[BN * RING];
 #else
     float x[OUTLIERS_AT_ONCE * BM], weight[OUTLIERS_AT_ONCE * BN];
 #endif
@@ -139,7 +140,7 @@ DEVICE void assist(const Params &p, const Block &b, int tid) {
 #if OUTLIERS && SPLITS * PAIR == 1
         if (tid >= REST) {
             if (index == b.first) {
-                for (int i = tid - REST; i < BN * OUTLIERS_AT_ONCE; i += 32) a.weight[i] = 0;
+                for (int i = tid - REST; i < BN * RING; i += 32) a.weight[i] = 0;
                 await_earlier();
                 int count = fresh(p.listed);
                 if (tid - REST < min(count, OUTLIERS_AT_ONCE)) column = fresh(p.listed + 1 + tid - REST);
@@ -221,12 +222,10 @@ DEVICE void finish(const Params &p, const Block &b, const Tile &tile, const int 
     int from = 0;
     do {
         if (!a.here) break;
-        uint2 top = load_four(a.x, m, lane), bottom = load_four(a.x, m + 8, lane);
+        const u16 *left = a.x + m * RING + n, *right = a.weight + (lane >> 2) * RING + n;
+        u32 a0 = *(const u32 *)left, a1 = *(const u32 *)(left + 8 * RING), a2 = *(const u32 *)(left + 8), a3 = *(const u32 *)(left + 8 * RING + 8);
 #pragma unroll
-        for (int j = 0; j < BN / 8; j++) {
-            uint2 right = load_four(a.weight, j * 8 + (lane >> 2), lane);
-            multiply(y[j], top.x, bottom.x, top.y, bottom.y, right.x, right.y);
-        }
+        for (int j = 0; j < BN / 8; j++, right += 8 * RING) multiply(y[j], a0, a1, a2, a3, *(const u32 *)right, *(const u32 *)(right + 8));
     } while (more_outliers(p, a, tile, from, tid));
 #endif
 #pragma unroll

@@ -20,14 +20,14 @@ BESIDE = 112 << 10  # bytes of shared memory of each of two blocks beside each o
 class Thin:
     """How the work is cut for up to 64 rows; int8_thin.cu explains the names.
 
-    The next kernel may begin when `late` steps are still to be asked for.
+    `fetch` more steps of W go into the second cache; the next kernel may begin when `late` are still to be asked for.
     """
 
     outs: int = 128
     stages: int = 4
     split: int = 1
-    lead: int = 4
-    late: int = 99
+    fetch: int = 4
+    late: int = 8
     blocks: int = 2
 
     @property
@@ -41,9 +41,9 @@ class Thin:
     def shared_bytes(self, rows: int, outliers: bool = True) -> int:
         """Dynamic shared memory of a block: stages, later sums; barriers; what lies aside."""
         room, share = room_for(rows), self.outs // self.split
-        laid = max(STEP * (self.stages * self.outs + self.lead * room), 4 * room * (self.outs + 4))
+        laid = max(self.stages * STEP * (self.outs + room), 4 * room * (self.outs + 4))
         aside = 4 * (2 * share + 2 * room) + (4 + 4 * AT_ONCE * (room + share) if outliers else 0)
-        return 1024 + -(-laid // 1024) * 1024 + 16 * self.stages + 8 * self.lead + 8 + aside
+        return 1024 + -(-laid // 1024) * 1024 + 16 * self.stages + aside
 
     def fits(self, rows: int) -> bool:
         """Whether its blocks' shared memory is there."""
@@ -53,7 +53,7 @@ class Thin:
         """What int8_thin.cu is compiled with."""
         return BYTES | {
             "HALF": int(half), "BN": room_for(rows), "OUTS": self.outs, "STAGES": self.stages, "SPLITS": self.split,
-            "LEAD": self.lead, "BLOCKS": self.blocks, "OUTLIERS": int(outliers),
+            "BLOCKS": self.blocks, "OUTLIERS": int(outliers),
         }  # fmt: skip
 
 
@@ -65,8 +65,8 @@ class ThinParams(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in (
             "codes", "floats", "scale", "offset", "row_scale", "bias", "listed", "y",
         )),
-        *((name, ctypes.c_int) for name in ("outs", "columns", "rows", "late")),
-        ("rest", ctypes.c_int * 12),  # the maps make it a multiple of 64 bytes
+        *((name, ctypes.c_int) for name in ("outs", "columns", "rows", "fetch", "late")),
+        ("rest", ctypes.c_int * 11),  # the maps make it a multiple of 64 bytes
     )  # fmt: skip
 
 
@@ -78,7 +78,7 @@ def thin_params(rows: Rows, weight: Weight, y: Tensor, config: Thin, mapped: Map
         mapped(rows.codes.data_ptr(), count, columns, room_for(count)),
         mapped(weight.codes.data_ptr(), outs, columns, config.outs),
         *(None if tensor is None else tensor.data_ptr() for tensor in tensors),
-        outs=outs, columns=columns, rows=count, late=config.late,
+        outs=outs, columns=columns, rows=count, fetch=config.fetch, late=config.late,
     )  # fmt: skip
 
 
