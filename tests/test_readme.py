@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
 import subprocess
 import sys
 from pathlib import Path
-
-import pytest
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -19,32 +18,63 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.M | re.S)
 
 
-@pytest.fixture(scope="module")
-def commands_ran(tmp_path_factory) -> list[tuple[str, subprocess.CompletedProcess[str]]]:
-    """Every command of the README, in its order, in one folder."""
-    folder = tmp_path_factory.mktemp("readme")
-    done = []
-    for line in (line for block in blocks("bash") for line in block.splitlines()):
-        command = [sys.executable, "-m", *shlex.split(line, comments=True)]
-        done.append((line, subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)))
-    return done
+# What is imported, for seconds, is imported once; each piece then has a process of its own, in its own folder.
+RUNNER = """
+import json, os, shlex, sys
+import whit.cli, whit.compiled, whit.evaluation, whit.integrations.loading
+
+def run(piece):
+    os.makedirs(piece["folder"], exist_ok=True)
+    os.chdir(piece["folder"])
+    for stream in (1, 2):
+        os.dup2(os.open(piece["said"][stream - 1], os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
+    if piece["kind"] == "python":
+        exec(compile(piece["text"], "README", "exec"), {"__name__": "__main__"})
+    else:
+        sys.argv = shlex.split(piece["text"], comments=True)
+        whit.cli.main()
+    sys.exit()
+
+for piece in json.load(sys.stdin):
+    child = os.fork()
+    if child == 0:
+        run(piece)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
 
 
-def test_the_commands_run(commands_ran):
-    assert len(commands_ran) >= 9
-    for line, result in commands_ran:
-        assert result.returncode == 0, f"{line}\n{result.stderr}"
-        assert result.stdout.strip(), line
-
-
-@pytest.mark.parametrize("index", range(len(blocks("python"))))
-def test_the_python_runs(index: int, tmp_path: Path):
-    result = subprocess.run(
-        [sys.executable, "-c", blocks("python")[index]], cwd=tmp_path, capture_output=True, text=True, check=False,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+def ran(pieces: list[tuple[str, str, str]], folder: Path) -> list[tuple[int, str, str]]:
+    """Exit status, standard output and error of pieces (kind, text, place below `folder`), one after the other."""
+    said = [[str(folder / f"{i}.{name}") for name in ("out", "err")] for i in range(len(pieces))]
+    orders = [
+        {"kind": kind, "text": text, "folder": str(folder / place), "said": files}
+        for (kind, text, place), files in zip(pieces, said, strict=True)
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", RUNNER], cwd=folder, input=json.dumps(orders), stdout=subprocess.PIPE, text=True,
+        check=True, env={**os.environ, "HF_HUB_OFFLINE": "1"},
     )  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.strip()
+    texts = [[Path(file).read_text() for file in files] for files in said]
+    return [(int(status), *both) for status, both in zip(done.stdout.split(), texts, strict=True)]
+
+
+def test_the_commands_run(tmp_path: Path):
+    lines = [line for block in blocks("bash") for line in block.splitlines()]
+    assert len(lines) >= 9
+    first = [sys.executable, "-m", *shlex.split(lines[0], comments=True)]  # one from the very start
+    assert subprocess.run(first, cwd=tmp_path, capture_output=True, text=True, check=True).stdout.strip()
+    found = ran([("bash", line, ".") for line in lines[1:]], tmp_path)
+    for line, (status, output, errors) in zip(lines[1:], found, strict=True):
+        assert status == 0, f"{line}\n{errors}"
+        assert output.strip(), line
+
+
+def test_the_python_runs(tmp_path: Path):
+    pieces = [("python", text, f"place{i}") for i, text in enumerate(blocks("python"))]
+    assert len(pieces) >= 3
+    for status, output, errors in ran(pieces, tmp_path):
+        assert status == 0, errors
+        assert output.strip()
 
 
 def test_the_figures_are_those_that_were_measured():
