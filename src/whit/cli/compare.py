@@ -24,7 +24,7 @@ SWEEP_HELP = "Also budgeted recipes for all sizes from LOW to HIGH bits per weig
 
 
 def compare(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model folder, a hub id or whit:model.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder, .gguf file, hub id or whit:model.")],
     out: Annotated[Path, typer.Argument(metavar="OUT_DIR", help="For the report, the rows and the models.")],
     candidates: Annotated[str, typer.Option(help=CANDIDATES_HELP)] = DEFAULT,
     sweep: Annotated[str | None, typer.Option(metavar="LOW:HIGH[:STEP]", help=SWEEP_HELP)] = None,

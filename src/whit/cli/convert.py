@@ -16,7 +16,9 @@ from whit.transcode import prepare_transcode
 
 
 def convert(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model folder or a hub id, quantized or not.")],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Folder, .gguf file, hub id or whit:model; quantized or not.")
+    ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The new folder; it appears when it is complete.")],
     export: Annotated[str, typer.Option(metavar="NAME", help=EXPORT_HELP)],
     format: Annotated[str | None, typer.Option(metavar="SPEC", help=FORMAT_HELP)] = None,

@@ -14,7 +14,7 @@ from whit.importance import measure_importance, write_imatrix
 
 
 def imatrix(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model folder, a .gguf file or a hub id.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder, .gguf file, hub id or whit:model.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="A new file; .dat for llama.cpp's older format.")],
     calibration: Annotated[str, typer.Option(metavar="FILE|whit:text", help=CALIBRATION_HELP)] = "whit:text",
     samples: Annotated[int, typer.Option(min=1, help="Calibration windows.")] = 128,

@@ -31,7 +31,7 @@ from whit.export.whit import QUANT_METHOD
 
 
 def inspect(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model folder, a .gguf file or a hub id.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder, .gguf file, hub id or whit:model.")],
     verify: Annotated[bool, typer.Option("--verify", help="Check the weight files against their SHA-256.")] = False,
     plots: Annotated[Path | None, typer.Option(metavar="DIR", help="Draw pictures of the model into DIR.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,

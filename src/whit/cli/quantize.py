@@ -79,7 +79,7 @@ InputMemory: TypeAlias = Annotated[
 
 
 def quantize(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model folder or a hub id.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder, .gguf file, hub id or whit:model.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The new folder; it appears when it is complete.")],
     method: Annotated[str | None, typer.Option(help=METHOD_HELP)] = None,
     transform: Annotated[str | None, typer.Option(help=TRANSFORM_HELP)] = None,
