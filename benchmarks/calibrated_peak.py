@@ -119,6 +119,22 @@ def block_peaks(row: dict[str, Any]) -> str:
     return f"{min(peaks):.2f} to {max(peaks):.2f}" if peaks else ""
 
 
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows as Markdown."""
+    lines = ["| blocks | parameters | tokens | peak GB | each block behind the first | minutes | |"]
+    lines.append("|---:|---:|---:|---:|---:|---:|---|")
+    for r in rows:
+        tokens, done = f"{r['samples']} x {r['context']}", r.get("blocks_done", r["blocks"])
+        blocks = done if done == r["blocks"] else f"{done} of {r['blocks']}"
+        lines.append(
+            f"| {blocks} | {r['parameters'] / GB:.2f} B | {tokens} | {r['peak_gb']:.2f} | {block_peaks(r)} "
+            f"| {r['minutes']:.0f} | {r.get('note', '')} |"
+        )
+    lines.append("\nGPTQ int4-g128 on a CPU of a random Llama of Llama-3.2-3B's shape; VmHWM of the whole process.")
+    lines.append("With the text grow the inputs of a block, 6,144 bytes a token: 1.61 GB for 128 x 2048 tokens.")
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("tokenizer", type=Path, help="a model folder, for its tokenizer")
@@ -135,19 +151,8 @@ def main() -> None:
     rows = [old for old in rows if [old[key] for key in CASE] != [row[key] for key in CASE]] + [row]
     rows.sort(key=lambda row: [row[key] for key in CASE])
     file.write_text(json.dumps(rows, indent=1) + "\n")
-    lines = ["| blocks | parameters | tokens | peak GB | each block behind the first | minutes | |"]
-    lines.append("|---:|---:|---:|---:|---:|---:|---|")
-    for r in rows:
-        tokens, done = f"{r['samples']} x {r['context']}", r.get("blocks_done", r["blocks"])
-        blocks = done if done == r["blocks"] else f"{done} of {r['blocks']}"
-        lines.append(
-            f"| {blocks} | {r['parameters'] / GB:.2f} B | {tokens} | {r['peak_gb']:.2f} | {block_peaks(r)} "
-            f"| {r['minutes']:.0f} | {r.get('note', '')} |"
-        )
-    lines.append("\nGPTQ int4-g128 on a CPU of a random Llama of Llama-3.2-3B's shape; VmHWM of the whole process.")
-    lines.append("With the text grow the inputs of a block, 6,144 bytes a token: 1.61 GB for 128 x 2048 tokens.")
-    file.with_suffix(".md").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
+    file.with_suffix(".md").write_text(table(rows))
+    print(table(rows))
 
 
 if __name__ == "__main__":
