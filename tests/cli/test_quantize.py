@@ -123,6 +123,16 @@ def test_mistakes_are_said_in_a_sentence(whit, model: Path, tmp_path: Path, argu
     assert not list(tmp_path.iterdir())
 
 
+def test_an_interrupt_says_how_to_go_on(whit, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("whit.cli.quantize.run", interrupted)
+    status, _, notes = whit("quantize", model, tmp_path / "out", "--format", "int8")
+    assert status == 130
+    assert notes.splitlines()[-1] == "whit: interrupted: run the same command again to go on from here"
+
+
 def test_the_version(whit):
     status, screen, _ = whit("--version")
     assert (status, screen) == (0, f"whit {version}\n")

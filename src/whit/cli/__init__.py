@@ -43,6 +43,7 @@ COMMANDS = (
     ("doctor", doctor.doctor),
     ("demo", demo.demo),
 )
+INTERRUPTED = 130  # 128 + SIGINT, as shells have it; what typer makes of Ctrl-C too
 
 
 def build_app() -> typer.Typer:
@@ -79,6 +80,8 @@ def main() -> None:
     except OSError as error:
         say_error(f"{error.filename or 'system'}: {error.strerror or error}; nothing was left half-written")
         sys.exit(1)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as end:
+        if isinstance(end, SystemExit) and end.code != INTERRUPTED:
+            raise
         say_error("interrupted: run the same command again to go on from here")
-        sys.exit(130)
+        sys.exit(INTERRUPTED)
