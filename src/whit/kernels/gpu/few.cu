@@ -6,8 +6,7 @@
 //   WARPS              of a block; they share the columns of a tile of 16 outs
 //   AHEAD              steps of W that a warp has under way
 //   PARTS              weights of one format and width that are multiplied by the same x, one after the other
-//   WHOLE              1: all warps have whole rounds of AHEAD steps
-//   EVEN               1: and each step has its own scale, and these lie aligned
+//   EVEN               1: all warps have whole rounds of AHEAD steps, each with its own scale, and these lie aligned
 //   MIN_BLOCKS         blocks per multiprocessor to leave registers for
 //   WIDE               as codes.cuh says
 //   SPREAD             groups side by side in a step; up to 8 rows times groups
@@ -15,8 +14,8 @@
 // What bounds a stream of codes is instructions, so there are few per code. Blocks stay and take tile after tile: x, in
 // the order of the operands, and the table of a codebook are laid into shared memory once. Integers are multiplied with
 // the exponent's bit that the unpacking leaves in them; the sum of x over a step, made once, takes it off again, and the
-// zero point with it. Scales stay as they were loaded until their step is due. Where all warps have whole rounds of steps
-// the last round of a tile asks for the next tile's, so that requests never pause (turns.cuh: nor do warps wait there).
+// zero point with it. Scales stay as they were loaded until their step is due. The next tile's codes are asked for
+// before the warps add up, always in the same order.
 // A row of W is read 64 bytes at a time where its groups allow it, or memory answers half of what it could: four threads
 // then hold columns of SPREAD groups, and x of each group is a row of its own in the product (`V`), zero elsewhere, so
 // that its sum comes apart from the others' and gets its own scale.
@@ -215,7 +214,7 @@ DEVICE void exchange(Held &held, int lane) {
     }
 }
 
-DEVICE void add_step(Sums &sums, Held &held, const Raw (&raw)[2][KINDS], const Shared &s, float offset, int step, int lane) {
+DEVICE void add_step(Sums &sums, Held &held, const Raw (&raw)[2][KINDS], const Shared &s, const Rows &rows, int step, int lane) {
     if (PAIRED) exchange(held, lane);
 #if STEPS_PER_GROUP
     float part[NT][4] = {};
@@ -255,17 +254,17 @@ DEVICE void add_step(Sums &sums, Held &held, const Raw (&raw)[2][KINDS], const S
         for (int h = 0; h < 2; h++) {
 #pragma unroll
             for (int e = 0; e < 2; e++)
-                sums.all[n][2 * h + e] += scale_of(raw[h][e % KINDS], s.levels, offset) * part[n][2 * h + e];
+                sums.all[n][2 * h + e] += scale_of(raw[h][e % KINDS], s.levels, rows.offset) * part[n][2 * h + e];
         }
 #endif
     }
 }
 
 // Where a row has one scale it comes last.
-DEVICE void scale_sums(Sums &sums, const float (&scales)[2]) {
+DEVICE void scale_sums(Sums &sums, const Rows &rows) {
 #pragma unroll
     for (int h = 0; h < 2; h++) {
-        float scale = scales[h];
+        float scale = load_scale(rows.scales, rows.out[h], 0);
 #pragma unroll
         for (int n = 0; n < NT; n++)
 #pragma unroll
@@ -273,51 +272,85 @@ DEVICE void scale_sums(Sums &sums, const float (&scales)[2]) {
     }
 }
 
-#include "turns.cuh"
+// The warps' sums of a tile, [warp][row][group][out], become outs of y, or of a slice.
+DEVICE void join(float *block, u32 *ticket, const Sums &sums, const Params &p, int tile, int tid) {
+    int lane = tid & 31, warp = tid >> 5, slices = gridDim.y, slice = blockIdx.y;
+#pragma unroll
+    for (int n = 0; n < NT; n++)
+#pragma unroll
+        for (int e = 0; e < 4; e++) {
+            int row = 8 * n + 2 * (lane & 3) + (e & 1), out = (e >> 1) * 8 + (lane >> 2);
+            if (row < V) block[(warp * V + row) * 16 + out] = sums.all[n][e];
+        }
+    __syncthreads();
+#pragma unroll 1
+    for (int i = tid; i < 16 * p.rows; i += THREADS) {
+        int out = tile * 16 + i % 16, row = i / 16;
+        float sum = 0;
+#pragma unroll
+        for (int w = 0; w < WARPS; w++)
+#pragma unroll
+            for (int group = 0; group < SPREAD; group++) sum += block[((w * ROWS + row) * SPREAD + group) * 16 + i % 16];
+        if (out >= p.outs) continue;
+        if (slices == 1) store(p, row, out, sum);
+        else p.partial[((long long)slice * p.rows + row) * p.outs + out] = sum;
+    }
+    if (slices == 1) return;
+    __threadfence();
+    __syncthreads();
+    if (tid == 0) *ticket = atomicAdd(p.arrived + tile, 1u);
+    __syncthreads();
+    if (*ticket != (u32)slices - 1) return;
+    __threadfence();
+#pragma unroll 1
+    for (int i = tid; i < 16 * p.rows; i += THREADS) {
+        int out = tile * 16 + i % 16, row = i / 16;
+        if (out >= p.outs) continue;
+        float sum = 0;
+#pragma unroll 4
+        for (int k = 0; k < slices; k++) sum += load_uncached(p.partial + ((long long)k * p.rows + row) * p.outs + out);
+        store(p, row, out, sum);
+    }
+    if (tid == 0) p.arrived[tile] = 0;
+}
 
 DEVICE void begin_tile(Held (&held)[AHEAD], Round &round, const Rows &rows, int begin, int steps) {
     if (EVEN) load_round(round, rows, begin * SPREAD);
 #pragma unroll
     for (int j = 0; j < AHEAD; j++)
-        if (WHOLE || j < steps) load_held(held[j], rows, begin, j);
+        if (EVEN || j < steps) load_held(held[j], rows, begin, j);
 }
 
-// All steps of a warp in a tile. Where there are whole rounds, the last one asks for the steps of the `next` tile (-1: there
-// is none), of which `rows` tells from there on.
-DEVICE void add_tile(Sums &sums, Held (&held)[AHEAD], Round &round, const Shared &s, Rows &rows, const Several &p, int next, int begin, int steps, int lane) {
-    float offset = rows.offset, last[2];
+// All steps of a warp in a tile.
+DEVICE void add_tile(Sums &sums, Held (&held)[AHEAD], Round &round, const Shared &s, const Rows &rows, int begin, int steps, int lane) {
 #pragma unroll 1
     for (int first = 0; first < steps; first += AHEAD) {
         Round now = round;
-        bool more = first + AHEAD < steps, any = more || next >= 0;
-        int ahead = more ? first + AHEAD : 0;
-        if (!STEPS_PER_GROUP && !more)
-            for (int h = 0; h < 2; h++) last[h] = load_scale(rows.scales, rows.out[h], 0);
-        if (WHOLE && !more && next >= 0) rows = rows_of(p, next, begin, lane);
-        if (EVEN && any) load_round(round, rows, (begin + ahead) * SPREAD);
+        bool more = first + AHEAD < steps;
+        if (EVEN) load_round(round, rows, (begin + (more ? first + AHEAD : 0)) * SPREAD);  // without a branch
 #pragma unroll
         for (int j = 0; j < AHEAD; j++) {
-            if (!WHOLE && first + j >= steps) break;
+            if (!EVEN && first + j >= steps) break;
             Raw raw[2][KINDS];
 #pragma unroll
             for (int h = 0; h < 2; h++)
 #pragma unroll
                 for (int k = 0; k < KINDS; k++) raw[h][k] = EVEN ? raw_of(now, h, j, k, lane) : held[j].scale[h][k];
-            add_step(sums, held[j], raw, s, offset, first + j, lane);
-            if (WHOLE ? any : first + j + AHEAD < steps) load_held(held[j], rows, begin, WHOLE ? ahead + j : first + j + AHEAD);
+            add_step(sums, held[j], raw, s, rows, first + j, lane);
+            if (EVEN ? more : first + j + AHEAD < steps) load_held(held[j], rows, begin, first + j + AHEAD);
         }
     }
-    if (!STEPS_PER_GROUP) scale_sums(sums, last);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) few(const Several p) {
-    extern __shared__ uint4 shared[];  // table, levels, x, its sums, the warps' sums of RING tiles
+    extern __shared__ uint4 shared[];  // table, levels, x, its sums, the warps' sums of two tiles, a ticket
     int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, tiles = 0;
     int in_slice = p.part[0].split_steps, first_step = blockIdx.y * in_slice;
     int all_steps = min(in_slice, p.part[0].columns / STEP - first_step), per_warp = (all_steps + WARPS - 1) / WARPS;
     int in_block = warp * per_warp, begin = first_step + in_block, steps = min(per_warp, all_steps - in_block);
     uint4 *xs = shared + TABLE + LEVELS;
     float *x_sums = (float *)(xs + in_slice * PER_STEP), *blocks = x_sums + (SUMMED ? (in_slice * V + 3) / 4 * 4 : 0);
+    u32 *ticket = (u32 *)(blocks + 2 * WARPS * V * 16);
 #pragma unroll
     for (int i = 0; i < PARTS; i++) tiles += tiles_of(p.part[i]);
 
@@ -337,17 +370,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) few(const Seve
     Shared s = {kept(first_x), x_sums + in_block * V,
                 (const float *)(shared + TABLE), {(const u8 *)shared, kept((u32)lane * 4)},
                 row < ROWS && (lane >> 2) % SPREAD == (lane & 3) / LANES};
-    int count = 0;
+    int turn = 0;
 #pragma unroll 1
-    for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x, count++) {
+    for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x, turn ^= 1) {
         Sums sums = {};
-        int part = rows.part, in_part = rows.tile, next = tile + (int)gridDim.x < tiles ? tile + (int)gridDim.x : -1;
-        add_tile(sums, held, round, s, rows, p, next, begin, steps, lane);
-        if (!WHOLE && next >= 0) {
-            rows = rows_of(p, next, begin, lane);
+        add_tile(sums, held, round, s, rows, begin, steps, lane);
+        if (!STEPS_PER_GROUP) scale_sums(sums, rows);
+        int part = rows.part, in_part = rows.tile;
+        if (tile + gridDim.x < tiles) {
+            rows = rows_of(p, tile + gridDim.x, begin, lane);
             begin_tile(held, round, rows, begin, steps);
         }
-        Turn turn = {blocks, count, tile + RING * (int)gridDim.x < tiles};
-        join(turn, sums, p.part[part], in_part, tid);
+        join(blocks + turn * WARPS * V * 16, ticket, sums, p.part[part], in_part, tid);
     }
 }

@@ -17,7 +17,7 @@ from whit.kernels.gpu.stream import Operands, Scheme
 SOURCE = Path(__file__).with_name("few.cu")
 MOST_ROWS = 16
 MOST_SHARED = 226 << 10
-RING = 4  # tiles whose sums there is room for, as few.cu has it
+RING = 4  # tiles whose sums there is room for; few.cu needs two and a word
 SHARED_BEGINS = 1024  # the address, on Hopper: what is before is the system's
 SCALE_BYTES = (2, 2, 4, 1)  # by the storage of a scale
 
