@@ -11,7 +11,7 @@ from torch import Generator, Tensor
 import whit
 from whit.formats import parse_format
 from whit.kernels import reference
-from whit.kernels.gpu import GpuRuns, kernel_runs, runs
+from whit.kernels.gpu import runs
 from whit.kernels.gpu.runs import Config, Scheme
 from whit.layouts import BITS
 from whit.tensor import PackedWeight
@@ -104,20 +104,3 @@ def test_it_says_what_it_cannot_run(spec: str, columns: int, reason: str):
     found = runs.scheme(whit.parse_format(spec), columns)
     assert isinstance(found, str)
     assert reason in found
-
-
-@pytest.mark.parametrize("spec", ["ternary-g64", "ternary", "ternary-g128-f32"])
-def test_prepared_ternary_is_integers_of_two_bits_with_the_same_values(spec: str, random: Generator):
-    packed = random_packed(spec, 20, 384, random)
-    prepared = GpuRuns().prepare(packed)
-    assert GpuRuns().prepare(prepared) is prepared
-    assert all(prepared.tensors[key] is tensor for key, tensor in packed.tensors.items())
-    doubled = kernel_runs.twin(prepared)
-    assert doubled.format.bits == 2
-    assert torch.equal(reference.dequantize(doubled, torch.float32), reference.dequantize(packed, torch.float32))
-
-
-@pytest.mark.parametrize("spec", ["binary-g64", "q4_k", "ternary-tensor-absmean"])
-def test_other_runs_are_prepared_as_they_are(spec: str, random: Generator):
-    packed = random_packed(spec, 20, 512, random)
-    assert GpuRuns().prepare(packed) is packed
