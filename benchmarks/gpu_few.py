@@ -16,11 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from runs_gpu import random_packed as random_runs
 from whit.errors import KernelError
 from whit.formats import parse_format
 from whit.kernels import dequantize
-from whit.kernels.gpu import GpuRuns, few, stream, tuned
+from whit.kernels.gpu import few, stream, tuned
 from whit.kernels.gpu import kernel as gpu_kernel
 from whit.tensor import PackedWeight
 
@@ -133,19 +132,6 @@ def timed(spec: str, shape: tuple[int, int], rows: int, generator: torch.Generat
     return found
 
 
-def ternary(plain: float, shape: tuple[int, int], generator: torch.Generator) -> dict[str, Any]:
-    """One row of ternary weights as they are stored, and prepared: their errors and seconds."""
-    kernel, found = GpuRuns(), {"shape": shape, "plain": plain}
-    stored = [random_runs("ternary-g64", shape, generator) for _ in range(-(-(400 << 20) * 4 // (shape[0] * shape[1])))]
-    prepared, x = [kernel.prepare(weight) for weight in stored], random_x(1, shape[1], generator)
-    right = wanted(x, stored[0])
-    for name, weights in (("stored", stored), ("prepared", prepared)):
-        found[f"{name} error"] = relative_error(kernel.linear(x, weights[0], None), right)
-        found[name] = seconds_cold([lambda w=w: kernel.linear(x, w, None) for w in weights], 5)
-    print("ternary-g64", found, f"{plain / found['stored']:.2f}x {plain / found['prepared']:.2f}x", flush=True)
-    return found
-
-
 def plain_seconds(shape: tuple[int, int], rows: int, generator: torch.Generator) -> float:
     """torch's bf16 product."""
     weights = [random_x(*shape, generator) for _ in range(max(-(-(400 << 20) // (2 * shape[0] * shape[1])), 2))]
@@ -199,7 +185,6 @@ def main() -> None:
             times = f"bf16 {bf16 * 1e6:6.1f} few {bf16 / best:.2f}x {best * 1e6:6.1f} us {speed:5.0f} GB/s"
             print(f"{spec:13} {shape!s:14} rows {rows} {times} {config} | {others}", flush=True)
         (given.out / "gpu_few.json").write_text(json.dumps(result, indent=1, default=str) + "\n")
-    result["ternary"] = [ternary(plain[shape, 1], shape, generator) for shape in SHAPES if (shape, 1) in plain]
     (given.out / "gpu_few.json").write_text(json.dumps(result, indent=1, default=str) + "\n")
     for found in entries:
         if found["ranking"]:
