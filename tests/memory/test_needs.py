@@ -198,7 +198,7 @@ def test_the_command_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
         parts = ("weights_bytes", "kv_cache_bytes", "activations_bytes", "optimizer_bytes", "overhead_bytes")
         assert row["total_bytes"] == sum(row[part] for part in parts)
     assert [found["format"] for found in result["fits"]] == ["int4-g128"]
-    assert "whit quantize 7B OUT --method gptq --format int4-g128" in result["next"][1]
+    assert "whit quantize MODEL OUT --method gptq --format int4-g128" in result["next"][1]
     screen = run("LLaMA-13B", "--fit", "24GiB", "--context", "512")
     assert "FP32 52.00 GB" in screen
     assert "longest context" in screen

@@ -193,8 +193,8 @@ def test_what_calibrates_the_start_is_of_the_model_s_own_text_too(
     used: list[torch.Tensor] = []
     feed = whit.pipeline.BlockFeed
     monkeypatch.setattr(whit.job, "load_tokenizer", lambda *_, **__: tokenizer())
-    monkeypatch.setattr(whit.pipeline, "BlockFeed", lambda job, method, calibration, work: (
-        used.append(calibration.tokens), feed(job, method, calibration, work))[1])  # fmt: skip
+    monkeypatch.setattr(whit.pipeline, "BlockFeed", lambda job, method, calibration, *rest: (
+        used.append(calibration.tokens), feed(job, method, calibration, *rest))[1])  # fmt: skip
     words = ["train", str(model), str(tmp_path / "out"), "--qat", mode, "--format", "int3-g32", "--text", "self"]
     words += ["--samples", "4", "--context", "24", "--steps", "2", "--batch", "2", "--windows", "4", "--seed", "3"]
     result = CliRunner().invoke(build_app(), words, catch_exceptions=False)
