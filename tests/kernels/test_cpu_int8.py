@@ -11,7 +11,7 @@ from torch import Generator, Tensor
 
 import whit
 from whit.activations import parse_activations
-from whit.kernels import Cpu8, select
+from whit.kernels import Cpu8, dequantize, select
 from whit.kernels.activated import Activation8
 from whit.kernels.cpu import library
 from whit.kernels.cpu.rows8 import Levels, levels_of, quantize_rows, round_groups
@@ -74,6 +74,17 @@ def test_tokens_give_the_references_bits(kernel: Cpu8, how: str, random: Generat
                 wanted = Activation8().linear(x[:batch], weight, bias)
                 assert torch.equal(kernel.linear(x[:batch], weight, bias), wanted)
                 assert torch.equal(kernel.linear(x[:batch], kernel.prepare(weight), bias), wanted)
+
+
+@pytest.mark.parametrize("spec", ["int2-channel", "int3-channel", "int4-channel"])
+def test_rows_shorter_than_a_byte_of_codes(kernel: Cpu8, spec: str, random: Generator):
+    for columns in (1, 2, 3):
+        weight = packed(spec, 60, columns, "int8", random)
+        x, exact = torch.randn(21, columns, generator=random), dequantize(weight)
+        room = x.abs().amax(1, keepdim=True) / 250 * exact.abs().sum(1)  # half a step of x for each column
+        for batch in (1, 4, 21):
+            found = kernel.linear(x[:batch], weight, None)
+            assert bool(((found - x[:batch] @ exact.T).abs() <= room[:batch] + 1e-6).all())
 
 
 @pytest.mark.parametrize("spec", ["int8", "int3-channel"])

@@ -188,7 +188,8 @@ static void whole_panel(const Product8& p, int64_t row, int64_t rows, uint8_t* p
     decode_panel<V, BITS, TABLE>(p, row, rows, first, until, panel);
     // The next panel's codes are these columns of the next rows, or the next columns of these.
     const int64_t coming = last ? 0 : until, row_next = last ? row + WIDE8 : row;
-    const int64_t in_row = (w.columns - coming < CHUNK8 ? w.columns - coming : CHUNK8) * BITS / 8, run = (until - first + 3) / 4;
+    const int64_t asked = w.columns - coming < CHUNK8 ? w.columns - coming : CHUNK8;
+    const int64_t in_row = (asked * BITS + 7) / 8, run = (until - first + 3) / 4;
     const int64_t rows_asked = w.rows - row_next < WIDE8 ? w.rows - row_next : WIDE8;
     const bool whole = in_row == w.row_bytes;
     const int64_t lines = whole ? run : (in_row + 63) / 64, row_step = whole ? 64 * run : w.row_bytes;
