@@ -121,17 +121,6 @@ static float from_lane(float v, int flip) {
     threadIdx.x = current;
     return e.out[lane];
 }
-static void warp_meets() { from_lane(0, 1); }
-static struct { int count, turn; } numbered[16];
-static void barrier_arrive(int number, int count) {
-    if (++numbered[number].count == count) numbered[number].count = 0, numbered[number].turn++;
-}
-static void barrier_meet(int number, int count) {
-    int turn = numbered[number].turn;
-    barrier_arrive(number, count);
-    while (numbered[number].turn == turn) yield();
-    threadIdx.x = current;
-}
 static float multiplied(float a, float b) { volatile float c = a * b; return c; }
 static float power_of_two(float v) { return std::exp2(v); }
 static float inverse_root(float v) { return 1 / std::sqrt(v); }
@@ -148,7 +137,7 @@ template <class Body> static void run_grid(dim3 grid, int block_threads, Body bo
                 memset(shared, 0xFF, sizeof shared);
                 fibers.assign(threads, Fiber{});
                 warps.assign(threads / 32, Warp{}), exchanges.assign(threads / 32, Exchange{});
-                arrived_at_barrier = 0, memset(numbered, 0, sizeof numbered);
+                arrived_at_barrier = 0;
                 for (current = 0; current < threads; current++) {
                     Fiber &f = fibers[current];
                     f.stack.resize(1 << 16);

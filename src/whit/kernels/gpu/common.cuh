@@ -82,10 +82,6 @@ DEVICE u32 round_pair(float low, float high) {
     asm volatile("" : "+r"(v));
     return v;
 }
-// A barrier of so many threads of a block: to wait there, or to be counted and go on.
-[[maybe_unused]] DEVICE void barrier_meet(int number, int count) { asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(count) : "memory"); }
-[[maybe_unused]] DEVICE void barrier_arrive(int number, int count) { asm volatile("bar.arrive %0, %1;" ::"r"(number), "r"(count) : "memory"); }
-[[maybe_unused]] DEVICE void warp_meets() { __syncwarp(); }
 // Shared memory by its address; what is read was written before the last barrier and the last `kept`.
 [[maybe_unused]] DEVICE u32 shared_place(const void *p) { return (u32)__cvta_generic_to_shared(p); }
 [[maybe_unused]] DEVICE u32 shared_word(u32 at) {

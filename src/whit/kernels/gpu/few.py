@@ -17,7 +17,6 @@ from whit.kernels.gpu.stream import Operands, Scheme
 SOURCE = Path(__file__).with_name("few.cu")
 MOST_ROWS = 16
 MOST_SHARED = 226 << 10
-RING = 4  # tiles whose sums there is room for; few.cu needs two and a word
 SHARED_BEGINS = 1024  # the address, on Hopper: what is before is the system's
 SCALE_BYTES = (2, 2, 4, 1)  # by the storage of a scale
 
@@ -44,12 +43,11 @@ def rounded(rows: int) -> int:
 
 @dataclass(frozen=True)
 class Case:
-    """What else few.cu is compiled for: float16, up to `rows` rows (rounded), `parts` weights, whole and even cuts."""
+    """What else few.cu is compiled for: float16, up to `rows` rows (rounded), `parts` weights, even cuts."""
 
     half: bool
     rows: int
     parts: int = 1
-    whole: bool = False
     even: bool = False
 
 
@@ -63,17 +61,16 @@ def macros(scheme: Scheme, config: Config, case: Case) -> dict[str, int]:
     return scheme.storage.macros | {
         "HALF": int(case.half), "CHUNK": scheme.chunk * config.spread, "STEPS_PER_GROUP": scheme.steps_per_group,
         "ROWS": rounded(case.rows), "WARPS": config.warps, "AHEAD": config.ahead, "MIN_BLOCKS": config.min_blocks,
-        "PARTS": case.parts, "WHOLE": int(case.whole), "EVEN": int(case.even),
-        "SPREAD": config.spread, "WIDE": SHARED_BEGINS * config.wide,
+        "PARTS": case.parts, "EVEN": int(case.even), "SPREAD": config.spread, "WIDE": SHARED_BEGINS * config.wide,
     }  # fmt: skip
 
 
 def shared_bytes(scheme: Scheme, config: Config, rows: int, steps: int) -> int:
-    """Dynamic shared memory of a block: table, levels of scales, `steps` of x and their sums, sums of some tiles."""
+    """Dynamic shared memory of a block: table, levels of scales, `steps` of x and their sums, sums of two tiles."""
     rows, step = rounded(rows), scheme.step * config.spread
     table = (stream.TABLE_BYTES << config.wide if scheme.storage.levels else 0) + 1024 * (scheme.storage.scale == 3)
     sums = rows * config.spread
-    return table + 2 * rows * steps * step + -(-steps * sums // 4) * 16 + RING * config.warps * sums * 64
+    return table + 2 * rows * steps * step + -(-steps * sums // 4) * 16 + 2 * config.warps * sums * 64 + 16
 
 
 @lru_cache(maxsize=4096)
@@ -110,31 +107,24 @@ def several(parts: int) -> type[ctypes.Structure]:
     return type("Several", (ctypes.Structure,), {"_fields_": [("part", stream.Params * parts)]})
 
 
-def is_whole(scheme: Scheme, config: Config, columns: int, cuts: int) -> bool:
-    """Whether all warps have whole rounds of `ahead` steps."""
-    steps, round_steps = columns // (scheme.step * config.spread), config.warps * config.ahead
-    return not steps % (cuts * round_steps)
-
-
 def is_even(scheme: Scheme, config: Config, columns: int, cuts: int) -> bool:
-    """Whether each step has a scale of its own, too, and those of a round lie together."""
+    """Whether all warps have whole rounds of `ahead` steps, each step with a scale of its own."""
+    steps, round_steps = columns // (scheme.step * config.spread), config.warps * config.ahead
     size = SCALE_BYTES[scheme.storage.scale] * config.ahead * config.spread
-    return scheme.steps_per_group == 1 and is_whole(scheme, config, columns, cuts) and size in (4, 8, 16, 32)
+    return scheme.steps_per_group == 1 and not steps % (cuts * round_steps) and size in (4, 8, 16, 32)
 
 
 def case_for(scheme: Scheme, config: Config, rows: int, columns: int, half: bool = False, parts: int = 1) -> Case:
     """How few.cu is compiled for x (rows, columns) and weights whose scales lie aligned."""
-    cuts = slices(scheme, config, rows, columns)
-    whole, even = (ask(scheme, config, columns, cuts) for ask in (is_whole, is_even))
-    return Case(half, rounded(rows), parts, whole, even)
+    even = is_even(scheme, config, columns, slices(scheme, config, rows, columns))
+    return Case(half, rounded(rows), parts, even)
 
 
 def case_of(operands: Sequence[Operands], scheme: Scheme, config: Config, cuts: int) -> Case:
     """How few.cu is compiled for these."""
     x = operands[0].x
-    whole, even = (ask(scheme, config, x.shape[1], cuts) for ask in (is_whole, is_even))
-    even = even and all(scales_of(each).data_ptr() % 16 == 0 for each in operands)
-    return Case(x.dtype == torch.float16, rounded(x.shape[0]), len(operands), whole, even)
+    even = is_even(scheme, config, x.shape[1], cuts) and all(scales_of(each).data_ptr() % 16 == 0 for each in operands)
+    return Case(x.dtype == torch.float16, rounded(x.shape[0]), len(operands), even)
 
 
 def scales_of(operands: Operands) -> Tensor:
