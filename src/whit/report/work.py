@@ -28,6 +28,7 @@ from whit.devices import find_device
 from whit.errors import WhitError
 from whit.evaluation import EvaluationOptions, evaluate
 from whit.evaluation.size import measure_size
+from whit.finish import process_memory
 from whit.integrations.loading import load_causal_lm, load_config, model_files
 from whit.job import Options
 from whit.pipeline import quantize
@@ -37,7 +38,6 @@ from whit.report.machine import read_bandwidth
 from whit.report.peers import find_peer, held_bytes, load_peer
 from whit.report.speed import SpeedOptions, touch
 
-STATUS = Path("/proc/self/status")
 BYTES_PER_TOKEN = 2  # of text; fewer than any tokenizer needs of what people write
 SHARE = 0.25  # of the free disk, for logits
 
@@ -103,7 +103,7 @@ def make(order: Order) -> dict[str, Any]:
 
 def measure(order: Order) -> dict[str, Any]:
     """Load, then memory before anything else is in the process, then quality against the original."""
-    before = resident()
+    before = process_memory()
     start, processor = time.monotonic(), time.process_time()
     network = load(order)
     found: dict[str, Any] = {"load_seconds": time.monotonic() - start}
@@ -190,13 +190,7 @@ def _memory(before: int) -> dict[str, int]:
             "memory_loaded_bytes": torch.cuda.memory_allocated(),
             "memory_peak_bytes": torch.cuda.max_memory_allocated(),
         }
-    return {"memory_loaded_bytes": max(resident() - before, 0), "memory_peak_bytes": resident("VmHWM")}
-
-
-def resident(field: str = "VmRSS") -> int:
-    """Bytes of this process in memory now, or at most (`VmHWM`)."""
-    lines = STATUS.read_text().splitlines() if STATUS.exists() else []
-    return 1024 * next((int(line.split()[1]) for line in lines if line.startswith(field)), 0)
+    return {"memory_loaded_bytes": max(process_memory() - before, 0), "memory_peak_bytes": process_memory("VmHWM")}
 
 
 class _Lines:
