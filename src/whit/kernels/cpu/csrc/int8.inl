@@ -154,6 +154,23 @@ static ALWAYS_INLINE void few_rows(const Product8& p, const Decoder8<V, BITS, TA
   }
 }
 
+// Ask for what lies beside the codes of `count` rows: too little a row for the processor to see a stream.
+static ALWAYS_INLINE void ask_run(const void* data, int64_t row, int64_t count, int64_t bytes) {
+  const char *p = (const char*)data + row * bytes, *until = p + count * bytes;
+  for (; p < until; p += 64) __builtin_prefetch(p, 0, 2);
+}
+
+static ALWAYS_INLINE void ask_params(const whit_weight& w, int64_t row, int64_t count) {
+  const int64_t groups = w.subs ? w.groups / w.subs : w.groups;
+  const int one = w.scale_type == WHIT_NESTED ? 1 : w.scale_type == WHIT_F32 ? 4 : 2;
+  if (!w.scale_stride) return;
+  ask_run(w.scale, row, count, groups * one);
+  if (w.zero)
+    ask_run(w.zero, row, count, w.zero_type == WHIT_CODES ? (groups * w.bits + 7) / 8 : groups * (w.zero_type ? 2 : 4));
+  if (w.sub_scale) ask_run(w.sub_scale, row, count, (w.groups * w.sub_bits + 7) / 8);
+  if (w.sub_min) ask_run(w.sub_min, row, count, (w.groups * w.sub_bits + 7) / 8);
+}
+
 // Four rows of the weight past one of x: its codes and scales are loaded once, and the sums at the end overlap.
 template <class V, int BITS, bool TABLE>
 static ALWAYS_INLINE void four_rows(const Product8& p, const Decoder8<V, BITS, TABLE>& decode, int64_t row,
@@ -168,7 +185,13 @@ static ALWAYS_INLINE void four_rows(const Product8& p, const Decoder8<V, BITS, T
   const int block_shift = w.groups == 1 ? 62 : wide ? __builtin_ctzll((uint64_t)(size / COLUMNS)) : 0;
   const int64_t in_step = wide ? 0 : COLUMNS / size;
   const uint8_t* codes = w.codes + row * w.row_bytes;
-  const int64_t ahead = 4 * w.row_bytes < 4096 ? 4 * w.row_bytes : 4096;
+  // Into the second cache, since what the first can have on its way is too little for the memory's rate: the rows that
+  // follow as they lie, which is how memory is read fastest; of long rows what follows in each.
+  const int64_t set = 4 * w.row_bytes, ahead = set > 16384 ? set : 16384;
+  const bool in_order = set <= 65536;
+  const int64_t apart = in_order ? BYTES : w.row_bytes, apace = in_order ? 4 * BYTES : BYTES;
+  const uint8_t* next = codes + (in_order ? ahead : 4096);
+  ask_params(w, row + ahead / (w.row_bytes ? w.row_bytes : 1), 4);
   float *scale[4], *zero[4];
   typename V::G total[4];
   const bool plain = !w.subs && !w.zero && w.scale_type != WHIT_NESTED && w.scale_stride == w.groups;
@@ -190,10 +213,9 @@ static ALWAYS_INLINE void four_rows(const Product8& p, const Decoder8<V, BITS, T
     EACH(i, PARTS) { q[i] = V::bload(p.arranged + s * COLUMNS + i * V::LANES * 4); });
     const typename V::G by = V::gload(p.lanes + s * V::LANES);
     EACH(r, 4) {
-      const uint8_t* from = codes + r * w.row_bytes + s * BYTES;
-      __builtin_prefetch(from + ahead, 0, 3);
+      __builtin_prefetch(next + s * apace + r * apart, 0, 2);
       typename V::B level[PARTS];
-      decode.parts(from, level);
+      decode.parts(codes + r * w.row_bytes + s * BYTES, level);
       typename V::G own = wide ? V::gset1(scale[r][s >> block_shift]) : V::grepeat(scale[r] + s * in_step, run_shift);
       typename V::I dot = V::izero();
       EACH(i, PARTS) { dot = V::template dot<SMALL>(dot, level[i], q[i]); });
