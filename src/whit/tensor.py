@@ -229,6 +229,12 @@ def product_dtype(format: Format) -> torch.dtype | None:
     return found
 
 
+def in_bytes(format: Format) -> Format:
+    """The format of the same codes and params whose levels products of bytes take; those of tables are rounded."""
+    found: Format | None = getattr(format, "in_bytes", None)
+    return found or format
+
+
 def rotation(format: Format) -> int:
     """How many neighbouring columns of the matrix are turned together before they are encoded; 0 for none."""
     found: int = getattr(format, "rotation", 0)

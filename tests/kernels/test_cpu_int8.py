@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,20 +12,25 @@ from torch import Generator, Tensor
 
 import whit
 from whit.activations import parse_activations
+from whit.integrations.loading import load_causal_lm
 from whit.kernels import Cpu8, dequantize, select
-from whit.kernels.activated import Activation8
+from whit.kernels.activated import Activation8, product_format
 from whit.kernels.cpu import library
 from whit.kernels.cpu.rows8 import Levels, levels_of, quantize_rows, round_groups
 from whit.kernels.int8 import rounded_groups
 from whit.layouts import BITS
 from whit.modules import QuantizedLinear
-from whit.tensor import PackedWeight
+from whit.pipeline import quantize
+from whit.tensor import PackedWeight, in_bytes
+
+from tiny_models import save_tiny
 
 COMPILED = library()
 ISAS_HERE = () if isinstance(COMPILED, str) else COMPILED.isas8
 GROUPED = [
     *(f"int{bits}-g{group}" for bits in (2, 3, 4, 5, 6, 8) for group in (32, 128)), "int4-g64-asym", "int4-g96",
     "int3-g256-asym", "int2-g64-asym", "int4-channel", "int8-g32-asym", "int4-g64-asym-fz", "codebook(-1,0,1)-g32",
+    "nf4", "nf4-g96", "fp4-g32", "nf4-channel", "nf4-g16", "codebook(-1,-0.31,0.113,0.77)-g32", "dynamic8",
     "codebook(-1,-0.75,-0.5,-0.25,0,0.125,0.25,0.5,1)-g32", "int8-tensor", "nf4-dq",
     "q4_0", "q4_1", "q8_0", "q4_k", "q5_k", "q6_k", "iq4_nl", "iq4_xs",
 ]  # fmt: skip
@@ -54,7 +60,7 @@ def packed(spec: str, rows: int, columns: int, activations: str, random: Generat
 def test_groups_of_columns_are_products_of_rounded_activations(kernel: Cpu8, spec: str, random: Generator):
     for (rows, columns), batch in [((1, 1), 1), ((7, 33), 3), ((50, 257), 1), ((100, 640), 13)]:
         weight = packed(spec, rows, columns, "int8-g32", random)
-        exact = BITS.unpack(weight).dequantize(torch.float64)
+        exact = dequantize(replace(weight, format=product_format(weight))).double()
         x = torch.randn(batch, columns, generator=random)
         assert kernel.supports(weight, x) is None
         rounded = rounded_groups(x).double()
@@ -99,10 +105,11 @@ def test_rows_longer_than_a_panel_give_the_references_bits(kernel: Cpu8, spec: s
             torch.testing.assert_close(kernel.linear(x[:batch], weight, None), wanted)
 
 
-def test_any_number_of_rows(kernel: Cpu8, random: Generator):
-    token, group = packed("int8", 61, 288, "int8", random), packed("int4-g32", 61, 288, "int8-g32", random)
+@pytest.mark.parametrize("spec", ["int4-g32", "nf4", "nf4-dq"])
+def test_any_number_of_rows(kernel: Cpu8, spec: str, random: Generator):
+    token, group = packed("int8", 61, 288, "int8", random), packed(spec, 61, 288, "int8-g32", random)
     x = torch.randn(65, 288, generator=random)
-    wanted = rounded_groups(x) @ BITS.unpack(group).dequantize().T
+    wanted = Activation8().linear(x, group, None)
     for rows in range(1, 66):
         assert torch.equal(kernel.linear(x[:rows], token, None), Activation8().linear(x[:rows], token, None))
         torch.testing.assert_close(kernel.linear(x[:rows], group, None), wanted[:rows], rtol=1e-5, atol=1e-4)
@@ -152,7 +159,10 @@ def test_extreme_values_do_not_saturate(kernel: Cpu8):
                 assert torch.equal(kernel.linear(x[:batch], extreme, None), wanted)
 
 
-@pytest.mark.parametrize(("spec", "how"), [("int4-g64", "int8-g32"), ("int8", "int8"), ("int3-g32-asym", "int8-g32")])
+@pytest.mark.parametrize(
+    ("spec", "how"),
+    [("int4-g64", "int8-g32"), ("nf4-dq", "int8-g32"), ("int8", "int8"), ("int3-g32-asym", "int8-g32")],
+)
 def test_threads_and_pointers_change_no_bit(kernel: Cpu8, spec: str, how: str, random: Generator, threads: None):
     weight, x = packed(spec, 300, 320, how, random), torch.randn(9, 320, generator=random)
 
@@ -188,10 +198,11 @@ def test_codes_are_rounded_as_the_reference_rounds(kernel: Cpu8, random: Generat
         assert torch.equal(rows.sums, rows.codes.reshape(5, -1, 32).sum(-1, dtype=torch.int32))
 
 
-def test_formats_of_other_levels_round_activations_as_the_reference_rounds(random: Generator):
+@pytest.mark.parametrize("spec", ["dynamic8", "nf4-g16"])
+def test_formats_of_other_levels_round_activations_as_the_reference_rounds(spec: str, random: Generator):
     assert not isinstance(COMPILED, str)
-    weight = packed("nf4", 37, 288, "int8-g32", random)
-    exact = BITS.unpack(weight).dequantize(torch.float64)
+    weight = packed(spec, 37, 288, "int8-g32", random)
+    exact = dequantize(replace(weight, format=product_format(weight))).double()
     for dtype in TYPES:
         x = torch.randn(65, 288, generator=random).to(dtype)
         x[5, 40], x[6, 287], x[7] = torch.nan, torch.inf, 0
@@ -209,7 +220,7 @@ def test_formats_of_other_levels_round_activations_as_the_reference_rounds(rando
             assert bool(((y.double() - wanted).abs() <= 2**-8 * size + 1e-30).all())
 
 
-@pytest.mark.parametrize("spec", ["int2-g64", "int3-g32-asym", "int4-g96", "codebook(-1,0,1)-g32", "q4_k"])
+@pytest.mark.parametrize("spec", ["int2-g64", "int3-g32-asym", "int4-g96", "codebook(-1,0,1)-g32", "nf4", "q4_k"])
 def test_codes_decoded_once_for_many_rows_are_the_same(kernel: Cpu8, spec: str, random: Generator):
     weight = packed(spec, 61, 288, "int8-g32", random)
     x = torch.randn(65, 288, generator=random)
@@ -223,9 +234,23 @@ def test_levels_are_integers_times_a_unit():
     assert levels_of(parse_format("int4-g32")) == Levels(None, 8, 1.0)
     assert "no multiples" in str(levels_of(parse_format("nf4")))
     assert "48" in str(levels_of(parse_format("int4-g48")))
+    rounded = levels_of(in_bytes(parse_format("nf4")))
+    assert isinstance(rounded, Levels)
+    assert (rounded.table or b"")[::15] == bytes([0, 224])
+    assert (rounded.shift, rounded.unit) == (112, pytest.approx(1 / 112))
     found = levels_of(parse_format("int8-absmax"))
     assert isinstance(found, Levels)
     assert found.shift in (127, 128)
+
+
+def test_exact_columns_take_a_codebooks_own_levels(kernel: Cpu8, random: Generator):
+    given = {"input_columns": torch.tensor([3, 40], dtype=torch.int32), "input_low": torch.tensor([-torch.inf])}
+    weight, x = packed("nf4", 20, 96, "int8-g32-exact2", random), torch.randn(5, 96, generator=random)
+    weight = replace(weight, tensors={**weight.tensors, **given})
+    wanted = Activation8().linear(x, weight, None)
+    torch.testing.assert_close(kernel.linear(x, weight, None), wanted, rtol=1e-5, atol=1e-4)
+    alone = torch.zeros(1, 96).index_fill_(1, torch.tensor([3]), 1)  # one exact column, and nothing else
+    torch.testing.assert_close(kernel.linear(alone, weight, None)[0], dequantize(weight)[:, 3])
 
 
 def test_is_what_a_module_with_quantized_inputs_runs(random: Generator):
@@ -235,3 +260,23 @@ def test_is_what_a_module_with_quantized_inputs_runs(random: Generator):
     assert select(module.packed, x).name == "cpu-int8"
     exact = x @ quantized.dequantize().T
     assert 0 < (module(x) - exact).norm() < 0.01 * exact.norm()
+
+
+def test_a_loaded_model_in_nf4_is_the_references(tmp_path: Path, random: Generator):
+    recipe = whit.Recipe("rtn", [("*", "nf4-dq"), ("lm_head", "nf4")], activations="int8-g32")
+    quantize(save_tiny(tmp_path / "model", "llama"), tmp_path / "out", recipe)
+    model, ids = load_causal_lm(str(tmp_path / "out")), torch.randint(0, 90, (2, 9), generator=random)
+    found: list[str] = []
+
+    def against_the_reference(module: QuantizedLinear, args: tuple[Tensor], y: Tensor) -> None:
+        found.append(select(module.packed, args[0]).name)
+        wanted = Activation8().linear(args[0], module.packed, module.bias)
+        torch.testing.assert_close(y, wanted, rtol=1e-5, atol=1e-5)
+
+    for module in model.modules():
+        if isinstance(module, QuantizedLinear):
+            module.register_forward_hook(against_the_reference)  # type: ignore[arg-type]
+    with torch.no_grad():
+        assert bool(model(input_ids=ids).logits.isfinite().all())
+    assert len(found) == 15
+    assert {*found} == {"cpu-int8"}

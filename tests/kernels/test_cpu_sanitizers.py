@@ -53,6 +53,7 @@ for spec, hows in {
     "int6-g128": ["int8-g32"], "int8-g32-asym": ["int8-g32"], "int4-g64-asym-fz": ["int8-g32"],
     "codebook(-1,0,1)-g32": ["int8-g32"], "codebook(-1,-0.75,-0.5,-0.25,0,0.125,0.25,0.5,1)-g32": ["int8-g32"],
     "q4_0": ["int8-g32"], "q4_1": ["int8-g32"], "q4_k": ["int8-g32"], "q6_k": ["int8-g32"], "iq4_xs": ["int8-g32"],
+    "nf4-dq": ["int8-g32"],
 }.items():
     for rows, columns in [*SHAPES, (50, 289)]:
         for how in hows:

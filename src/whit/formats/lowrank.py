@@ -33,6 +33,7 @@ class LowRank:
 
     row_independent = False
     product_dtype = None  # not codes times a scale alone: nothing for products of quantized activations
+    in_bytes = None
 
     def __post_init__(self) -> None:
         if self.rank < 1 or self.base.bits == 16 or side_car(self.base) is not None:

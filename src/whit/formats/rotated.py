@@ -32,6 +32,7 @@ class Rotated:
     rotation: int
 
     product_dtype = None  # not codes of the matrix itself: for kernels that turn the inputs
+    in_bytes = None
 
     def __post_init__(self) -> None:
         if self.rotation not in SIZES:

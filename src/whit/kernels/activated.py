@@ -1,8 +1,13 @@
-"""The torch kernels for packed weights whose inputs are quantized too: they define correct, on every device."""
+"""The torch kernels for packed weights whose inputs are quantized too: they define correct, on every device.
+
+With a scale per 32 columns a codebook of up to 16 levels is multiplied as `Codebook.in_bytes` rounds it, whatever the
+kernel, so that sums of products are integers; with exact columns among them (`int8-g32-exact4`) by its own levels, for
+those products are floats.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -11,7 +16,7 @@ from torch import Tensor
 from whit.kernels import float8, int8
 from whit.kernels.reference import dequantize
 from whit.layouts import LAYOUTS, layout_named
-from whit.tensor import Activated, PackedWeight, product_dtype, rotation
+from whit.tensor import Activated, Format, PackedWeight, in_bytes, product_dtype, rotation
 
 
 @dataclass(frozen=True)
@@ -40,7 +45,8 @@ class Activation8:
         assert how is not None
         flat = x.reshape(-1, packed.shape[1])
         if how.granularity == "group" or how.exact:
-            wide = torch.nn.functional.linear(rounded_floats(flat, packed), dequantize(packed))
+            weight = dequantize(replace(packed, format=product_format(packed)))
+            wide = torch.nn.functional.linear(rounded_floats(flat, packed), weight)
             y = (wide if bias is None else wide + bias.to(torch.float32)).to(x.dtype)
             return y.reshape(*x.shape[:-1], packed.shape[0])
         weight, row_scale = operands(packed)
@@ -51,6 +57,13 @@ class Activation8:
         else:
             y = int8.int8_linear(flat, weight, row_scale, bias, _int8_rows(flat, packed, how))
         return y.reshape(*x.shape[:-1], packed.shape[0])
+
+
+def product_format(packed: PackedWeight) -> Format:
+    """The format as which a packed weight's codes and params are multiplied by its activations."""
+    how = packed.activations
+    grouped = how is not None and how.granularity == "group" and not how.exact
+    return in_bytes(packed.format) if grouped else packed.format
 
 
 def rounded_floats(x: Tensor, packed: PackedWeight) -> Tensor:

@@ -14,6 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from whit.kernels.activated import product_format
 from whit.kernels.bands import PLACES, Parts
 from whit.kernels.cpu.binding import ISAS, ISAS8, TYPES, Library, Pointer, WeightPlan
 from whit.kernels.cpu.rows8 import levels_of
@@ -111,7 +112,7 @@ def refusal(weight: CpuWeight) -> str | None:
     how = weight.activations
     if how is None:
         return None
-    if isinstance(levels := levels_of(weight.format), str):
+    if isinstance(levels := levels_of(product_format(weight)), str):
         return levels
     if how.dtype != torch.int8 or how.kind != "dynamic" or not how.symmetric or how.threshold > 0 or how.exact:
         return "its activations are quantized in another way than to symmetric int8 as they come"
@@ -183,7 +184,7 @@ def _matrix_plan(matrix: Matrix, held: list[object]) -> MatrixPlan:
     plan.packed = ctypes.pointer(matrix.weight.plan)
     how: Activated | None = matrix.weight.activations
     if how is not None:
-        levels = levels_of(matrix.weight.format)
+        levels = levels_of(product_format(matrix.weight))
         assert not isinstance(levels, str)
         plan.inputs = PER_GROUP if how.granularity == "group" else PER_ROW
         plan.table, plan.shift, plan.unit = levels.table, levels.shift, levels.unit

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from whit.errors import KernelError
+from whit.kernels.activated import product_format
 from whit.kernels.cpu.binding import ISAS8, Library, Pointer
 from whit.kernels.cpu.rows8 import GROUP, levels_of, padded
 from whit.kernels.cpu.weight import run_size, unsupported
@@ -213,7 +214,7 @@ def _matrix(packed: PackedWeight) -> _Matrix:
     """A weight whose levels are signed bytes; KernelError where they are not, or activations are others."""
     if (reason := unfit(packed)) is not None:
         raise KernelError(reason)
-    how, levels = packed.activations, levels_of(packed.format)
+    how, levels = packed.activations, levels_of(product_format(packed))
     assert not isinstance(levels, str)
     quantized = BITS.unpack(packed)
     stored = quantized.codes.to(torch.int16) - packed.format.code_min
@@ -239,7 +240,7 @@ def unfit(packed: PackedWeight) -> str | None:
         return f"activations {how}: those of a compiled encoder have a scale per token or finer"
     if (reason := unsupported(packed)) is not None:
         return reason
-    if isinstance(levels := levels_of(packed.format), str):
+    if isinstance(levels := levels_of(product_format(packed)), str):
         return levels
     if {*packed.format.param_specs(*packed.shape)} not in ({"scale"}, {"absmax"}, {"d"}):
         return f"{packed.format}: it has more than a scale for each group"

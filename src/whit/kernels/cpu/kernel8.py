@@ -1,7 +1,9 @@
 """Products of 8-bit activations on the processor: int8 per token with int8 weights, and per 32 columns with any codes.
 
-A format whose levels are no small integers (nf4) multiplies the rounded activations as `Cpu` does: where they came in
-bfloat16 they are rounded to it once more, otherwise products are exact in float32.
+Levels of codebooks are rounded to bytes first (`activated.product_format`). Formats that are no bytes then either (more
+than 16 levels that are no integers, groups that are no multiples of 32 columns) multiply the rounded activations as
+`Cpu` does: where they came in bfloat16 they are rounded to it once more, otherwise products are exact in float32. So
+do all formats with exact columns, by their own levels.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from whit.kernels import int8
-from whit.kernels.activated import rounded_floats
+from whit.kernels.activated import product_format, rounded_floats
 from whit.kernels.cpu.binding import library
 from whit.kernels.cpu.kernel import FLOATS, Cpu, compiled_library
 from whit.kernels.cpu.rows8 import ROW_SUMS, Rows8, levels_of, linear, multiply, padded, quantize_rows, round_groups
@@ -68,8 +70,10 @@ class Cpu8:
         if how.exact:
             y = Cpu().linear(rounded_floats(flat, weight), weight, None if bias is None else bias.to(torch.float32))
             y = y.to(x.dtype)
-        elif isinstance(levels_of(weight.format), str):  # such as nf4's
+        elif isinstance(levels_of(format := product_format(weight)), str):  # such as dynamic8's
             rounded = round_groups(flat, x.dtype if x.dtype == torch.bfloat16 else torch.float32, compiled_library())
+            if format is not weight.format:
+                weight = plan_weight(replace(weight, format=format), compiled_library(), move=False)
             y = Cpu().linear(rounded, weight, None if bias is None else bias.to(rounded.dtype)).to(x.dtype)
         elif how.threshold > 0:
             y = self._with_outliers(flat, weight, bias, how.threshold)

@@ -3,7 +3,8 @@
     y_mn = sum_g s_ng (sum_u t_mu (sum_{k in u} q_mk level_nk)) - sum_g o_ng (sum_u t_mu sum_{k in u} q_mk)
 
 q, t are the codes and scales of x in groups u of 32 columns, or of a row; s and o = s zero_point those of the weight in
-its groups g. A weight's levels are its codes, or small integers in a table times one unit.
+its groups g. A weight's levels are its codes, or small integers in a table times one unit, to
+which a codebook's are rounded (`activated.product_format`).
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from whit.formats.codebook import EXACT, byte_levels
+from whit.kernels.activated import product_format
 from whit.kernels.cpu.binding import ISAS, ISAS8, TYPES, Library, RowsPlan
 from whit.kernels.cpu.weight import CpuWeight, is_consecutive, level_table, run_size
 from whit.tensor import Format
@@ -24,7 +27,6 @@ PADDED = 64
 FEW = 3  # up to here weights stream past rows of x; more rows share panels of decoded bytes
 WIDTHS = (2, 3, 4, 5, 6, 8)
 ROW_SUMS = "row_sums"  # a derived tensor, int32 (out,): the levels of a row, for activations with zero points
-EXACT = 1e-6  # how near, relative to the largest, levels must lie to integers times a unit
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ def linear(
     x: Tensor, grouped: bool, weight: CpuWeight, bias: Tensor | None, library: Library, isa: str | None = None
 ) -> Tensor:
     """`multiply` of `quantize_rows` in one call: x (count, columns), contiguous -> (count, out_features) in x.dtype."""
-    levels = levels_of(weight.format)
+    levels = levels_of(product_format(weight))
     assert not isinstance(levels, str)
     y = x.new_empty(len(x), weight.shape[0])
     status = library.linear8(
@@ -100,7 +102,7 @@ def multiply(
     rows: Rows8, weight: CpuWeight, bias: Tensor | None, dtype: torch.dtype, library: Library, isa: str | None = None
 ) -> Tensor:
     """The product (count, out_features) in `dtype`; `bias` in it too. `weight` as `levels_of` allows."""
-    levels = levels_of(weight.format)
+    levels = levels_of(product_format(weight))
     assert not isinstance(levels, str)
     count, out = len(rows.codes), weight.shape[0]
     y = torch.empty(count, out, dtype=dtype)
@@ -134,13 +136,11 @@ def levels_of(format: Format) -> Levels | str:
         return Levels(None, shift, step)
     if format.bits > 4:
         return f"the levels of {format} are no integers"
-    for most in range(1, 128):
-        integers = (levels * (most / largest)).round()
-        if bool(((integers * (largest / most) - levels).abs() <= EXACT * largest).all()):
-            shift = -int(integers.min())
-            stored = [int(i) + shift for i in integers] * (16 >> format.bits)
-            return Levels(bytes(stored), shift, (largest / most).item())
-    return f"the levels of {format} are no multiples of one number"
+    integers, unit = byte_levels(levels.tolist())
+    if bool(((torch.tensor(integers) * unit - levels).abs() > EXACT * largest).any()):
+        return f"the levels of {format} are no multiples of one number"
+    shift = -min(integers)
+    return Levels(bytes([i + shift for i in integers] * (16 >> format.bits)), shift, unit)
 
 
 def _number(isa: str | None, library: Library) -> int:
