@@ -9,12 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import whit
 from whit import GPTQ, Calibration, Options, Recipe, Refine
 from whit.coverage import Account
+from whit.errors import NonFiniteError
 from whit.estimate import AROUND, Estimate, estimate
 from whit.feed import BlockReader
 from whit.job import open_source, prepare
@@ -194,6 +196,15 @@ def test_another_text_is_another_run(text: Path, tmp_path: Path):
     run(model, tmp_path / "out", text)
     with pytest.raises(whit.WhitError, match="another model, recipe"):
         quantize(model, tmp_path / "out", Recipe(GPTQ(), RULES), calibration=Calibration(text, 4, 16))
+
+
+def test_a_kept_weight_that_is_not_finite_is_named_before_what_it_does_to_the_inputs(text: Path, tmp_path: Path):
+    path = save_tiny(tmp_path / "model", "llama") / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.layers.1.input_layernorm.weight"][4] = torch.nan
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(NonFiniteError, match=r"^model.layers.1.input_layernorm.weight: nan at position \[4\]"):
+        run(tmp_path / "model", tmp_path / "out", text)
 
 
 def test_what_calibration_does_not_reach_is_said(text: Path, tmp_path: Path):

@@ -19,11 +19,15 @@ from whit.cli.inspect import verify_files
 from whit.coverage import load_account
 from whit.errors import CheckpointError, DeviceError, NonFiniteError, OutputError, RecipeError, UnsupportedModelError
 from whit.estimate import estimate
+from whit.export.dense import Dense, Float16, Float32
 from whit.export.packed import PackedSource
-from whit.job import Options, open_source, prepare
+from whit.job import Job, Options, open_source, prepare
+from whit.model.source import Origin
 from whit.model.targets import find_targets
-from whit.pipeline import dequantize, quantize, relative_error
+from whit.pipeline import dequantize, quantize, relative_error, run
+from whit.plan import plan_dense, read_finite
 from whit.preflight import check_recipe
+from whit.tensor import TensorSpec
 
 from tiny_models import ARCHITECTURES, save_tiny, tiny_model
 
@@ -234,6 +238,56 @@ def test_a_weight_that_is_not_finite_is_named_with_its_place(value: float, tmp_p
     with pytest.raises(NonFiniteError, match=rf"model.layers.1.mlp.up_proj.weight: {value} at position \[5, 17\]"):
         quantize(tmp_path / "model", tmp_path / "out", INT4)
     assert not (tmp_path / "out").exists()
+
+
+def dense(model: Path, out: Path, kind: type[Dense]) -> Job:
+    job = prepare(model, out, None, Options())
+    exporter = kind(job.source.model, model)
+    return replace(job, exporter=exporter, plan=plan_dense(job.source, exporter))
+
+
+KEPT = {"model.norm.weight": (3,), "model.embed_tokens.weight": (5, 2), "model.layers.0.input_layernorm.weight": (0,)}
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("name", KEPT)
+def test_what_is_kept_must_be_finite_too(name: str, value: float, tmp_path: Path):
+    save_tiny(tmp_path / "model", "llama", torch.bfloat16)
+    path = tmp_path / "model/model.safetensors"
+    tensors = load_file(path)
+    tensors[name][KEPT[name]] = value
+    save_file(tensors, path, metadata={"format": "pt"})
+    said = rf"^{name}: {value} at position \[{', '.join(map(str, KEPT[name]))}\]"
+    ways = (
+        lambda out: quantize(tmp_path / "model", out, INT4),
+        lambda out: dequantize(tmp_path / "model", out),  # convert, where bytes are copied
+        lambda out: run(dense(tmp_path / "model", out, Float32)),
+    )
+    for number, way in enumerate(ways):
+        with pytest.raises(NonFiniteError, match=said):
+            way(tmp_path / f"out{number}")
+        assert not (tmp_path / f"out{number}").exists()
+
+
+def test_a_weight_that_the_files_type_does_not_hold_is_named(tmp_path: Path):
+    save_tiny(tmp_path / "model", "llama", torch.bfloat16)
+    path = tmp_path / "model/model.safetensors"
+    tensors = load_file(path)
+    tensors["model.norm.weight"][7] = 1e5
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(NonFiniteError, match=r"^model.norm.weight: 9.98e\+04 is beyond float16's 6.55e\+04;"):
+        run(dense(tmp_path / "model", tmp_path / "out", Float16))
+
+
+def test_a_buffer_may_hold_infinities(tmp_path: Path):
+    model = tiny_model("llama")
+    model.model.register_buffer("mask", torch.full((2, 2), float("-inf")).triu(1))
+    path = tmp_path / "model"
+    model.save_pretrained(path)
+    source = open_source(path)
+    source.model.model.register_buffer("mask", torch.empty(2, 2))
+    source.origins = {**source.origins, "model.mask": Origin(TensorSpec((2, 2), torch.float32), ("model.mask",))}
+    assert read_finite(source, "model.mask").isinf().any()
 
 
 def test_missing_parameters_and_wrong_shapes_are_all_named(tmp_path: Path):

@@ -33,7 +33,7 @@ from whit.methods import Method, stand_in
 from whit.methods.base import Block, BlockMethod
 from whit.methods.lowrank import beside, repaired
 from whit.methods.together import Together, Work
-from whit.plan import Coded, Item, Source, Unit, floats
+from whit.plan import Coded, Item, Source, Unit, floats, read_finite
 from whit.tensor import Format, LayerStats, QuantizedTensor, rotation
 from whit.transforms.base import Inputs, Rounding
 from whit.transforms.fold import Basis, rescale
@@ -96,7 +96,7 @@ class ReadAhead:
 
 def _read_ahead(source: Source, items: Sequence[Item], reader: ThreadPoolExecutor) -> Iterator[Tensor]:
     """The items' parameters in order; the next one is read while the last is worked on."""
-    futures = (reader.submit(source.read, item.name) for item in items)
+    futures = (reader.submit(read_finite, source, item.name) for item in items)
     ahead = next(futures, None)
     while ahead is not None:
         current, ahead = ahead, next(futures, None)
@@ -146,7 +146,7 @@ class BlockReader:
             self._coming = {name: self._reader.submit(self._read, name) for name in names}
 
     def _read(self, name: str) -> Tensor:
-        return self._source.read(self._source.tied.get(name, name))
+        return read_finite(self._source, self._source.tied.get(name, name))
 
 
 class BlockFeed:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, replace
+from functools import partial
 from math import isfinite, sqrt
 from pathlib import Path
 
@@ -22,11 +23,12 @@ from whit.calibration.capture import EXPERT_TOKENS
 from whit.checkpoint.work import WorkFolder, check_space, disk_errors, is_done
 from whit.checkpoint.writer import Writer, index_json
 from whit.coverage import Account, Entry, load_account
+from whit.errors import NonFiniteError
 from whit.feed import BlockFeed, Feed, Given, ReadAhead
 from whit.finish import finish
 from whit.formats.bands import bands_of
 from whit.formats.lowrank import without_side_car
-from whit.formats.numeric import check_finite
+from whit.formats.numeric import check_finite, is_finite
 from whit.importance import weighed
 from whit.job import Job, Options, prepare
 from whit.methods import Clip
@@ -34,7 +36,7 @@ from whit.methods.bands import use_of_rows
 from whit.methods.lowrank import beside, repaired
 from whit.methods.regrid import regrid
 from whit.methods.stack import proxy_loss, quantize_stack
-from whit.plan import Coded, Item, Source, Unit, floats
+from whit.plan import Coded, Item, Source, Unit, floats, read_finite
 from whit.recipe import Recipe
 from whit.tensor import QuantizedTensor, matrix_shape
 from whit.transcode import taken_over
@@ -145,7 +147,7 @@ class Output:
         if tensors is None:
             entry = self.source.entry(item.name)
             assert entry is not None, item.name
-            self.writer.copy(next(iter(item.written)), self.source.checkpoint, entry)
+            self.writer.copy(next(iter(item.written)), self.source.checkpoint, entry, partial(self._check, item))
         else:
             for name, tensor in tensors.items():
                 self.writer.write(name, tensor)
@@ -153,6 +155,11 @@ class Output:
             found = self.exporter.decode(item, {name: self.writer.read(name) for name in item.written})
             if found is not None:
                 self.decoded.append(_difference(found.t() if item.target.transposed else found, meant.cpu()))
+
+    def _check(self, item: Item, part: Tensor) -> None:
+        """Raise NonFiniteError for a part with values that the parameter may not have; it says where in the whole."""
+        if not is_finite(part):
+            read_finite(self.source, item.name)
 
     def _record(self, unit: Unit, entries: Sequence[Entry], seconds: float) -> None:
         self.writer.sync()
@@ -195,6 +202,8 @@ def _convert(job: Job, item: Item, given: Given) -> tuple[Mapping[str, Tensor], 
     if item.format is None or item.target is None or job.recipe is None:
         tensors = job.exporter.tensors(item, weight)
         dense = floats(item, job.exporter.restore(item, tensors))
+        if is_finite(weight) and not is_finite(dense):
+            raise _overflow(item, weight)
         entry = entry_of(item, relative_error(_rows(weight), _rows(dense)))
         if given.note is not None:
             entry = replace(entry, reason=f"{entry.reason}; {given.note}")
@@ -229,6 +238,16 @@ def _convert(job: Job, item: Item, given: Given) -> tuple[Mapping[str, Tensor], 
     entry = replace(entry_of(item, relative_error(matrix, near)), reason=reason, proxy_loss=loss, tokens=given.tokens)
     tensors = {**job.exporter.tensors(item, quantized), **job.exporter.inputs(item, given.inputs)}
     return tensors, entry, item.parameter(near)
+
+
+def _overflow(item: Item, weight: Tensor) -> NonFiniteError:
+    """What to say of a kept parameter with values that the file's type does not hold."""
+    kind = next(spec.dtype for spec in item.written.values())
+    largest, most = weight.abs().max().item(), torch.finfo(kind).max
+    return NonFiniteError(
+        f"{item.name}: {largest:.3g} is beyond {str(kind).removeprefix('torch.')}'s {most:.3g}; every weight must fit; "
+        "choose another --export"
+    )
 
 
 def _importance(job: Job, item: Item) -> Tensor | None:

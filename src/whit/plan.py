@@ -21,6 +21,7 @@ from whit.errors import RecipeError
 from whit.export.base import Exporter, Parameter, Value
 from whit.export.settle import settle
 from whit.formats.bands import bands_of, refuse_table
+from whit.formats.numeric import check_finite, is_finite
 from whit.methods import Method
 from whit.model.graph import find_blocks
 from whit.model.source import Origin
@@ -133,6 +134,17 @@ class Plan:
     @property
     def bits_per_weight(self) -> float:
         return 8 * self.size_bytes / max(self.parameters, 1)
+
+
+def read_finite(source: Source, name: str) -> Tensor:
+    """A parameter as `Source.read` gives it. NonFiniteError where it holds a NaN or an infinity.
+
+    A buffer may: a causal mask holds infinities.
+    """
+    values = source.read(name)
+    if not is_finite(values) and name not in {buffer for buffer, _ in source.model.named_buffers()}:
+        check_finite(values, name)
+    return values
 
 
 def floats(item: Item, value: Value) -> Tensor:

@@ -61,15 +61,17 @@ def test_several_shards_and_their_index(tmp_path: Path):
 
 
 def test_a_copy_is_the_same_bytes_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("whit.checkpoint.writer.CHUNK", 7)
+    monkeypatch.setattr("whit.checkpoint.writer.CHUNK", 12)
     (tmp_path / "in").mkdir()
     tensors = {"a": torch.arange(20, dtype=torch.float32), "none": torch.zeros(0)}
     (tmp_path / "in/model.safetensors").write_bytes(save(tensors))
     writer = Writer(tmp_path, plan_shards(specs_of(tensors).items(), 1 << 20))
+    seen: list[torch.Tensor] = []
     with Checkpoint(tmp_path / "in") as source:
         for name in source:
-            writer.copy(name, source, source.entries[name])
+            writer.copy(name, source, source.entries[name], lambda part: seen.append(part.clone()))
     writer.close()
+    assert torch.equal(torch.cat(seen), tensors["a"])
     assert torch.equal(load_file(tmp_path / "model.safetensors")["a"], tensors["a"])
 
 

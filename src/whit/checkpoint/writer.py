@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -119,14 +119,15 @@ class Writer(Written):
         assert data.numel() == size, f"{name}: {data.numel()} bytes where {size} were planned"
         _write_bytes(descriptor, byte_view(data), start)
 
-    def copy(self, name: str, source: Checkpoint, entry: Entry) -> None:
-        """Copy a tensor's bytes from another file, a few at a time."""
+    def copy(self, name: str, source: Checkpoint, entry: Entry, seen: Callable[[Tensor], None]) -> None:
+        """Copy a tensor's bytes from another file, a few at a time; each part (values,) is shown to `seen` first."""
         descriptor, start, size = self._places[name]
         assert entry.stop - entry.start == size, f"{name}: {entry.stop - entry.start} bytes where {size} were planned"
         buffer = memoryview(bytearray(min(CHUNK, size)))
         for done in range(0, size, CHUNK):
             part = buffer[: size - done]
             read_bytes(source.descriptor(entry.path), part, entry.start + done, entry.path)
+            seen(torch.frombuffer(part, dtype=entry.spec.dtype))
             _write_bytes(descriptor, part, start + done)
 
     def sync(self) -> None:

@@ -45,13 +45,21 @@ def check_fits(values: Tensor, dtype: torch.dtype, where: str) -> None:
         raise FormatError(f"{where} {values.max().item():.3g} is beyond {name}'s {largest:.3g}; use a wider scale type")
 
 
+def is_finite(values: Tensor) -> bool:
+    """Whether no value is a NaN or an infinity; integers have neither."""
+    if not values.is_floating_point() or not values.numel():
+        return True
+    if values.dtype.itemsize == 1:  # float8 has no arithmetic
+        values = values.to(torch.float32)
+    # a finite sum has only finite terms, and takes a tenth of the time; it may overflow, though
+    return bool(torch.isfinite(values.sum())) or bool(torch.isfinite(values).all())
+
+
 def check_finite(weight: Tensor, where: str) -> None:
     """Raise NonFiniteError naming `where` and the first position that holds a NaN or an infinity."""
-    if not weight.numel() or bool(torch.isfinite(weight.sum())):  # a finite sum has only finite terms
+    if is_finite(weight):
         return
-    bad = ~torch.isfinite(weight)
-    if not bool(bad.any()):  # the sum overflowed
-        return
+    bad = ~torch.isfinite(weight.to(torch.float32) if weight.dtype.itemsize == 1 else weight)
     position = tuple(int(i) for i in bad.nonzero()[0])
     value = weight[position].item()
     raise NonFiniteError(
