@@ -84,6 +84,18 @@ def test_the_product_is_torchs_int_mm():
     assert torch.equal(int8.int_product(codes, weight), torch._int_mm(codes, weight.T.contiguous()))
 
 
+@pytest.mark.parametrize("out", [1, 2, 3, 17, 64])
+@pytest.mark.parametrize("columns", [1, 2, 3, 7, 8, 33, 64])
+@pytest.mark.parametrize("rows", [1, 2, 17, 65])
+def test_sums_are_exact_whatever_the_shape(rows, columns, out):
+    codes = torch.randint(-128, 128, (rows, columns)).to(torch.int8)
+    weight = torch.randint(-128, 128, (out, columns)).to(torch.int8)
+    expected = codes.long() @ weight.long().T
+    assert torch.equal(int8.int_product(codes, weight).long(), expected)
+    strided = torch.stack([weight, weight], dim=2)[:, :, 0]
+    assert torch.equal(int8.int_product(codes, strided).long(), expected)
+
+
 @pytest.mark.parametrize("how", ["int8", "int8-asym", "int8-tensor", "int8-tensor-asym"])
 @pytest.mark.parametrize("spec", ["int8", "int8-absmax", "int8-tensor", "int4-channel"])
 def test_dynamic_is_the_product_of_what_the_codes_stand_for(how, spec):

@@ -100,9 +100,11 @@ def outlier_columns(x: Tensor, threshold: float) -> Tensor:
 
 def int_product(codes: Tensor, weight: Tensor) -> Tensor:
     """codes int8 (rows, in) @ weight int8 (out, in)^T, exact, int32 (rows, out)."""
-    if not codes.is_cuda:
-        return torch._int_mm(codes.contiguous(), weight.t())
     (rows, columns), out = codes.shape, weight.shape[0]
+    if not codes.is_cuda:
+        if columns == 1:  # torch 2.13 leaves sums of one term unwritten: what it returns is whatever the memory held
+            codes, weight = pad(codes, (0, 1)), pad(weight, (0, 1))
+        return torch._int_mm(codes.contiguous(), weight.t())
     # cuBLASLt asks for more than 16 rows, and for multiples of 8 elsewhere
     codes = pad(codes, (0, -columns % 8, 0, max(17 - rows, 0)))
     weight = pad(weight, (0, -columns % 8, 0, -out % 8))
