@@ -25,6 +25,7 @@ from whit.cli import (
     train,
 )
 from whit.cli.console import say_error
+from whit.cli.quiet import bars_on_terminals_alone
 from whit.errors import WhitError
 
 COMMANDS = (
@@ -72,6 +73,7 @@ def _root(
 
 def main() -> None:
     """Entry point: 0 done, 1 a clear error in one sentence, 2 wrong usage, 3 a quality gate not met."""
+    bars_on_terminals_alone()
     try:
         build_app()()
     except WhitError as error:

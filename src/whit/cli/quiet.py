@@ -4,6 +4,17 @@ from __future__ import annotations
 
 import logging as standard
 import warnings
+from functools import partialmethod
+
+
+def bars_on_terminals_alone() -> None:
+    """tqdm's bars, whoever draws them, appear where standard error is a terminal; a log file gets none.
+
+    transformers draws one over a .gguf file's tensors, and others, that its own switch does not reach.
+    """
+    from tqdm.std import tqdm
+
+    tqdm.__init__ = partialmethod(tqdm.__init__, disable=None)  # None: unless it is a terminal
 
 
 def quiet_transformers() -> None:
