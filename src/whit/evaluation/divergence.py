@@ -8,7 +8,9 @@ Stored logits keep the baseline's own dtype, so both ways give the same figures 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -49,17 +51,30 @@ class Divergence:
 
 def compare_windows(model: Any, baseline: Baseline, windows: Tensor, listener: Listener) -> Divergence:
     """Score the windows with both and compare. Raises EvaluationError on NaN or on other vocabularies."""
-    found = []
+    on_gpu = model.device.type == "cuda"
+    return compare_all((partial(next_token_logits, model),), baseline, windows, on_gpu, listener)[0]
+
+
+def compare_all(
+    runs: Sequence[Callable[[Tensor], Tensor]], baseline: Baseline, windows: Tensor, on_gpu: bool, listener: Listener
+) -> tuple[Divergence, ...]:
+    """Several models beside one baseline, which runs once: each of `runs` gives a batch's next-token logits."""
+    found: list[list[Tensor]] = [[] for _ in runs]
     done = 0
-    for index, batch in enumerate(batches(windows, model.device.type == "cuda")):
-        figures = _compare(next_token_logits(model, batch), baseline.logits(index, batch), batch[:, 1:].reshape(-1))
-        found.append(figures.reshape(4, batch.shape[0], -1))
-        require_finite(found[-1][0], "the model")
-        require_finite(found[-1][1], "the baseline")
-        require_finite(found[-1][2], "the model")
+    for index, batch in enumerate(batches(windows, on_gpu)):
+        reference, targets = baseline.logits(index, batch), batch[:, 1:].reshape(-1)
+        for run, figures in zip(runs, found, strict=True):
+            figures.append(_compare(run(batch), reference, targets).reshape(4, batch.shape[0], -1))
+            require_finite(figures[-1][0], "the model")
+            require_finite(figures[-1][1], "the baseline")
+            require_finite(figures[-1][2], "the model")
         done += batch.shape[0]
-        listener.step("comparison", done, windows.shape[0], batch.numel())
-    losses, baseline_losses, kl, agreement = torch.cat(found, dim=1)
+        listener.step("comparison", done, windows.shape[0], batch.numel() * len(runs))
+    return tuple(_joined(figures) for figures in found)
+
+
+def _joined(figures: Sequence[Tensor]) -> Divergence:
+    losses, baseline_losses, kl, agreement = torch.cat(list(figures), dim=1)
     return Divergence(losses, baseline_losses, kl, agreement.bool())
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ from torch import Tensor
 
 from whit.data import resolve_text
 from whit.errors import UnsupportedModelError
-from whit.evaluation.divergence import LiveBaseline, compare_windows
+from whit.evaluation.divergence import LiveBaseline, compare_all
 from whit.evaluation.listener import Listener, Silent
+from whit.evaluation.perplexity import next_token_logits
 from whit.evaluation.statistics import blocks
 from whit.evaluation.text import choose_context, cut_windows, read_text, tokenize
 from whit.integrations.loading import load_causal_lm, load_config, load_tokenizer, maximum_context
@@ -54,24 +56,35 @@ def measure_routes(
     """Each of the `merged` folders by the name of its route, and two to compare with.
 
     These are the base alone, and, where the base is packed, what dequantizing, adding and rounding to nearest gives
-    (the way in which PEFT merges into 4-bit weights). UnsupportedModelError where PEFT is not installed.
+    (the way in which PEFT merges into 4-bit weights). All are in memory together, so that base and adapter run once.
+    UnsupportedModelError where PEFT is not installed.
     """
     text, listener = text or Text(), listener or Silent()
     windows = _windows(str(model), text)
     reference = load_with_adapter(model, adapter, device)
-    found = []
+    rounded = load_causal_lm(str(model), device=device)
+    if not round_in_place(rounded, read_adapter(adapter)):
+        rounded = None
+    runs = {route: _runs(load_causal_lm(str(folder), device=device)) for route, folder in merged.items()}
+    runs[DROPPED] = partial(_without_adapter, reference)
+    if rounded is not None:
+        runs[ROUNDED] = _runs(rounded)
+    on_gpu = reference.device.type == "cuda"
+    found = compare_all(tuple(runs.values()), LiveBaseline(reference), windows, on_gpu, listener)
+    return tuple(
+        Measured(route, blocks(divergence.kl).mean, float(divergence.agreement.double().mean()))
+        for route, divergence in zip(runs, found, strict=True)
+    )
 
-    def compare(route: str, network: Any) -> None:
-        divergence = compare_windows(network, LiveBaseline(reference), windows, listener)
-        found.append(Measured(route, blocks(divergence.kl).mean, float(divergence.agreement.double().mean())))
 
-    for route, folder in merged.items():
-        compare(route, load_causal_lm(str(folder), device=device))
-    base = load_causal_lm(str(model), device=device)
-    compare(DROPPED, base)
-    if round_in_place(base, read_adapter(adapter)):
-        compare(ROUNDED, base)
-    return tuple(found)
+def _runs(network: Any) -> Callable[[Tensor], Tensor]:
+    return partial(next_token_logits, network)
+
+
+def _without_adapter(network: Any, batch: Tensor) -> Tensor:
+    """The base's logits, of the model that has the adapter beside it."""
+    with network.disable_adapter():
+        return next_token_logits(network, batch)
 
 
 def load_with_adapter(model: str | Path, adapter: str | Path, device: str = "auto") -> Any:
