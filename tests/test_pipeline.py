@@ -240,6 +240,14 @@ def test_a_weight_that_is_not_finite_is_named_with_its_place(value: float, tmp_p
     assert not (tmp_path / "out").exists()
 
 
+def test_what_was_packed_and_is_kept_now_has_the_models_type(tmp_path: Path):
+    save_tiny(tmp_path / "model", "llama", torch.bfloat16)
+    quantize(tmp_path / "model", tmp_path / "first", INT4.with_rules([*INT4.rules, ("lm_head", "int8")]))
+    quantize(tmp_path / "first", tmp_path / "second", INT4)
+    source, stored = open_source(tmp_path / "first"), load_file(tmp_path / "second/model.safetensors")
+    assert torch.equal(stored["lm_head.weight"], source.read("lm_head.weight").to(torch.bfloat16))
+
+
 def dense(model: Path, out: Path, kind: type[Dense]) -> Job:
     job = prepare(model, out, None, Options())
     exporter = kind(job.source.model, model)

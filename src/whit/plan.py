@@ -11,6 +11,7 @@ from itertools import groupby
 from math import prod
 from typing import Any, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -66,6 +67,10 @@ class Coded(Source, Protocol):
 
     def note(self, name: str) -> str | None:
         """Why a parameter that is quantized in the file has no format."""
+        ...
+
+    def coded(self, name: str) -> bool:
+        """Whether a parameter lies in the file as codes, of some format or of none; it is read in float32 then."""
         ...
 
 
@@ -178,8 +183,17 @@ def plan_quantization(source: Source, recipe: Recipe, exporter: Exporter, shard_
         if taken is not None and taken.needs_stats and not name.startswith(reached):
             taken = None
         method = _method(recipe, groups.get(name, ())) if format is not None else None
-        items.append(_item(exporter, Parameter(name, origin.spec, target, format, activations=taken), reason, method))
+        spec = origin.spec if format is not None else _kept(source, name)
+        items.append(_item(exporter, Parameter(name, spec, target, format, activations=taken), reason, method))
     return _assemble(source.model, items, exporter, shard_size)
+
+
+def _kept(source: Source, name: str) -> TensorSpec:
+    """What a parameter is kept as: what it is in the file, or in the model's own type where it was quantized there."""
+    spec = source.origins[name].spec
+    if not (isinstance(source, Coded) and source.coded(name)):
+        return spec
+    return TensorSpec(spec.shape, source.model.config.dtype or torch.bfloat16)
 
 
 def _misfits(model: PreTrainedModel, exporter: Exporter, formats: Mapping[Target, Format]) -> list[str]:

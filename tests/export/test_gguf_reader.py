@@ -8,6 +8,7 @@ from tempfile import TemporaryDirectory
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from test_gguf import NAMES, save
 from tokenizers import Tokenizer
 
@@ -23,7 +24,7 @@ from whit.job import Options, open_source, prepare
 from whit.pipeline import run
 from whit.tensor import QuantizedTensor, TensorSpec
 
-from tiny_models import tiny_model
+from tiny_models import save_tiny, tiny_model
 
 gguf = pytest.importorskip("gguf", reason="gguf-py is not installed here")
 
@@ -66,6 +67,26 @@ def test_codes_come_back_without_quantizing_again(name: str, spec: str, tmp_path
             assert torch.equal(near.t() if turned and not torch.equal(near, meant) else near, meant)
             compared += 1
     assert compared >= 8
+
+
+def test_what_is_kept_of_codes_has_the_models_type_and_floats_their_own(tmp_path: Path):
+    folder = save_tiny(tmp_path / "model", "llama", torch.float16)
+    recipe = whit.Recipe(rules=[("*", "q8_0"), ("*.q_proj", "bf16"), ("model.embed_tokens", "q8_0")])
+    whit.quantize(folder, tmp_path / "m.gguf", recipe, export="gguf")
+    rules = [("*", "int4-g32"), ("*.q_proj", "bf16")]
+    account = whit.quantize(tmp_path / "m.gguf", tmp_path / "out", whit.Recipe(rules=rules))
+    source, stored = open_source(tmp_path / "m.gguf"), load_file(tmp_path / "out/model.safetensors")
+    kept = {entry.name: entry for entry in account.parameters if entry.status == "kept"}
+    assert {stored[name].dtype for name in kept if "norm" in name} == {torch.float32}  # as they lie in the file
+    assert all(torch.equal(stored[name], source.read(name)) for name in kept if "norm" in name)
+    embedding = source.read("model.embed_tokens.weight")
+    assert embedding.dtype == torch.float32
+    assert torch.equal(stored["model.embed_tokens.weight"], embedding.half())
+    assert 0 < kept["model.embed_tokens.weight"].relative_error < 1e-3
+    name = "model.layers.0.self_attn.q_proj.weight"
+    assert stored[name].dtype == torch.float16
+    assert torch.equal(stored[name], load_file(folder / "model.safetensors")[name])
+    assert json.loads((tmp_path / "out/config.json").read_text())["dtype"] == "float16"
 
 
 def test_every_type_of_ggml_is_read(tmp_path: Path):

@@ -60,6 +60,11 @@ class ForeignSource(ModelSource):
         notes = (self.foreign.packed[key].note for key in self.origins[name].keys if key in self.foreign.packed)
         return next((note for note in notes if note), None)
 
+    def coded(self, name: str) -> bool:
+        """Whether a parameter lies in the file as codes."""
+        packed = (self.foreign.packed.get(key) for key in self.origins[name].keys)
+        return any(item is not None and item.dtype is None for item in packed)
+
     def _order(self, name: str) -> Tensor | None:
         """For each row of a parameter that is assembled from parts: which row of all parts, one after another, it is.
 

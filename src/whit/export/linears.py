@@ -105,7 +105,7 @@ class LinearsExport(FolderExport):
     def tensors(self, parameter: Parameter, value: Value) -> Mapping[str, Tensor]:
         if parameter.target is None or not isinstance(value, QuantizedTensor):
             assert isinstance(value, Tensor)
-            return stored_tensors(self.model, parameter.name, value)
+            return stored_tensors(self.model, parameter.name, value.to(parameter.spec.dtype))
         tensors: dict[str, Tensor] = {}
         for module, rows in self.pieces(parameter.target):
             piece = value if value.shape == (len(rows), value.shape[-1]) else take_rows(value, rows)

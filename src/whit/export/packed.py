@@ -72,6 +72,10 @@ class PackedSource:
         """Nothing: every parameter has its format."""
         return None
 
+    def coded(self, name: str) -> bool:
+        """Whether a parameter is packed."""
+        return name in self.packed
+
     def _account(self, state: Mapping[str, Tensor], packed: Mapping[str, Any]) -> None:
         for target, owner in (self.model.all_tied_weights_keys or {}).items():
             if (target in self.origins) != (owner in self.origins):

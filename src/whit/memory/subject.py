@@ -65,6 +65,10 @@ class ConfigSource:
         """Nothing is to be said."""
         return None
 
+    def coded(self, name: str) -> bool:
+        """No parameter is quantized yet."""
+        return False
+
 
 @dataclass(frozen=True)
 class Subject:

@@ -91,6 +91,9 @@ class CodedMerge(MergedSource):
     def note(self, name: str) -> str | None:
         return self.base.note(name)
 
+    def coded(self, name: str) -> bool:
+        return name not in self.whole and self.base.coded(name)
+
     def _check_products(self) -> None:
         for name, delta in self.deltas.items():
             if delta.magnitude is not None:

@@ -24,13 +24,15 @@ from whit.tensor import Format, QuantizedTensor, TensorSpec
 @dataclass(frozen=True)
 class Packed:
     """A quantized matrix in a file. `keys` are its tensors; `format` is None where no format of whit holds it exactly,
-    for the reason in `note`; `load` gives the value, floats in that case."""
+    for the reason in `note`; `load` gives the value, floats in that case. `dtype` is theirs where the file
+    has floats; those of codes are float32."""
 
     keys: tuple[str, ...]
     shape: tuple[int, ...]
     format: Format | None
     load: Callable[[], QuantizedTensor | Tensor]
     note: str | None = None
+    dtype: torch.dtype | None = None
 
     def read(self) -> QuantizedTensor | Tensor:
         """The value. CheckpointError where the tensors do not fit together."""
@@ -38,7 +40,7 @@ class Packed:
             return self.load()
 
     def floats(self) -> Tensor:
-        """The float32 weight."""
+        """The weight, in float32 or in its `dtype`."""
         with sentences(self.keys[0]):
             value = self.load()
             return value.dequantize() if isinstance(value, QuantizedTensor) else value
@@ -70,7 +72,7 @@ class Foreign(Mapping[str, Tensor]):
         hidden = {key for item in packed.values() for key in item.keys}
         self.entries = {name: entry for name, entry in checkpoint.entries.items() if name not in hidden}
         for name, item in packed.items():
-            spec = TensorSpec(item.shape, torch.float32)
+            spec = TensorSpec(item.shape, item.dtype or torch.float32)
             self.entries[name] = Entry(checkpoint.entries[item.keys[0]].path, spec, 0, 0)
         self._transposed: set[str] = set()
 

@@ -119,9 +119,13 @@ def _frequencies(header: GgufHeader) -> dict[str, Tensor]:
 
 
 def _dtype(header: GgufHeader) -> torch.dtype:
-    """What the matrices that are not quantized have, or else bfloat16."""
-    kinds = [t.type for t in header.tensors.values() if len(t.shape) > 1 and t.type in DTYPES]
-    return DTYPES[kinds[0]] if kinds else torch.bfloat16
+    """The type of the model that the file was made of: 16 bits, but for a file that has matrices of float32 alone."""
+    kinds = [tensor.type for tensor in header.tensors.values() if len(tensor.shape) > 1]
+    halves = [kind for kind in kinds if kind in ("F16", "BF16")]
+    if halves:
+        return DTYPES[halves[0]]
+    # where others are quantized, one in float32 is the gate of experts
+    return DTYPES[kinds[0]] if kinds and all(kind in DTYPES for kind in kinds) else torch.bfloat16
 
 
 def _packed(checkpoint: GgufCheckpoint, tensor: GgufTensor, architecture: Architecture, config: Any) -> Packed | None:
@@ -139,7 +143,8 @@ def _packed(checkpoint: GgufCheckpoint, tensor: GgufTensor, architecture: Archit
     if order is None and not offset and not turned:
         return None
     read: Callable[[], Tensor] = partial(_floats, checkpoint, tensor, order, offset)
-    return Packed((tensor.name,), tensor.shape, None, read, "stored otherwise than transformers does")
+    dtype = torch.float32 if offset else DTYPES[tensor.type]  # what is exact
+    return Packed((tensor.name,), tensor.shape, None, read, "stored otherwise than transformers does", dtype)
 
 
 def _experts(checkpoint: GgufCheckpoint, tensor: GgufTensor, architecture: Architecture) -> dict[str, Packed]:
@@ -157,7 +162,8 @@ def _experts(checkpoint: GgufCheckpoint, tensor: GgufTensor, architecture: Archi
             load = _floats if tensor.type in DTYPES else _decoded
             note = "one of a stack of experts" if tensor.type in DTYPES else f"{tensor.type} is no format of whit"
             args = (checkpoint, tensor, rows, 0.0) if tensor.type in DTYPES else (checkpoint, tensor, rows)
-            found[name] = Packed((tensor.name,), shape, None, partial(load, *args), note)
+            dtype = DTYPES.get(tensor.type)
+            found[name] = Packed((tensor.name,), shape, None, partial(load, *args), note, dtype)
     return found
 
 
@@ -184,7 +190,9 @@ def _decoded(checkpoint: GgufCheckpoint, tensor: GgufTensor, order: Tensor | Non
 
 
 def _floats(checkpoint: GgufCheckpoint, tensor: GgufTensor, order: Tensor | None, offset: float) -> Tensor:
-    floats = checkpoint[tensor.name].to(torch.float32) - offset
+    floats = checkpoint[tensor.name]
+    if offset:
+        floats = floats.to(torch.float32) - offset
     if len(tensor.shape) == 3:  # experts below each other
         floats = floats.reshape(-1, tensor.shape[-1])
     return floats if order is None else floats[order]
