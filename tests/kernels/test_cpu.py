@@ -25,7 +25,7 @@ from whit.tensor import PackedWeight
 GROUPED = [f"int{bits}-g{group}" for bits in range(1, 9) for group in (16, 32, 64, 128, 256)]
 OTHER = [
     *(f"int{bits}-g32-asym" for bits in range(1, 9)), *(f"int{bits}-channel" for bits in range(1, 9)),
-    "int8-tensor", "int4-g64-asym-fz", "int8-g64-asym-fz", "int4-g48", "int2-g96-asym", "int4-g128-f16",
+    "int8-tensor", "int8-absmax", "int4-g64-asym-fz", "int8-g64-asym-fz", "int4-g48", "int2-g96-asym", "int4-g128-f16",
     "int4-g128-f32", "int3-channel-asym", "nf4", "nf4-g16", "nf4-dq", "nf4-g128-dq", "nf4-channel", "fp4", "fp8",
     "dynamic8-g64", "codebook(-1,-0.3,0.3,0.5,1)-g64", "codebook(-1,1)-g32", "codebook(-1,0.1,1)-g256",
     "binary-g64", "binary",

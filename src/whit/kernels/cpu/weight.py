@@ -11,7 +11,7 @@ from torch import Tensor
 
 from whit.kernels.cpu.binding import CODES, NESTED, NONE, TYPES, Library, WeightPlan
 from whit.kernels.cpu.memory import in_huge_pages
-from whit.tensor import Format, PackedWeight, matrix_shape, radix, rotation
+from whit.tensor import Format, PackedWeight, matrix_shape, product_dtype, radix, rotation
 
 LAYOUT = 1  # of what `prepare` makes; another number is another file of prepared weights (compiled/prepared)
 LANE = 16  # the kernels' runs of columns that share params
@@ -78,6 +78,9 @@ def plan_weight(packed: PackedWeight, library: Library, move: bool) -> CpuWeight
         plan.nested_offset = tensors["absmax_offset"].data_ptr()
     else:
         scale = tensors[next(name for name in ("absmax", "d", "scale") if name in tensors)]
+        if "absmax" in tensors and product_dtype(format) == torch.int8:  # levels are codes: a product rounds once
+            scale = format.row_scale(tensors)  # type: ignore[attr-defined]
+            held.append(scale)
         plan.scale, plan.scale_type = scale.data_ptr(), TYPES[scale.dtype]
         plan.scale_stride = groups if scale.numel() > 1 else 0
     if "zero_point" in tensors:
@@ -110,7 +113,8 @@ def run_size(format: Format) -> int:
 
 
 def level_table(format: Format) -> Tensor:
-    """What each stored code stands for under a scale of 1 and a zero point of 0: float32 (2^bits,)."""
+    """What each stored code stands for under a scale (per row: `row_scale`) of 1 and a zero point of 0: float32
+    (2^bits,)."""
     return _levels(format)[0]  # every format is hashable
 
 
@@ -132,7 +136,9 @@ def _levels(format: Format) -> tuple[Tensor, bool]:
     with torch.inference_mode(False):
         table = torch.zeros(count)
         levels = getattr(format, "levels", None) or getattr(format, "integer_levels", None)
-        if levels is not None:  # fewer than 2^bits of them, perhaps
+        if product_dtype(format) == torch.int8:
+            table = torch.arange(count, dtype=torch.float32) + format.code_min
+        elif levels is not None:  # fewer than 2^bits of them, perhaps
             table[: len(levels)] = torch.tensor(levels, dtype=torch.float32)
         else:
             codes = torch.arange(count, dtype=torch.int16) + format.code_min
