@@ -16,8 +16,7 @@ from whit import Calibration, Recipe, quantize
 from whit.errors import RecipeError, WhitError
 from whit.export import EXPORTERS
 from whit.pipeline import dequantize
-from whit.qat.course import Course
-from whit.qat.run import prepare_full
+from whit.qat import Course, Setting, Words, finish, learn, prepare_full, prepare_scales
 from whit.rotation import rotate
 
 from tiny_models import save_tiny
@@ -117,7 +116,37 @@ def test_files_that_cannot_hold_one_say_so(llama: Path, export: str, tmp_path: P
 def test_what_cannot_be_rotated_is_said_before_a_weight_is_read(llama: Path, text: Path, tmp_path: Path):  # noqa: F811
     with pytest.raises(RecipeError, match=r"a rotation turns 256 columns at a time.*use \+h64"):
         quantize(llama, tmp_path / "out", Recipe("rtn", [("*", "int8+h256")]))
-    with pytest.raises(RecipeError, match="by refine, which moves columns one by one"):
-        quantize(llama, tmp_path / "out", Recipe("refine", [("*", "int4-g64+h64")]), calibration=Calibration(text))
-    with pytest.raises(RecipeError, match="must be trained in a plain format"):
-        prepare_full(llama, tmp_path / "out", Recipe("rtn", [("*", "int4-g64+h64")]), Course())
+
+
+def test_training_is_done_in_the_basis_of_the_codes(llama: Path, text: Path, tmp_path: Path):  # noqa: F811
+    """Trained whole with rounded inputs, or its scales alone: what is written is what was trained.
+
+    The inputs are rounded where the packed model rounds them, after the turn.
+    """
+    calibration = Calibration(text, samples=8, context=32)
+    quantize(llama, tmp_path / "start", Recipe("rtn", [("*", "int3-g16+h16")]))
+    words = Words(tokens=calibration.tokens(whit.job.load_tokenizer(""), 512).tokens)
+    course = Course(steps=8, batch=4, rate=0.03, scale_rate=0.02)
+    setting = Setting(calibration=calibration)
+    full = prepare_full(
+        llama,
+        tmp_path / "full",
+        Recipe("rtn", [("*", "int4-channel+h64")], activations="int8-static"),
+        course,
+        words,
+        setting,
+    )
+    for training in (
+        full,
+        prepare_scales(tmp_path / "start", tmp_path / "scales", course, words, Setting(teacher=llama)),
+    ):
+        losses: list[float] = []
+        values = learn(training, lambda what, step, total, loss, seen=losses: seen.append(loss))
+        finish(training, values)
+        assert losses[-1] < 0.9 * losses[0]
+        packed = AutoModelForCausalLM.from_pretrained(training.job.out)
+        for name, module in packed.named_modules():
+            if isinstance(module, whit.modules.PackedModule):
+                assert torch.equal(module.dequantize(torch.float32), values[f"{name}.weight"].dequantize())
+    module = packed.model.layers[0].mlp.down_proj
+    assert str(module.format) == "int3-g16+h16"

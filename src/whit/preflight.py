@@ -8,11 +8,10 @@ from collections.abc import Callable, Mapping, Sequence
 
 from whit.errors import RecipeError
 from whit.formats import lowrank, rotated
-from whit.methods.base import BlockMethod
 from whit.methods.stack import can_stack
 from whit.model.targets import Target
 from whit.recipe import Recipe
-from whit.tensor import Format, rotation
+from whit.tensor import Format
 
 
 def check_recipe(
@@ -42,7 +41,6 @@ def check_recipe(
     problems += _unreached(recipe, chosen)
     for refuse in (lowrank.refuse_shape, rotated.refuse_shape):
         problems += [f"{t.holder}: {f} for {why}" for t, f in chosen.items() if (why := refuse(f, t.shape))]
-    problems += _unturned(recipe, chosen)
     if recipe.needs_stats:
         problems += _unstackable(chosen)
     if fits is not None:
@@ -86,20 +84,6 @@ def _unstackable(formats: Mapping[Target, Format]) -> list[str]:
         f"{holder}: {format} has params that span experts, which calibration treats one by one; "
         "every expert must have its own; use a format without -dq or -tensor"
         for format, holder in wrong.items()
-    ]
-
-
-def _unturned(recipe: Recipe, formats: Mapping[Target, Format]) -> list[str]:
-    """Methods that move codes one by one, for formats whose codes are of rotated columns."""
-    alike: dict[tuple[Format, str], list[str]] = {}
-    for target, format in formats.items():
-        method = recipe.method_for(target.holder) or recipe.method
-        if rotation(format) and isinstance(method, BlockMethod):
-            alike.setdefault((format, method.name), []).append(target.holder)
-    return [
-        f"{names[0]} ({len(names)} modules): {format} by {method}, which moves columns one by one; a rotation turns "
-        f"{rotation(format)} together; use gptq, or {rotated.without_rotation(format)}"
-        for (format, method), names in alike.items()
     ]
 
 

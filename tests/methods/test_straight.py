@@ -8,8 +8,13 @@ from test_refine import lost, refine, work
 
 import whit
 from whit import RTN
+from whit.formats.rotated import as_rotated
+from whit.layouts import BITS
 from whit.methods.latent import Latent
+from whit.methods.lowrank import beside
+from whit.methods.nested import Banded, Turned, moves_weights, moving_parts
 from whit.methods.straight import Straight
+from whit.qat.trained import Frozen
 from whit.tensor import QuantizedTensor, tensor_param
 
 SPECS = (
@@ -71,6 +76,40 @@ def test_a_group_of_zeros_may_learn(spec: str, inside: float, random: torch.Gene
             value.add_(moved[key].sign(), alpha=0.1)
         trained.confine()
         assert torch.isfinite(trained.decode()).all()
+
+
+@pytest.mark.parametrize("spec", ["int3-g64+h64", "nf4-dq+h16", "bands(int8-g32:3,nf4-dq:4,int2-g32+h16)"])
+def test_formats_around_others_are_trained_as_what_is_in_them(spec: str, random: torch.Generator):
+    """Rotated codes, rows in bands: gradients lead to the parts through the same map that their numbers come by."""
+    format, weight = whit.parse_format(spec), torch.randn(12, 256, generator=random)
+    start = beside(RTN(), torch.randperm(12, generator=random))(weight, None, format)
+    moving = moving_parts(lambda own, codes: Straight(own, codes, 0.9), weight, start)
+    assert torch.equal(moving.decode(), start.dequantize())
+    assert moving_parts(lambda _, codes: Frozen(codes), None, start).decode().equal(start.dequantize())
+    pull = torch.randn(12, 256, generator=random)
+    for key, gradient in moving.gradients(pull).items():
+        if moves_weights(key):  # of weights within their range: (w + h) decoded is w + h, to first order
+            wanted = pull if start.codes.shape[0] == 12 else pull[start.codes[0] == int(key[4])]
+            turned = as_rotated(format if start.codes.shape[0] == 12 else format.parts[int(key[4])][0])
+            wanted = wanted if turned is None else turned.turned(wanted)
+            unit = next(u.unit for u in straights(moving) if u.master is moving.variables[key])
+            inside = gradient != 0
+            assert inside.float().mean() > 0.9
+            torch.testing.assert_close(gradient[inside], (wanted * unit)[inside])
+    for key, value in moving.variables.items():
+        value.add_(torch.randn(value.shape, generator=random), alpha=0.02 if moves_weights(key) else 0.4)
+    moving.confine()
+    decoded, stored = moving.decode(), moving.quantized()
+    assert stored.format == format
+    assert torch.equal(decoded, stored.dequantize())
+    assert not torch.equal(decoded, start.dequantize())
+    assert torch.equal(BITS.unpack(BITS.pack(stored)).dequantize(), decoded)
+
+
+def straights(moving: object) -> list[Straight]:
+    if isinstance(moving, Turned):
+        return straights(moving.moving)
+    return [s for band in moving.bands.values() for s in straights(band)] if isinstance(moving, Banded) else [moving]
 
 
 def frozen(straight: Straight, params: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -147,7 +186,8 @@ def test_the_scale_of_lsq(random: torch.Generator):
 
 
 @pytest.mark.parametrize(
-    "spec", ["int2-g32", "int3-g32-asym", "nf4-dq", "q2_k", "q4_0", "ternary-g32", "binary-g32", "mxfp4"]
+    "spec",
+    ["int2-g32", "int3-g32-asym", "nf4-dq", "q2_k", "q4_0", "ternary-g32", "binary-g32", "mxfp4", "int2-g32+h16"],
 )
 def test_every_format_gets_better(spec: str, random: torch.Generator):
     block, weights, start = work(random, spec)

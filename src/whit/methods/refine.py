@@ -27,6 +27,7 @@ from whit.methods.descent import Descent, Samples
 from whit.methods.gptq import GPTQ
 from whit.methods.joined import Matrices, Moving, Part, grouped, join
 from whit.methods.latent import Latent
+from whit.methods.nested import moving_parts
 from whit.methods.workers import Workers, workers
 from whit.tensor import Format, LayerStats, QuantizedTensor
 
@@ -112,7 +113,7 @@ class Refine:
     ) -> Matrices:
         parts = [Part(name, len(weights[name]), _itself, _itself) for name in names]
         weight = torch.cat([weights[name] for name in names])
-        return Matrices(parts, self.moving(weight, join([quantized[name] for name in names])))
+        return Matrices(parts, moving_parts(self.moving, weight, join([quantized[name] for name in names])))
 
     def moving(self, weight: Tensor, quantized: QuantizedTensor) -> Moving:
         """What gradients move: offsets within the cells of the start."""

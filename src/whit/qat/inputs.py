@@ -22,6 +22,7 @@ from whit.activations import Activations
 from whit.errors import RecipeError
 from whit.kernels import float8, int8
 from whit.kernels.inputs import decoded, rounded_inputs
+from whit.rotation import rotate
 from whit.tensor import QuantizedTensor
 
 SCALE, ZERO = "input_scale", "input_zero_point"
@@ -72,8 +73,10 @@ class Range:
         return self.start[SCALE] * torch.exp2(self.moves[SCALE])
 
 
-def round_inputs(module: nn.Module, how: Activations, start: Mapping[str, Tensor] | None = None) -> None:
+def round_inputs(module: nn.Module, how: Activations, start: Mapping[str, Tensor] | None = None, turn: int = 0) -> None:
     """From here on a linear rounds its inputs; static ranges are parameters of it, float32, for `start` as yet.
+
+    Where the codes are of a rotated matrix, `turn` columns are rotated together before, and back after.
 
     RecipeError for outlier columns, which stay in floats and cannot be learned around.
     """
@@ -81,11 +84,13 @@ def round_inputs(module: nn.Module, how: Activations, start: Mapping[str, Tensor
         raise RecipeError(f"activations {how}: training rounds all columns; use int8, or a static range")
     for key, value in (start or {}).items():
         module.register_parameter(key, nn.Parameter(value.to(torch.float32), requires_grad=False))
-    module.register_forward_pre_hook(lambda module, inputs: (rounded(inputs[0], module, how), *inputs[1:]))
+    module.register_forward_pre_hook(lambda module, inputs: (rounded(inputs[0], module, how, turn), *inputs[1:]))
 
 
-def rounded(x: Tensor, module: nn.Module, how: Activations) -> Tensor:
+def rounded(x: Tensor, module: nn.Module, how: Activations, turn: int = 0) -> Tensor:
     """x as the packed linear sees it, in its own type; differentiable in x and in the range's parameters."""
+    if turn:
+        return rotate(rounded(rotate(x, turn), module, how), turn)
     if how.kind == "static":
         found: Tensor = _Static.apply(x, getattr(module, SCALE), getattr(module, ZERO, None), how.dtype)  # type: ignore[no-untyped-call]
         return found

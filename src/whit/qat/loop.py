@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from whit.errors import TrainingError
+from whit.methods.nested import moves_weights
 from whit.methods.workers import Workers, workers
 from whit.qat.course import Course
 from whit.qat.losses import divergence, hidden_loss, text_loss
@@ -153,7 +154,8 @@ class Loop:
         groups: dict[float, list[Tensor]] = {}
         for one in self.trained.values():
             for key, value in one.variables.items():
-                rate = course.scale_rate if key else course.kept_rate if isinstance(one, Kept) else course.rate
+                rate = course.kept_rate if isinstance(one, Kept) else course.rate
+                rate = rate if moves_weights(key) else course.scale_rate
                 groups.setdefault(rate, []).append(value)
         return groups
 

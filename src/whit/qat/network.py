@@ -51,14 +51,15 @@ class Network:
         other.model = copy.deepcopy(self.model, same)
         return other
 
-    def quantize_inputs(self, how: Mapping[str, Activations], ranges: Mapping[str, Range]) -> None:
-        """From here on the inputs of these modules are rounded as they will be when the model runs packed.
+    def quantize_inputs(self, how: Mapping[str, tuple[Activations, int]], ranges: Mapping[str, Range]) -> None:
+        """From here on the inputs of these modules are rounded as they will be when the model runs packed, so many
+        columns rotated together (`round_inputs`).
 
         Static ones have `ranges`, whose values may be held like those of other parameters.
         """
-        for holder, activations in how.items():
+        for holder, (activations, turn) in how.items():
             start = ranges[holder].start if holder in ranges else None
-            round_inputs(self.model.get_submodule(holder), activations, start)
+            round_inputs(self.model.get_submodule(holder), activations, start, turn)
             self.exact |= set(ranges[holder].names.values()) if holder in ranges else set()
 
     def parameter(self, name: str) -> nn.Parameter:

@@ -26,10 +26,10 @@ from whit.checkpoint.reader import Checkpoint, read_json
 from whit.checkpoint.work import is_done
 from whit.coverage import Account, load_account
 from whit.errors import RecipeError
-from whit.formats.bands import bands_of
 from whit.integrations.loading import load_tokenizer, maximum_context
 from whit.job import Job, Options, open_source, prepare
-from whit.methods.joined import Matrices, Moving, Part, grouped, join
+from whit.methods.joined import Matrices, Part, grouped, join
+from whit.methods.nested import moving_parts
 from whit.methods.straight import Fitted, Straight
 from whit.pipeline import run as write
 from whit.plan import Coded, Item, Source
@@ -42,7 +42,7 @@ from whit.qat.sampled import own_calibration, sample_windows
 from whit.qat.state import StateFile
 from whit.qat.trained import Frozen, Kept, Trained, Value
 from whit.recipe import Recipe
-from whit.tensor import QuantizedTensor, rotation
+from whit.tensor import QuantizedTensor, matrix_shape, rotation
 from whit.transcode import prepare_transcode, recast
 
 OWN_TEXT = "self"  # in the place of a text: what the model itself writes
@@ -111,7 +111,6 @@ def prepare_full(
     job = prepare(model, out, recipe, setting.options, calibration, setting.export)
     if isinstance(job.source, Coded):
         raise RecipeError(f"{model}: quantized already; full training begins with the unquantized model; use scales")
-    _refuse_formats(job)
     assert job.recipe is not None
     begin = None
     if not given:
@@ -137,24 +136,9 @@ def prepare_scales(
         raise RecipeError("train: text self without a teacher; the model's own errors teach nothing; name --teacher")
     _refuse_activations(str(model), setting.options.trust_remote_code)
     job = prepare_transcode(model, out, setting.export, setting.options)
-    _refuse_formats(job)
     teacher = None if setting.teacher is None else str(setting.teacher)
     training = {"mode": "scales", **_described(course, words), "teacher": teacher}
     return Training("scales", replace(job, training=training, exact=frozenset()), course, words, setting)
-
-
-def _refuse_formats(job: Job) -> None:
-    for item in job.plan.items:
-        if item.format is not None and bands_of(item.format) is not None:
-            raise RecipeError(
-                f"{item.name}: {item.format}; training moves the params of one format for all rows; "
-                "give the table one with a rule"
-            )
-        if item.format is not None and rotation(item.format):
-            raise RecipeError(
-                f"{item.name}: {item.format} turns columns together, and training moves them one by one; it must be "
-                "trained in a plain format; leave the rotation out"
-            )
 
 
 def _refuse_activations(model: str, trusted: bool) -> None:
@@ -204,8 +188,13 @@ def learn(
         teacher = Network(exact, _reader(exact), job.device, training.dtype)
     tokens = _tokens(training, teacher or network)
     ranges = _ranges(training)
-    activated = {i.target.holder: i.activations for i in job.plan.items if i.target is not None and i.activations}
-    network.quantize_inputs(activated, ranges)
+    network.quantize_inputs(
+        {
+            i.target.holder: (i.activations, 0 if i.format is None else rotation(i.format))
+            for i in job.plan.items if i.target is not None and i.activations
+        },
+        ranges,
+    )  # fmt: skip
     with torch.no_grad():
         trained = prepare_trained(training, codes)
         trained |= {f"{holder}.inputs": one for holder, one in ranges.items()}
@@ -219,17 +208,17 @@ def learn(
 
 def prepare_trained(training: Training, codes: Callable[[Item], QuantizedTensor]) -> dict[str, Trained]:
     """Every quantized parameter, made ready from its start; joined where that computes the same."""
-    job, course = training.job, training.course
+    job, course, plain = training.job, training.course, training.course.units == "plain"
     trained: dict[str, Trained] = {}
     for items in _joined(job):
         starts = [codes(item).to(job.device) for item in items]
-        parts = [Part(i.name, len(s.codes), i.matrix, i.parameter) for i, s in zip(items, starts, strict=True)]
-        start, plain = join(starts), course.units == "plain"
+        parts = [Part(i.name, s.shape[0], i.matrix, i.parameter) for i, s in zip(items, starts, strict=True)]
         if training.mode == "scales":
-            moving: Moving = Frozen(start, plain)
+            moving = moving_parts(lambda _, start: Frozen(start, plain), None, join(starts))
         else:
             weight = torch.cat([item.matrix(job.source.read(item.name).to(job.device)) for item in items])
-            moving = Fitted(weight, start) if course.fitted else Straight(weight, start, course.inside, plain)
+            make = Fitted if course.fitted else lambda own, start: Straight(own, start, course.inside, plain)
+            moving = moving_parts(make, weight, join(starts))
         trained[items[0].name] = Matrices(parts, moving)
     return trained
 
@@ -261,7 +250,7 @@ def _codes(training: Training) -> Callable[[Item], QuantizedTensor]:
         assert isinstance(source, Coded)
         assert item.format is not None
         found = recast(source.quantized(item.name), item.format, item.name)
-        return QuantizedTensor(found.format, tuple(found.codes.shape), found.codes, found.params)
+        return QuantizedTensor(found.format, matrix_shape(found.shape), found.codes, found.params)
 
     return read
 

@@ -27,7 +27,7 @@ class Trained(Protocol):
 
     @property
     def variables(self) -> dict[str, Tensor]:
-        """What is moved in place, by name; "" are weights, other names are params."""
+        """What is moved in place, by name; "" are weights (in bands: `band0/`), other names are params."""
         ...
 
     def decode(self) -> dict[str, Tensor]:
