@@ -87,6 +87,8 @@ def test_loftq_is_the_papers(llama, format, rounds):
         torch.testing.assert_close(b @ a, wanted, rtol=1e-4, atol=1e-6)
         left = (weight - q - b @ a).square().sum() / weight.square().sum()
         assert start.after == pytest.approx(float(left), rel=1e-4)
+        plain = whit.quantize_tensor(weight, format).dequantize()
+        assert start.before == pytest.approx(float((weight - plain).square().sum() / weight.square().sum()), rel=1e-4)
         assert start.after < start.before
 
 

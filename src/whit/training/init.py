@@ -160,12 +160,12 @@ class _Setter:
         hessian = None if stats is None else stats.hessian
         weight = weight.to(packed.packed.device, torch.float32)
         present = BITS.unpack(packed.packed)
+        whole = lost(weight, hessian)
+        before = lost(weight - present.dequantize(), hessian)  # while its params are what the module holds
         found = self._solve(weight, present, stats, len(layer.lora_A[self.adapter].weight))  # type: ignore[union-attr]
         if found.quantized is not present:
             packed.load_state_dict(dict(BITS.pack(found.quantized).tensors), strict=False)
         _put(place, self.adapter, found.b, found.a)
-        whole = lost(weight, hessian)
-        before = lost(weight - present.dequantize(), hessian)
         after = lost(weight - _effective(place, self.adapter), hessian)
         return Start(place.name, before / whole if whole else 0.0, after / whole if whole else 0.0)
 
