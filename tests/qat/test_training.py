@@ -22,8 +22,8 @@ from whit.qat import Course, Setting, Training, Words, prepare_full, prepare_sca
 from whit.qat.loop import Loop
 from whit.qat.losses import divergence, hidden_loss, text_loss
 from whit.qat.network import Network
-from whit.qat.run import _codes, _reader, prepare_trained
 from whit.qat.sampled import sample_windows
+from whit.qat.start import prepare_trained, starting_codes
 
 from tiny_models import save_tiny
 
@@ -233,10 +233,10 @@ def test_gradients_of_scales_are_finite_differences_of_the_loss(model: Path, tmp
     """With codes that stay, the loss is smooth in the scales: central differences through the whole model."""
     whit.quantize(model, tmp_path / "q", whit.Recipe("rtn", [("*", "int3-channel")]))
     training = prepare_scales(tmp_path / "q", tmp_path / "out", Course(), WORDS, Setting(teacher=model))
-    job, codes = training.job, _codes(training)
+    job, codes = training.job, starting_codes(training)
     items = [item for item in job.plan.items if item.format is not None]
     trained = prepare_trained(training, codes)
-    network = Network(job.source, _reader(job.source), job.device, torch.float64, [item.name for item in items])
+    network = Network(job.source, job.source.read, job.device, torch.float64, [item.name for item in items])
     exact = whit.job.open_source(model)
     loop = Loop(network, Network(exact, exact.read, job.device, torch.float64), trained, TOKENS, training.course)
 

@@ -14,8 +14,8 @@ import torch
 from whit.finish import peak_memory
 from whit.memory.activations import training_bytes, widths
 from whit.methods.joined import JOINED
+from whit.qat.job import Training
 from whit.qat.losses import CHUNK
-from whit.qat.run import Training
 
 STATE = 16  # bytes per trained element
 WORK = 40  # bytes per weight of the largest matrix, or of those joined, while it is decoded and led back

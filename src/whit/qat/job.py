@@ -1,0 +1,139 @@
+"""End-to-end training before it begins: planned and checked, no weight read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from hashlib import sha256
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from whit.calibration import Calibration
+from whit.checkpoint.hub import resolve_model
+from whit.checkpoint.reader import read_json
+from whit.errors import RecipeError
+from whit.job import Job, Options, prepare
+from whit.plan import Coded
+from whit.qat.course import Course
+from whit.recipe import Recipe
+from whit.transcode import prepare_transcode
+
+OWN_TEXT = "self"  # in the place of a text: what the model itself writes
+
+
+@dataclass(frozen=True)
+class Words:
+    """The windows to train on: drawn from a text file or `whit:text`, or (`self`) written by the teacher.
+
+    `tokens` int64 (windows, context) take the place of all that.
+    """
+
+    text: str | Path = "whit:text"
+    windows: int = 1024
+    context: int | None = None
+    tokens: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What surrounds a run: how it is done, the kind of file, and whom it follows.
+
+    Full training starts from what the recipe's method makes of `calibration`, or from the folder `start` that whit has
+    quantized in the same formats. Training scales follows `teacher`, an unquantized model, where there is one.
+    """
+
+    options: Options = field(default_factory=Options)
+    export: str = "whit"
+    calibration: Calibration | None = None
+    start: Path | None = None
+    teacher: str | Path | None = None
+
+
+@dataclass(frozen=True)
+class Training:
+    """One end-to-end run, checked. `job` is what is written; `begin` makes what it starts from, where that must be."""
+
+    mode: str
+    job: Job
+    course: Course
+    words: Words
+    setting: Setting
+    begin: Job | None = None
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        """In which the model computes; masters are float32."""
+        return torch.bfloat16 if self.job.device.type == "cuda" else torch.float32
+
+    @property
+    def place(self) -> Path:
+        """Where the state lies."""
+        return self.job.out.parent / f".{self.job.out.name}.training"
+
+
+def prepare_full(
+    model: str | Path, out: str | Path, recipe: Recipe, course: Course, words: Words | None = None,
+    setting: Setting | None = None,
+) -> Training:  # fmt: skip
+    """Plan the training of all of a model; the `recipe` says the formats and the method that chooses the start."""
+    setting, words = setting or Setting(), words or Words()
+    given = setting.start is not None
+    if given:
+        recipe = recipe.changed(method="rtn", methods=(), transform=None)
+    calibration = setting.calibration if recipe.needs_text else None
+    job = prepare(model, out, recipe, setting.options, calibration, setting.export)
+    if isinstance(job.source, Coded):
+        raise RecipeError(f"{model}: quantized already; full training begins with the unquantized model; use scales")
+    assert job.recipe is not None
+    begin = None
+    if not given:
+        start = job.out.parent / f".{job.out.name}.start"
+        static = job.recipe.activations if job.recipe.activations and job.recipe.activations.needs_stats else None
+        first = Recipe(job.recipe.method, job.recipe.rules, activations=static, methods=job.recipe.methods)
+        begin = prepare(model, start, first, setting.options, calibration)
+    else:
+        job = replace(job, calibration=None)  # ranges are those of the start
+    told = {"start": _account_hash(setting.start) if setting.start is not None else None}
+    job = replace(job, training={"mode": "full", **_described(course, words), **told})
+    return Training("full", job, course, words, setting, begin)
+
+
+def prepare_scales(
+    model: str | Path, out: str | Path, course: Course, words: Words | None = None, setting: Setting | None = None
+) -> Training:
+    """Plan the training of a quantized model's params. Without a teacher it learns from the text alone."""
+    setting, words = setting or Setting(), words or Words()
+    if setting.teacher is None and course.needs_teacher:
+        course = replace(course, distill=0.0, hidden=0.0, text=course.text or 1.0)
+    if setting.teacher is None and words.text == OWN_TEXT:
+        raise RecipeError("train: text self without a teacher; the model's own errors teach nothing; name --teacher")
+    _refuse_activations(str(model), setting.options.trust_remote_code)
+    job = prepare_transcode(model, out, setting.export, setting.options)
+    teacher = None if setting.teacher is None else str(setting.teacher)
+    training = {"mode": "scales", **_described(course, words), "teacher": teacher}
+    return Training("scales", replace(job, training=training, exact=frozenset()), course, words, setting)
+
+
+def _refuse_activations(model: str, trusted: bool) -> None:
+    folder = resolve_model(model, trusted)
+    config = read_json(folder / "config.json") if folder.is_dir() else {}
+    if config.get("quantization_config", {}).get("inputs"):
+        raise RecipeError(
+            f"{model}: its inputs are quantized too; training scales alone knows weights only; "
+            "train the unquantized model with --qat full and --activations"
+        )
+
+
+def _described(course: Course, words: Words) -> dict[str, object]:
+    """What a run depends on beside the model and the plan."""
+    text: dict[str, object] = {"text": str(words.text), "windows": words.windows, "context": words.context}
+    if words.tokens is not None:
+        digest = sha256(words.tokens.contiguous().numpy().tobytes()).hexdigest()
+        text = {"sha256": digest, "windows": len(words.tokens), "context": words.tokens.shape[1]}
+    return {"course": course.to_json(), "words": text}
+
+
+def _account_hash(folder: Path) -> str:
+    return sha256((folder / "whit.json").read_bytes()).hexdigest()
