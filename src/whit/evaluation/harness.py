@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from whit.errors import EvaluationError
 from whit.evaluation.result import TaskResult
 from whit.evaluation.tasks import builtin
+from whit.randomness import callers_randomness
 
 _ACCURACIES = ("acc_norm", "acc", "exact_match", "acc_bytes", "mc2")
 
@@ -47,7 +47,7 @@ def run_harness(
     for name, known in asked.items():
         _require_known(name, known, manager.all_tasks)
     try:
-        with _callers_randomness():
+        with _callers_generators():
             found = simple_evaluate(
                 HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=8),
                 tasks=list(asked.values()),
@@ -89,12 +89,11 @@ def _result(name: str, known: str, found: dict[str, Any]) -> TaskResult:
 
 
 @contextmanager
-def _callers_randomness() -> Iterator[None]:
+def _callers_generators() -> Iterator[None]:
     """The harness seeds random, numpy and torch; the caller gets them back as they were."""
     state, numpy_state = random.getstate(), np.random.get_state()
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
     try:
-        with torch.random.fork_rng(devices=devices):
+        with callers_randomness():
             yield
     finally:
         random.setstate(state)

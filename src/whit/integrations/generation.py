@@ -10,6 +10,7 @@ import torch
 
 from whit.errors import EvaluationError
 from whit.integrations.cache import QuantizedCache
+from whit.randomness import seeded
 
 
 @dataclass(frozen=True)
@@ -76,10 +77,8 @@ def generate(model: Any, tokenizer: Any, prompt: str, sampling: Sampling, stream
     pad = model.generation_config.pad_token_id
     first_stop = stop[0] if isinstance(stop, list) else stop
     cache = QuantizedCache(model.config, sampling.kv_cache, sampling.recent) if sampling.kv_cache else None
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
     start = time.perf_counter()
-    with torch.random.fork_rng(devices=devices), torch.inference_mode():
-        torch.manual_seed(sampling.seed)
+    with seeded(sampling.seed), torch.inference_mode():
         try:
             output = model.generate(
                 **inputs,

@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from whit.errors import TrainingError
 from whit.modules import PackedModule, QuantizedExperts, QuantizedLinear
+from whit.randomness import seeded
 from whit.training.prepare import prepare_for_training
 from whit.training.settings import ALL_LINEAR, Tuning
 
@@ -39,8 +40,7 @@ def add_adapters(model: Any, tuning: Tuning, seed: int) -> Any:  # peft.PeftMode
         task_type="CAUSAL_LM", fan_in_fan_out=any(isinstance(m, Conv1D) for m in model.modules()),
     )  # fmt: skip
     use_fused(config)
-    with torch.random.fork_rng(devices=()):
-        torch.default_generator.manual_seed(seed)
+    with seeded(seed, torch.device("cpu")):
         adapted = peft.get_peft_model(model, config)
     for parameter in adapters(adapted):
         parameter.data = parameter.data.float()

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from whit.errors import TrainingError
+from whit.randomness import seeded
 from whit.training.data import Example
 from whit.training.loss import ResponseLoss
 from whit.training.optimizers import set_rate
@@ -120,7 +120,7 @@ class Loop:
         step = self.work.steps[number]
         targets, total = self.work.targets(step), torch.zeros((), device=self.device)
         for index, counts in self.ranks.turns(len(step)):
-            with self._own_randomness(derive(self.seed, "dropout", number, index)):
+            with seeded(derive(self.seed, "dropout", number, index), self.device):
                 with self._precision():
                     loss = self.loss(self.model, self._batch(step[index], self.work.examples)) / targets * counts
                 loss.backward()  # type: ignore[no-untyped-call]
@@ -142,7 +142,7 @@ class Loop:
         every = [rows for step in self.work.steps for rows in step]
         fullest = max(every, key=self.work.tokens)
         self.model.train()
-        with self._own_randomness(self.seed):
+        with seeded(self.seed, self.device):
             for _ in range(2 if self.device.type == "cuda" else 1):  # the first one compiles kernels
                 began = time.perf_counter()
                 with self._precision():
@@ -162,13 +162,3 @@ class Loop:
     def _precision(self) -> torch.autocast:
         half = self.model.get_input_embeddings().weight.dtype == torch.bfloat16  # packed parameters say nothing of it
         return torch.autocast(self.device.type, torch.bfloat16, enabled=half)
-
-    @contextmanager
-    def _own_randomness(self, seed: int) -> Iterator[None]:
-        """Random numbers by a seed of our own, the caller's put back afterwards."""
-        gpu = self.device.type == "cuda"
-        with torch.random.fork_rng(devices=[self.device] if gpu else []):
-            torch.default_generator.manual_seed(seed)
-            if gpu:
-                torch.cuda.manual_seed(seed)
-            yield
