@@ -31,7 +31,7 @@ from whit.checkpoint.reader import Checkpoint
 from whit.checkpoint.writer import Writer, index_json, plan_shards
 from whit.job import Options, prepare
 from whit.layouts import BITS
-from whit.pipeline import relative_error
+from whit.parameter import relative_error
 from whit.tensor import TensorSpec
 
 RESULTS = Path(__file__).parent / "results"

@@ -15,7 +15,7 @@ STAGES = (
     ("model",), ("calibration",), ("transforms",), ("formats",), ("methods",), ("arrays", "recipe", "preflight"),
     ("layouts",), ("kernels",), ("modules",), ("export",), ("integrations",), ("compiled",), ("training",),
     ("evaluation",), ("plan", "coverage", "job", "transcode", "finish", "estimate", "feed", "importance"),
-    ("pipeline", "allocation"), ("tuning", "merging"), ("report", "memory"), ("qat",), ("cli", "__main__"),
+    ("parameter", "pipeline", "allocation"), ("tuning", "merging"), ("report", "memory"), ("qat",), ("cli", "__main__"),
 )  # fmt: skip
 RANK = {name: rank for rank, stage in enumerate(STAGES) for name in stage}
 MOST_LINES = 400

@@ -24,7 +24,8 @@ from whit.export.packed import PackedSource
 from whit.job import Job, Options, open_source, prepare
 from whit.model.source import Origin
 from whit.model.targets import find_targets
-from whit.pipeline import dequantize, quantize, relative_error, run
+from whit.parameter import relative_error
+from whit.pipeline import dequantize, quantize, run
 from whit.plan import plan_dense, read_finite
 from whit.preflight import check_recipe
 from whit.tensor import TensorSpec

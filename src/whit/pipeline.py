@@ -10,39 +10,25 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
-from math import isfinite, sqrt
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from whit.calibration import Calibration
-from whit.calibration.capture import EXPERT_TOKENS
 from whit.checkpoint.work import WorkFolder, check_space, disk_errors, is_done
 from whit.checkpoint.writer import Writer, index_json
 from whit.coverage import Account, Entry, load_account
-from whit.errors import NonFiniteError
-from whit.feed import BlockFeed, Feed, Given, ReadAhead
+from whit.feed import BlockFeed, Feed, ReadAhead
 from whit.finish import finish
-from whit.formats.bands import bands_of
-from whit.formats.lowrank import without_side_car
-from whit.formats.numeric import check_finite, is_finite
+from whit.formats.numeric import is_finite
 from whit.importance import weighed
 from whit.job import Job, Options, prepare
-from whit.methods import Clip
-from whit.methods.bands import use_of_rows
-from whit.methods.lowrank import beside, repaired
-from whit.methods.regrid import regrid
-from whit.methods.stack import proxy_loss, quantize_stack
-from whit.plan import Coded, Item, Source, Unit, floats, read_finite
+from whit.parameter import as_matrix, entry_of, finish_parameter, relative_error
+from whit.plan import Item, Source, Unit, read_finite
 from whit.recipe import Recipe
-from whit.tensor import QuantizedTensor, matrix_shape
-from whit.transcode import taken_over
-
-SCALES = {"same": "its own scales", "moved": "its scales, moved", "new": "new scales"}
-CHUNK = 1 << 20  # weights whose error is measured at a time: about what a processor's cache holds
 
 
 def quantize(
@@ -186,7 +172,7 @@ def _write_item(job: Job, output: Output, feed: Feed, item: Item) -> Entry:
     if _is_copy(job.source, item) and not feed.changes(item):
         output.write(item, None)
         return entry_of(item)
-    tensors, entry, approximation = _convert(job, item, feed.give(item))
+    tensors, entry, approximation = finish_parameter(job, item, feed.give(item))
     output.write(item, tensors, approximation)
     feed.take_back(item, approximation)
     return entry
@@ -196,119 +182,6 @@ def _is_copy(source: Source, item: Item) -> bool:
     return item.is_copy and source.entry(item.name) is not None
 
 
-def _convert(job: Job, item: Item, given: Given) -> tuple[Mapping[str, Tensor], Entry, Tensor]:
-    """The tensors that a parameter becomes, its account, and what they stand for in the parameter's own shape."""
-    weight = given.weight
-    if item.format is None or item.target is None or job.recipe is None:
-        tensors = job.exporter.tensors(item, weight)
-        dense = floats(item, job.exporter.restore(item, tensors))
-        if is_finite(weight) and not is_finite(dense):
-            raise _overflow(item, weight)
-        entry = entry_of(item, relative_error(_rows(weight), _rows(dense)))
-        if given.note is not None:
-            entry = replace(entry, reason=f"{entry.reason}; {given.note}")
-        return tensors, entry, dense
-    check_finite(weight, item.name)
-    matrix = item.matrix(weight).to(job.device)
-    method, reason, loss = item.method or job.recipe.method, _note(given), None
-    if item.method is not None:
-        reason = "; ".join(filter(None, (f"by {item.method.name}, as a rule says", reason)))
-    if (taken := taken_over(job, item.name, item.format)) is not None:
-        quantized, reason = taken.to(job.device), "its codes as they were"
-    elif given.quantized is not None:
-        quantized = given.quantized
-    elif item.name in job.regridded:
-        quantized, reason = _regridded(job, item, matrix, given)
-    elif given.stats is not None:
-        quantized = quantize_stack(beside(method), matrix, given.stats, item.format)
-    elif isinstance(method, Clip) and (weights := _importance(job, item)) is not None:
-        plain = method.weighted(matrix, weights.to(job.device), without_side_car(item.format))
-        quantized = repaired(plain, matrix, None, item.format)
-    else:
-        if job.importance:
-            reason = "the importance matrix has nothing for it"
-        if method.needs_stats:
-            method, reason = Clip(), "by clip: calibration reaches the linears of blocks alone"
-        quantized = beside(method, _use_of_rows(job, item))(matrix, None, item.format)
-    near = quantized.dequantize()
-    check_finite(near, f"{item.name}: what {method.name} made of it in {item.format}")
-    if given.stats is not None:
-        loss = float(f"{proxy_loss(matrix, near, given.stats):.5g}")
-    reason = "; ".join(filter(None, (item.reason, reason))) or None
-    entry = replace(entry_of(item, relative_error(matrix, near)), reason=reason, proxy_loss=loss, tokens=given.tokens)
-    tensors = {**job.exporter.tensors(item, quantized), **job.exporter.inputs(item, given.inputs)}
-    return tensors, entry, item.parameter(near)
-
-
-def _overflow(item: Item, weight: Tensor) -> NonFiniteError:
-    """What to say of a kept parameter with values that the file's type does not hold."""
-    kind = next(spec.dtype for spec in item.written.values())
-    largest, most = weight.abs().max().item(), torch.finfo(kind).max
-    return NonFiniteError(
-        f"{item.name}: {largest:.3g} is beyond {str(kind).removeprefix('torch.')}'s {most:.3g}; every weight must fit; "
-        "choose another --export"
-    )
-
-
-def _importance(job: Job, item: Item) -> Tensor | None:
-    """The weights of a parameter's columns, but for a table in bands, whose rows are weighed."""
-    banded = item.format is not None and bands_of(item.format) is not None
-    return None if banded else job.importance.get(item.name)
-
-
-def _use_of_rows(job: Job, item: Item) -> Tensor | None:
-    """How often each row of a table in bands is used, by the calibration text."""
-    if item.format is None or bands_of(item.format) is None or job.calibration is None:
-        return None
-    return use_of_rows(job.calibration.tokens, item.spec.shape[0])
-
-
-def _regridded(job: Job, item: Item, matrix: Tensor, given: Given) -> tuple[QuantizedTensor, str]:
-    """New codes between the params that the parameter has in MODEL, and how much of the change lies in these."""
-    assert isinstance(job.source, Coded)
-    present = job.source.quantized(item.name).to(job.device)
-    found = regrid(matrix, present, None if given.stats is None else given.stats[0])
-    how = "lossless: its codes as they were" if found.lossless else f"new codes on {SCALES[found.scales]}"
-    near = "" if given.stats is not None or found.lossless else ", to nearest: calibration does not reach it"
-    return found.quantized, f"{how}{near}; {100 * found.share:.3g} % of the change lies in scales and zero points"
-
-
-def _note(given: Given) -> str | None:
-    """Which experts saw too little of the calibration text."""
-    if not given.starved:
-        return None
-    names = ", ".join(map(str, given.starved))
-    return f"experts {names} saw fewer than {EXPERT_TOKENS} tokens and were given the statistics of all experts"
-
-
 def _difference(found: Tensor, meant: Tensor) -> float:
     """0 where two tensors are the same, bit for bit, else the relative error."""
-    return 0.0 if torch.equal(found, meant) else max(relative_error(_rows(meant), _rows(found)), 1e-12)
-
-
-def _rows(tensor: Tensor) -> Tensor:
-    return tensor.reshape(matrix_shape(tuple(tensor.shape)))
-
-
-def relative_error(weight: Tensor, approximation: Tensor) -> float:
-    """||W - W^|| / ||W|| of two matrices, 0 where W is 0; in chunks that stay in the processor's cache."""
-    for dtype in (torch.float32, torch.float64):  # the second where squares leave the range of the first
-        norm = difference = 0.0
-        rows = max(CHUNK // max(weight.shape[1], 1), 1)
-        for exact, near in zip(torch.split(weight, rows), torch.split(approximation, rows), strict=True):
-            row = exact.to(dtype).reshape(-1)
-            norm += row.square().sum().item()
-            row = row - near.reshape(-1)
-            difference += row.square().sum().item()
-        if isfinite(norm) and norm > 0:
-            return float(f"{sqrt(difference / norm):.5g}")
-    return 0.0
-
-
-def entry_of(item: Item, relative_error: float = 0.0) -> Entry:
-    """The account of a planned parameter; the error is 0 where it is kept as it is."""
-    if item.format is None:
-        return Entry(item.name, "kept", None, item.reason, item.bits_per_weight, relative_error)
-    how = None if item.activations is None else str(item.activations)
-    quantized = (str(item.format), item.reason, item.bits_per_weight, relative_error)
-    return Entry(item.name, "quantized", *quantized, activations=how)
+    return 0.0 if torch.equal(found, meant) else max(relative_error(as_matrix(meant), as_matrix(found)), 1e-12)

@@ -38,7 +38,8 @@ from whit.formats import EXAMPLES
 from whit.importance import weighed
 from whit.job import Job, Options, prepare
 from whit.methods import METHODS
-from whit.pipeline import entry_of, run
+from whit.parameter import entry_of
+from whit.pipeline import run
 from whit.recipe import Recipe
 from whit.transforms import TRANSFORMS
 
