@@ -24,7 +24,7 @@ from torch import Tensor
 import qat_text
 import whit
 from whit.calibration import Calibration, CalibrationTokens
-from whit.cli.quantize import cost
+from whit.cli.runs import cost
 from whit.errors import OutputError
 from whit.estimate import estimate
 from whit.evaluation.listener import Silent

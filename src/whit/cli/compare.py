@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from whit.cli.console import console, print_json
+from whit.cli.options import Device, TrustRemoteCode
 from whit.cli.quiet import quiet_transformers
 from whit.report.peers import PEERS
 
@@ -44,12 +45,12 @@ def compare(
     speed_again: Annotated[bool, typer.Option("--speed-again", help="Measure speeds though they are known.")] = False,
     no_speed: Annotated[bool, typer.Option("--no-speed", help="Measure quality and size alone.")] = False,
     no_pictures: Annotated[bool, typer.Option("--no-pictures", help="Write no PNG files.")] = False,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    device: Device = "auto",
     dtype: Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16 or float16.")] = "auto",
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
     seed: Annotated[int, typer.Option(help="Of quantization, calibration and bootstrap.")] = 0,
     json: Annotated[bool, typer.Option("--json", help="Only JSON on standard output.")] = False,
-    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run the model's own code.")] = False,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Measure what each precision costs on this model and machine; run again after a kill, and it goes on."""
     from whit.calibration import Calibration

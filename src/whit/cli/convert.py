@@ -8,7 +8,9 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from whit.cli.quantize import EXPORT_HELP, FORMAT_HELP, RULE_HELP, build_recipe, run_and_show
+from whit.cli.options import EXPORT_HELP, FORMAT_HELP, RULE_HELP, AsJson, Restart, TrustRemoteCode
+from whit.cli.quantize import build_recipe
+from whit.cli.runs import run_and_show
 from whit.export import exporter_named
 from whit.export.dense import Dense
 from whit.job import Options, prepare
@@ -26,9 +28,9 @@ def convert(
     requantize: Annotated[
         bool, typer.Option("--requantize", help="Round again what cannot be carried over exactly; says the error.")
     ] = False,
-    restart: Annotated[bool, typer.Option("--restart", help="Begin again, and replace an older result.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
-    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run the model's own code.")] = False,
+    restart: Restart = False,
+    as_json: AsJson = False,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Write a model in another form, without loss where it can be; what is lost is said, and done only if asked for."""
     options = Options(restart=restart, trust_remote_code=trust_remote_code)

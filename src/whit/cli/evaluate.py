@@ -11,6 +11,7 @@ from rich.table import Table
 
 from whit.cli.console import console, print_json
 from whit.cli.gate import Gate, MaxIncrease, MaxKL
+from whit.cli.options import Device, TrustRemoteCode
 from whit.cli.quiet import quiet_transformers
 from whit.cli.watching import Watching
 from whit.evaluation.result import EvaluationResult
@@ -27,7 +28,7 @@ def evaluate(
     tasks: Annotated[str, typer.Option(help="Zero-shot tasks, with commas: piqa,arc_easy,hellaswag,...")] = "",
     task_data: Annotated[Path | None, typer.Option(help="Folder with the tasks' local files.")] = None,
     limit: Annotated[int | None, typer.Option(help="Only the first N items of each task.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    device: Device = "auto",
     dtype: Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16 or float16.")] = "auto",
     max_kl: MaxKL = None,
     max_ppl_increase: MaxIncrease = None,
@@ -35,7 +36,7 @@ def evaluate(
     baseline_cache: Annotated[Path | None, typer.Option(help="Keep the baseline's logits here.")] = None,
     seed: Annotated[int, typer.Option(help="Of the bootstrap behind the confidence interval.")] = 0,
     json: Annotated[bool, typer.Option("--json", help="Only JSON on standard output.")] = False,
-    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run the model's own code.")] = False,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Measure a model: perplexity, divergence from a baseline, zero-shot tasks, bits per weight."""
     needs = {

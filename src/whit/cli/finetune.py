@@ -13,6 +13,7 @@ import torch
 import typer
 
 from whit.cli.console import console, print_json
+from whit.cli.options import AsJson, Device, DryRun, Restart, Seed, TrustRemoteCode
 from whit.cli.quiet import quiet_transformers
 from whit.cli.shown import size
 from whit.cli.training import Progress, estimate, show_plan
@@ -70,13 +71,13 @@ def finetune(
     held_out: Annotated[Path | None, typer.Option(metavar="FILE", help=HELD_OUT_HELP)] = None,
     evaluate_every: Annotated[int | None, typer.Option(help="Steps between scores. [default: ten in a run]")] = None,
     shard: Annotated[bool, typer.Option("--shard", help="Spread packed weights over the processes.")] = False,
-    seed: Annotated[int, typer.Option(help="The same seed gives the same bytes.")] = 0,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    seed: Seed = 0,
+    device: Device = "auto",
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan; read no weights, write nothing.")] = False,
-    restart: Annotated[bool, typer.Option("--restart", help="Begin again, and replace an older result.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
-    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run the model's own code.")] = False,
+    dry_run: DryRun = False,
+    restart: Restart = False,
+    as_json: AsJson = False,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Train an adapter (LoRA, QLoRA) on instructions; run it again after a kill and it goes on.
 

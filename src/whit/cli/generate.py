@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from whit.cli.console import console, print_json
+from whit.cli.options import Device, TrustRemoteCode
 from whit.cli.quiet import quiet_transformers
 
 
@@ -23,7 +24,7 @@ def generate(
     kv_cache: Annotated[str, typer.Option(metavar="SPEC", help="Keep keys and values in int8, int4-g32 ...")] = "",
     kv_recent: Annotated[int, typer.Option(min=0, help="Of which so many last tokens in 16 bits.")] = 0,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    device: Device = "auto",
     compiled: Annotated[
         bool, typer.Option("--compile/--no-compile", help="Decode in compiled code, where the model is covered.")
     ] = True,
@@ -34,7 +35,7 @@ def generate(
     rebuild: Annotated[bool, typer.Option("--rebuild", help="Write what lies in --prepared again.")] = False,
     dtype: Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16 or float16.")] = "auto",
     json: Annotated[bool, typer.Option("--json", help="Only JSON on standard output.")] = False,
-    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run the model's own code.")] = False,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Continue a text with a model."""
     from whit.compiled import compile

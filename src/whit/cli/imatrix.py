@@ -9,7 +9,7 @@ import typer
 
 from whit.calibration import Calibration
 from whit.cli.console import console
-from whit.cli.quantize import CALIBRATION_HELP
+from whit.cli.options import CALIBRATION_HELP, Seed
 from whit.importance import measure_importance, write_imatrix
 
 
@@ -19,7 +19,7 @@ def imatrix(
     calibration: Annotated[str, typer.Option(metavar="FILE|whit:text", help=CALIBRATION_HELP)] = "whit:text",
     samples: Annotated[int, typer.Option(min=1, help="Calibration windows.")] = 128,
     context: Annotated[int | None, typer.Option(min=2, help="Tokens in each. [default: 2048, or the model's]")] = None,
-    seed: Annotated[int, typer.Option(help="The same seed gives the same bytes.")] = 0,
+    seed: Seed = 0,
 ) -> None:
     """Write llama.cpp's importance matrix: the mean square of every input of every matrix, over a calibration text."""
     found = measure_importance(model, Calibration(calibration, samples, context, seed))

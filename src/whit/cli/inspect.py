@@ -21,6 +21,7 @@ from whit.checkpoint.work import RECORD
 from whit.checkpoint.writer import file_sha256
 from whit.cli.console import console, print_json
 from whit.cli.inspect_gguf import gguf_facts
+from whit.cli.options import AsJson, TrustRemoteCode
 from whit.cli.quiet import quiet_transformers
 from whit.cli.shown import counted, reasons, show_totals, size
 from whit.coverage import Account, load_account
@@ -34,8 +35,8 @@ def inspect(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder, .gguf file, hub id or whit:model.")],
     verify: Annotated[bool, typer.Option("--verify", help="Check the weight files against their SHA-256.")] = False,
     plots: Annotated[Path | None, typer.Option(metavar="DIR", help="Draw pictures of the model into DIR.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
-    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run the model's own code.")] = False,
+    as_json: AsJson = False,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Show formats, bits per weight, size, coverage and provenance, and what is wrong with a quantized checkpoint."""
     folder = resolve_model(model)

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from whit.cli.console import print_json
-from whit.cli.quantize import parse_rules
+from whit.cli.options import AsJson, TrustRemoteCode, parse_rules
 from whit.cli.shown import parse_size, size
 from whit.devices import find_device
 from whit.memory import Fit, Need, Planner, Situation, find_subject
@@ -54,8 +54,8 @@ def memory(
     rule: Annotated[list[str] | None, typer.Option(metavar="GLOB=SPEC", help="As in whit quantize.")] = None,
     fit: Annotated[str | None, typer.Option(metavar="SIZE", help="Say what fits into it: 24GB, 16GiB ...")] = None,
     device: Annotated[Device, typer.Option(help="Where it is to run; auto: a GPU where there is one.")] = Device.auto,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
-    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run the model's own code.")] = False,
+    as_json: AsJson = False,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Say how much memory a model takes in each format, from its config.json alone, and what fits."""
     budget = None if fit is None else parse_size(fit)

@@ -11,8 +11,19 @@ from rich.console import Console
 from rich.table import Table
 
 from whit.cli.console import console, print_json
-from whit.cli.quantize import CALIBRATION_HELP, EXPORT_HELP, FORMAT_HELP, build_calibration, run_account
+from whit.cli.options import (
+    CALIBRATION_HELP,
+    EXPORT_HELP,
+    FORMAT_HELP,
+    AsJson,
+    Device,
+    Restart,
+    Seed,
+    TrustRemoteCode,
+    build_calibration,
+)
 from whit.cli.quiet import quiet_transformers
+from whit.cli.runs import run_account
 from whit.cli.watching import Watching
 from whit.coverage import Account
 from whit.job import Options
@@ -36,15 +47,15 @@ def merge(
     calibration: Annotated[str | None, typer.Option(metavar="FILE|whit:text", help=CALIBRATION_HELP)] = None,
     samples: Annotated[int | None, typer.Option(min=1, help="Calibration windows. [default: 128]")] = None,
     context: Annotated[int | None, typer.Option(min=2, help="Tokens in each. [default: 2048, or the model's]")] = None,
-    seed: Annotated[int, typer.Option(help="The same seed gives the same bytes.")] = 0,
+    seed: Seed = 0,
     export: Annotated[str, typer.Option(metavar="NAME", help=EXPORT_HELP)] = "whit",
     text: Annotated[str, typer.Option(metavar="FILE", help="Text that the merge is measured on.")] = "whit:heldout",
     max_tokens: Annotated[int, typer.Option(min=2, help="Measure on its first N tokens.")] = 16384,
     measured: Annotated[bool, typer.Option("--measure/--no-measure", help="Run base, adapter and result.")] = True,
-    device: Annotated[str, typer.Option(help="Where to compute: auto, cpu or cuda.")] = "auto",
-    restart: Annotated[bool, typer.Option("--restart", help="Begin again, and replace an older result.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
-    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run the model's own code.")] = False,
+    device: Device = "auto",
+    restart: Restart = False,
+    as_json: AsJson = False,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Merge an adapter into a model, and say what that costs: the KL divergence from the two side by side."""
     seen = build_calibration(calibration, samples, context, seed)

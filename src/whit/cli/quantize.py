@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, TypeAlias
+from typing import Annotated
 
 import torch
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from whit.activations import EXAMPLES as ACTIVATION_EXAMPLES
-from whit.activations import SCHEMES
-from whit.calibration import Calibration
-from whit.calibration.storage import INPUT_MEMORY
 from whit.cli.budget import (
     FitInto,
     Ladder,
@@ -28,28 +22,32 @@ from whit.cli.budget import (
     keep_all,
     save_recipe,
 )
-from whit.cli.console import console, print_json
 from whit.cli.gate import MaxIncrease, MaxKL, build_gate, measure
-from whit.cli.shown import parse_size, pattern, progress, reasons, show_totals, size
-from whit.coverage import Account
-from whit.estimate import Estimate, estimate
-from whit.export import EXPORTERS
-from whit.formats import EXAMPLES
+from whit.cli.options import (
+    CALIBRATION_HELP,
+    EXPORT_HELP,
+    FORMAT_HELP,
+    RULE_HELP,
+    AsJson,
+    Device,
+    DryRun,
+    InputMemory,
+    Restart,
+    Seed,
+    Threads,
+    TrustRemoteCode,
+    build_calibration,
+    input_bytes,
+    parse_rules,
+)
+from whit.cli.runs import run_and_show, show_plan
 from whit.importance import weighed
-from whit.job import Job, Options, prepare
+from whit.job import Options, prepare
 from whit.methods import METHODS
-from whit.parameter import entry_of
-from whit.pipeline import run
 from whit.recipe import Recipe
 from whit.transforms import TRANSFORMS
 
-CALIBRATION_HELP = "Text or .jsonl file for methods that need data. [default: whit:text]"
 CONTEXT_HELP = "Tokens in each; with --fit, those that the model is to run with. [default: 2048, or the model's]"
-DEFAULT_FORMAT = "int4-g128"
-FORMAT_HELP = (
-    "Format of every linear: " + ", ".join(EXAMPLES) + "; with activations: " + ", ".join(SCHEMES) + ". "
-    f"[default: {DEFAULT_FORMAT}]"
-)
 ACTIVATIONS_HELP = (
     "Quantize what linears are given as well, while the model runs: " + ", ".join(ACTIVATION_EXAMPLES) + "."
 )
@@ -63,20 +61,6 @@ METHOD_HELP = (
 )
 LOW_RANK_HELP = "Repair every linear by two bfloat16 factors of this rank beside its codes; the same as SPEC+rR."
 TRANSFORM_HELP = "What the weights are rescaled by first: " + ", ".join(t.name for t in TRANSFORMS) + "."
-EXPORT_HELP = "What kind of file is written: " + "; ".join(f"{e.name}: {e.summary}" for e in EXPORTERS) + "."
-RULE_HELP = (
-    "A format for the modules that a glob matches, such as 'lm_head=int8', '*.0.*=bf16' or, with a method of its own, "
-    "'*.down_proj=gptq:int4-g64'; the last match counts. The rows of an embedding or a head may have several, "
-    "those used most the first: '*.embed_tokens=bands(q5_k:1024,q2_k)'."
-)
-InputMemory: TypeAlias = Annotated[
-    str | None,
-    typer.Option(
-        metavar="SIZE",
-        help="Memory for block inputs while calibrating, such as 24GB; those that take more lie in files beside OUT. "
-        f"[default: {INPUT_MEMORY >> 30}GiB]",
-    ),
-]
 
 
 def quantize(
@@ -100,18 +84,18 @@ def quantize(
     context: Annotated[int | None, typer.Option(min=2, help=CONTEXT_HELP)] = None,
     imatrix: Annotated[Path | None, typer.Option(help="Weigh columns by llama.cpp's importance matrix.")] = None,
     input_memory: InputMemory = None,
-    seed: Annotated[int, typer.Option(help="The same seed gives the same bytes.")] = 0,
+    seed: Seed = 0,
     export: Annotated[str, typer.Option(metavar="NAME", help=EXPORT_HELP)] = "whit",
-    device: Annotated[str, typer.Option(help="Where to compute: auto, cpu or cuda.")] = "auto",
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; no byte depends on them.")] = None,
+    device: Device = "auto",
+    threads: Threads = None,
     max_kl: MaxKL = None,
     max_ppl_increase: MaxIncrease = None,
     gate_text: Annotated[str | None, typer.Option(metavar="FILE", help=GATE_HELP)] = None,
     gate_tokens: Annotated[int | None, typer.Option(min=2, help="Measure on its first N tokens.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan; read no weights, write nothing.")] = False,
-    restart: Annotated[bool, typer.Option("--restart", help="Begin again, and replace an older result.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
-    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run the model's own code.")] = False,
+    dry_run: DryRun = False,
+    restart: Restart = False,
+    as_json: AsJson = False,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Quantize a model, block by block from disk to disk; run it again after a kill and it goes on."""
     if threads is not None:
@@ -148,18 +132,6 @@ def quantize(
         measure(model, out, gate, options, job.budget)
 
 
-def input_bytes(asked: str | None) -> int:
-    """Of --input-memory."""
-    return INPUT_MEMORY if asked is None else parse_size(asked)
-
-
-def build_calibration(text: str | None, samples: int | None, context: int | None, seed: int) -> Calibration | None:
-    """The calibration of a command line; None where nothing is said of it."""
-    if text is None and samples is None and context is None:
-        return None
-    return Calibration(text or "whit:text", samples or 128, context, seed)
-
-
 def build_recipe(
     method: str | None, format: str | None, rules: list[str] | None, path: Path | None, transform: str | None = None
 ) -> Recipe:
@@ -174,94 +146,3 @@ def build_recipe(
         )
     loaded = Recipe.load(path)
     return loaded.with_rules([*loaded.rules, *more], loaded.mix)
-
-
-def parse_rules(rules: list[str] | None) -> list[tuple[str, str]]:
-    """Pairs of a glob and a format from GLOB=SPEC."""
-    found = []
-    for rule in rules or ():
-        glob, separator, spec = rule.rpartition("=")
-        if not (glob and separator and spec):
-            raise typer.BadParameter(f"{rule!r}: write GLOB=SPEC, for example 'lm_head=int8'", param_hint="--rule")
-        found.append((glob, spec))
-    return found
-
-
-def run_account(job: Job) -> Account:
-    """Run with progress; on standard error what a user should know of it."""
-    notes = console()
-    for note in job.notes:
-        notes.print(note, highlight=False, soft_wrap=True)
-    for name, reason in job.source.dropped.items():
-        notes.print(f"dropped {name}: {reason}", highlight=False, soft_wrap=True)
-    if not _is_done(job):
-        notes.print(cost(job, estimate(job)), highlight=False, soft_wrap=True)
-    with progress(notes) as step:
-        return run(replace(job, options=replace(job.options, progress=step)))
-
-
-def run_and_show(job: Job, as_json: bool) -> Account:
-    """Run with progress, then print the account."""
-    done_before = _is_done(job)
-    account = run_account(job)
-    if as_json:
-        print_json(account.to_json())
-        return account
-    screen = Console()
-    show_totals(screen, account)
-    took = f"{account.seconds:.1f} s, peak memory {size(account.peak_memory_bytes)}"
-    if account.decoded is not None:
-        screen.print(read_back(account.decoded), highlight=False, soft_wrap=True)
-    screen.print(f"{job.out}: {'was done already' if done_before else took}", highlight=False, soft_wrap=True)
-    return account
-
-
-def _is_done(job: Job) -> bool:
-    return job.out.exists() and not job.options.restart
-
-
-def read_back(decoded: Mapping[str, Any]) -> str:
-    """What a second decoder made of the file."""
-    worst = decoded["largest_error"]
-    said = "bit-exact" if worst == 0 else f"not exact, relative error up to {worst:.2g}"
-    return f"read back by an independent decoder: {decoded['parameters']} parameters, {said}"
-
-
-def show_plan(job: Job, as_json: bool) -> None:
-    """The plan: formats, size, bits per weight, estimated time, memory and disk."""
-    expected = estimate(job)
-    entries = [entry_of(item) for item in job.plan.items]
-    if as_json:
-        parameters = [
-            {k: v for k, v in asdict(e).items() if k not in ("relative_error", "proxy_loss")} for e in entries
-        ]
-        totals = {"bits_per_weight": job.plan.bits_per_weight, "size_bytes": job.plan.size_bytes}
-        print_json({**totals, "parameters": parameters, "estimate": asdict(expected)})
-        return
-    table = Table("modules", "count", "shape", "format", "bits")
-    rows: dict[tuple[str, str, str], list[float]] = {}
-    for item in job.plan.items:
-        if item.target is not None:
-            shape = " x ".join(map(str, item.target.shape))
-            form = "kept" if item.format is None else str(item.format)
-            rows.setdefault((pattern(item.target.holder), shape, form), []).append(item.bits_per_weight)
-    for (name, shape, form), bits in rows.items():
-        table.add_row(name, str(len(bits)), shape, form, f"{bits[0]:.3f}")
-    screen = Console()
-    screen.print(table)
-    for line in reasons(entries):
-        screen.print(line, highlight=False, soft_wrap=True)
-    screen.print(cost(job, expected), highlight=False, soft_wrap=True)
-
-
-def cost(job: Job, expected: Estimate) -> str:
-    """What a run is going to take and give, in one line."""
-    line = (
-        f"{job.plan.bits_per_weight:.3f} bits per weight; {size(job.plan.size_bytes)} on disk; about "
-        f"{expected.seconds:.0f} s and {size(expected.memory_bytes)} of memory on {job.device}"
-    )
-    inputs, most = expected.inputs_bytes, job.options.input_memory
-    if not inputs:
-        return line
-    where = "in memory" if inputs <= most else f"in files until the end, more than --input-memory {size(most)}"
-    return f"{line}; {size(inputs)} of block inputs {where}"

@@ -15,17 +15,21 @@ from whit.calibration import Calibration
 from whit.checkpoint.hub import resolve_model
 from whit.checkpoint.reader import read_json
 from whit.cli.console import console, print_json
-from whit.cli.quantize import (
+from whit.cli.options import (
     EXPORT_HELP,
     FORMAT_HELP,
     RULE_HELP,
+    AsJson,
+    Device,
     InputMemory,
-    cost,
+    Restart,
+    Seed,
+    Threads,
+    TrustRemoteCode,
     input_bytes,
     parse_rules,
-    run_and_show,
-    show_plan,
 )
+from whit.cli.runs import cost, run_and_show, show_plan
 from whit.cli.shown import progress, show_totals, size
 from whit.coverage import Account
 from whit.errors import RecipeError
@@ -99,14 +103,14 @@ def train(
     ] = None,
     at_once: Annotated[int, typer.Option(min=1, help="Windows that run together on a GPU.")] = 4,
     input_memory: InputMemory = None,
-    seed: Annotated[int, typer.Option(help="The same seed gives the same bytes.")] = 0,
+    seed: Seed = 0,
     export: Annotated[str, typer.Option(metavar="NAME", help=EXPORT_HELP)] = "whit",
-    device: Annotated[str, typer.Option(help="Where to compute: auto, cpu or cuda.")] = "auto",
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; no byte depends on them.")] = None,
+    device: Device = "auto",
+    threads: Threads = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print plan and memory; read no weights.")] = False,
-    restart: Annotated[bool, typer.Option("--restart", help="Begin again, and replace an older result.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
-    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run the model's own code.")] = False,
+    restart: Restart = False,
+    as_json: AsJson = False,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Train a model for the format it is stored in; run it again after a kill and it goes on, to the same bytes."""
     if threads is not None:

@@ -1,0 +1,66 @@
+"""Options that several commands share, and what is made of them."""
+
+from __future__ import annotations
+
+from typing import Annotated, TypeAlias
+
+import typer
+
+from whit.activations import SCHEMES
+from whit.calibration import Calibration
+from whit.calibration.storage import INPUT_MEMORY
+from whit.cli.shown import parse_size
+from whit.export import EXPORTERS
+from whit.formats import EXAMPLES
+
+DEFAULT_FORMAT = "int4-g128"
+CALIBRATION_HELP = "Text or .jsonl file for methods that need data. [default: whit:text]"
+FORMAT_HELP = (
+    "Format of every linear: " + ", ".join(EXAMPLES) + "; with activations: " + ", ".join(SCHEMES) + ". "
+    f"[default: {DEFAULT_FORMAT}]"
+)
+EXPORT_HELP = "What kind of file is written: " + "; ".join(f"{e.name}: {e.summary}" for e in EXPORTERS) + "."
+RULE_HELP = (
+    "A format for the modules that a glob matches, such as 'lm_head=int8', '*.0.*=bf16' or, with a method of its own, "
+    "'*.down_proj=gptq:int4-g64'; the last match counts. The rows of an embedding or a head may have several, "
+    "those used most the first: '*.embed_tokens=bands(q5_k:1024,q2_k)'."
+)
+
+Seed: TypeAlias = Annotated[int, typer.Option(help="The same seed gives the same bytes.")]
+Device: TypeAlias = Annotated[str, typer.Option(help="Where to compute: auto, cpu or cuda.")]
+Threads: TypeAlias = Annotated[int | None, typer.Option(min=1, help="CPU threads; no byte depends on them.")]
+DryRun: TypeAlias = Annotated[bool, typer.Option("--dry-run", help="Print the plan; read no weights, write nothing.")]
+Restart: TypeAlias = Annotated[bool, typer.Option("--restart", help="Begin again, and replace an older result.")]
+AsJson: TypeAlias = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+TrustRemoteCode: TypeAlias = Annotated[bool, typer.Option("--trust-remote-code", help="Run the model's own code.")]
+InputMemory: TypeAlias = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE",
+        help="Memory for block inputs while calibrating, such as 24GB; those that take more lie in files beside OUT. "
+        f"[default: {INPUT_MEMORY >> 30}GiB]",
+    ),
+]
+
+
+def input_bytes(asked: str | None) -> int:
+    """Of --input-memory."""
+    return INPUT_MEMORY if asked is None else parse_size(asked)
+
+
+def build_calibration(text: str | None, samples: int | None, context: int | None, seed: int) -> Calibration | None:
+    """The calibration of a command line; None where nothing is said of it."""
+    if text is None and samples is None and context is None:
+        return None
+    return Calibration(text or "whit:text", samples or 128, context, seed)
+
+
+def parse_rules(rules: list[str] | None) -> list[tuple[str, str]]:
+    """Pairs of a glob and a format from GLOB=SPEC."""
+    found = []
+    for rule in rules or ():
+        glob, separator, spec = rule.rpartition("=")
+        if not (glob and separator and spec):
+            raise typer.BadParameter(f"{rule!r}: write GLOB=SPEC, for example 'lm_head=int8'", param_hint="--rule")
+        found.append((glob, spec))
+    return found

@@ -1,0 +1,98 @@
+"""A run of the pipeline as a command shows it: what it is going to take, how far it is, what it gave."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from whit.cli.console import console, print_json
+from whit.cli.shown import pattern, progress, reasons, show_totals, size
+from whit.coverage import Account
+from whit.estimate import Estimate, estimate
+from whit.job import Job
+from whit.parameter import entry_of
+from whit.pipeline import run
+
+
+def run_account(job: Job) -> Account:
+    """Run with progress; on standard error what a user should know of it."""
+    notes = console()
+    for note in job.notes:
+        notes.print(note, highlight=False, soft_wrap=True)
+    for name, reason in job.source.dropped.items():
+        notes.print(f"dropped {name}: {reason}", highlight=False, soft_wrap=True)
+    if not _is_done(job):
+        notes.print(cost(job, estimate(job)), highlight=False, soft_wrap=True)
+    with progress(notes) as step:
+        return run(replace(job, options=replace(job.options, progress=step)))
+
+
+def run_and_show(job: Job, as_json: bool) -> Account:
+    """Run with progress, then print the account."""
+    done_before = _is_done(job)
+    account = run_account(job)
+    if as_json:
+        print_json(account.to_json())
+        return account
+    screen = Console()
+    show_totals(screen, account)
+    took = f"{account.seconds:.1f} s, peak memory {size(account.peak_memory_bytes)}"
+    if account.decoded is not None:
+        screen.print(read_back(account.decoded), highlight=False, soft_wrap=True)
+    screen.print(f"{job.out}: {'was done already' if done_before else took}", highlight=False, soft_wrap=True)
+    return account
+
+
+def _is_done(job: Job) -> bool:
+    return job.out.exists() and not job.options.restart
+
+
+def read_back(decoded: Mapping[str, Any]) -> str:
+    """What a second decoder made of the file."""
+    worst = decoded["largest_error"]
+    said = "bit-exact" if worst == 0 else f"not exact, relative error up to {worst:.2g}"
+    return f"read back by an independent decoder: {decoded['parameters']} parameters, {said}"
+
+
+def show_plan(job: Job, as_json: bool) -> None:
+    """The plan: formats, size, bits per weight, estimated time, memory and disk."""
+    expected = estimate(job)
+    entries = [entry_of(item) for item in job.plan.items]
+    if as_json:
+        parameters = [
+            {k: v for k, v in asdict(e).items() if k not in ("relative_error", "proxy_loss")} for e in entries
+        ]
+        totals = {"bits_per_weight": job.plan.bits_per_weight, "size_bytes": job.plan.size_bytes}
+        print_json({**totals, "parameters": parameters, "estimate": asdict(expected)})
+        return
+    table = Table("modules", "count", "shape", "format", "bits")
+    rows: dict[tuple[str, str, str], list[float]] = {}
+    for item in job.plan.items:
+        if item.target is not None:
+            shape = " x ".join(map(str, item.target.shape))
+            form = "kept" if item.format is None else str(item.format)
+            rows.setdefault((pattern(item.target.holder), shape, form), []).append(item.bits_per_weight)
+    for (name, shape, form), bits in rows.items():
+        table.add_row(name, str(len(bits)), shape, form, f"{bits[0]:.3f}")
+    screen = Console()
+    screen.print(table)
+    for line in reasons(entries):
+        screen.print(line, highlight=False, soft_wrap=True)
+    screen.print(cost(job, expected), highlight=False, soft_wrap=True)
+
+
+def cost(job: Job, expected: Estimate) -> str:
+    """What a run is going to take and give, in one line."""
+    line = (
+        f"{job.plan.bits_per_weight:.3f} bits per weight; {size(job.plan.size_bytes)} on disk; about "
+        f"{expected.seconds:.0f} s and {size(expected.memory_bytes)} of memory on {job.device}"
+    )
+    inputs, most = expected.inputs_bytes, job.options.input_memory
+    if not inputs:
+        return line
+    where = "in memory" if inputs <= most else f"in files until the end, more than --input-memory {size(most)}"
+    return f"{line}; {size(inputs)} of block inputs {where}"
