@@ -123,7 +123,7 @@ def test_blocks_read_ahead_are_the_same(architecture: str, text: Path, tmp_path:
     begin = BlockReader.expect
     monkeypatch.setattr(ModelSource, "read", noted)
     monkeypatch.setattr(BlockReader, "expect", expect)
-    monkeypatch.setattr("whit.feed.reads_ahead", lambda job: True)
+    monkeypatch.setattr("whit.feed.blocks.reads_ahead", lambda job: True)
     run(model, tmp_path / "ahead", text)
     assert result(tmp_path / "ahead") == result(tmp_path / "out")
     assert [bool(names) for names in expected] == [True, False]  # the second block's; nothing is behind it

@@ -1,20 +1,16 @@
-"""Where the weights of a run come from: read ahead one by one, or block by block with the statistics of their inputs.
-
-Calibrated blocks are done in sequence: a block's statistics are taken with its own weights unquantized and all
-blocks before it quantized; then it runs once more, quantized, and gives the next block its inputs. A run that goes
-on after a kill finds those inputs again by running the finished blocks as they lie in the file.
+"""Calibrated blocks, in sequence: a block's statistics are taken with its own weights unquantized and all blocks before
+it quantized; then it runs once more, quantized, and gives the next block its inputs. A run that goes on after a kill
+finds those inputs again by running the finished blocks as they lie in the file.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
-from functools import cached_property
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import cached_property, partial
 from itertools import repeat
 from pathlib import Path
-from typing import Protocol
 
 from torch import Tensor, nn
 
@@ -24,6 +20,9 @@ from whit.calibration.ranges import RangeWatch, input_tensors
 from whit.calibration.runner import Runner
 from whit.calibration.storage import Storage
 from whit.checkpoint.writer import Written
+from whit.feed.base import Given
+from whit.feed.codes import BlockCodes
+from whit.feed.reading import BlockReader, reads_ahead
 from whit.formats.lowrank import without_side_car
 from whit.formats.numeric import check_finite
 from whit.job import Job
@@ -31,122 +30,12 @@ from whit.kernels import add_gram
 from whit.kernels.inputs import rounded_inputs
 from whit.methods import Method, stand_in
 from whit.methods.base import Block, BlockMethod
-from whit.methods.lowrank import beside, repaired
-from whit.methods.together import Together, Work
-from whit.plan import Coded, Item, Source, Unit, floats, read_finite
-from whit.tensor import Format, LayerStats, QuantizedTensor, rotation
+from whit.methods.lowrank import beside
+from whit.methods.together import Work
+from whit.plan import Item, Unit, floats
+from whit.tensor import Format, LayerStats, rotation
 from whit.transforms.base import Inputs, Rounding
 from whit.transforms.fold import Basis, rescale
-
-
-@dataclass(frozen=True)
-class Given:
-    """A parameter and, where calibration reached it, one LayerStats per matrix; `tokens` counts what each expert saw,
-    `starved` are the experts that saw too few and have the statistics of all. `quantized` is there where the method
-    has chosen the codes of the whole block already. `note` is what was done to the weight itself. `inputs` are the
-    static scales of the linear's inputs, where these are quantized so."""
-
-    weight: Tensor
-    stats: tuple[LayerStats, ...] | None = None
-    quantized: QuantizedTensor | None = None
-    tokens: tuple[int, ...] | None = None
-    starved: tuple[int, ...] = ()
-    note: str | None = None
-    inputs: Mapping[str, Tensor] = field(default_factory=dict)
-
-
-class Feed(Protocol):
-    """Hands out the parameters of one unit after the other."""
-
-    def unit(self, unit: Unit) -> AbstractContextManager[None]:
-        """To be open while the unit's parameters are handed out."""
-        ...
-
-    def changes(self, item: Item) -> bool:
-        """Whether a parameter that is kept must be asked for all the same, because it is not what the file holds."""
-        ...
-
-    def give(self, item: Item) -> Given:
-        """A parameter that is not copied as it is; asked for in the plan's order."""
-        ...
-
-    def take_back(self, item: Item, approximation: Tensor) -> None:
-        """What the parameter has become, in the shape of the model's own."""
-        ...
-
-
-class ReadAhead:
-    """For methods without data: while one parameter is worked on, the next is read."""
-
-    def __init__(self, source: Source, items: Sequence[Item], reader: ThreadPoolExecutor) -> None:
-        self._weights = _read_ahead(source, items, reader)
-
-    def unit(self, unit: Unit) -> AbstractContextManager[None]:
-        return nullcontext()
-
-    def changes(self, item: Item) -> bool:
-        return False
-
-    def give(self, item: Item) -> Given:
-        return Given(next(self._weights))
-
-    def take_back(self, item: Item, approximation: Tensor) -> None:
-        """Nothing runs, so nothing needs it."""
-
-
-def _read_ahead(source: Source, items: Sequence[Item], reader: ThreadPoolExecutor) -> Iterator[Tensor]:
-    """The items' parameters in order; the next one is read while the last is worked on."""
-    futures = (reader.submit(read_finite, source, item.name) for item in items)
-    ahead = next(futures, None)
-    while ahead is not None:
-        current, ahead = ahead, next(futures, None)
-        weight = current.result()
-        del current
-        yield weight
-
-
-def _rounding(method: Method, format: Format) -> Rounding:
-    """What a method makes of a matrix in a format, or nearly: a transform tries it many times."""
-    base = without_side_car(format)
-    quantizer = beside(method)
-    return lambda weight, stats: quantizer(weight, stats, base).dequantize()
-
-
-def _inputs(item: Item) -> Inputs:
-    """How a linear's inputs are rounded, or that they are not."""
-    how, turn = item.activations, 0 if item.format is None else rotation(item.format)
-    return lambda x: x if how is None else rounded_inputs(x, how, turn)
-
-
-def reads_ahead(job: Job) -> bool:
-    """Whether blocks are read ahead: for a GPU, unless codes are asked of MODEL itself, by another thread."""
-    return job.device.type != "cpu" and not isinstance(job.source, Coded)
-
-
-class BlockReader:
-    """Reads parameters by name; where `ahead`, the next block's while this one is worked on.
-
-    That takes the memory of a second block, on the host; a CPU has no time to gain by it. All reading is then one
-    thread's, and nothing of it is the GPU's: while a graph is recorded no other thread may ask for pinned memory.
-    """
-
-    def __init__(self, source: Source, reader: ThreadPoolExecutor, ahead: bool) -> None:
-        self._source, self._reader, self._ahead = source, reader, ahead
-        self._coming: dict[str, Future[Tensor]] = {}
-
-    def __call__(self, name: str) -> Tensor:
-        """A parameter, or the one that it is tied to."""
-        if not self._ahead:
-            return self._read(name)
-        return (self._coming.pop(name, None) or self._reader.submit(self._read, name)).result()
-
-    def expect(self, names: Sequence[str]) -> None:
-        """Begin to read what will be asked for next."""
-        if self._ahead:
-            self._coming = {name: self._reader.submit(self._read, name) for name in names}
-
-    def _read(self, name: str) -> Tensor:
-        return read_finite(self._source, self._source.tied.get(name, name))
 
 
 class BlockFeed:
@@ -160,8 +49,7 @@ class BlockFeed:
         self._next = 0  # the block whose inputs the runner holds
         self._parameters: dict[str, nn.Parameter] = {}
         self._stats: BlockStats | None = None
-        self._together: Mapping[str, Together] = {}  # by parameter
-        self._refined: Mapping[str, QuantizedTensor] = {}
+        self._codes = BlockCodes(method)
         self._basis = Basis()
         self._seen: Mapping[str, tuple[LayerStats, ...]] = {}  # by parameter, in that basis
         self._inputs: Mapping[str, Mapping[str, Tensor]] = {}
@@ -184,14 +72,14 @@ class BlockFeed:
             self._seen = self._in_basis(items)
             self._inputs = self._ranges(index, items)
             works = self._works(items)
-            self._together = self._by_method(works)
-            if any(isinstance(self._method_of(item), BlockMethod) for item in items):
-                self._refined = self._refine(index, items, works)
+            self._codes = BlockCodes(self._method, items, works)
+            if self._codes.of_blocks:
+                self._codes.refine(works, self._parameters, partial(self._block, index))
             yield
             if index + 1 < len(self._runner.names):
                 self._runner.run(index)
         self._next, self._parameters, self._stats = index + 1, {}, None
-        self._together, self._refined, self._basis, self._seen, self._inputs = {}, {}, Basis(), {}, {}
+        self._codes, self._basis, self._seen, self._inputs = BlockCodes(self._method), Basis(), {}, {}
 
     def changes(self, item: Item) -> bool:
         return item.name in self._basis.weights
@@ -206,7 +94,7 @@ class BlockFeed:
         return Given(
             weight,
             self._seen[item.name],
-            self._codes(item.name),
+            self._codes.take(item.name),
             seen if len(seen) > 1 else None,
             self._stats.starved(item.name),
             inputs=self._inputs.get(item.name, {}),
@@ -297,40 +185,6 @@ class BlockFeed:
     def _method_of(self, item: Item) -> Method:
         return item.method or self._method
 
-    def _by_method(self, works: Sequence[Work]) -> dict[str, Together]:
-        """Matrices that one method quantizes are done together."""
-        methods = {item.name: self._method_of(item) for item in self._job.plan.items}
-        found: dict[str, Together] = {}
-        for method in dict.fromkeys(methods[work.name] for work in works):
-            mine = [work for work in works if methods[work.name] == method]
-            found |= dict.fromkeys((work.name for work in mine), Together(beside(method), mine))
-        return found
-
-    def _codes(self, name: str) -> QuantizedTensor | None:
-        """The codes of a matrix, where they are for the method to choose."""
-        if self._refined:
-            return self._refined.get(name)
-        if name not in self._together or name in self._job.exact | self._job.regridded:
-            return None
-        return self._together[name].take(name)
-
-    def _refine(self, index: int, items: Sequence[Item], works: Sequence[Work]) -> Mapping[str, QuantizedTensor]:
-        """All codes of a block: those that methods of blocks choose together, while the others hold theirs."""
-        known = {item.name: item for item in items}
-        found = {work.name: self._together[work.name].take(work.name) for work in works}
-        for method in dict.fromkeys(self._method_of(known[work.name]) for work in works):
-            if not isinstance(method, BlockMethod):
-                continue
-            mine = [work for work in works if self._method_of(known[work.name]) == method]
-            refining = {work.name: known[work.name] for work in mine}
-            block = self._block(index, refining)
-            with self._placed([(known[n], near) for n, near in found.items() if n not in refining]):
-                refined = method.refine(block, {w.name: w.weight for w in mine}, {w.name: found[w.name] for w in mine})
-            for work in mine:
-                format = known[work.name].format or work.format
-                found[work.name] = repaired(refined[work.name], work.weight, work.stats[0], format)
-        return found
-
     def _block(self, index: int, items: Mapping[str, Item]) -> Block:
         """The block as it is loaded, for a method that moves these of its parameters."""
         runner = self._runner
@@ -343,16 +197,6 @@ class BlockFeed:
             {name: self._parameters[name] for name in items},
             {name: item.parameter for name, item in items.items()},
         )
-
-    @contextmanager
-    def _placed(self, values: Sequence[tuple[Item, QuantizedTensor]]) -> Iterator[None]:
-        """Parameters of the loaded block at what their codes stand for, for a while."""
-        exact = [self._parameters[item.name].data.clone() for item, _ in values]
-        for item, near in values:
-            self._parameters[item.name].data.copy_(item.parameter(near.dequantize()).to(item.spec.dtype))
-        yield
-        for (item, _), before in zip(values, exact, strict=True):
-            self._parameters[item.name].data.copy_(before)
 
     @cached_property
     def _runner(self) -> Runner:
@@ -377,3 +221,16 @@ class BlockFeed:
         with self._runner.loaded(index, weights):
             self._runner.run(index)
         self._next = index + 1
+
+
+def _rounding(method: Method, format: Format) -> Rounding:
+    """What a method makes of a matrix in a format, or nearly: a transform tries it many times."""
+    base = without_side_car(format)
+    quantizer = beside(method)
+    return lambda weight, stats: quantizer(weight, stats, base).dequantize()
+
+
+def _inputs(item: Item) -> Inputs:
+    """How a linear's inputs are rounded, or that they are not."""
+    how, turn = item.activations, 0 if item.format is None else rotation(item.format)
+    return lambda x: x if how is None else rounded_inputs(x, how, turn)

@@ -1,0 +1,9 @@
+"""Where the weights of a run come from: read ahead one by one, or block by block with what calibration saw of them."""
+
+from __future__ import annotations
+
+from whit.feed.base import Feed, Given
+from whit.feed.blocks import BlockFeed
+from whit.feed.reading import BlockReader, ReadAhead
+
+__all__ = ["BlockFeed", "BlockReader", "Feed", "Given", "ReadAhead"]
