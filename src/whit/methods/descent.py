@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from whit.calibration.storage import at_once
 from whit.methods.base import Block
 from whit.methods.joined import Matrices
+from whit.methods.samples import Samples
 from whit.methods.workers import Workers
 from whit.tensor import QuantizedTensor
 
 EPSILON = 1e-20  # only to divide by no zero: what moves has no scale of its own
-RESIDENT = 3  # the samples lie on a GPU when they take less than the free memory by this factor
 PLAIN = 2  # steps that are launched before one is recorded: they make whatever torch makes at first use
 LEAST = 8  # steps that a recording pays for
 Pace: TypeAlias = "tuple[float, float, float] | Tensor"
@@ -54,33 +54,6 @@ class Settings(Protocol):
     def length(self, step: int) -> float:
         """Of step 1, 2, ...: its share of the first step's."""
         ...
-
-
-class Samples:
-    """Inputs and targets, near the device: on it where they fit, otherwise sent in time and without waiting."""
-
-    def __init__(self, block: Block, device: torch.device, targets: Tensor) -> None:
-        self.device, self.count = device, len(targets)
-        self._inputs, self._targets = block.inputs, targets
-        if device.type == "cuda":
-            free, _ = torch.cuda.mem_get_info(device)  # what torch keeps for itself is free as well
-            free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-            if RESIDENT * (block.inputs.nbytes + targets.nbytes) < free:
-                self._inputs, self._targets = block.inputs.to(device), targets.to(device)
-
-    @property
-    def resident(self) -> bool:
-        """Whether all of them lie on the device."""
-        return self._inputs.device == self._targets.device == self.device
-
-    def take(self, numbers: Tensor) -> tuple[Tensor, Tensor]:
-        """The inputs and targets of these samples (n,), each (n, context, hidden) on the device."""
-        return self._send(self._inputs, numbers), self._send(self._targets, numbers)
-
-    def _send(self, samples: Tensor, numbers: Tensor) -> Tensor:
-        if samples.device == self.device:
-            return samples[numbers.to(self.device, non_blocking=True)]
-        return samples[numbers].pin_memory().to(self.device, non_blocking=True)
 
 
 class Recorded:

@@ -23,11 +23,12 @@ from torch import Tensor
 
 from whit.errors import RecipeError
 from whit.methods.base import Block, Method
-from whit.methods.descent import Descent, Samples
+from whit.methods.descent import Descent
 from whit.methods.gptq import GPTQ
 from whit.methods.joined import Matrices, Moving, Part, grouped, join
 from whit.methods.latent import Latent
 from whit.methods.nested import moving_parts
+from whit.methods.samples import Samples
 from whit.methods.workers import Workers, workers
 from whit.tensor import Format, LayerStats, QuantizedTensor
 
