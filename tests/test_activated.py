@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from stopping import stop_and_go_on
 from test_calibrated import _words, text  # noqa: F401
 from test_transformed import logits, result
 from whit import Calibration, Options, Recipe
@@ -87,13 +89,7 @@ def test_a_killed_run_ends_with_the_same_bytes(model: Path, text: Path, tmp_path
     recipe = Recipe("smoothquant", activations="int8-static-mse")
     run(model, tmp_path / "whole", text, recipe)
 
-    def kill(name: str, done: int, total: int) -> None:
-        if "layers.0" in name:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        run(model, tmp_path / "killed", text, recipe, progress=kill)
-    run(model, tmp_path / "killed", text, recipe)
+    stop_and_go_on(partial(run, model, tmp_path / "killed", text, recipe))
     assert result(tmp_path / "killed") == result(tmp_path / "whole")
 
 

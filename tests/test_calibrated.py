@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import threading
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import whit
+from stopping import stop_and_go_on
 from whit import GPTQ, Calibration, Options, Recipe, Refine
 from whit.coverage import Account
 from whit.errors import NonFiniteError
@@ -170,19 +172,7 @@ def test_a_stopped_run_ends_with_the_same_bytes_on_other_threads(
     model = checkpoint(tmp_path / "model", architecture, dtype)
     run(model, tmp_path / "whole", text)
 
-    def stop(unit: str, done: int, total: int) -> None:
-        if unit.endswith(".0"):
-            raise KeyboardInterrupt
-
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        with pytest.raises(KeyboardInterrupt):
-            run(model, tmp_path / "parts", text, progress=stop)
-        torch.set_num_threads(2)
-        run(model, tmp_path / "parts", text)
-    finally:
-        torch.set_num_threads(before)
+    stop_and_go_on(partial(run, model, tmp_path / "parts", text), threads=(1, 2))
     assert result(tmp_path / "parts") == result(tmp_path / "whole")
     losses = [
         [e["proxy_loss"] for e in json.loads((tmp_path / name / "whit.json").read_text())["parameters"]]
@@ -245,13 +235,7 @@ def test_asymmetric_calibration_resumes_with_the_same_bytes(architecture: str, t
     run(model, tmp_path / "whole", text, recipe)
     run(model, tmp_path / "plain", text, Recipe(GPTQ(), [("*", "int3-g32")]))
 
-    def stop(unit: str, done: int, total: int) -> None:
-        if unit.endswith(".0"):
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        run(model, tmp_path / "parts", text, recipe, progress=stop)
-    run(model, tmp_path / "parts", text, recipe)
+    stop_and_go_on(partial(run, model, tmp_path / "parts", text, recipe))
     assert result(tmp_path / "parts") == result(tmp_path / "whole") != result(tmp_path / "plain")
 
 
@@ -263,19 +247,7 @@ def test_refinement_resumes_with_the_same_bytes_on_other_threads(architecture: s
     account = run(model, tmp_path / "whole", text, recipe)
     assert all(entry.proxy_loss for entry in account.parameters if entry.status == "quantized")
 
-    def stop(unit: str, done: int, total: int) -> None:
-        if unit.endswith(".0"):
-            raise KeyboardInterrupt
-
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(3)
-        with pytest.raises(KeyboardInterrupt):
-            run(model, tmp_path / "parts", text, recipe, progress=stop)
-        torch.set_num_threads(1)
-        run(model, tmp_path / "parts", text, recipe)
-    finally:
-        torch.set_num_threads(before)
+    stop_and_go_on(partial(run, model, tmp_path / "parts", text, recipe), threads=(3, 1))
     assert result(tmp_path / "parts") == result(tmp_path / "whole") != result(tmp_path / "start")
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import whit
+from stopping import stop_after_a_block
 from whit.export.packed import PackedSource
 from whit.job import Options, open_source
 from whit.merging import Merge, Text, measure_routes, merge
@@ -152,14 +153,10 @@ def test_requantized_codes_lie_on_the_same_scales(packed: Path, trained: Path, t
 
 @pytest.mark.slow
 def test_a_stopped_merge_ends_with_the_same_bytes_on_other_threads(packed, trained, tmp_path, text):
-    def stop(unit: str, done: int, total: int) -> None:
-        if unit.endswith(".0"):
-            raise KeyboardInterrupt
-
     before = torch.get_num_threads()
     merge(packed, trained, tmp_path / "whole", Merge(calibration=text))
     with pytest.raises(KeyboardInterrupt):
-        merge(packed, trained, tmp_path / "parts", Merge(calibration=text), Options(progress=stop))
+        merge(packed, trained, tmp_path / "parts", Merge(calibration=text), Options(progress=stop_after_a_block))
     assert not (tmp_path / "parts").exists()
     try:
         torch.set_num_threads(2)

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import whit
+from stopping import stop_after_a_block
 from whit import GPTQ, Calibration, Recipe, quantize
 from whit.export import EXPORTERS
 from whit.formats.lowrank import LowRank
@@ -99,13 +100,9 @@ def test_with_calibration_it_is_weighted_by_the_inputs(llama: Path, tmp_path: Pa
 def test_a_stopped_run_ends_with_the_same_bytes(llama: Path, tmp_path: Path, text: Calibration):
     recipe = Recipe(GPTQ(), [("*", SPEC)])
 
-    def stop(unit: str, done: int, total: int) -> None:
-        if unit.endswith(".0"):
-            raise KeyboardInterrupt
-
     quantize(llama, tmp_path / "whole", recipe, calibration=text)
     with pytest.raises(KeyboardInterrupt):
-        quantize(llama, tmp_path / "parts", recipe, calibration=text, options=Options(progress=stop))
+        quantize(llama, tmp_path / "parts", recipe, calibration=text, options=Options(progress=stop_after_a_block))
     quantize(llama, tmp_path / "parts", recipe, calibration=text)
     whole, parts = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "parts"))
     assert whole == parts

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, CohereConfig, CohereForCausalLM
 
 import whit
+from stopping import stop_and_go_on
 from test_calibrated import _words, text  # noqa: F401
 from whit import AWQ, GPTQ, HQQ, RTN, Calibration, Clip, Options, Recipe
 from whit.cli.quantize import build_recipe
@@ -143,19 +145,7 @@ def test_a_stopped_run_ends_with_the_same_bytes_on_other_threads(
     recipe = Recipe("awq", [("*", FORMATS[architecture])])
     run(models[architecture], tmp_path / "whole", text, recipe)
 
-    def stop(unit: str, done: int, total: int) -> None:
-        if unit.endswith(".0"):
-            raise KeyboardInterrupt
-
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        with pytest.raises(KeyboardInterrupt):
-            run(models[architecture], tmp_path / "parts", text, recipe, progress=stop)
-        torch.set_num_threads(2)
-        run(models[architecture], tmp_path / "parts", text, recipe)
-    finally:
-        torch.set_num_threads(before)
+    stop_and_go_on(partial(run, models[architecture], tmp_path / "parts", text, recipe), threads=(1, 2))
     assert result(tmp_path / "parts") == result(tmp_path / "whole")
 
 

@@ -121,7 +121,7 @@ def test_what_ships_is_found_by_name(tmp_path, monkeypatch):
     (tmp_path / "text").mkdir()
     (tmp_path / "text/heldout.txt").write_text("words")
     assert data.resolve_model("whit:model") == str(tmp_path / "model")
-    assert data.heldout_text() == "words"
+    assert data.resolve_text("whit:heldout").read_text() == "words"
 
 
 def test_size_by_account_by_shards_and_by_architecture(tiny, make_model, tmp_path):

@@ -14,8 +14,6 @@ from whit.errors import RecipeError
 from whit.job import Options, prepare
 from whit.plan import floats
 
-from tiny_models import save_tiny
-
 FORMATS = {
     "whit": "nf4-dq", "gptq": "int4-g32", "gptq-v2": "int3-g32-asym", "awq": "int4-g32-asym", "bitsandbytes": "nf4-dq",
     "compressed-tensors": "int4-g32-asym", "compressed-tensors-int8": "int8", "mlx": "int4-g32-offset",
@@ -26,14 +24,6 @@ REFUSED = {
     *(("gpt2", export) for export in ("awq", "compressed-tensors", "compressed-tensors-int8", "mlx", "hqq")),
     *(("mixtral", export) for export in ("bitsandbytes", "mlx", "hqq")),
 }
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models")
-    for architecture in ("llama-tied", "mixtral", "gpt2"):
-        save_tiny(folder / architecture, architecture, torch.bfloat16)
-    return folder
 
 
 @pytest.mark.parametrize("export", FORMATS)

@@ -15,8 +15,6 @@ from whit.pipeline import run
 from whit.plan import Coded
 from whit.transcode import prepare_transcode, recast, variants
 
-from tiny_models import save_tiny
-
 ROUTES = {
     "int4-g32-f16": ("gptq", "mlx", "compressed-tensors", "gptq-v2", "awq", "gptq", "whit"),
     "int4-g32-asym-f16": ("awq", "gptq-v2", "compressed-tensors", "awq", "whit"),
@@ -34,14 +32,6 @@ ROUTES = {
     "int2-g32-asym-f16-act": ("gptq-v2", "whit", "gptq-v2"),
     "fp8": ("compressed-tensors", "whit", "compressed-tensors"),
 }
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models")
-    for architecture in ("llama-tied", "mixtral", "gpt2"):
-        save_tiny(folder / architecture, architecture, torch.bfloat16)
-    return folder
 
 
 def floats(folder: Path) -> dict[str, torch.Tensor]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -42,13 +41,6 @@ pytestmark = pytest.mark.skipif(isinstance(COMPILED, str), reason=f"CPU kernels:
 @pytest.fixture(params=ISAS_HERE)
 def kernel(request: pytest.FixtureRequest) -> Cpu:
     return Cpu(request.param)
-
-
-@pytest.fixture
-def threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def packed(spec: str, rows: int, columns: int, random: Generator) -> PackedWeight:

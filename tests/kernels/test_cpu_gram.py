@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Generator, Tensor
@@ -16,13 +14,6 @@ COMPILED = library()
 pytestmark = pytest.mark.skipif(
     isinstance(COMPILED, str) or "avx512_bf16" not in COMPILED.isas, reason="no bfloat16 products here"
 )
-
-
-@pytest.fixture
-def threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def gram(x: Tensor) -> Tensor:

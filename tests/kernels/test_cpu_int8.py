@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -42,13 +41,6 @@ pytestmark = pytest.mark.skipif(isinstance(COMPILED, str), reason=f"CPU kernels:
 @pytest.fixture(params=ISAS_HERE)
 def kernel(request: pytest.FixtureRequest) -> Cpu8:
     return Cpu8(request.param)
-
-
-@pytest.fixture
-def threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def packed(spec: str, rows: int, columns: int, activations: str, random: Generator) -> PackedWeight:

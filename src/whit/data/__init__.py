@@ -40,8 +40,3 @@ def resolve_text(name: str) -> Path:
     if not path.is_file():
         raise EvaluationError(f"{name}: this installation of whit carries no {path.name}; name a text file instead")
     return path
-
-
-def heldout_text() -> str:
-    """The shipped text that no shipped model was trained or calibrated on."""
-    return resolve_text("whit:heldout").read_text(encoding="utf-8")

@@ -22,10 +22,6 @@ class Meter:
         self._packages: list[Path] = []
         self.note = self._open_nvml(device) if device.type == "cuda" else self._open_rapl(rapl)
 
-    @property
-    def is_there(self) -> bool:
-        return self._nvml is not None or bool(self._packages)
-
     def read(self) -> float | None:
         """Joules."""
         if self._nvml is not None:
