@@ -16,6 +16,8 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import whit
 from stopping import stop_after_a_block
+from whit.cli.merge import merge as command
+from whit.errors import EvaluationError, OutputError
 from whit.export.packed import PackedSource
 from whit.job import Options, open_source
 from whit.merging import Merge, Text, measure_routes, merge
@@ -325,6 +327,15 @@ def test_what_began_with_the_loss_goes_into_no_weights_without_it(plain, packed,
     record["tuning"]["init"] = "default"
     (begun / "whit.json").write_text(json.dumps(record))
     merge(plain, begun, tmp_path / "other", Merge("bf16"))
+
+
+def test_what_is_wrong_with_the_text_or_the_output_is_said_before_the_work(packed: Path, trained: Path, tmp_path: Path):
+    with pytest.raises(EvaluationError, match=r"none.txt: no such text file"):
+        command(str(packed), trained, tmp_path / "out", text=str(tmp_path / "none.txt"))
+    assert not (tmp_path / "out").exists()
+    for out in (trained, trained / "inside"):
+        with pytest.raises(OutputError, match=r"lies inside ADAPTER .+ as ADAPTER is never written"):
+            merge(packed, trained, out, options=whit.Options(restart=True))
 
 
 def test_modules_that_were_trained_whole_are_taken_over(packed: Path, tmp_path: Path):

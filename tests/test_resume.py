@@ -11,6 +11,7 @@ import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -161,6 +162,26 @@ def test_an_unfinished_run_of_another_recipe(model: Path, undisturbed: dict[str,
         quantize(model, out, recipe, options=OPTIONS)
     quantize(model, out, recipe, options=Options(shard_size=OPTIONS.shard_size, restart=True))
     assert result(out) == undisturbed
+
+
+def test_what_wrote_nothing_yet_stands_in_no_ones_way(
+    model: Path, undisturbed: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    out = tmp_path / "out"
+    with monkeypatch.context() as full:
+        full.setattr("whit.checkpoint.work.shutil.disk_usage", lambda _: SimpleNamespace(free=0))
+        with pytest.raises(OutputError, match="are needed and 0 are free"):
+            quantize(model, out, Recipe(rules=[("*", "int8")]), options=OPTIONS)
+    assert (tmp_path / ".out.partial/journal.jsonl").exists()
+    quantize(model, out, Recipe(RTN(), RULES), options=OPTIONS)
+    assert result(out) == undisturbed
+
+
+@pytest.mark.parametrize("place", ["file/out", "file/deeper/out", "/proc/out"])
+def test_a_place_where_nothing_can_be_written_is_said(place: str, model: Path, tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match=r"out: cannot be made \(.+\); it must lie where you can write"):
+        quantize(model, tmp_path / place, Recipe(RTN(), RULES), options=OPTIONS)
 
 
 def test_two_runs_do_not_write_the_same_folder(model: Path, tmp_path: Path):

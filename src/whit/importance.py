@@ -13,6 +13,7 @@ from whit.calibration.capture import Watch
 from whit.calibration.runner import Runner
 from whit.calibration.storage import Storage
 from whit.checkpoint.hub import resolve_model
+from whit.checkpoint.work import check_place
 from whit.errors import OutputError, RecipeError
 from whit.export.base import Importance
 from whit.export.gguf.architectures import architecture_of
@@ -75,10 +76,16 @@ def weighed(job: Job, path: Path) -> Job:
     return replace(job, importance=known, plan=replace(job.plan, shards=shards))
 
 
-def write_imatrix(imatrix: Imatrix, out: Path) -> None:
-    """Into a new file: the older format where its name ends with .dat, else GGUF."""
+def check_new(out: Path) -> None:
+    """OutputError where an importance matrix cannot be written; to be asked before it is measured."""
     if out.exists():
         raise OutputError(f"{out}: exists; an importance matrix goes into a new file; choose another name")
+    check_place(out)
+
+
+def write_imatrix(imatrix: Imatrix, out: Path) -> None:
+    """Into a new file: the older format where its name ends with .dat, else GGUF."""
+    check_new(out)
     partial = out.with_name(f".{out.name}.partial")
     partial.write_bytes(dat_bytes(imatrix) if out.suffix == ".dat" else gguf_bytes(imatrix))
     partial.rename(out)

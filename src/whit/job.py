@@ -20,7 +20,7 @@ from whit.checkpoint.hub import resolve_model
 from whit.checkpoint.onnx import onnx_graph
 from whit.checkpoint.reader import Checkpoint, read_json
 from whit.checkpoint.work import check_out
-from whit.devices import find_device
+from whit.devices import check_seed, find_device
 from whit.errors import RecipeError
 from whit.export import Exporter, exporter_named
 from whit.export.foreign import ForeignSource
@@ -54,6 +54,7 @@ class Options:
     input_memory: int = INPUT_MEMORY
 
     def __post_init__(self) -> None:
+        check_seed(self.seed)
         if self.input_memory < 0:
             raise RecipeError(f"input memory {self.input_memory}: is no amount of memory; give 0 or more bytes")
 

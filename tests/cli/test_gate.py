@@ -60,6 +60,12 @@ def test_what_cannot_be_measured_is_said_before_the_work(whit, tmp_path: Path):
     assert (status, "none.txt: no such file" in notes) == (1, True)
     status, _, notes = whit("quantize", "whit:model", out, "--gate-tokens", "512")
     assert (status, "--max-kl" in notes) == (2, True)
+    (tmp_path / "empty.txt").write_text("")
+    status, _, notes = whit("quantize", "whit:model", out, "--max-kl", "1", "--gate-text", tmp_path / "empty.txt")
+    assert (status, "the text is empty" in notes) == (1, True)
+    for option, value in (("--max-kl", "nan"), ("--max-kl", "-1"), ("--max-ppl-increase", "nan")):
+        status, _, notes = whit("quantize", "whit:model", out, option, value)
+        assert (status, option in notes) == (2, True)
     assert not out.exists()
 
 

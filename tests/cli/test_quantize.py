@@ -142,3 +142,33 @@ def test_help_lists_all_formats(whit, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("COLUMNS", "200")
     text = " ".join(whit("quantize", "--help")[1].replace("│", " ").split())
     assert all(spec in text for spec in EXAMPLES if "(" not in spec)
+
+
+@pytest.mark.parametrize(
+    ("options", "status", "said"),
+    [
+        (("--target-bpw", "inf"), 2, "must be a number above 0"),
+        (("--target-bpw", "0"), 2, "must be a number above 0"),
+        (("--target-size", "abc"), 1, "size 'abc': is no amount of memory"),
+        (("--fit", "-1GB"), 1, "size '-1GB': is no amount of memory"),
+        (("--seed", 1 << 64), 1, "does not fit into 64 bits; a seed must"),
+    ],
+)
+def test_numbers_that_are_none_are_said_before_a_model_is_opened(whit, tmp_path: Path, options, status, said):
+    found, _, notes = whit("quantize", tmp_path / "no-model", tmp_path / "out", *options)
+    assert (found, said in " ".join(notes.replace("\u2502", "").split())) == (status, True)
+
+
+def test_a_place_for_an_importance_matrix_is_looked_at_before_it_is_measured(whit, tmp_path: Path):
+    (tmp_path / "there.gguf").write_bytes(b"")
+    for name, said in (("there.gguf", "there.gguf: exists;"), ("there.gguf/x.gguf", "cannot be made")):
+        status, _, notes = whit("imatrix", tmp_path / "no-model", tmp_path / name)
+        assert (status, said in notes) == (1, True)
+
+
+def test_a_seed_beyond_torchs_is_one_sentence(whit):
+    status, _, notes = whit("generate", "whit:model", "--prompt", "Hi", "--seed", 10**23)
+    assert (status, notes) == (
+        1,
+        f"whit: seed {10**23}: does not fit into 64 bits; a seed must; choose a smaller one\n",
+    )

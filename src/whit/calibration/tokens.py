@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from whit.data import resolve_text
+from whit.devices import check_seed
 from whit.errors import CalibrationError
 
 DEFAULT_CONTEXT = 2048
@@ -51,6 +52,7 @@ class Calibration:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check_seed(self.seed)
         if self.samples < 1 or (self.context is not None and self.context < 2):
             asked = f"{self.samples} samples of {self.context} tokens"
             raise CalibrationError(f"calibration: {asked}; at least one of two tokens is needed; ask for more")

@@ -35,7 +35,12 @@ class WorkFolder:
         self.path = work_path(out)
         self.fingerprint = fingerprint
         self.finished: dict[str, Any] = {}
-        out.parent.mkdir(parents=True, exist_ok=True)
+        check_place(out)
+        try:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            self.path.mkdir(exist_ok=True)
+        except OSError as error:  # of a file system that says otherwise than its permissions
+            raise _no_place(out, error.strerror or str(error)) from None
         self._lock = self._take_lock()
         if restart:
             for item in self.path.iterdir():
@@ -65,6 +70,8 @@ class WorkFolder:
         content = path.read_bytes()
         whole = content[: content.rfind(b"\n") + 1]
         lines = [json.loads(line) for line in whole.splitlines()]
+        if lines and lines[0]["fingerprint"] != self.fingerprint and len(list(self.path.iterdir())) == 1:
+            lines, whole = [], b""  # it ended before it wrote anything: the disk was full, say
         if lines and lines[0]["fingerprint"] != self.fingerprint:
             os.close(descriptor)
             os.close(self._lock)
@@ -156,19 +163,36 @@ def _append(descriptor: int, line: dict[str, Any]) -> None:
     os.fsync(descriptor)
 
 
-def check_out(out: Path, model: Path, suffix: str = "") -> None:
-    """OutputError where OUT is MODEL, lies inside it, or holds it, or is a file that does not end with `suffix`."""
+def check_place(out: Path) -> None:
+    """OutputError where nothing can be written at OUT: the nearest that exists above it is no folder, or is closed."""
+    folder = next(parent for parent in out.absolute().parents if parent.exists())
+    if not folder.is_dir():
+        raise _no_place(out, f"{folder} is a file")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise _no_place(out, f"{folder} cannot be written")
+
+
+def _no_place(out: Path, reason: str) -> OutputError:
+    return OutputError(f"{out}: cannot be made ({reason}); it must lie where you can write; choose another place")
+
+
+def check_out(out: Path, model: Path, suffix: str = "", what: str = "MODEL") -> None:
+    """OutputError where OUT has no name, is MODEL (or `what` is read beside it), lies inside it, or holds it, is a file
+    that does not end with `suffix`, or lies where nothing can be written."""
+    if out.name in ("", ".."):
+        raise OutputError(f"OUT {str(out)!r}: is no name; it must be a new folder's, or a new file's; give it one")
     ours, theirs = out.resolve(), model.resolve()
     if ours == theirs or theirs in ours.parents:
         raise OutputError(
-            f"{out}: lies inside MODEL {model}; it must lie elsewhere, as MODEL is never written; choose another"
+            f"{out}: lies inside {what} {model}; it must lie elsewhere, as {what} is never written; choose another"
         )
     if str(out).startswith("whit:"):
         raise OutputError(f"{out}: is a name of what ships with whit; OUT must be a new folder; choose another name")
     if ours in theirs.parents:
-        raise OutputError(f"{out}: holds MODEL {model}; it must lie elsewhere; choose another folder")
+        raise OutputError(f"{out}: holds {what} {model}; it must lie elsewhere; choose another folder")
     if out.exists() and not out.is_dir() and not (suffix and out.name.endswith(suffix)):
         raise OutputError(f"{out}: is a file; it must be a new folder; choose another name")
+    check_place(out)
 
 
 def is_done(out: Path, fingerprint: str, restart: bool) -> bool:

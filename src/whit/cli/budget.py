@@ -6,6 +6,7 @@ from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from enum import Enum
+from math import inf
 from pathlib import Path
 from typing import Annotated, TypeAlias, get_args
 
@@ -90,6 +91,10 @@ class Request:
         if not given and (self.ladder is not None or self.sensitivity is not None):
             name = "--ladder" if self.ladder is not None else "--sensitivity"
             raise typer.BadParameter("only a size needs it; add --target-size or --target-bpw", param_hint=name)
+        if self.bpw is not None and not 0 < self.bpw < inf:
+            raise typer.BadParameter(f"{self.bpw:g}: must be a number above 0, such as 3.5", param_hint="--target-bpw")
+        for asked in filter(None, (self.size, self.fit)):
+            parse_size(asked)  # what is wrong with it is said before the model is measured
         return bool(given)
 
     def bytes(self, job: Job) -> int:

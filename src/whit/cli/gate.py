@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import isnan
 from pathlib import Path
 from typing import Annotated, Any, TypeAlias
 
@@ -16,6 +17,7 @@ from whit.coverage import add_measured
 from whit.data import resolve_text
 from whit.errors import EvaluationError, QualityGateError, WhitError
 from whit.evaluation.result import EvaluationResult
+from whit.evaluation.text import read_text
 from whit.job import Options
 
 HELDOUT = "whit:heldout"
@@ -63,14 +65,20 @@ class Gate:
 
 
 def build_gate(max_kl: float | None, increase: float | None, text: str | None, max_tokens: int | None) -> Gate:
-    """The gate of a command line; refuses a text that is not there, since it is read only after all the work."""
+    """The gate of a command line; refuses what no model can meet and a text that is not one, before all the work."""
     gate = Gate(max_kl, increase, text or HELDOUT, max_tokens)
     if not gate.is_set and (text is not None or max_tokens is not None):
         raise typer.BadParameter(
             "nothing is to be measured; add --max-kl or --max-ppl-increase", param_hint="--gate-text"
         )
+    if max_kl is not None and not max_kl >= 0:  # a NaN too
+        raise typer.BadParameter(f"{max_kl:g}: no divergence is below 0; give 0 or more", param_hint="--max-kl")
+    if increase is not None and isnan(increase):
+        raise typer.BadParameter("nan: must be a number of per cent", param_hint="--max-ppl-increase")
     if gate.is_set and not resolve_text(gate.text).is_file():
         raise EvaluationError(f"{gate.text}: no such file; a gate needs a text to measure on; check --gate-text")
+    if gate.is_set:
+        read_text(resolve_text(gate.text))
     return gate
 
 

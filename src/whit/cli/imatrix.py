@@ -10,7 +10,7 @@ import typer
 from whit.calibration import Calibration
 from whit.cli.console import console
 from whit.cli.options import CALIBRATION_HELP, Seed
-from whit.importance import measure_importance, write_imatrix
+from whit.importance import check_new, measure_importance, write_imatrix
 
 
 def imatrix(
@@ -22,6 +22,7 @@ def imatrix(
     seed: Seed = 0,
 ) -> None:
     """Write llama.cpp's importance matrix: the mean square of every input of every matrix, over a calibration text."""
+    check_new(out)
     found = measure_importance(model, Calibration(calibration, samples, context, seed))
     write_imatrix(found, out)
     console().print(f"{out}: {len(found.sums)} matrices, {found.chunks} x {found.chunk_size} tokens", highlight=False)

@@ -26,6 +26,8 @@ from whit.cli.quiet import quiet_transformers
 from whit.cli.runs import run_account
 from whit.cli.watching import Watching
 from whit.coverage import Account
+from whit.data import resolve_text
+from whit.evaluation.text import read_text
 from whit.job import Options
 from whit.merging import ROUTES, Measured, Merge, Text, measure_routes, prepare_merge
 
@@ -58,6 +60,8 @@ def merge(
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Merge an adapter into a model, and say what that costs: the KL divergence from the two side by side."""
+    if measured:
+        read_text(resolve_text(text))  # what is wrong with it is said before the work
     seen = build_calibration(calibration, samples, context, seed)
     wanted = Merge(route, format, source, seen, export)
     options = Options(seed=seed, device=device, restart=restart, trust_remote_code=trust_remote_code)

@@ -14,6 +14,8 @@ def bars_on_terminals_alone() -> None:
     """
     from tqdm.std import tqdm
 
+    if isinstance(vars(tqdm)["__init__"], partialmethod):  # done before in this process
+        return
     tqdm.__init__ = partialmethod(tqdm.__init__, disable=None)  # None: unless it is a terminal
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from whit.devices import check_seed
 from whit.errors import EvaluationError
 from whit.integrations.cache import QuantizedCache
 from whit.randomness import seeded
@@ -30,6 +31,7 @@ class Sampling:
     recent: int = 0
 
     def __post_init__(self) -> None:
+        check_seed(self.seed)
         if self.max_new_tokens < 1:
             raise EvaluationError(f"max_new_tokens {self.max_new_tokens}: too few; ask for at least one token")
         if not self.greedy and not self.temperature > 0:

@@ -74,6 +74,7 @@ def prepare_merge(model: str | Path, adapter: str | Path, out: str | Path, wante
     name = f"{Path(model).resolve().name if Path(model).exists() else model} + {loaded.folder.resolve().name}"
     job = _job(name, source, Path(out), route, wanted, options)
     check_out(job.out, folder, job.exporter.suffix)
+    check_out(job.out, loaded.folder, job.exporter.suffix, "ADAPTER")
     return replace(job, origin=_origin(loaded, wanted, weights))
 
 
