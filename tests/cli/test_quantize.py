@@ -172,3 +172,16 @@ def test_a_seed_beyond_torchs_is_one_sentence(whit):
         1,
         f"whit: seed {10**23}: does not fit into 64 bits; a seed must; choose a smaller one\n",
     )
+
+
+@pytest.mark.parametrize("command", [("compare", "{model}", "{out}"), ("inspect", "{model}", "--plots", "{out}")])
+def test_a_report_where_nothing_can_be_written_is_refused(whit, model: Path, tmp_path: Path, command):
+    (tmp_path / "file").write_text("")
+    for out in (tmp_path / "file/out", Path("/proc/out"))[: 2 if command[0] == "compare" else 1]:
+        status, _, notes = whit(*(word.format(model=model, out=out) for word in command))
+        assert (status, f"{out}: cannot be made (" in notes) == (1, True)
+
+
+def test_a_comparison_of_nothing_is_refused(whit, model: Path, tmp_path: Path):
+    status, _, notes = whit("compare", model, tmp_path / "out", "--candidates", " ,")
+    assert (status, "names none" in notes, (tmp_path / "out").exists()) == (2, True, False)

@@ -35,12 +35,7 @@ class WorkFolder:
         self.path = work_path(out)
         self.fingerprint = fingerprint
         self.finished: dict[str, Any] = {}
-        check_place(out)
-        try:
-            out.parent.mkdir(parents=True, exist_ok=True)
-            self.path.mkdir(exist_ok=True)
-        except OSError as error:  # of a file system that says otherwise than its permissions
-            raise _no_place(out, error.strerror or str(error)) from None
+        make_folder(self.path, out)
         self._lock = self._take_lock()
         if restart:
             for item in self.path.iterdir():
@@ -161,6 +156,15 @@ def _sync_folder(folder: Path) -> None:
 def _append(descriptor: int, line: dict[str, Any]) -> None:
     os.write(descriptor, (json.dumps(line) + "\n").encode())
     os.fsync(descriptor)
+
+
+def make_folder(folder: Path, out: Path) -> None:
+    """Make a folder of OUT's, and those above it; OutputError where that cannot be."""
+    check_place(out)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:  # of a file system that says otherwise than its permissions
+        raise _no_place(out, error.strerror or str(error)) from None
 
 
 def check_place(out: Path) -> None:

@@ -62,6 +62,8 @@ def compare(
     from whit.report.speed import SpeedOptions
 
     quiet_transformers()
+    if sweep is None and not candidates.strip(" ,"):
+        raise typer.BadParameter("names none; give one, such as int4-g128, or --sweep", param_hint="--candidates")
     entrants = parse_entrants(candidates)
     evaluation = EvaluationOptions(
         text=text, context=context, max_tokens=max_tokens, task_data=task_data, limit=limit, device=device,

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import whit
 from whit.calibration import Calibration
 from whit.checkpoint.reader import read_json
+from whit.checkpoint.work import check_place, make_folder
 from whit.coverage import load_account
 from whit.errors import CheckpointError, WhitError
 from whit.integrations.loading import load_causal_lm, load_tokenizer, maximum_context, model_files
@@ -62,13 +63,14 @@ def draw_comparison(found: Comparison) -> dict[str, bytes]:
 
 def draw_checkpoint(model: str, folder: Path, out: Path) -> list[Path]:
     """The pictures that one checkpoint has, as PNG files in `out`; returns them."""
+    check_place(out)
     drawn = _of_model(model, False)
     if (folder / "whit.json").is_file():
         account = load_account(folder)
         entries = [{"name": e.name, "relative_error": e.relative_error} for e in account.parameters if e.format]
         if (made := grid(entries)) is not None:
             drawn["layers"] = figures.layers(folder.name, made)
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out, out)
     files = []
     for title, figure in drawn.items():
         files.append(out / f"{title}.png")

@@ -20,6 +20,7 @@ from typing import Any
 
 import whit
 from whit.calibration import Calibration
+from whit.checkpoint.work import make_folder
 from whit.checkpoint.writer import file_sha256
 from whit.data import resolve_model, resolve_text
 from whit.evaluation import EvaluationOptions
@@ -91,7 +92,7 @@ def compare(
 
     `speed_again` measures speeds though they are known.
     """
-    (out / ROWS).mkdir(parents=True, exist_ok=True)
+    make_folder(out / ROWS, out)
     model = resolve_model(name)
     here = machine(settings.evaluation.device)
     here["threads"] = settings.threads or here["threads"]
