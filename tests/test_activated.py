@@ -94,7 +94,7 @@ def test_a_killed_run_ends_with_the_same_bytes(model: Path, text: Path, tmp_path
 
 
 @pytest.mark.parametrize("how", ["int8", "int8-static", "int8-g32-exact4"])
-def test_an_encoder(how: str, text: Path, tmp_path: Path):  # noqa: F811
+def test_an_encoder_takes_quantized_inputs_and_stays_near(how: str, text: Path, tmp_path: Path):  # noqa: F811
     path = save_tiny(tmp_path / "model", "bert-classifier")
     run(path, tmp_path / "out", None if how == "int8" else text, Recipe("rtn", [("*", "int8")], activations=how))
     config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]

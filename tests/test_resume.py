@@ -197,7 +197,7 @@ def test_two_runs_do_not_write_the_same_folder(model: Path, tmp_path: Path):
 
 
 @pytest.mark.parametrize("function", ["pwrite", "posix_fallocate", "fdatasync", "write"])
-def test_a_full_disk(
+def test_a_full_disk_is_one_sentence_and_the_run_goes_on_later(
     function: str, model: Path, undisturbed: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     original, calls = getattr(os, function), []

@@ -84,7 +84,7 @@ def test_smoothquant_and_gptq_take_rotated_matrices_too(llama: Path, text: Path,
     assert errors["gptq"] < 1.1 * errors["turned"]
 
 
-def test_on_the_fly(llama: Path):
+def test_rotated_weights_made_while_loading_are_those_of_quantize_tensor(llama: Path):
     config = whit.QuantizationConfig("w8a8+h64")
     model = AutoModelForCausalLM.from_pretrained(llama, quantization_config=config)
     q = whit.quantize_tensor(AutoModelForCausalLM.from_pretrained(llama).model.layers[0].mlp.up_proj.weight.data, SPEC)

@@ -89,7 +89,7 @@ def test_entropy_clips_tails_and_keeps_what_has_none(random: torch.Generator):
     assert 2.5 / 127 < step_of(bulk, "int8-static-entropy") < 12 / 127
 
 
-def test_fp8_and_zeros(heavy: Tensor):
+def test_fp8_ranges_end_at_448_and_zeros_have_a_step(heavy: Tensor):
     assert step_of(heavy, "fp8-static") == pytest.approx(float(heavy.abs().max()) / 448)
     assert step_of(heavy, "fp8-static-mse") <= float(heavy.abs().max()) / 448
     assert step_of(torch.zeros(16), "int8-static") == 1.0

@@ -83,7 +83,7 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(whit, model: Path, tmp_pat
     assert [e["name"] for e in plan["parameters"]] == [e["name"] for e in account["parameters"]]
 
 
-def test_a_recipe_file(whit, model: Path, tmp_path: Path):
+def test_rules_go_over_a_recipe_file_and_its_formats_may_not_be_given_twice(whit, model: Path, tmp_path: Path):
     recipe = tmp_path / "recipe.toml"
     recipe.write_text('[method]\nname = "hqq"\n[[rules]]\nmatch = "*"\nformat = "int4-g32-asym-fz"\n')
     status, screen, _ = whit("quantize", model, tmp_path / "out", "--recipe", recipe, "--rule", "*.0.*=nf4", "--json")

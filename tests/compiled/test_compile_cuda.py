@@ -108,6 +108,6 @@ def test_a_step_that_cannot_be_captured_is_launched_and_said_to_be():
 
 
 @pytest.mark.parametrize(("architecture", "why"), [("t5", "encoder"), ("gemma2", "StaticSlidingWindow")])
-def test_refusals(architecture, why):
+def test_models_that_cannot_be_compiled_are_refused_and_the_reason_said(architecture, why):
     with pytest.raises(UnsupportedModelError, match=why):
         compile_cuda(tiny_model(architecture), {})

@@ -41,7 +41,7 @@ def calibration() -> str:
     return (TEXT / "calibration.txt").read_text(encoding="utf-8")
 
 
-def test_shape(model, record):
+def test_the_shipped_model_has_the_shape_that_it_is_said_to_have(model, record):
     config = model.config
     assert (config.model_type, config.vocab_size, config.hidden_size) == ("llama", 8192, 256)
     assert (config.intermediate_size, config.num_hidden_layers) == (768, 8)

@@ -59,7 +59,7 @@ def test_plain_lines_off_the_terminal(whit, tiny, text_file):
     assert "tokens/s" in err
 
 
-def test_quality_gates(whit, tiny, perturbed, text_file):
+def test_a_quality_gate_that_is_not_met_gives_status_3(whit, tiny, perturbed, text_file):
     words = ("evaluate", perturbed, "--baseline", tiny, "--text", text_file, "--max-tokens", 256, "--json")
     status, out, err = whit(*words, "--max-kl", "0.0001")
     assert status == 3
@@ -72,7 +72,7 @@ def test_quality_gates(whit, tiny, perturbed, text_file):
     assert whit(*words, "--max-kl", "100", "--max-ppl-increase", "1e9")[0] == 0
 
 
-def test_wrong_usage(whit, tiny):
+def test_wrong_usage_gives_status_2_and_says_what_is_missing(whit, tiny):
     status, out, err = whit("evaluate", tiny, "--max-kl", "0.1")
     assert (status, out) == (2, "")
     assert "--max-kl needs --baseline" in err
@@ -94,7 +94,7 @@ def test_errors_are_one_sentence(whit, tiny, tmp_path):
     assert "built for 64 positions; use --context 64" in err
 
 
-def test_generate(whit, tiny, monkeypatch):
+def test_generate_gives_the_same_text_for_the_same_seed(whit, tiny, monkeypatch):
     words = ("generate", tiny, "--prompt", "The text", "--max-new-tokens", 8)
     status, out, err = whit(*words)
     assert status == 0

@@ -65,7 +65,7 @@ def test_losses_do_not_depend_on_the_chunks(random, monkeypatch):
     assert torch.allclose(whole, want, atol=1e-5)
 
 
-def test_context_rules():
+def test_the_context_is_at_most_the_models_and_at_least_two():
     assert choose_context(None, None) == 2048
     assert choose_context(None, 4096) == 2048
     assert choose_context(None, 512) == 512
@@ -86,7 +86,7 @@ def test_texts_that_cannot_be_scored(tiny, tmp_path, content, said):
         evaluate(str(tiny), EvaluationOptions(text=str(path)))
 
 
-def test_a_missing_text(tiny):
+def test_a_missing_text_is_said(tiny):
     with pytest.raises(EvaluationError, match="no such text file"):
         evaluate(str(tiny), EvaluationOptions(text="nowhere.txt"))
 

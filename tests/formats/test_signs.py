@@ -164,7 +164,7 @@ def test_kernels_run_them_or_say_why_not(random: Generator):
             assert torch.allclose(whit.kernels.packed_linear(x, weight, None, kernel), exact, atol=1e-4)
 
 
-def test_names():
+def test_names_of_formats_come_back_as_they_were():
     for spec in (
         "ternary-g64",
         "ternary-channel",

@@ -24,5 +24,5 @@ def test_interesting_files_keep_all_promises(tmp_path: Path):
 
 
 @pytest.mark.parametrize("path", FOUND, ids=lambda path: path.name)
-def test_is_refused(path: Path, tmp_path: Path):
+def test_what_fuzzing_found_is_refused(path: Path, tmp_path: Path):
     assert not check(path.name.partition("-")[0], path.read_bytes(), tmp_path / "m")

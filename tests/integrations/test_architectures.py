@@ -20,7 +20,7 @@ PLAIN = "linears"
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("what", [PLAIN, ALL])
-def test_round_trip(architecture: str, what: str, tmp_path: Path):
+def test_what_is_saved_and_loaded_gives_the_same_logits(architecture: str, what: str, tmp_path: Path):
     model_class = ARCHITECTURES[architecture][0]
     original = save_tiny(tmp_path / "original", architecture)
     format = FORMATS[list(ARCHITECTURES).index(architecture) % len(FORMATS)]
@@ -49,7 +49,9 @@ def test_round_trip(architecture: str, what: str, tmp_path: Path):
     "format", [*FORMATS, "int1-g32", "int2-g16", "int5-channel", "fp4", "int4-g32-asym-fz", "int6-tensor"]
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_every_format(architecture: str, format: str, dtype: torch.dtype, tmp_path: Path):
+def test_every_format_gives_the_logits_of_its_own_floats(
+    architecture: str, format: str, dtype: torch.dtype, tmp_path: Path
+):
     model_class = ARCHITECTURES[architecture][0]
     original = save_tiny(tmp_path / "original", architecture, dtype)
     if format == "fp4" and architecture == "qwen3_moe":

@@ -23,7 +23,9 @@ from tiny_models import save_tiny, tiny_inputs
         ("gpt2", "gptq-v2", "int4-g32-asym", 8), ("mixtral", "compressed-tensors", "int4-g32", 12),
     ],
 )  # fmt: skip
-def test_logits(architecture: str, export: str, format: str, count: int, tmp_path: Path):
+def test_a_file_of_another_kind_gives_the_logits_of_whits_own(
+    architecture: str, export: str, format: str, count: int, tmp_path: Path
+):
     save_tiny(tmp_path / "model", architecture)
     whit.quantize(tmp_path / "model", tmp_path / "out", whit.Recipe(rules=[("*", format)]), export=export)
     model = load_causal_lm(str(tmp_path / "out"), dtype="float32", device="cpu")

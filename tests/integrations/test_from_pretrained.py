@@ -54,7 +54,9 @@ def placed(**where: str) -> dict[str, str]:
 @pytest.mark.parametrize("everything", [False, True])
 @pytest.mark.parametrize("offload_buffers", [False, True])
 @pytest.mark.parametrize("architecture", ["llama", "llama-tied", "qwen3_moe"])
-def test_parts_on_disk(architecture: str, offload_buffers: bool, everything: bool, tmp_path: Path):
+def test_parts_offloaded_to_disk_give_the_same_logits(
+    architecture: str, offload_buffers: bool, everything: bool, tmp_path: Path
+):
     original = save_tiny(tmp_path / "original", architecture)
     rules = [("*embed_tokens", "int8")] if everything else []
     config = whit.QuantizationConfig("int4-g32", rules=rules)
@@ -75,7 +77,7 @@ def test_parts_on_disk(architecture: str, offload_buffers: bool, everything: boo
 
 
 @pytest.mark.parametrize("device_map", [None, "auto", "cpu", {"": "cpu"}])
-def test_device_maps(device_map, llama: Path):
+def test_every_device_map_gives_the_same_logits(device_map, llama: Path):
     model = load(llama, quantization_config=INT4, device_map=device_map)
     wanted = logits(fake_quantized(type(model), llama, INT4.recipe), "llama")
     torch.testing.assert_close(logits(model, "llama"), wanted, atol=1e-5, rtol=0)
@@ -111,7 +113,7 @@ def test_modules_that_an_architecture_keeps_in_float32(tmp_path: Path):
     assert logits(model, "t5").isfinite().all()
 
 
-def test_compute_dtype(llama: Path):
+def test_the_compute_dtype_is_kept_in_the_file(llama: Path):
     config = whit.QuantizationConfig("nf4-g32", compute_dtype=torch.bfloat16)
     model = load(llama, quantization_config=config)
     assert model.model.layers[0].mlp.up_proj.compute_dtype is torch.bfloat16
@@ -140,7 +142,7 @@ def test_rules_choose_formats_per_module(llama: Path):
 
 
 @pytest.mark.parametrize("method", ["rtn", "clip", "hqq"])
-def test_methods(method: str, llama: Path):
+def test_methods_without_data_run_while_loading(method: str, llama: Path):
     config = whit.QuantizationConfig("int4-g32-asym-fz", method=method)
     model = load(llama, quantization_config=config)
     wanted = fake_quantized(type(model), llama, config.recipe)

@@ -41,7 +41,9 @@ def exact(weight: PackedWeight) -> Tensor:
 @pytest.mark.parametrize("spec", SPECS)
 @pytest.mark.parametrize(("rows", "columns"), [(1, 1), (7, 33), (64, 96), (130, 257)])
 @pytest.mark.parametrize("dtype", TOLERANCE)
-def test_equals_float64(spec: str, rows: int, columns: int, dtype: torch.dtype, random: Generator):
+def test_the_reference_is_within_rounding_of_float64(
+    spec: str, rows: int, columns: int, dtype: torch.dtype, random: Generator
+):
     weight = packed(spec, rows, columns, random)
     bias = torch.randn(rows, generator=random).to(dtype)
     for batch in [(), (1,), (3,), (2, 5), (0,)]:

@@ -70,7 +70,7 @@ def test_the_table_of_shapes_has_the_published_numbers_of_parameters():
     ("name", "gigabytes"),
     [("7B", (28, 14, 7, 3.5)), ("LLaMA-13B", (52, 26, 13, 6.5)), ("LLaMA-70B", (280, 140, 70, 35))],
 )
-def test_textbook_rows(name: str, gigabytes: tuple[float, ...]):
+def test_textbook_rows_are_the_known_gigabytes(name: str, gigabytes: tuple[float, ...]):
     rows = planner(name).textbook()
     assert tuple(row["weights_bytes"] / 1e9 for row in rows) == gigabytes
 

@@ -44,7 +44,7 @@ def test_codes_and_absmax(table: str, name: str):
 
 
 @pytest.mark.parametrize("name", ["normal", "constant", "heavy-tailed", "tiny"])
-def test_nested_absmax(name: str):
+def test_double_quantization_is_bitsandbytes_own(name: str):
     weight = matrices()[name]
     theirs, state = functional.quantize_4bit(weight, blocksize=64, quant_type="nf4", compress_statistics=True)
     ours = whit.quantize_tensor(weight, "nf4-dq")

@@ -63,7 +63,7 @@ def reference(folder: Path, kind: str) -> torch.nn.Module:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
-def test_logits(architecture: str, kind: str, folder: Path):
+def test_bitsandbytes_computes_our_logits_from_our_files(architecture: str, kind: str, folder: Path):
     inputs = tiny_inputs(architecture)
     theirs, ours = loaded(folder / f"{architecture}-{kind}"), reference(folder / architecture, kind)
     packed = [m for m in theirs.modules() if isinstance(m, bnb.nn.Linear4bit | bnb.nn.Linear8bitLt)]

@@ -41,7 +41,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(("format", "export"), CASES)
-def test_logits(format: str, export: str, model: Path, tmp_path: Path):
+def test_gptqmodel_computes_our_logits_from_our_files(format: str, export: str, model: Path, tmp_path: Path):
     whit.quantize(model, tmp_path / "out", whit.Recipe(rules=[("*", format)]), export=export)
     backend = hf.AwqConfig(backend="torch_awq") if export == "awq" else None
     config = backend or hf.GPTQConfig(bits=int(format[3]), backend="gptq_torch")

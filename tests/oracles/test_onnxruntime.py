@@ -55,7 +55,7 @@ def check(model: Path, rules: list[tuple[str, str]], folder: Path, most: float) 
 
 
 @pytest.mark.parametrize(("architecture", "rules"), CASES)
-def test_logits(architecture: str, rules: list[tuple[str, str]], tmp_path: Path):
+def test_onnx_runtime_computes_our_logits(architecture: str, rules: list[tuple[str, str]], tmp_path: Path):
     save_tiny(tmp_path / "model", architecture, torch.bfloat16)
     check(tmp_path / "model", rules, tmp_path, 3e-6)
 
@@ -85,6 +85,6 @@ def test_rotary_scaling_windows_and_biases(kind: Any, more: dict[str, Any], tmp_
 
 @pytest.mark.shared
 @pytest.mark.slow
-def test_the_real_model(shared: Path, tmp_path: Path):
+def test_onnx_runtime_computes_our_logits_of_the_real_model(shared: Path, tmp_path: Path):
     rules = [("*", "int4-g32-f32"), ("*down_proj", "int8-g32-asym-f32")]
     check(shared / "models/smollm2-135m-fp", rules, tmp_path, 1e-4)

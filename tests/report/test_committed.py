@@ -21,7 +21,7 @@ CANDIDATES = {"report": SHIPPED, "report-smollm2": REAL}
 PICTURES = ("desktop", "phone", "pareto", "speed", "layers", "histogram", "error_bits", "memory", "outliers")
 
 
-def test_both_are_there():
+def test_both_committed_reports_are_there():
     assert {folder.name for folder in FOLDERS} == set(CANDIDATES)
 
 

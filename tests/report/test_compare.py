@@ -227,5 +227,5 @@ def test_energy_is_a_counter_or_a_reason(tmp_path: Path):
     assert Meter(torch.device("cpu"), tmp_path).read() == 5.0  # packages, not their parts
 
 
-def test_spreads():
+def test_a_spread_is_median_least_and_most():
     assert Spread.of([3.0, 1.0, 2.0]) == Spread(2.0, 1.0, 3.0)

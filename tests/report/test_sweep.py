@@ -19,7 +19,7 @@ from whit.report.sweep import Sweep, sweep
 pytest.importorskip("scipy")
 
 
-def test_spans():
+def test_a_span_becomes_sizes_and_a_wrong_one_is_said():
     assert Sweep.parse("2:4").sizes == (2.0, 2.5, 3.0, 3.5, 4.0)
     assert Sweep.parse("3:3.2:0.1").sizes == (3.0, 3.1, 3.2)
     for wrong in ("", "3", "4:3", "a:b", "0:3", "2:3:0", "2:8:0.001", "1:2:3:4"):

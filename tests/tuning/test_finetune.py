@@ -288,7 +288,7 @@ def test_what_cannot_be_trained_is_said(model, data, tmp_path, change, reason):
     assert [path.name for path in tmp_path.iterdir()] == begun
 
 
-def test_the_command(model, data, tmp_path, capfd):
+def test_the_command_plans_trains_and_reports_as_json(model, data, tmp_path, capfd):
     words = ["finetune", str(model), str(data), str(tmp_path / "out"), "--format", "int4-g32", "--steps", "2"]
     words += ["--rank", "4", "--batch", "2", "--context", "64", "--target", "q_proj,v_proj"]
     runner = CliRunner()

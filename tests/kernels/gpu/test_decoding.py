@@ -23,7 +23,7 @@ def error(found, wanted):
 
 
 @pytest.mark.parametrize(("dtype", "columns", "added"), [(BF16, 4104, True), (F16, 80, False)])
-def test_norm(dtype, columns, added, random):
+def test_norm_is_that_of_transformers_and_adds_the_residual(dtype, columns, added, random):
     module = LlamaRMSNorm(columns, eps=1e-5).to(dtype)
     module.weight.data = torch.randn(columns, generator=random).to(dtype)
     residual = torch.randn(2, columns, generator=random).to(dtype)
@@ -34,14 +34,14 @@ def test_norm(dtype, columns, added, random):
     assert error(found, module(total)) < 1e-4
 
 
-def test_gate(random):
+def test_gate_is_silu_times_up_bit_for_bit(random):
     gates, ups = torch.randn(3, 344, generator=random).to(BF16), torch.randn(3, 344, generator=random).to(BF16)
     found = decoding.gate(gates, ups, emulated.run_decoding)
     assert torch.equal(found, torch.nn.functional.silu(gates) * ups)
 
 
 @pytest.mark.parametrize(("dtype", "group", "size", "slot"), [(BF16, 4, 128, 150), (F16, 7, 64, 63)])
-def test_attention(dtype, group, size, slot, random):
+def test_attention_is_that_of_float64_over_the_cache(dtype, group, size, slot, random):
     """Against float64 over the cache as it is afterwards; two sequences, one of them padded on the left."""
     batch, key_heads, length = 2, 2, 192
 
