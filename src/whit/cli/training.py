@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from types import TracebackType
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as Bar
 
 from whit.cli.console import print_json
 from whit.cli.shown import size
+from whit.cli.watching import Bar
 from whit.memory import Planner, Situation
 from whit.memory.subject import find_subject
 from whit.training.loss import CHUNK
 from whit.training.settings import ALL_LINEAR
 from whit.tuning import TuningJob
-
-_SECONDS_BETWEEN_LINES = 10.0
 
 
 @dataclass(frozen=True)
@@ -84,45 +79,25 @@ def show_plan(job: TuningJob, expected: Expected | None, as_json: bool) -> None:
         print(line)
 
 
-class Progress:
+class Progress(Bar):
     """A bar with loss, tokens per second and memory on a terminal, plain lines otherwise."""
 
     def __init__(self, console: Console) -> None:
-        self._console = console
-        self._bar = Bar(
-            TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[said]}"),
-            TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal,
-        )  # fmt: skip
-        self._task = self._bar.add_task("", total=None, said="")
-        self._last_line = 0.0
-
-    def __enter__(self) -> Progress:
-        self._bar.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._bar.stop()
+        super().__init__(console)
+        self._task = self._progress.add_task("training", total=None, said="")
+        self._last_line = 0.0  # the first step has a line
 
     def note(self, sentence: str) -> None:
         """Say it above the bar."""
-        self._print(sentence)
+        self.line(sentence)
 
     def step(self, entry: Mapping[str, Any], steps: int) -> None:
         """Move the bar; without a terminal a line about every ten seconds, and at the first and last step."""
         number = int(entry["step"])
         said = f"loss {entry['loss']:.4f}, {entry['tokens_per_second']:,.0f} tokens/s, {size(entry['memory_bytes'])}"
-        self._bar.update(self._task, completed=number, total=steps, said=said)
-        now = time.monotonic()
-        due = number == steps or now - self._last_line > _SECONDS_BETWEEN_LINES
-        if not self._console.is_terminal and due:
-            self._last_line = now
-            self._print(f"step {number}/{steps}: {said}")
+        self._progress.update(self._task, completed=number, total=steps, said=said)
+        self.line_where_due(f"step {number}/{steps}: {said}", at_once=number == steps)
 
     def scored(self, entry: Mapping[str, Any]) -> None:
         """A line for every score."""
-        self._print(f"step {int(entry['step'])}: held-out loss {entry['held_out_loss']:.4f}")
-
-    def _print(self, line: str) -> None:
-        self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+        self.line(f"step {int(entry['step'])}: held-out loss {entry['held_out_loss']:.4f}")

@@ -39,6 +39,13 @@ class Sampling:
         if not self.greedy and not 0 < self.top_p <= 1:
             raise EvaluationError(f"top_p {self.top_p}: must lie in (0, 1]; use 1 to draw from all tokens")
 
+    @property
+    def drawing(self) -> dict[str, Any]:
+        """As arguments of transformers' `generate`."""
+        if self.greedy:  # needs none; the neutral values keep the model's own settings out of it
+            return {"do_sample": False, "temperature": 1.0, "top_p": 1.0, "top_k": 50}
+        return {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
+
 
 @dataclass(frozen=True)
 class Generated:
@@ -61,20 +68,7 @@ def generate(model: Any, tokenizer: Any, prompt: str, sampling: Sampling, stream
     """
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
     length = int(inputs["input_ids"].shape[1])
-    if length == 0:
-        raise EvaluationError("prompt: is empty; the model continues a text; give it at least one word")
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if limit and length + sampling.max_new_tokens > limit:
-        raise EvaluationError(
-            f"prompt: {length} tokens and {sampling.max_new_tokens} new ones exceed the model's {limit} positions; "
-            "shorten the prompt or lower --max-new-tokens"
-        )
-    # the likeliest token needs neither; naming the neutral values keeps the model's own settings out of it
-    drawing = (
-        {"do_sample": False, "temperature": 1.0, "top_p": 1.0, "top_k": 50}
-        if sampling.greedy
-        else {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
-    )
+    _check_length(model, length, sampling)
     stop = model.generation_config.eos_token_id
     pad = model.generation_config.pad_token_id
     first_stop = stop[0] if isinstance(stop, list) else stop
@@ -84,7 +78,7 @@ def generate(model: Any, tokenizer: Any, prompt: str, sampling: Sampling, stream
         try:
             output = model.generate(
                 **inputs,
-                **drawing,
+                **sampling.drawing,
                 max_new_tokens=sampling.max_new_tokens,
                 pad_token_id=first_stop if pad is None else pad,
                 streamer=streamer,
@@ -99,6 +93,18 @@ def generate(model: Any, tokenizer: Any, prompt: str, sampling: Sampling, stream
     seconds = time.perf_counter() - start
     new = output[0, length:]
     return Generated(tokenizer.decode(new, skip_special_tokens=True), length, int(new.numel()), seconds)
+
+
+def _check_length(model: Any, length: int, sampling: Sampling) -> None:
+    """Whether a prompt of so many tokens can be continued."""
+    if length == 0:
+        raise EvaluationError("prompt: is empty; the model continues a text; give it at least one word")
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limit and length + sampling.max_new_tokens > limit:
+        raise EvaluationError(
+            f"prompt: {length} tokens and {sampling.max_new_tokens} new ones exceed the model's {limit} positions; "
+            "shorten the prompt or lower --max-new-tokens"
+        )
 
 
 def chat_prompt(tokenizer: Any, message: str) -> str:
