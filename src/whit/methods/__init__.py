@@ -1,4 +1,11 @@
-"""Which codes are chosen. A new method is one file and one name in METHODS."""
+"""Which codes are chosen. A new method is one file and one name in METHODS.
+
+A method is `rtn`, `clip`, `hqq`, `gptq`, `refine` or `blocks`; `base` says what one is. GPTQ's walk is in `columns`,
+`feedback` and `scales`; what moves under a gradient in `latent`, `learned`, `straight`, `nested`, `joined` and
+`units`, and the loop that moves it in `descent`, over `samples`. `stack`, `together`, `rows` and `workers` say what
+is done at a time, and by whom. `lowrank`, `rotated` and `bands` give any method to formats around other formats;
+`regrid` gives codes to a matrix that had some.
+"""
 
 from __future__ import annotations
 

@@ -1,1 +1,5 @@
-"""What a model is made of: which parameters can be quantized, and the modules that hold packed weights."""
+"""What a model is made of, without its weights.
+
+`skeleton` makes the class on the meta device, `targets` finds which parameters can be quantized, `names` and `source`
+where each comes from in a checkpoint, `graph` which linears share an input and where a scale of it folds.
+"""

@@ -1,4 +1,8 @@
-"""Quantization-aware training of whole models; that of one block after the other is the method `blocks`."""
+"""Quantization-aware training of whole models; that of one block after the other is the method `blocks`.
+
+`job` plans a run, `start` makes what it begins with, `run` does it: a `loop` over a `network` whose parameters are
+`trained`, by the `losses` of a `course`; `ready` hands the result to the pipeline.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""End-to-end training from a model on the disk to a packed one: planned, started, trained, written.
+"""End-to-end training from a model on the disk to a packed one: started, trained, written.
 
 `full`: everything is trained, from the codes that another method chose (they lie in `.OUT.start` until the end), and
 the unquantized model itself is the teacher. `scales`: the codes of a quantized model stay, packed, and its params are

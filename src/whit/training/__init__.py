@@ -1,4 +1,8 @@
-"""Training on top of packed weights, which stay as they are."""
+"""Training on top of packed weights, which stay as they are; whole runs are in `tuning`.
+
+From text to steps: `data`, `packing`; the adapter: `adapters`, `lora`, `init`, `prepare`; the loop: `loop`, `loss`,
+`optimizers`, `ranks`, `shards`; what is kept: `state`, `peft_file`, `curve`; `settings` says all that can be chosen.
+"""
 
 from __future__ import annotations
 
