@@ -13,7 +13,6 @@ from math import prod
 
 import torch
 
-from whit.finish import peak_memory
 from whit.formats.bands import bands_of
 from whit.job import Job
 from whit.layouts import BITS
@@ -22,6 +21,7 @@ from whit.methods.base import BlockMethod
 from whit.methods.lowrank import beside
 from whit.model.graph import find_blocks
 from whit.plan import Item
+from whit.process import peak_memory
 from whit.tensor import Format, LayerStats
 
 READ_RATE, WRITE_RATE = 1.0e9, 0.5e9  # bytes per second of an ordinary solid-state disk

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import platform
-import resource
-import sys
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import safetensors
@@ -20,8 +17,7 @@ from whit.checkpoint.writer import file_sha256
 from whit.coverage import Account, Entry, account_bytes
 from whit.export.base import Outcome
 from whit.job import Job
-
-STATUS = Path("/proc/self/status")  # Linux: getrusage's figure begins with what the process had that started this one
+from whit.process import peak_memory
 
 
 def finish(job: Job, work: WorkFolder) -> None:
@@ -78,17 +74,3 @@ def _others(job: Job) -> Iterable[Entry]:
         yield Entry(name, "tied", reason=f"shares {owner}")
     for name, reason in job.source.dropped.items():
         yield Entry(name, "dropped", reason=reason)
-
-
-def process_memory(field: str = "VmRSS") -> int:
-    """Bytes of this process in memory now, or at most (`VmHWM`); 0 where the system does not say it so."""
-    lines = STATUS.read_text().splitlines() if STATUS.exists() else []
-    return 1024 * next((int(line.split()[1]) for line in lines if line.startswith(field)), 0)
-
-
-def peak_memory() -> int:
-    """Most bytes that this process has held in memory."""
-    if known := process_memory("VmHWM"):
-        return known
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak

@@ -127,7 +127,7 @@ def test_an_interrupt_says_how_to_go_on(whit, model: Path, tmp_path: Path, monke
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("whit.cli.quantize.run", interrupted)
+    monkeypatch.setattr("whit.cli.runs.run", interrupted)
     status, _, notes = whit("quantize", model, tmp_path / "out", "--format", "int8")
     assert status == 130
     assert notes.splitlines()[-1] == "whit: interrupted: run the same command again to go on from here"

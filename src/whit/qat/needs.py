@@ -11,9 +11,9 @@ from math import prod
 
 import torch
 
-from whit.finish import peak_memory
 from whit.memory.activations import training_bytes, widths
 from whit.methods.joined import JOINED
+from whit.process import peak_memory
 from whit.qat.job import Training
 from whit.qat.losses import CHUNK
 

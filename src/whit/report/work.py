@@ -28,10 +28,10 @@ from whit.devices import find_device
 from whit.errors import WhitError
 from whit.evaluation import EvaluationOptions, evaluate
 from whit.evaluation.size import measure_size
-from whit.finish import process_memory
 from whit.integrations.loading import load_causal_lm, load_config, model_files
 from whit.job import Options
 from whit.pipeline import quantize
+from whit.process import process_memory
 from whit.recipe import Recipe
 from whit.report.candidates import Entrant
 from whit.report.machine import read_bandwidth

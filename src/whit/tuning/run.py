@@ -14,9 +14,9 @@ import torch
 from whit.checkpoint.reader import read_json
 from whit.checkpoint.work import JOURNAL, RECORD, WorkFolder, disk_errors, is_done
 from whit.errors import WhitError
-from whit.finish import peak_memory
 from whit.integrations.config import QuantizationConfig
 from whit.integrations.loading import load_causal_lm
+from whit.process import peak_memory
 from whit.training.adapters import adapters, add_adapters, check_packing
 from whit.training.count import count_parameters
 from whit.training.curve import draw_curve
