@@ -132,9 +132,9 @@ def test_by_data_the_model_begins_nearer_to_the_original(llama, text):
     assert distance["data"] < distance["loftq"] < 0.9 * distance["none"]
 
 
-@pytest.mark.slow
-def test_more_iterations_move_the_packed_weights_and_lose_less(llama, text):
-    once, often = adapted(llama), adapted(llama)
+@pytest.mark.parametrize("format", [pytest.param("int2-g32", marks=pytest.mark.slow), "int2-g32+r2", "int2-g32+h16"])
+def test_more_iterations_move_the_packed_weights_and_lose_less(llama, text, format):
+    once, often = adapted(llama, format), adapted(llama, format)
     first = whit.initialize_adapter(once, llama, method="data", calibration=text)
     more = whit.initialize_adapter(often, llama, method="data", calibration=text, iterations=3)
     assert sum(s.after for s in more) < 0.8 * sum(s.after for s in first)

@@ -34,7 +34,10 @@ METHOD_HELP = (
     "How it is quantized: rtn, clip, hqq; or gptq, refine, ..., which look at DATA and write OUT/base, the model that "
     "the adapter belongs to. [default: rtn]"
 )
-OPTIMIZER_HELP = f"adamw is torch's; {', '.join(BITSANDBYTES)} are bitsandbytes', {', '.join(TORCHAO)} torchao's."
+OPTIMIZER_HELP = (
+    f"adamw is torch's; {', '.join(BITSANDBYTES)} are bitsandbytes', {', '.join(TORCHAO)} torchao's. Where "
+    "bitsandbytes' do not run, torchao's or torch's take their place, and the run says so."
+)
 TOO_LONG_HELP = "Examples longer than --context: cut their ends, drop them, or refuse the file."
 
 PATIENCE = timedelta(days=1)  # the others wait while the first process quantizes by a method that takes its time

@@ -32,7 +32,7 @@ from whit.errors import RecipeError, UnsupportedModelError
 from whit.integrations.loading import load_tokenizer, maximum_context
 from whit.layouts import BITS
 from whit.methods import GPTQ
-from whit.methods.lowrank import Factored, factored, lost
+from whit.methods.lowrank import Factored, beside, factored, lost
 from whit.model.skeleton import load_skeleton
 from whit.model.source import ModelSource
 from whit.modules import QuantizedLinear
@@ -173,7 +173,7 @@ class _Setter:
         def quantize(matrix: Tensor) -> QuantizedTensor:
             if stats is None:
                 return quantize_tensor(matrix, present.format)
-            return GPTQ()(matrix, stats, present.format)
+            return beside(GPTQ())(matrix, stats, present.format)
 
         hessian = None if stats is None else stats.hessian
         return factored(quantize, weight, hessian, rank, self.iterations, torch.float32, present)

@@ -8,7 +8,8 @@ turns into kernels at the first step.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -24,11 +25,12 @@ TENSOR, MAPPING, SEQUENCE, MOMENTS, DTYPE = "tensor", "mapping", "sequence", "mo
 
 
 def make_optimizer(name: str, parameters: list[nn.Parameter], rate: float, decay: float) -> torch.optim.Optimizer:
-    """One of OPTIMIZERS over the adapters; TrainingError where it does not run here, with the reason."""
+    """One of OPTIMIZERS over the adapters, as `settle_optimizer` gave it."""
     if name == "adamw":
         return torch.optim.AdamW(parameters, lr=rate, betas=BETAS, weight_decay=decay)
-    make = _torchao(name) if name in TORCHAO else _bitsandbytes(name, parameters[0].device)
-    return make(parameters, lr=rate, betas=BETAS, weight_decay=decay)
+    library, kind = ("torchao", TORCHAO[name]) if name in TORCHAO else ("bitsandbytes", BITSANDBYTES[name])
+    make = getattr(import_module(f"{library}.optim"), kind)
+    return make(parameters, lr=rate, betas=BETAS, weight_decay=decay)  # type: ignore[no-any-return]
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
@@ -40,33 +42,38 @@ def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
             group["lr"] = rate
 
 
-def _torchao(name: str) -> Callable[..., torch.optim.Optimizer]:
+def settle_optimizer(name: str, device: torch.device) -> tuple[str, str | None]:
+    """What runs on a device in the place of an optimizer of OPTIMIZERS, and a note where that is another one.
+
+    A paged one gives way to the same without pages, and 8-bit moments of bitsandbytes to torchao's, or to torch's whole
+    ones. One that was asked for by torchao's name is refused without torchao (TrainingError).
+    """
+    if name in TORCHAO and (reason := _missing("torchao")) is not None:
+        raise TrainingError(
+            f"optimizer {name}: {reason}; it is torchao's; pip install torchao, "
+            f"or use --optimizer {name.removeprefix('torchao-') if name.endswith('8bit') else 'adamw'}"
+        )
+    if name not in BITSANDBYTES:
+        return name, None
+    chosen, reasons = name, []
+    if name.startswith("paged") and device.type != "cuda":
+        chosen = name.removeprefix("paged-")
+        reasons.append("pages between a GPU and the CPU, and the model is on the CPU")
+    if chosen in BITSANDBYTES and (reason := _missing("bitsandbytes")) is not None:
+        reasons.append(reason)
+        instead = "torchao-adamw-8bit" if chosen.endswith("8bit") else "adamw"
+        chosen = instead if instead not in TORCHAO or _missing("torchao") is None else "adamw"
+    return chosen, f"optimizer {name}: {'; '.join(reasons)}; {chosen} takes its place" if reasons else None
+
+
+def _missing(library: str) -> str | None:
+    """Why its optimizers cannot be had; None where they can."""
     try:
-        from torchao import optim
+        import_module(f"{library}.optim")
     except Exception as error:  # whatever an extension of another torch raises
         said = str(error).strip().partition("\n")[0].rstrip(".")
-        raise TrainingError(
-            f"optimizer {name}: torchao cannot be imported ({said}); it is torchao's; pip install torchao, "
-            f"or use --optimizer {name.removeprefix('torchao-') if name.endswith('8bit') else 'adamw'}"
-        ) from None
-    return getattr(optim, TORCHAO[name])  # type: ignore[no-any-return]
-
-
-def _bitsandbytes(name: str, device: torch.device) -> Callable[..., torch.optim.Optimizer]:
-    try:
-        from bitsandbytes import optim
-    except Exception as error:  # it raises what it likes where its library does not fit
-        said = str(error).strip().partition("\n")[0].rstrip(".")
-        raise TrainingError(
-            f"optimizer {name}: bitsandbytes cannot be imported ({said}); it must be there for 8-bit and paged "
-            "optimizers; pip install bitsandbytes, or use --optimizer torchao-adamw-8bit or adamw"
-        ) from None
-    if name.startswith("paged") and device.type != "cuda":
-        raise TrainingError(
-            f"optimizer {name}: pages between a GPU and the CPU; the model must be on a GPU; "
-            f"use --optimizer {name.removeprefix('paged-')}"
-        )
-    return getattr(optim, BITSANDBYTES[name])  # type: ignore[no-any-return]
+        return f"{library} cannot be imported ({said})"
+    return None
 
 
 def flatten(value: Any, tensors: dict[str, Tensor], name: str = "optimizer") -> Any:

@@ -20,6 +20,7 @@ from whit.integrations.loading import load_config, load_tokenizer, maximum_conte
 from whit.job import Options
 from whit.training.data import Dataset, read_examples
 from whit.training.loop import Work
+from whit.training.optimizers import settle_optimizer
 from whit.training.packing import derive, plan_evaluation, plan_steps
 from whit.training.ranks import Ranks
 from whit.training.settings import CONTEXT, Tuning
@@ -73,6 +74,8 @@ def prepare_tuning(
     Ranks.here().check(tuning.accumulate)
     config = load_config(str(model), trust_remote_code=options.trust_remote_code)
     tuning, notes = _settled(str(model), config, tuning)
+    optimizer, note = settle_optimizer(tuning.optimizer, find_device(options.device))
+    tuning, notes = replace(tuning, optimizer=optimizer), notes + ((note,) if note is not None else ())
     tokenizer = load_tokenizer(str(model), trust_remote_code=options.trust_remote_code)
     assert tuning.context is not None
     trained = read_examples(Path(data), tokenizer, tuning.context, tuning.too_long)
