@@ -84,7 +84,11 @@ def test_all_bad_lines_are_listed_at_once(tmp_path, tokenizer):
         read_examples(path, tokenizer, 64)
     lines = str(raised.value).splitlines()
     assert ["line 4: `response`" in line for line in lines].count(True) == 1
-    assert lines[-1] == "... and 14 more lines"
+    assert len(lines) == 3  # each reason once, with the lines that it holds for
+    assert "lines 5, 6, 7, 8, 9, 10, 11, 12, 13, 14 and 10 more: not an object" in lines[-1]
+    path = write(tmp_path / "e.jsonl", *[{"messages": [{"role": f"r{i}", "content": "a"}]} for i in range(24)])
+    with pytest.raises(TrainingError, match=r"line 10: .*\n\.\.\. and 14 more lines$"):
+        read_examples(path, tokenizer, 64)
 
 
 def test_files_that_hold_no_examples(tmp_path, tokenizer):

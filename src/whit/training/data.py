@@ -67,21 +67,33 @@ def read_examples(path: Path, tokenizer: Any, context: int, too_long: TooLong = 
     raw = _read(path)
     _check_tokenizer(tokenizer)
     found: list[Example] = []
-    wrong: list[str] = []
+    wrong: dict[str, list[int]] = {}
     for number, line in enumerate(raw.decode("utf-8").split("\n"), 1):
         if line.strip():
             try:
                 found.append(_example(json.loads(line), tokenizer, number))
             except json.JSONDecodeError as error:
-                wrong.append(f"line {number}: not JSON ({error}); every line must hold one object; correct it")
+                reason = f"not JSON ({error}); every line must hold one object; correct it"
+                wrong.setdefault(reason, []).append(number)
             except TrainingError as error:
-                wrong.append(f"line {number}: {error}")
+                wrong.setdefault(str(error), []).append(number)
     if wrong:
-        more = [f"... and {len(wrong) - NAMED} more lines"] if len(wrong) > NAMED else []
-        raise TrainingError("\n".join([*(f"{path}: {reason}" for reason in wrong[:NAMED]), *more]))
+        raise _bad_lines(path, wrong)
     if not found:
         raise TrainingError(f"{path}: holds no example; it must have a JSON object on each line; name another file")
     return _fitted(Dataset(path.name, tuple(found), sha256(raw).hexdigest()), path, context, too_long)
+
+
+def _bad_lines(path: Path, wrong: Mapping[str, list[int]]) -> TrainingError:
+    """Every reason once, with the lines that it holds for."""
+    said = []
+    for reason, lines in list(wrong.items())[:NAMED]:
+        more = f" and {len(lines) - NAMED} more" if len(lines) > NAMED else ""
+        numbers = ", ".join(map(str, lines[:NAMED]))
+        said.append(f"{path}: line{'s' if len(lines) > 1 else ''} {numbers}{more}: {reason}")
+    if (rest := sum(map(len, list(wrong.values())[NAMED:]))) > 0:
+        said.append(f"... and {rest} more lines")
+    return TrainingError("\n".join(said))
 
 
 def _read(path: Path) -> bytes:
