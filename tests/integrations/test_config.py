@@ -69,6 +69,9 @@ def test_refuses_what_contradicts_itself():
         whit.QuantizationConfig("nf44")
     with pytest.raises(FormatError, match="it has no double quantization"):
         whit.QuantizationConfig("int8", double_quant=True)
+    with pytest.raises(RecipeError, match="llm_int8_has_fp16_weight keeps 16-bit weights"):
+        whit.QuantizationConfig("llm.int8", llm_int8_has_fp16_weight=True)
+    assert not whit.QuantizationConfig("llm.int8", llm_int8_has_fp16_weight=False).fp32_cpu_offload
     with pytest.raises(RecipeError, match="a Recipe has its own method"):
         whit.QuantizationConfig(whit.Recipe(), method="hqq")
     with pytest.raises(RecipeError, match=r"key 'bits' is not known; update whit"):

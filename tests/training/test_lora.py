@@ -99,7 +99,7 @@ def test_gradients_in_bfloat16(folder, format):
 
 
 @pytest.mark.parametrize("variant", [{"use_dora": True}, {"use_rslora": True}])
-@pytest.mark.parametrize("format", ["nf4-dq", "int4-g32"])
+@pytest.mark.parametrize("format", ["nf4-dq", "int4-g32", "int3-g64-asym", "q4_k", "ternary", "mxfp4", "int2-g32+r4"])
 def test_variants_of_lora(folder, format, variant):
     model = quantized(folder, format)
     plain = copy.deepcopy(model).dequantize()

@@ -44,6 +44,7 @@ class BitsandbytesOptions(TypedDict, total=False):
     llm_int8_skip_modules: Sequence[str] | None
     enable_fp32_cpu_offload: bool
     llm_int8_enable_fp32_cpu_offload: bool
+    llm_int8_has_fp16_weight: bool
 
 
 class QuantizationConfig(QuantizationConfigMixin):  # type: ignore[misc]
@@ -81,6 +82,11 @@ class QuantizationConfig(QuantizationConfigMixin):  # type: ignore[misc]
             raise RecipeError(f"QuantizationConfig: option {unknown[0]!r} does not exist; correct it or leave it out")
         if (threshold := named.get("outlier_threshold", named.get("llm_int8_threshold"))) is not None:
             given = _with_threshold(given, threshold)
+        if named.get("llm_int8_has_fp16_weight"):
+            raise RecipeError(
+                "QuantizationConfig: llm_int8_has_fp16_weight keeps 16-bit weights, and whit only codes; "
+                "leave it out, and train adapters beside the codes (whit.prepare_for_training)"
+            )
         skips = (modules_to_not_convert, named.get("skip_modules"), named.get("llm_int8_skip_modules"))
         skipped = [name for names in skips for name in names or ()]
         kept = [(pattern, "bf16") for name in skipped for pattern in _patterns(name)]
