@@ -273,6 +273,7 @@ def test_without_a_compiler_the_reason_is_given(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(builder, "COMPILERS", ("no-such-compiler",))
     with pytest.raises(RuntimeError, match=r"no C\+\+ compiler"):
         builder.build(tmp_path / "library.so")
+    assert "not built: no C++ compiler (c++, g++, clang++) is on the path" in str(load(tmp_path / "library.so"))
     monkeypatch.undo()
     with pytest.raises(RuntimeError, match="failed"):
         builder.build(tmp_path / "library.so", compiler="false")

@@ -15,7 +15,7 @@ from typing import ClassVar
 
 import torch
 
-from whit.kernels.cpu.build import LIBRARY, source_hash
+from whit.kernels.cpu.build import COMPILERS, LIBRARY, find_compiler, source_hash
 
 ABI = 8
 BUILD = "python -m whit.kernels.cpu.build"
@@ -82,7 +82,9 @@ def library() -> Library | str:
 def load(path: Path) -> Library | str:
     """The kernels in the shared library at `path`, or the reason why they cannot be used."""
     if not path.exists():
-        return f"not built; {BUILD} builds it, with any C++17 compiler"
+        if find_compiler() is None:
+            return f"not built: no C++ compiler ({', '.join(COMPILERS)}) is on the path; install one, then {BUILD}"
+        return f"not built; {BUILD} builds it"
     try:
         handle = ctypes.CDLL(str(path))
     except OSError as error:
