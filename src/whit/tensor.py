@@ -247,6 +247,12 @@ def rounded(format: Format) -> tuple[str, ...]:
     return found
 
 
+def learned(format: Format) -> tuple[str, ...]:
+    """The params that training moves: `continuous` ones, or those that the format calls `learned`, and `rounded`."""
+    found: tuple[str, ...] = getattr(format, "learned", format.continuous)
+    return (*found, *rounded(format))
+
+
 def code_count(format: Format) -> int:
     """How many codes there are, from `code_min` upwards."""
     return radix(format) or 1 << format.bits

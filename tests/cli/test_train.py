@@ -9,8 +9,9 @@ import pytest
 from typer.testing import CliRunner
 
 import whit
+from test_calibrated import tokenizer
 from whit.cli import build_app
-from whit.errors import RecipeError
+from whit.errors import OutputError, RecipeError
 
 from tiny_models import save_tiny
 
@@ -38,6 +39,24 @@ def test_full_and_then_scales(model: Path, tmp_path: Path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["full", "scales"]
 
 
+def test_both_phases_are_one_run(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Of the unquantized model, to its account; finished, it is known again, and nothing is trained a second time."""
+    monkeypatch.setattr(whit.job, "load_tokenizer", lambda *_, **__: tokenizer())
+    words = [model, tmp_path / "out", "--qat", "scales", "--samples", "4", *SHORT]
+    account = train(*words, "--format", "int3-g32")
+    assert account["source"]["model"] == "model"
+    assert account["recipe"]["method"]["name"] == "blocks"
+    assert account["calibration"]["samples"] == 4
+    assert account["training"]["mode"] == "scales"
+    errors = [entry["relative_error"] for entry in account["parameters"] if entry["status"] == "quantized"]
+    assert min(errors) > 0.05  # from the unquantized weights, not from the first phase's
+    monkeypatch.setattr("whit.cli.train.run", lambda job: pytest.fail("trained again"))
+    assert train(*words, "--format", "int3-g32") == account
+    with pytest.raises(OutputError, match="holds the result of another"):
+        CliRunner().invoke(build_app(), ["train", *map(str, words), "--format", "int4-g32"], catch_exceptions=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 def test_the_cost_comes_first(model: Path, tmp_path: Path):
     words = ["train", str(model), str(tmp_path / "out"), "--format", "int2-g32", *SHORT, "--dry-run"]
     result = CliRunner().invoke(build_app(), words, catch_exceptions=False)
@@ -46,13 +65,16 @@ def test_the_cost_comes_first(model: Path, tmp_path: Path):
     assert not any(tmp_path.iterdir())
 
 
-def test_what_does_not_go_together(model: Path, tmp_path: Path):
+def test_what_does_not_go_together(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(whit.job, "load_tokenizer", lambda *_, **__: tokenizer())
     whit.quantize(model, tmp_path / "q", whit.Recipe("rtn", [("*", "int4-g32")]))
     for words, said in (
         ([model, tmp_path / "out"], "add --format"),
         ([tmp_path / "q", tmp_path / "out", "--format", "int4-g32"], "drop --format"),
         ([tmp_path / "q", tmp_path / "out", "--qat", "full"], "--qat scales"),
         ([tmp_path / "q", tmp_path / "out", "--text", "self"], "name --teacher"),
+        ([model, tmp_path / "out", "--qat", "scales", "--format", "mxfp4"], "no gradient can move them"),
+        ([model, tmp_path / "out", "--qat", "blocks", "--format", "w8a8"], "rounded in full training only"),
     ):
         with pytest.raises(RecipeError, match=said):
             CliRunner().invoke(build_app(), ["train", *map(str, words)], catch_exceptions=False)

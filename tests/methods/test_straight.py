@@ -21,6 +21,7 @@ SPECS = (
     "int4-g32", "int3-g32-asym", "int2-g32", "int2-g32-asym-fz", "int1-g32", "int3-tensor", "int8-channel", "int4-g40",
     "int4-g32-offset", "int8-absmax", "nf4-g32", "nf4-dq", "fp4-g32", "codebook(-1,-0.3,0.2,1)-g32", "fp8", "q4_0",
     "q4_1", "q2_k", "q3_k", "q4_k", "q6_k", "iq4_xs", "tq1_0", "tq2_0", "mxfp4", "ternary", "ternary-g32", "binary-g32",
+    "int3-g32-asym-act",
 )  # fmt: skip
 
 

@@ -125,11 +125,35 @@ def test_no_byte_depends_on_the_threads(model: Path, tmp_path: Path):
     assert weights(tmp_path / "1" / "out") == weights(tmp_path / "3" / "out")
 
 
-@pytest.mark.parametrize("export", [pytest.param("whit", marks=pytest.mark.slow), "gptq"])
-def test_repair_moves_scales_and_no_code(export: str, model: Path, tmp_path: Path):
+def test_the_start_is_in_the_formats_that_are_written(tmp_path: Path):
+    """Those of a mix, and of rules with activations of their own; a rescaled start would be of other weights."""
+    for rules, export in (
+        ([("*", "q4_k_m")], "gguf"),
+        ([("*", "int4-g32"), ("*q_proj", "w4a8-static"), ("*embed_tokens", "bands(int8-g64:9,int4-g64)")], "whit"),
+    ):
+        setting = Setting(export=export, calibration=whit.Calibration("whit:text", 2, 16))
+        training = prepare_full("whit:model", tmp_path / "out", whit.Recipe("rtn", rules), QUICK, WORDS, setting)
+        assert training.begin is not None
+        written, begun = (
+            {i.name: (i.format, i.activations) for i in j.plan.items} for j in (training.job, training.begin)
+        )
+        assert written == begun
+        assert len({str(format) for format, _ in written.values()}) >= 3
+    with pytest.raises(RecipeError, match="start awq: it rescales the weights"):
+        prepare_full("whit:model", tmp_path / "out", whit.Recipe("awq", [("*", "int4-g64")]), QUICK, WORDS)
+
+
+@pytest.mark.parametrize(
+    ("export", "spec"),
+    [
+        pytest.param("whit", "int2-g32-f16", marks=pytest.mark.slow),
+        ("gptq", "int2-g32-f16"),
+        ("gptq", "int3-g32-f16-act"),
+    ],
+)
+def test_repair_moves_scales_and_no_code(export: str, spec: str, model: Path, tmp_path: Path):
     """Of a checkpoint of another kind too: imported, its scales trained, and written as what it was."""
-    recipe = whit.Recipe("rtn", [("*", "int2-g32-f16")])
-    whit.quantize(model, tmp_path / "bad", recipe, export=export)
+    whit.quantize(model, tmp_path / "bad", whit.Recipe("rtn", [("*", spec)]), export=export)
     losses: list[float] = []
     course = Course(steps=15, batch=8, scale_rate=0.05)
     training = prepare_scales(tmp_path / "bad", tmp_path / "good", course, WORDS, Setting(teacher=model, export=export))

@@ -31,7 +31,7 @@ from whit.cli.options import (
 )
 from whit.cli.runs import cost, run_and_show, show_plan
 from whit.cli.shown import progress, show_totals, size
-from whit.coverage import Account
+from whit.coverage import Account, load_account
 from whit.errors import RecipeError
 from whit.estimate import estimate
 from whit.export.readers import quant_method
@@ -41,7 +41,9 @@ from whit.methods import Blocks, parse_method
 from whit.pipeline import run
 from whit.qat import OWN_TEXT, Course, Setting, Training, Words, prepare_full, prepare_scales
 from whit.qat import train as train_whole
+from whit.qat.job import require_params
 from whit.qat.needs import memory_bytes
+from whit.qat.phases import both_done, place_of_blocks, prepare_second
 from whit.qat.recipes import BITNET_ACTIVATIONS, BITNET_FORMAT, NAMES, efficientqat
 from whit.qat.sampled import own_calibration
 from whit.recipe import Recipe
@@ -149,8 +151,10 @@ def _do(model: str, out: Path, asked: Asked) -> None:
         raise RecipeError(f"{model}: not quantized; training needs the format it is for; add --format, say int2-g64")
     if quantized and (asked.rules or asked.mode != "scales"):
         raise RecipeError(f"{model}: quantized already; its own formats stay; drop --format, and use --qat scales")
-    if asked.activations is not None and asked.mode != "full":
-        raise RecipeError(f"activations {asked.activations}: rounded in full training only; use --qat full, or drop it")
+    rules = Recipe("rtn", asked.rules).all_activations if asked.rules else ()
+    how = asked.activations or next(iter(rules), None)
+    if how is not None and asked.mode != "full":
+        raise RecipeError(f"activations {how}: rounded in full training only; use --qat full, or drop it")
     if asked.mode == "full":
         method = "rtn" if asked.setting.start is not None else parse_method(asked.start)
         wanted = Recipe(method, asked.rules, activations=asked.activations)
@@ -166,23 +170,28 @@ def _blocks_first(model: str, out: Path, asked: Asked, options: Options) -> None
     """Block-wise training, and where scales are asked for too, their training end to end after it."""
     only = asked.mode == "blocks"
     method = asked.blocks if asked.start == "gptq" else replace(asked.blocks, start=parse_method(asked.start))
-    recipe, place = Recipe(method, asked.rules), out if only else out.parent / f".{out.name}.blocks"
+    recipe, place = Recipe(method, asked.rules), out if only else place_of_blocks(out)
     job = prepare(model, place, recipe, options, asked.calibration, asked.setting.export if only else "whit")
+    if not only:
+        require_params(job.plan.items, asked.course)
     if asked.dry_run:
         show_plan(job, asked.as_json)
+        return
+    known, setting = job.fingerprint, replace(asked.setting, teacher=asked.setting.teacher or model)
+    if not only and both_done(job, out, asked.course, asked.words, setting):
+        _show(load_account(out), out, asked.as_json)
         return
     if asked.words.text == OWN_TEXT and job.calibration is not None:
         job = replace(job, calibration=own_calibration(job))
     if only:
         run_and_show(job, asked.as_json)
-    else:
-        notes = console()
-        notes.print(f"blocks: {cost(job, estimate(job))}", highlight=False, soft_wrap=True)
-        with progress(notes) as step:
-            run(replace(job, options=replace(options, progress=step)))
-        setting = replace(asked.setting, teacher=asked.setting.teacher or model)
-        _whole(prepare_scales(place, out, asked.course, asked.words, setting), asked)
-        shutil.rmtree(place)
+        return
+    notes = console()
+    notes.print(f"blocks: {cost(job, estimate(job))}", highlight=False, soft_wrap=True)
+    with progress(notes) as step:
+        run(replace(job, options=replace(options, progress=step)))
+    _whole(prepare_second(job, known, out, asked.course, asked.words, setting), asked)
+    shutil.rmtree(place)
 
 
 def _whole(training: Training, asked: Asked) -> None:

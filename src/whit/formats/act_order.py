@@ -15,7 +15,7 @@ from torch import Tensor
 
 from whit.errors import FormatError
 from whit.formats.affine import Affine
-from whit.tensor import Params, ParamSpec, tensor_param
+from whit.tensor import Params, ParamSpec, rounded, tensor_param
 
 SUFFIX = "-act"
 SHRINKS = 19  # ranges that a fit tries, from the whole one down to SMALLEST of it
@@ -34,6 +34,7 @@ class ActOrder:
     searches = True
     row_independent = False  # rows share their groups
     continuous: tuple[str, ...] = ()  # its fit is a search, and others move by groups of neighbours
+    learned = ("scale",)
 
     def __post_init__(self) -> None:
         if not self.integers.group_size or self.integers.float_zero:
@@ -53,6 +54,10 @@ class ActOrder:
     @property
     def bits(self) -> int:
         return self.integers.bits
+
+    @property
+    def rounded(self) -> tuple[str, ...]:
+        return rounded(self.integers)
 
     @property
     def code_min(self) -> int:

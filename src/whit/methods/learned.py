@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from whit.methods.units import TINY, unit_of
-from whit.tensor import Params, QuantizedTensor, rounded, tensor_param
+from whit.tensor import Params, QuantizedTensor, learned, rounded, tensor_param
 
 BEYOND = 1e30  # further than any number of any group
 LEAST = 0.125  # of itself: how small training may make a scale, which may also grow by 1 - LEAST
@@ -29,7 +29,7 @@ class Learned:
         self.integers = _largest_integers(start)
         self.moves: dict[str, Tensor] = {}
         self.units: dict[str, Tensor] = {}
-        for name in (*self.format.continuous, *self.integers):
+        for name in learned(self.format):
             value = self._plain(name)
             self.moves[name] = torch.zeros_like(value)
             self.units[name] = torch.ones_like(value) if plain else self._unit(name, value, step)

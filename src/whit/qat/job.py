@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from hashlib import sha256
@@ -14,11 +15,13 @@ from whit.calibration import Calibration
 from whit.checkpoint.hub import resolve_model
 from whit.checkpoint.reader import read_json
 from whit.errors import RecipeError
+from whit.formats.bands import bands_of
 from whit.job import Job, Options, prepare
-from whit.plan import Coded
+from whit.plan import Coded, Item, Source
 from whit.qat.course import Course
 from whit.recipe import Recipe
-from whit.transcode import prepare_transcode
+from whit.tensor import Format, learned
+from whit.transcode import prepare_transcode, rules_for
 
 OWN_TEXT = "self"  # in the place of a text: what the model itself writes
 
@@ -53,7 +56,10 @@ class Setting:
 
 @dataclass(frozen=True)
 class Training:
-    """One end-to-end run, checked. `job` is what is written; `begin` makes what it starts from, where that must be."""
+    """One end-to-end run, checked. `job` is what is written; `begin` makes what it starts from, where that must be.
+
+    `exact` has the weights that errors are measured from, where these are not MODEL's.
+    """
 
     mode: str
     job: Job
@@ -61,6 +67,7 @@ class Training:
     words: Words
     setting: Setting
     begin: Job | None = None
+    exact: Source | None = None
 
     @cached_property
     def dtype(self) -> torch.dtype:
@@ -82,6 +89,11 @@ def prepare_full(
     given = setting.start is not None
     if given:
         recipe = recipe.changed(method="rtn", methods=(), transform=None)
+    if recipe.transform is not None:
+        raise RecipeError(
+            f"start {recipe.transform.name}: it rescales the weights, and training begins with the model's own; the "
+            "start must leave them as they are; use clip or gptq"
+        )
     calibration = setting.calibration if recipe.needs_text else None
     job = prepare(model, out, recipe, setting.options, calibration, setting.export)
     if isinstance(job.source, Coded):
@@ -90,14 +102,18 @@ def prepare_full(
     begin = None
     if not given:
         start = job.out.parent / f".{job.out.name}.start"
-        static = job.recipe.activations if job.recipe.activations and job.recipe.activations.needs_stats else None
-        first = Recipe(job.recipe.method, job.recipe.rules, activations=static, methods=job.recipe.methods)
-        begin = prepare(model, start, first, setting.options, calibration)
+        begin = prepare(model, start, _as_planned(job, job.recipe), setting.options, calibration)
     else:
         job = replace(job, calibration=None)  # ranges are those of the start
     told = {"start": _account_hash(setting.start) if setting.start is not None else None}
     job = replace(job, training={"mode": "full", **_described(course, words), **told})
     return Training("full", job, course, words, setting, begin)
+
+
+def _as_planned(job: Job, recipe: Recipe) -> Recipe:
+    """The recipe with a rule for every format that is in the plan: those that a mix or a kind of file has led to."""
+    targets = {item.target: item.format for item in job.plan.items if item.target is not None}
+    return recipe.with_rules(rules_for(list(targets), {t: f for t, f in targets.items() if f is not None}))
 
 
 def prepare_scales(
@@ -111,9 +127,31 @@ def prepare_scales(
         raise RecipeError("train: text self without a teacher; the model's own errors teach nothing; name --teacher")
     _refuse_activations(str(model), setting.options.trust_remote_code)
     job = prepare_transcode(model, out, setting.export, setting.options)
+    require_params(job.plan.items, course)
+    job = replace(job, training=told_of_scales(course, words, setting), exact=frozenset())
+    return Training("scales", job, course, words, setting)
+
+
+def told_of_scales(course: Course, words: Words, setting: Setting) -> dict[str, object]:
+    """What the account says of such a run."""
     teacher = None if setting.teacher is None else str(setting.teacher)
-    training = {"mode": "scales", **_described(course, words), "teacher": teacher}
-    return Training("scales", replace(job, training=training, exact=frozenset()), course, words, setting)
+    return {"mode": "scales", **_described(course, words), "teacher": teacher}
+
+
+def require_params(items: Sequence[Item], course: Course) -> None:
+    """RecipeError where training scales would move nothing."""
+    formats = {str(item.format): item.format for item in items if item.format is not None}
+    if not course.kept_rate and not any(learned(part) for f in formats.values() for part in _around(f)):
+        raise RecipeError(
+            f"train: scales of {', '.join(formats)}; no gradient can move them; one of the formats must have some "
+            "that it can; use --qat full, or another format"
+        )
+
+
+def _around(format: Format) -> list[Format]:
+    """The formats in one of bands, or itself."""
+    found = bands_of(format)
+    return [format] if found is None else [part for part, _ in found.parts]
 
 
 def _refuse_activations(model: str, trusted: bool) -> None:

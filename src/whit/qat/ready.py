@@ -14,13 +14,17 @@ from whit.tensor import QuantizedTensor
 
 
 class Ready:
-    """`values` by name of the parameter; what has none, and what errors are measured from, comes from the `source`.
+    """`values` by name of the parameter; what has none comes from the `source`, and what errors are measured from,
+    where nothing else is `exact`.
 
     Codes are handed out on `device`, where their errors are measured.
     """
 
-    def __init__(self, source: Source, values: Mapping[str, QuantizedTensor | Tensor], device: torch.device) -> None:
-        self.source, self.values, self.device = source, values, device
+    def __init__(
+        self, source: Source, values: Mapping[str, QuantizedTensor | Tensor], device: torch.device,
+        exact: Source | None = None,
+    ) -> None:  # fmt: skip
+        self.source, self.values, self.device, self.exact = source, values, device, exact or source
 
     def unit(self, unit: Unit) -> AbstractContextManager[None]:
         return nullcontext()
@@ -31,7 +35,7 @@ class Ready:
     def give(self, item: Item) -> Given:
         value = self.values.get(item.name)
         if isinstance(value, QuantizedTensor):
-            return Given(self.source.read(item.name), quantized=value.to(self.device), inputs=self._inputs(item))
+            return Given(self.exact.read(item.name), quantized=value.to(self.device), inputs=self._inputs(item))
         if value is not None:
             return Given(value.cpu(), note="trained")
         return Given(self.source.read(item.name))

@@ -46,7 +46,7 @@ def train(
 def finish(training: Training, values: Mapping[str, Value]) -> Account:
     """Write what `learn` gave. Until that is done the state lies on the disk: a failure here costs no training."""
     job = training.job
-    account = write(job, Ready(job.source, values, job.device))
+    account = write(job, Ready(job.source, values, job.device, training.exact))
     shutil.rmtree(training.place, ignore_errors=True)
     if training.begin is not None:
         shutil.rmtree(training.begin.out, ignore_errors=True)
