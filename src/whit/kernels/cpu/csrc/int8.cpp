@@ -76,45 +76,44 @@ void quantize_task(void* context, int64_t first, int64_t last, float*) {
 
 }  // namespace
 
-size_t whit_derived8(Product8& p, bool few, int vector) {
+size_t whit_derived8(Product8& p, bool few, const Kernels8& kernels) {
   const whit_weight& w = *p.w;
   const whit_rows8& x = *p.x;
   const bool grouped = x.groups > 1;
-  const int parts = w.bits == 4 ? 2 : w.bits == 2 ? 4 : 1, block = vector * parts;
+  const int parts = kernels.parts(w.bits), block = kernels.bytes * parts;
   p.arranged_stride = few ? (x.stride + block - 1) / block * block : 0;
   p.sum_stride = grouped && (few || w.zero) ? (w.groups + 15) & ~(int64_t)15 : 0;
   p.lane_stride = grouped ? p.arranged_stride / (4 * parts) : 0;
-  return (size_t)(x.count * (4 * (p.sum_stride + p.lane_stride + x.groups) + p.arranged_stride)) + 64;
+  const int64_t starts = few ? 0 : x.groups;
+  return (size_t)(x.count * (4 * (p.sum_stride + p.lane_stride + starts) + p.arranged_stride)) + 64;
 }
 
-void whit_derive8(Product8& p, bool few, int vector, void* room) {
+void whit_derive8(Product8& p, bool few, const Kernels8& kernels, void* room) {
   const whit_weight& w = *p.w;
   const whit_rows8& x = *p.x;
-  whit_derived8(p, few, vector);
-  const int parts = w.bits == 4 ? 2 : w.bits == 2 ? 4 : 1, in_group = GROUP8 / 4 / parts, block = vector * parts;
+  whit_derived8(p, few, kernels);
+  const int in_group = GROUP8 / 4 / kernels.parts(w.bits);
   float *sums = (float*)room, *lanes = sums + x.count * p.sum_stride;
   int32_t* starts = (int32_t*)(lanes + x.count * p.lane_stride);
-  int8_t* arranged = (int8_t*)(starts + x.count * x.groups);
+  int8_t* arranged = (int8_t*)(starts + (few ? 0 : x.count * x.groups));
   p.group_sums = sums, p.lanes = lanes, p.starts = starts, p.arranged = arranged;
-  for (int64_t i = 0; i < x.count * x.groups; i++) starts[i] = -p.shift * x.sums[i];
+  for (int64_t i = 0; i < x.count * x.groups && !few; i++) starts[i] = -p.shift * x.sums[i];
   for (int64_t m = 0; m < x.count; m++) {
     const float* scale = x.scale + m * x.groups;
+    const int32_t* of_codes = x.sums + m * x.groups;
     const int64_t size = w.groups == 1 ? x.groups : w.group_size / GROUP8;
     for (int64_t g = 0; g < p.sum_stride; g++, sums++) {
+      const int64_t until = (g + 1) * size < x.groups ? (g + 1) * size : x.groups;
       float sum = 0;
-      for (int64_t u = g * size; g < w.groups && u < (g + 1) * size && u < x.groups; u++)
-        sum += scale[u] * (float)x.sums[m * x.groups + u];
+      for (int64_t u = g * size; g < w.groups && u < until; u++) sum += scale[u] * (float)of_codes[u];
       *sums = sum;
     }
-    for (int64_t i = 0; i < p.lane_stride; i++) *lanes++ = i / in_group < x.groups ? scale[i / in_group] : 0;
-    for (int64_t c = 0; c < p.arranged_stride; c += block) {
-      int8_t own[256];
-      const int64_t left = x.stride - c < block ? x.stride - c : block;
-      memset(own, 0, sizeof own);
-      if (left > 0) memcpy(own, x.codes + m * x.stride + c, (size_t)left);
-      for (int part = 0; part < parts; part++)
-        for (int i = 0; i < vector; i++) *arranged++ = own[i * parts + part];
-    }
+    float* end = lanes + p.lane_stride;
+    for (int64_t u = 0; u < x.groups && lanes < end; u++)
+      for (int i = 0; i < in_group; i++) *lanes++ = scale[u];
+    while (lanes < end) *lanes++ = 0;
+    if (few) kernels.arrange(x.codes + m * x.stride, x.stride, w.bits, arranged, p.arranged_stride);
+    arranged += p.arranged_stride;
   }
 }
 
@@ -146,9 +145,9 @@ WHIT_API8 int whit_product8(const whit_weight* w, const whit_rows8* x, const int
   product.shift = shift, product.unit = unit, product.has_table = table != nullptr;
   if (table) memcpy(product.table, table, 16);
   few = runs_pow2(*w) ? few : 0;
-  void* room = sums8.get(whit_derived8(product, x->count <= few, kernels->bytes));
+  void* room = sums8.get(whit_derived8(product, x->count <= few, *kernels));
   if (!room) return -3;
-  whit_derive8(product, x->count <= few, kernels->bytes, room);
+  whit_derive8(product, x->count <= few, *kernels, room);
   if (isa == 2 && x->groups > 1 && x->count > few) {
     const int status = whit_strips8(product, threads);
     if (status != -1) return status;

@@ -43,6 +43,9 @@ struct Kernels8 {
   void (*many)(const Product8&, int64_t first, int64_t last, float* scratch);
   void (*quantize)(const void* x, int type, int64_t columns, int64_t stride, int64_t groups, int8_t* codes,
                    float* scale, int32_t* sums);
+  // x's codes (stride) in the order in which few rows meet codes of `bits`, and in how many vectors at a time.
+  void (*arrange)(const int8_t* codes, int64_t stride, int bits, int8_t* to, int64_t to_stride);
+  int (*parts)(int bits);
   int bytes;                 // of a vector
   // Sequences [first, first + count) of an encoder through all its layers.
   void (*encode)(struct Crew&, const struct whit_encoder8&, int64_t first, int64_t count, const struct Room8&);
@@ -53,5 +56,5 @@ extern const Kernels8 whit_int8_scalar, whit_int8_avx2, whit_int8_avx512;
 const Kernels8* whit_kernels8(int isa);  // null where this processor does not run it
 
 // What all threads read of x: sums, scales and codes in the order in which the kernels meet them, in `room`.
-size_t whit_derived8(Product8& p, bool few, int vector);  // how many bytes that takes
-void whit_derive8(Product8& p, bool few, int vector, void* room);
+size_t whit_derived8(Product8& p, bool few, const Kernels8& kernels);  // how many bytes that takes
+void whit_derive8(Product8& p, bool few, const Kernels8& kernels, void* room);

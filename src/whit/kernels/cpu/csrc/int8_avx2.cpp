@@ -11,7 +11,7 @@ struct Bytes2 : Avx2 {
   using I = __m256i;
   using G = __m256;
   static constexpr int LANES = 8, TALL = 2;
-  static constexpr bool EXACT = false;
+  static constexpr bool EXACT = false, OWN_PARTS = false;
   struct Bits { __m256i from, by, mask; };  // of 16-bit windows
 
   // Code i lies in the 16-bit window from byte i bits / 8 on; a product by 2^(8 - shift) moves it to bits 8 and up.
@@ -50,6 +50,13 @@ struct Bytes2 : Avx2 {
   template <int SHIFT>
   static ALWAYS_INLINE B part(B bytes, const Bits& bits) {
     return _mm256_and_si256(SHIFT ? _mm256_srli_epi16(bytes, SHIFT) : bytes, bits.mask);
+  }
+  // What lies at even places of a, then b, and at odd ones.
+  static ALWAYS_INLINE void halve(B a, B b, B& even, B& odd) {
+    const __m256i low = _mm256_set1_epi16(255);
+    const B low8 = _mm256_packus_epi16(_mm256_and_si256(a, low), _mm256_and_si256(b, low));
+    const B high8 = _mm256_packus_epi16(_mm256_srli_epi16(a, 8), _mm256_srli_epi16(b, 8));
+    even = _mm256_permute4x64_epi64(low8, 0xd8), odd = _mm256_permute4x64_epi64(high8, 0xd8);
   }
   static ALWAYS_INLINE B table8(const uint8_t* t) {
     return _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)t));
@@ -149,5 +156,5 @@ UNROLL(4)
 
 }  // namespace
 
-const Kernels8 whit_int8_avx2 = {few8<Bytes2>, many8<Bytes2>, quantize8<Bytes2>, 32,
-                                   encode8<Bytes2>};
+const Kernels8 whit_int8_avx2 = {few8<Bytes2>, many8<Bytes2>, quantize8<Bytes2>, arrange8<Bytes2>,
+                                 parts8<Bytes2>, 32, encode8<Bytes2>};

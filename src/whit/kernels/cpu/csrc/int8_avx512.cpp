@@ -12,7 +12,7 @@ struct Vnni512 : Avx512 {
   using I = __m512i;
   using G = __m512;
   static constexpr int LANES = 16, TALL = 8;
-  static constexpr bool EXACT = true;
+  static constexpr bool EXACT = true, OWN_PARTS = true;
   struct Bits { __m512i from, shift, mask; };
 
   static ALWAYS_INLINE Bits bits(int bits) {
@@ -36,6 +36,62 @@ struct Vnni512 : Avx512 {
   template <int SHIFT>
   static ALWAYS_INLINE B part(B bytes, const Bits& bits) {
     return _mm512_and_si512(SHIFT ? _mm512_srli_epi16(bytes, SHIFT) : bytes, bits.mask);
+  }
+  // Codes of 2, 3 and 4 bits to the vectors of few rows. A look-up takes the low 6 bits of a byte: its table holds each
+  // level as often as there are other bits, so that nothing needs to be masked.
+  static ALWAYS_INLINE __m512i table_at(int bits, int shift, const uint8_t* levels) {
+    alignas(64) uint8_t t[64];
+    for (int i = 0; i < 64; i++) t[i] = levels[i >> shift & ((1 << bits) - 1)];
+    return _mm512_load_si512(t);
+  }
+  static ALWAYS_INLINE B once(const uint8_t* p) {  // or each use would load it anew
+    B bytes = _mm512_loadu_si512(p);
+    __asm__("" : "+v"(bytes));
+    return bytes;
+  }
+  template <int BITS, bool TABLE>
+  struct Parts {
+    __m512i mask, from, shift, tables[3];
+    explicit Parts(const uint8_t* levels) : mask(Vnni512::bits(BITS).mask) {
+      const uint8_t codes[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+      for (int i = 0; i < 3; i++) tables[i] = table_at(BITS, BITS == 2 ? 2 * i : 0, TABLE ? levels : codes);
+      alignas(64) uint8_t f[64], s[64];  // 16 codes of 3 bits to 8 bytes; of these four, then four of the next eight
+      for (int i = 0; i < 64; i++) f[i] = (uint8_t)(i / 8 * 6 + i % 8), s[i] = (uint8_t)(3 * (i % 4 + i % 8 / 4 * 8));
+      from = _mm512_load_si512(f), shift = _mm512_load_si512(s);
+    }
+    template <int TABLE_OF>
+    ALWAYS_INLINE B level(B codes) const {
+      return TABLE ? _mm512_permutexvar_epi8(codes, tables[TABLE_OF]) : _mm512_and_si512(codes, mask);
+    }
+    ALWAYS_INLINE void operator()(const uint8_t* p, B (&to)[2]) const {
+      if constexpr (BITS == 4) {
+        const B bytes = once(p);
+        to[0] = level<0>(bytes), to[1] = level<0>(_mm512_srli_epi16(bytes, 4));
+      } else {
+        const B v = _mm512_permutexvar_epi8(from, _mm512_maskz_loadu_epi8((__mmask64)-1 >> 16, p));
+        const __m512i next = _mm512_add_epi8(shift, _mm512_set1_epi8(12));
+        to[0] = level<0>(_mm512_multishift_epi64_epi8(shift, v));
+        to[1] = level<0>(_mm512_multishift_epi64_epi8(next, v));
+      }
+    }
+    ALWAYS_INLINE void operator()(const uint8_t* p, B (&to)[4]) const {
+      const B bytes = once(p);
+      to[0] = level<0>(bytes);
+      to[1] = _mm512_permutexvar_epi8(bytes, tables[1]), to[2] = _mm512_permutexvar_epi8(bytes, tables[2]);
+      to[3] = level<0>(_mm512_srli_epi16(bytes, 6));
+    }
+  };
+  // What lies at even places of a, then b, and at odd ones.
+  static ALWAYS_INLINE void halve(B a, B b, B& even, B& odd) {
+    const __m512i quads = _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7), low = _mm512_set1_epi16(255);
+    const B low8 = _mm512_packus_epi16(_mm512_and_si512(a, low), _mm512_and_si512(b, low));
+    const B high8 = _mm512_packus_epi16(_mm512_srli_epi16(a, 8), _mm512_srli_epi16(b, 8));
+    even = _mm512_permutexvar_epi64(quads, low8), odd = _mm512_permutexvar_epi64(quads, high8);
+  }
+  static ALWAYS_INLINE void halve_words(B a, B b, B& even, B& odd) {  // of 4 bytes
+    const __m512i at = _mm512_slli_epi32(lanes(), 1);
+    even = _mm512_permutex2var_epi32(a, at, b);
+    odd = _mm512_permutex2var_epi32(a, _mm512_add_epi32(at, _mm512_set1_epi32(1)), b);
   }
   static ALWAYS_INLINE B table8(const uint8_t* t) { return _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)t)); }
   static ALWAYS_INLINE B look8(B codes, B table) { return _mm512_shuffle_epi8(table, codes); }
@@ -95,5 +151,5 @@ struct Vnni512 : Avx512 {
 
 }  // namespace
 
-const Kernels8 whit_int8_avx512 = {few8<Vnni512>, many8<Vnni512>, quantize8<Vnni512>, 64,
-                                   encode8<Vnni512>};
+const Kernels8 whit_int8_avx512 = {few8<Vnni512>, many8<Vnni512>, quantize8<Vnni512>, arrange8<Vnni512>,
+                                   parts8<Vnni512>, 64, encode8<Vnni512>};

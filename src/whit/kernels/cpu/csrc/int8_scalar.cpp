@@ -15,7 +15,7 @@ struct Plain8 : Scalar {
   using I = Int8;
   using G = Float8;
   static constexpr int LANES = 8, TALL = 2;
-  static constexpr bool EXACT = true;
+  static constexpr bool EXACT = true, OWN_PARTS = false;
   using Bits = int;
 
   static ALWAYS_INLINE Bits bits(int bits) { return bits; }
@@ -33,6 +33,12 @@ struct Plain8 : Scalar {
   static ALWAYS_INLINE B part(B bytes, Bits bits) {
     for (int i = 0; i < 32; i++) bytes.v[i] = (uint8_t)(bytes.v[i] >> SHIFT & ((1 << bits) - 1));
     return bytes;
+  }
+  static ALWAYS_INLINE void halve(const B& a, const B& b, B& even, B& odd) {  // what lies at even places of a, then b
+    for (int i = 0; i < 16; i++) {
+      even.v[i] = a.v[2 * i], even.v[16 + i] = b.v[2 * i];
+      odd.v[i] = a.v[2 * i + 1], odd.v[16 + i] = b.v[2 * i + 1];
+    }
   }
   static ALWAYS_INLINE B table8(const uint8_t* t) {
     B b;
@@ -114,5 +120,5 @@ struct Plain8 : Scalar {
 }  // namespace
 
 extern const Kernels8 whit_int8_scalar;
-const Kernels8 whit_int8_scalar = {few8<Plain8>, many8<Plain8>, quantize8<Plain8>, 32,
-                                   encode8<Plain8>};
+const Kernels8 whit_int8_scalar = {few8<Plain8>, many8<Plain8>, quantize8<Plain8>, arrange8<Plain8>,
+                                  parts8<Plain8>, 32, encode8<Plain8>};

@@ -167,3 +167,20 @@ static void spread(const whit_weight& w, const float* group, int64_t blocks, int
 }
 
 static ALWAYS_INLINE int64_t padded_groups(const whit_weight& w) { return w.groups + 48; }
+
+// Ask for what lies beside the codes of `count` rows: too little a row for the processor to see a stream.
+static ALWAYS_INLINE void ask_run(const void* data, int64_t row, int64_t count, int64_t bytes) {
+  const char *p = (const char*)data + row * bytes, *until = p + count * bytes;
+  for (; p < until; p += 64) __builtin_prefetch(p, 0, 2);
+}
+
+static ALWAYS_INLINE void ask_params(const whit_weight& w, int64_t row, int64_t count) {
+  const int64_t groups = w.subs ? w.groups / w.subs : w.groups;
+  const int one = w.scale_type == WHIT_NESTED ? 1 : w.scale_type == WHIT_F32 ? 4 : 2;
+  if (!w.scale_stride) return;
+  ask_run(w.scale, row, count, groups * one);
+  if (w.zero)
+    ask_run(w.zero, row, count, w.zero_type == WHIT_CODES ? (groups * w.bits + 7) / 8 : groups * (w.zero_type ? 2 : 4));
+  if (w.sub_scale) ask_run(w.sub_scale, row, count, (w.groups * w.sub_bits + 7) / 8);
+  if (w.sub_min) ask_run(w.sub_min, row, count, (w.groups * w.sub_bits + 7) / 8);
+}
