@@ -46,14 +46,14 @@ Ladder: TypeAlias = Annotated[
     typer.Option(
         metavar="SPEC,METHOD:SPEC...",
         help="Formats to choose from, each with --method or, once or more, with another; bf16 keeps. "
-        f"[default: what the kind of file holds, such as {','.join(LADDER)}]",
+        f"\\[default: what the kind of file holds, such as {','.join(LADDER)}]",
     ),
 ]
 # kl: one run of the model per matrix and format; probe: two per matrix; hessian: one calibration pass
 Sensitivity = Enum("Sensitivity", {name: name for name in get_args(Measure)}, type=str)  # type: ignore[misc]
 SensitivityOption: TypeAlias = Annotated[
     Sensitivity | None,
-    typer.Option("--sensitivity", help="How a format's harm is measured; kl is slowest. [default: probe]"),
+    typer.Option("--sensitivity", help="How a format's harm is measured; kl is slowest. \\[default: probe]"),
 ]
 SaveRecipe: TypeAlias = Annotated[
     Path | None,

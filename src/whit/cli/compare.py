@@ -31,7 +31,7 @@ def compare(
     sweep: Annotated[str | None, typer.Option(metavar="LOW:HIGH[:STEP]", help=SWEEP_HELP)] = None,
     sweep_method: Annotated[str, typer.Option(help="Method of the budgeted recipes.")] = "gptq",
     text: Annotated[str, typer.Option(help="UTF-8 file, whit:heldout or whit:text.")] = "whit:heldout",
-    context: Annotated[int | None, typer.Option(help="Tokens in a window. [default: 2048, or the model's]")] = None,
+    context: Annotated[int | None, typer.Option(help="Tokens in a window. \\[default: 2048, or the model's]")] = None,
     max_tokens: Annotated[int | None, typer.Option(help="Score only the first N tokens of the text.")] = None,
     tasks: Annotated[str, typer.Option(help="Zero-shot tasks, with commas: piqa,arc_easy,hellaswag,...")] = "",
     task_data: Annotated[Path | None, typer.Option(help="Folder with the tasks' local files.")] = None,

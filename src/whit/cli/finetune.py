@@ -32,7 +32,7 @@ INIT_HELP = (
 )
 METHOD_HELP = (
     "How it is quantized: rtn, clip, hqq; or gptq, refine, ..., which look at DATA and write OUT/base, the model that "
-    "the adapter belongs to. [default: rtn]"
+    "the adapter belongs to. \\[default: rtn]"
 )
 OPTIMIZER_HELP = (
     f"adamw is torch's; {', '.join(BITSANDBYTES)} are bitsandbytes', {', '.join(TORCHAO)} torchao's. Where "
@@ -60,7 +60,7 @@ def finetune(
     steps: Annotated[int | None, typer.Option(help="This many steps instead of --epochs.")] = None,
     batch: Annotated[int, typer.Option(help="Rows at a time.")] = 4,
     accumulate: Annotated[int, typer.Option(help="Batches per step, over all processes.")] = 4,
-    context: Annotated[int | None, typer.Option(help="Tokens in a row. [default: 1024, or the model's]")] = None,
+    context: Annotated[int | None, typer.Option(help="Tokens in a row. \\[default: 1024, or the model's]")] = None,
     packing: Annotated[bool, typer.Option(help="Several examples in a row, apart from each other.")] = True,
     too_long: Annotated[str, typer.Option(metavar="cut|drop|refuse", help=TOO_LONG_HELP)] = "cut",
     learning_rate: Annotated[float, typer.Option(help="The highest; a cosine follows the warm-up.")] = 2e-4,
@@ -72,7 +72,7 @@ def finetune(
     dtype: Annotated[str, typer.Option(help=", ".join(DTYPES) + ".")] = "auto",
     holdout: Annotated[float, typer.Option(help="Share of the examples that is scored, not trained on.")] = 0.05,
     held_out: Annotated[Path | None, typer.Option(metavar="FILE", help=HELD_OUT_HELP)] = None,
-    evaluate_every: Annotated[int | None, typer.Option(help="Steps between scores. [default: ten in a run]")] = None,
+    evaluate_every: Annotated[int | None, typer.Option(help="Steps between scores. \\[default: ten in a run]")] = None,
     shard: Annotated[bool, typer.Option("--shard", help="Spread packed weights over the processes.")] = False,
     seed: Seed = 0,
     device: Device = "auto",

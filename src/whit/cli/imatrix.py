@@ -18,7 +18,9 @@ def imatrix(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="A new file; .dat for llama.cpp's older format.")],
     calibration: Annotated[str, typer.Option(metavar="FILE|whit:text", help=CALIBRATION_HELP)] = "whit:text",
     samples: Annotated[int, typer.Option(min=1, help="Calibration windows.")] = 128,
-    context: Annotated[int | None, typer.Option(min=2, help="Tokens in each. [default: 2048, or the model's]")] = None,
+    context: Annotated[
+        int | None, typer.Option(min=2, help="Tokens in each. \\[default: 2048, or the model's]")
+    ] = None,
     seed: Seed = 0,
 ) -> None:
     """Write llama.cpp's importance matrix: the mean square of every input of every matrix, over a calibration text."""

@@ -41,16 +41,16 @@ def memory(
         str, typer.Argument(metavar="MODEL|7B", help="A folder, a hub id, a name such as Llama-3-8B, or a size.")
     ],
     format: Annotated[
-        list[str] | None, typer.Option(metavar="SPEC", help="A format; may be repeated. [default: the usual ones]")
+        list[str] | None, typer.Option(metavar="SPEC", help="A format; may be repeated. \\[default: the usual ones]")
     ] = None,
-    context: Annotated[int | None, typer.Option(min=1, help="Tokens of prompt and answer. [default: 2048]")] = None,
+    context: Annotated[int | None, typer.Option(min=1, help="Tokens of prompt and answer. \\[default: 2048]")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Prompts at a time.")] = 1,
     cache_format: Annotated[
         str, typer.Option(metavar="SPEC", help="Of keys and values: auto, fp16, int8 ...")
     ] = "auto",
     train: Annotated[Train | None, typer.Option(help="Plan training instead of generation.")] = None,
     rank: Annotated[int, typer.Option(min=1, help="Of the adapters.")] = 16,
-    target: Annotated[str, typer.Option(help="Linears with adapters. [default: q_proj,k_proj,v_proj,o_proj]")] = "",
+    target: Annotated[str, typer.Option(help="Linears with adapters. \\[default: q_proj,k_proj,v_proj,o_proj]")] = "",
     rule: Annotated[list[str] | None, typer.Option(metavar="GLOB=SPEC", help="As in whit quantize.")] = None,
     fit: Annotated[str | None, typer.Option(metavar="SIZE", help="Say what fits into it: 24GB, 16GiB ...")] = None,
     device: Annotated[Device, typer.Option(help="Where it is to run; auto: a GPU where there is one.")] = Device.auto,

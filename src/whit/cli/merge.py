@@ -34,7 +34,7 @@ from whit.merging import ROUTES, Measured, Merge, Text, measure_routes, prepare_
 ROUTE_HELP = (
     "requantize: new codes in the model's own formats, chosen by what the linears see, on their scales or on better "
     "ones, or in --format; sidecar: the codes stay, the adapter lies beside them in bfloat16; bf16: no codes. "
-    "[default: requantize, or bf16 where MODEL is not quantized]"
+    "\\[default: requantize, or bf16 where MODEL is not quantized]"
 )
 SOURCE_HELP = "The model in full precision, to merge into its weights in place of the quantized ones."
 
@@ -47,8 +47,10 @@ def merge(
     format: Annotated[str | None, typer.Option(metavar="SPEC", help="Quantize anew. " + FORMAT_HELP)] = None,
     source: Annotated[str | None, typer.Option(metavar="MODEL", help=SOURCE_HELP)] = None,
     calibration: Annotated[str | None, typer.Option(metavar="FILE|whit:text", help=CALIBRATION_HELP)] = None,
-    samples: Annotated[int | None, typer.Option(min=1, help="Calibration windows. [default: 128]")] = None,
-    context: Annotated[int | None, typer.Option(min=2, help="Tokens in each. [default: 2048, or the model's]")] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="Calibration windows. \\[default: 128]")] = None,
+    context: Annotated[
+        int | None, typer.Option(min=2, help="Tokens in each. \\[default: 2048, or the model's]")
+    ] = None,
     seed: Seed = 0,
     export: Annotated[str, typer.Option(metavar="NAME", help=EXPORT_HELP)] = "whit",
     text: Annotated[str, typer.Option(metavar="FILE", help="Text that the merge is measured on.")] = "whit:heldout",

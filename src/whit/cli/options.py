@@ -14,11 +14,8 @@ from whit.export import EXPORTERS
 from whit.formats import EXAMPLES
 
 DEFAULT_FORMAT = "int4-g128"
-CALIBRATION_HELP = "Text or .jsonl file for methods that need data. [default: whit:text]"
-FORMAT_HELP = (
-    "Format of every linear: " + ", ".join(EXAMPLES) + "; with activations: " + ", ".join(SCHEMES) + ". "
-    f"[default: {DEFAULT_FORMAT}]"
-)
+CALIBRATION_HELP = "Text or .jsonl file for methods that need data. \\[default: whit:text]"
+FORMAT_HELP = "Format of every linear: " + ", ".join(EXAMPLES) + "; with activations: " + ", ".join(SCHEMES) + "."
 EXPORT_HELP = "What kind of file is written: " + "; ".join(f"{e.name}: {e.summary}" for e in EXPORTERS) + "."
 RULE_HELP = (
     "A format for the modules that a glob matches, such as 'lm_head=int8', '*.0.*=bf16' or, with a method of its own, "
@@ -38,7 +35,7 @@ InputMemory: TypeAlias = Annotated[
     typer.Option(
         metavar="SIZE",
         help="Memory for block inputs while calibrating, such as 24GB; those that take more lie in files beside OUT. "
-        f"[default: {INPUT_MEMORY >> 30}GiB]",
+        f"\\[default: {INPUT_MEMORY >> 30}GiB]",
     ),
 ]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -25,6 +25,7 @@ from whit.cli.budget import (
 from whit.cli.gate import MaxIncrease, MaxKL, build_gate, measure
 from whit.cli.options import (
     CALIBRATION_HELP,
+    DEFAULT_FORMAT,
     EXPORT_HELP,
     FORMAT_HELP,
     RULE_HELP,
@@ -43,21 +44,22 @@ from whit.cli.options import (
 from whit.cli.runs import run_and_show, show_plan
 from whit.importance import weighed
 from whit.job import Options, prepare
-from whit.methods import METHODS
+from whit.methods import GPTQ, METHODS
 from whit.recipe import Recipe
 from whit.transforms import TRANSFORMS
 
-CONTEXT_HELP = "Tokens in each; with --fit, those that the model is to run with. [default: 2048, or the model's]"
+CONTEXT_HELP = "Tokens in each; with --fit, those that the model is to run with. \\[default: 2048, or the model's]"
 ACTIVATIONS_HELP = (
     "Quantize what linears are given as well, while the model runs: " + ", ".join(ACTIVATION_EXAMPLES) + "."
 )
-GATE_HELP = "Text on which --max-kl and --max-ppl-increase are measured. [default: whit:heldout]"
+GATE_HELP = "Text on which --max-kl and --max-ppl-increase are measured. \\[default: whit:heldout]"
 METHOD_HELP = (
     "How codes are chosen: "
     + ", ".join(method.name for method in METHODS)
     + "; awq is clip with the transform awq, smoothquant is "
-    "rtn with that transform, int8 and int8 activations. "
-    "[default: rtn]"
+    "rtn with that transform, int8 and int8 activations; awq+gptq names both. Options of a method are fields in a "
+    "--recipe: of gptq " + ", ".join(field.name for field in fields(GPTQ)) + ". "
+    "\\[default: rtn]"
 )
 LOW_RANK_HELP = "Repair every linear by two bfloat16 factors of this rank beside its codes; the same as SPEC+rR."
 TRANSFORM_HELP = "What the weights are rescaled by first: " + ", ".join(t.name for t in TRANSFORMS) + "."
@@ -68,7 +70,9 @@ def quantize(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The new folder; it appears when it is complete.")],
     method: Annotated[str | None, typer.Option(help=METHOD_HELP)] = None,
     transform: Annotated[str | None, typer.Option(help=TRANSFORM_HELP)] = None,
-    format: Annotated[str | None, typer.Option(metavar="SPEC", help=FORMAT_HELP)] = None,
+    format: Annotated[
+        str | None, typer.Option(metavar="SPEC", help=f"{FORMAT_HELP} \\[default: {DEFAULT_FORMAT}]")
+    ] = None,
     activations: Annotated[str | None, typer.Option(metavar="SPEC", help=ACTIVATIONS_HELP)] = None,
     rule: Annotated[list[str] | None, typer.Option(metavar="GLOB=SPEC", help=RULE_HELP)] = None,
     low_rank: Annotated[int | None, typer.Option(min=1, metavar="R", help=LOW_RANK_HELP)] = None,
@@ -80,7 +84,7 @@ def quantize(
     sensitivity: SensitivityOption = None,
     save_recipe_to: SaveRecipe = None,
     calibration: Annotated[str | None, typer.Option(metavar="FILE|whit:text", help=CALIBRATION_HELP)] = None,
-    samples: Annotated[int | None, typer.Option(min=1, help="Calibration windows. [default: 128]")] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="Calibration windows. \\[default: 128]")] = None,
     context: Annotated[int | None, typer.Option(min=2, help=CONTEXT_HELP)] = None,
     imatrix: Annotated[Path | None, typer.Option(help="Weigh columns by llama.cpp's importance matrix.")] = None,
     input_memory: InputMemory = None,

@@ -51,7 +51,7 @@ from whit.recipe import Recipe
 TEXT_HELP = "What to train on: a text or .jsonl file, whit:text, or self: text that the model itself writes."
 QAT_HELP = (
     "full: all of the model, end to end, following the unquantized one; blocks: one block after the other; scales: the "
-    "params of a quantized MODEL alone (an unquantized one is trained by blocks first). [default: full; scales where "
+    "params of a quantized MODEL alone (an unquantized one is trained by blocks first). \\[default: full; scales where "
     "MODEL is quantized]"
 )
 ACTIVATIONS_HELP = (
@@ -87,11 +87,11 @@ def train(
     qat: Annotated[Literal["full", "blocks", "scales"] | None, typer.Option(help=QAT_HELP)] = None,
     recipe: Annotated[Literal["whit", "efficientqat", "bitnet"], typer.Option(help=RECIPE_HELP)] = "whit",
     text: Annotated[str, typer.Option(metavar="FILE|whit:text|self", help=TEXT_HELP)] = "whit:text",
-    steps: Annotated[int | None, typer.Option(min=1, help="Steps (of each block). [default: 400]")] = None,
-    batch: Annotated[int | None, typer.Option(min=1, help="Windows a step. [default: 16; blocks: 8]")] = None,
-    context: Annotated[int | None, typer.Option(min=2, help="Tokens a window. [default: 512; blocks: 2048]")] = None,
-    samples: Annotated[int | None, typer.Option(min=1, help="Windows of blocks. [default: 128]")] = None,
-    windows: Annotated[int | None, typer.Option(min=1, help="Windows end to end. [default: steps x batch]")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Steps (of each block). \\[default: 400]")] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Windows a step. \\[default: 16; blocks: 8]")] = None,
+    context: Annotated[int | None, typer.Option(min=2, help="Tokens a window. \\[default: 512; blocks: 2048]")] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="Windows of blocks. \\[default: 128]")] = None,
+    windows: Annotated[int | None, typer.Option(min=1, help="Windows end to end. \\[default: steps x batch]")] = None,
     rate: Annotated[float | None, typer.Option(min=0, help="Of weights, in steps of the format.")] = None,
     scale_rate: Annotated[float | None, typer.Option(min=0, help="Of scales and zero points.")] = None,
     kept_rate: Annotated[float, typer.Option(min=0, help="Of norms, biases and embeddings; 0: they stay.")] = 0.0,
