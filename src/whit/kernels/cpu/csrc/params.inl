@@ -174,11 +174,16 @@ static ALWAYS_INLINE void ask_run(const void* data, int64_t row, int64_t count, 
   for (; p < until; p += 64) __builtin_prefetch(p, 0, 2);
 }
 
+// Of the scales of a row, without those of its sub-groups.
+static ALWAYS_INLINE int64_t scale_bytes(const whit_weight& w) {
+  const int64_t groups = w.subs ? w.groups / w.subs : w.groups;
+  return groups * (w.scale_type == WHIT_NESTED ? 1 : w.scale_type == WHIT_F32 ? 4 : 2);
+}
+
 static ALWAYS_INLINE void ask_params(const whit_weight& w, int64_t row, int64_t count) {
   const int64_t groups = w.subs ? w.groups / w.subs : w.groups;
-  const int one = w.scale_type == WHIT_NESTED ? 1 : w.scale_type == WHIT_F32 ? 4 : 2;
   if (!w.scale_stride) return;
-  ask_run(w.scale, row, count, groups * one);
+  ask_run(w.scale, row, count, scale_bytes(w));
   if (w.zero)
     ask_run(w.zero, row, count, w.zero_type == WHIT_CODES ? (groups * w.bits + 7) / 8 : groups * (w.zero_type ? 2 : 4));
   if (w.sub_scale) ask_run(w.sub_scale, row, count, (w.groups * w.sub_bits + 7) / 8);
