@@ -21,7 +21,7 @@ from whit.errors import KernelError
 from whit.kernels.activated import product_format
 from whit.kernels.cpu.binding import ISAS8, Library, Pointer
 from whit.kernels.cpu.rows8 import GROUP, levels_of, padded
-from whit.kernels.cpu.weight import run_size, unsupported
+from whit.kernels.cpu.weight import level_scale, run_size, unsupported
 from whit.layouts import BITS
 from whit.tensor import PackedWeight
 
@@ -221,8 +221,8 @@ def _matrix(packed: PackedWeight) -> _Matrix:
     if levels.table is not None:
         stored = torch.tensor(list(levels.table), dtype=torch.int16)[stored.long()]
     rows, columns = packed.shape
-    scale = next(quantized.params[name] for name in ("scale", "absmax", "d") if name in quantized.params)
-    assert isinstance(scale, Tensor)
+    params = {name: value for name, value in quantized.params.items() if isinstance(value, Tensor)}
+    scale = level_scale(packed.format, params)
     size = run_size(packed.format) or columns
     scale = (scale.float() * levels.unit).expand(rows, -1)
     if how is None or how.granularity == "group":

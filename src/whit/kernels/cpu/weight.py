@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 
@@ -77,10 +78,8 @@ def plan_weight(packed: PackedWeight, library: Library, move: bool) -> CpuWeight
         plan.nested_levels, plan.nested_absmax = held[-1].data_ptr(), tensors["absmax_absmax"].data_ptr()
         plan.nested_offset = tensors["absmax_offset"].data_ptr()
     else:
-        scale = tensors[next(name for name in ("absmax", "d", "scale") if name in tensors)]
-        if "absmax" in tensors and product_dtype(format) == torch.int8:  # levels are codes: a product rounds once
-            scale = format.row_scale(tensors)  # type: ignore[attr-defined]
-            held.append(scale)
+        scale = level_scale(format, tensors)
+        held.append(scale)
         plan.scale, plan.scale_type = scale.data_ptr(), TYPES[scale.dtype]
         plan.scale_stride = groups if scale.numel() > 1 else 0
     if "zero_point" in tensors:
@@ -112,9 +111,16 @@ def run_size(format: Format) -> int:
     return getattr(format, "run_size", format.group_size)
 
 
+def level_scale(format: Format, params: Mapping[str, Tensor]) -> Tensor:
+    """By which levels are multiplied, as params hold it; where levels are codes (int8-absmax), their `row_scale`."""
+    if "absmax" in params and product_dtype(format) == torch.int8:  # so a product rounds once
+        scale: Tensor = format.row_scale(params)  # type: ignore[attr-defined]
+        return scale
+    return params[next(name for name in ("absmax", "d", "scale") if name in params)]
+
+
 def level_table(format: Format) -> Tensor:
-    """What each stored code stands for under a scale (per row: `row_scale`) of 1 and a zero point of 0: float32
-    (2^bits,)."""
+    """What each stored code stands for under a `level_scale` of 1 and a zero point of 0: float32 (2^bits,)."""
     return _levels(format)[0]  # every format is hashable
 
 
