@@ -189,7 +189,7 @@ template <class V, int BITS, bool TABLE, int R, int M>
 static ALWAYS_INLINE void few_rows(const Product8& p, const Parts8<V, BITS, TABLE>& parts, int64_t row, int64_t m0,
                                    float* scratch) {
   const whit_weight& w = *p.w;
-  if (BITS < 8) ask_params(w, row + (R * w.row_bytes > 16384 ? R : 16384 / w.row_bytes), R);
+  if (BITS < 8) ask_params(w, row, R);
   float *scale, *zero;
   const int64_t apart = row_params8<V, R>(w, row, scratch, scale, zero);
   typename V::G total[R][M];

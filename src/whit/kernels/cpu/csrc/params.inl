@@ -180,9 +180,11 @@ static ALWAYS_INLINE int64_t scale_bytes(const whit_weight& w) {
   return groups * (w.scale_type == WHIT_NESTED ? 1 : w.scale_type == WHIT_F32 ? 4 : 2);
 }
 
+// Of `count` rows, as far behind `row` as codes are asked for: 16 KB, or where the rows that follow begin.
 static ALWAYS_INLINE void ask_params(const whit_weight& w, int64_t row, int64_t count) {
+  if (!w.scale_stride || w.row_bytes <= 0) return;
   const int64_t groups = w.subs ? w.groups / w.subs : w.groups;
-  if (!w.scale_stride) return;
+  row += count * w.row_bytes > 16384 ? count : 16384 / w.row_bytes;
   ask_run(w.scale, row, count, scale_bytes(w));
   if (w.zero)
     ask_run(w.zero, row, count, w.zero_type == WHIT_CODES ? (groups * w.bits + 7) / 8 : groups * (w.zero_type ? 2 : 4));

@@ -161,7 +161,7 @@ static void stream(const Rows& a, int64_t first, int64_t last, float* scratch, i
   const int64_t groups = padded_groups(w), spread_lanes = WIDE || lanes.run ? 0 : 16 * a.blocks;
   const int64_t step = M == 1 ? a.blocks : CHUNK, whole = whole_rows<BITS>(a);
   // From an eighth of the codes on, scales asked for early come sooner than they cost; below, the processor's own care does.
-  const bool beside = M == 1 && !w.subs && w.row_bytes > 0 && 8 * scale_bytes(w) >= w.row_bytes;
+  const bool beside = M == 1 && !w.subs && 8 * scale_bytes(w) >= w.row_bytes;
   Params params[SET];
   float totals[SET * M * 16];
   float* group_sums = scratch + 2 * SET * (groups + spread_lanes);
@@ -173,7 +173,7 @@ static void stream(const Rows& a, int64_t first, int64_t last, float* scratch, i
   }
   for (int64_t row = first; row < last; row += SET) {
     const int count = last - row < SET ? (int)(last - row) : SET;
-    if (beside) ask_params(w, row + (SET * w.row_bytes > 16384 ? SET : 16384 / w.row_bytes), SET);
+    if (beside) ask_params(w, row, SET);
     for (int r = 0; r < count; r++) {
       float *scale = scratch + r * 2 * (groups + spread_lanes), *zero = scale + groups;
       params[r] = {scale, zero};
