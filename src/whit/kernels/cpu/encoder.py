@@ -221,8 +221,7 @@ def _matrix(packed: PackedWeight) -> _Matrix:
     if levels.table is not None:
         stored = torch.tensor(list(levels.table), dtype=torch.int16)[stored.long()]
     rows, columns = packed.shape
-    params = {name: value for name, value in quantized.params.items() if isinstance(value, Tensor)}
-    scale = level_scale(packed.format, params)
+    scale = level_scale(packed.format, quantized.params)
     size = run_size(packed.format) or columns
     scale = (scale.float() * levels.unit).expand(rows, -1)
     if how is None or how.granularity == "group":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from whit.kernels.cpu.binding import CODES, NESTED, NONE, TYPES, Library, WeightPlan
 from whit.kernels.cpu.memory import in_huge_pages
-from whit.tensor import Format, PackedWeight, matrix_shape, product_dtype, radix, rotation
+from whit.tensor import Format, PackedWeight, Params, matrix_shape, product_dtype, radix, rotation, tensor_param
 
 LAYOUT = 1  # of what `prepare` makes; another number is another file of prepared weights (compiled/prepared)
 LANE = 16  # the kernels' runs of columns that share params
@@ -111,12 +110,12 @@ def run_size(format: Format) -> int:
     return getattr(format, "run_size", format.group_size)
 
 
-def level_scale(format: Format, params: Mapping[str, Tensor]) -> Tensor:
+def level_scale(format: Format, params: Params) -> Tensor:
     """By which levels are multiplied, as params hold it; where levels are codes (int8-absmax), their `row_scale`."""
     if "absmax" in params and product_dtype(format) == torch.int8:  # so a product rounds once
         scale: Tensor = format.row_scale(params)  # type: ignore[attr-defined]
         return scale
-    return params[next(name for name in ("absmax", "d", "scale") if name in params)]
+    return tensor_param(params, next(name for name in ("absmax", "d", "scale") if name in params))
 
 
 def level_table(format: Format) -> Tensor:
