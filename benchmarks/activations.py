@@ -23,8 +23,8 @@ from whit.evaluation.listener import Silent
 from whit.evaluation.perplexity import score_windows
 from whit.evaluation.text import cut_windows, read_text, tokenize
 from whit.integrations.loading import load_causal_lm, load_tokenizer
-from whit.job import Options
 from whit.pipeline import quantize
+from whit.pipeline.job import Options
 from whit.recipe import Recipe
 
 import harness

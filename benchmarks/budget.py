@@ -33,8 +33,8 @@ from whit import Recipe
 from whit.allocation import Group, free_formats, ladder_of, solve
 from whit.allocation.recipe import recipe_of
 from whit.errors import RecipeError
-from whit.job import Job
-from whit.plan import plan_quantization
+from whit.pipeline.job import Job
+from whit.pipeline.plan import plan_quantization
 
 import harness
 

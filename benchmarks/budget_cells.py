@@ -28,11 +28,11 @@ from whit.evaluation.size import weight_files
 from whit.evaluation.statistics import blocks
 from whit.evaluation.text import cut_windows, read_text, tokenize
 from whit.formats import parse_format
-from whit.importance import measure_importance, write_imatrix
 from whit.integrations.loading import load_causal_lm, load_tokenizer
-from whit.job import Job, open_source, prepare
 from whit.methods import GPTQ, parse_method
 from whit.pipeline import quantize
+from whit.pipeline.importance import measure_importance, write_imatrix
+from whit.pipeline.job import Job, open_source, prepare
 from whit.recipe import split_methods
 from whit.tensor import Format, LayerStats
 

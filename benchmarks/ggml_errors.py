@@ -14,8 +14,8 @@ import argparse
 from whit.calibration import Calibration
 from whit.checkpoint.hub import resolve_model
 from whit.formats.ggml import KINDS
-from whit.importance import measure_importance
-from whit.job import open_source
+from whit.pipeline.importance import measure_importance
+from whit.pipeline.job import open_source
 
 import harness
 from ggml_encoders import lost, ours, theirs

@@ -14,8 +14,8 @@ from typing import Any
 
 from whit.calibration import Calibration
 from whit.evaluation import EvaluationOptions, evaluate
-from whit.job import Options
 from whit.pipeline import quantize
+from whit.pipeline.job import Options
 from whit.recipe import Recipe
 
 import harness

@@ -26,16 +26,16 @@ import whit
 from whit.calibration import Calibration, CalibrationTokens
 from whit.cli.runs import cost
 from whit.errors import OutputError
-from whit.estimate import estimate
 from whit.evaluation.listener import Silent
 from whit.evaluation.tasks import builtin
 from whit.evaluation.text import cut_windows
 from whit.evaluation.zeroshot import Scorer, run_task
 from whit.integrations.loading import load_causal_lm, load_tokenizer, maximum_context
-from whit.job import prepare
 from whit.methods import GPTQ, RTN, Blocks, Refine
 from whit.modules import PackedModule, remove_packed
 from whit.pipeline import run
+from whit.pipeline.estimate import estimate
+from whit.pipeline.job import prepare
 from whit.process import peak_memory
 from whit.qat import Course, Setting, Training, Words, finish, learn, prepare_full, prepare_scales
 from whit.qat.losses import divergence, text_loss

@@ -29,9 +29,9 @@ from whit import Recipe
 from whit.checkpoint.header import file_order
 from whit.checkpoint.reader import Checkpoint
 from whit.checkpoint.writer import Writer, index_json, plan_shards
-from whit.job import Options, prepare
 from whit.layouts import BITS
-from whit.parameter import relative_error
+from whit.pipeline.job import Options, prepare
+from whit.pipeline.parameter import relative_error
 from whit.tensor import TensorSpec
 
 RESULTS = Path(__file__).parent / "results"

@@ -15,10 +15,10 @@ from stopping import stop_and_go_on
 from test_calibrated import _words, text  # noqa: F401
 from test_transformed import logits, result
 from whit import Calibration, Options, Recipe
-from whit.coverage import Account, load_account
 from whit.errors import RecipeError
 from whit.modules import QuantizedLinear
 from whit.pipeline import dequantize, quantize
+from whit.pipeline.coverage import Account, load_account
 
 from tiny_models import save_tiny, tiny_inputs
 

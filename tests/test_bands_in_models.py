@@ -21,9 +21,9 @@ from whit.export import EXPORTERS
 from whit.formats import parse_format
 from whit.formats.bands import bands_of
 from whit.integrations.loading import load_causal_lm
-from whit.job import Job, open_source, prepare
 from whit.kernels.cpu import library
 from whit.layouts import BITS
+from whit.pipeline.job import Job, open_source, prepare
 
 pytest.importorskip("scipy")
 VOCABULARY = 512
@@ -47,7 +47,7 @@ def _words(monkeypatch: pytest.MonkeyPatch) -> None:
     words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w0"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     made = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0")
-    monkeypatch.setattr("whit.job.load_tokenizer", lambda *_, **__: made)
+    monkeypatch.setattr("whit.pipeline.job.load_tokenizer", lambda *_, **__: made)
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])

@@ -17,15 +17,15 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 import whit
 from stopping import stop_and_go_on
 from whit import GPTQ, Calibration, Options, Recipe, Refine
-from whit.coverage import Account
 from whit.errors import NonFiniteError
-from whit.estimate import AROUND, Estimate, estimate
-from whit.feed import BlockReader
-from whit.job import open_source, prepare
 from whit.methods import Method
 from whit.methods.stack import energy
 from whit.model.source import ModelSource
 from whit.pipeline import quantize
+from whit.pipeline.coverage import Account
+from whit.pipeline.estimate import AROUND, Estimate, estimate
+from whit.pipeline.feed import BlockReader
+from whit.pipeline.job import open_source, prepare
 
 from tiny_models import ARCHITECTURES, save_tiny, tiny_config, tiny_model
 
@@ -44,7 +44,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def _words(monkeypatch: pytest.MonkeyPatch) -> None:
     """A tokenizer whose words are w0 to w127, for every model."""
-    monkeypatch.setattr("whit.job.load_tokenizer", lambda *_, **__: tokenizer())
+    monkeypatch.setattr("whit.pipeline.job.load_tokenizer", lambda *_, **__: tokenizer())
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
@@ -125,7 +125,7 @@ def test_blocks_read_ahead_are_the_same(architecture: str, text: Path, tmp_path:
     begin = BlockReader.expect
     monkeypatch.setattr(ModelSource, "read", noted)
     monkeypatch.setattr(BlockReader, "expect", expect)
-    monkeypatch.setattr("whit.feed.blocks.reads_ahead", lambda job: True)
+    monkeypatch.setattr("whit.pipeline.feed.blocks.reads_ahead", lambda job: True)
     run(model, tmp_path / "ahead", text)
     assert result(tmp_path / "ahead") == result(tmp_path / "out")
     assert [bool(names) for names in expected] == [True, False]  # the second block's; nothing is behind it
@@ -253,8 +253,8 @@ def test_refinement_resumes_with_the_same_bytes_on_other_threads(architecture: s
 
 def test_the_estimate_counts_what_a_refinement_does(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     model = checkpoint(tmp_path / "model", "llama")
-    monkeypatch.setattr("whit.estimate._rate", lambda *_: 1e6)
-    monkeypatch.setattr("whit.estimate._seconds", lambda *_: 0.0)
+    monkeypatch.setattr("whit.pipeline.estimate._rate", lambda *_: 1e6)
+    monkeypatch.setattr("whit.pipeline.estimate._seconds", lambda *_: 0.0)
 
     def expected(method: Method) -> Estimate:
         recipe, calibration = Recipe(method, RULES), Calibration(text, samples=24, context=48)

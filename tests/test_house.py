@@ -12,11 +12,10 @@ ROOT = Path(whit.__file__).parent
 # Each stage may import those to its left; the values of the first entry belong to all.
 STAGES = (
     ("errors", "named", "rotation", "tensor", "activations", "data", "devices", "process", "randomness"),
-    ("checkpoint",), ("model",), ("calibration",), ("transforms",), ("formats",), ("methods",),
-    ("arrays", "recipe", "preflight"), ("layouts",), ("kernels",), ("modules",), ("export",), ("integrations",),
-    ("compiled",), ("training",), ("evaluation",),
-    ("plan", "coverage", "job", "transcode", "finish", "estimate", "feed", "importance"),
-    ("parameter", "pipeline", "allocation"), ("tuning", "merging"), ("report", "memory"), ("qat",), ("cli", "__main__"),
+    ("checkpoint",), ("model",), ("calibration",), ("transforms",), ("formats",), ("methods",), ("arrays", "recipe"),
+    ("layouts",), ("kernels",), ("modules",), ("export",), ("integrations",), ("compiled",), ("training",),
+    ("evaluation",), ("pipeline",), ("allocation",), ("tuning", "merging"), ("report", "memory"), ("qat",),
+    ("cli", "__main__"),
 )  # fmt: skip
 RANK = {name: rank for rank, stage in enumerate(STAGES) for name in stage}
 MOST_LINES = 400

@@ -19,11 +19,11 @@ from stopping import stop_after_a_block
 from whit.cli.merge import merge as command
 from whit.errors import EvaluationError, OutputError
 from whit.export.packed import PackedSource
-from whit.job import Options, open_source
 from whit.merging import Merge, Text, measure_routes, merge
 from whit.merging.measure import DROPPED, ROUNDED, load_with_adapter, round_in_place
 from whit.methods.regrid import regrid, share_in_params
 from whit.methods.stack import energy
+from whit.pipeline.job import Options, open_source
 from whit.tensor import LayerStats, QuantizedTensor
 from whit.training.peft_file import read_adapter
 
@@ -45,7 +45,7 @@ def _words(monkeypatch: pytest.MonkeyPatch) -> None:
     words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(128)}, unk_token="w0"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     made = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0")
-    for place in ("whit.job.load_tokenizer", "whit.merging.measure.load_tokenizer"):
+    for place in ("whit.pipeline.job.load_tokenizer", "whit.merging.measure.load_tokenizer"):
         monkeypatch.setattr(place, lambda *_, **__: made)
 
 

@@ -16,18 +16,18 @@ from safetensors.torch import load_file, save_file
 import whit
 from whit import Recipe
 from whit.cli.inspect import verify_files
-from whit.coverage import load_account
 from whit.errors import CheckpointError, DeviceError, NonFiniteError, OutputError, RecipeError, UnsupportedModelError
-from whit.estimate import estimate
 from whit.export.dense import Dense, Float16, Float32
 from whit.export.packed import PackedSource
-from whit.job import Job, Options, open_source, prepare
 from whit.model.source import Origin
 from whit.model.targets import find_targets
-from whit.parameter import relative_error
 from whit.pipeline import dequantize, quantize, run
-from whit.plan import plan_dense, read_finite
-from whit.preflight import check_recipe
+from whit.pipeline.coverage import load_account
+from whit.pipeline.estimate import estimate
+from whit.pipeline.job import Job, Options, open_source, prepare
+from whit.pipeline.parameter import relative_error
+from whit.pipeline.plan import plan_dense, read_finite
+from whit.recipe.preflight import check_recipe
 from whit.tensor import TensorSpec
 
 from tiny_models import ARCHITECTURES, save_tiny, tiny_model

@@ -64,7 +64,7 @@ def test_static_scales_are_of_rotated_inputs(llama: Path, text: Path, tmp_path: 
     name, seen = "model.layers.0.self_attn.q_proj", []
     network = AutoModelForCausalLM.from_pretrained(llama)
     network.get_submodule(name).register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    tokens = calibration.tokens(whit.job.load_tokenizer(""), 512).tokens
+    tokens = calibration.tokens(whit.pipeline.job.load_tokenizer(""), 512).tokens
     with torch.no_grad():
         network(tokens)
     scale = load_file(tmp_path / "out" / "model.safetensors")[f"{name}.input_scale"]
@@ -125,7 +125,7 @@ def test_training_is_done_in_the_basis_of_the_codes(llama: Path, text: Path, tmp
     """
     calibration = Calibration(text, samples=8, context=32)
     quantize(llama, tmp_path / "start", Recipe("rtn", [("*", "int3-g16+h16")]))
-    words = Words(tokens=calibration.tokens(whit.job.load_tokenizer(""), 512).tokens)
+    words = Words(tokens=calibration.tokens(whit.pipeline.job.load_tokenizer(""), 512).tokens)
     course = Course(steps=8, batch=4, rate=0.03, scale_rate=0.02)
     setting = Setting(calibration=calibration)
     full = prepare_full(

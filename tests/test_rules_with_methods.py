@@ -26,7 +26,7 @@ def text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Calibration:
     words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(128)}, unk_token="w0"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0")
-    monkeypatch.setattr("whit.job.load_tokenizer", lambda *_, **__: tokenizer)
+    monkeypatch.setattr("whit.pipeline.job.load_tokenizer", lambda *_, **__: tokenizer)
     drawn = torch.randint(3, 128, (6000,), generator=torch.Generator().manual_seed(1)).tolist()
     (tmp_path / "text.txt").write_text(" ".join(f"w{i}" for i in drawn))
     return Calibration(tmp_path / "text.txt", samples=16, context=48)

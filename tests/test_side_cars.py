@@ -16,10 +16,10 @@ from stopping import stop_after_a_block
 from whit import GPTQ, Calibration, Recipe, quantize
 from whit.export import EXPORTERS
 from whit.formats.lowrank import LowRank
-from whit.job import Options, open_source
 from whit.kernels import explain, packed_linear
 from whit.layouts import BITS
 from whit.modules import QuantizedLinear
+from whit.pipeline.job import Options, open_source
 
 from tiny_models import save_tiny, tiny_model
 
@@ -39,7 +39,7 @@ def _words(monkeypatch: pytest.MonkeyPatch) -> None:
     words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(128)}, unk_token="w0"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     made = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0")
-    monkeypatch.setattr("whit.job.load_tokenizer", lambda *_, **__: made)
+    monkeypatch.setattr("whit.pipeline.job.load_tokenizer", lambda *_, **__: made)
 
 
 @pytest.fixture(scope="module")

@@ -16,11 +16,11 @@ from stopping import stop_and_go_on
 from test_calibrated import _words, text  # noqa: F401
 from whit import AWQ, GPTQ, HQQ, RTN, Calibration, Clip, Options, Recipe
 from whit.cli.quantize import build_recipe
-from whit.coverage import Account
-from whit.estimate import estimate
-from whit.job import open_source, prepare
 from whit.methods import METHODS, parse_method
 from whit.pipeline import quantize
+from whit.pipeline.coverage import Account
+from whit.pipeline.estimate import estimate
+from whit.pipeline.job import open_source, prepare
 from whit.report.comparison import Candidate
 
 from tiny_models import ARCHITECTURES, save_tiny
@@ -155,8 +155,8 @@ def test_a_dry_run_says_what_will_be_and_that_the_search_takes_time(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ):
-    monkeypatch.setattr("whit.estimate._seconds", lambda method, format, shape, device: 1e-9 * shape[0] * shape[1])
-    monkeypatch.setattr("whit.estimate._rate", lambda dtype, device: 1e10)  # what is measured is never the same twice
+    monkeypatch.setattr("whit.pipeline.estimate._seconds", lambda method, format, shape, _: 1e-9 * shape[0] * shape[1])
+    monkeypatch.setattr("whit.pipeline.estimate._rate", lambda *_: 1e10)  # what is measured is never the same twice
     rules, calibration = [("*", "int4-g32")], Calibration(text, samples=8, context=32)
     jobs = [
         prepare(models["llama"], tmp_path / "out", Recipe("clip", rules), Options()),

@@ -9,10 +9,10 @@ from whit.errors import WhitError
 from whit.formats import Affine, BFloat16, Codebook, Float8, parse_format
 from whit.integrations.cache import QuantizedCache
 from whit.integrations.transformers import QuantizationConfig, register
-from whit.job import Options
 from whit.methods import GPTQ, HQQ, RTN, Blocks, Clip, Refine
 from whit.modules import track_ranges
 from whit.pipeline import quantize
+from whit.pipeline.job import Options
 from whit.recipe import Recipe
 from whit.tensor import Format, PackedWeight, QuantizedTensor, bits_per_weight
 from whit.training import count_parameters, initialize_adapter, prepare_for_training

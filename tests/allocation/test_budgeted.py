@@ -26,15 +26,15 @@ from whit.calibration import CalibrationTokens
 from whit.calibration.capture import Watch
 from whit.cli import main
 from whit.cli.budget import Request
-from whit.coverage import load_account
 from whit.errors import RecipeError
 from whit.evaluation import EvaluationOptions, evaluate
 from whit.formats import parse_format
 from whit.formats.bands import bands_of
 from whit.integrations.loading import load_causal_lm
-from whit.job import Job, prepare
 from whit.memory.needs import OVERHEAD
 from whit.methods import RTN
+from whit.pipeline.coverage import load_account
+from whit.pipeline.job import Job, prepare
 
 from tiny_models import save_tiny
 

@@ -15,8 +15,8 @@ from whit.calibration import CalibrationTokens
 from whit.checkpoint.reader import read_json
 from whit.export import exporter_named
 from whit.formats import parse_format
-from whit.job import Job, open_source, prepare
 from whit.pipeline import run
+from whit.pipeline.job import Job, open_source, prepare
 
 pytest.importorskip("scipy")
 TOKENS = CalibrationTokens(torch.randint(3, 60, (2, 24), generator=torch.Generator().manual_seed(0)), "")

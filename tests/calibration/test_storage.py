@@ -14,10 +14,10 @@ from test_calibrated import tokenizer
 from whit.calibration import Calibration
 from whit.calibration.storage import Storage
 from whit.cli import main
-from whit.estimate import estimate
-from whit.job import prepare
 from whit.methods import GPTQ, Blocks, Refine
 from whit.methods.base import Method
+from whit.pipeline.estimate import estimate
+from whit.pipeline.job import prepare
 
 from tiny_models import save_tiny
 
@@ -81,7 +81,7 @@ def test_no_byte_depends_on_where_inputs_lie(
 def test_the_estimate_follows_the_budget(
     method: Method, model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("whit.estimate.peak_memory", lambda: 0)
+    monkeypatch.setattr("whit.pipeline.estimate.peak_memory", lambda: 0)
     inputs, memory = (1 + method.needs_exact) * INPUTS, []
     for budget in (inputs, inputs - 1):
         recipe = whit.Recipe(method, [("*", "int3-g32")])

@@ -11,10 +11,10 @@ import pytest
 
 from whit.cli import main
 from whit.cli.gate import Gate
-from whit.coverage import load_account
 from whit.errors import QualityGateError
 from whit.evaluation import EvaluationOptions, evaluate
 from whit.evaluation.result import BaselineResult, EvaluationResult
+from whit.pipeline.coverage import load_account
 
 MEASURED = EvaluationResult(
     "out", 11.0, None, 100, 64, 4.0, 1000, BaselineResult("model", 10.0, 0.02, (0.01, 0.03), 0.5, 0.9)

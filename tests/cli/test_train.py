@@ -41,7 +41,7 @@ def test_full_and_then_scales(model: Path, tmp_path: Path):
 
 def test_both_phases_are_one_run(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Of the unquantized model, to its account; finished, it is known again, and nothing is trained a second time."""
-    monkeypatch.setattr(whit.job, "load_tokenizer", lambda *_, **__: tokenizer())
+    monkeypatch.setattr(whit.pipeline.job, "load_tokenizer", lambda *_, **__: tokenizer())
     words = [model, tmp_path / "out", "--qat", "scales", "--samples", "4", *SHORT]
     account = train(*words, "--format", "int3-g32")
     assert account["source"]["model"] == "model"
@@ -66,7 +66,7 @@ def test_the_cost_comes_first(model: Path, tmp_path: Path):
 
 
 def test_what_does_not_go_together(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(whit.job, "load_tokenizer", lambda *_, **__: tokenizer())
+    monkeypatch.setattr(whit.pipeline.job, "load_tokenizer", lambda *_, **__: tokenizer())
     whit.quantize(model, tmp_path / "q", whit.Recipe("rtn", [("*", "int4-g32")]))
     for words, said in (
         ([model, tmp_path / "out"], "add --format"),

@@ -13,7 +13,7 @@ from transformers.integrations.bitnet import pack_weights
 import whit
 from whit.errors import CheckpointError
 from whit.integrations.loading import load_causal_lm
-from whit.job import open_source
+from whit.pipeline.job import open_source
 
 from tiny_models import save_tiny
 

@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 
 import whit
 from whit.errors import RecipeError
-from whit.job import Options, prepare
-from whit.plan import floats
+from whit.pipeline.job import Options, prepare
+from whit.pipeline.plan import floats
 
 FORMATS = {
     "whit": "nf4-dq", "gptq": "int4-g32", "gptq-v2": "int3-g32-asym", "awq": "int4-g32-asym", "bitsandbytes": "nf4-dq",

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM
 import whit
 from whit.errors import RecipeError, UnsupportedModelError
 from whit.export.gguf.architectures import ARCHITECTURES
-from whit.job import Options, open_source, prepare
 from whit.pipeline import dequantize, run
+from whit.pipeline.job import Options, open_source, prepare
 
 from llama_cpp import LlamaCpp, needs_llama_cpp
 from tiny_models import tiny_inputs, tiny_model

@@ -11,8 +11,8 @@ import transformers as hf
 import whit
 from whit.errors import FormatError, RecipeError
 from whit.formats.ggml.mixes import MIXES
-from whit.job import Options, prepare
 from whit.pipeline import run
+from whit.pipeline.job import Options, prepare
 
 from llama_cpp import needs_quantizer, quantize_file
 

@@ -20,8 +20,8 @@ from whit.errors import CheckpointError, UnsupportedModelError
 from whit.evaluation import EvaluationOptions, evaluate
 from whit.export.gguf.header import Info, gguf_shard
 from whit.export.readers.gguf import GgufCheckpoint, _decoded
-from whit.job import Options, open_source, prepare
 from whit.pipeline import run
+from whit.pipeline.job import Options, open_source, prepare
 from whit.tensor import QuantizedTensor, TensorSpec
 
 from tiny_models import save_tiny, tiny_model

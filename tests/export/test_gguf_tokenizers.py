@@ -14,8 +14,8 @@ from torch.nn.functional import cross_entropy
 
 import whit
 from whit.data import resolve_text
-from whit.job import Options, prepare
 from whit.pipeline import dequantize, run
+from whit.pipeline.job import Options, prepare
 
 from llama_cpp import LlamaCpp, needs_llama_cpp
 from tiny_models import ARCHITECTURES

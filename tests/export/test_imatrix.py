@@ -17,8 +17,8 @@ from whit.calibration import Calibration
 from whit.data import resolve_model
 from whit.errors import CheckpointError, OutputError, RecipeError
 from whit.export.gguf.imatrix import Imatrix, dat_bytes, gguf_bytes, read_imatrix
-from whit.importance import measure_importance, write_imatrix
-from whit.job import open_source
+from whit.pipeline.importance import measure_importance, write_imatrix
+from whit.pipeline.job import open_source
 
 SMALL = Calibration(samples=3, context=48)
 

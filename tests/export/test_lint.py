@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 import whit
 from whit.checkpoint.reader import Checkpoint, read_json
 from whit.export.lint import Finding, lint
-from whit.job import Options
 from whit.pipeline import run
-from whit.transcode import prepare_transcode
+from whit.pipeline.job import Options
+from whit.pipeline.transcode import prepare_transcode
 
 from tiny_models import save_tiny
 

@@ -12,10 +12,10 @@ from safetensors.torch import load_file
 import whit
 from whit.errors import RecipeError, UnsupportedModelError
 from whit.integrations.loading import load_causal_lm
-from whit.job import Options, open_source, prepare
 from whit.modules import PackedModule
 from whit.pipeline import run
-from whit.transcode import prepare_transcode
+from whit.pipeline.job import Options, open_source, prepare
+from whit.pipeline.transcode import prepare_transcode
 
 from tiny_models import save_tiny, tiny_inputs
 

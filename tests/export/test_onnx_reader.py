@@ -20,7 +20,7 @@ from whit.cli import build_app
 from whit.errors import CheckpointError
 from whit.export.lint import lint_onnx
 from whit.export.readers.onnx import read_onnx_model
-from whit.job import open_source
+from whit.pipeline.job import open_source
 
 from tiny_models import save_tiny
 

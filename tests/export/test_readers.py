@@ -19,7 +19,7 @@ from whit.errors import WhitError
 from whit.export.lint import lint
 from whit.export.readers import Packed, read_foreign
 from whit.formats.codebook import NF4
-from whit.job import open_source
+from whit.pipeline.job import open_source
 
 from tiny_models import save_tiny
 

@@ -10,10 +10,10 @@ import torch
 import whit
 from whit.errors import FormatError, RecipeError
 from whit.formats import parse_format
-from whit.job import Options, open_source, prepare
 from whit.pipeline import run
-from whit.plan import Coded
-from whit.transcode import prepare_transcode, recast, variants
+from whit.pipeline.job import Options, open_source, prepare
+from whit.pipeline.plan import Coded
+from whit.pipeline.transcode import prepare_transcode, recast, variants
 
 ROUTES = {
     "int4-g32-f16": ("gptq", "mlx", "compressed-tensors", "gptq-v2", "awq", "gptq", "whit"),

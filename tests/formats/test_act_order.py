@@ -14,9 +14,9 @@ from whit.calibration import Calibration
 from whit.errors import FormatError, RecipeError
 from whit.export import decoders
 from whit.formats import parse_format
-from whit.job import Options, open_source
-from whit.plan import Coded
-from whit.transcode import prepare_transcode
+from whit.pipeline.job import Options, open_source
+from whit.pipeline.plan import Coded
+from whit.pipeline.transcode import prepare_transcode
 
 
 def test_columns_that_matter_share_params_with_each_other(random: torch.Generator):

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 import whit
 from whit.checkpoint.reader import read_json
-from whit.job import open_source
+from whit.pipeline.job import open_source
 
 from tiny_models import save_tiny
 

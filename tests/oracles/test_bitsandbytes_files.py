@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import whit
-from whit.job import Options, prepare
+from whit.pipeline.job import Options, prepare
 
 from tiny_models import save_tiny, tiny_inputs
 

@@ -13,7 +13,7 @@ import whit
 from test_calibrated import _words, text  # noqa: F401
 from whit.checkpoint.reader import read_json
 from whit.integrations.loading import load_causal_lm
-from whit.job import open_source
+from whit.pipeline.job import open_source
 
 from tiny_models import save_tiny, tiny_inputs
 

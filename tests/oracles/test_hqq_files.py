@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 import whit
-from whit.job import open_source
+from whit.pipeline.job import open_source
 
 from tiny_models import save_tiny
 

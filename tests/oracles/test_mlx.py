@@ -11,7 +11,7 @@ import torch
 import whit
 from whit.checkpoint.reader import Checkpoint, read_json
 from whit.export.readers import read_foreign
-from whit.job import open_source
+from whit.pipeline.job import open_source
 
 from tiny_models import save_tiny
 

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from whit.errors import FormatError
 from whit.formats import parse_format
 from whit.layouts import GGML, LAYOUTS, Layout
+from whit.pipeline.transcode import recast, variants
 from whit.tensor import Format, QuantizedTensor
-from whit.transcode import recast, variants
 
 # Formats whose numbers more than one kind of file holds.
 SPECS = (

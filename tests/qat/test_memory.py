@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import whit
 from forking import in_child
 from test_calibrated import _words  # noqa: F401  the tokenizer
-from whit.job import prepare
+from whit.pipeline.job import prepare
 
 WEIGHTS = 4 * 256 * 256 + 3 * 256 * 1024  # of a block
 LONG = 14  # blocks
@@ -48,4 +48,4 @@ def test_the_peak_is_one_block(tmp_path: Path):
     more = (LONG - 2) * WEIGHTS
     assert peaks[LONG] - peaks[2] < 4 * more  # a quarter of what one optimizer's averages and masters of all would be
     job = prepare(tmp_path / f"m{LONG}", tmp_path / "none", recipe, whit.Options(), calibration)
-    assert whit.estimate.estimate(job).memory_bytes > method.weight_bytes * WEIGHTS
+    assert whit.pipeline.estimate.estimate(job).memory_bytes > method.weight_bytes * WEIGHTS

@@ -159,7 +159,7 @@ def test_repair_moves_scales_and_no_code(export: str, spec: str, model: Path, tm
     training = prepare_scales(tmp_path / "bad", tmp_path / "good", course, WORDS, Setting(teacher=model, export=export))
     train(training, lambda what, step, total, loss: losses.append(loss))
     assert losses[-1] < 0.95 * losses[0]
-    old, new = (whit.job.open_source(tmp_path / name) for name in ("bad", "good"))
+    old, new = (whit.pipeline.job.open_source(tmp_path / name) for name in ("bad", "good"))
     moved = 0
     for item in training.job.plan.items:
         if item.format is not None:
@@ -180,7 +180,7 @@ def test_repair_of_files_that_other_programs_read(spec: str, export: str, tmp_pa
     course, words = Course(steps=3, batch=2, scale_rate=0.05), Words(windows=6, context=64)
     training = prepare_scales(bad, good, course, words, Setting(teacher="whit:model", export=export))
     train(training)
-    old, new = whit.job.open_source(bad), whit.job.open_source(good)
+    old, new = whit.pipeline.job.open_source(bad), whit.pipeline.job.open_source(good)
     item = next(item for item in training.job.plan.items if item.format is not None)
     a, b = old.quantized(item.name), new.quantized(item.name)
     assert torch.equal(a.codes, b.codes)
@@ -215,15 +215,15 @@ def test_what_calibrates_the_start_is_of_the_model_s_own_text_too(
 ):
     """Without data: no code is chosen by another text than the one that the model has written."""
     used: list[torch.Tensor] = []
-    feed = whit.pipeline.BlockFeed
-    monkeypatch.setattr(whit.job, "load_tokenizer", lambda *_, **__: tokenizer())
-    monkeypatch.setattr(whit.pipeline, "BlockFeed", lambda job, method, calibration, *rest: (
+    feed = whit.pipeline.loop.BlockFeed
+    monkeypatch.setattr(whit.pipeline.job, "load_tokenizer", lambda *_, **__: tokenizer())
+    monkeypatch.setattr(whit.pipeline.loop, "BlockFeed", lambda job, method, calibration, *rest: (
         used.append(calibration.tokens), feed(job, method, calibration, *rest))[1])  # fmt: skip
     words = ["train", str(model), str(tmp_path / "out"), "--qat", mode, "--format", "int3-g32", "--text", "self"]
     words += ["--samples", "4", "--context", "24", "--steps", "2", "--batch", "2", "--windows", "4", "--seed", "3"]
     result = CliRunner().invoke(build_app(), words, catch_exceptions=False)
     assert result.exit_code == 0, result.output
-    source = whit.job.open_source(model)
+    source = whit.pipeline.job.open_source(model)
     own = sample_windows(Network(source, source.read, torch.device("cpu"), torch.float32), 4, 24, 3)
     assert [torch.equal(tokens, own) for tokens in used] == [True]
 
@@ -261,7 +261,7 @@ def test_gradients_of_scales_are_finite_differences_of_the_loss(model: Path, tmp
     items = [item for item in job.plan.items if item.format is not None]
     trained = prepare_trained(training, codes)
     network = Network(job.source, job.source.read, job.device, torch.float64, [item.name for item in items])
-    exact = whit.job.open_source(model)
+    exact = whit.pipeline.job.open_source(model)
     loop = Loop(network, Network(exact, exact.read, job.device, torch.float64), trained, TOKENS, training.course)
 
     def decoded() -> dict[str, torch.Tensor]:

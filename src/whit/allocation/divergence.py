@@ -34,11 +34,11 @@ from whit.calibration.capture import BlockStats, Watch
 from whit.calibration.runner import Runner
 from whit.calibration.storage import Storage
 from whit.errors import UnsupportedModelError
-from whit.job import Job
 from whit.methods import Method
 from whit.methods.lowrank import beside
 from whit.methods.stack import energy, quantize_stack
-from whit.plan import Item
+from whit.pipeline.job import Job
+from whit.pipeline.plan import Item
 from whit.tensor import Format, LayerStats
 
 MIDDLE = 4  # bits of the second format in which the divergence is taken where not in all

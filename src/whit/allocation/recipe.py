@@ -16,10 +16,10 @@ from whit.allocation.space import Methods, bytes_of, free_formats, ladder_of, me
 from whit.allocation.tables import Band, banded_format, bytes_of_band
 from whit.calibration import CalibrationTokens
 from whit.errors import RecipeError
-from whit.job import Job
 from whit.methods import Method
 from whit.model.targets import find_targets
-from whit.plan import Item, Plan, plan_quantization
+from whit.pipeline.job import Job
+from whit.pipeline.plan import Item, Plan, plan_quantization
 from whit.recipe import Recipe
 from whit.tensor import Format
 

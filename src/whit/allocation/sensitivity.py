@@ -30,14 +30,14 @@ from whit.allocation.tables import Band, bands_for, method_of_table, ranked
 from whit.calibration.capture import Watch
 from whit.calibration.runner import Runner
 from whit.calibration.storage import Storage
-from whit.job import Job
 from whit.kernels import add_gram
 from whit.methods import Clip, Method
 from whit.methods.bands import use_of_rows
 from whit.methods.base import Quantizer
 from whit.methods.lowrank import beside
 from whit.methods.stack import can_stack, energy, quantize_stack
-from whit.plan import Item
+from whit.pipeline.job import Job
+from whit.pipeline.plan import Item
 from whit.tensor import Format, LayerStats
 
 ROUNDING = Clip(steps=7, smallest=0.55)  # coarse: the order of formats and layers is wanted, not the last per cent

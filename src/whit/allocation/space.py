@@ -8,10 +8,10 @@ from typing import TypeAlias
 from whit.errors import RecipeError
 from whit.export.base import Parameter
 from whit.formats import parse_format
-from whit.job import Job
 from whit.methods import Clip, Method, parse_method
 from whit.model.graph import find_blocks
-from whit.plan import Item
+from whit.pipeline.job import Job
+from whit.pipeline.plan import Item
 from whit.recipe import Recipe, split_methods
 from whit.tensor import Format
 

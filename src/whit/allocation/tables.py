@@ -15,11 +15,11 @@ from torch import Tensor
 
 from whit.allocation.space import Methods, bytes_of, without_data
 from whit.formats.bands import Bands, can_be_band
-from whit.job import Job
 from whit.methods import Method
 from whit.methods.bands import use_of_rows
 from whit.model.targets import vocabulary_tables
-from whit.plan import Item
+from whit.pipeline.job import Job
+from whit.pipeline.plan import Item
 from whit.tensor import Format, TensorSpec
 
 SHARES = (64, 16, 4, 2, 1)  # bands end at a 64th of the rows, a 16th and so on; two more gain a hundredth

@@ -19,8 +19,8 @@ from whit.cli.shown import parse_size, progress, size
 from whit.errors import OutputError, RecipeError
 from whit.formats import parse_format
 from whit.integrations.loading import load_tokenizer, maximum_context
-from whit.job import Job
 from whit.memory import Need, Planner, Situation, find_subject
+from whit.pipeline.job import Job
 from whit.recipe import Recipe, split_list, split_methods
 
 KEEP = ("*", "bf16")

@@ -76,7 +76,7 @@ def compare(
     )  # fmt: skip
     notes = console()
     if sweep is not None:
-        from whit.job import Options
+        from whit.pipeline.job import Options
         from whit.report.sweep import Sweep
         from whit.report.sweep import sweep as budgets
 

@@ -13,8 +13,8 @@ from whit.cli.quantize import build_recipe
 from whit.cli.runs import run_and_show
 from whit.export import exporter_named
 from whit.export.dense import Dense
-from whit.job import Options, prepare
-from whit.transcode import prepare_transcode
+from whit.pipeline.job import Options, prepare
+from whit.pipeline.transcode import prepare_transcode
 
 
 def convert(

@@ -18,7 +18,7 @@ from whit.cli.quiet import quiet_transformers
 from whit.cli.shown import size
 from whit.cli.training import Progress, estimate, show_plan
 from whit.devices import find_device
-from whit.job import Options
+from whit.pipeline.job import Options
 from whit.training.init import METHODS as INITS
 from whit.training.optimizers import BITSANDBYTES, TORCHAO
 from whit.training.ranks import Ranks

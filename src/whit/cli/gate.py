@@ -13,12 +13,12 @@ import typer
 from whit.cli.console import console
 from whit.cli.quiet import quiet_transformers
 from whit.cli.watching import Watching
-from whit.coverage import add_measured
 from whit.data import resolve_text
 from whit.errors import EvaluationError, QualityGateError, WhitError
 from whit.evaluation.result import EvaluationResult
 from whit.evaluation.text import read_text
-from whit.job import Options
+from whit.pipeline.coverage import add_measured
+from whit.pipeline.job import Options
 
 HELDOUT = "whit:heldout"
 FEW = 8192  # tokens on which a budget's divergence is measured where no gate names others

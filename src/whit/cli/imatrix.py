@@ -10,7 +10,7 @@ import typer
 from whit.calibration import Calibration
 from whit.cli.console import console
 from whit.cli.options import CALIBRATION_HELP, Seed
-from whit.importance import check_new, measure_importance, write_imatrix
+from whit.pipeline.importance import check_new, measure_importance, write_imatrix
 
 
 def imatrix(

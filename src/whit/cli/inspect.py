@@ -24,11 +24,11 @@ from whit.cli.inspect_gguf import gguf_facts
 from whit.cli.options import AsJson, TrustRemoteCode
 from whit.cli.quiet import quiet_transformers
 from whit.cli.shown import counted, reasons, show_totals, size
-from whit.coverage import Account, load_account
 from whit.errors import CheckpointError, OutputError
 from whit.export.lint import Finding, lint, lint_onnx
 from whit.export.readers import quant_method
 from whit.export.whit import QUANT_METHOD
+from whit.pipeline.coverage import Account, load_account
 
 
 def inspect(

@@ -25,11 +25,11 @@ from whit.cli.options import (
 from whit.cli.quiet import quiet_transformers
 from whit.cli.runs import run_account
 from whit.cli.watching import Watching
-from whit.coverage import Account
 from whit.data import resolve_text
 from whit.evaluation.text import read_text
-from whit.job import Options
 from whit.merging import ROUTES, Measured, Merge, Text, measure_routes, prepare_merge
+from whit.pipeline.coverage import Account
+from whit.pipeline.job import Options
 
 ROUTE_HELP = (
     "requantize: new codes in the model's own formats, chosen by what the linears see, on their scales or on better "

@@ -42,9 +42,9 @@ from whit.cli.options import (
     parse_rules,
 )
 from whit.cli.runs import run_and_show, show_plan
-from whit.importance import weighed
-from whit.job import Options, prepare
 from whit.methods import GPTQ, METHODS
+from whit.pipeline.importance import weighed
+from whit.pipeline.job import Options, prepare
 from whit.recipe import Recipe
 from whit.transforms import TRANSFORMS
 

@@ -11,11 +11,11 @@ from rich.table import Table
 
 from whit.cli.console import console, print_json
 from whit.cli.shown import pattern, progress, reasons, show_totals, size
-from whit.coverage import Account
-from whit.estimate import Estimate, estimate
-from whit.job import Job
-from whit.parameter import entry_of
 from whit.pipeline import run
+from whit.pipeline.coverage import Account
+from whit.pipeline.estimate import Estimate, estimate
+from whit.pipeline.job import Job
+from whit.pipeline.parameter import entry_of
 
 
 def run_account(job: Job) -> Account:

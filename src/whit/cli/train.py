@@ -31,14 +31,14 @@ from whit.cli.options import (
 )
 from whit.cli.runs import cost, run_and_show, show_plan
 from whit.cli.shown import progress, show_totals, size
-from whit.coverage import Account, load_account
 from whit.errors import RecipeError
-from whit.estimate import estimate
 from whit.export.readers import quant_method
 from whit.formats import parse_format
-from whit.job import Options, prepare
 from whit.methods import Blocks, parse_method
 from whit.pipeline import run
+from whit.pipeline.coverage import Account, load_account
+from whit.pipeline.estimate import estimate
+from whit.pipeline.job import Options, prepare
 from whit.qat import OWN_TEXT, Course, Setting, Training, Words, prepare_full, prepare_scales
 from whit.qat import train as train_whole
 from whit.qat.job import require_params

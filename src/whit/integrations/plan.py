@@ -18,8 +18,8 @@ from whit.export.whit import Whit
 from whit.formats import parse_format
 from whit.model.targets import Target, find_targets, tied_weights
 from whit.modules import TiedEmbedding, TiedHead
-from whit.preflight import check_recipe
 from whit.recipe import Recipe
+from whit.recipe.preflight import check_recipe
 from whit.tensor import Format
 
 

@@ -23,7 +23,7 @@ from whit.memory.cache import DENSE, CacheLayer, cache_bytes, cache_layers, chec
 from whit.memory.subject import Subject
 from whit.memory.training import adapter_bytes, full_bytes
 from whit.model.targets import Target, find_targets
-from whit.plan import plan_dense, plan_quantization
+from whit.pipeline.plan import plan_dense, plan_quantization
 from whit.recipe import Recipe
 from whit.tensor import Format
 

@@ -19,11 +19,11 @@ from whit.checkpoint.reader import Checkpoint, read_json
 from whit.data import resolve_model as shipped_model
 from whit.errors import CheckpointError
 from whit.evaluation.size import weight_files
-from whit.job import open_source
 from whit.memory.shapes import Shape, find_shape
 from whit.model.skeleton import build_skeleton, load_skeleton
 from whit.model.source import Origin
-from whit.plan import Source
+from whit.pipeline.job import open_source
+from whit.pipeline.plan import Source
 from whit.tensor import Format, QuantizedTensor, TensorSpec
 
 

@@ -17,20 +17,20 @@ from whit.checkpoint.hub import resolve_model
 from whit.checkpoint.reader import read_json
 from whit.checkpoint.work import RECORD, check_out
 from whit.checkpoint.writer import file_sha256
-from whit.coverage import Account
 from whit.errors import CheckpointError, RecipeError
 from whit.export import exporter_named
-from whit.job import Job, Options, calibration_tokens, open_source
 from whit.merging.source import CodedMerge, MergedSource
 from whit.methods import GPTQ
 from whit.model.targets import Target
 from whit.pipeline import run
-from whit.plan import Coded, Source, plan_dense, plan_quantization
+from whit.pipeline.coverage import Account
+from whit.pipeline.job import Job, Options, calibration_tokens, open_source
+from whit.pipeline.plan import Coded, Source, plan_dense, plan_quantization
+from whit.pipeline.transcode import rules_for
 from whit.recipe import Recipe
 from whit.tensor import Format
 from whit.training.peft_file import CONFIG, WEIGHTS, Adapter, read_adapter
 from whit.training.settings import DEFAULT_INIT
-from whit.transcode import rules_for
 
 ROUTES = ("requantize", "sidecar", "bf16")
 

@@ -16,12 +16,12 @@ from whit.checkpoint.hub import resolve_model
 from whit.checkpoint.reader import read_json
 from whit.errors import RecipeError
 from whit.formats.bands import bands_of
-from whit.job import Job, Options, prepare
-from whit.plan import Coded, Item, Source
+from whit.pipeline.job import Job, Options, prepare
+from whit.pipeline.plan import Coded, Item, Source
+from whit.pipeline.transcode import prepare_transcode, rules_for
 from whit.qat.course import Course
 from whit.recipe import Recipe
 from whit.tensor import Format, learned
-from whit.transcode import prepare_transcode, rules_for
 
 OWN_TEXT = "self"  # in the place of a text: what the model itself writes
 

@@ -11,8 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from whit.checkpoint.work import is_done, recorded_fingerprint
-from whit.coverage import load_account
-from whit.job import Job
+from whit.pipeline.coverage import load_account
+from whit.pipeline.job import Job
 from whit.qat.course import Course
 from whit.qat.job import Setting, Training, Words, prepare_scales, told_of_scales
 

@@ -8,8 +8,8 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from whit.feed import Given
-from whit.plan import Item, Source, Unit
+from whit.pipeline.feed import Given
+from whit.pipeline.plan import Item, Source, Unit
 from whit.tensor import QuantizedTensor
 
 

@@ -18,10 +18,10 @@ from torch import Tensor
 from whit.calibration import Calibration
 from whit.checkpoint.hub import resolve_model
 from whit.checkpoint.work import is_done
-from whit.coverage import Account, load_account
 from whit.integrations.loading import load_tokenizer, maximum_context
-from whit.job import open_source
 from whit.pipeline import run as write
+from whit.pipeline.coverage import Account, load_account
+from whit.pipeline.job import open_source
 from whit.qat.job import OWN_TEXT, Training
 from whit.qat.loop import Loop
 from whit.qat.network import Network

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from whit.calibration import CalibrationTokens
-from whit.job import Job
 from whit.methods.workers import workers
+from whit.pipeline.job import Job
 from whit.qat.network import Network
 
 LIKELIEST = 4  # tokens after the first that are not drawn

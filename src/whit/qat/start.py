@@ -11,19 +11,19 @@ import torch
 
 from whit.checkpoint.reader import Checkpoint
 from whit.errors import RecipeError
-from whit.job import Job, open_source
 from whit.methods.joined import Matrices, Part, grouped, join
 from whit.methods.nested import moving_parts
 from whit.methods.straight import Fitted, Straight
 from whit.pipeline import run as write
-from whit.plan import Coded, Item, Source
+from whit.pipeline.job import Job, open_source
+from whit.pipeline.plan import Coded, Item, Source
+from whit.pipeline.transcode import recast
 from whit.qat.inputs import Range
 from whit.qat.job import OWN_TEXT, Training
 from whit.qat.network import Network
 from whit.qat.sampled import own_calibration
 from whit.qat.trained import Frozen, Kept, Trained
 from whit.tensor import QuantizedTensor, matrix_shape
-from whit.transcode import recast
 
 
 def starting_codes(training: Training) -> Callable[[Item], QuantizedTensor]:

@@ -11,8 +11,8 @@ from whit.calibration import Calibration
 from whit.errors import RecipeError
 from whit.evaluation import EvaluationOptions, EvaluationResult, evaluate
 from whit.evaluation.listener import Listener, Silent
-from whit.job import Options
 from whit.pipeline import quantize
+from whit.pipeline.job import Options
 from whit.recipe import Recipe, parse_spec
 
 

@@ -16,14 +16,14 @@ import whit
 from whit.calibration import Calibration
 from whit.checkpoint.reader import read_json
 from whit.checkpoint.work import check_place, make_folder
-from whit.coverage import load_account
 from whit.errors import CheckpointError, WhitError
 from whit.integrations.loading import load_causal_lm, load_tokenizer, maximum_context, model_files
-from whit.job import open_source
 from whit.memory import Planner, Situation, find_subject
 from whit.memory.needs import Weights
 from whit.model.targets import Target, find_targets
-from whit.plan import Source
+from whit.pipeline.coverage import load_account
+from whit.pipeline.job import open_source
+from whit.pipeline.plan import Source
 from whit.report import figures
 from whit.report.front import measured
 from whit.report.layers import Grid, grid

@@ -19,7 +19,7 @@ from whit.errors import RecipeError
 from whit.formats import parse_format
 from whit.formats.bands import bands_of
 from whit.integrations.loading import load_tokenizer, maximum_context
-from whit.job import Job, Options, prepare
+from whit.pipeline.job import Job, Options, prepare
 from whit.recipe import Recipe
 from whit.tensor import Format
 

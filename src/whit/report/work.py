@@ -22,15 +22,15 @@ import torch
 from transformers.utils import logging
 
 from whit.calibration import Calibration
-from whit.coverage import load_account
 from whit.data import resolve_text
 from whit.devices import find_device
 from whit.errors import WhitError
 from whit.evaluation import EvaluationOptions, evaluate
 from whit.evaluation.size import measure_size
 from whit.integrations.loading import load_causal_lm, load_config, model_files
-from whit.job import Options
 from whit.pipeline import quantize
+from whit.pipeline.coverage import load_account
+from whit.pipeline.job import Options
 from whit.process import process_memory
 from whit.recipe import Recipe
 from whit.report.candidates import Entrant

@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from whit.job import Options
+from whit.pipeline.job import Options
 from whit.training.loop import Watcher
 from whit.training.settings import Tuning
 from whit.tuning.job import TuningJob, prepare_tuning

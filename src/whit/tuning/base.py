@@ -24,12 +24,12 @@ from whit.checkpoint.reader import Checkpoint
 from whit.checkpoint.work import work_path
 from whit.errors import TrainingError
 from whit.export.packed import PackedSource
-from whit.feed import Given
 from whit.formats.lowrank import A, B, side_car
-from whit.job import Job, open_source, prepare
 from whit.model.skeleton import load_skeleton
 from whit.pipeline import run
-from whit.plan import Item, Unit
+from whit.pipeline.feed import Given
+from whit.pipeline.job import Job, open_source, prepare
+from whit.pipeline.plan import Item, Unit
 from whit.recipe import Recipe
 from whit.tensor import QuantizedTensor
 from whit.training.adapters import check_targets

@@ -17,7 +17,7 @@ from whit.checkpoint.work import check_out
 from whit.devices import find_device
 from whit.errors import TrainingError
 from whit.integrations.loading import load_config, load_tokenizer, maximum_context
-from whit.job import Options
+from whit.pipeline.job import Options
 from whit.training.data import Dataset, read_examples
 from whit.training.loop import Work
 from whit.training.optimizers import settle_optimizer

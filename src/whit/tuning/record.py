@@ -10,7 +10,7 @@ import torch
 import whit
 from whit.checkpoint.work import WorkFolder
 from whit.checkpoint.writer import file_sha256
-from whit.coverage import load_account
+from whit.pipeline.coverage import load_account
 from whit.training.count import count_parameters
 from whit.training.loop import Entry
 from whit.training.ranks import Ranks

@@ -8,9 +8,9 @@ from contextlib import AbstractContextManager, nullcontext
 
 from torch import Tensor
 
-from whit.feed.base import Given
-from whit.job import Job
-from whit.plan import Coded, Item, Source, Unit, read_finite
+from whit.pipeline.feed.base import Given
+from whit.pipeline.job import Job
+from whit.pipeline.plan import Coded, Item, Source, Unit, read_finite
 
 
 class ReadAhead:

@@ -20,19 +20,19 @@ from whit.calibration.ranges import RangeWatch, input_tensors
 from whit.calibration.runner import Runner
 from whit.calibration.storage import Storage
 from whit.checkpoint.writer import Written
-from whit.feed.base import Given
-from whit.feed.codes import BlockCodes
-from whit.feed.reading import BlockReader, reads_ahead
 from whit.formats.lowrank import without_side_car
 from whit.formats.numeric import check_finite
-from whit.job import Job
 from whit.kernels import add_gram
 from whit.kernels.inputs import rounded_inputs
 from whit.methods import Method, stand_in
 from whit.methods.base import Block, BlockMethod
 from whit.methods.lowrank import beside
 from whit.methods.together import Work
-from whit.plan import Item, Unit, floats
+from whit.pipeline.feed.base import Given
+from whit.pipeline.feed.codes import BlockCodes
+from whit.pipeline.feed.reading import BlockReader, reads_ahead
+from whit.pipeline.job import Job
+from whit.pipeline.plan import Item, Unit, floats
 from whit.tensor import Format, LayerStats, rotation
 from whit.transforms.base import Inputs, Rounding
 from whit.transforms.fold import Basis, rescale

@@ -14,9 +14,9 @@ import whit
 from whit.checkpoint.files import side_files
 from whit.checkpoint.work import RECORD, WorkFolder
 from whit.checkpoint.writer import file_sha256
-from whit.coverage import Account, Entry, account_bytes
 from whit.export.base import Outcome
-from whit.job import Job
+from whit.pipeline.coverage import Account, Entry, account_bytes
+from whit.pipeline.job import Job
 from whit.process import peak_memory
 
 

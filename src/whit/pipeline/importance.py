@@ -19,9 +19,9 @@ from whit.export.base import Importance
 from whit.export.gguf.architectures import architecture_of
 from whit.export.gguf.imatrix import Imatrix, dat_bytes, gguf_bytes, read_imatrix
 from whit.integrations.loading import load_tokenizer, maximum_context
-from whit.job import Job, open_source
 from whit.kernels import add_gram
 from whit.model.targets import find_targets
+from whit.pipeline.job import Job, open_source
 
 
 def measure_importance(model: str | Path, calibration: Calibration, device: str = "cpu") -> Imatrix:

@@ -32,7 +32,7 @@ from whit.integrations.loading import load_tokenizer, maximum_context
 from whit.model.graph import Folding, find_blocks, find_foldings
 from whit.model.skeleton import load_skeleton
 from whit.model.source import ModelSource
-from whit.plan import SHARD_SIZE, Coded, Plan, Source, plan_dense, plan_quantization
+from whit.pipeline.plan import SHARD_SIZE, Coded, Plan, Source, plan_dense, plan_quantization
 from whit.recipe import Recipe
 
 

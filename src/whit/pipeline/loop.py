@@ -20,14 +20,14 @@ from torch import Tensor
 from whit.calibration import Calibration
 from whit.checkpoint.work import WorkFolder, check_space, disk_errors, is_done
 from whit.checkpoint.writer import Writer, index_json
-from whit.coverage import Account, Entry, load_account
-from whit.feed import BlockFeed, Feed, ReadAhead
-from whit.finish import finish
 from whit.formats.numeric import is_finite
-from whit.importance import weighed
-from whit.job import Job, Options, prepare
-from whit.parameter import as_matrix, entry_of, finish_parameter, relative_error
-from whit.plan import Item, Source, Unit, read_finite
+from whit.pipeline.coverage import Account, Entry, load_account
+from whit.pipeline.feed import BlockFeed, Feed, ReadAhead
+from whit.pipeline.finish import finish
+from whit.pipeline.importance import weighed
+from whit.pipeline.job import Job, Options, prepare
+from whit.pipeline.parameter import as_matrix, entry_of, finish_parameter, relative_error
+from whit.pipeline.plan import Item, Source, Unit, read_finite
 from whit.recipe import Recipe
 
 

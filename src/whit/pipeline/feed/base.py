@@ -9,7 +9,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from whit.plan import Item, Unit
+from whit.pipeline.plan import Item, Unit
 from whit.tensor import LayerStats, QuantizedTensor
 
 

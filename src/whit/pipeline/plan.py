@@ -27,8 +27,8 @@ from whit.methods import Method
 from whit.model.graph import find_blocks
 from whit.model.source import Origin
 from whit.model.targets import Target, find_targets, vocabulary_tables
-from whit.preflight import check_recipe
 from whit.recipe import Recipe
+from whit.recipe.preflight import check_recipe
 from whit.tensor import Format, QuantizedTensor, TensorSpec
 
 SHARD_SIZE = 5_000_000_000  # bytes, as on the hub

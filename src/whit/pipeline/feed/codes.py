@@ -11,7 +11,7 @@ from whit.methods import Method
 from whit.methods.base import Block, BlockMethod
 from whit.methods.lowrank import beside, repaired
 from whit.methods.together import Together, Work
-from whit.plan import Item
+from whit.pipeline.plan import Item
 from whit.tensor import QuantizedTensor
 
 

@@ -10,21 +10,21 @@ import torch
 from torch import Tensor
 
 from whit.calibration.capture import EXPERT_TOKENS
-from whit.coverage import Entry
 from whit.errors import NonFiniteError
-from whit.feed import Given
 from whit.formats.bands import bands_of
 from whit.formats.lowrank import without_side_car
 from whit.formats.numeric import check_finite, is_finite
-from whit.job import Job
 from whit.methods import Clip, Method
 from whit.methods.bands import use_of_rows
 from whit.methods.lowrank import beside, repaired
 from whit.methods.regrid import regrid
 from whit.methods.stack import proxy_loss, quantize_stack
-from whit.plan import Coded, Item, floats
+from whit.pipeline.coverage import Entry
+from whit.pipeline.feed import Given
+from whit.pipeline.job import Job
+from whit.pipeline.plan import Coded, Item, floats
+from whit.pipeline.transcode import taken_over
 from whit.tensor import QuantizedTensor, matrix_shape
-from whit.transcode import taken_over
 
 SCALES = {"same": "its own scales", "moved": "its scales, moved", "new": "new scales"}
 CHUNK = 1 << 20  # weights whose error is measured at a time: about what a processor's cache holds

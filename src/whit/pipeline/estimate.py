@@ -14,13 +14,13 @@ from math import prod
 import torch
 
 from whit.formats.bands import bands_of
-from whit.job import Job
 from whit.layouts import BITS
 from whit.methods import RTN, Method
 from whit.methods.base import BlockMethod
 from whit.methods.lowrank import beside
 from whit.model.graph import find_blocks
-from whit.plan import Item
+from whit.pipeline.job import Job
+from whit.pipeline.plan import Item
 from whit.process import peak_memory
 from whit.tensor import Format, LayerStats
 

@@ -19,10 +19,10 @@ from whit.export import Exporter, exporter_named
 from whit.formats import parse_format
 from whit.formats.act_order import ActOrder
 from whit.formats.affine import Affine
-from whit.job import Job, Options, open_source, prepare
 from whit.layouts.affine import as_affine, middle, with_scales
 from whit.model.targets import Target, find_targets
-from whit.plan import Coded, plan_quantization
+from whit.pipeline.job import Job, Options, open_source, prepare
+from whit.pipeline.plan import Coded, plan_quantization
 from whit.recipe import Recipe
 from whit.tensor import Format, QuantizedTensor, tensor_param
 
