@@ -1,7 +1,7 @@
 """The command `whit`. What needs no model is answered here, before torch and transformers are imported.
 
 It lies beside the package and not in it, because whatever imports a part of `whit` imports the whole: transformers then
-knows whit's quantizer, as it must. `python -m whit` goes without it. What is said is what `whit.cli` says.
+knows whit's quantizer, as it must. `python -m whit` goes without it. `whit.cli` takes the summaries from here.
 """
 
 from __future__ import annotations
@@ -13,26 +13,27 @@ from typing import Annotated
 import typer
 
 SUMMARY = "Quantize any Hugging Face transformer, run it, and measure what was given up."
-COMMANDS = (
-    ("quantize", "Quantize a model, block by block from disk to disk; run it again after a kill and it goes on."),
-    ("evaluate", "Measure a model: perplexity, divergence from a baseline, zero-shot tasks, bits per weight."),
-    ("compare", "Measure what each precision costs on this model and machine; run again after a kill, and it goes on."),
-    ("generate", "Continue a text with a model."),
-    ("finetune", "Train an adapter (LoRA, QLoRA) on instructions; run it again after a kill and it goes on."),
-    ("convert", "Write a model in another form, without loss where it can be; what is lost is said, and done only if "
-     "asked for."),
-    ("train", "Train a model for the format it is stored in; run it again after a kill and it goes on, to the same "
-     "bytes."),
-    ("imatrix", "Write llama.cpp's importance matrix: the mean square of every input of every matrix, over a "
-     "calibration text."),
-    ("merge", "Merge an adapter into a model, and say what that costs: the KL divergence from the two side by side."),
-    ("inspect", "Show formats, bits per weight, size, coverage and provenance, and what is wrong with a quantized "
-     "checkpoint."),
-    ("memory", "Say how much memory a model takes in each format, from its config.json alone, and what fits."),
-    ("bench", "Measure kernels or a model: seconds, ratio to bfloat16, and share of what this machine can do."),
-    ("doctor", "Say what this machine has: libraries, devices, instruction sets, and which kernels run and why."),
-    ("demo", "Quantize the model that ships with whit in several ways, measure each one, and let one speak."),
-)  # fmt: skip
+COMMANDS = {  # in the order in which they are shown
+    "quantize": "Quantize a model, block by block from disk to disk; run it again after a kill and it goes on.",
+    "evaluate": "Measure a model: perplexity, divergence from a baseline, zero-shot tasks, bits per weight.",
+    "compare": "Measure what each precision costs on this model and machine; run again after a kill, and it goes on.",
+    "generate": "Continue a text with a model.",
+    "finetune": "Train an adapter (LoRA, QLoRA) on instructions; run it again after a kill and it goes on."
+    "\n\nUnder torchrun or accelerate launch the processes share each step's batches.",
+    "convert": "Write a model in another form, without loss where it can be; what is lost is said, and done only if "
+    "asked for.",
+    "train": "Train a model for the format it is stored in; run it again after a kill and it goes on, to the same "
+    "bytes.",
+    "imatrix": "Write llama.cpp's importance matrix: the mean square of every input of every matrix, over a "
+    "calibration text.",
+    "merge": "Merge an adapter into a model, and say what that costs: the KL divergence from the two side by side.",
+    "inspect": "Show formats, bits per weight, size, coverage and provenance, and what is wrong with a quantized "
+    "checkpoint.",
+    "memory": "Say how much memory a model takes in each format, from its config.json alone, and what fits.",
+    "bench": "Measure kernels or a model: seconds, ratio to bfloat16, and share of what this machine can do.",
+    "doctor": "Say what this machine has: libraries, devices, instruction sets, and which kernels run and why.",
+    "demo": "Quantize the model that ships with whit in several ways, measure each one, and let one speak.",
+}  # fmt: skip
 
 
 def main() -> None:
@@ -52,7 +53,7 @@ def overview() -> typer.Typer:
     """The commands by name and summary: what `whit --help` shows, and nothing that runs."""
     app = typer.Typer(name="whit", no_args_is_help=True, add_completion=False, help=SUMMARY)
     app.callback()(_options)
-    for name, summary in COMMANDS:
+    for name, summary in COMMANDS.items():
         app.command(name, help=summary)(_nothing)
     return app
 

@@ -1,4 +1,7 @@
-"""The command line: one small file per command, and here what they share at the door."""
+"""The command line: one small file per command, and here what they share at the door.
+
+What `--help` says of each command stands in `whit_command`, which can say it before torch is imported.
+"""
 
 from __future__ import annotations
 
@@ -27,35 +30,23 @@ from whit.cli import (
 from whit.cli.console import say_error
 from whit.cli.quiet import bars_on_terminals_alone
 from whit.errors import WhitError
+from whit_command import COMMANDS, SUMMARY
 
-COMMANDS = (
-    ("quantize", quantize.quantize),
-    ("evaluate", evaluate.evaluate),
-    ("compare", compare.compare),
-    ("generate", generate.generate),
-    ("finetune", finetune.finetune),
-    ("convert", convert.convert),
-    ("train", train.train),
-    ("imatrix", imatrix.imatrix),
-    ("merge", merge.merge),
-    ("inspect", inspect.inspect),
-    ("memory", memory.memory),
-    ("bench", bench.bench),
-    ("doctor", doctor.doctor),
-    ("demo", demo.demo),
-)
+FUNCTIONS = (
+    quantize.quantize, evaluate.evaluate, compare.compare, generate.generate, finetune.finetune, convert.convert,
+    train.train, imatrix.imatrix, merge.merge, inspect.inspect, memory.memory, bench.bench, doctor.doctor, demo.demo,
+)  # fmt: skip
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it; what typer makes of Ctrl-C too
 
 
 def build_app() -> typer.Typer:
     """The whole command line as one typer application."""
     app = typer.Typer(
-        name="whit", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
-        help="Quantize any Hugging Face transformer, run it, and measure what was given up.",
-    )  # fmt: skip
+        name="whit", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=SUMMARY
+    )
     app.callback()(_root)
-    for name, function in COMMANDS:
-        app.command(name)(function)
+    for function in FUNCTIONS:
+        app.command(function.__name__, help=COMMANDS[function.__name__])(function)
     return app
 
 
@@ -68,7 +59,7 @@ def _version(asked: bool) -> None:
 def _root(
     version: Annotated[bool, typer.Option("--version", help="Print the version and end.", callback=_version)] = False,
 ) -> None:
-    """Quantize any Hugging Face transformer, run it, and measure what was given up."""
+    """What stands before a command."""
 
 
 def main() -> None:

@@ -32,7 +32,6 @@ def bench(
     peers: Annotated[bool, typer.Option("--peers", help="The model in bfloat16 and in llama.cpp (GGUF) too.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Only JSON on standard output.")] = False,
 ) -> None:
-    """Measure kernels or a model: seconds, ratio to bfloat16, and share of what this machine can do."""
     import torch
 
     if threads is not None:

@@ -52,7 +52,6 @@ def compare(
     json: Annotated[bool, typer.Option("--json", help="Only JSON on standard output.")] = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Measure what each precision costs on this model and machine; run again after a kill, and it goes on."""
     from whit.calibration import Calibration
     from whit.evaluation import EvaluationOptions
     from whit.report.candidates import parse_entrants

@@ -32,7 +32,6 @@ def convert(
     as_json: AsJson = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Write a model in another form, without loss where it can be; what is lost is said, and done only if asked for."""
     options = Options(restart=restart, trust_remote_code=trust_remote_code)
     if issubclass(exporter_named(export), Dense):
         if format is not None or rule:

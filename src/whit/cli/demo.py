@@ -25,7 +25,6 @@ def demo(
     max_tokens: Annotated[int, typer.Option(help="Score the first N tokens of the held-out text.")] = 16384,
     json: Annotated[bool, typer.Option("--json", help="Only JSON on standard output.")] = False,
 ) -> None:
-    """Quantize the model that ships with whit in several ways, measure each one, and let one speak."""
     from whit.evaluation import EvaluationOptions
     from whit.report.comparison import Candidate, measure
 

@@ -18,7 +18,6 @@ FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16"
 
 
 def doctor(json: Annotated[bool, typer.Option("--json", help="Only JSON on standard output.")] = False) -> None:
-    """Say what this machine has: libraries, devices, instruction sets, and which kernels run and why."""
     found = examine()
     if json:
         print_json(found)

@@ -38,7 +38,6 @@ def evaluate(
     json: Annotated[bool, typer.Option("--json", help="Only JSON on standard output.")] = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Measure a model: perplexity, divergence from a baseline, zero-shot tasks, bits per weight."""
     needs = {
         "--max-kl": max_kl is not None,
         "--max-ppl-increase": max_ppl_increase is not None,

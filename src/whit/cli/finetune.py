@@ -82,10 +82,6 @@ def finetune(
     as_json: AsJson = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Train an adapter (LoRA, QLoRA) on instructions; run it again after a kill and it goes on.
-
-    Under torchrun or accelerate launch the processes share each step's batches.
-    """
     from whit.tuning import prepare_tuning, run_tuning
 
     quiet_transformers()

@@ -37,7 +37,6 @@ def generate(
     json: Annotated[bool, typer.Option("--json", help="Only JSON on standard output.")] = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Continue a text with a model."""
     from whit.compiled import compile
     from whit.integrations.generation import Sampling, chat_prompt
     from whit.integrations.generation import generate as continue_text

@@ -23,7 +23,6 @@ def imatrix(
     ] = None,
     seed: Seed = 0,
 ) -> None:
-    """Write llama.cpp's importance matrix: the mean square of every input of every matrix, over a calibration text."""
     check_new(out)
     found = measure_importance(model, Calibration(calibration, samples, context, seed))
     write_imatrix(found, out)

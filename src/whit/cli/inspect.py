@@ -38,7 +38,6 @@ def inspect(
     as_json: AsJson = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Show formats, bits per weight, size, coverage and provenance, and what is wrong with a quantized checkpoint."""
     folder = resolve_model(model)
     if plots is not None:
         draw(folder, plots)

@@ -57,7 +57,6 @@ def memory(
     as_json: AsJson = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Say how much memory a model takes in each format, from its config.json alone, and what fits."""
     budget = None if fit is None else parse_size(fit)
     subject = find_subject(model, trust_remote_code)
     most = getattr(subject.config, "max_position_embeddings", None)

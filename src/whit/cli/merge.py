@@ -61,7 +61,6 @@ def merge(
     as_json: AsJson = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Merge an adapter into a model, and say what that costs: the KL divergence from the two side by side."""
     if measured:
         read_text(resolve_text(text))  # what is wrong with it is said before the work
     seen = build_calibration(calibration, samples, context, seed)

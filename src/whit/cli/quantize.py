@@ -101,7 +101,6 @@ def quantize(
     as_json: AsJson = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Quantize a model, block by block from disk to disk; run it again after a kill and it goes on."""
     if threads is not None:
         torch.set_num_threads(threads)
     options = Options(seed, device, restart, trust_remote_code, input_memory=input_bytes(input_memory))

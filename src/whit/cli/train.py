@@ -114,7 +114,6 @@ def train(
     as_json: AsJson = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Train a model for the format it is stored in; run it again after a kill and it goes on, to the same bytes."""
     if threads is not None:
         torch.set_num_threads(threads)
     options = Options(seed, device, restart, trust_remote_code, input_memory=input_bytes(input_memory))
