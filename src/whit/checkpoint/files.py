@@ -1,7 +1,8 @@
-"""The small files beside the weights: tokenizer, generation settings, chat template, licence."""
+"""The small files beside the weights: which of MODEL's are taken over, and how one is written."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,6 +24,16 @@ def side_files(folder: Path, code: bool = False) -> Iterator[tuple[str, Path]]:
         if path.is_file() and path.name not in REPLACED | OF_SOURCE and (path.suffix in wanted or is_licence):
             _check_link(folder, path)
             yield str(path.relative_to(folder)), path
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file, or replace one, whole or not at all: a killed run leaves none that is torn."""
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    with unfinished.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(unfinished, path)
 
 
 def _check_link(folder: Path, path: Path) -> None:

@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from whit.checkpoint.files import write_whole
 from whit.errors import OutputError
 
 JOURNAL = "journal.jsonl"
@@ -90,12 +91,7 @@ class WorkFolder:
         """Write a small file, whole or not at all."""
         target = self.path / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(f".{target.name}.tmp")
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
+        write_whole(target, content)
 
     def commit(self, single: str | None = None) -> None:
         """Everything is written: the folder becomes OUT, or the file named `single` in it does."""

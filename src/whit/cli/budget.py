@@ -14,6 +14,7 @@ import typer
 
 from whit.allocation import LADDER, Budgeted, Measure, budgeted, ladder_of
 from whit.calibration import Calibration, CalibrationTokens
+from whit.checkpoint.files import write_whole
 from whit.cli.console import console
 from whit.cli.shown import parse_size, progress, size
 from whit.errors import OutputError, RecipeError
@@ -186,9 +187,7 @@ def save_recipe(recipe: Recipe, path: Path | None) -> None:
     """Into a new file, or over the very same recipe."""
     if path is None:
         return
-    text = recipe.to_toml()
-    if path.exists() and path.read_text(encoding="utf-8") != text:
+    content = recipe.to_toml().encode()
+    if path.exists() and path.read_bytes() != content:
         raise OutputError(f"{path}: exists; a recipe goes into a new file; choose another name")
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    write_whole(path, content)

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from whit.checkpoint.files import write_whole
 from whit.checkpoint.reader import read_json
 from whit.checkpoint.work import record_of
 from whit.errors import CheckpointError
@@ -89,10 +90,7 @@ def load_account(out: Path) -> Account:
 
 def add_measured(out: Path, measured: Mapping[str, Any]) -> None:
     """Put what a written model was found to lose into its account, in one step."""
-    record = record_of(out)
-    partial = record.with_name(f".{record.name}.partial")
-    partial.write_bytes(account_bytes(replace(load_account(out), measured=measured)))
-    partial.replace(record)
+    write_whole(record_of(out), account_bytes(replace(load_account(out), measured=measured)))
 
 
 def account_bytes(account: Account) -> bytes:

@@ -12,6 +12,7 @@ from whit.calibration import Calibration
 from whit.calibration.capture import Watch
 from whit.calibration.runner import Runner
 from whit.calibration.storage import Storage
+from whit.checkpoint.files import write_whole
 from whit.checkpoint.hub import resolve_model
 from whit.checkpoint.work import check_place
 from whit.errors import OutputError, RecipeError
@@ -86,6 +87,4 @@ def check_new(out: Path) -> None:
 def write_imatrix(imatrix: Imatrix, out: Path) -> None:
     """Into a new file: the older format where its name ends with .dat, else GGUF."""
     check_new(out)
-    partial = out.with_name(f".{out.name}.partial")
-    partial.write_bytes(dat_bytes(imatrix) if out.suffix == ".dat" else gguf_bytes(imatrix))
-    partial.rename(out)
+    write_whole(out, dat_bytes(imatrix) if out.suffix == ".dat" else gguf_bytes(imatrix))

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from whit.checkpoint.files import write_whole
 from whit.checkpoint.writer import file_sha256
 from whit.evaluation.size import weight_files
 from whit.integrations.loading import model_files
@@ -35,7 +35,5 @@ def recall(place: Path) -> dict[str, Any] | None:
 
 def keep(place: Path, value: dict[str, Any]) -> dict[str, Any]:
     """Write it whole or not at all; returns it."""
-    unfinished = place.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps(value, indent=1), encoding="utf-8")
-    os.replace(unfinished, place)
+    write_whole(place, json.dumps(value, indent=1).encode())
     return value

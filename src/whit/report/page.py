@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import json
-import os
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from whit.checkpoint.files import write_whole
 from whit.report.candidates import folder_name
 from whit.report.front import chart, front
 from whit.report.layers import grid
@@ -39,7 +39,9 @@ def write_report(found: Comparison, out: Path, pictures: bool = True) -> list[Pa
         "report.html": html(found, name, drawn, notes).encode(),
         **{f"{title}.png": data for title, data in drawn.items()},
     }
-    return [_write(out / file, data) for file, data in contents.items()]
+    for file, data in contents.items():
+        write_whole(out / file, data)
+    return [out / file for file in contents]
 
 
 def html(found: Comparison, name: str, pictures: Mapping[str, bytes], notes: Sequence[str] = ()) -> str:
@@ -159,10 +161,3 @@ def _markdown(found: Comparison, name: str, pictures: Mapping[str, bytes], notes
         lines.append(f"- {size}: `{row['candidate']}`, perplexity {change}, KL {row['kl']['mean']:.4g}")
     lines += [""] + [f"![{CAPTIONS[title]}]({title}.png)\n" for title in pictures] + list(notes)
     return "\n".join(lines).rstrip() + "\n"
-
-
-def _write(path: Path, data: bytes) -> Path:
-    unfinished = path.with_name(path.name + ".unfinished")
-    unfinished.write_bytes(data)
-    os.replace(unfinished, path)
-    return path

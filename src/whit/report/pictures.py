@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import whit
 from whit.calibration import Calibration
+from whit.checkpoint.files import write_whole
 from whit.checkpoint.reader import read_json
 from whit.checkpoint.work import check_place, make_folder
 from whit.errors import CheckpointError, WhitError
@@ -74,7 +75,7 @@ def draw_checkpoint(model: str, folder: Path, out: Path) -> list[Path]:
     files = []
     for title, figure in drawn.items():
         files.append(out / f"{title}.png")
-        files[-1].write_bytes(figures.png(figure))
+        write_whole(files[-1], figures.png(figure))
     return files
 
 

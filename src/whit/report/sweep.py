@@ -15,6 +15,7 @@ from typing import Any
 
 from whit.allocation import Budgeted, Group, free_formats, ladder_of, measured, solve
 from whit.calibration import Calibration
+from whit.checkpoint.files import write_whole
 from whit.errors import RecipeError
 from whit.formats import parse_format
 from whit.formats.bands import bands_of
@@ -73,7 +74,8 @@ def sweep(
     job.source.checkpoint.close()
     formats = {bits: {i.name: str(i.format or "bf16") for i in b.plan.items} for bits, b in found.items()}
     names = list(dict.fromkeys(name for group in groups for name in group.parameters))
-    (folder / "layers.md").write_text(_table(names, formats, {bits: b.error for bits, b in found.items()}))
+    table = _table(names, formats, {bits: b.error for bits, b in found.items()})
+    write_whole(folder / "layers.md", table.encode())
     _picture(names, formats, folder / "layers.png")
     return tuple(_write(folder, bits, budget.recipe) for bits, budget in found.items())
 
@@ -82,7 +84,7 @@ def _write(folder: Path, bits: float, recipe: Recipe) -> Path:
     """Named after its content too: rows are kept by name."""
     text = recipe.to_toml()
     path = folder / f"budget-{bits:g}-{sha256(text.encode()).hexdigest()[:8]}.toml"
-    path.write_text(text, encoding="utf-8")
+    write_whole(path, text.encode())
     return path
 
 
@@ -103,7 +105,7 @@ def _groups(job: Job, calibration: Calibration, folder: Path, say: Callable[[str
     say(f"sensitivity: {len(wanted)} matrices in up to {len(ladder)} formats")
     groups = measured(job, tokens.tokens, wanted)
     text = json.dumps({g.name: {str(f): e for f, e in g.errors.items()} for g in groups}, indent=1)
-    path.write_text(text + "\n")
+    write_whole(path, f"{text}\n".encode())
     return groups
 
 
