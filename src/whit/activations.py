@@ -35,6 +35,7 @@ KINDS = ("dynamic", "static")
 GRANULARITIES = ("token", "tensor", "group")
 RANGES = ("minmax", "percentile", "mse", "entropy", "moving")
 TYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
+LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}  # codes, where they have no zero point
 THRESHOLD = 6.0  # of LLM.int8()
 PERCENTILE, MOMENTUM = 99.99, 0.01
 PATTERN = re.compile(

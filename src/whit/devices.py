@@ -6,15 +6,9 @@ import re
 
 import torch
 
-from whit.errors import DeviceError, RecipeError
+from whit.errors import DeviceError
 
 NAMES = ("auto", "cpu", "cuda")
-
-
-def check_seed(seed: int) -> None:
-    """RecipeError for a seed that torch's generators do not take: they have 64 bits."""
-    if not -(1 << 63) <= seed < 1 << 64:
-        raise RecipeError(f"seed {seed}: does not fit into 64 bits; a seed must; choose a smaller one")
 
 
 def find_device(name: str) -> torch.device:

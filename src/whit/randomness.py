@@ -7,6 +7,14 @@ from contextlib import contextmanager
 
 import torch
 
+from whit.errors import RecipeError
+
+
+def check_seed(seed: int) -> None:
+    """RecipeError for a seed that torch's generators do not take: they have 64 bits."""
+    if not -(1 << 63) <= seed < 1 << 64:
+        raise RecipeError(f"seed {seed}: does not fit into 64 bits; a seed must; choose a smaller one")
+
 
 @contextmanager
 def callers_randomness(device: torch.device | None = None) -> Iterator[None]:

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from whit.activations import Activations
+from whit.activations import LARGEST, Activations
 from whit.calibration.capture import Products
 from whit.errors import CalibrationError
 from whit.rotation import rotate
@@ -31,7 +31,6 @@ from whit.rotation import rotate
 BINS = 1 << 14
 STEPS, LAST = 16, 128
 ONE_SIDED = 4.0
-LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 
 
 @dataclass(eq=False)

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from whit.data import resolve_text
-from whit.devices import check_seed
 from whit.errors import CalibrationError
+from whit.randomness import check_seed
 
 DEFAULT_CONTEXT = 2048
 GUESS = 8  # characters per token that a first cut allows; more where they do not suffice

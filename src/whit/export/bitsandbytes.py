@@ -20,6 +20,7 @@ from whit.export.base import Outcome, Parameter
 from whit.export.linears import LinearsExport, one_format
 from whit.formats import parse_format
 from whit.formats.codebook import Codebook
+from whit.formats.numeric import dtype_name
 from whit.layouts import Layout
 from whit.layouts.bitsandbytes import OFFSET, Bnb4Bit, Bnb8Bit, table_name
 from whit.model.targets import Target
@@ -100,7 +101,7 @@ class BitsAndBytes(LinearsExport):
                 "load_in_4bit": kind is not None, "load_in_8bit": kind is None,
                 "bnb_4bit_quant_type": kind or "fp4",
                 "bnb_4bit_use_double_quant": isinstance(format, Codebook) and format.double_quant,
-                "bnb_4bit_compute_dtype": _dtype_name(dtype), "bnb_4bit_quant_storage": "uint8",
+                "bnb_4bit_compute_dtype": dtype_name(dtype), "bnb_4bit_quant_storage": "uint8",
                 "llm_int8_threshold": threshold, "llm_int8_skip_modules": self.kept_linears(outcome),
                 "llm_int8_enable_fp32_cpu_offload": False, "llm_int8_has_fp16_weight": False,
             }
@@ -116,7 +117,7 @@ def _state(parameter: Parameter, shape: tuple[int, int], offset: float) -> bytes
     format = parameter.format
     assert isinstance(format, Codebook)
     said: dict[str, Any] = {
-        "quant_type": table_name(format), "blocksize": format.group_size, "dtype": _dtype_name(parameter.spec.dtype),
+        "quant_type": table_name(format), "blocksize": format.group_size, "dtype": dtype_name(parameter.spec.dtype),
         "shape": shape,
     }  # fmt: skip
     if not format.double_quant:
@@ -124,7 +125,3 @@ def _state(parameter: Parameter, shape: tuple[int, int], offset: float) -> bytes
     nested = {"nested_blocksize": 256, "nested_dtype": "float32"}
     longest = len(json.dumps({**said, **nested, "nested_offset": 0})) - 1 + LONGEST
     return json.dumps({**said, **nested, "nested_offset": offset}).ljust(longest).encode()
-
-
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -10,6 +10,7 @@ import torch
 
 from whit.export.base import Outcome, Parameter
 from whit.export.folder import FolderExport, short_name
+from whit.formats.numeric import dtype_name
 from whit.model.targets import Target
 from whit.tensor import Format, TensorSpec
 
@@ -37,7 +38,7 @@ class Dense(FolderExport):
         return {parameter.name: TensorSpec(spec.shape, self.dtype if spec.dtype.is_floating_point else spec.dtype)}
 
     def config(self, outcome: Outcome) -> dict[str, Any]:
-        return {"dtype": str(self.dtype).removeprefix("torch.")}
+        return {"dtype": dtype_name(self.dtype)}
 
     def files(self, outcome: Outcome) -> Mapping[str, bytes]:
         config = {key: value for key, value in outcome.config.items() if key != "torch_dtype"}  # dtype's older name

@@ -12,6 +12,11 @@ from whit.errors import FormatError, NonFiniteError
 DTYPE_NAMES = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32}
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """`bfloat16` of torch.bfloat16: as config.json and errors have it."""
+    return str(dtype).removeprefix("torch.")
+
+
 def compute_dtype(weight: Tensor) -> torch.dtype:
     """The type in which a weight is quantized: float32, or float64 where the weight has it."""
     return torch.float64 if weight.dtype == torch.float64 else torch.float32
@@ -41,8 +46,8 @@ def check_fits(values: Tensor, dtype: torch.dtype, where: str) -> None:
         return
     largest = torch.finfo(dtype).max
     if values.numel() and not bool(values.max() <= largest):
-        name = str(dtype).removeprefix("torch.")
-        raise FormatError(f"{where} {values.max().item():.3g} is beyond {name}'s {largest:.3g}; use a wider scale type")
+        found, kind = values.max().item(), dtype_name(dtype)
+        raise FormatError(f"{where} {found:.3g} is beyond {kind}'s {largest:.3g}; use a wider scale type")
 
 
 def is_finite(values: Tensor) -> bool:

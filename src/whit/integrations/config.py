@@ -14,6 +14,7 @@ from whit.activations import Activations, parse_activations
 from whit.errors import FormatError, RecipeError
 from whit.export.whit import QUANT_METHOD, quantization_config
 from whit.formats import parse_format
+from whit.formats.numeric import dtype_name
 from whit.layouts import layout_named
 from whit.methods import Method
 from whit.recipe import Recipe
@@ -105,7 +106,7 @@ class QuantizationConfig(QuantizationConfigMixin):  # type: ignore[misc]
         inputs = {name: parse_activations(spec) for name, spec in self.inputs.items()}
         values = {**quantization_config(self.recipe, formats, inputs), "layout": self.layout}
         if self.compute_dtype is not None:
-            values["compute_dtype"] = str(self.compute_dtype).removeprefix("torch.")
+            values["compute_dtype"] = dtype_name(self.compute_dtype)
         return values
 
     @classmethod

@@ -8,10 +8,9 @@ from typing import Any
 
 import torch
 
-from whit.devices import check_seed
 from whit.errors import EvaluationError
 from whit.integrations.cache import QuantizedCache
-from whit.randomness import seeded
+from whit.randomness import check_seed, seeded
 
 
 @dataclass(frozen=True)

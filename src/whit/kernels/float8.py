@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from whit.formats.microfloat import E4M3_MAX
 from whit.kernels.int8 import Rows
 
-LARGEST = 448.0
 OLDEST, HOPPER = (8, 9), 9
 
 
@@ -22,14 +22,14 @@ def quantize_rows(x: Tensor, per_tensor: bool = False) -> Rows:
     wide = x.to(torch.float32)
     absmax = wide.abs().amax(dim=1, keepdim=True)
     absmax = absmax.amax(dim=0, keepdim=True) if per_tensor else absmax
-    factor = torch.where(absmax > 0, LARGEST / absmax, 0.0)
-    return Rows((wide * factor).clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn), absmax / LARGEST, None)
+    factor = torch.where(absmax > 0, E4M3_MAX / absmax, 0.0)
+    return Rows((wide * factor).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn), absmax / E4M3_MAX, None)
 
 
 def quantize_static(x: Tensor, scale: Tensor) -> Rows:
     """x (rows, in) by a given scale float32 (1,); what lies outside the range saturates."""
     wide = x.to(torch.float32)
-    codes = (wide * (1 / scale)).clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn)
+    codes = (wide * (1 / scale)).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
     return Rows(codes, scale.reshape(1, 1), None)
 
 

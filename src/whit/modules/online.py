@@ -18,13 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from whit.activations import MOMENTUM
+from whit.activations import LARGEST, MOMENTUM
 from whit.errors import KernelError
 from whit.modules.linear import QuantizedLinear
 from whit.rotation import rotate
 from whit.tensor import rotation
-
-LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from whit.checkpoint.hub import resolve_model
 from whit.checkpoint.onnx import onnx_graph
 from whit.checkpoint.reader import Checkpoint, read_json
 from whit.checkpoint.work import check_out
-from whit.devices import check_seed, find_device
+from whit.devices import find_device
 from whit.errors import RecipeError
 from whit.export import Exporter, exporter_named
 from whit.export.foreign import ForeignSource
@@ -33,6 +33,7 @@ from whit.model.graph import Folding, find_blocks, find_foldings
 from whit.model.skeleton import load_skeleton
 from whit.model.source import ModelSource
 from whit.pipeline.plan import SHARD_SIZE, Coded, Plan, Source, plan_dense, plan_quantization
+from whit.randomness import check_seed
 from whit.recipe import Recipe
 
 

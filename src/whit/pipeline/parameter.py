@@ -13,7 +13,7 @@ from whit.calibration.capture import EXPERT_TOKENS
 from whit.errors import NonFiniteError
 from whit.formats.bands import bands_of
 from whit.formats.lowrank import without_side_car
-from whit.formats.numeric import check_finite, is_finite
+from whit.formats.numeric import check_finite, dtype_name, is_finite
 from whit.methods import Clip, Method
 from whit.methods.bands import use_of_rows
 from whit.methods.lowrank import beside, repaired
@@ -70,7 +70,7 @@ def _overflow(item: Item, weight: Tensor) -> NonFiniteError:
     kind = next(spec.dtype for spec in item.written.values())
     largest, most = weight.abs().max().item(), torch.finfo(kind).max
     return NonFiniteError(
-        f"{item.name}: {largest:.3g} is beyond {str(kind).removeprefix('torch.')}'s {most:.3g}; every weight must fit; "
+        f"{item.name}: {largest:.3g} is beyond {dtype_name(kind)}'s {most:.3g}; every weight must fit; "
         "choose another --export"
     )
 

@@ -19,6 +19,7 @@ from whit.export import Exporter, exporter_named
 from whit.formats import parse_format
 from whit.formats.act_order import ActOrder
 from whit.formats.affine import Affine
+from whit.formats.numeric import dtype_name
 from whit.layouts.affine import as_affine, middle, with_scales
 from whit.model.targets import Target, find_targets
 from whit.pipeline.job import Job, Options, open_source, prepare
@@ -129,7 +130,7 @@ def recast(value: QuantizedTensor, format: Format, where: str) -> QuantizedTenso
     params = {name: param for name, param in value.params.items() if name != "scale"}
     target = new.param_specs(1, 1)["scale"].dtype
     if not torch.equal(scale.to(target).float(), scale.float()):
-        kind = str(target).removeprefix("torch.")
+        kind = dtype_name(target)
         raise FormatError(f"{where}: a scale has no {kind}, which {format} stores; it must be exact; add --requantize")
     codes = value.codes
     if old.symmetric and not new.symmetric:

@@ -26,6 +26,7 @@ from whit.export.gguf.tokenizer import tokenizer_metadata
 from whit.formats import parse_format
 from whit.formats.ggml import KINDS
 from whit.formats.ggml.mixes import WHOLE_FILE
+from whit.formats.numeric import dtype_name
 from whit.layouts import GGML
 from whit.model.targets import Target
 from whit.recipe import Recipe
@@ -219,7 +220,7 @@ def _stored_shape(parameter: Parameter) -> tuple[int, ...]:
 
 def _file_type(infos: Sequence[Info]) -> int:
     """By what most weights are."""
-    names = {number: str(dtype).removeprefix("torch.") for dtype, number in DTYPES.items()}
+    names = {number: dtype_name(dtype) for dtype, number in DTYPES.items()}
     short = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
     known = {n: short[name] for n, name in names.items()} | {kind.number: name for name, kind in KINDS.items()}
     counts: Counter[str] = Counter()

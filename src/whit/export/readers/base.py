@@ -18,6 +18,7 @@ from torch import Tensor
 from whit.checkpoint.header import Entry
 from whit.checkpoint.reader import Checkpoint
 from whit.errors import CheckpointError
+from whit.formats.numeric import dtype_name
 from whit.tensor import Format, QuantizedTensor, TensorSpec
 
 
@@ -111,7 +112,7 @@ def modules_with(checkpoint: Checkpoint, suffix: str) -> list[str]:
 def shape_of(checkpoint: Checkpoint, key: str, dimensions: int, dtypes: tuple[torch.dtype, ...]) -> tuple[int, ...]:
     """The shape of a tensor that must be there, or CheckpointError."""
     entry = checkpoint.entries.get(key)
-    kinds = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+    kinds = " or ".join(dtype_name(dtype) for dtype in dtypes)
     if entry is None:
         raise CheckpointError(f"{checkpoint.folder}: {key} is missing; a quantized linear has it; get the file again")
     if len(entry.spec.shape) != dimensions or entry.spec.dtype not in dtypes:

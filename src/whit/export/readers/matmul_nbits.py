@@ -18,6 +18,7 @@ from whit.export.linears import take_rows
 from whit.export.readers.base import SCALE_TYPES
 from whit.formats.act_order import ActOrder
 from whit.formats.affine import Affine
+from whit.formats.numeric import dtype_name
 from whit.layouts.affine import middle, signed
 from whit.layouts.gptq import plain_groups
 from whit.layouts.matmul_nbits import BITS, SMALLEST_BLOCK
@@ -74,7 +75,7 @@ def checked(file: OnnxFile, matrix: Matrix) -> Matrix:
 def _measure(file: OnnxFile, key: str, count: int, dtypes: tuple[torch.dtype, ...]) -> None:
     spec = file.entries[key].spec
     if prod(spec.shape) != count or spec.dtype not in dtypes:
-        kinds = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        kinds = " or ".join(dtype_name(dtype) for dtype in dtypes)
         raise CheckpointError(
             f"{key}: {spec.dtype} {list(spec.shape)}; its node's numbers want {count} elements of {kinds}; "
             "get the file again"
