@@ -36,6 +36,10 @@ CANDIDATES: Mapping[str, tuple[Any, str | None]] = {  # a method and a transform
     "asymmetric = 0.25": (GPTQ(asymmetric=0.25), None),
     "asymmetric = 0.5": (GPTQ(asymmetric=0.5), None),
     "asymmetric = 1": (GPTQ(asymmetric=1.0), None),
+    "refit, sweeps = 1, asymmetric = 0.25": (GPTQ(refit=True, sweeps=1, asymmetric=0.25), None),
+    "refit, sweeps = 1, asymmetric = 0.5": (GPTQ(refit=True, sweeps=1, asymmetric=0.5), None),
+    "act_order, asymmetric = 0.25": (GPTQ(act_order=True, asymmetric=0.25), None),
+    "act_order, asymmetric = 0.5": (GPTQ(act_order=True, asymmetric=0.5), None),
     "after AWQ's scales": (GPTQ(), "awq"),
     "then refine, 100 steps": (Refine(steps=100), None),
 }
@@ -89,6 +93,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", nargs="?", default="whit:model")
     parser.add_argument("--formats", nargs="+", default=FORMATS)
+    parser.add_argument("--rows", nargs="+", choices=CANDIDATES, help="of the table; all of them unless given")
     parser.add_argument("--seeds", nargs="+", type=int, default=(0, 1, 2))
     parser.add_argument("--calibration", default="whit:text")
     parser.add_argument("--text", default="whit:heldout", help="on which KL is measured")
@@ -104,7 +109,7 @@ def main() -> None:
     runs = json.loads(file.read_text())["runs"] if file.exists() else []
     for seed in args.seeds:
         for format in args.formats:
-            for name in CANDIDATES:
+            for name in args.rows or CANDIDATES:
                 if any((r["option"], r["format"], r["seed"]) == (name, format, seed) for r in runs):
                     continue
                 if time.monotonic() - start < 60 * args.minutes:

@@ -13,11 +13,17 @@ descent, each code moved to its best value given all others, w_j + sum_{k != j} 
 each scale moved to its best value given all codes and the other scales.
 
 `asymmetric` is GPTAQ (Li et al. 2025): the inputs X of the quantized model so far are not those X~ of the model as it
-was, and what should be met is W X~. ||Q X - W X~||^2 is least at W* = W + W (X~ - X) X^T H^-1, and is but for a
-constant tr((W* - Q) H (W* - Q)^T): the same walk, towards W*.
+was, and what should be met is W X~. When column j is fixed, the columns F that are still free make up for what its
+inputs drifted: ||(dW)_F X_F - w_j (X~ - X)_j||^2 is least at w_j D_jF H_FF^-1, D = (X~ - X)^T X. H_FF^-1 is
+U_FF^T U_FF, so all of it together is W P, P = R U, R the strict upper triangle of D U^T: the same walk, sweeps and
+refit, towards W + a W P for a share a. (w_j is the weight as it was, whose outputs are to be met; the paper takes it
+with the walk's corrections.) Damping, in H_FF, is the ridge of these regressions. The whole regression, which is least
+for ||Q X - W X~||^2, also lets fixed columns and column j itself make up for j: few tokens with huge activations ruin
+a model that way.
 
 Bytes beside W (m, n) and H: 8 n^2 of U and 4 n^2 more while it is made, then 16 n of each row that is walked, ROWS at
-a time; `sweeps` and `refit` take 8 n^2 more, act-order 8 n^2 while U is made. At n = 14336 U is 1.6 GB.
+a time; `sweeps` and `refit` take 8 n^2 more, act-order 8 n^2 while U is made, `asymmetric` 16 n^2 while R is made. At
+n = 14336 U is 1.6 GB.
 """
 
 from __future__ import annotations
@@ -44,9 +50,8 @@ class GPTQ:
     `damp`: share of the hessian's mean diagonal that is added to it. `act_order`: columns by decreasing activation
     (groups stay those of the original order, so that nothing is permuted in a file). `clip`: search each group's
     range, squared errors weighted by the hessian's diagonal. `refit`: refine the scales after the codes; params that
-    are quantized themselves stay. `sweeps`: passes of coordinate descent over the codes. `asymmetric`: the share of
-    the way towards W*, 0 for the symmetric loss. Few tokens with huge activations can rule W*: at 1 a 135M model was
-    ruined (benchmarks/results/peers.md), so measure what you use; benchmarks/results/gptq_options.md has the gains.
+    are quantized themselves stay. `sweeps`: passes of coordinate descent over the codes. `asymmetric`: the share a of
+    what inputs drifted that is made up for, 0 for the symmetric loss. benchmarks/results/gptq_options.md has the gains.
     """
 
     damp: float = 0.01
@@ -75,8 +80,9 @@ class GPTQ:
             raise RecipeError(f"gptq: sweeps with {format}; its codes must be one column wide; set sweeps = 0")
         order = _by_activation(hessian, format.vector_size) if self.act_order else None
         factor, shares = factored(hessian, self.damp, order)
-        if self.asymmetric:
-            weight = weight + self.asymmetric * _pull(weight, stats, factor, order)
+        if self.asymmetric and stats is not None and stats.drift is not None:  # of what experts see there are no pairs
+            shift = _made_up_for(weight, stats.drift, factor, order, format.vector_size)
+            weight = weight + self.asymmetric * shift
         feedback = factor.div_(factor.diagonal()[:, None].clone())
         importance = damped_diagonal(hessian, shares)
         sealed = self._params_up_front(weight, importance, format)
@@ -107,14 +113,16 @@ class GPTQ:
         return format.seal(fit_params(weight, importance, format, self.clip))
 
 
-def _pull(weight: Tensor, stats: LayerStats | None, factor: Tensor, order: Tensor | None) -> Tensor:
-    """W (X~ - X) X^T H^-1 in float64; H^-1 is U^T U of the `factor` U, its columns in `order`."""
-    if stats is None or stats.drift is None:  # what an expert sees is chosen by its gate: there are no pairs
-        return torch.zeros(1, 1, dtype=torch.float64, device=weight.device)
-    moment = weight.to(torch.float64) @ stats.drift.to(torch.float64)
-    if order is None:
-        return moment @ factor.T @ factor
-    return (moment[:, order] @ factor.T @ factor)[:, order.argsort()]
+def _made_up_for(weight: Tensor, drift: Tensor, factor: Tensor, order: Tensor | None, vector_size: int) -> Tensor:
+    """W P (out, in) in float64: what later columns take over of each one's drift. `factor` is U, columns in `order`."""
+    columns = torch.arange(len(factor), device=factor.device) if order is None else order
+    moment = drift[columns[:, None], columns].to(torch.float64) @ factor.T
+    moment.triu_(diagonal=1)
+    if vector_size > 1:  # columns that are coded jointly are fixed at the same time
+        vectors = columns // vector_size
+        moment.masked_fill_(vectors[:, None] == vectors, 0)
+    shift = weight[:, columns].to(torch.float64) @ moment @ factor
+    return shift if order is None else shift[:, order.argsort()]
 
 
 def _is_nested(format: Format) -> bool:
