@@ -52,10 +52,7 @@ PEERS: Mapping[str, Peer] = {
     "whit-gptq-refit": Peer("with_whit", options={"name": "gptq", "refit": True, "sweeps": 1}),
     "whit-gptq-order": Peer("with_whit", options={"name": "gptq", "act_order": True}),
     "whit-gptq-all": Peer("with_whit", options=BEST_START),
-    "whit-gptq-half-asymmetric": Peer(
-        "with_whit", options={"name": "gptq", "refit": True, "sweeps": 1, "asymmetric": 0.5}
-    ),
-    "whit-gptq-asymmetric": Peer("with_whit", options={"name": "gptq", "refit": True, "sweeps": 1, "asymmetric": 1.0}),
+    "whit-gptaq": Peer("with_whit", options={"name": "gptq", "refit": True, "sweeps": 1, "asymmetric": 0.25}),
     "whit-awq-gptq": Peer(
         "with_whit", options={"name": "gptq", "refit": True, "sweeps": 1, "transform": {"name": "awq"}}
     ),

@@ -22,11 +22,12 @@ Runs = Mapping[tuple[str, str], Sequence[dict[str, Any]]]
 
 
 def read(folder: Path) -> dict[tuple[str, str], list[dict[str, Any]]]:
-    """All results by (row, peer)."""
+    """All results by (row, peer), those of peers that are compared no longer left out."""
     found: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for path in sorted(folder.glob("*.seed*.json")):
         result = json.loads(path.read_text())
-        found.setdefault((result["row"], result["peer"]), []).append(result)
+        if result["peer"] in PEERS:
+            found.setdefault((result["row"], result["peer"]), []).append(result)
     return found
 
 
