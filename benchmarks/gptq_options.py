@@ -40,7 +40,12 @@ CANDIDATES: Mapping[str, tuple[Any, str | None]] = {  # a method and a transform
     "refit, sweeps = 1, asymmetric = 0.5": (GPTQ(refit=True, sweeps=1, asymmetric=0.5), None),
     "act_order, asymmetric = 0.25": (GPTQ(act_order=True, asymmetric=0.25), None),
     "act_order, asymmetric = 0.5": (GPTQ(act_order=True, asymmetric=0.5), None),
+    "act_order, refit, sweeps = 2, asymmetric = 0.25": (
+        GPTQ(act_order=True, refit=True, sweeps=2, asymmetric=0.25),
+        None,
+    ),
     "after AWQ's scales": (GPTQ(), "awq"),
+    "after AWQ's scales, asymmetric = 0.25": (GPTQ(asymmetric=0.25), "awq"),
     "then refine, 100 steps": (Refine(steps=100), None),
 }
 

@@ -18,12 +18,12 @@ inputs drifted: ||(dW)_F X_F - w_j (X~ - X)_j||^2 is least at w_j D_jF H_FF^-1, 
 U_FF^T U_FF, so all of it together is W P, P = R U, R the strict upper triangle of D U^T: the same walk, sweeps and
 refit, towards W + a W P for a share a. (w_j is the weight as it was, whose outputs are to be met; the paper takes it
 with the walk's corrections.) Damping, in H_FF, is the ridge of these regressions. The whole regression, which is least
-for ||Q X - W X~||^2, also lets fixed columns and column j itself make up for j: few tokens with huge activations ruin
-a model that way.
+for ||Q X - W X~||^2, has fixed columns and column j itself make up for j too. On a 135M model either ruins at a = 1
+what this betters at a = 0.25, the share in the authors' code.
 
 Bytes beside W (m, n) and H: 8 n^2 of U and 4 n^2 more while it is made, then 16 n of each row that is walked, ROWS at
-a time; `sweeps` and `refit` take 8 n^2 more, act-order 8 n^2 while U is made, `asymmetric` 16 n^2 while R is made. At
-n = 14336 U is 1.6 GB.
+a time; `sweeps` and `refit` take 8 n^2 more, act-order 8 n^2 while U is made, `asymmetric` 20 n^2 while R is made and
+16 m n while W P is, of which 8 m n stay. At n = 14336 U is 1.6 GB.
 """
 
 from __future__ import annotations
@@ -51,7 +51,8 @@ class GPTQ:
     (groups stay those of the original order, so that nothing is permuted in a file). `clip`: search each group's
     range, squared errors weighted by the hessian's diagonal. `refit`: refine the scales after the codes; params that
     are quantized themselves stay. `sweeps`: passes of coordinate descent over the codes. `asymmetric`: the share a of
-    what inputs drifted that is made up for, 0 for the symmetric loss. benchmarks/results/gptq_options.md has the gains.
+    what inputs drifted that is made up for, 0 for the symmetric loss; 0.25 is a good one, 1 can ruin a model. What each
+    gains: benchmarks/results/gptq_options.md and gptq_options_smollm2.md.
     """
 
     damp: float = 0.01
