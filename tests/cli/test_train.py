@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -61,7 +62,18 @@ def test_the_cost_comes_first(model: Path, tmp_path: Path):
     words = ["train", str(model), str(tmp_path / "out"), "--format", "int2-g32", *SHORT, "--dry-run"]
     result = CliRunner().invoke(build_app(), words, catch_exceptions=False)
     assert "3 steps of 2 windows, 96 tokens in all" in result.stderr
-    assert "of memory on cpu" in result.stderr
+    assert re.search(r"in all; about \d+ s and [\d.]+ MB of memory on cpu", result.stderr)
+    assert not any(tmp_path.iterdir())
+
+
+def test_the_cost_of_both_phases_comes_first(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(whit.pipeline.job, "load_tokenizer", lambda *_, **__: tokenizer())
+    words = ["train", str(model), str(tmp_path / "out"), "--format", "int2-g32", "--qat", "scales", "--samples", "4"]
+    result = CliRunner().invoke(build_app(), [*words, *SHORT, "--dry-run", "--json"], catch_exceptions=False)
+    lines = result.stderr.splitlines()
+    assert [line.split()[0] for line in lines] == ["the", "blocks:", "then"]  # its own text, blocks, scales
+    assert all(re.search(r"about \d+ s", line) for line in lines)
+    assert json.loads(result.stdout)["estimate"]["seconds"] > 0
     assert not any(tmp_path.iterdir())
 
 

@@ -58,9 +58,9 @@ def read_back(decoded: Mapping[str, Any]) -> str:
     return f"read back by an independent decoder: {decoded['parameters']} parameters, {said}"
 
 
-def show_plan(job: Job, as_json: bool) -> None:
-    """The plan: formats, size, bits per weight, estimated time, memory and disk."""
-    expected = estimate(job)
+def show_plan(job: Job, as_json: bool, expected: Estimate | None = None) -> None:
+    """The plan: formats, size, bits per weight, time, memory, disk as estimated, or as `expected`."""
+    expected = expected or estimate(job)
     entries = [entry_of(item) for item in job.plan.items]
     if as_json:
         parameters = [

@@ -37,12 +37,12 @@ from whit.formats import parse_format
 from whit.methods import Blocks, parse_method
 from whit.pipeline import run
 from whit.pipeline.coverage import Account, load_account
-from whit.pipeline.estimate import estimate
-from whit.pipeline.job import Options, prepare
+from whit.pipeline.estimate import Estimate, estimate
+from whit.pipeline.job import Job, Options, prepare
 from whit.qat import OWN_TEXT, Course, Setting, Training, Words, prepare_full, prepare_scales
 from whit.qat import train as train_whole
+from whit.qat.expected import context_of, expect, writing_seconds
 from whit.qat.job import require_params
-from whit.qat.needs import memory_bytes
 from whit.qat.phases import both_done, place_of_blocks, prepare_second
 from whit.qat.recipes import BITNET_ACTIVATIONS, BITNET_FORMAT, NAMES, efficientqat
 from whit.qat.sampled import own_calibration
@@ -109,7 +109,7 @@ def train(
     export: Annotated[str, typer.Option(metavar="NAME", help=EXPORT_HELP)] = "whit",
     device: Device = "auto",
     threads: Threads = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print plan and memory; read no weights.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print plan, time and memory; read no weights.")] = False,
     restart: Restart = False,
     as_json: AsJson = False,
     trust_remote_code: TrustRemoteCode = False,
@@ -173,36 +173,67 @@ def _blocks_first(model: str, out: Path, asked: Asked, options: Options) -> None
     job = prepare(model, place, recipe, options, asked.calibration, asked.setting.export if only else "whit")
     if not only:
         require_params(job.plan.items, asked.course)
-    if asked.dry_run:
-        show_plan(job, asked.as_json)
-        return
     known, setting = job.fingerprint, replace(asked.setting, teacher=asked.setting.teacher or model)
+    second = Training("scales", job, asked.course, asked.words, setting)  # the first phase's plan is the second's too
+    if asked.dry_run:
+        show_plan(job, asked.as_json, _say_phases(job, second, only))
+        return
     if not only and both_done(job, out, asked.course, asked.words, setting):
         _show(load_account(out), out, asked.as_json)
         return
+    fresh = options.restart or not job.out.exists()
+    if fresh:
+        _say_phases(job, second, only)
     if asked.words.text == OWN_TEXT and job.calibration is not None:
         job = replace(job, calibration=own_calibration(job))
     if only:
         run_and_show(job, asked.as_json)
         return
-    notes = console()
-    notes.print(f"blocks: {cost(job, estimate(job))}", highlight=False, soft_wrap=True)
-    with progress(notes) as step:
+    with progress(console()) as step:
         run(replace(job, options=replace(options, progress=step)))
-    _whole(prepare_second(job, known, out, asked.course, asked.words, setting), asked)
+    _whole(prepare_second(job, known, out, asked.course, asked.words, setting), asked, said=fresh)
     shutil.rmtree(place)
 
 
-def _whole(training: Training, asked: Asked) -> None:
-    """End-to-end training with its cost first and its progress."""
+def _say_phases(blocks: Job, second: Training, only: bool) -> Estimate:
+    """What comes before and after block-wise training, in lines of their own; the estimate of all of it."""
+    expected, text = estimate(blocks), blocks.calibration
+    if second.words.text == OWN_TEXT and text is not None:
+        seconds = writing_seconds(second, text.tokens.numel())
+        _say(f"the model first writes {text.tokens.numel():,} tokens; about {seconds:.0f} s")
+        expected = replace(expected, seconds=expected.seconds + seconds)
+    if only:
+        return expected
+    after = expect(second)
+    _say(f"blocks: {cost(blocks, expected)}")
+    _say(f"then {_steps(second, after)}")
+    memory = max(expected.memory_bytes, after.memory_bytes)
+    return replace(expected, seconds=expected.seconds + after.seconds, memory_bytes=memory)
+
+
+def _steps(training: Training, expected: Estimate) -> str:
+    """What a run is going to take, in one line."""
+    course = training.course
+    tokens = course.steps * course.batch * context_of(training)
+    return (
+        f"{course.steps} steps of {course.batch} windows, {tokens:,} tokens in all; about {expected.seconds:.0f} s and "
+        f"{size(expected.memory_bytes)} of memory on {training.job.device}"
+    )
+
+
+def _say(line: str) -> None:
+    console().print(line, highlight=False, soft_wrap=True)
+
+
+def _whole(training: Training, asked: Asked, said: bool = False) -> None:
+    """End-to-end training with its cost first, where it was not `said`, and its progress."""
     notes, job = console(), training.job
-    needed = memory_bytes(training, asked.words.context or 512)
-    tokens = asked.course.steps * asked.course.batch * (asked.words.context or 512)
-    said = f"{asked.course.steps} steps of {asked.course.batch} windows, {tokens:,} tokens in all"
-    notes.print(f"{said}; about {size(needed)} of memory on {job.device}", highlight=False, soft_wrap=True)
-    if asked.dry_run:
-        show_plan(job, asked.as_json)
-        return
+    if asked.dry_run or not (said or (job.out.exists() and not job.options.restart)):
+        expected = expect(training)
+        _say(_steps(training, expected))
+        if asked.dry_run:
+            show_plan(job, asked.as_json, expected)
+            return
     with progress(notes) as bar:
         setting = replace(training.setting, options=replace(job.options, progress=bar))
         begin = None if training.begin is None else replace(training.begin, options=setting.options)

@@ -82,7 +82,7 @@ def _solving(job: Job, method: Method, quantized: list[Item]) -> float:
     for item in quantized:
         assert item.format is not None
         columns = _shape(item)[-1]
-        for form, rows in _parts(item.format, prod(_shape(item)[:-1])):
+        for form, rows in parts_of(item.format, prod(_shape(item)[:-1])):
             weights[form, columns] += rows * columns
             matrices[form, columns] += prod(_shape(item)[:-2])
     rate = _rate(torch.float64, job.device) if method.needs_stats else 1.0
@@ -97,7 +97,7 @@ def _solving(job: Job, method: Method, quantized: list[Item]) -> float:
     return total
 
 
-def _parts(format: Format, rows: int) -> list[tuple[Format, int]]:
+def parts_of(format: Format, rows: int) -> list[tuple[Format, int]]:
     """What is quantized by itself: a format and its rows."""
     if (bands := bands_of(format)) is None:
         return [(format, rows)]
@@ -112,7 +112,9 @@ def _running(job: Job, method: Method, blocks: list[list[Item]]) -> float:
     passes = 2.0 + method.needs_exact
     if isinstance(method, BlockMethod):
         passes += method.passes(samples)
-    forward = sum(2 * _active(job, item) for block in blocks for item in block) + 4 * context * hidden * len(blocks)
+    forward = sum(2 * active_weights(job, item) for block in blocks for item in block) + 4 * context * hidden * len(
+        blocks
+    )
     seconds = AROUND * passes * tokens * forward / _rate(_dtype(job), job.device)
     # Of linears that share an input one is summed: about half of all. The account wants two products with the sum.
     squares = sum(_shape(item)[-1] ** 2 * tokens for block in blocks for item in block)
@@ -159,7 +161,7 @@ def _shape(item: Item) -> tuple[int, ...]:
     return item.target.shape
 
 
-def _active(job: Job, item: Item) -> float:
+def active_weights(job: Job, item: Item) -> float:
     """Weights that a token meets: of a stack of experts only the chosen ones."""
     config = job.source.model.config.get_text_config()
     chosen = getattr(config, "num_experts_per_tok", None) if len(_shape(item)) == 3 else None

@@ -8,10 +8,11 @@ from math import prod
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from whit.checkpoint.reader import Checkpoint
 from whit.errors import RecipeError
-from whit.methods.joined import Matrices, Part, grouped, join
+from whit.methods.joined import Matrices, Moving, Part, grouped, join
 from whit.methods.nested import moving_parts
 from whit.methods.straight import Fitted, Straight
 from whit.pipeline import run as write
@@ -55,19 +56,30 @@ def _start(training: Training) -> Path:
 
 def prepare_trained(training: Training, codes: Callable[[Item], QuantizedTensor]) -> dict[str, Trained]:
     """Every quantized parameter, made ready from its start; joined where that computes the same."""
-    job, course, plain = training.job, training.course, training.course.units == "plain"
+    job, move = training.job, mover(training)
     trained: dict[str, Trained] = {}
     for items in _joined(job):
         starts = [codes(item).to(job.device) for item in items]
         parts = [Part(i.name, s.shape[0], i.matrix, i.parameter) for i, s in zip(items, starts, strict=True)]
-        if training.mode == "scales":
-            moving = moving_parts(lambda _, start: Frozen(start, plain), None, join(starts))
-        else:
+        weight = None
+        if training.mode == "full":
             weight = torch.cat([item.matrix(job.source.read(item.name).to(job.device)) for item in items])
-            make = Fitted if course.fitted else lambda own, start: Straight(own, start, course.inside, plain)
-            moving = moving_parts(make, weight, join(starts))
-        trained[items[0].name] = Matrices(parts, moving)
+        trained[items[0].name] = Matrices(parts, move(weight, join(starts)))
     return trained
+
+
+def mover(training: Training) -> Callable[[Tensor | None, QuantizedTensor], Moving]:
+    """Makes what moves of a matrix (rows, columns; None where codes stay) and the codes that it begins with."""
+    course, plain = training.course, training.course.units == "plain"
+    if training.mode == "scales":
+        return lambda _, start: moving_parts(lambda _, part: Frozen(part, plain), None, start)
+    make = Fitted if course.fitted else lambda own, part: Straight(own, part, course.inside, plain)
+
+    def move(weight: Tensor | None, start: QuantizedTensor) -> Moving:
+        assert weight is not None
+        return moving_parts(make, weight, start)
+
+    return move
 
 
 def _joined(job: Job) -> list[list[Item]]:
