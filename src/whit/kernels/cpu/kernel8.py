@@ -49,8 +49,10 @@ class Cpu8:
             return f"this processor does not run {self.isa}, or the compiler did not build it"
         if how.granularity != "group" and product_dtype(packed.format) != torch.int8:
             return f"{packed.format} is not made of int8"
+        if reason := unsupported(packed):
+            return reason
         levels = levels_of(packed.format)
-        return unsupported(packed) or (levels if how.granularity != "group" and isinstance(levels, str) else None)
+        return levels if how.granularity != "group" and isinstance(levels, str) else None
 
     def prepare(self, packed: PackedWeight) -> CpuWeight:
         return packed if isinstance(packed, CpuWeight) else _planned(packed, move=True)
