@@ -21,9 +21,11 @@ products are floats and levels the format's own.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from decimal import Decimal
 from typing import Any
 
 import torch
@@ -115,20 +117,27 @@ class Activations:
                 "activations: exact columns are for dynamic, symmetric int8 per token or per 32 columns; use "
                 "int8-exact8 or int8-g32-exact4"
             )
-        if self.exact < 0 or self.threshold < 0 or not 50 < self.percentile <= 100 or not 0 < self.momentum <= 1:
+        if (
+            not isinstance(self.threshold, int | float)
+            or self.exact < 0
+            or not 0 <= self.threshold < math.inf
+            or not 50 < self.percentile <= 100
+            or not 0 < self.momentum <= 1
+        ):
             raise RecipeError(
-                f"activations: exact {self.exact}, threshold {self.threshold}, percentile {self.percentile}, momentum "
-                f"{self.momentum}; they must be at least 0, at least 0, in (50, 100] and in (0, 1]; correct them"
+                f"activations: exact {self.exact}, threshold {self.threshold!r}, percentile {self.percentile}, "
+                f"momentum {self.momentum}; they must be numbers, at least 0, at least 0, in (50, 100] and in (0, 1]; "
+                "correct them"
             )
 
     def __str__(self) -> str:
         text = self.type + ("-tensor" if self.granularity == "tensor" and self.kind == "dynamic" else "")
         text += "-g32" if self.granularity == "group" else ""
         if self.kind == "static":
-            value = {"percentile": f"{self.percentile:g}", "moving": f"{self.momentum:g}"}.get(self.range, "")
+            value = {"percentile": _digits(self.percentile), "moving": _digits(self.momentum)}.get(self.range, "")
             text += "-static" + ("" if self.range == "minmax" else f"-{self.range}{value}")
         if self.threshold:
-            text += "-outliers" + ("" if self.threshold == THRESHOLD else f"{self.threshold:g}")
+            text += "-outliers" + ("" if self.threshold == THRESHOLD else _digits(self.threshold))
         text += f"-exact{self.exact}" if self.exact else ""
         return text + ("" if self.symmetric else "-asym")
 
@@ -202,6 +211,11 @@ def parse_activations(spec: str | Mapping[str, Any] | Activated) -> Activations:
             raise RecipeError(f"{text!r}: {found['range']} takes no number; percentile and moving do; leave it out")
         options[name] = _number(text, found["value"], 0.0)
     return Activations(**options)
+
+
+def _digits(value: float) -> str:
+    """All digits of a number, without an exponent, as `_number` reads it."""
+    return format(Decimal(repr(float(value))).normalize(), "f")
 
 
 def _number(text: str, digits: str | None, default: float) -> float:

@@ -50,7 +50,10 @@ class KernelError(WhitError):
 
 
 class PackedWeightError(WhitError, RuntimeError):
-    """Arithmetic with the empty `weight` of a packed module; a RuntimeError, as torch's about shapes is."""
+    """Arithmetic with the empty `weight` of a packed module, or a product with inputs of another width.
+
+    A RuntimeError, as torch's about shapes is.
+    """
 
 
 class EvaluationError(WhitError):

@@ -23,7 +23,7 @@ def rotate(x: Tensor, size: int) -> Tensor:
 
     `columns` is a multiple of `size`. Rotating twice gives x again, but for rounding.
     """
-    runs = x.reshape(*x.shape[:-1], -1, size)
+    runs = x.reshape(*x.shape[:-1], x.shape[-1] // size, size)
     return (runs @ hadamard(size, x.dtype, x.device)).reshape(x.shape)
 
 

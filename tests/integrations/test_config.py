@@ -62,6 +62,7 @@ def test_skipped_modules_are_kept_with_all_inside_them():
     assert [recipe.format_for(name) for name in kept] == [None] * len(kept)
     assert recipe.format_for("model.layers.0.self_attn.q_proj") is not None
     assert recipe.format_for("model.layers.0.mlp_extra.fc") is not None
+    assert whit.QuantizationConfig("int8", skip_modules="mlp").recipe.format_for("model.mlp.fc") is None
 
 
 def test_refuses_what_contradicts_itself():
@@ -72,6 +73,9 @@ def test_refuses_what_contradicts_itself():
     with pytest.raises(RecipeError, match="llm_int8_has_fp16_weight keeps 16-bit weights"):
         whit.QuantizationConfig("llm.int8", llm_int8_has_fp16_weight=True)
     assert not whit.QuantizationConfig("llm.int8", llm_int8_has_fp16_weight=False).fp32_cpu_offload
+    with pytest.raises(RecipeError, match="they are one option"):
+        whit.QuantizationConfig("llm.int8", outlier_threshold=4.0, llm_int8_threshold=6.0)
+    assert whit.QuantizationConfig("llm.int8", outlier_threshold=4.0, llm_int8_threshold=4.0)
     with pytest.raises(RecipeError, match="a Recipe has its own method"):
         whit.QuantizationConfig(whit.Recipe(), method="hqq")
     with pytest.raises(RecipeError, match=r"key 'bits' is not known; update whit"):

@@ -272,3 +272,11 @@ def test_a_loaded_model_in_nf4_is_the_references(tmp_path: Path, random: Generat
         assert bool(model(input_ids=ids).logits.isfinite().all())
     assert len(found) == 15
     assert {*found} == {"cpu-int8"}
+
+
+def test_what_the_kernels_cannot_read_is_said_and_not_stumbled_over():
+    """Groups of columns that lie apart have params whose shape their levels cannot be asked by."""
+    weight = BITS.pack(whit.quantize_tensor(torch.randn(24, 64), "int4-g32-act"))
+    grouped = replace(weight, activations=parse_activations("int8-g32"))
+    assert "not known" in str(Cpu8().supports(grouped, torch.randn(2, 64)))
+    assert select(grouped, torch.randn(2, 64)).name == "reference-8bit"

@@ -32,6 +32,7 @@ def packed(how: str, spec: str = "int8", seed: int = 1, **static: torch.Tensor) 
 @pytest.mark.parametrize(
     "spec",
     ["int8", "int8-tensor", "int8-asym", "int8-tensor-asym", "int8-outliers", "int8-outliers4.5", "int8-static",
+     "int8-outliers6.1234567", "int8-outliers0.00001", "int8-static-moving0.00002",
      "int8-static-percentile99.9", "int8-static-mse-asym", "int8-static-moving0.1", "int8-exact8",
      "int8-g32-exact4", "fp8", "fp8-tensor", "fp8-static"],
 )  # fmt: skip
@@ -58,6 +59,13 @@ def test_shorthands_come_back(spec):
 def test_what_is_no_activations_is_refused(wrong):
     with pytest.raises(RecipeError):
         parse_activations(wrong)
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), -1.0, "6"])
+def test_a_threshold_is_a_number(wrong):
+    """NaN would take no column for an outlier, in silence."""
+    with pytest.raises(RecipeError, match="threshold"):
+        Activations(threshold=wrong)
 
 
 def test_rows_are_rounded_to_the_nearest_even():
@@ -205,6 +213,18 @@ def test_bitsandbytes_agrees_within_int8_rounding():
     bound = rounding + sixteen
     assert ((mine.float() - y).abs() <= bound).all()
     assert (mine.float() - exact).norm() <= 1.05 * (y - exact).norm()
+
+
+@pytest.mark.parametrize("how", ["int8", "int8-tensor", "int8-tensor-asym", "int8-g32", "int8-outliers"])
+def test_no_rows_give_no_rows(how):
+    weight = packed(how)
+    for kernel in (select(weight, numbers(1, COLUMNS)), Activation8()):
+        for shape in ((0, COLUMNS), (2, 0, COLUMNS)):
+            assert kernel.linear(torch.empty(shape), weight, None).shape == (*shape[:-1], OUT)
+    rotated = packed("int8", "int8+h64")
+    assert packed_linear(torch.empty(2, 0, COLUMNS), rotated).shape == (2, 0, OUT)
+    eight = packed("fp8-tensor", "fp8-tensor")
+    assert packed_linear(torch.empty(0, COLUMNS), eight).shape == (0, OUT)
 
 
 def test_modules_and_the_operator_take_the_same_path():

@@ -45,6 +45,25 @@ def test_linear_is_a_linear_without_a_weight_parameter(random: Generator):
         module.weight.data += torch.zeros(48, 64)
 
 
+@pytest.mark.parametrize("spec", ["int4-g32", "ternary", "int4-g32+r4", "int8+h16"])
+@pytest.mark.parametrize("shape", [(2, 63), (2, 65), (128,), (1, 128), ()])
+def test_inputs_of_another_width_are_refused(spec: str, shape: tuple[int, ...], random: Generator):
+    """A compiled kernel would read past their end."""
+    with pytest.raises(RuntimeError, match="its last dimension must be 64"):
+        linear(random, spec)(torch.randn(shape, generator=random))
+    with pytest.raises(RuntimeError):
+        linear(random, spec).traced(torch.randn(shape, generator=random), None)
+
+
+def test_a_tied_head_is_taken_whole_by_torch_compile(random: Generator):
+    embedding = nn.Embedding(96, 64)
+    pack(embedding, "int8")
+    model = nn.Sequential(embedding, TiedHead(nn.Linear(64, 96, bias=False), embedding, torch.float32))
+    ids = torch.tensor([[3, 5, 90]])
+    traced = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(traced(ids), model(ids))
+
+
 @pytest.mark.parametrize("spec", ["int4-g32", "int8", "int4-g32-asym-fz", "nf4-g32-dq"])
 def test_casting_leaves_the_packed_tensors_alone(spec: str, random: Generator):
     module = linear(random, spec)

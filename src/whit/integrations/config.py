@@ -81,7 +81,13 @@ class QuantizationConfig(QuantizationConfigMixin):  # type: ignore[misc]
             )
         if unknown := sorted(set(named) - set(BitsandbytesOptions.__annotations__)):
             raise RecipeError(f"QuantizationConfig: option {unknown[0]!r} does not exist; correct it or leave it out")
-        if (threshold := named.get("outlier_threshold", named.get("llm_int8_threshold"))) is not None:
+        both = named.get("outlier_threshold"), named.get("llm_int8_threshold")
+        thresholds = {threshold for threshold in both if threshold is not None}
+        if len(thresholds) > 1:
+            raise RecipeError(
+                "QuantizationConfig: outlier_threshold and llm_int8_threshold differ; they are one option; give one"
+            )
+        for threshold in thresholds:
             given = _with_threshold(given, threshold)
         if named.get("llm_int8_has_fp16_weight"):
             raise RecipeError(
@@ -89,7 +95,7 @@ class QuantizationConfig(QuantizationConfigMixin):  # type: ignore[misc]
                 "leave it out, and train adapters beside the codes (whit.prepare_for_training)"
             )
         skips = (modules_to_not_convert, named.get("skip_modules"), named.get("llm_int8_skip_modules"))
-        skipped = [name for names in skips for name in names or ()]
+        skipped = [name for names in skips for name in ([names] if isinstance(names, str) else names or ())]
         kept = [(pattern, "bf16") for name in skipped for pattern in _patterns(name)]
         self.quant_method = QUANT_METHOD
         self.layout = "bits"
@@ -134,7 +140,7 @@ def _with_threshold(recipe: Recipe, threshold: float) -> Recipe:
     how = recipe.activations
     if how is None:
         raise RecipeError("outlier_threshold: activations are not quantized; they must be; use llm.int8, or drop it")
-    how = replace(how, threshold=threshold)
+    how = replace(how, threshold=threshold)  # RecipeError for one that is no threshold
     return recipe.changed(activations=how)
 
 

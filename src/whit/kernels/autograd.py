@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from whit.kernels.base import Kernel
+from whit.kernels.base import Kernel, check_columns
 from whit.kernels.dispatch import select
 from whit.kernels.unpack import dequantize
 from whit.tensor import PackedWeight
@@ -31,6 +31,7 @@ class PackedLinear(torch.autograd.Function):
 
 def packed_linear(x: Tensor, packed: PackedWeight, bias: Tensor | None = None, kernel: Kernel | None = None) -> Tensor:
     """x (..., in_features) through a packed (out_features, in_features) weight, with gradients for x and bias."""
+    check_columns(x, packed.shape[-1])
     kernel = kernel or select(packed, x)
     if bias is not None and bias.dtype != x.dtype:
         bias = bias.to(x.dtype)

@@ -6,9 +6,19 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
+from whit.errors import PackedWeightError
 from whit.tensor import PackedWeight
 
 QUANTIZED_INPUTS = "its activations are quantized, and this kernel multiplies floats"
+
+
+def check_columns(x: Tensor, columns: int) -> None:
+    """PackedWeightError where x is not (..., columns): a compiled kernel would read past its end."""
+    if x.dim() == 0 or x.shape[-1] != columns:
+        raise PackedWeightError(
+            f"packed linear: the input's shape is {tuple(x.shape)}; its last dimension must be {columns}; "
+            "give what the layer before it makes"
+        )
 
 
 @runtime_checkable

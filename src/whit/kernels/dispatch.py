@@ -34,7 +34,7 @@ Choice: TypeAlias = tuple[torch.dtype, str, int]
 
 def choice_key(x: Tensor) -> Choice:
     """What a choice of kernel depends on for a given weight: equal keys, equal kernels."""
-    rows = x.numel() // max(x.shape[-1], 1)
+    rows = x.numel() // max(x.shape[-1] if x.dim() else 1, 1)
     return x.dtype, x.device.type, max(rows - 1, 0).bit_length()
 
 

@@ -21,7 +21,7 @@ def quantize_rows(x: Tensor, per_tensor: bool = False) -> Rows:
     """x (rows, in) to float8_e4m3fn codes and float32 scales (rows, 1) or (1, 1); a row of zeros has scale 0."""
     wide = x.to(torch.float32)
     absmax = wide.abs().amax(dim=1, keepdim=True)
-    absmax = absmax.amax(dim=0, keepdim=True) if per_tensor else absmax
+    absmax = absmax.amax(dim=0, keepdim=True) if per_tensor and len(x) else absmax
     factor = torch.where(absmax > 0, E4M3_MAX / absmax, 0.0)
     return Rows((wide * factor).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn), absmax / E4M3_MAX, None)
 

@@ -37,14 +37,14 @@ def quantize_rows(x: Tensor, per_tensor: bool = False, symmetric: bool = True) -
     Symmetric: codes = round(x 127 / max|x|), scale = max|x| / 127. Otherwise the range is stretched to hold 0:
     scale = (max - min) / 255, zero_point = round(-128 - min / scale).
     """
-    wide = x.to(torch.float32)
+    wide, one = x.to(torch.float32), per_tensor and len(x) > 0  # no rows have no largest one
     if symmetric:
         absmax = wide.abs().amax(dim=1, keepdim=True)
-        absmax = absmax.amax(dim=0, keepdim=True) if per_tensor else absmax
+        absmax = absmax.amax(dim=0, keepdim=True) if one else absmax
         factor = torch.where(absmax > 0, LIMIT / absmax, 0.0)
         return Rows(_codes(wide * factor), absmax / LIMIT, None)
     low, high = wide.amin(dim=1, keepdim=True).clamp(max=0), wide.amax(dim=1, keepdim=True).clamp(min=0)
-    if per_tensor:
+    if one:
         low, high = low.amin(dim=0, keepdim=True), high.amax(dim=0, keepdim=True)
     width = high - low
     factor = torch.where(width > 0, (2 * LIMIT + 1) / width, 0.0)
@@ -57,7 +57,7 @@ def rounded_groups(x: Tensor) -> Tensor:
     rows, columns = x.shape
     groups = pad(x.to(torch.float32), (0, -columns % GROUP)).reshape(-1, GROUP)
     codes, scale, _ = quantize_rows(groups)
-    return (codes * scale).reshape(rows, -1)[:, :columns]
+    return (codes * scale).reshape(rows, columns + -columns % GROUP)[:, :columns]
 
 
 def rounded_except(x: Tensor, columns: Tensor, low: Tensor, grouped: bool) -> Tensor:
@@ -77,7 +77,7 @@ def rounded_except(x: Tensor, columns: Tensor, low: Tensor, grouped: bool) -> Te
     absmax = groups.abs().amax(dim=1, keepdim=True)
     limit = torch.where(one_sided, 2 * LIMIT + 1, LIMIT)
     near = (groups * torch.where(absmax > 0, limit / absmax, 0.0)).round() * (absmax / limit)
-    return torch.where(exact, wide, near.reshape(rows, -1)[:, :width] + base)
+    return torch.where(exact, wide, near.reshape(rows, width + -width % size)[:, :width] + base)
 
 
 def quantize_static(x: Tensor, scale: Tensor, zero_point: Tensor | None) -> Rows:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from whit.activations import parse_activations
 from whit.formats import parse_format
+from whit.kernels.base import check_columns
 from whit.kernels.dispatch import select
 from whit.kernels.unpack import dequantize
 from whit.tensor import Format, PackedWeight
@@ -52,6 +53,7 @@ def packed_linear_op(
     x: Tensor, tensors: list[Tensor], bias: Tensor | None, keys: str, layout: str, format: str, shape: list[int]
 ) -> Tensor:
     """x (..., in_features) @ weight^T + bias, for inference and as the forward of training."""
+    check_columns(x, shape[-1])
     packed = _packed(tensors, keys, layout, format, shape)
     if bias is not None and bias.dtype != x.dtype:
         bias = bias.to(x.dtype)
@@ -62,6 +64,7 @@ def packed_linear_op(
 def _(
     x: Tensor, tensors: list[Tensor], bias: Tensor | None, keys: str, layout: str, format: str, shape: list[int]
 ) -> Tensor:
+    check_columns(x, shape[-1])
     return x.new_empty((*x.shape[:-1], shape[0]))
 
 

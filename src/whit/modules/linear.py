@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from whit.activations import Activations
-from whit.kernels import packed_arguments, packed_linear, packed_linear_op
+from whit.kernels import packed_linear
 from whit.layouts import BITS
 from whit.modules.packed import PackedModule
 from whit.modules.refusing import refusing
@@ -53,8 +53,7 @@ class QuantizedLinear(PackedModule, nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         x = input if self.compute_dtype is None else input.to(self.compute_dtype)
         if torch.compiler.is_compiling():
-            tensors, names = packed_arguments(self.packed, self._numbers)
-            return packed_linear_op(x, tensors, self.bias, *names).to(input.dtype)  # type: ignore[no-any-return]
+            return self.traced(x, self.bias).to(input.dtype)
         kernel, packed = self.ready(x)
         return packed_linear(x, packed, self.bias, kernel).to(input.dtype)
 

@@ -13,7 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from whit.kernels import Choice, Kernel, choice_key, dequantize, packed_numbers, select
+from whit.kernels import (
+    Choice,
+    Kernel,
+    choice_key,
+    dequantize,
+    packed_arguments,
+    packed_linear_op,
+    packed_numbers,
+    select,
+)
 from whit.layouts import layout_named
 from whit.tensor import Activated, Format, PackedWeight
 
@@ -99,6 +108,11 @@ class PackedModule(nn.Module):
             self._adopt(prepared)
         self._ready[key] = kernel, prepared
         return kernel, prepared
+
+    def traced(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """The product with x (..., in_features) as one operator, which torch.compile takes without looking inside."""
+        tensors, names = packed_arguments(self.packed, self._numbers)
+        return packed_linear_op(x, tensors, bias, *names)  # type: ignore[no-any-return]
 
     def take(self, x: Tensor, kernel: Kernel, prepared: PackedWeight) -> None:
         """Hold what a kernel prepared elsewhere, for activations such as `x`; equal values under the layout's keys."""

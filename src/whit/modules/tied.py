@@ -31,6 +31,8 @@ class TiedHead(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         with resident(self.source) as packed:
             x = input.to(packed.device)
+            if torch.compiler.is_compiling():
+                return self.source.traced(x, self.bias)
             kernel, prepared = self.source.ready(x)
             return packed_linear(x, prepared, self.bias, kernel)
 
