@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from whit.activations import Activations
 from whit.errors import RecipeError
+from whit.formats.microfloat import E4M3_MAX
 from whit.kernels import float8, int8
 from whit.kernels.inputs import decoded, rounded_inputs
 from whit.rotation import rotate
@@ -119,7 +120,7 @@ class _Static(torch.autograd.Function):
             steps = steps.round() + (0 if zero is None else zero)
             within = (steps >= LOW) & (steps <= HIGH)
         else:
-            within = steps.abs() <= float8.LARGEST
+            within = steps.abs() <= E4M3_MAX
         moved = torch.where(within, near - wide, near) / scale
         in_scale = (gradient * moved).sum(dtype=torch.float64).reshape(1).to(torch.float32)
         in_zero = None
