@@ -90,29 +90,19 @@ class Activations:
         for name, known in (("kind", KINDS), ("type", tuple(TYPES)), ("granularity", GRANULARITIES), ("range", RANGES)):
             if (value := getattr(self, name)) not in known:
                 raise RecipeError(f"activations: {name} {value!r} is not known; it must be one of {', '.join(known)}")
-        if self.granularity == "group" and (self.kind, self.type, self.symmetric) != ("dynamic", "int8", True):
+        is_plain = (self.kind, self.type, self.symmetric) == ("dynamic", "int8", True)
+        if self.granularity == "group" and not is_plain:
             raise RecipeError("activations: groups of columns; they are dynamic, symmetric int8; use int8-g32")
         if self.kind == "static" and self.granularity != "tensor":
             raise RecipeError("activations: static scales per token; they are one per linear; use granularity tensor")
         if self.type == "fp8" and not self.symmetric:
             raise RecipeError("activations: fp8 with a zero point; floats have none; use int8, or leave asym out")
-        if self.threshold and (self.kind, self.type, self.granularity, self.symmetric) != (
-            "dynamic",
-            "int8",
-            "token",
-            True,
-        ):
+        if self.threshold and not (is_plain and self.granularity == "token"):
             raise RecipeError(
                 "activations: outlier columns are for dynamic, symmetric int8 per token; "
                 "use int8-outliers, or a threshold of 0"
             )
-        if self.exact and (self.kind, self.type, self.symmetric, self.threshold, self.granularity != "tensor") != (
-            "dynamic",
-            "int8",
-            True,
-            0.0,
-            True,
-        ):
+        if self.exact and (not is_plain or self.threshold or self.granularity == "tensor"):
             raise RecipeError(
                 "activations: exact columns are for dynamic, symmetric int8 per token or per 32 columns; use "
                 "int8-exact8 or int8-g32-exact4"

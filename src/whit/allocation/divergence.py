@@ -34,6 +34,7 @@ from whit.calibration.capture import BlockStats, Watch
 from whit.calibration.runner import Runner
 from whit.calibration.storage import Storage
 from whit.errors import UnsupportedModelError
+from whit.formats.numeric import widened
 from whit.methods import Method
 from whit.methods.lowrank import beside
 from whit.methods.stack import energy, quantize_stack
@@ -63,7 +64,7 @@ def measure_divergence(
     source, found = job.source, list[Group]()
     with torch.no_grad(), TemporaryDirectory(prefix="whit-") as scratch:
         runner = Runner(
-            source.model, lambda name: _single(source.read(source.tied.get(name, name))), tokens, job.device,
+            source.model, lambda name: widened(source.read(source.tied.get(name, name))), tokens, job.device,
             Storage(Path(scratch), job.options.input_memory), twice=False,
         )  # fmt: skip
         with runner.whole() as parameters:
@@ -221,7 +222,3 @@ def _loss(matrix: Tensor, near: Tensor, stats: Sequence[LayerStats]) -> float:
     """tr(dW H dW^T), summed over the matrices of a stack."""
     parts = (matrix.to(torch.float32) - near).chunk(len(stats))
     return sum(float(energy(rows, s.hessian).sum()) for rows, s in zip(parts, stats, strict=True))
-
-
-def _single(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.float32) if tensor.is_floating_point() else tensor

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import platform
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from whit.cli.console import print_json
+from whit.report.machine import installed
 
 LIBRARIES = ("whit", "torch", "transformers", "accelerate", "safetensors", "huggingface_hub", "tokenizers", "numpy")
 EXTRAS = {"peft": "LoRA adapters", "lm-eval": "tasks beyond the built-in ones", "bitsandbytes": "comparisons"}
@@ -32,19 +32,12 @@ def doctor(json: Annotated[bool, typer.Option("--json", help="Only JSON on stand
 def examine() -> dict[str, dict[str, Any]]:
     """All facts, by title."""
     return {
-        "libraries": {name: _version(name) or "missing" for name in LIBRARIES},
-        "extras": {name: _version(name) or f"not installed (for {use})" for name, use in EXTRAS.items()},
+        "libraries": {name: installed(name) or "missing" for name in LIBRARIES},
+        "extras": {name: installed(name) or f"not installed (for {use})" for name, use in EXTRAS.items()},
         "processor": _processor(),
         "gpus": _gpus(),
         "kernels": _kernels(),
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def _processor() -> dict[str, Any]:

@@ -12,6 +12,11 @@ from whit.errors import FormatError, NonFiniteError
 DTYPE_NAMES = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32}
 
 
+def widened(tensor: Tensor) -> Tensor:
+    """Floats as float32; integers as they are."""
+    return tensor.to(torch.float32) if tensor.is_floating_point() else tensor
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     """`bfloat16` of torch.bfloat16: as config.json and errors have it."""
     return str(dtype).removeprefix("torch.")

@@ -11,6 +11,7 @@ from torch import Tensor
 from whit.checkpoint.header import Entry
 from whit.errors import CheckpointError
 from whit.formats.lowrank import DTYPE, LowRank, side_car
+from whit.formats.numeric import widened
 from whit.methods.lowrank import Factored, joined
 from whit.model.source import Origin
 from whit.model.targets import Target, find_targets
@@ -37,7 +38,7 @@ class MergedSource:
 
     def read(self, name: str) -> Tensor:
         """A parameter as the model with its adapter has it, in float32: so the blocks run too."""
-        weight = _wide(self.whole[name] if name in self.whole else self._weight(name))
+        weight = widened(self.whole[name] if name in self.whole else self._weight(name))
         if name not in self.deltas:
             return weight
         transposed = self.targets[name].transposed
@@ -112,10 +113,6 @@ def _with_side_car(codes: QuantizedTensor, delta: Delta, format: Format) -> Quan
         a = torch.cat([tensor_param(codes.params, "low_rank_a").to(a.dtype), a])
         codes = QuantizedTensor(had.base, codes.shape, codes.codes, had.inner(codes.params))
     return joined(Factored(codes, b.to(DTYPE), a.to(DTYPE), 0.0), format)
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.float32) if tensor.is_floating_point() else tensor
 
 
 def _balanced(delta: Delta) -> tuple[Tensor, Tensor]:

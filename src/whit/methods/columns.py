@@ -42,6 +42,11 @@ class Columns:
         self.params = dict(self.fixed or {})
         self.codes = torch.zeros(self.shape, dtype=self.format.code_dtype, device=self.importance.device)
 
+    @property
+    def group(self) -> int:
+        """Columns that share params: the whole row where the format has no groups."""
+        return self.format.group_size or max(self.shape[1], 1)
+
     def feed_back(self, weight: Tensor, feedback: Tensor, order: Tensor | None) -> None:
         """Choose all codes, the error of each column fed to those after it."""
         target = weight.T.to(torch.float64, copy=True)
@@ -63,11 +68,10 @@ class Columns:
 
     def feed(self, target: Tensor, feedback: Tensor, columns: Sequence[int]) -> Tensor:
         """The walk of `feed_back`: `target` (columns, rows) float64, row i of it being column `columns[i]`."""
-        unit = self.format.group_size or max(len(target), 1)
 
         def enter(first: int) -> None:
             if self.fixed is None:
-                self._fit_group(target[first : first + unit].T, first)
+                self._fit_group(target[first : first + self.group].T, first)
 
         def choose(first: int, last: int) -> Tensor:
             error = target[first:last] - self._encode(target[first:last], columns[first])
@@ -77,7 +81,7 @@ class Columns:
             spread: Tensor = torch.linalg.solve_triangular(feedback[first:last, first:last].T, error, upper=False)
             return spread
 
-        return walk(target, feedback, choose, self.format.vector_size, unit, enter)
+        return walk(target, feedback, choose, self.format.vector_size, self.group, enter)
 
     def settle(self, target: Tensor, pull: Tensor) -> Tensor:
         """The walk of `descend`."""
@@ -96,16 +100,14 @@ class Columns:
 
     def _fit_group(self, weight: Tensor, first: int) -> None:
         """Fit the params of the group that begins at column `first`, and put them in their place."""
-        size = self.format.group_size or max(self.shape[1], 1)
-        self._place(fit_params(weight, self.importance[first : first + size], self.format, self.clip), first)
+        self._place(fit_params(weight, self.importance[first : first + self.group], self.format, self.clip), first)
 
     def _place(self, params: Mapping[str, Tensor], first: int) -> None:
-        size = self.format.group_size or max(self.shape[1], 1)
         for name, value in params.items():
             rows, width = value.shape
             if not first:
-                self.params[name] = value.new_empty(rows, width * -(-self.shape[1] // size))
-            place = first // size * width
+                self.params[name] = value.new_empty(rows, width * -(-self.shape[1] // self.group))
+            place = first // self.group * width
             self.params[name][:, place : place + width] = value
 
     @property
@@ -114,7 +116,7 @@ class Columns:
 
     def _replay(self, step: Step, target: Tensor, feedback: Tensor) -> None:
         """`feed` or `settle`, from recorded pieces."""
-        size = self.format.group_size or max(len(target), 1)
+        size = self.group
         fits = step == "feed" and self.fixed is None and size <= LEAF
         leaf = min(size, LEAF)
 
@@ -141,8 +143,7 @@ class Columns:
 
     def _params_at(self, first: int) -> dict[str, Tensor]:
         """The params of the group that holds column `first`."""
-        size = self.format.group_size or max(self.shape[1], 1)
-        groups, group = -(-self.shape[1] // size), first // size
+        groups, group = -(-self.shape[1] // self.group), first // self.group
         local = {}
         for name, value in self.params.items():
             width = value.shape[1] // groups

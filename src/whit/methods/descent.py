@@ -20,7 +20,7 @@ from whit.calibration.storage import at_once
 from whit.methods.base import Block
 from whit.methods.joined import Matrices
 from whit.methods.samples import Samples
-from whit.methods.workers import Workers
+from whit.methods.workers import Workers, added
 from whit.tensor import QuantizedTensor
 
 EPSILON = 1e-20  # only to divide by no zero: what moves has no scale of its own
@@ -140,7 +140,7 @@ class Descent:
             parts = self._parts(numbers)
             for part in self.team.map(lambda part: self._gradients(part, leaves), parts):
                 for name, gradient in part.items():
-                    sums[name] = gradient if len(parts) == 1 else _added(sums.get(name), gradient)
+                    sums[name] = gradient if len(parts) == 1 else added(sums.get(name), gradient)
         return sums
 
     def _move(self, sums: Mapping[str, Tensor], pace: Pace) -> None:
@@ -229,10 +229,6 @@ class Descent:
         if self.method.loss == "relative":
             error = error / targets.square().mean(dim=-1).clamp(min=torch.finfo(torch.float32).tiny)
         return error.sum(dtype=torch.float64)
-
-
-def _added(total: Tensor | None, part: Tensor) -> Tensor:
-    return part.to(torch.float32) if total is None else total.add_(part)
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
+from torch import Tensor
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -32,6 +33,11 @@ class Workers:
     def map(self, do: Callable[[Task], Result], tasks: Iterable[Task]) -> Iterator[Result]:
         """The results in the order of the tasks, each as soon as it and all before it are there."""
         return map(do, tasks) if self._pool is None else self._pool.map(do, tasks)
+
+
+def added(total: Tensor | None, part: Tensor) -> Tensor:
+    """A sum in float32 with one more part, in place; None before the first."""
+    return part.to(torch.float32) if total is None else total.add_(part)
 
 
 @contextmanager

@@ -145,14 +145,11 @@ def _holding(job: Job, method: Method, blocks: list[list[Item]]) -> int:
 
 
 def _blocks(job: Job) -> list[list[Item]]:
-    """The matrices of every block that is calibrated, quantized or not."""
-    names = find_blocks(job.source.model).names
-    found: dict[str, list[Item]] = {name: [] for name in names}
-    for item in job.plan.items:
-        for name in names:
-            if item.format is not None and item.name.startswith(f"{name}."):
-                found[name].append(item)
-    return [items for items in found.values() if items]
+    """The matrices to be quantized, block by block; blocks that have none are left out."""
+    names = set(find_blocks(job.source.model).names)
+    units = [unit.items for unit in job.plan.units if unit.name in names]
+    blocks = [[item for item in items if item.format is not None] for items in units]
+    return [items for items in blocks if items]
 
 
 def _shape(item: Item) -> tuple[int, ...]:

@@ -8,7 +8,7 @@ journaled once its bytes are on the disk, so that a killed run goes on where it 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from functools import partial
@@ -125,9 +125,9 @@ class Output:
         if self.pending is not None:
             self.pending.result()
 
-    def _submit(self, *call: object) -> None:
+    def _submit(self, task: Callable[..., None], *given: object) -> None:
         self.wait()
-        self.pending = self.scribe.submit(*call)  # type: ignore[arg-type]
+        self.pending = self.scribe.submit(task, *given)
 
     def _write(self, item: Item, tensors: Mapping[str, Tensor] | None, meant: Tensor | None) -> None:
         if tensors is None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from whit.errors import TrainingError
 from whit.methods.nested import moves_weights
-from whit.methods.workers import Workers, workers
+from whit.methods.workers import Workers, added, workers
 from whit.qat.course import Course
 from whit.qat.losses import divergence, hidden_loss, text_loss
 from whit.qat.network import Network
@@ -104,7 +104,7 @@ class Loop:
             for loss, found in team.map(lambda part: self.gradients(part, leaves, batch.numel()), parts):
                 total += loss
                 for name, gradient in found.items():
-                    sums[name] = gradient if len(parts) == 1 else _added(sums.get(name), gradient)
+                    sums[name] = gradient if len(parts) == 1 else added(sums.get(name), gradient)
         return total, sums
 
     def _lead(self, name: str, sums: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -166,7 +166,3 @@ class Loop:
         rounds = -(-wanted // len(self.tokens))
         orders = [torch.randperm(len(self.tokens), generator=generator) for _ in range(rounds)]
         return torch.cat(orders)[:wanted]
-
-
-def _added(total: Tensor | None, part: Tensor) -> Tensor:
-    return part.to(torch.float32) if total is None else total.add_(part)

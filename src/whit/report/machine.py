@@ -27,14 +27,15 @@ def machine(device: str) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "python": platform.python_version(),
-        "libraries": {name: _version(name) for name in LIBRARIES if _version(name)},
+        "libraries": {name: number for name in LIBRARIES if (number := installed(name))},
     }
     if find_device(device).type == "cuda":
         found["gpu"] = torch.cuda.get_device_name()
     return found
 
 
-def _version(package: str) -> str | None:
+def installed(package: str) -> str | None:
+    """The version of a package, None where it is not there."""
     try:
         return version(package)
     except PackageNotFoundError:
