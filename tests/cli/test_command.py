@@ -6,11 +6,13 @@ import subprocess
 import sys
 
 import pytest
+from rich.table import Table
 from typer.testing import CliRunner
 
 import whit
 import whit_command
 from whit.cli import build_app
+from whit.cli.console import on_screen, say
 
 
 def test_the_overview_is_that_of_the_whole_command_line():
@@ -45,3 +47,14 @@ def test_what_importing_the_package_leaves_for_later():
     later = {"peft", "matplotlib", "datasets", "gguf", "onnx", "bitsandbytes", "pandas", "lm_eval", "selenium"}
     code = f"import sys, whit.cli; print(sorted({later!r} & set(sys.modules)))"
     assert subprocess.check_output([sys.executable, "-c", code], text=True) == "[]\n"
+
+
+def test_brackets_in_names_are_said_as_they_are(capsys):
+    """rich takes [a] for a style, leaves it out, and fails at one that ends nothing."""
+    say("runs[a]/out[/b]: done")
+    table = Table("name")
+    table.add_row("runs[a]/out[/b]")
+    on_screen().print(table)
+    said = capsys.readouterr()
+    assert said.err == "runs[a]/out[/b]: done\n"
+    assert "runs[a]/out[/b]" in said.out

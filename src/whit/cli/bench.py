@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from whit.cli.console import console, print_json
+from whit.cli.console import on_screen, print_json, say
 from whit.cli.quiet import quiet_transformers
 from whit.cli.shown import counted
 
@@ -74,7 +74,7 @@ def _bench_model(model: str, lengths: tuple[int, int], rounds: int, peers: bool,
     try:
         contenders["whit"] = Transformers(network, compiled=True)
     except UnsupportedModelError as error:
-        console().print(str(error), highlight=False, soft_wrap=True)
+        say(str(error))
     if peers:
         plain = load_causal_lm(model, device="cpu", dtype="bfloat16")
         if hasattr(plain, "dequantize") and getattr(plain, "is_quantized", False):
@@ -84,7 +84,7 @@ def _bench_model(model: str, lengths: tuple[int, int], rounds: int, peers: bool,
             contenders["llama.cpp"] = LlamaCpp(Path(model), torch.get_num_threads())
         else:
             why = "xllamacpp is not installed" if model.endswith(".gguf") else "MODEL is no .gguf file"
-            console().print(f"llama.cpp is left out: {why}", highlight=False)
+            say(f"llama.cpp is left out: {why}")
     speeds = measure_model(contenders, count_parameters(network)[1], limits, *lengths, rounds)
     _show(json, limits, [speed.as_json() for speed in speeds], HEADER, table(speeds))
 
@@ -113,7 +113,6 @@ def _show(
     json: bool, limits: Any, rows: list[dict[str, Any]], header: tuple[str, ...], lines: list[tuple[str, ...]]
 ) -> None:
     import torch
-    from rich.console import Console
     from rich.table import Table
 
     threads = torch.get_num_threads()
@@ -128,10 +127,10 @@ def _show(
     for line in lines:
         shown.add_row(*line)
     read, flops = limits.read_bytes_per_second / 1e9, limits.matmul_flops / 1e12
-    screen = Console()
+    screen = on_screen()
     screen.print(shown)
     limit = f"the machine reads {read:.1f} GB/s and multiplies {flops:.2f} TFLOP/s"
-    screen.print(f"{counted(threads, 'thread')}; {limit}", highlight=False, soft_wrap=True)
+    say(f"{counted(threads, 'thread')}; {limit}", screen)
 
 
 def parse_shape(text: str) -> tuple[int, int]:

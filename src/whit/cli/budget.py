@@ -15,7 +15,7 @@ import typer
 from whit.allocation import LADDER, Budgeted, Measure, budgeted, ladder_of
 from whit.calibration import Calibration, CalibrationTokens
 from whit.checkpoint.files import write_whole
-from whit.cli.console import console
+from whit.cli.console import console, say
 from whit.cli.shown import parse_size, progress, size
 from whit.errors import OutputError, RecipeError
 from whit.formats import parse_format
@@ -121,7 +121,7 @@ class Request:
             raise RecipeError(
                 f"--fit {self.fit}: {parts}; some of it must be left for weights; ask for a smaller context"
             )
-        console().print(f"{size(total)}: {parts}; weights {size(left)}", highlight=False, soft_wrap=True)
+        say(f"{size(total)}: {parts}; weights {size(left)}")
         return left
 
     def formats(self, job: Job) -> tuple[str, ...]:
@@ -158,11 +158,11 @@ def choose(job: Job, request: Request, tokens: CalibrationTokens) -> Budgeted:
     chosen = ((item.method, item.format) for item in found.plan.items if item.format is not None)
     counts = Counter(f"{method.name}:{format}" if method else str(format) for method, format in chosen)
     said = ", ".join(f"{count} x {name}" for name, count in sorted(counts.items()))
-    notes.print(
+    say(
         f"chosen: {size(found.plan.size_bytes)} of {size(wanted)}, {found.plan.bits_per_weight:.3f} bits per weight: "
         f"{said}; expected error {found.error:.4g} {UNITS[measure]}",
-        highlight=False, soft_wrap=True,
-    )  # fmt: skip
+        notes,
+    )
     return found
 
 

@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
-from whit.cli.console import console, print_json
-from whit.cli.options import Device, TrustRemoteCode
+from whit.cli.console import on_screen, print_json, say
+from whit.cli.options import Device, TrustRemoteCode, parse_names
 from whit.cli.quiet import quiet_transformers
 from whit.report.peers import PEERS
 
@@ -66,29 +65,22 @@ def compare(
     entrants = parse_entrants(candidates)
     evaluation = EvaluationOptions(
         text=text, context=context, max_tokens=max_tokens, task_data=task_data, limit=limit, device=device,
-        dtype=dtype, tasks=tuple(dict.fromkeys(name.strip() for name in tasks.split(",") if name.strip())),
+        dtype=dtype, tasks=parse_names(tasks),
         trust_remote_code=trust_remote_code, seed=seed,
     )  # fmt: skip
     settings = Settings(
         evaluation, None if no_speed else SpeedOptions(prompt_tokens, new_tokens, repeats),
         Calibration(calibration, samples, calibration_context, seed), seed, threads,
     )  # fmt: skip
-    notes = console()
     if sweep is not None:
         from whit.pipeline.job import Options
         from whit.report.sweep import Sweep
         from whit.report.sweep import sweep as budgets
 
         options = Options(seed=seed, device=device, trust_remote_code=trust_remote_code)
-        files = budgets(
-            model, out, Sweep.parse(sweep), sweep_method, settings.calibration, options,
-            lambda line: notes.print(line, highlight=False, markup=False, soft_wrap=True),
-        )  # fmt: skip
+        files = budgets(model, out, Sweep.parse(sweep), sweep_method, settings.calibration, options, say)
         entrants = (*entrants, *parse_entrants(",".join(map(str, files)))[1:])
-    found = measure(
-        model, out, entrants, settings,
-        lambda line: notes.print(line, highlight=False, markup=False, soft_wrap=True), speed_again,
-    )  # fmt: skip
+    found = measure(model, out, entrants, settings, say, speed_again)
     written = write_report(found, out, pictures=not no_pictures)
     if json:
         print_json(found.to_json())
@@ -110,4 +102,4 @@ def _show(rows: tuple[dict, ...]) -> None:  # type: ignore[type-arg]
         table.add_column(column.title, justify="left" if column.is_text else "right")
     for row in rows:
         table.add_row(*(column.cell(row) for column in wanted))
-    Console().print(table)
+    on_screen().print(table)

@@ -10,8 +10,18 @@ from rich.console import Console
 
 
 def console() -> Console:
-    """Standard error: progress, notes and tables that accompany a --json result."""
-    return Console(stderr=True)
+    """Standard error: progress, notes and tables that accompany a --json result. Brackets in names are brackets."""
+    return Console(stderr=True, markup=False, highlight=False)
+
+
+def on_screen() -> Console:
+    """Standard output: the tables and lines of a result, brackets in names as they are."""
+    return Console(markup=False, highlight=False)
+
+
+def say(line: str, where: Console | None = None) -> None:
+    """A line that is not folded: on standard error unless it is said where."""
+    (where or console()).print(line, soft_wrap=True)
 
 
 def say_error(message: str) -> None:

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
+from whit.cli.console import on_screen, say
 from whit.cli.options import EXPORT_HELP, FORMAT_HELP, RULE_HELP, AsJson, Restart, TrustRemoteCode
 from whit.cli.quantize import build_recipe
 from whit.cli.runs import run_and_show
@@ -46,4 +46,4 @@ def convert(
     worst = max((e.relative_error or 0.0 for e in account.parameters), default=0.0)
     if not as_json:
         said = "lossless, bit-exact" if worst == 0 else f"largest relative error of a parameter: {worst:.3g}"
-        Console().print(said, highlight=False)
+        say(said, on_screen())

@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
-from whit.cli.console import console, print_json
+from whit.cli.console import console, on_screen, print_json
 from whit.cli.quiet import quiet_transformers
 from whit.cli.watching import Watching
 from whit.data import resolve_model
@@ -54,7 +53,7 @@ def _show(rows: list) -> None:  # type: ignore[type-arg]
         table.add_column(name, justify="left" if index < 2 else "right")
     for row in rows:
         table.add_row(*cells(row))
-    Console().print(table)
+    on_screen().print(table)
 
 
 def _speak(folder: str) -> None:

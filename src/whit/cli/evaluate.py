@@ -9,9 +9,9 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from whit.cli.console import console, print_json
+from whit.cli.console import console, on_screen, print_json
 from whit.cli.gate import Gate, MaxIncrease, MaxKL
-from whit.cli.options import Device, TrustRemoteCode
+from whit.cli.options import Device, TrustRemoteCode, parse_names
 from whit.cli.quiet import quiet_transformers
 from whit.cli.watching import Watching
 from whit.evaluation.result import EvaluationResult
@@ -53,9 +53,8 @@ def evaluate(
     quiet_transformers()
     options = EvaluationOptions(
         baseline=baseline, text=text, context=context, max_tokens=max_tokens,
-        tasks=tuple(dict.fromkeys(name.strip() for name in tasks.split(",") if name.strip())),
-        task_data=task_data, limit=limit, device=device, dtype=dtype, trust_remote_code=trust_remote_code,
-        two_pass=two_pass, baseline_cache=baseline_cache, seed=seed,
+        tasks=parse_names(tasks), task_data=task_data, limit=limit, device=device, dtype=dtype,
+        trust_remote_code=trust_remote_code, two_pass=two_pass, baseline_cache=baseline_cache, seed=seed,
     )  # fmt: skip
     with Watching(console()) as watching:
         result = measure(model, options, watching)
@@ -96,11 +95,10 @@ def _show(result: EvaluationResult) -> None:
     if not sys.stdout.isatty():
         print("\n".join(f"{name}: {value}" for name, value in rows))
         return
-    from rich.console import Console
 
     table = Table(show_header=False)
     table.add_column(style="bold")
     table.add_column(overflow="fold")
     for row in rows:
         table.add_row(*row)
-    Console().print(table)
+    on_screen().print(table)

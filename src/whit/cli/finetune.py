@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from whit.cli.console import console, print_json
+from whit.cli.console import console, print_json, say
 from whit.cli.options import AsJson, Device, DryRun, Restart, Seed, TrustRemoteCode
 from whit.cli.quiet import quiet_transformers
 from whit.cli.shown import size
@@ -105,7 +105,7 @@ def finetune(
             return
         screen = console()
         if expected is not None:
-            screen.print(expected.sentence, highlight=False, soft_wrap=True)
+            say(expected.sentence, screen)
         with Progress(screen) as progress:
             record = run_tuning(job, progress if speaks else None)
         if speaks:

@@ -10,7 +10,7 @@ from typing import Annotated, Any, TypeAlias
 
 import typer
 
-from whit.cli.console import console
+from whit.cli.console import console, say
 from whit.cli.quiet import quiet_transformers
 from whit.cli.watching import Watching
 from whit.data import resolve_text
@@ -103,13 +103,13 @@ def measure(model: str, out: Path, gate: Gate, options: Options, budget: Mapping
     except WhitError as error:
         if gate.is_set:
             raise
-        notes.print(f"not measured: {error}", highlight=False, markup=False, soft_wrap=True)
+        say(f"not measured: {error}", notes)
         return
     against = result.baseline
     assert against is not None
     found = f"mean KL divergence {against.kl_mean:.6g}, perplexity {result.perplexity:.4f} ({against.perplexity:.4f})"
     expected = "" if budget is None else f"; expected {budget['expected']:.4g} {budget['unit']}"
-    notes.print(f"{gate.text}: {found}{expected}", highlight=False, soft_wrap=True)
+    say(f"{gate.text}: {found}{expected}", notes)
     add_measured(out, {
         "text": Path(gate.text).name, "tokens": result.tokens, "kl": against.kl_mean, "perplexity": result.perplexity,
         "baseline_perplexity": against.perplexity,

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from whit.cli.console import console, print_json
+from whit.cli.console import print_json, say
 from whit.cli.options import Device, TrustRemoteCode
 from whit.cli.quiet import quiet_transformers
 
@@ -58,11 +58,7 @@ def generate(
             options: dict[str, Any] = {"prepared": prepared, "rebuild": rebuild} if prepared else {}
             compile(network, **options)
         result = continue_text(network, tokenizer, asked, sampling, streamer)
-    for warning in said:
-        if str(warning.message).startswith("compile:"):
-            console().print(str(warning.message), highlight=False, soft_wrap=True)
-        else:
-            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+    _pass_on(said)
     if json:
         print_json(
             {
@@ -73,4 +69,13 @@ def generate(
     elif streamer is None:
         print(result.text if chat else words + result.text)
     speed = f"{result.new_tokens} tokens in {result.seconds:.2f} s, {result.tokens_per_second:.1f} tokens/s"
-    console().print(speed, highlight=False, soft_wrap=True)
+    say(speed)
+
+
+def _pass_on(warned: list[warnings.WarningMessage]) -> None:
+    """What `compile` leaves to transformers is said as a note; all else stays a warning."""
+    for warning in warned:
+        if str(warning.message).startswith("compile:"):
+            say(str(warning.message))
+        else:
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from whit.calibration import Calibration
-from whit.cli.console import console
+from whit.cli.console import say
 from whit.cli.options import CALIBRATION_HELP, Seed
 from whit.pipeline.importance import check_new, measure_importance, write_imatrix
 
@@ -26,4 +26,4 @@ def imatrix(
     check_new(out)
     found = measure_importance(model, Calibration(calibration, samples, context, seed))
     write_imatrix(found, out)
-    console().print(f"{out}: {len(found.sums)} matrices, {found.chunks} x {found.chunk_size} tokens", highlight=False)
+    say(f"{out}: {len(found.sums)} matrices, {found.chunks} x {found.chunk_size} tokens")

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from whit.checkpoint.header import NAMES, count_parameters
@@ -19,7 +18,7 @@ from whit.checkpoint.onnx import OnnxFile, onnx_graph
 from whit.checkpoint.reader import Checkpoint, read_json
 from whit.checkpoint.work import RECORD
 from whit.checkpoint.writer import file_sha256
-from whit.cli.console import console, print_json
+from whit.cli.console import on_screen, print_json, say
 from whit.cli.inspect_gguf import gguf_facts
 from whit.cli.options import AsJson, TrustRemoteCode
 from whit.cli.quiet import quiet_transformers
@@ -83,9 +82,9 @@ def findings_of(folder: Path, checkpoint: Checkpoint | OnnxFile, trust_remote_co
 
 def show_findings(findings: list[Finding]) -> None:
     """A line for each, problems first."""
-    screen = Console()
+    screen = on_screen()
     for finding in findings:
-        screen.print(str(finding), highlight=False, markup=False, soft_wrap=True)
+        say(str(finding), screen)
 
 
 def draw(folder: Path, out: Path) -> None:
@@ -96,7 +95,7 @@ def draw(folder: Path, out: Path) -> None:
 
     quiet_transformers()
     for file in draw_checkpoint(str(folder), folder, out):
-        console().print(str(file), highlight=False, markup=False, soft_wrap=True)
+        say(str(file))
 
 
 def verify_files(folder: Path, account: Account) -> None:
@@ -115,29 +114,29 @@ def verify_files(folder: Path, account: Account) -> None:
 
 def show_account(account: Account, verified: bool) -> None:
     """The account as tables and lines."""
-    screen = Console()
+    screen = on_screen()
     show_totals(screen, account)
     for line in reasons(account.parameters):
-        screen.print(line, highlight=False, soft_wrap=True)
+        say(line, screen)
     libraries = ", ".join(f"{name} {version}" for name, version in account.libraries.items())
     method = account.recipe["method"]["name"] if account.recipe is not None else "no quantization"
-    screen.print(
+    say(
         f"from {account.source['model']} by whit {account.version}, {method}, seed {account.seed}, "
         f"in {account.seconds:.1f} s with {size(account.peak_memory_bytes)} of memory ({libraries})",
-        highlight=False, soft_wrap=True,
-    )  # fmt: skip
+        screen,
+    )
     if account.budget is not None:
         expected = f"{account.budget['expected']:.4g} {account.budget['unit']}"
-        screen.print(f"chosen for its size; expected to lose {expected}", highlight=False, soft_wrap=True)
+        say(f"chosen for its size; expected to lose {expected}", screen)
     if account.measured is not None:
         found = account.measured
-        screen.print(
+        say(
             f"measured on {found['tokens']} tokens of {found['text']}: mean KL divergence {found['kl']:.4g}, "
             f"perplexity {found['perplexity']:.4f} ({found['baseline_perplexity']:.4f})",
-            highlight=False, soft_wrap=True,
-        )  # fmt: skip
+            screen,
+        )
     if verified:
-        console().print(f"{counted(len(account.files), 'weight file')}, all as written", highlight=False)
+        say(f"{counted(len(account.files), 'weight file')}, all as written")
 
 
 def plain_facts(folder: Path, checkpoint: Checkpoint | OnnxFile) -> dict[str, Any]:
@@ -169,7 +168,7 @@ def plain_facts(folder: Path, checkpoint: Checkpoint | OnnxFile) -> dict[str, An
 
 def show_plain(facts: dict[str, Any]) -> None:
     """The same as a table."""
-    screen = Console()
+    screen = on_screen()
     table = Table(
         "dtype", "tensors", "elements", "size", title=f"{facts['model']}: {', '.join(facts['architectures'] or ())}"
     )
@@ -179,4 +178,4 @@ def show_plain(facts: dict[str, Any]) -> None:
     method = facts["quant_method"]
     said = f"quantized by {method}" if method else "not quantized"
     tensors, files = counted(facts["tensors"], "tensor"), counted(len(facts["files"]), "file")
-    screen.print(f"{tensors} in {files}, {size(facts['size_bytes'])}, {said}", highlight=False)
+    say(f"{tensors} in {files}, {size(facts['size_bytes'])}, {said}", screen)

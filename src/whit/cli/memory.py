@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from whit.cli.console import print_json
+from whit.cli.console import on_screen, print_json, say
 from whit.cli.options import AsJson, TrustRemoteCode, parse_rules
 from whit.cli.shown import parse_size, size
 from whit.devices import find_device
@@ -76,12 +76,12 @@ def memory(
     if as_json:
         print_json(_json(planner, rows, fits, said, notes))
         return
-    screen = Console()
+    screen = on_screen()
     show(screen, planner, rows)
     if budget is not None:
         show_fits(screen, fits, budget, situation)
     for line in (*(f"note: {note}" for note in notes), *said):
-        screen.print(line, highlight=False, markup=False, soft_wrap=True)
+        say(line, screen)
 
 
 def _json(
@@ -107,10 +107,11 @@ def show(screen: Console, planner: Planner, rows: list[Need]) -> None:
     """The textbook line and the honest table."""
     subject, situation = planner.subject, planner.situation
     textbook = ", ".join(f"{row['format']} {size(row['weights_bytes'])}" for row in planner.textbook())
-    screen.print(
+    say(
         f"{subject.name}: {subject.parameters:,} parameters. Textbook, {subject.nominal / 1e9:.3g}B x bits / 8, "
-        f"weights alone: {textbook}", highlight=False, soft_wrap=True,
-    )  # fmt: skip
+        f"weights alone: {textbook}",
+        screen,
+    )
     what = f"training ({situation.train})" if situation.train else "generation"
     unit, divisor = ("GB", 1e9) if max(row.total_bytes for row in rows) >= 1e9 else ("MB", 1e6)
     added = "optimizer" if situation.train else "cache"
@@ -126,7 +127,7 @@ def show(screen: Console, planner: Planner, rows: list[Need]) -> None:
     screen.print(table)
     if not situation.train and planner.layers:
         scoring = f"Scoring every position (whit evaluate) adds {size(planner.scoring_bytes())} of logits."
-        screen.print(scoring, highlight=False, soft_wrap=True)
+        say(scoring, screen)
 
 
 def show_fits(screen: Console, fits: list[Fit], budget: int, situation: Situation) -> None:

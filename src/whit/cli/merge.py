@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
-from whit.cli.console import console, print_json
+from whit.cli.console import console, on_screen, print_json, say
 from whit.cli.options import (
     CALIBRATION_HELP,
     EXPORT_HELP,
@@ -76,12 +75,12 @@ def merge(
     if as_json:
         print_json({**account.to_json(), "measured": [asdict(each) for each in found]})
         return
-    screen = Console()
+    screen = on_screen()
     for line in said(account):
-        screen.print(line, highlight=False, soft_wrap=True)
+        say(line, screen)
     if found:
         screen.print(table(found, text))
-    screen.print(f"{out}: {account.bits_per_weight:.3f} bits per weight", highlight=False, soft_wrap=True)
+    say(f"{out}: {account.bits_per_weight:.3f} bits per weight", screen)
 
 
 def said(account: Account) -> list[str]:

@@ -52,6 +52,11 @@ def build_calibration(text: str | None, samples: int | None, context: int | None
     return Calibration(text or "whit:text", samples or 128, context, seed)
 
 
+def parse_names(text: str) -> tuple[str, ...]:
+    """What stands between commas, each once."""
+    return tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+
+
 def parse_rules(rules: list[str] | None) -> list[tuple[str, str]]:
     """Pairs of a glob and a format from GLOB=SPEC."""
     found = []

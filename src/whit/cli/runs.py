@@ -6,10 +6,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
-from whit.cli.console import console, print_json
+from whit.cli.console import console, on_screen, print_json, say
 from whit.cli.shown import pattern, progress, reasons, show_totals, size
 from whit.pipeline import run
 from whit.pipeline.coverage import Account
@@ -22,11 +21,11 @@ def run_account(job: Job) -> Account:
     """Run with progress; on standard error what a user should know of it."""
     notes = console()
     for note in job.notes:
-        notes.print(note, highlight=False, soft_wrap=True)
+        say(note, notes)
     for name, reason in job.source.dropped.items():
-        notes.print(f"dropped {name}: {reason}", highlight=False, soft_wrap=True)
+        say(f"dropped {name}: {reason}", notes)
     if not _is_done(job):
-        notes.print(cost(job, estimate(job)), highlight=False, soft_wrap=True)
+        say(cost(job, estimate(job)), notes)
     with progress(notes) as step:
         return run(replace(job, options=replace(job.options, progress=step)))
 
@@ -38,12 +37,12 @@ def run_and_show(job: Job, as_json: bool) -> Account:
     if as_json:
         print_json(account.to_json())
         return account
-    screen = Console()
+    screen = on_screen()
     show_totals(screen, account)
     took = f"{account.seconds:.1f} s, peak memory {size(account.peak_memory_bytes)}"
     if account.decoded is not None:
-        screen.print(read_back(account.decoded), highlight=False, soft_wrap=True)
-    screen.print(f"{job.out}: {'was done already' if done_before else took}", highlight=False, soft_wrap=True)
+        say(read_back(account.decoded), screen)
+    say(f"{job.out}: {'was done already' if done_before else took}", screen)
     return account
 
 
@@ -78,11 +77,11 @@ def show_plan(job: Job, as_json: bool, expected: Estimate | None = None) -> None
             rows.setdefault((pattern(item.target.holder), shape, form), []).append(item.bits_per_weight)
     for (name, shape, form), bits in rows.items():
         table.add_row(name, str(len(bits)), shape, form, f"{bits[0]:.3f}")
-    screen = Console()
+    screen = on_screen()
     screen.print(table)
     for line in reasons(entries):
-        screen.print(line, highlight=False, soft_wrap=True)
-    screen.print(cost(job, expected), highlight=False, soft_wrap=True)
+        say(line, screen)
+    say(cost(job, expected), screen)
 
 
 def cost(job: Job, expected: Estimate) -> str:

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from whit.cli.console import say
 from whit.errors import RecipeError
 from whit.pipeline.coverage import Account, Entry
 
@@ -38,7 +39,7 @@ def pattern(name: str) -> str:
 def show_totals(screen: Console, account: Account) -> None:
     """One row per status and format: how many, their bits per weight and their error; and all of it in one line."""
     total = f"{account.bits_per_weight:.3f} bits per weight, {account.size_bytes:,} bytes of weight files"
-    screen.print(total, highlight=False, soft_wrap=True)  # a title would be folded to the width of a small table
+    say(total, screen)  # a title would be folded to the width of a small table
     table = Table()
     for column, justify in (("", "left"), ("parameters", "right"), ("bits", "right"), ("relative error", "right")):
         table.add_column(column, justify=justify)  # type: ignore[arg-type]

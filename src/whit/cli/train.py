@@ -9,12 +9,11 @@ from typing import Annotated, Literal
 
 import torch
 import typer
-from rich.console import Console
 
 from whit.calibration import Calibration
 from whit.checkpoint.hub import resolve_model
 from whit.checkpoint.reader import read_json
-from whit.cli.console import console, print_json
+from whit.cli.console import console, on_screen, print_json, say
 from whit.cli.options import (
     EXPORT_HELP,
     FORMAT_HELP,
@@ -200,13 +199,13 @@ def _say_phases(blocks: Job, second: Training, only: bool) -> Estimate:
     expected, text = estimate(blocks), blocks.calibration
     if second.words.text == OWN_TEXT and text is not None:
         seconds = writing_seconds(second, text.tokens.numel())
-        _say(f"the model first writes {text.tokens.numel():,} tokens; about {seconds:.0f} s")
+        say(f"the model first writes {text.tokens.numel():,} tokens; about {seconds:.0f} s")
         expected = replace(expected, seconds=expected.seconds + seconds)
     if only:
         return expected
     after = expect(second)
-    _say(f"blocks: {cost(blocks, expected)}")
-    _say(f"then {_steps(second, after)}")
+    say(f"blocks: {cost(blocks, expected)}")
+    say(f"then {_steps(second, after)}")
     memory = max(expected.memory_bytes, after.memory_bytes)
     return replace(expected, seconds=expected.seconds + after.seconds, memory_bytes=memory)
 
@@ -221,16 +220,12 @@ def _steps(training: Training, expected: Estimate) -> str:
     )
 
 
-def _say(line: str) -> None:
-    console().print(line, highlight=False, soft_wrap=True)
-
-
 def _whole(training: Training, asked: Asked, said: bool = False) -> None:
     """End-to-end training with its cost first, where it was not `said`, and its progress."""
     notes, job = console(), training.job
     if asked.dry_run or not (said or (job.out.exists() and not job.options.restart)):
         expected = expect(training)
-        _say(_steps(training, expected))
+        say(_steps(training, expected))
         if asked.dry_run:
             show_plan(job, asked.as_json, expected)
             return
@@ -247,9 +242,9 @@ def _show(account: Account, out: Path, as_json: bool) -> None:
     if as_json:
         print_json(account.to_json())
         return
-    screen = Console()
+    screen = on_screen()
     show_totals(screen, account)
-    screen.print(f"{out}: peak memory {size(account.peak_memory_bytes)}", highlight=False, soft_wrap=True)
+    say(f"{out}: peak memory {size(account.peak_memory_bytes)}", screen)
 
 
 def _is_quantized(model: str, trust_remote_code: bool) -> bool:

@@ -9,6 +9,8 @@ from typing import TypeVar
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from whit.cli.console import say
+
 SECONDS_BETWEEN_LINES = 10.0
 B = TypeVar("B", bound="Bar")
 
@@ -35,7 +37,7 @@ class Bar:
 
     def line(self, text: str) -> None:
         """A line above the bar."""
-        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+        say(text, self._console)
 
     def line_where_due(self, text: str, at_once: bool) -> None:
         """Without a terminal: a line, at once or about every ten seconds."""
