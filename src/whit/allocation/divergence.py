@@ -26,18 +26,18 @@ from tempfile import TemporaryDirectory
 import torch
 from torch import Tensor, nn
 
-from whit.allocation.probe import DIGITS, PROBES, Probe, log_p, replaced
+from whit.allocation.probe import DIGITS, PROBES, Probe, log_p
 from whit.allocation.sensitivity import Group
 from whit.allocation.space import Methods, inside_blocks, without_data
 from whit.allocation.tables import bands_for, method_of_table, ranked
 from whit.calibration.capture import BlockStats, Watch
-from whit.calibration.runner import Runner
+from whit.calibration.runner import Runner, holding
 from whit.calibration.storage import Storage
 from whit.errors import UnsupportedModelError
 from whit.formats.numeric import widened
 from whit.methods import Method
 from whit.methods.lowrank import beside
-from whit.methods.stack import energy, quantize_stack
+from whit.methods.stack import energy_lost, quantize_stack
 from whit.pipeline.job import Job
 from whit.pipeline.plan import Item
 from whit.tensor import Format, LayerStats
@@ -141,7 +141,7 @@ class Measuring:
                 if format in taken:
                     mixed = matrix.clone()
                     mixed[rows] = near.to(mixed)
-                    with replaced([(place, item.parameter(mixed)) for place in places]):
+                    with holding([(place, item.parameter(mixed)) for place in places]):
                         harm[format] = self.probe.divergence()
             errors = {f: harm[f] if f in harm else _between(lost, harm, f) for f in formats}
             found.append(Group((item.name,), errors, methods, (first, last)))
@@ -172,9 +172,9 @@ class Measuring:
             least = inf
             for method in self.tried.methods(format):
                 near = {n: self.tried.rounded(method, matrices[n], stats.of(n), format) for n in names}
-                loss = harm = sum(_loss(matrices[n], near[n], stats.of(n)) for n in names)
+                loss = harm = sum(energy_lost(matrices[n], near[n], stats.of(n)) for n in names)
                 if format in taken:
-                    with replaced([(self.parameters[n], self.items[n].parameter(near[n])) for n in names]):
+                    with holding([(self.parameters[n], self.items[n].parameter(near[n])) for n in names]):
                         harm = self.probe.divergence(index, entering)
                 if harm < least:
                     least, lost[format], methods[format] = harm, loss, method
@@ -190,7 +190,7 @@ class Measuring:
             found = []
             for method in self.tried.methods(format):
                 near = item.parameter(self.tried.rounded(method, matrix, None, format))
-                with replaced([(place, near) for place in places]):
+                with holding([(place, near) for place in places]):
                     found.append((self.probe.divergence(), method))
             errors[format], methods[format] = min(found, key=lambda pair: pair[0])
         return Group((item.name,), errors, self.tried.best(methods))
@@ -216,9 +216,3 @@ def _between(lost: Mapping[Format, float], found: Mapping[Format, float], format
     (x, y), (x2, y2) = known[0], known[-1]
     slope = (y2 - y) / (x2 - x) if x2 != x else 1.0
     return float(f"{exp(y2 + slope * (log(lost[format]) - x2)):.{DIGITS}g}")
-
-
-def _loss(matrix: Tensor, near: Tensor, stats: Sequence[LayerStats]) -> float:
-    """tr(dW H dW^T), summed over the matrices of a stack."""
-    parts = (matrix.to(torch.float32) - near).chunk(len(stats))
-    return sum(float(energy(rows, s.hessian).sum()) for rows, s in zip(parts, stats, strict=True))

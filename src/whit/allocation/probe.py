@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from whit.calibration.runner import Runner
 
@@ -31,19 +29,6 @@ class Probe:
             entering = None if hidden is None else hidden[number : number + 1]
             found.append(_kl(exact, self.runner.logits(row[None], index, entering)))
         return float(f"{torch.cat(found).double().cpu().numpy().mean():.{DIGITS}g}")
-
-
-@contextmanager
-def replaced(values: Sequence[tuple[nn.Parameter, Tensor]]) -> Iterator[None]:
-    """Parameters with other values, for a while."""
-    exact = [parameter.data.clone() for parameter, _ in values]
-    for parameter, near in values:
-        parameter.data.copy_(near)
-    try:
-        yield
-    finally:
-        for (parameter, _), before in zip(values, exact, strict=True):
-            parameter.data.copy_(before)
 
 
 def _kl(exact: Tensor, logits: Tensor) -> Tensor:

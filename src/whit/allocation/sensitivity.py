@@ -28,14 +28,14 @@ from torch import Tensor, nn
 from whit.allocation.space import Methods, inside_blocks, without_data
 from whit.allocation.tables import Band, bands_for, method_of_table, ranked
 from whit.calibration.capture import Watch
-from whit.calibration.runner import Runner
+from whit.calibration.runner import Runner, holding
 from whit.calibration.storage import Storage
 from whit.kernels import add_gram
 from whit.methods import Clip, Method
 from whit.methods.bands import use_of_rows
 from whit.methods.base import Quantizer
 from whit.methods.lowrank import beside
-from whit.methods.stack import can_stack, energy, quantize_stack
+from whit.methods.stack import can_stack, energy_lost, quantize_stack
 from whit.pipeline.job import Job
 from whit.pipeline.plan import Item
 from whit.tensor import Format, LayerStats
@@ -183,22 +183,16 @@ def _rounded(
     matrix = item.matrix(parameter.data)
     count = len(stats) if can_stack(format) else 1
     near = quantize_stack(beside(method), matrix, stats[:count], format).dequantize()
-    difference = (matrix.to(torch.float32) - near).chunk(len(stats))
-    lost = sum(float(energy(rows, s.hessian).sum()) for rows, s in zip(difference, stats, strict=True))
-    return lost, item.parameter(near)
+    return energy_lost(matrix, near, stats), item.parameter(near)
 
 
 def _share(runner: Runner, index: int, before: Tensor, members: Sequence[tuple[nn.Parameter, Tensor]]) -> float:
     """The mean over tokens of ||dy||^2 / ||y||^2 behind the block, with only these parameters at the values given."""
-    exact = [parameter.data.clone() for parameter, _ in members]
-    for parameter, near in members:
-        parameter.data.copy_(near)
     shares = []
-    for number, sample in enumerate(before):
-        whole = runner.inputs[number].to(torch.float64)
-        lost = runner.forward(index, sample[None])[0].to(whole) - whole
-        sizes = whole.square().sum(-1)
-        shares.append((lost.square().sum(-1) / sizes.clamp_min(torch.finfo(torch.float32).tiny)).mean())
-    for (parameter, _), values in zip(members, exact, strict=True):
-        parameter.data.copy_(values)
+    with holding(members):
+        for number, sample in enumerate(before):
+            whole = runner.inputs[number].to(torch.float64)
+            lost = runner.forward(index, sample[None])[0].to(whole) - whole
+            sizes = whole.square().sum(-1)
+            shares.append((lost.square().sum(-1) / sizes.clamp_min(torch.finfo(torch.float32).tiny)).mean())
     return float(torch.stack(shares).mean())

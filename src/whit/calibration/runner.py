@@ -8,7 +8,7 @@ samples have the same length.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -216,6 +216,19 @@ class Runner:
             tensor = tensor.to(torch.float32)
         tensor = tensor.to(self.device).contiguous()
         return tensor.clone() if tensor.untyped_storage().nbytes() != tensor.nbytes else tensor
+
+
+@contextmanager
+def holding(values: Sequence[tuple[nn.Parameter, Tensor]]) -> Iterator[None]:
+    """Loaded parameters with other values, of their own shapes, for a while."""
+    exact = [parameter.data.clone() for parameter, _ in values]
+    for parameter, near in values:
+        parameter.data.copy_(near)
+    try:
+        yield
+    finally:
+        for (parameter, _), before in zip(values, exact, strict=True):
+            parameter.data.copy_(before)
 
 
 def _state(module: nn.Module) -> list[str]:

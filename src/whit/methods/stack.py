@@ -28,13 +28,16 @@ def can_stack(format: Format) -> bool:
 
 def proxy_loss(weight: Tensor, approximation: Tensor, stats: Sequence[LayerStats]) -> float:
     """tr(dW H dW^T) / tr(W H W^T), summed over the matrices of a stack: the share of the output's energy lost."""
-    lost = whole = 0.0
+    pairs = zip(weight.chunk(len(stats)), stats, strict=True)
+    whole = sum(float(energy(exact.to(torch.float32), s.hessian).sum()) for exact, s in pairs)
+    return energy_lost(weight, approximation, stats) / whole if whole > 0 else 0.0
+
+
+def energy_lost(weight: Tensor, approximation: Tensor, stats: Sequence[LayerStats]) -> float:
+    """tr(dW H dW^T), summed over the matrices of a stack (matrices x rows, columns)."""
     count = len(stats)
-    for exact, near, s in zip(weight.chunk(count), approximation.chunk(count), stats, strict=True):
-        exact = exact.to(torch.float32)
-        lost += float(energy(exact - near, s.hessian).sum())
-        whole += float(energy(exact, s.hessian).sum())
-    return lost / whole if whole > 0 else 0.0
+    parts = zip(weight.chunk(count), approximation.chunk(count), stats, strict=True)
+    return sum(float(energy(exact.to(torch.float32) - near, s.hessian).sum()) for exact, near, s in parts)
 
 
 def energy(matrix: Tensor, hessian: Tensor) -> Tensor:

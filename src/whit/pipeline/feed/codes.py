@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 
-from torch import nn
+from torch import Tensor, nn
 
+from whit.calibration.runner import holding
 from whit.methods import Method
 from whit.methods.base import Block, BlockMethod
 from whit.methods.lowrank import beside, repaired
@@ -49,7 +49,8 @@ class BlockCodes:
             mine = [work for work in works if self._method(work.name) == method]
             refining = {work.name: self._items[work.name] for work in mine}
             block = block_of(refining)
-            with _placed([(parameters[n], self._items[n], near) for n, near in found.items() if n not in refining]):
+            others = {name: near for name, near in found.items() if name not in refining}
+            with holding([(parameters[name], self._stands_for(name, near)) for name, near in others.items()]):
                 refined = method.refine(block, {w.name: w.weight for w in mine}, {w.name: found[w.name] for w in mine})
             for work in mine:
                 format = self._items[work.name].format or work.format
@@ -59,6 +60,11 @@ class BlockCodes:
     def _method(self, name: str) -> Method:
         return self._items[name].method or self._own
 
+    def _stands_for(self, name: str, near: QuantizedTensor) -> Tensor:
+        """What codes stand for, as the file's own type and the parameter's shape have it."""
+        item = self._items[name]
+        return item.parameter(near.dequantize()).to(item.spec.dtype)
+
     def _by_method(self, works: Sequence[Work]) -> dict[str, Together]:
         """Matrices that one method quantizes are done together."""
         found: dict[str, Together] = {}
@@ -66,14 +72,3 @@ class BlockCodes:
             mine = [work for work in works if self._method(work.name) == method]
             found |= dict.fromkeys((work.name for work in mine), Together(beside(method), mine))
         return found
-
-
-@contextmanager
-def _placed(values: Sequence[tuple[nn.Parameter, Item, QuantizedTensor]]) -> Iterator[None]:
-    """Parameters of the loaded block at what their codes stand for, for a while."""
-    exact = [parameter.data.clone() for parameter, _, _ in values]
-    for parameter, item, near in values:
-        parameter.data.copy_(item.parameter(near.dequantize()).to(item.spec.dtype))
-    yield
-    for (parameter, _, _), before in zip(values, exact, strict=True):
-        parameter.data.copy_(before)
