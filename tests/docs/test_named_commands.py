@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "src/whit"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 COMMAND = re.compile(r"`(?:python (?:benchmarks|docs)/|make |whit )|^\s*(?:make|python|whit) ", re.MULTILINE)
 MEASURED = re.compile(
@@ -42,3 +43,27 @@ def test_paragraphs_that_point_to_results_name_the_script():
         for paragraph in page.read_text().split("\n\n"):
             if "benchmarks/results/" in paragraph:
                 assert re.search(r"`(?:python )?[\w/]+\.py", paragraph), f"{page.name}: {paragraph[:200]}"
+
+
+@pytest.mark.parametrize("page", ["design.md", "kernels.md"])
+def test_modules_and_names_that_the_design_points_to_exist(page: str):
+    """`pipeline/loop.run` is a file of the package, or of its kernels, and a name in it."""
+    text = (ROOT / "docs" / page).read_text()
+    found = re.findall(r"`([a-z_]+(?:/[a-z_0-9]+)+)(?:\.([A-Za-z_]\w*))?(?:\([^`]*\))?`", text)
+    assert len(found) > 10
+    for module, name in found:
+        if module.startswith("tests/"):
+            continue
+        places = [p / module for p in (PACKAGE, PACKAGE / "export", PACKAGE / "kernels", PACKAGE / "kernels/cpu")]
+        files = [file for place in places for file in (place, *place.parent.glob(f"{place.name}.*")) if file.exists()]
+        assert files, module
+        assert not name or any(file.is_file() and name in names_in(file) for file in files), f"{module}.{name}"
+
+
+def test_the_design_names_every_package():
+    text = (ROOT / "docs/design.md").read_text()
+    assert [p.parent.name for p in PACKAGE.glob("*/__init__.py") if f"`{p.parent.name}" not in text] == []
+
+
+def names_in(file: Path) -> set[str]:
+    return {file.suffix[1:], *re.findall(r"\w+", file.read_text())}
