@@ -11,6 +11,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import whit
+from whit.pipeline.estimate import Estimate
 from whit.qat import Course, Setting, Training, Words, expected, prepare_full, train
 from whit.qat.loop import Loop
 
@@ -55,13 +56,14 @@ def test_it_grows_with_what_is_done(training: Training, monkeypatch: pytest.Monk
     assert changed(batch=4) - moved == pytest.approx(2 * (each - moved))
     alone = changed(distill=0.0, text=1.0)  # three passes of four: no teacher
     assert 0.7 * each < alone < 0.9 * each
+    monkeypatch.setattr(expected, "estimate", lambda job: Estimate(1.0, 0, 0))
     once = expected.expect(training).seconds
     assert expected.expect(replace(training, course=replace(COURSE, steps=300))).seconds - once == pytest.approx(
         297 * each, rel=0.05
     )
     ended = replace(training, course=replace(COURSE, steps=10**9, seconds=60.0))
     assert expected.expect(ended).seconds < once + 61
-    own = replace(training, words=Words("self", 6, 128))
+    own = replace(training, words=Words("self", 6, 128), tokens=None)
     assert expected.expect(own).seconds > once + 6 * 128 * expected.CALL
     scales = replace(training, mode="scales", begin=None, setting=Setting(teacher="another"))
     assert expected.expect(scales).seconds < once

@@ -220,7 +220,7 @@ def test_what_calibrates_the_start_is_of_the_model_s_own_text_too(
     monkeypatch.setattr(whit.pipeline.loop, "BlockFeed", lambda job, method, calibration, *rest: (
         used.append(calibration.tokens), feed(job, method, calibration, *rest))[1])  # fmt: skip
     words = ["train", str(model), str(tmp_path / "out"), "--qat", mode, "--format", "int3-g32", "--text", "self"]
-    words += ["--samples", "4", "--context", "24", "--steps", "2", "--batch", "2", "--windows", "4", "--seed", "3"]
+    words += ["--samples", "4", "--context", "24", "--steps", "2", "--batch", "2", "--seed", "3"]
     result = CliRunner().invoke(build_app(), words, catch_exceptions=False)
     assert result.exit_code == 0, result.output
     source = whit.pipeline.job.open_source(model)

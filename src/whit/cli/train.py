@@ -30,6 +30,7 @@ from whit.cli.options import (
 )
 from whit.cli.runs import cost, run_and_show, show_plan
 from whit.cli.shown import progress, show_totals, size
+from whit.cli.unused import refuse_unused, typed
 from whit.errors import RecipeError
 from whit.export.readers import quant_method
 from whit.formats import parse_format
@@ -40,8 +41,8 @@ from whit.pipeline.estimate import Estimate, estimate
 from whit.pipeline.job import Job, Options, prepare
 from whit.qat import OWN_TEXT, Course, Setting, Training, Words, prepare_full, prepare_scales
 from whit.qat import train as train_whole
-from whit.qat.expected import context_of, expect, writing_seconds
-from whit.qat.job import require_params
+from whit.qat.expected import expect, writing_seconds
+from whit.qat.job import plan_scales
 from whit.qat.phases import both_done, place_of_blocks, prepare_second
 from whit.qat.recipes import BITNET_ACTIVATIONS, BITNET_FORMAT, NAMES, efficientqat
 from whit.qat.sampled import own_calibration
@@ -78,6 +79,7 @@ class Asked:
 
 
 def train(
+    asked_by: typer.Context,
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A model folder or hub id, quantized for scales.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The new folder; it appears when it is complete.")],
     format: Annotated[str | None, typer.Option(metavar="SPEC", help=FORMAT_HELP)] = None,
@@ -116,22 +118,32 @@ def train(
     if threads is not None:
         torch.set_num_threads(threads)
     options = Options(seed, device, restart, trust_remote_code, input_memory=input_bytes(input_memory))
-    mode = qat or ("scales" if _is_quantized(model, trust_remote_code) else "full")
+    given, quantized = typed(asked_by), _is_quantized(model, trust_remote_code)
+    mode = qat or ("scales" if quantized or recipe == "efficientqat" else "full")
+    refuse_unused(asked_by, mode, quantized)
+    if recipe == "efficientqat" and mode == "full":
+        raise typer.BadParameter("its phases are blocks, then scales; use --qat scales", param_hint="--qat")
     if recipe == "bitnet":
         format, activations = format or BITNET_FORMAT, activations or BITNET_ACTIVATIONS
-        start = "rtn" if start == "gptq" else start
+        start = start if "start" in given else "rtn"
     rules = [("*", format), *parse_rules(rule)] if format is not None else parse_rules(rule)
     blocks, course = Blocks(seed=seed), Course(seed=seed)
     if recipe == "efficientqat":
         phases = efficientqat(parse_format(format or "int2-g64-asym"), samples or 4096)
         blocks, course = replace(phases.blocks, seed=seed), replace(phases.scales, seed=seed)
         samples = samples or phases.calibration_samples
-    else:
-        course = replace(course, distill=distill, text=next_token, hidden=hidden, fitted=recipe == "bitnet")
-    changed = {"steps": steps, "batch": batch, "rate": rate, "scale_rate": scale_rate}
-    given = {key: value for key, value in changed.items() if value is not None}
-    blocks, course = replace(blocks, **given), replace(course, **given)  # type: ignore[arg-type]
-    course = replace(course, kept_rate=kept_rate, at_once=at_once, seconds=None if minutes is None else 60 * minutes)
+        distill = distill if "distill" in given else phases.scales.distill
+        next_token = next_token if "next_token" in given else phases.scales.text
+        at_once = at_once if "at_once" in given else phases.scales.at_once
+    numbers = {"steps": steps, "batch": batch, "rate": rate, "scale_rate": scale_rate}
+    changed = {key: value for key, value in numbers.items() if value is not None}
+    blocks, course = replace(blocks, **changed), replace(course, **changed)  # type: ignore[arg-type]
+    if "start" in given and mode != "full" and (start != "gptq" or recipe == "efficientqat"):
+        blocks = replace(blocks, start=parse_method(start))
+    course = replace(
+        course, kept_rate=kept_rate, at_once=at_once, seconds=None if minutes is None else 60 * minutes,
+        distill=distill, text=next_token, hidden=hidden, fitted=recipe == "bitnet",
+    )  # fmt: skip
     folder = Path(start) if Path(start).is_dir() else None
     # What the model writes itself is not there yet; windows of this text are as many and as long.
     calibration = Calibration("whit:text" if text == OWN_TEXT else text, samples or 128, context, seed)
@@ -167,17 +179,16 @@ def _do(model: str, out: Path, asked: Asked) -> None:
 def _blocks_first(model: str, out: Path, asked: Asked, options: Options) -> None:
     """Block-wise training, and where scales are asked for too, their training end to end after it."""
     only = asked.mode == "blocks"
-    method = asked.blocks if asked.start == "gptq" else replace(asked.blocks, start=parse_method(asked.start))
-    recipe, place = Recipe(method, asked.rules), out if only else place_of_blocks(out)
+    recipe, place = Recipe(asked.blocks, asked.rules), out if only else place_of_blocks(out)
     job = prepare(model, place, recipe, options, asked.calibration, asked.setting.export if only else "whit")
-    if not only:
-        require_params(job.plan.items, asked.course)
     known, setting = job.fingerprint, replace(asked.setting, teacher=asked.setting.teacher or model)
-    second = Training("scales", job, asked.course, asked.words, setting)  # the first phase's plan is the second's too
+    second = Training("scales", job, asked.course, asked.words, setting)
+    if not only:
+        second = plan_scales(job, asked.course, asked.words, setting)
     if asked.dry_run:
         show_plan(job, asked.as_json, _say_phases(job, second, only))
         return
-    if not only and both_done(job, out, asked.course, asked.words, setting):
+    if not only and both_done(job, out, second):
         _show(load_account(out), out, asked.as_json)
         return
     fresh = options.restart or not job.out.exists()
@@ -213,7 +224,7 @@ def _say_phases(blocks: Job, second: Training, only: bool) -> Estimate:
 def _steps(training: Training, expected: Estimate) -> str:
     """What a run is going to take, in one line."""
     course = training.course
-    tokens = course.steps * course.batch * context_of(training)
+    tokens = course.steps * course.batch * training.context
     return (
         f"{course.steps} steps of {course.batch} windows, {tokens:,} tokens in all; about {expected.seconds:.0f} s and "
         f"{size(expected.memory_bytes)} of memory on {training.job.device}"

@@ -41,9 +41,9 @@ def expect(training: Training) -> Estimate:
     steps = training.course.steps * step_seconds(training)
     if training.course.seconds is not None:
         steps = min(steps, training.course.seconds)
-    tokens = words.windows * context_of(training) if words.tokens is None else 0
+    tokens = words.windows * training.context if training.tokens is None else 0
     seconds = written.seconds + steps + writing_seconds(training, tokens)
-    memory = memory_bytes(training, context_of(training))
+    memory = memory_bytes(training, training.context)
     if begin is None:
         return Estimate(seconds, memory, written.disk_bytes)
     start = estimate(begin)
@@ -51,17 +51,11 @@ def expect(training: Training) -> Estimate:
     return Estimate(seconds, max(memory, start.memory_bytes), written.disk_bytes, start.inputs_bytes)
 
 
-def context_of(training: Training) -> int:
-    """Tokens a window."""
-    words = training.words
-    return words.tokens.shape[1] if words.tokens is not None else words.context or 512
-
-
 def step_seconds(training: Training) -> float:
     """Seconds of one step."""
     course, wide = training.course, _widths(training)
     threads = torch.get_num_threads() if training.job.device.type == "cpu" else 1
-    tokens, alone = course.batch * context_of(training), max(threads / course.batch, 1.0)  # a thread has a window
+    tokens, alone = course.batch * training.context, max(threads / course.batch, 1.0)  # a thread has a window
     passes = 3 + course.needs_teacher
     return (
         alone * tokens * (passes * _pass_seconds(training) + _loss_seconds(training, wide)) + _moved(training) / threads
@@ -71,8 +65,8 @@ def step_seconds(training: Training) -> float:
 def _pass_seconds(training: Training) -> float:
     """Seconds for one token to pass the model forwards, among many."""
     wide = _widths(training)
-    products = 2 * _weights(training) + 4 * context_of(training) * wide.query * wide.layers
-    x = torch.ones(min(ROWS, context_of(training)), wide.hidden, dtype=training.dtype, device=training.job.device)
+    products = 2 * _weights(training) + 4 * training.context * wide.query * wide.layers
+    x = torch.ones(min(ROWS, training.context), wide.hidden, dtype=training.dtype, device=training.job.device)
     weight = torch.ones(wide.hidden, max(wide.intermediate, wide.hidden), dtype=x.dtype, device=x.device)
     return AROUND * products / (2 * len(x) * weight.numel()) * timed(lambda: x @ weight, training.job.device)
 

@@ -14,9 +14,11 @@ from torch import Tensor
 from whit.calibration import Calibration
 from whit.checkpoint.hub import resolve_model
 from whit.checkpoint.reader import read_json
-from whit.errors import RecipeError
+from whit.checkpoint.work import recorded_fingerprint
+from whit.errors import RecipeError, UnsupportedModelError
 from whit.formats.bands import bands_of
-from whit.pipeline.job import Job, Options, prepare
+from whit.integrations.loading import load_tokenizer, maximum_context
+from whit.pipeline.job import Job, Options, open_source, prepare
 from whit.pipeline.plan import Coded, Item, Source
 from whit.pipeline.transcode import prepare_transcode, rules_for
 from whit.qat.course import Course
@@ -24,6 +26,7 @@ from whit.recipe import Recipe
 from whit.tensor import Format, learned
 
 OWN_TEXT = "self"  # in the place of a text: what the model itself writes
+CONTEXT = 512  # tokens a window, unless the model was built for fewer
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,8 @@ class Setting:
 class Training:
     """One end-to-end run, checked. `job` is what is written; `begin` makes what it starts from, where that must be.
 
-    `exact` has the weights that errors are measured from, where these are not MODEL's.
+    `exact` has the weights that errors are measured from, where these are not MODEL's. `tokens` int64 (windows,
+    context) are there unless the model is to write them.
     """
 
     mode: str
@@ -68,6 +72,12 @@ class Training:
     setting: Setting
     begin: Job | None = None
     exact: Source | None = None
+    tokens: Tensor | None = None
+
+    @property
+    def context(self) -> int:
+        """Tokens a window."""
+        return self.tokens.shape[1] if self.tokens is not None else _context(self.job, self.words)
 
     @cached_property
     def dtype(self) -> torch.dtype:
@@ -99,15 +109,16 @@ def prepare_full(
     if isinstance(job.source, Coded):
         raise RecipeError(f"{model}: quantized already; full training begins with the unquantized model; use scales")
     assert job.recipe is not None
-    begin = None
+    _check_models(job, course, setting)
+    tokens, begin = draw(job, words, course.seed), None
     if not given:
         start = job.out.parent / f".{job.out.name}.start"
         begin = prepare(model, start, _as_planned(job, job.recipe), setting.options, calibration)
     else:
         job = replace(job, calibration=None)  # ranges are those of the start
     told = {"start": _account_hash(setting.start) if setting.start is not None else None}
-    job = replace(job, training={"mode": "full", **_described(course, words), **told})
-    return Training("full", job, course, words, setting, begin)
+    job = replace(job, training={"mode": "full", **_described(course, words, tokens), **told})
+    return Training("full", job, course, words, setting, begin, tokens=tokens)
 
 
 def _as_planned(job: Job, recipe: Recipe) -> Recipe:
@@ -127,15 +138,59 @@ def prepare_scales(
         raise RecipeError("train: text self without a teacher; the model's own errors teach nothing; name --teacher")
     _refuse_activations(str(model), setting.options.trust_remote_code)
     job = prepare_transcode(model, out, setting.export, setting.options)
+    training = plan_scales(job, course, words, setting)
+    return replace(training, job=replace(job, training=told_of_scales(training), exact=frozenset()))
+
+
+def plan_scales(job: Job, course: Course, words: Words, setting: Setting) -> Training:
+    """Training of the params of what `job` writes, or has written: all that can be checked before that is there."""
     require_params(job.plan.items, course)
-    job = replace(job, training=told_of_scales(course, words, setting), exact=frozenset())
-    return Training("scales", job, course, words, setting)
+    _check_models(job, course, setting)
+    return Training("scales", job, course, words, setting, tokens=draw(job, words, course.seed))
 
 
-def told_of_scales(course: Course, words: Words, setting: Setting) -> dict[str, object]:
+def told_of_scales(training: Training) -> dict[str, object]:
     """What the account says of such a run."""
+    setting = training.setting
     teacher = None if setting.teacher is None else str(setting.teacher)
-    return {"mode": "scales", **_described(course, words), "teacher": teacher}
+    return {"mode": "scales", **_described(training.course, training.words, training.tokens), "teacher": teacher}
+
+
+def draw(job: Job, words: Words, seed: int) -> Tensor | None:
+    """The windows, int64 (windows, context), or None where the model is to write them; CalibrationError where the text
+    is missing or too short."""
+    if words.tokens is not None or words.text == OWN_TEXT:
+        return words.tokens
+    tokenizer = load_tokenizer(str(job.source.checkpoint.folder), trust_remote_code=job.options.trust_remote_code)
+    most = maximum_context(job.source.model.config)
+    return Calibration(words.text, words.windows, _context(job, words), seed).tokens(tokenizer, most).tokens
+
+
+def _context(job: Job, words: Words) -> int:
+    return words.context or min(CONTEXT, maximum_context(job.source.model.config) or CONTEXT)
+
+
+def _check_models(job: Job, course: Course, setting: Setting) -> None:
+    """Raise where the model is none that reads one text, or a teacher says other things than it does."""
+    model = job.source.model
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(
+            f"{type(model).__name__}: reads one text and writes another; training end to end knows models of one text; "
+            "quantize it without training"
+        )
+    if setting.teacher is None or not course.needs_teacher:
+        return
+    trusted = job.options.trust_remote_code
+    source = open_source(resolve_model(setting.teacher, trusted), trusted)
+    source.checkpoint.close()
+    keys = ("vocab_size", *(("num_hidden_layers", "hidden_size") if course.hidden else ()))
+    for key in keys:
+        own, other = (getattr(m.config.get_text_config(), key, None) for m in (model, source.model))
+        if own != other:
+            raise RecipeError(
+                f"teacher {setting.teacher}: its {key} is {other}, MODEL's {own}; they must be equal; "
+                "name the model that MODEL was made from"
+            )
 
 
 def require_params(items: Sequence[Item], course: Course) -> None:
@@ -164,14 +219,20 @@ def _refuse_activations(model: str, trusted: bool) -> None:
         )
 
 
-def _described(course: Course, words: Words) -> dict[str, object]:
+def _described(course: Course, words: Words, tokens: Tensor | None) -> dict[str, object]:
     """What a run depends on beside the model and the plan."""
     text: dict[str, object] = {"text": str(words.text), "windows": words.windows, "context": words.context}
-    if words.tokens is not None:
-        digest = sha256(words.tokens.contiguous().numpy().tobytes()).hexdigest()
-        text = {"sha256": digest, "windows": len(words.tokens), "context": words.tokens.shape[1]}
+    if tokens is not None:
+        digest = sha256(tokens.contiguous().numpy().tobytes()).hexdigest()
+        named = {} if words.tokens is not None else {"text": str(words.text)}
+        text = {**named, "sha256": digest, "windows": len(tokens), "context": tokens.shape[1]}
     return {"course": course.to_json(), "words": text}
 
 
 def _account_hash(folder: Path) -> str:
+    if recorded_fingerprint(folder) is None:
+        raise RecipeError(
+            f"start {folder}: holds no model that whit has quantized; it must; quantize one to the same formats, or "
+            "name a method"
+        )
     return sha256((folder / "whit.json").read_bytes()).hexdigest()

@@ -33,14 +33,15 @@ def prepare_second(blocks: Job, asked: str, out: Path, course: Course, words: Wo
     return replace(training, job=job, exact=blocks.source)
 
 
-def both_done(blocks: Job, out: Path, course: Course, words: Words, setting: Setting) -> bool:
+def both_done(blocks: Job, out: Path, second: Training) -> bool:
     """Whether OUT holds what both phases give, though the first one's model is gone; OutputError where it holds
     something else."""
+    setting = second.setting
     if blocks.out.exists() or not out.exists() or setting.options.restart:
         return False
     if recorded_fingerprint(out) is not None:
         account = load_account(out)
-        wanted = json.dumps({**told_of_scales(course, words, setting), BLOCKS: blocks.fingerprint})
+        wanted = json.dumps({**told_of_scales(second), BLOCKS: blocks.fingerprint})
         if account.training == json.loads(wanted) and account.export == setting.export:
             return True
     return is_done(out, blocks.fingerprint, False)

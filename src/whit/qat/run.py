@@ -15,14 +15,12 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from whit.calibration import Calibration
 from whit.checkpoint.hub import resolve_model
 from whit.checkpoint.work import is_done
-from whit.integrations.loading import load_tokenizer, maximum_context
 from whit.pipeline import run as write
 from whit.pipeline.coverage import Account, load_account
 from whit.pipeline.job import open_source
-from whit.qat.job import OWN_TEXT, Training
+from whit.qat.job import Training
 from whit.qat.loop import Loop
 from whit.qat.network import Network
 from whit.qat.ready import Ready
@@ -64,7 +62,7 @@ def learn(
     packed = () if training.mode == "full" else quantized
     network = Network(job.source, job.source.read, job.device, training.dtype, packed)
     teacher = _teacher(training, network)
-    tokens = _tokens(training, teacher or network)
+    tokens = _tokens(training, teacher, network)
     ranges = starting_ranges(training)
     network.quantize_inputs(
         {
@@ -86,24 +84,24 @@ def learn(
 
 def _teacher(training: Training, network: Network) -> Network | None:
     """The model whose predictions are followed: one that is named, or the unquantized one that is trained itself."""
-    job = training.job
     if not training.course.needs_teacher:
         return None
-    if training.setting.teacher is None:
-        return network.twin() if training.mode == "full" else None
+    return _named(training) or (network.twin() if training.mode == "full" else None)
+
+
+def _named(training: Training) -> Network | None:
+    """The teacher that is named, where one is."""
+    job, name = training.job, training.setting.teacher
+    if name is None:
+        return None
     trusted = job.options.trust_remote_code
-    source = open_source(resolve_model(training.setting.teacher, trusted), trusted)
+    source = open_source(resolve_model(name, trusted), trusted)
     return Network(source, source.read, job.device, training.dtype)
 
 
-def _tokens(training: Training, writer: Network) -> Tensor:
-    """int64 (windows, context)."""
-    words, job = training.words, training.job
-    if words.tokens is not None:
-        return words.tokens
-    most = maximum_context(job.source.model.config)
-    if words.text == OWN_TEXT:
-        return sample_windows(writer, words.windows, words.context or min(512, most or 512), training.course.seed)
-    tokenizer = load_tokenizer(str(job.source.checkpoint.folder), trust_remote_code=job.options.trust_remote_code)
-    text = Calibration(words.text, words.windows, words.context or min(512, most or 512), training.course.seed)
-    return text.tokens(tokenizer, most).tokens
+def _tokens(training: Training, teacher: Network | None, network: Network) -> Tensor:
+    """int64 (windows, context); an unquantized model writes them, whether it is followed or not."""
+    if training.tokens is not None:
+        return training.tokens
+    writer = teacher or _named(training) or network
+    return sample_windows(writer, training.words.windows, training.context, training.course.seed)

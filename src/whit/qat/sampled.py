@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from whit.calibration import CalibrationTokens
+from whit.errors import NonFiniteError
 from whit.methods.workers import workers
 from whit.pipeline.job import Job
 from whit.qat.network import Network
@@ -57,6 +58,10 @@ def _write(network: Network, firsts: Tensor, context: int, seed: int) -> Tensor:
         output: Any = network.model(input_ids=token, past_key_values=cache, use_cache=True)
         cache = output.past_key_values
         logits = output.logits[:, -1].float()
+        if place == 1 and not bool(logits.isfinite().all()):
+            raise NonFiniteError(
+                "text self: the model's own predictions are not finite; they must be; repair the model"
+            )
         if place <= LIKELIEST:
             token = logits.argmax(dim=-1, keepdim=True)
         else:
