@@ -18,7 +18,7 @@ def in_bands(
     FormatError where nothing says how often.
     """
     if use is None:
-        format.fit(weight)
+        format.fit(weight)  # raises: without use there are no bands to fit
     codes = format.assigned(use.to(weight.device))
     bands = {f"band{i}": quantizer(weight[codes[0] == i], stats, part) for i, (part, _) in enumerate(format.parts)}
     return QuantizedTensor(format, tuple(weight.shape), codes, bands)

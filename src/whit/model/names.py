@@ -34,7 +34,7 @@ def stored_tensors(model: PreTrainedModel, name: str, tensor: Tensor) -> dict[st
 def _reverted(model: PreTrainedModel, name: str, tensor: Tensor) -> dict[str, Tensor]:
     try:
         return dict(revert_weight_conversion(model, {name: tensor}))
-    except Exception as error:
+    except Exception as error:  # what an architecture's own conversions raise is not written down
         raise UnsupportedModelError(
             f"{name}: transformers cannot store it as a checkpoint does ({error}); other programs need these names; "
             "use --export whit"

@@ -42,7 +42,7 @@ def build_skeleton(raw: dict[str, Any], where: str) -> PreTrainedModel:
 def _load_config(folder: Path, raw: dict[str, Any], trust_remote_code: bool) -> PretrainedConfig:
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
-    except Exception as error:
+    except Exception as error:  # config classes, remote ones too, raise whatever they like
         if "auto_map" in raw and not trust_remote_code:
             raise UnsupportedModelError(
                 f"{folder}: model type {raw.get('model_type')!r} comes with its own code; whit runs none unless told; "

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 
-from whit.pipeline.feed import Given
-from whit.pipeline.plan import Item, Source, Unit
+from whit.pipeline.feed import Given, NothingRuns
+from whit.pipeline.plan import Item, Source
 from whit.tensor import QuantizedTensor
 
 
-class Ready:
+class Ready(NothingRuns):
     """`values` by name of the parameter; what has none comes from the `source`, and what errors are measured from,
     where nothing else is `exact`.
 
@@ -25,9 +24,6 @@ class Ready:
         exact: Source | None = None,
     ) -> None:  # fmt: skip
         self.source, self.values, self.device, self.exact = source, values, device, exact or source
-
-    def unit(self, unit: Unit) -> AbstractContextManager[None]:
-        return nullcontext()
 
     def changes(self, item: Item) -> bool:
         return item.name in self.values
@@ -45,6 +41,3 @@ class Ready:
         keys = () if item.activations is None or item.target is None else item.activations.specs
         found = {key: self.values[f"{item.target.holder}.{key}"] for key in keys if item.target is not None}
         return {key: value for key, value in found.items() if isinstance(value, Tensor)}
-
-    def take_back(self, item: Item, approximation: Tensor) -> None:
-        """Nothing runs, so nothing needs it."""

@@ -15,7 +15,7 @@ from typing import Literal
 
 from whit.errors import RecipeError
 from whit.recipe import Recipe, parse_spec, split_list
-from whit.report.comparison import Candidate
+from whit.report.comparison import Candidate, folder_name
 from whit.report.peers import find_peer
 
 Kind = Literal["original", "whit", "peer", "checkpoint"]
@@ -41,11 +41,6 @@ class Entrant:
     def folder(self) -> str:
         """A name for its output that any file system takes."""
         return folder_name(self.label)
-
-
-def folder_name(label: str) -> str:
-    """The label with an underscore for everything that a file system may not take."""
-    return "".join(c if c.isalnum() or c in "-." else "_" for c in label)
 
 
 def parse_entrant(text: str) -> Entrant:

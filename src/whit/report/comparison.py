@@ -39,7 +39,12 @@ class Candidate:
     @property
     def folder(self) -> str:
         """A name for its output that any file system takes."""
-        return "".join(c if c.isalnum() or c in "-." else "_" for c in f"{self.method}-{self.format}")
+        return folder_name(f"{self.method}-{self.format}")
+
+
+def folder_name(label: str) -> str:
+    """The label with an underscore for everything that a file system may not take."""
+    return "".join(c if c.isalnum() or c in "-." else "_" for c in label)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from whit.checkpoint.files import write_whole
-from whit.report.candidates import folder_name
+from whit.report.comparison import folder_name
 from whit.report.front import chart, front
 from whit.report.layers import grid
 from whit.report.runs import MODELS, Comparison

@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from whit.calibration import CalibrationTokens
 from whit.checkpoint.reader import Checkpoint
@@ -27,9 +26,9 @@ from whit.export.packed import PackedSource
 from whit.formats.lowrank import A, B, side_car
 from whit.model.skeleton import load_skeleton
 from whit.pipeline import run
-from whit.pipeline.feed import Given
+from whit.pipeline.feed import Given, NothingRuns
 from whit.pipeline.job import Job, open_source, prepare
-from whit.pipeline.plan import Item, Unit
+from whit.pipeline.plan import Item
 from whit.recipe import Recipe
 from whit.tensor import QuantizedTensor
 from whit.training.adapters import check_targets
@@ -128,17 +127,11 @@ def windows(examples: tuple[Example, ...], context: int, seed: int) -> Calibrati
     return CalibrationTokens(tokens, sha256(tokens.numpy().astype("<i8").tobytes()).hexdigest())
 
 
-class _WithoutSideCars:
+class _WithoutSideCars(NothingRuns):
     """A feed of codes that were chosen beside factors, without these; everything else comes as it is."""
 
     def __init__(self, start: PackedSource, plan: Job) -> None:
         self._start, self._original, self._device = start, plan.source, plan.device
-
-    def unit(self, unit: Unit) -> AbstractContextManager[None]:
-        return nullcontext()
-
-    def changes(self, item: Item) -> bool:
-        return False
 
     def give(self, item: Item) -> Given:
         weight = self._original.read(item.name)
@@ -149,9 +142,6 @@ class _WithoutSideCars:
         if had is not None:
             found = QuantizedTensor(had.base, found.shape, found.codes, had.inner(found.params))
         return Given(weight, quantized=found.to(self._device))
-
-    def take_back(self, item: Item, approximation: Tensor) -> None:
-        """Nothing runs, so nothing needs it."""
 
 
 @contextmanager

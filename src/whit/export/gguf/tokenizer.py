@@ -147,7 +147,7 @@ def _adds(path: Path, folder: Path, config: Any) -> dict[str, Value]:
     try:
         encoded = Tokenizer.from_file(str(path)).encode("a", add_special_tokens=True)
         plain = Tokenizer.from_file(str(path)).encode("a", add_special_tokens=False)
-    except Exception as error:
+    except Exception as error:  # tokenizers raises nothing narrower
         raise CheckpointError(f"{path}: not a tokenizer ({error}); it must be one; get another copy") from None
     before = encoded.ids.index(plain.ids[0]) if plain.ids else 0
     named = _tokenizer_config(folder)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from whit.pipeline.feed.base import Feed, Given
+from whit.pipeline.feed.base import Feed, Given, NothingRuns
 from whit.pipeline.feed.blocks import BlockFeed
 from whit.pipeline.feed.reading import BlockReader, ReadAhead
 
-__all__ = ["BlockFeed", "BlockReader", "Feed", "Given", "ReadAhead"]
+__all__ = ["BlockFeed", "BlockReader", "Feed", "Given", "NothingRuns", "ReadAhead"]

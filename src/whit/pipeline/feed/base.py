@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -47,3 +47,18 @@ class Feed(Protocol):
     def take_back(self, item: Item, approximation: Tensor) -> None:
         """What the parameter has become, in the shape of the model's own."""
         ...
+
+
+class NothingRuns:
+    """What feeds share behind which no block runs: nothing is to be opened, changed or taken back."""
+
+    def unit(self, unit: Unit) -> AbstractContextManager[None]:
+        """Nothing to be open."""
+        return nullcontext()
+
+    def changes(self, item: Item) -> bool:
+        """What is kept is what the file holds."""
+        return False
+
+    def take_back(self, item: Item, approximation: Tensor) -> None:
+        """No later block needs it."""

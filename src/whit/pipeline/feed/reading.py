@@ -4,32 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
 
 from torch import Tensor
 
-from whit.pipeline.feed.base import Given
+from whit.pipeline.feed.base import Given, NothingRuns
 from whit.pipeline.job import Job
-from whit.pipeline.plan import Coded, Item, Source, Unit, read_finite
+from whit.pipeline.plan import Coded, Item, Source, read_finite
 
 
-class ReadAhead:
+class ReadAhead(NothingRuns):
     """For methods without data: while one parameter is worked on, the next is read."""
 
     def __init__(self, source: Source, items: Sequence[Item], reader: ThreadPoolExecutor) -> None:
         self._weights = _read_ahead(source, items, reader)
 
-    def unit(self, unit: Unit) -> AbstractContextManager[None]:
-        return nullcontext()
-
-    def changes(self, item: Item) -> bool:
-        return False
-
     def give(self, item: Item) -> Given:
         return Given(next(self._weights))
-
-    def take_back(self, item: Item, approximation: Tensor) -> None:
-        """Nothing runs, so nothing needs it."""
 
 
 def _read_ahead(source: Source, items: Sequence[Item], reader: ThreadPoolExecutor) -> Iterator[Tensor]:
