@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -18,6 +18,24 @@ from whit.errors import CheckpointError
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt", "*.msgpack", "*.h5")
+
+
+class Tensors(Protocol):
+    """What the parameters of a model are read from: a Checkpoint, or another program's file that is shown as one.
+
+    `checkpoint[name]` reads a tensor, `entries` says where it lies; `folder` has config.json, `shards` are the files.
+    """
+
+    folder: Path
+    entries: dict[str, Entry]
+
+    @property
+    def shards(self) -> tuple[Path, ...]: ...
+    def __getitem__(self, name: str, /) -> Tensor: ...
+    def __iter__(self) -> Iterator[str]: ...
+    def __contains__(self, name: object, /) -> bool: ...
+    def descriptor(self, path: Path) -> int: ...
+    def close(self) -> None: ...
 
 
 class TensorFiles(Mapping[str, Tensor]):

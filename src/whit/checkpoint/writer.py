@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from whit.checkpoint.header import Entry, byte_view, count_parameters, encode_header, file_order, read_bytes
-from whit.checkpoint.reader import INDEX, SINGLE, Checkpoint
+from whit.checkpoint.reader import INDEX, SINGLE, Tensors
 from whit.tensor import TensorSpec
 
 CHUNK = 8 << 20  # bytes copied or hashed at a time
@@ -119,7 +119,7 @@ class Writer(Written):
         assert data.numel() == size, f"{name}: {data.numel()} bytes where {size} were planned"
         _write_bytes(descriptor, byte_view(data), start)
 
-    def copy(self, name: str, source: Checkpoint, entry: Entry, seen: Callable[[Tensor], None]) -> None:
+    def copy(self, name: str, source: Tensors, entry: Entry, seen: Callable[[Tensor], None]) -> None:
         """Copy a tensor's bytes from another file, a few at a time; each part (values,) is shown to `seen` first."""
         descriptor, start, size = self._places[name]
         assert entry.stop - entry.start == size, f"{name}: {entry.stop - entry.start} bytes where {size} were planned"

@@ -23,7 +23,7 @@ class ForeignSource(ModelSource):
         turned = [target.parameter for target in find_targets(model) if target.transposed]
         for name in [key for key in foreign.packed if any(p == key or p.endswith(f".{key}") for p in turned)]:
             foreign.transpose(name)
-        super().__init__(model, foreign)  # type: ignore[arg-type]  # it has what is used of a Checkpoint
+        super().__init__(model, foreign)
 
     def entry(self, name: str) -> Entry | None:
         """None for what is quantized in the file, or has no place of its own there."""

@@ -21,7 +21,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
 from whit.checkpoint.header import Entry
-from whit.checkpoint.reader import Checkpoint, read_json
+from whit.checkpoint.reader import Tensors, read_json
 from whit.errors import CheckpointError
 from whit.tensor import TensorSpec
 
@@ -42,7 +42,7 @@ class Origin:
 class ModelSource:
     """`origins`: the parameters that are read; `tied`: name to the parameter it shares; `dropped`: name to reason."""
 
-    def __init__(self, model: PreTrainedModel, checkpoint: Checkpoint) -> None:
+    def __init__(self, model: PreTrainedModel, checkpoint: Tensors) -> None:
         self.model = model
         self.checkpoint = checkpoint
         self.config = read_json(checkpoint.folder / "config.json")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from whit.checkpoint.header import Entry, count_parameters
-from whit.checkpoint.reader import Checkpoint
+from whit.checkpoint.reader import Tensors
 from whit.checkpoint.writer import Shard
 from whit.errors import RecipeError
 from whit.export.base import Exporter, Parameter, Value
@@ -38,9 +38,13 @@ class Source(Protocol):
     """Where parameters come from: a checkpoint of transformers, or one of whit's that is dequantized."""
 
     model: PreTrainedModel
-    checkpoint: Checkpoint
     tied: dict[str, str]
     dropped: dict[str, str]
+
+    @property
+    def checkpoint(self) -> Tensors:
+        """The files that it reads."""
+        ...
 
     @property
     def config(self) -> Mapping[str, Any]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from whit.checkpoint.header import Entry
-from whit.checkpoint.reader import Checkpoint
+from whit.checkpoint.reader import Checkpoint, Tensors
 from whit.errors import CheckpointError
 from whit.formats.numeric import dtype_name
 from whit.tensor import Format, QuantizedTensor, TensorSpec
@@ -65,9 +65,9 @@ Reader: TypeAlias = Callable[[Mapping[str, Any], Checkpoint], dict[str, Packed]]
 
 
 class Foreign(Mapping[str, Tensor]):
-    """The attributes of a Checkpoint that sources use."""
+    """A checkpoint whose quantized tensors are shown as the weights that they stand for."""
 
-    def __init__(self, checkpoint: Checkpoint, packed: dict[str, Packed]) -> None:
+    def __init__(self, checkpoint: Tensors, packed: dict[str, Packed]) -> None:
         self.checkpoint, self.packed = checkpoint, packed
         self.folder, self.shards = checkpoint.folder, checkpoint.shards
         hidden = {key for item in packed.values() for key in item.keys}

@@ -78,7 +78,7 @@ def read_gguf_model(path: Path) -> Foreign:
             packed[names[tensor.name]] = item
         elif names[tensor.name] != tensor.name:
             checkpoint.entries[names[tensor.name]] = checkpoint.entries.pop(tensor.name)
-    return Foreign(checkpoint, packed)  # type: ignore[arg-type]  # it has what is used of a Checkpoint
+    return Foreign(checkpoint, packed)
 
 
 def _small_files(path: Path, header: GgufHeader, architecture: Architecture, folder: Path) -> Any:
@@ -97,7 +97,7 @@ def _small_files(path: Path, header: GgufHeader, architecture: Architecture, fol
         return config
     try:
         AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True).save_pretrained(folder)
-    except Exception as error:
+    except Exception as error:  # whatever a header that is not what it says leads transformers to
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CheckpointError(
             f"{path}: transformers cannot make a tokenizer of it ({reason}); it must; use the original model"

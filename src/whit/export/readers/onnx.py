@@ -73,7 +73,7 @@ def read_onnx_model(path: Path) -> Foreign:
             packed[HEAD if EMBEDDING in shown else EMBEDDING] = tied
         if HEAD in shown and EMBEDDING not in {*shown, *packed}:
             shown.rename(EMBEDDING, HEAD)
-    return Foreign(shown, packed)  # type: ignore[arg-type]  # it has what is used of a Checkpoint
+    return Foreign(shown, packed)
 
 
 def packed_matrices(file: OnnxFile, node: Node, config: Mapping[str, Any]) -> dict[str, Packed]:
