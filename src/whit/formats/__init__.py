@@ -13,7 +13,8 @@ from whit.formats.bands import PATTERN as BANDS
 from whit.formats.bands import Bands
 from whit.formats.codebook import FP4, NF4, Codebook
 from whit.formats.ggml import Ggml
-from whit.formats.lowrank import PATTERN, LowRank
+from whit.formats.lowrank import PATTERN as SIDE_CAR
+from whit.formats.lowrank import LowRank
 from whit.formats.microfloat import BFloat16, Float8
 from whit.formats.offset import Offset
 from whit.formats.rotated import PATTERN as ROTATED
@@ -67,7 +68,7 @@ def parse_format(spec: str | Format) -> Format:
     text = spec.strip().lower()
     if table := BANDS.fullmatch(text):
         return Bands(tuple(_band(part) for part in re.split(r",(?![^(]*\))", table["parts"])))
-    if pair := PATTERN.fullmatch(text):
+    if pair := SIDE_CAR.fullmatch(text):
         return LowRank(parse_format(pair["base"]), int(pair["rank"]))
     if turn := ROTATED.fullmatch(text):
         return Rotated(parse_format(turn["base"]), int(turn["size"]))

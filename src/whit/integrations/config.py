@@ -18,22 +18,10 @@ from whit.formats.numeric import dtype_name
 from whit.layouts import layout_named
 from whit.methods import Method
 from whit.recipe import Recipe
+from whit.recipe.stored import KEYS as RECIPE_KEYS
 from whit.tensor import Format
 
-KEYS = {
-    "quant_method",
-    "layout",
-    "version",
-    "method",
-    "transform",
-    "activations",
-    "activation_rules",
-    "mix",
-    "rules",
-    "formats",
-    "inputs",
-    "compute_dtype",
-}
+KEYS = RECIPE_KEYS | {"quant_method", "layout", "formats", "inputs", "compute_dtype"}
 
 
 class BitsandbytesOptions(TypedDict, total=False):
@@ -120,8 +108,7 @@ class QuantizationConfig(QuantizationConfigMixin):  # type: ignore[misc]
         """Raises RecipeError for keys or versions that this whit does not know, FormatError for a layout."""
         if unknown := sorted(set(config_dict) - KEYS):
             raise RecipeError(f"quantization_config: key {unknown[0]!r} is not known; update whit to read this model")
-        named = ("version", "method", "transform", "activations", "activation_rules", "mix", "rules")
-        recipe = {key: config_dict[key] for key in named if key in config_dict}
+        recipe = {key: config_dict[key] for key in RECIPE_KEYS if key in config_dict}
         config = cls(Recipe.from_dict(recipe, "quantization_config"), compute_dtype=config_dict.get("compute_dtype"))
         config.layout = layout_named(str(config_dict.get("layout", "bits"))).name
         config.formats = {str(name): str(spec) for name, spec in dict(config_dict.get("formats", {})).items()}

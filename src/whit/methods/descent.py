@@ -215,10 +215,7 @@ class Descent:
 
     def _gradients(self, numbers: Tensor, leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
         with torch.enable_grad():
-            loss = self._loss_of(numbers)
-            found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)  # an expert may see no token
-        pairs = zip(leaves.items(), found, strict=True)
-        return {name: torch.zeros_like(leaf) if gradient is None else gradient for (name, leaf), gradient in pairs}
+            return gradients_in(leaves, self._loss_of(numbers))
 
     def _loss_of(self, numbers: Tensor) -> Tensor:
         """The sum over all tokens of these samples."""
@@ -247,3 +244,10 @@ def replaced(module: nn.Module, tensors: Mapping[int, Tensor]) -> Iterator[None]
     finally:
         for store, key, parameter in before:
             store[key] = parameter
+
+
+def gradients_in(leaves: Mapping[str, Tensor], loss: Tensor) -> dict[str, Tensor]:
+    """A loss's gradients in leaves, by name; zeros where it does not reach: an expert may see no token."""
+    found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+    pairs = zip(leaves.items(), found, strict=True)
+    return {name: torch.zeros_like(leaf) if gradient is None else gradient for (name, leaf), gradient in pairs}

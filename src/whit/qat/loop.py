@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from whit.errors import TrainingError
+from whit.methods.descent import gradients_in
 from whit.methods.nested import moves_weights
 from whit.methods.workers import Workers, added, workers
 from whit.qat.course import Course
@@ -128,12 +129,7 @@ class Loop:
         exact = self.teacher.run(part, self.course.hidden > 0) if self.teacher is not None else None
         with torch.enable_grad():
             loss = self._loss(part, exact) / tokens
-            found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)  # an expert may see no token
-        gradients = {
-            name: torch.zeros_like(leaf) if gradient is None else gradient
-            for (name, leaf), gradient in zip(leaves.items(), found, strict=True)
-        }
-        return loss.detach(), gradients
+            return loss.detach(), gradients_in(leaves, loss)
 
     def _loss(self, part: Tensor, exact: tuple[Tensor, tuple[Tensor, ...]] | None) -> Tensor:
         course = self.course
