@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from whit.errors import FormatError
-from whit.formats.grouping import ROW, align, group_count, group_sums, to_groups
+from whit.formats.grouping import ROW, align, group_count, scale_sums, to_groups
 from whit.formats.numeric import DTYPE_NAMES, check_fits, compute_dtype, round_up_to
 from whit.tensor import Params, ParamSpec, tensor_param
 
@@ -111,8 +111,7 @@ class Affine:
         return tensor_param(params, "scale").to(torch.float32)
 
     def sums(self, values: Tensor) -> Tensor:
-        sums = group_sums(values, self.group_size)
-        return sums.sum().reshape(1, 1) if self.per_tensor else sums
+        return scale_sums(values, self.group_size, self.per_tensor)
 
     def param_specs(self, rows: int, columns: int) -> Mapping[str, ParamSpec]:
         shape = (1, 1) if self.per_tensor else (rows, group_count(columns, self.group_size))

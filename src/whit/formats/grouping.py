@@ -37,6 +37,12 @@ def group_sums(values: Tensor, group_size: int) -> Tensor:
     return values.reshape(rows, -1, group_size).sum(dim=-1)
 
 
+def scale_sums(values: Tensor, group_size: int, per_tensor: bool) -> Tensor:
+    """`group_sums` or, where one scale serves the whole tensor, the sum of everything (1, 1)."""
+    sums = group_sums(values, group_size)
+    return sums.sum().reshape(1, 1) if per_tensor else sums
+
+
 def align(values: Tensor, params: tuple[Tensor, ...], column: int, group_size: int) -> tuple[Tensor, ...]:
     """`values` (rows, n), whose first column is `column` of the matrix, and params (rows, groups), made to broadcast.
 

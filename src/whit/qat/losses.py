@@ -20,7 +20,16 @@ CHUNK = 1 << 24  # logits that are in float32 at a time
 TINY = torch.finfo(torch.float32).tiny
 
 
-class _Divergence(torch.autograd.Function):
+class _Known(torch.autograd.Function):
+    """A loss whose gradient in the logits, its first argument, is computed on the way and kept."""
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * grads[0].to(gradient.dtype), None
+
+
+class _Divergence(_Known):
     """sum over rows of KL(p_teacher || q)."""
 
     @staticmethod
@@ -35,12 +44,8 @@ class _Divergence(torch.autograd.Function):
         ctx.save_for_backward(gradient)
         return total
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return ctx.saved_tensors[0] * grads[0].to(ctx.saved_tensors[0].dtype), None
 
-
-class _Text(torch.autograd.Function):
+class _Text(_Known):
     """sum over rows of -log q of the targets (rows,)."""
 
     @staticmethod
@@ -53,10 +58,6 @@ class _Text(torch.autograd.Function):
             gradient[rows] = q.exp_().scatter_add_(1, picked, q.new_full(picked.shape, -1.0))
         ctx.save_for_backward(gradient)
         return total
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return ctx.saved_tensors[0] * grads[0].to(ctx.saved_tensors[0].dtype), None
 
 
 def divergence(logits: Tensor, teacher: Tensor) -> Tensor:
