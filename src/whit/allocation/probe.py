@@ -44,4 +44,5 @@ def _kl(exact: Tensor, logits: Tensor) -> Tensor:
 
 
 def log_p(logits: Tensor) -> Tensor:
+    """(n, vocabulary) in nats, float32."""
     return torch.log_softmax(logits.to(torch.float32), dim=-1)

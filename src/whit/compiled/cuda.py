@@ -57,7 +57,7 @@ def refuse(model: Any) -> None:
     config = model.config.get_text_config()
     if not model._supports_default_dynamic_cache():
         raise UnsupportedModelError(f"compile: {name} keeps a state and no keys and values; only those are compiled")
-    if others := static_layers(model, config):
+    if others := static_layers(config):
         index, kind = next(iter(others.items()))
         raise UnsupportedModelError(f"compile: layer {index} of {name} wants a {kind}; only full attention is compiled")
 
@@ -120,7 +120,7 @@ class Generator:
         if streamer is not None:
             streamer.put(input_ids.cpu())
         simple = not logits_processor and not generation_config.do_sample and streamer is None
-        stops = end_tokens(stopping_criteria, generation_config)
+        stops = end_tokens(stopping_criteria)
         if simple and stops is not None:
             found = greedy(decoder, tokens, stops, generation_config)
         else:
@@ -149,7 +149,7 @@ def others(config: Any, kwargs: Mapping[str, Any]) -> bool:
     return any(asked(name) is not None for name in names)
 
 
-def end_tokens(stopping_criteria: Any, config: Any) -> Tensor | None:
+def end_tokens(stopping_criteria: Any) -> Tensor | None:
     """The tokens that end a sequence where nothing but these and the length does; None where something else does."""
     known = {"MaxLengthCriteria", "EosTokenCriteria"}
     if any(type(criterion).__name__ not in known for criterion in stopping_criteria):

@@ -76,6 +76,7 @@ def products(x: Tensor, linears: Sequence[Any]) -> list[Tensor]:
 
 
 def biases(linears: Sequence[Any]) -> list[Tensor | None]:
+    """Of each linear (out,), None where it has none."""
     return [linear.bias for linear in linears]
 
 

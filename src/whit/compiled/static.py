@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Protocol, TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import StaticCache
 
 Replay: TypeAlias = Callable[[], object]
@@ -137,7 +137,7 @@ class Decoder:
         self.state.tokens.copy_(best[:, None])
 
 
-def static_layers(model: nn.Module, config: Any) -> Mapping[int, str]:
+def static_layers(config: Any) -> Mapping[int, str]:
     """Layers whose cache is not a plain static one, and what it is instead."""
     cache = StaticCache(config=config, max_cache_len=8)
     plain = "StaticLayer"

@@ -38,7 +38,7 @@ KNOWN: dict[tuple[str, ...], str] = {
 }  # fmt: skip
 
 
-def pretokenizer_name(pre_tokenizer: Any, normalizer: Any, where: str) -> str:
+def pretokenizer_name(pre_tokenizer: Any, where: str) -> str:
     """llama.cpp's name of a tokenizer.json's pre-tokenizer; UnsupportedModelError where it has none."""
     splits = tuple(_splits(pre_tokenizer))
     name = KNOWN.get(splits)

@@ -41,7 +41,7 @@ def tokenizer_metadata(folder: Path, config: Any) -> dict[str, Value]:
     tokens, types = _tokens(raw, config.vocab_size, path)
     values: dict[str, Value] = {
         **found, "tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": types,
-        **_special(folder, config, tokens), **_adds(path, folder, config),
+        **_special(folder, config, tokens), **_adds(path, folder),
     }  # fmt: skip
     if "tokenizer.ggml.scores" in values:
         scores = values["tokenizer.ggml.scores"]
@@ -77,7 +77,7 @@ def _of_model(raw: Mapping[str, Any], path: Path) -> dict[str, Value]:
             "tokenizer.ggml.scores": _scores(model["vocab"], merges),
             "tokenizer.ggml.add_space_prefix": _adds_space(raw),
         }
-    name = pretokenizer_name(raw.get("pre_tokenizer"), raw.get("normalizer"), str(path))
+    name = pretokenizer_name(raw.get("pre_tokenizer"), str(path))
     return {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": name, "tokenizer.ggml.merges": merges}
 
 
@@ -142,7 +142,7 @@ def _special(folder: Path, config: Any, tokens: list[str]) -> dict[str, Value]:
     return values
 
 
-def _adds(path: Path, folder: Path, config: Any) -> dict[str, Value]:
+def _adds(path: Path, folder: Path) -> dict[str, Value]:
     """Whether text gets a begin and an end of its own: tried on the tokenizer."""
     try:
         encoded = Tokenizer.from_file(str(path)).encode("a", add_special_tokens=True)
