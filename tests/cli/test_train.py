@@ -69,7 +69,7 @@ def test_the_cost_comes_first(model: Path, tmp_path: Path):
     words = ["train", str(model), str(tmp_path / "out"), "--format", "int2-g32", *SHORT, "--dry-run"]
     result = CliRunner().invoke(build_app(), words, catch_exceptions=False)
     assert "3 steps of 2 windows, 96 tokens in all" in result.stderr
-    assert re.search(r"in all; about \d+ s and [\d.]+ MB of memory on cpu", result.stderr)
+    assert re.search(r"in all; about \d+ s and [\d.]+ [MG]B of memory on cpu", result.stderr)
     assert not any(tmp_path.iterdir())
 
 
