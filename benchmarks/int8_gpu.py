@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,8 @@ from whit.formats import parse_format
 from whit.kernels import float8
 from whit.kernels import int8 as reference
 from whit.kernels.activated import Activation8
-from whit.kernels.gpu import Gpu8, GpuFloat8, int8, int8_few, int8_row, int8_thin, kernel8, nvrtc
+from whit.kernels.gpu import Gpu8, GpuFloat8, int8, int8_row, int8_thin, kernel8, nvrtc
 from whit.kernels.gpu.int8 import Config
-from whit.kernels.gpu.int8_few import Few
 from whit.kernels.gpu.int8_row import OneRow
 from whit.kernels.gpu.int8_thin import BESIDE, Thin
 from whit.layouts import BITS
@@ -44,7 +44,7 @@ from harness import RESULTS, machine, markdown
 SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336))
 ROWS = (1, 16, 64, 256, 1024, 4096)
 DEVICE = "cuda"
-# What is not timed: "few", the single launch, "thin", "ahead", rows beside the products; if "plain" is wrong, outliers.
+# What is not timed: "row", the launch for one row, "thin"; if "plain" is wrong, outliers.
 DOUBTED: set[str] = set()
 SHARE = 0.001  # of columns are outliers
 BYTES_PER_SECOND = {"H100": 3.35e12, "H200": 4.8e12}  # NVIDIA's data sheets
@@ -59,18 +59,17 @@ FEW = (
 )  # fmt: skip
 SOME = (Config(1, 128, 8), Config(2, 128, 6, 2), Config(2, 128, 6), Config(2, 256, 4), Config(1, 256, 5, 2))
 MANY = (Config(2, 256, 4), Config(2, 128, 6))
-ONE_LAUNCH = (Few(128, 4, 4, 0, 2), Few(256, 4, 4), Few(128, 4, 2, 4, 2), Few(256, 4, 2, 4))
 ONE_ROW = (OneRow(8, 2), OneRow(4, 2), OneRow(6, 2), OneRow(4, 3), OneRow(8, 1), OneRow(3, 4))
-AHEAD = (Config(2, 256, 4), Config(2, 128, 6))
 GEOMETRIES = {  # outs and splits
-    (4096, 4096): ((64, 2), (64, 1), (128, 4), (128, 2)),
-    (14336, 4096): ((128, 1), (64, 1), (256, 2), (128, 2)),
-    (4096, 14336): ((128, 4), (64, 2), (256, 8), (128, 2)),
+    (4096, 4096): ((64, 2), (64, 4), (64, 1), (128, 4)),
+    (14336, 4096): ((64, 1), (128, 2), (128, 1)),
+    (4096, 14336): ((64, 2), (64, 4), (128, 4), (128, 8)),
 }
-BEGINNINGS = ((0, 99), (8, 99), (0, 8), (8, 8), (4, 4), (16, 8), (8, 16), (8, 0))  # `fetch` and `late`
-CUTS: dict[int, tuple[Config | Few | OneRow, ...]] = {
-    1: (*ONE_ROW, *ONE_LAUNCH[:2], *FEW[:3]),
-    16: (*ONE_LAUNCH[:1], *FEW),
+LEADS = {1: (4, 10), 16: (4, 8), 64: (3, 5)}  # steps of x
+LATE = (99, 8, 2, 0)
+CUTS: dict[int, tuple[Config | OneRow, ...]] = {
+    1: (*ONE_ROW, *FEW[:3]),
+    16: FEW,
     64: FEW,
     256: SOME,
     1024: MANY,
@@ -78,9 +77,9 @@ CUTS: dict[int, tuple[Config | Few | OneRow, ...]] = {
 }
 
 
-def stages_beside(outs: int, split: int, rows: int, most: int = 14) -> int:
+def stages_beside(outs: int, split: int, lead: int, rows: int, most: int = 14) -> int:
     """As many stages as lie in half of a multiprocessor's shared memory."""
-    return max(s for s in range(1, most) if Thin(outs, s, split).shared_bytes(rows) <= BESIDE)
+    return max(s for s in range(1, most) if Thin(outs, s, split, lead).shared_bytes(rows) <= BESIDE)
 
 
 def thin_cuts(shape: tuple[int, int], rows: int) -> list[Thin]:
@@ -88,7 +87,8 @@ def thin_cuts(shape: tuple[int, int], rows: int) -> list[Thin]:
     if rows > 64 or "thin" in DOUBTED:
         return []
     some = [each for each in GEOMETRIES.get(shape, ()) if each[0] * rows < 1 << 14]
-    return [Thin(o, stages_beside(o, split, rows), split, *begin) for o, split in some for begin in BEGINNINGS]
+    cuts = [Thin(o, stages_beside(o, split, n, rows), split, n) for o, split in some for n in LEADS[rows]]
+    return [replace(cut, late=late) for cut in cuts for late in LATE if 2 <= cut.lead <= cut.stages]
 
 
 # Operands
@@ -182,31 +182,24 @@ def cook(wanted: Iterable[tuple[Path, dict[str, int]]]) -> None:
     kitchen.pool.terminate()
 
 
-def few_checks() -> Iterator[tuple[str, float, float]]:
-    """Up to 64 rows in one launch."""
-    cases = ((1, None), (16, None), (33, None), (64, None), (1, 4), (16, 21), (64, 0), (64, 40))
-    some = (Few(128, 4, 4, 4, 2), Few(64, 8, 2, 0, 2), Few(32, 8, 1, 8), Few(256, 3, 8, 4), Few(128, 4, 8, 0, 2))
-    shape, every = (1048, 4112), [(c, *case) for c in some for case in cases if c.fits(4112, case[0])]
-    lone = [(c, 1, outliers) for c in ONE_ROW[:4] for outliers in (None, 0, 4, 300)]
-    cook([
-        *((int8_few.FEW, c.macros(False, outliers is not None, shape[1], rows)) for c, rows, outliers in every),
-        *((int8_row.ROW, c.macros(False, outliers is not None, 4160)) for c, _, outliers in lone),
-    ])  # fmt: skip
-    for config, rows, outliers in [*every, *lone]:
-        seed, shape = generator(rows), (1048, 4160 if isinstance(config, OneRow) else 4112)
+def row_checks() -> Iterator[tuple[str, float, float]]:
+    """One row in one launch."""
+    shape, every = (1048, 4160), [(c, outliers) for c in ONE_ROW[:4] for outliers in (None, 0, 4, 300)]
+    cook((int8_row.ROW, c.macros(False, outliers is not None, shape[1])) for c, outliers in every)
+    for config, outliers in every:
+        seed = generator(1)
         packed = weight(shape, "int8" if outliers is None else "int8-outliers", seed)
-        x, bias = inputs(rows, shape[1], outliers or 0, seed), torch.randn(shape[0], device=DEVICE).bfloat16()
-        y = torch.full((rows, shape[0]), float("nan"), dtype=x.dtype, device=DEVICE)
+        x, bias = inputs(1, shape[1], outliers or 0, seed), torch.randn(shape[0], device=DEVICE).bfloat16()
+        y = torch.full((1, shape[0]), float("nan"), dtype=x.dtype, device=DEVICE)
         for _ in range(3):  # the next one begins before the last one is done
-            few_product(packed, x, y, bias, config)
+            kernel8.product(x, packed, bias, y, config)
         torch.cuda.synchronize()
-        allowed = 0.0 if outliers is None else 4e-3
-        yield f"{outliers} outliers, {rows} rows, {config}", compare(y, x, packed, bias), allowed
+        yield f"{outliers} outliers, {config}", compare(y, x, packed, bias), 0.0 if outliers is None else 4e-3
 
 
 def thin_checks() -> Iterator[tuple[str, float, float]]:
     """Beside the end of the product before."""
-    some = (Thin(64, 8, 2), Thin(64, 4, 1, 0, 0), Thin(128, 4, 4, 8, 99), Thin(256, 2, 8, 4, 4, 1), Thin(128, 3, 2))
+    some = (Thin(64, 8, 2), Thin(64, 4, 1, 2, 0), Thin(128, 4, 4), Thin(256, 2, 8, 2, 4, 1), Thin(128, 3, 2, 3, 2))
     cases = ((1, None), (16, None), (33, None), (64, None), (1, 4), (16, 21), (64, 0), (64, 40))
     shape, every = (1048, 4112), [(c, *case) for c in some for case in cases]
     cook((int8_thin.THIN, c.macros(False, outliers is not None, rows)) for c, rows, outliers in every)
@@ -244,15 +237,6 @@ def chained(packed: PackedWeight, x: Tensor, config: Thin | Config) -> Tensor:
     return ys[-1]
 
 
-def few_product(packed: PackedWeight, x: Tensor, y: Tensor, bias: Tensor | None, config: Few | OneRow) -> None:
-    assert packed.activations is not None
-    operand = int8.Weight(packed.tensors["codes"], packed.tensors[kernel8.ROW_SCALE], bias)
-    if isinstance(config, OneRow):
-        int8_row.multiply_row(x, operand, y, packed.activations.threshold, config)
-    else:
-        int8_few.multiply_few(x, operand, y, packed.activations.threshold, config)
-
-
 def split_checks() -> Iterator[tuple[str, float, float]]:
     for config in (
         Config(1, 128, 8, 4),
@@ -265,40 +249,6 @@ def split_checks() -> Iterator[tuple[str, float, float]]:
             yield check_product(config, (1048, 4112), rows, "int8", 0)
         yield check_product(config, (1048, 4112), 64, "int8-outliers", 21)
         yield check_product(config, (1048, 4112), 1, "int8-outliers", 4)
-
-
-def ahead_checks() -> Iterator[tuple[str, float, float]]:
-    """Rows quantized beside the products."""
-    some = (
-        Config(2, 256, 4), Config(2, 128, 6), Config(2, 128, 6, 2), Config(1, 64, 4, pair=2), Config(1, 128, 8, 2),
-        Config(1, 32, 12),
-    )  # fmt: skip
-    cook((int8.PRODUCT, c.macros(False, o, False, True)) for c in some for o in (False, True))
-    for config, outliers, rows in itertools.product(some, (None, 0, 21), (16, 100, 1500)):
-        seed, shape = generator(rows), (1048, 2064)
-        packed = weight(shape, "int8" if outliers is None else "int8-outliers", seed)
-        x, bias = inputs(rows, shape[1], outliers or 0, seed), torch.randn(shape[0], device=DEVICE).bfloat16()
-        y = torch.full((rows, shape[0]), float("nan"), dtype=x.dtype, device=DEVICE)
-        for _ in range(3):
-            ahead_product(packed, x, y, bias, config)
-        torch.cuda.synchronize()
-        yield (
-            f"{outliers} outliers, {rows} rows, {config}",
-            compare(y, x, packed, bias),
-            4e-3 if outliers is not None else 0.0,
-        )
-    packed, x = weight((4096, 4096), "int8", generator(1)), inputs(4096, 4096, 0, generator(2))
-    y, wanted = (torch.full((4096, 4096), float("nan"), dtype=x.dtype, device=DEVICE) for _ in range(2))
-    kernel8.product(x, packed, None, wanted, MANY[0])
-    for config in AHEAD:
-        ahead_product(packed, x, y.fill_(float("nan")), None, config)
-        yield f"4096 rows, {config}", 0.0 if torch.equal(y, wanted) else 1.0, 0.0
-
-
-def ahead_product(packed: PackedWeight, x: Tensor, y: Tensor, bias: Tensor | None, config: Config) -> None:
-    assert packed.activations is not None
-    operand = int8.Weight(packed.tensors["codes"], packed.tensors[kernel8.ROW_SCALE], bias)
-    int8.multiply_ahead(x, operand, y, packed.activations.threshold, config, packed.tensors[kernel8.AHEAD])
 
 
 def pair_checks() -> Iterator[tuple[str, float, float]]:
@@ -386,7 +336,7 @@ def float8_checks() -> Iterator[tuple[str, float, float]]:
 
 
 CHECKS: dict[str, Callable[[], Iterator[tuple[str, float, float]]]] = {
-    "plain": plain_checks, "split": split_checks, "pair": pair_checks, "few": few_checks, "ahead": ahead_checks,
+    "plain": plain_checks, "split": split_checks, "pair": pair_checks, "row": row_checks,
     "thin": thin_checks,
     "whole": whole_checks, "graphs": graph_checks, "float8": float8_checks,
 }  # fmt: skip
@@ -402,12 +352,10 @@ def limit_seconds(shape: tuple[int, int], rows: int) -> float:
     return max(moved / rate, 2 * rows * shape[0] * shape[1] / OPERATIONS)
 
 
-def may_be_best(config: Config | Few | OneRow, shape: tuple[int, int], rows: int) -> bool:
+def may_be_best(config: Config | OneRow, shape: tuple[int, int], rows: int) -> bool:
     """Whether it fits, all blocks of a tile have work, and no more clusters wait than a few turns' worth."""
     if isinstance(config, OneRow):
         return rows == 1
-    if isinstance(config, Few):
-        return config.fits(shape[1], rows) and 56 <= config.grid(shape[0])[0] <= 520
     blocks = config.tiles(shape[0], rows) * config.split * config.pair
     return config.split == 1 or (blocks <= 300 and config.split * 512 <= shape[1])
 
@@ -434,16 +382,6 @@ def time_cell(x: Tensor, dense: list[Tensor], ours: list[PackedWeight]) -> dict[
     cell["rows alone, outliers"] = seconds_cold([lambda: int8.quantize(x, 6.0) for _ in range(8)])
     cell["W8A8"], cell["cuts"] = best_of(ours, x)
     cell["LLM.int8()"], cell["cuts, outliers"] = best_of(outlying, x, sorted(cell["cuts"], key=cell["cuts"].get)[:14])
-    if rows >= 16 and "ahead" not in DOUBTED:
-        few = [c for c in CUTS[rows] if isinstance(c, Config) and may_be_best(c, (shape[0], shape[1]), rows)]
-        some = AHEAD if rows >= 1024 else few
-        cell["ahead"] = {
-            f"{w[0].activations} {c}": seconds_cold([timed(each, x, c, ahead_product) for each in w])
-            for w in (ours, outlying) for c in some
-        }  # fmt: skip
-        for name, key in (("W8A8", ours), ("LLM.int8()", outlying)):
-            found = (value for label, value in cell["ahead"].items() if label.startswith(f"{key[0].activations} "))
-            cell[name] = min(cell[name], *found)
     for name, each in (("by dispatch", ours), ("by dispatch, outliers", outlying)):
         if "plain" not in DOUBTED:
             cell[name] = seconds_cold([lambda w=w: Gpu8().linear(x, w, None) for w in each])
@@ -469,13 +407,9 @@ def time_whole_float8(weights: list[PackedWeight], x: Tensor, kernel: GpuFloat8 
 
 
 def timed(
-    packed: PackedWeight, x: Tensor, config: Config | Few | OneRow | Thin, how: Callable[..., None] | None = None
+    packed: PackedWeight, x: Tensor, config: Config | OneRow | Thin, how: Callable[..., None] | None = None
 ) -> Callable[[], object]:
     y = torch.empty(len(x), packed.shape[0], dtype=x.dtype, device=x.device)
-    if how is not None:
-        return lambda: how(packed, x, y, None, config)
-    if isinstance(config, Few | OneRow):
-        return lambda: few_product(packed, x, y, None, config)
     return lambda: kernel8.product(x, packed, None, y, config)
 
 
@@ -485,7 +419,7 @@ def best_of(weights: list[PackedWeight], x: Tensor, among: list[str] | None = No
     cuts = [
         c
         for c in (*thin_cuts((outs, columns), len(x)), *CUTS[len(x)])
-        if ("few" not in DOUBTED or not isinstance(c, Few | OneRow)) and (among is None or str(c) in among)
+        if ("row" not in DOUBTED or not isinstance(c, OneRow)) and (among is None or str(c) in among)
     ]
     if "plain" in DOUBTED and weights[0].activations is not None and weights[0].activations.threshold:
         cuts = [c for c in cuts if not isinstance(c, Config)]
@@ -523,13 +457,6 @@ def time_all(seconds: float) -> None:
         for config in {c for each in CUTS.values() for c in each if isinstance(c, Config)}
         for outliers in (False, True)
     ]
-    few = {
-        (c, shape, rows) for rows in ROWS for c in CUTS[rows] for shape in SHAPES
-        if isinstance(c, Few) and may_be_best(c, shape, rows)
-    }  # fmt: skip
-    wanted += [
-        (int8_few.FEW, c.macros(False, o, shape[1], rows).items()) for c, shape, rows in few for o in (False, True)
-    ]
     wanted += [
         (int8_row.ROW, c.macros(False, o, columns).items())
         for c in ONE_ROW
@@ -543,9 +470,7 @@ def time_all(seconds: float) -> None:
     kinds = ((False, False), (True, False), (False, True))
     wanted += [(int8.QUANTIZE, int8.quantize_macros(c, False, *kind).items()) for c in (4096, 14336) for kind in kinds]
     start = time.monotonic()
-    wanted += [(int8.MARK, int8.mark_macros(False, rows).items()) for rows in ROWS]
-    some = {*AHEAD, *SOME, *FEW}
-    wanted += [(int8.PRODUCT, c.macros(False, o, False, True).items()) for c in some for o in (False, True)]
+    wanted += [(int8.MARK, int8.mark_macros(False, rows, int8.slices(rows) > 1).items()) for rows in ROWS]
     kitchen.prepare(wanted)
     kitchen.pool.terminate()
     print(f"compiled in {time.monotonic() - start:.1f} s", flush=True)
@@ -630,15 +555,17 @@ def page(result: dict[str, Any]) -> str:
     )
 
 
+def others(out: Path) -> list[dict[str, Any]]:
+    """What was kept of other devices, beside this run's JSON."""
+    return [json.loads(path.read_text()) for path in sorted(out.parent.glob(f"{out.stem}_*.json"))]
+
+
 def ways(cells: list[dict[str, Any]]) -> str:
     """Lines of kernels/gpu/int8_ways.py: the fastest of each cell."""
     lines = []
     for name, kind in (("int8", "cuts"), ("int8-outliers", "cuts, outliers")):
         for cell in (c for c in cells if "rows" in c):
-            ahead = {
-                f"Ahead({k.split(' ', 1)[1]})": v for k, v in cell.get("ahead", {}).items() if k.split()[0] == name
-            }
-            found = cell[kind] | ahead
+            found = cell[kind]
             best = min(found, key=found.get)
             key = (name != "int8", cell["rows"], tuple(cell["shape"]))
             lines.append(f"    {key}: {best},  # {1e6 * found[best]:.1f} us, bf16 {1e6 * cell['bf16']:.1f}")
@@ -650,9 +577,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=90)
     parser.add_argument("--out", type=Path, default=RESULTS / "int8_gpu.json")
     parser.add_argument("--checks", default=",".join(CHECKS), help="which kinds, parted by commas")
-    parser.add_argument(
-        "--without", default="", help="do not time the single launch (few), thin, rows beside products (ahead)"
-    )
+    parser.add_argument("--without", default="", help="do not time the launch for one row (row), or thin")
     parser.add_argument("--ways", type=Path, help="print rows of kernels/gpu/int8_ways.py from such a JSON")
     parser.add_argument("--part", choices=[*CHECKS, "times"])
     args = parser.parse_args()
@@ -667,10 +592,8 @@ def main() -> None:
     running = {part: start_part(part, 40) for part in args.checks.split(",") if part}
     texts = {part: finished(process, min(budget.left, 45)) for part, process in running.items()}
     print(f"checked after {args.seconds - budget.left:.0f} s", flush=True)
-    wrong = [part for part in ("few", "ahead", "plain") if is_wrong(texts.get(part, ""))]
-    wrong += (
-        ["thin"] if "FAILED" in texts.get("thin", "") else []
-    )  # where it only is not right, its times tell something
+    wrong = [part for part in ("row", "plain") if is_wrong(texts.get(part, ""))]
+    wrong += ["thin"] if "FAILED" in texts.get("thin", "") else []  # wrong times tell something
     times = start_part("times", budget.left - 8, "--without", ",".join([args.without, *wrong]))
     texts["times"] = finished(times, budget.left - 1)
     lines = [line for text in texts.values() for line in text.splitlines()]
@@ -683,7 +606,7 @@ def main() -> None:
     result = {"machine": machine(), "checks": checks, "cells": cells, "said": {k: v[-30:] for k, v in other.items()}}
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(result, indent=1) + "\n")
-    args.out.with_suffix(".md").write_text(page(result))
+    args.out.with_suffix(".md").write_text("\n".join(map(page, [result, *others(args.out)])))
     for part, said in other.items():
         print(f"--- {part}", *said[-25:], sep="\n")
     print(f"{len(checks) - len(failed)} checks of {len(checks)} passed", *failed, sep="\n")

@@ -48,9 +48,8 @@ static void cluster_barrier() {
 }
 static int4 load_from(const int *p, u32 rank) { int4 v; memcpy(&v, place(p, rank), 16); return v; }
 static float4 load_from(const float *p, u32 rank) { float4 v; memcpy(&v, place(p, rank), 16); return v; }
-static u32 load_word(const u32 *p, u32 rank) { u32 v; memcpy(&v, place(p, rank), 4); return v; }
-static void store_word(u32 *p, u32 v, u32 rank) { memcpy(place(p, rank), &v, 4); }
 static void publish_tiles() {}
+static void store_word(u32 *p, u32 v, u32 rank) { memcpy(place(p, rank), &v, 4); }
 struct Meeting { int count, turn; };
 static Meeting meetings[8][8];
 template <int ID, int COUNT> static void announce() {

@@ -24,10 +24,6 @@ static u32 lanes_with(bool v) {
     for (int i = 0; i < 32; i++) s |= all[i] << i;
     return s;
 }
-static void pause() { yield(); threadIdx.x = current % threads; }
-static u32 counted(const u32 *count) { return *(volatile const u32 *)count; }
-static void count_row(u32 *count) { ++*count; }
-static void between_engines() {}
 // E4M3: steps of 2^-9 below 2^-6, else of an eighth of the power of two below; halves to even.
 static u32 float8(float v) {
     u32 sign = std::signbit(v) ? 0x80 : 0;
@@ -38,7 +34,6 @@ static u32 float8(float v) {
     return sign | (u32)(steps + 8 * (e + 6));
 }
 static u32 float8_pair(float low, float high) { return float8(low) | float8(high) << 8; }
-static void atomicMax(u32 *p, u32 v) { if (*p < v) *p = v; }
 // mma.m16n8k32 of bytes: lane 4 g + t holds of A rows g and g + 8, columns 4 t to 4 t + 3 and those plus 16.
 struct Bytes { u32 a[32][4], b[32][2]; int count, turn, d[32][4]; };
 static std::vector<Bytes> byte_warps(64);
@@ -67,7 +62,6 @@ static void atomicOr(u32 *p, u32 v) { *p |= v; }
 static void atomicAdd(int *p, int v) { *p += v; }
 
 #ifdef BN
-static void fetch_tile(const Map &, int, int) {}
 template <int N> static void hold_registers() {}
 template <int N> static void give_registers() {}
 static u64 describe(const void *tile) { return (u64)tile; }

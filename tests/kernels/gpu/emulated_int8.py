@@ -6,16 +6,14 @@ import ctypes
 import shutil
 import subprocess
 import tempfile
-from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from whit.kernels.gpu import int8, int8_few, int8_row, int8_thin, nvrtc
+from whit.kernels.gpu import int8, int8_row, int8_thin, nvrtc
 from whit.kernels.gpu.int8 import Config, Rows, Weight
-from whit.kernels.gpu.int8_few import Few
 from whit.kernels.gpu.int8_row import OneRow
 from whit.kernels.gpu.int8_thin import Thin
 
@@ -49,19 +47,14 @@ def quantize(x: Tensor, threshold: float = 0.0, dtype: torch.dtype = torch.int8)
     """As `int8.quantize`."""
     half, marks, rows = x.dtype == torch.float16, None, int8.empty_rows(x, threshold > 0, dtype)
     if threshold > 0 and len(x) > 1:
-        marks = int8.marks_for(x)
-        mark(x, marks, threshold)
+        marks, joined = int8.marks_for(x)
+        grid, argument = int8.mark_launch(x, marks, threshold)
+        kernel = library(int8.MARK, tuple(int8.mark_macros(half, len(x), joined).items()), BLOCKS)
+        kernel.run(ctypes.byref(argument), *grid[:2])
     macros = int8.quantize_macros(x.shape[1], half, threshold > 0, dtype == torch.float8_e4m3fn)
     params = int8.quantize_params(x, rows, marks, threshold)
     library(int8.QUANTIZE, tuple(macros.items()), BLOCKS).run(ctypes.byref(params), min(len(x), 3), 1)
     return rows
-
-
-def mark(x: Tensor, marks: Tensor, threshold: float) -> None:
-    """As `int8.mark`."""
-    grid, argument = int8.mark_launch(x, marks, threshold)
-    macros = int8.mark_macros(x.dtype == torch.float16, len(x))
-    library(int8.MARK, tuple(macros.items()), CLUSTERS).run(ctypes.byref(argument), *grid[:2])
 
 
 def multiply(rows: Rows, weight: Weight, dtype: torch.dtype, config: Config, processors: int = 4) -> Tensor:
@@ -71,29 +64,6 @@ def multiply(rows: Rows, weight: Weight, dtype: torch.dtype, config: Config, pro
     macros = config.macros(dtype == torch.float16, rows.listed is not None, rows.zero is not None)
     grid = config.grid(y.shape[1], len(y), processors)
     library(int8.PRODUCT, tuple(macros.items()), CLUSTERS).run(ctypes.byref(params), *grid[:2])
-    return y
-
-
-def multiply_ahead(x: Tensor, weight: Weight, threshold: float, config: Config) -> Tensor:
-    """As `int8.multiply_ahead`, on as many multiprocessors as run here at a time."""
-    y, half = torch.full((len(x), len(weight.codes)), float("nan"), dtype=x.dtype), x.dtype == torch.float16
-    rows, ahead = replace(int8.empty_rows(x, threshold > 0), floats=x), int8.ahead_for(x.shape[1], x.device)
-    if threshold > 0:
-        mark(x, int8.marks_in(ahead, x, config), threshold)
-    params = int8.product_params(rows, weight, y, config, _map, ahead)
-    macros = config.macros(half, threshold > 0, False, True)
-    grid = config.grid(y.shape[1], len(y), config.pair * config.split)
-    library(int8.PRODUCT, tuple(macros.items()), CLUSTERS).run(ctypes.byref(params), *grid[:2])
-    assert not ahead.any()
-    return y
-
-
-def multiply_few(x: Tensor, weight: Weight, threshold: float, config: Few) -> Tensor:
-    """As `int8_few.multiply_few`."""
-    y = torch.full((len(x), len(weight.codes)), float("nan"), dtype=x.dtype)
-    params = int8_few.few_params(x, weight, y, threshold, config, _map)
-    macros = config.macros(x.dtype == torch.float16, threshold > 0, x.shape[1], len(x))
-    library(int8_few.FEW, tuple(macros.items()), CLUSTERS).run(ctypes.byref(params), *config.grid(y.shape[1])[:2])
     return y
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import TypeAlias
@@ -24,10 +24,10 @@ MARK, QUANTIZE, PRODUCT = (HERE / f"int8_{name}.cu" for name in ("mark", "quanti
 BYTES = {"BITS": 8, "CODEBOOK": 0, "OFFSET": 0, "SCALE": 2, "ZERO": 0}  # common.cuh asks; nothing here depends on it
 STEP = 128  # columns of a tile, one byte each
 AT_ONCE = 16  # outlier columns in shared memory, as in int8_warp.cuh
-MARK_THREADS, MARK_COLUMNS = 256, 128
-SLICES, SLICE = 8, 64  # of rows that blocks mark: how many at most, and of how many rows at least
+MARK_THREADS = 256
+MARK_WIDTHS = ((16, 16), (64, 8), (256, 4))  # up to so many rows, lanes side by side in one row; beyond, a warp
+SLICES, SLICE = 64, 64  # of more rows that blocks mark: how many at most, and of how many rows at least
 LARGEST_SHARED = 227 << 10
-MOST_TILES = 512  # of rows, that are quantized beside the products
 CHUNKS, LARGEST_BLOCK = 8, 1024  # of eight columns that a thread of int8_quantize.cu holds, and its threads, at most
 Mapped: TypeAlias = Callable[[int, int, int, int], "ctypes.Array[ctypes.c_uint64]"]
 MOST_COLUMNS = 8 * CHUNKS * LARGEST_BLOCK  # and sums of weights from 0 to 255 stay within 32 bits up to 65,793
@@ -69,12 +69,11 @@ class Config:
         aside += 8 + 4 * AT_ONCE * (self.outs + self.rows) if outliers else 0
         return 1024 + self.stages * (self.rows + self.outs) * STEP + 16 * self.stages + aside
 
-    def macros(self, half: bool, outliers: bool, shifted: bool, ahead: bool = False) -> dict[str, int]:
-        """What int8_product.cu is compiled with; `ahead`: to quantize rows too."""
+    def macros(self, half: bool, outliers: bool, shifted: bool) -> dict[str, int]:
+        """What int8_product.cu is compiled with."""
         return BYTES | {
             "HALF": int(half), "WG": self.groups, "BN": self.outs, "STAGES": self.stages, "SPLITS": self.split,
             "PAIR": self.pair, "OUTLIERS": int(outliers), "SHIFTED": int(shifted),
-            "AHEAD": int(ahead),
         }  # fmt: skip
 
 
@@ -104,9 +103,8 @@ class ProductParams(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in (
             "codes", "floats", "scale", "offset", "zero", "row_scale", "sums", "bias", "listed", "y",
         )),
-        ("ahead", ctypes.c_void_p), ("made", ctypes.c_void_p),
         *((name, ctypes.c_int) for name in ("outs", "columns", "rows")),
-        ("rest", ctypes.c_int * 5),  # the maps make it a multiple of 64 bytes
+        ("rest", ctypes.c_int * 9),  # the maps make it a multiple of 64 bytes
     )  # fmt: skip
 
 
@@ -125,28 +123,30 @@ class Rows:
 
 
 def slices(rows: int) -> int:
-    """Slices of rows that are marked by blocks of their own: those of a cluster, so a power of two."""
-    return next((count for count in (1, 2, 4) if rows <= count * SLICE), SLICES)
+    """Slices of rows that are marked by blocks of their own; none of them empty."""
+    if rows <= MARK_WIDTHS[-1][0]:
+        return 1
+    size = max(SLICE, -(-rows // SLICES))
+    return -(-rows // size)
+
+
+def mark_width(rows: int) -> int:
+    """Lanes that read neighbouring columns of a row, eight each: few for few rows, which makes many blocks."""
+    return next((width for most, width in MARK_WIDTHS if rows <= most), 32)
 
 
 def mark_launch(x: Tensor, marks: Tensor, threshold: float) -> tuple[nvrtc.Dims, MarkParams]:
     """Blocks of int8_mark.cu, and its argument, which borrows the tensors' memory; `marks`: a bit for each column."""
     count = slices(len(x))
     params = MarkParams(x.data_ptr(), marks.data_ptr(), rounded(threshold, x.dtype), *x.shape, -(-len(x) // count))
-    return (-(-x.shape[1] // MARK_COLUMNS) * count, 1, 1), params
+    return (-(-x.shape[1] // (8 * mark_width(len(x)))), count, 1), params
 
 
-def marks_for(x: Tensor) -> Tensor:
-    """Room for marks."""
-    return torch.empty(4 * -(-x.shape[1] // 32), dtype=torch.uint8, device=x.device)
-
-
-def mark(x: Tensor, marks: Tensor, threshold: float) -> None:
-    """Fill `marks`: a bit for each column of x that holds an outlier."""
-    grid, params = mark_launch(x, marks, threshold)
-    function = build(MARK, tuple(mark_macros(x.dtype == torch.float16, len(x)).items()), x.device.index)
-    where = torch.cuda.current_stream(x.device).cuda_stream
-    function.launch_early(grid, MARK_THREADS, MARK_THREADS, params, where, slices(len(x)))
+def marks_for(x: Tensor) -> tuple[Tensor, bool]:
+    """Room for marks, and whether slices are joined in it: zeros then."""
+    joined = slices(len(x)) > 1
+    empty = torch.zeros if joined else torch.empty
+    return empty(4 * -(-x.shape[1] // 32), dtype=torch.uint8, device=x.device), joined
 
 
 def quantize_macros(columns: int, half: bool, outliers: bool, float8: bool = False) -> dict[str, int]:
@@ -188,14 +188,13 @@ class Weight:
 
 
 def product_params(
-    rows: Rows, weight: Weight, y: Tensor, config: Config, mapped: Mapped | None = None, ahead: Tensor | None = None
+    rows: Rows, weight: Weight, y: Tensor, config: Config, mapped: Mapped | None = None
 ) -> ProductParams:
     """The kernel's argument; it borrows the tensors' memory. `mapped` makes maps, as `tiles_of` does."""
     (count, outs), columns, mapped = y.shape, rows.codes.shape[1], mapped or tiles_of
     pointers = {
         "codes": weight.codes, "floats": rows.floats, "scale": rows.scale, "offset": rows.offset, "zero": rows.zero,
         "row_scale": weight.row_scale, "sums": weight.sums, "bias": weight.bias, "listed": rows.listed, "y": y,
-        "ahead": ahead, "made": rows.codes,
     }  # fmt: skip
     return ProductParams(
         mapped(rows.codes.data_ptr(), count, columns, config.rows),
@@ -214,8 +213,10 @@ def quantize(x: Tensor, threshold: float = 0.0, dtype: torch.dtype = torch.int8)
     device, where = x.device.index, torch.cuda.current_stream(x.device).cuda_stream
     half, marks, rows = x.dtype == torch.float16, None, empty_rows(x, threshold > 0, dtype)
     if threshold > 0 and len(x) > 1:
-        marks = marks_for(x)
-        mark(x, marks, threshold)
+        marks, joined = marks_for(x)
+        grid, params = mark_launch(x, marks, threshold)
+        function = build(MARK, tuple(mark_macros(half, len(x), joined).items()), device)
+        function.launch_early(grid, MARK_THREADS, MARK_THREADS, params, where)
     macros = quantize_macros(x.shape[1], half, threshold > 0, dtype == torch.float8_e4m3fn)
     function, threads = build(QUANTIZE, tuple(macros.items()), device), macros["THREADS"]
     blocks = min(len(x), 16 * torch.cuda.get_device_properties(device).multi_processor_count)
@@ -224,40 +225,9 @@ def quantize(x: Tensor, threshold: float = 0.0, dtype: torch.dtype = torch.int8)
     return rows
 
 
-def ahead_for(columns: int, device: torch.device) -> Tensor:
-    """Zeros for int8_ahead.cuh, which leaves them so: two numbers, rows done of each tile, a bit for each column."""
-    return torch.zeros(2 + MOST_TILES + -(-columns // 32), dtype=torch.int32, device=device)
-
-
-def marks_in(ahead: Tensor, x: Tensor, config: Config) -> Tensor:
-    """The part of `ahead_for` that has a bit for each column."""
-    return ahead[2 + -(-len(x) // config.rows) :]
-
-
-def mark_macros(half: bool, rows: int) -> dict[str, int]:
+def mark_macros(half: bool, rows: int, joined: bool) -> dict[str, int]:
     """What int8_mark.cu is compiled with."""
-    return BYTES | {"HALF": int(half), "SLICES": slices(rows)}
-
-
-def multiply_ahead(
-    x: Tensor, weight: Weight, y: Tensor, threshold: float, config: Config, ahead: Tensor | None = None
-) -> None:
-    """Fill y (rows, outs) with contiguous x (rows, columns), quantized by row beside the products, through the weight.
-
-    With a threshold its outlier columns are multiplied as floats, as `quantize` and `multiply` do. `ahead` is
-    `ahead_for` the columns, which no product at the same time may use; without it there are new zeros.
-    """
-    device, where = x.device.index, torch.cuda.current_stream(x.device).cuda_stream
-    half, outliers = x.dtype == torch.float16, threshold > 0
-    ahead = ahead_for(x.shape[1], x.device) if ahead is None else ahead
-    rows = replace(empty_rows(x, outliers), floats=x)
-    if outliers:
-        mark(x, marks_in(ahead, x, config), threshold)
-    function = build(PRODUCT, tuple(config.macros(half, outliers, False, True).items()), device)
-    params = product_params(rows, weight, y, config, None, ahead)
-    grid = config.grid(y.shape[1], len(y), torch.cuda.get_device_properties(device).multi_processor_count)
-    shared = config.shared_bytes(outliers, False)
-    function.launch_early(grid, config.threads, shared, params, where, config.split * config.pair)
+    return BYTES | {"HALF": int(half), "JOINED": int(joined), "WIDTH": mark_width(rows)}
 
 
 def multiply(rows: Rows, weight: Weight, y: Tensor, config: Config) -> None:

@@ -31,11 +31,6 @@ DEVICE u32 shared_address(const void *p, u32 rank) {  // the same place in anoth
     return v;
 }
 
-[[maybe_unused]] DEVICE u32 load_word(const u32 *p, u32 rank) {
-    u32 v;
-    asm volatile("ld.shared::cluster.u32 %0, [%1];" : "=r"(v) : "r"(shared_address(p, rank)) : "memory");
-    return v;
-}
 [[maybe_unused]] DEVICE void store_word(u32 *p, u32 v, u32 rank) {
     asm volatile("st.shared::cluster.u32 [%0], %1;" ::"r"(shared_address(p, rank)), "r"(v) : "memory");
 }
@@ -68,10 +63,6 @@ DEVICE void await(u64 *barrier, u32 phase) {
 DEVICE void copy_tile(void *to, const Map &map, int column, int row, u64 *barrier) {
     asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];"
                  ::"r"(shared_address(to)), "l"(&map), "r"(column), "r"(row), "r"(shared_address(barrier)) : "memory");
-}
-// Into the second cache, from where a later copy is quick.
-[[maybe_unused]] DEVICE void fetch_tile(const Map &map, int column, int row) {
-    asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global [%0, {%1, %2}];" ::"l"(&map), "r"(column), "r"(row) : "memory");
 }
 // To the same place in every block of `blocks` (a bit for each), whose barriers at that place count the bytes.
 [[maybe_unused]] DEVICE void copy_tile(void *to, const Map &map, int column, int row, u64 *barrier, u16 blocks) {

@@ -6,8 +6,11 @@ DEVICE u32 weight_of(u32 code, float scale) {  // rounded as if it had been dequ
     return round_pair(w, w) & 0xFFFF;
 }
 #if SPLITS == 1
-DEVICE void lay_row(Aside &a, int i, int m, u32 x) { a.x[m * RING + i] = x; }
-DEVICE void lay_out(Aside &a, int i, int n, u32 weight) { a.weight[n * RING + i] = weight; }
+// As mma's lanes want them: numbers 2 q, 2 q + 1 and those plus 8 beside each other.
+DEVICE int place_of(int i, int row) { return row * OUTLIERS_AT_ONCE + (i % 8 / 2) * 4 + i / 8 * 2 + i % 2; }
+DEVICE void lay_row(Aside &a, int i, int m, u32 x) { a.x[place_of(i, m)] = x; }
+DEVICE void lay_out(Aside &a, int i, int n, u32 weight) { a.weight[place_of(i, n)] = weight; }
+DEVICE uint2 load_four(const u16 *from, int row, int lane) { return *(const uint2 *)(from + row * OUTLIERS_AT_ONCE + (lane & 3) * 4); }
 #else
 DEVICE void lay_row(Aside &a, int i, int m, u32 x) { a.x[i * BM + m] = widen(x); }
 DEVICE void lay_out(Aside &a, int i, int n, u32 weight) { a.weight[i * BN + n] = widen(weight); }

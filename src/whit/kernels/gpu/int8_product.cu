@@ -6,7 +6,6 @@
 //   SPLITS             blocks of a cluster that share the columns of one tile
 //   PAIR               2: the two blocks of a cluster multiply neighbouring rows with the same weights; otherwise 1
 //   OUTLIERS, SHIFTED  columns in 16 bits; zero points of the rows
-//   AHEAD              1: rows are quantized here too (int8_ahead.cuh)
 //
 // Why it is fast. The weights are read as they lie in the file, as unsigned codes + 128, and wgmma multiplies signed by
 // unsigned: sums are 128 sum_j code_j too large, which the quantizing kernel counted. One thread asks for tiles of both
@@ -23,9 +22,8 @@ constexpr int BM = 64 * WG, BK = 128, CONSUMERS = 128 * WG, HELPERS = 96, THREAD
 constexpr int X_BYTES = BM * BK, W_BYTES = BN * BK, STAGE = X_BYTES + W_BYTES, PITCH = BN + 8;
 constexpr int AT_A_TIME = 4;  // loads of outliers that a thread has under way
 constexpr bool TAKE = OUTLIERS && CLUSTER == 1;  // one of the helpers' warps is there for the outliers
-constexpr int RING = 24;  // numbers of 16 bits from one row's outliers to the next one's
-constexpr int GROUP = (AHEAD ? 8 : 16) / PAIR;  // tiles of rows that are multiplied with the same weights, one after the other
-enum { READY = 1, FREE, AMONG, LISTED };  // barriers
+constexpr int GROUP = 16 / PAIR;  // tiles of rows that are multiplied with the same weights, one after the other
+enum { READY = 1, FREE, AMONG };  // barriers
 
 struct Params {
     Map x, weight;         // the codes as (columns, rows) and (columns, outs)
@@ -39,14 +37,8 @@ struct Params {
     const u16 *bias;       // of the outs, or null
     const int *listed;     // how many columns are outliers, then these
     u16 *y;
-    u32 *ahead;            // where AHEAD: what int8_ahead.cuh begins with, and the codes that it makes
-    signed char *made;
     int outs, columns, rows;
 };
-
-#if AHEAD
-#include "int8_ahead.cuh"
-#endif
 
 struct Aside {  // what a tile needs beside the sums
     float row_scale[BN], bias[BN], scale[BM];
@@ -57,7 +49,7 @@ struct Aside {  // what a tile needs beside the sums
 #if OUTLIERS
     int count, here;  // columns that are outliers; how many of them lie here
 #if SPLITS == 1
-    u16 x[BM * RING], weight[BN * RING];
+    u16 x[BM * OUTLIERS_AT_ONCE], weight[BN * OUTLIERS_AT_ONCE];
 #else
     float x[OUTLIERS_AT_ONCE * BM], weight[OUTLIERS_AT_ONCE * BN];
 #endif
@@ -101,15 +93,9 @@ DEVICE void produce(const Params &p, const Block &b) {
         ask_weight(p, b, tile, asked, asked);
     }
     await_earlier();
-#if AHEAD
-    if (ahead) await_rows(p, tile.row);
-#endif
     for (int i = 0; i < ahead; i++) copy_tile(b.stages + i * STAGE, p.x, (b.begin + i) * BK, tile.row, b.full + i);
     for (int index = b.first, step = ahead; index < b.tiles; index += b.stride, step = 0) {
         tile = tile_of(p, b, index);
-#if AHEAD
-        if (step < b.steps) await_rows(p, tile.row);
-#endif
         for (; step < b.steps; step++, asked++) {
             int slot = asked % STAGES;
             if (asked >= STAGES) await(b.empty + slot, (asked / STAGES - 1) & 1);
@@ -128,19 +114,13 @@ DEVICE void assist(const Params &p, const Block &b, int tid) {
     Aside &a = *b.aside;
     constexpr int REST = TAKE ? HELPERS - 32 : HELPERS;
     int taken = 0, column = -1;  // of the warp that takes outliers: steps, and a lane's column
-#if AHEAD
-    await_earlier();
-    if (OUTLIERS && tid < 32) list_columns(p, tid);
-    make_all(p, tid & 31);
-    if (OUTLIERS) meet<LISTED, HELPERS>();
-#endif
     for (int index = b.first; index < b.tiles; index += b.stride) {
         Tile tile = tile_of(p, b, index);
         if (index != b.first) meet<FREE, CONSUMERS + HELPERS>();
 #if OUTLIERS && SPLITS * PAIR == 1
         if (tid >= REST) {
             if (index == b.first) {
-                for (int i = tid - REST; i < BN * RING; i += 32) a.weight[i] = 0;
+                for (int i = tid - REST; i < BN * OUTLIERS_AT_ONCE; i += 32) a.weight[i] = 0;
                 await_earlier();
                 int count = fresh(p.listed);
                 if (tid - REST < min(count, OUTLIERS_AT_ONCE)) column = fresh(p.listed + 1 + tid - REST);
@@ -159,9 +139,6 @@ DEVICE void assist(const Params &p, const Block &b, int tid) {
 #endif
         }
         if (index == b.first) await_earlier();
-#if AHEAD
-        await_rows(p, tile.row);
-#endif
         for (int m = tid; m < BM; m += REST) {
             int row = min(tile.row + m, p.rows - 1);
             a.scale[m] = fresh(p.scale + row), a.offset[m] = fresh(p.offset + row);
@@ -222,10 +199,12 @@ DEVICE void finish(const Params &p, const Block &b, const Tile &tile, const int 
     int from = 0;
     do {
         if (!a.here) break;
-        const u16 *left = a.x + m * RING + n, *right = a.weight + (lane >> 2) * RING + n;
-        u32 a0 = *(const u32 *)left, a1 = *(const u32 *)(left + 8 * RING), a2 = *(const u32 *)(left + 8), a3 = *(const u32 *)(left + 8 * RING + 8);
+        uint2 top = load_four(a.x, m, lane), bottom = load_four(a.x, m + 8, lane);
 #pragma unroll
-        for (int j = 0; j < BN / 8; j++, right += 8 * RING) multiply(y[j], a0, a1, a2, a3, *(const u32 *)right, *(const u32 *)(right + 8));
+        for (int j = 0; j < BN / 8; j++) {
+            uint2 right = load_four(a.weight, j * 8 + (lane >> 2), lane);
+            multiply(y[j], top.x, bottom.x, top.y, bottom.y, right.x, right.y);
+        }
     } while (more_outliers(p, a, tile, from, tid));
 #endif
 #pragma unroll
@@ -363,10 +342,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) int8_product(KERNEL_ARG
 
     if (warp < 4 * WG) {
         hold_registers<WG>();
-#if AHEAD
-        await_earlier();
-        make_one(p, tid & 31);
-#endif
         consume(p, b, tid);
     } else {
         give_registers<WG>();
@@ -381,9 +356,5 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) int8_product(KERNEL_ARG
     if (warp < 4 * WG) finish_share(p, b, tile_of(p, b, b.first), tid);
     __syncwarp();
     cluster_barrier();
-#endif
-#if AHEAD
-    __syncthreads();
-    if (warp == 0) leave_zeros(p, tid);
 #endif
 }

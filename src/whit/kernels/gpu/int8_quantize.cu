@@ -24,18 +24,18 @@ DEVICE void list_columns(const Params &p, const u32 (&marks)[CHUNKS], u32 *turns
     int tid = threadIdx.x, warp = tid >> 5, count = 0, at = 0;
 #pragma unroll
     for (int k = 0; k < CHUNKS; k++) count += count_bits(marks[k]);
-    int upto = warp_prefix(count);
+    int upto = lanes_with(count > 0) ? warp_prefix(count) : 0;  // most warps have none
     if ((tid & 31) == 31) turns[warp] = upto;
     __syncthreads();
+    if (count == 0 && tid != THREADS - 1) return;
     for (int i = 0; i < warp; i++) at += turns[i];
     at += upto;  // behind the thread's own
     if (tid == THREADS - 1) p.listed[0] = at;
     at -= count;
 #pragma unroll
     for (int k = 0; k < CHUNKS; k++)
-        for (int i = 0; i < 8; i++)
-            if (marks[k] >> i & 1) p.listed[++at] = (tid + k * THREADS) * 8 + i;
-    __syncthreads();
+        for (u32 left = marks[k]; left; left &= left - 1)
+            p.listed[++at] = (tid + k * THREADS) * 8 + count_bits((left & (0 - left)) - 1);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS) int8_quantize(const Params p) {
@@ -54,7 +54,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) int8_quantize(const Params
         if (blockIdx.x == 0) list_columns(p, marks, turns);
     }
 #endif
-    for (int row = blockIdx.x; row < p.rows; row += gridDim.x) {
+    for (int row = p.rows - 1 - blockIdx.x; row >= 0; row -= gridDim.x) {  // what was marked last is still near
         const u16 *from = p.x + (long long)row * p.columns;
         uint4 held[CHUNKS];
         u32 most = 0;

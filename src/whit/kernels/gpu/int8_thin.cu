@@ -2,16 +2,17 @@
 //
 // Built at run time after common.cuh, for Hopper. The host (int8_thin.py) also defines
 //   BN                 rows that there is room for: 8, 16, 32 or 64
-//   OUTS, STAGES       outs of a block's tile; steps of 128 columns in shared memory
+//   OUTS, STAGES       outs of a block's tile; steps of 128 columns of W in shared memory
+//   LEAD               steps of x there, at most as many
 //   SPLITS             blocks of a cluster that share the columns of one tile
 //   BLOCKS             per multiprocessor to leave registers for
 //   OUTLIERS           1: columns in 16 bits
 //
 // Why it is fast. The outs take the place of 64 in wgmma's left tile and the rows the narrow one, so that tiles of x are
-// small, and blocks of two kernels fit beside each other: while one multiplies its last steps and the rows of the next
-// one are quantized, W of that is on its way into shared memory, and what does not fit there into the second cache. The
-// kernel behind begins late enough that this fills the time in which nothing else is read. Sums are integers, and blocks of
-// a cluster add them up out of each other's shared memory; each finishes outs of its own. What outlier columns need of W
+// small, and two blocks fit beside each other, of one kernel or of two: while one multiplies its last steps and the rows of
+// the next one are quantized, W of that is on its way into shared memory. (To have more of it fetched into the second cache
+// took longer in all cases that were measured.) W comes from far and lies there for many steps, x is near and for few. Sums
+// are integers, and blocks of a cluster add them up out of each other's shared memory; each finishes outs of its own. What outlier columns need of W
 // is taken out of the steps as they pass (reading single bytes of many rows takes memory a third of the time of all of W).
 #define WG 1
 #define WEIGHT_LEFT
@@ -20,9 +21,10 @@
 
 constexpr int BK = 128, TEAMS = OUTS > 128 ? OUTS / 128 : 1, HEIGHTS = OUTS / 64 / TEAMS;  // fours of warps; 64 outs of each
 constexpr int CONSUMERS = 128 * TEAMS, HELPERS = 96, THREADS = CONSUMERS + 32 + HELPERS, CLUSTER = SPLITS;
-constexpr int W_BYTES = OUTS * BK, STAGE = W_BYTES + BN * BK, PITCH = OUTS + 4, SHARE = OUTS / SPLITS;
+constexpr int W_BYTES = OUTS * BK, X_BYTES = BN * BK, TILES = STAGES * W_BYTES + LEAD * X_BYTES, PITCH = OUTS + 4, SHARE = OUTS / SPLITS;
 constexpr int LAID = BN * PITCH * 4;  // bytes of a block's sums, which take the place of the stages
-constexpr int ROOM = ((STAGES * STAGE > LAID ? STAGES * STAGE : LAID) + 1023) / 1024 * 1024;
+constexpr int ROOM = ((TILES > LAID ? TILES : LAID) + 1023) / 1024 * 1024;
+static_assert(2 <= LEAD && LEAD <= STAGES, "a step is done when the next is under way, and frees one of W and one of x");
 constexpr int READERS = CONSUMERS + (OUTLIERS ? 32 : 0);  // of the stages
 enum { AMONG = 1, TOGETHER };  // barriers
 
@@ -37,7 +39,7 @@ struct Params {
     const int *listed;     // how many columns are outliers, then these
     u16 *y;
     int outs, columns, rows;
-    int fetch, late;       // further steps of W for the second cache; steps still to be asked for when the next may begin
+    int late;              // steps of W that are still to be asked for when the next kernel may begin
 };
 
 struct Aside {  // what the block's own outs need beside the sums
@@ -50,34 +52,36 @@ struct Aside {  // what the block's own outs need beside the sums
 };
 
 struct Block {
-    u8 *stages;
-    u64 *full, *empty;
+    u8 *stages, *rows;
+    u64 *full, *ready, *empty;  // of W; of x; of both
     Aside *aside;
     int out, own;      // first outs of the tile, and of those that this block finishes
     int begin, steps;  // of the columns
 };
 
-DEVICE void ask_weight(const Params &p, const Block &b, int step, int slot) {
-    expect(b.full + slot, STAGE);
-    copy_tile(b.stages + slot * STAGE, p.weight, (b.begin + step) * BK, b.out, b.full + slot);
+DEVICE void ask_weight(const Params &p, const Block &b, int step) {
+    int slot = step % STAGES;
+    expect(b.full + slot, W_BYTES);
+    copy_tile(b.stages + slot * W_BYTES, p.weight, (b.begin + step) * BK, b.out, b.full + slot);
 }
-DEVICE void ask_rows(const Params &p, const Block &b, int step, int slot) {
-    copy_tile(b.stages + slot * STAGE + W_BYTES, p.x, (b.begin + step) * BK, 0, b.full + slot);
+DEVICE void ask_rows(const Params &p, const Block &b, int step) {
+    int slot = step % LEAD;
+    expect(b.ready + slot, X_BYTES);
+    copy_tile(b.rows + slot * X_BYTES, p.x, (b.begin + step) * BK, 0, b.ready + slot);
 }
 
 DEVICE void produce(const Params &p, const Block &b) {
     int ahead = min(b.steps, STAGES), late = max(b.steps - p.late, 0);
-    for (int step = 0; step < ahead; step++) ask_weight(p, b, step, step);
-    for (int step = ahead; step < min(b.steps, ahead + p.fetch); step++) fetch_tile(p.weight, (b.begin + step) * BK, b.out);
+    for (int step = 0; step < ahead; step++) ask_weight(p, b, step);
     if (late <= ahead) let_next_begin();
     await_earlier();
-    for (int step = 0; step < ahead; step++) ask_rows(p, b, step, step);
-    for (int step = ahead; step < b.steps; step++) {
-        int slot = step % STAGES;
-        if (p.fetch && step + p.fetch < b.steps) fetch_tile(p.weight, (b.begin + step + p.fetch) * BK, b.out);
-        if (step == late && late > ahead) let_next_begin();
-        await(b.empty + slot, (step / STAGES - 1) & 1);
-        ask_weight(p, b, step, slot), ask_rows(p, b, step, slot);
+    for (int step = 0; step < min(b.steps, LEAD); step++) ask_rows(p, b, step);
+    for (int step = 0; step + LEAD < b.steps; step++) {
+        await(b.empty + step % STAGES, step / STAGES & 1);
+        ask_rows(p, b, step + LEAD);
+        if (step + STAGES >= b.steps) continue;
+        if (step + STAGES == late && late > ahead) let_next_begin();
+        ask_weight(p, b, step + STAGES);
     }
 }
 
@@ -100,7 +104,7 @@ DEVICE void take_outliers(const Params &p, const Block &b, int lane) {
     for (int step = 0; step < b.steps; step++) {
         int slot = step % STAGES;
         await(b.full + slot, step / STAGES & 1);
-        const u8 *stage = b.stages + slot * STAGE;
+        const u8 *stage = b.stages + slot * W_BYTES;
         for (u32 left = lanes_with(column >= 0 && column / BK == b.begin + step); left; left &= left - 1) {
             int i = count_bits((left & (0 - left)) - 1), at = from_lane_number(column, i) % BK;
 #pragma unroll
@@ -158,8 +162,9 @@ DEVICE void consume(const Params &p, const Block &b, int tid) {
     for (int step = 0; step < b.steps; step++) {
         int slot = step % STAGES;
         await(b.full + slot, step / STAGES & 1);
-        const u8 *stage = b.stages + slot * STAGE;
-        u64 right = describe(stage + W_BYTES);
+        await(b.ready + step % LEAD, step / LEAD & 1);
+        const u8 *stage = b.stages + slot * W_BYTES;
+        u64 right = describe(b.rows + step % LEAD * X_BYTES);
         begin_products();
 #pragma unroll
         for (int k = 0; k < BK / 32; k++)
@@ -238,11 +243,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) int8_thin(KERNEL_A
     int rank = SPLITS > 1 ? (int)cluster_rank() : 0;
     Block b;
     b.stages = (u8 *)shared + (-shared_address(shared) & 1023);
-    b.full = (u64 *)(b.stages + ROOM), b.empty = b.full + STAGES, b.aside = (Aside *)(b.empty + STAGES);
+    b.rows = b.stages + STAGES * W_BYTES, b.full = (u64 *)(b.stages + ROOM), b.empty = b.full + STAGES;
+    b.ready = b.empty + STAGES, b.aside = (Aside *)(b.ready + LEAD + (LEAD & 1));
     b.out = blockIdx.x / SPLITS * OUTS, b.own = b.out + rank * SHARE;
     b.begin = min(rank * share, steps), b.steps = min(share, steps - b.begin);
     if (tid == CONSUMERS) {
         for (int i = 0; i < STAGES; i++) make_barrier(b.full + i, 1), make_barrier(b.empty + i, READERS / 32);
+        for (int i = 0; i < LEAD; i++) make_barrier(b.ready + i, 1);
         publish_barriers();
     }
 #if OUTLIERS && SPLITS > 1  // others write to this block's shared memory

@@ -10,24 +10,26 @@ from torch import Tensor
 
 from whit.kernels.gpu import nvrtc
 from whit.kernels.gpu.int8 import AT_ONCE, BYTES, HERE, LARGEST_SHARED, STEP, Mapped, Rows, Weight, build, tiles_of
-from whit.kernels.gpu.int8_few import room_for
 
 THIN = HERE / "int8_thin.cu"
 BESIDE = 112 << 10  # bytes of shared memory of each of two blocks beside each other and one that quantizes rows
+
+
+MOST_THIN = 64  # rows
 
 
 @dataclass(frozen=True)
 class Thin:
     """How the work is cut for up to 64 rows; int8_thin.cu explains the names.
 
-    `fetch` more steps of W go into the second cache; the next kernel may begin when `late` are still to be asked for.
+    The next kernel may begin when `late` steps are still to be asked for.
     """
 
     outs: int = 128
     stages: int = 4
     split: int = 1
-    fetch: int = 4
-    late: int = 8
+    lead: int = 4
+    late: int = 99
     blocks: int = 2
 
     @property
@@ -41,20 +43,25 @@ class Thin:
     def shared_bytes(self, rows: int, outliers: bool = True) -> int:
         """Dynamic shared memory of a block: stages, later sums; barriers; what lies aside."""
         room, share = room_for(rows), self.outs // self.split
-        laid = max(self.stages * STEP * (self.outs + room), 4 * room * (self.outs + 4))
+        laid = max(STEP * (self.stages * self.outs + self.lead * room), 4 * room * (self.outs + 4))
         aside = 4 * (2 * share + 2 * room) + (4 + 4 * AT_ONCE * (room + share) if outliers else 0)
-        return 1024 + -(-laid // 1024) * 1024 + 16 * self.stages + aside
+        return 1024 + -(-laid // 1024) * 1024 + 16 * self.stages + 8 * self.lead + 8 + aside
 
     def fits(self, rows: int) -> bool:
         """Whether its blocks' shared memory is there."""
-        return rows <= 64 and self.shared_bytes(rows) <= (LARGEST_SHARED if self.blocks == 1 else BESIDE)
+        return rows <= MOST_THIN and self.shared_bytes(rows) <= (LARGEST_SHARED if self.blocks == 1 else BESIDE)
 
     def macros(self, half: bool, outliers: bool, rows: int) -> dict[str, int]:
         """What int8_thin.cu is compiled with."""
         return BYTES | {
             "HALF": int(half), "BN": room_for(rows), "OUTS": self.outs, "STAGES": self.stages, "SPLITS": self.split,
-            "BLOCKS": self.blocks, "OUTLIERS": int(outliers),
+            "LEAD": self.lead, "BLOCKS": self.blocks, "OUTLIERS": int(outliers),
         }  # fmt: skip
+
+
+def room_for(rows: int) -> int:
+    """Rows for which int8_thin.cu makes room."""
+    return next(room for room in (8, 16, 32, MOST_THIN) if rows <= room)
 
 
 class ThinParams(ctypes.Structure):
@@ -65,8 +72,8 @@ class ThinParams(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in (
             "codes", "floats", "scale", "offset", "row_scale", "bias", "listed", "y",
         )),
-        *((name, ctypes.c_int) for name in ("outs", "columns", "rows", "fetch", "late")),
-        ("rest", ctypes.c_int * 11),  # the maps make it a multiple of 64 bytes
+        *((name, ctypes.c_int) for name in ("outs", "columns", "rows", "late")),
+        ("rest", ctypes.c_int * 12),  # the maps make it a multiple of 64 bytes
     )  # fmt: skip
 
 
@@ -78,7 +85,7 @@ def thin_params(rows: Rows, weight: Weight, y: Tensor, config: Thin, mapped: Map
         mapped(rows.codes.data_ptr(), count, columns, room_for(count)),
         mapped(weight.codes.data_ptr(), outs, columns, config.outs),
         *(None if tensor is None else tensor.data_ptr() for tensor in tensors),
-        outs=outs, columns=columns, rows=count, fetch=config.fetch, late=config.late,
+        outs=outs, columns=columns, rows=count, late=config.late,
     )  # fmt: skip
 
 

@@ -64,20 +64,21 @@ DEVICE u32 halves_of(u32 marks) { return (marks & 1 ? 0xFFFFu : 0) | (marks & 2 
 }
 
 // Codes of four numbers. 1.5 times 2^23 has steps of 1: the sum rounds as it should and ends in the code. Where the factor
-// is no finite number, products are not either.
-DEVICE u32 codes_of(u32 low, u32 high, float factor) {
+// is no finite number (ODD), products are not either.
+template <bool ODD> DEVICE u32 codes_of(u32 low, u32 high, float factor) {
     float v[4] = {widen(low & 0xFFFF), widen(low >> 16), widen(high & 0xFFFF), widen(high >> 16)};
     u32 bits[4];
 #pragma unroll
     for (int i = 0; i < 4; i++) {
         float step = multiplied(v[i], factor);
-        if (factor > 3e38f) step = v[i] == 0 ? 0 : clamped(step, 127);
+        if (ODD) step = v[i] == 0 ? 0 : clamped(step, 127);
         bits[i] = float_bits(step + 12582912.0f);
     }
     return permute(permute(bits[0], bits[1], 0x0040), permute(bits[2], bits[3], 0x0040), 0x5410);
 }
 [[maybe_unused]] DEVICE uint2 codes_of(const uint4 &v, float factor) {
-    return make_uint2(codes_of(v.x, v.y, factor), codes_of(v.z, v.w, factor));
+    if (factor > 3e38f) return make_uint2(codes_of<true>(v.x, v.y, factor), codes_of<true>(v.z, v.w, factor));
+    return make_uint2(codes_of<false>(v.x, v.y, factor), codes_of<false>(v.z, v.w, factor));
 }
 
 // The same as E4M3 floats.

@@ -10,14 +10,13 @@ import torch
 from torch import Tensor
 
 from whit.kernels import int8 as reference
-from whit.kernels.gpu import int8, int8_few, int8_row, int8_thin, int8_ways
+from whit.kernels.gpu import int8, int8_row, int8_thin, int8_ways
 from whit.kernels.gpu.kernel import DTYPES, why_not
 from whit.kernels.gpu.tiled import has_wgmma
 from whit.layouts import BITS
 from whit.tensor import Activated, PackedWeight, product_dtype
 
 ROW_SCALE, ROW_SUMS = "row_scale", "row_sums"  # derived: float32 and int32 (outs,)
-AHEAD = "ahead"  # derived: zeros, as `int8.ahead_for` says
 
 
 def why_not_hopper(packed: PackedWeight, x: Tensor) -> str | None:
@@ -52,7 +51,7 @@ class Gpu8:
     def prepare(self, packed: PackedWeight) -> PackedWeight:
         if ROW_SCALE in packed.tensors or unaligned(packed) is not None:
             return packed
-        derived = {ROW_SCALE: row_scale(packed), AHEAD: int8.ahead_for(packed.shape[1], packed.device)}
+        derived = {ROW_SCALE: row_scale(packed)}
         if is_shifted(packed):
             derived[ROW_SUMS] = row_sums(packed)
         tensors = {**packed.tensors, **derived}
@@ -72,7 +71,8 @@ def product(
     x: Tensor, packed: PackedWeight, bias: Tensor | None, y: Tensor, config: int8_ways.Way | None = None
 ) -> None:
     """Fill y (rows, outs), contiguous x (rows, columns); cut as `config` says, or by the way that is best here."""
-    (outs, columns), processors, how = packed.shape, _processors(x.device.index), packed.activations
+    (outs, columns), how = packed.shape, packed.activations
+    processors, device = _device(x.device.index)
     scale = packed.tensors.get(ROW_SCALE)
     sums = packed.tensors.get(ROW_SUMS)
     if sums is None and is_shifted(packed):
@@ -84,7 +84,7 @@ def product(
         sums,
     )
     assert how is not None
-    found = config or int8_ways.way(outs, columns, len(x), how.threshold > 0, processors)
+    found = config or int8_ways.way(outs, columns, len(x), how.threshold > 0, processors, device)
     if isinstance(found, int8.Config):
         return int8.multiply(quantized(x, packed), weight, y, found)
     if isinstance(found, int8_thin.Thin) and sums is None:
@@ -92,10 +92,6 @@ def product(
     if isinstance(found, int8_thin.Thin) or not is_plain(how):
         cut = int8_ways.fitted(int8_ways.FEWEST if len(x) <= 64 else int8_ways.MANY, outs, columns, len(x), processors)
         return int8.multiply(quantized(x, packed), weight, y, cut)
-    if isinstance(found, int8_ways.Ahead):
-        return int8.multiply_ahead(x, weight, y, how.threshold, found.config, packed.tensors.get(AHEAD))
-    if isinstance(found, int8_few.Few):
-        return int8_few.multiply_few(x, weight, y, how.threshold, found)
     int8_row.multiply_row(x, weight, y, how.threshold, found)
 
 
@@ -145,5 +141,7 @@ def unaligned(packed: PackedWeight) -> str | None:
 
 
 @lru_cache(maxsize=32)
-def _processors(device: int) -> int:
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+def _device(device: int) -> tuple[int, str]:
+    """Its multiprocessors, and its name."""
+    found = torch.cuda.get_device_properties(device)
+    return int(found.multi_processor_count), found.name
