@@ -34,6 +34,9 @@ DEVICE u32 load4(const void *p) {
 [[maybe_unused]] DEVICE void copy_behind(void *to, const void *from) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"((u32)__cvta_generic_to_shared(to)), "l"(from) : "memory");
 }
+template <int BYTES> DEVICE void copy_small(void *to, const void *from) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"((u32)__cvta_generic_to_shared(to)), "l"(from), "n"(BYTES) : "memory");
+}
 [[maybe_unused]] DEVICE void end_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int N> DEVICE void copies_left() { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }
 DEVICE float load_uncached(const float *p) {
@@ -122,6 +125,12 @@ DEVICE void multiply(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 
     asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." TYPE "." TYPE ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
                  : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
                  : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+// The same from sums that begin as `first` and `second`, by columns.
+[[maybe_unused]] DEVICE void multiply_from(float (&d)[4], float first, float second, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." TYPE "." TYPE ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%10,%11};"
+                 : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+                 : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1), "f"(first), "f"(second));
 }
 #endif
 

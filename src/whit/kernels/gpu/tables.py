@@ -190,6 +190,24 @@ HOPPER_FEW: dict[Key, tuple[int, ...]] = {
 }
 FEW = {9: HOPPER_FEW}
 
+# Up to 16 rows with x in registers, bfloat16 without a bias, NVIDIA H200 (results/gpu_near.md). Rows are the most that
+# an entry stands for, down to the next one. None: another way is faster. Columns: warps and stages of near.Config.
+HOPPER_NEAR: dict[Key, tuple[int, int] | None] = {
+    ("int4-128", 4, (4096, 4096)): None,
+    ("int4-128", 8, (4096, 4096)): (16, 3),  # 1.86x bfloat16
+    ("int4-128", 16, (4096, 4096)): (16, 3),  # 1.47x bfloat16
+    ("int4-128", 4, (14336, 4096)): None,
+    ("int4-128", 8, (14336, 4096)): (16, 3),  # 2.29x bfloat16
+    ("int4-128", 16, (14336, 4096)): None,  # 1.83x bfloat16
+    ("table-64", 4, (4096, 4096)): None,
+    ("table-64", 8, (4096, 4096)): (16, 3),  # 1.82x bfloat16
+    ("table-64", 16, (4096, 4096)): (16, 3),  # 1.50x bfloat16
+    ("table-64", 4, (14336, 4096)): None,
+    ("table-64", 8, (14336, 4096)): (16, 3),  # 2.02x bfloat16
+    ("table-64", 16, (14336, 4096)): None,  # 1.53x bfloat16
+}
+NEAR = {9: HOPPER_NEAR}
+
 # The fused product for more rows of codes of 4 bits, NVIDIA H200 (results/gpu_many.md). Rows are the most that an entry
 # stands for, down to the next one; the last stands for more, too. None: another way is faster. Columns: the fields of
 # many.Config.
