@@ -129,7 +129,8 @@ def page(visits: Sequence[Mapping[str, Any]], entries: Sequence[Mapping[str, Any
     ]
     tables = ["\n\n".join(table(v["rows"], shape) for shape in SHAPES) for v in visits]
     return "\n\n".join((
-        "# Products of packed weights on a GPU",
+        "# Products of packed weights on a GPU: streaming, tiles and dequantizing",
+        SINCE,
         f"{machine['gpu']}, {machine['cores']} cores of {machine['cpu']}, torch {machine['torch version']}, bfloat16. "
         "Every call has weights of its own, more than 400 MB in all, so that the L2 cache is cold; all calls are in "
         "one CUDA graph; medians. Figures are times torch's bf16 product in the same run (its microseconds in "
@@ -140,7 +141,7 @@ def page(visits: Sequence[Mapping[str, Any]], entries: Sequence[Mapping[str, Any
         f"{checked[0]} on the first visit (streaming, dequantizing, torch's promises), {checked[1]} of {checked[1]} on "
         "the second (tiled).",
         markdown(["measured ceilings", "read", "copy", "bf16 product"], bounds),
-        "## What is dispatched now\n\nThe way that kernels/gpu/tables.py takes, each cell as it was measured on its "
+        "## What was dispatched then\n\nThe way that kernels/gpu/tables.py took, each cell as it was measured on its "
         "own (this dispatch was not timed as a whole). s: streaming, t: tiled, d: dequantize and torch's product. "
         "`*`: from the first visit, so what streams there does it in a configuration from before the tuning. Empty: "
         "not measured that way.",
@@ -158,6 +159,12 @@ def page(visits: Sequence[Mapping[str, Any]], entries: Sequence[Mapping[str, Any
         tables[0],
     )) + "\n"  # fmt: skip
 
+
+SINCE = """\
+**A page of an earlier version.** It measured three ways: `stream.cu`, `tiled.cu`, and `dequantize.cu` with torch's
+product. They are still there, for other devices and formats, and for what the tables leave to them; on Hopper `few.cu`,
+`near.cu` and `many.cu` have since taken most products of up to 16 rows and of codes of 4 bits: see
+[decode_gpu.md](decode_gpu.md), [gpu_near.md](gpu_near.md) and [gpu_many.md](gpu_many.md)."""
 
 NOTES = """## What is not right yet
 
