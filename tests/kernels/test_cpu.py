@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from torch import Generator, Tensor
 
 import whit
+from whit.errors import CheckpointError
 from whit.kernels import packed_linear, packed_linear_op, select
 from whit.kernels.cpu import Cpu, library
 from whit.kernels.cpu import build as builder
@@ -27,8 +29,9 @@ OTHER = [
     "int8-tensor", "int8-absmax", "int4-g64-asym-fz", "int8-g64-asym-fz", "int4-g48", "int2-g96-asym", "int4-g128-f16",
     "int4-g128-f32", "int3-channel-asym", "nf4", "nf4-g16", "nf4-dq", "nf4-g128-dq", "nf4-channel", "fp4", "fp8",
     "dynamic8-g64", "codebook(-1,-0.3,0.3,0.5,1)-g64", "codebook(-1,1)-g32", "codebook(-1,0.1,1)-g256",
-    "binary-g64", "binary",
+    "binary-g64", "binary", "ternary-g64", "ternary-g48", "ternary", "ternary-tensor-absmean",
     "q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_nl", "iq4_xs", "tq2_0",
+    "mxfp4",
 ]  # fmt: skip
 COMPILED = library()
 ISAS_HERE = () if isinstance(COMPILED, str) else COMPILED.isas
@@ -83,11 +86,26 @@ def test_products_are_exact_to_float32(kernel: Cpu, spec: str, random: Generator
         for dtype, tolerance in TOLERANCE.items():
             x = torch.randn(batch, columns, generator=random).to(dtype)
             bias = torch.randn(rows, generator=random).to(dtype)
-            # one-bit asymmetric groups are sums of few values against large zero points
-            check(kernel.linear(x, weight, bias), x, weight, bias, tolerance * (4 if "int1" in spec else 1))
+            # one-bit asymmetric groups and digits are sums of few values against large zero points
+            slack = 4 if "int1" in spec or "ternary" in spec else 1
+            check(kernel.linear(x, weight, bias), x, weight, bias, slack * tolerance)
 
 
-@pytest.mark.parametrize("spec", ["int4-g32", "nf4-g32", "int8-g64-asym", "int3-g64", "int2-g128"])
+def test_digits_are_the_references_whatever_the_byte(kernel: Cpu):
+    """All 243 bytes of five digits, in rows that end within vectors of every width, above rows of other bytes."""
+    for columns in (5, 80, 243 * 5, 243 * 5 - 3):
+        codes = torch.arange(243, dtype=torch.uint8).repeat(9)[: 7 * -(-columns // 5)].reshape(7, -1)
+        weight = BITS.pack(whit.quantize_tensor(torch.randn(7, columns), "ternary"))
+        weight = replace(weight, tensors={**weight.tensors, "codes": codes.contiguous()})
+        assert torch.equal(kernel.dequantize(weight, torch.float32), dequantize(weight))
+        tiles = BITS.pack(whit.quantize_tensor(torch.randn(300, 4096), "ternary-g64"))  # of more rows than a tile
+        assert torch.equal(kernel.dequantize(tiles, torch.bfloat16, 5, 299), dequantize(tiles, torch.bfloat16)[5:299])
+    wrong = replace(weight, tensors={**weight.tensors, "codes": codes.clone().fill_(243)})
+    with pytest.raises(CheckpointError, match="a byte is 243"):
+        kernel.linear(torch.ones(1, columns), wrong, None)
+
+
+@pytest.mark.parametrize("spec", ["int4-g32", "nf4-g32", "int8-g64-asym", "int3-g64", "int2-g128", "ternary-g32"])
 def test_any_number_of_rows(kernel: Cpu, spec: str, random: Generator):
     weight = packed(spec, 37, 288, random)
     for dtype, tolerance in TOLERANCE.items():

@@ -31,7 +31,7 @@ GROUPED = [
     "int3-g256-asym", "int2-g64-asym", "int4-channel", "int8-g32-asym", "int4-g64-asym-fz", "codebook(-1,0,1)-g32",
     "nf4", "nf4-g96", "fp4-g32", "nf4-channel", "nf4-g16", "codebook(-1,-0.31,0.113,0.77)-g32", "dynamic8",
     "codebook(-1,-0.75,-0.5,-0.25,0,0.125,0.25,0.5,1)-g32", "int8-tensor", "nf4-dq",
-    "q4_0", "q4_1", "q8_0", "q4_k", "q5_k", "q6_k", "iq4_nl", "iq4_xs",
+    "q4_0", "q4_1", "q8_0", "q4_k", "q5_k", "q6_k", "iq4_nl", "iq4_xs", "mxfp4", "ternary-g64", "ternary", "tq2_0",
 ]  # fmt: skip
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -74,7 +74,7 @@ def test_tokens_give_the_references_bits(kernel: Cpu8, how: str, random: Generat
                 assert torch.equal(kernel.linear(x[:batch], kernel.prepare(weight), bias), wanted)
 
 
-@pytest.mark.parametrize("spec", ["int2-channel", "int3-channel", "int4-channel"])
+@pytest.mark.parametrize("spec", ["int2-channel", "int3-channel", "int4-channel", "ternary"])
 def test_rows_shorter_than_a_byte_of_codes(kernel: Cpu8, spec: str, random: Generator):
     for columns in (1, 2, 3):
         weight = packed(spec, 60, columns, "int8", random)
@@ -85,7 +85,7 @@ def test_rows_shorter_than_a_byte_of_codes(kernel: Cpu8, spec: str, random: Gene
             assert bool(((found - x[:batch] @ exact.T).abs() <= room[:batch] + 1e-6).all())
 
 
-@pytest.mark.parametrize("spec", ["int8", "int3-channel"])
+@pytest.mark.parametrize("spec", ["int8", "int3-channel", "ternary"])
 def test_rows_longer_than_a_panel_give_the_references_bits(kernel: Cpu8, spec: str, random: Generator):
     weight = packed(spec, 61, 2 * 4096 + 77, "int8", random)
     x = torch.randn(21, 2 * 4096 + 77, generator=random)
@@ -111,8 +111,8 @@ def test_any_number_of_rows(kernel: Cpu8, spec: str, random: Generator):
 
 @pytest.mark.parametrize("how", ["int8", "int8-asym", "int8-outliers1"])
 def test_narrower_weights_with_tokens(kernel: Cpu8, how: str, random: Generator):
-    for bits in (2, 3, 4, 5, 6):
-        weight = packed(f"int{bits}-channel", 21, 200, how, random)
+    for spec in (*(f"int{bits}-channel" for bits in (2, 3, 4, 5, 6)), "ternary"):
+        weight = packed(spec, 21, 200, how, random)
         for batch in (1, 2, 7):
             x = torch.randn(batch, 200, generator=random)
             assert kernel.supports(weight, x) is None

@@ -30,18 +30,24 @@ def pack_digits(codes: Tensor, base: int, code_min: int) -> Tensor:
     return packed.contiguous()
 
 
+def check_digits(packed: Tensor, base: int) -> None:
+    """CheckpointError where a byte (uint8) is base^n or more, which is no n digits."""
+    most = base ** digits_per_byte(base) - 1
+    worst = int(packed.max()) if packed.numel() else 0
+    if worst > most:
+        raise CheckpointError(
+            f"codes of base {base}: a byte is {worst}; it must be at most {most}; fetch the file again"
+        )
+
+
 def unpack_digits(packed: Tensor, columns: int, base: int, code_min: int) -> Tensor:
     """The inverse of `pack_digits`: uint8 (rows, columns), int8 where code_min < 0.
 
     CheckpointError for bytes of base^n and more, which are no digits; on a GPU, which asking would hold up, they are
     read modulo base^n.
     """
-    most = base ** digits_per_byte(base) - 1
-    if packed.device.type == "cpu" and bool((packed > most).any()):
-        worst = int(packed.max())
-        raise CheckpointError(
-            f"codes of base {base}: a byte is {worst}; it must be at most {most}; fetch the file again"
-        )
+    if packed.device.type == "cpu":
+        check_digits(packed, base)
     places = []
     for _ in range(digits_per_byte(base)):
         places.append(packed % base)

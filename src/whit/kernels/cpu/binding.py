@@ -17,7 +17,7 @@ import torch
 
 from whit.kernels.cpu.build import COMPILERS, LIBRARY, find_compiler, source_hash
 
-ABI = 8
+ABI = 9
 BUILD = "python -m whit.kernels.cpu.build"
 ISAS = ("scalar", "avx2", "avx512", "avx512_bf16")  # by their number in whit_cpu.h, each better than those before it
 ISAS8 = ("scalar", "avx2", "avx512_vnni")  # of the products of 8-bit activations, by their number in int8.cpp
@@ -38,6 +38,7 @@ class WeightPlan(ctypes.Structure):
         ("parallel", Pointer),
         *((name, Pointer) for name in ("sub_scale", "sub_min")),
         *((name, ctypes.c_int32) for name in ("subs", "sub_bits", "sub_bias", "offsets")),
+        ("digit_bytes", ctypes.c_int64),
     ]
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from whit.kernels.base import QUANTIZED_INPUTS
 from whit.kernels.cpu.binding import ISAS, TYPES, Library, library
 from whit.kernels.cpu.weight import CpuWeight, exact_in, plan_weight, unsupported
-from whit.tensor import PackedWeight
+from whit.tensor import PackedWeight, radix
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 STREAMED_ROWS = {True: 16, False: 8}  # for 1 to 4 bits, and more: up to here streaming beats dequantizing
@@ -112,7 +112,7 @@ class Cpu:
 
     def _strips(self, weight: CpuWeight, dtype: torch.dtype, rows: int) -> bool:
         compiled = compiled_library()
-        if dtype != torch.bfloat16 or (self.isa or compiled.isas[-1]) not in compiled.isas_many:
+        if dtype != torch.bfloat16 or radix(weight.format) or (self.isa or compiled.isas[-1]) not in compiled.isas_many:
             return False
         return rows >= STRIPS_FROM[exact_in(weight.format, dtype)]
 

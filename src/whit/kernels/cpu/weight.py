@@ -9,8 +9,10 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from whit.formats.ggml.fit import exponent_scale
 from whit.kernels.cpu.binding import CODES, NESTED, NONE, TYPES, Library, WeightPlan
 from whit.kernels.cpu.memory import in_huge_pages
+from whit.layouts.digits import check_digits
 from whit.tensor import Format, PackedWeight, Params, matrix_shape, product_dtype, radix, rotation, tensor_param
 
 LAYOUT = 1  # of what `prepare` makes; another number is another file of prepared weights (compiled/prepared)
@@ -18,6 +20,7 @@ LANE = 16  # the kernels' runs of columns that share params
 NESTED_GROUP = 256
 PARAMS: tuple[set[str], ...] = (
     {"scale"}, {"scale", "zero_point"}, {"absmax"}, {"d"}, {"d", "m"}, {"d", "scale"}, {"d", "dmin", "scale", "min"},
+    {"exponent"},
 )  # fmt: skip
 
 
@@ -39,8 +42,8 @@ def unsupported(packed: PackedWeight) -> str | None:
         return f"{format} wants its inputs rotated first"
     if format.vector_size != 1 or format.bits > 8:
         return f"{format} is no format of up to 8 bits a weight"
-    if base := radix(format):
-        return f"codes of {format} lie in bytes of base {base}, not in bits"
+    if (base := radix(format)) not in (None, 3):
+        return f"codes of {format} lie in bytes of base {base}, not in bits or of base 3"
     if len(packed.shape) != 2 or 0 in packed.shape:
         return f"the weight's shape is {packed.shape}; it must be a matrix"
     if run_size(format) % LANE and run_size(format) < packed.shape[1]:
@@ -62,11 +65,14 @@ def plan_weight(packed: PackedWeight, library: Library, move: bool) -> CpuWeight
     if move:
         tensors["codes"] = in_huge_pages(tensors["codes"], source_goes=True)
     codes = tensors["codes"]
+    if base := radix(format):
+        check_digits(codes, base)
     levels = level_table(format)
     size = run_size(format)
     groups = -(-columns // format.group_size) * (format.group_size // size) if size else 1
     plan = WeightPlan(
-        codes=codes.data_ptr(), rows=rows, columns=columns, row_bytes=codes.shape[1], groups=groups,
+        codes=codes.data_ptr(), rows=rows, columns=columns, groups=groups,
+        row_bytes=-(-columns * format.bits // 8), digit_bytes=codes.shape[1] if base else 0,
         group_size=size or columns, levels=levels.data_ptr(), bits=format.bits,
         consecutive=is_consecutive(format), zero_type=NONE, parallel=library.parallel,
     )  # fmt: skip
@@ -115,6 +121,8 @@ def level_scale(format: Format, params: Params) -> Tensor:
     if "absmax" in params and product_dtype(format) == torch.int8:  # so a product rounds once
         scale: Tensor = format.row_scale(params)  # type: ignore[attr-defined]
         return scale
+    if "exponent" in params:
+        return exponent_scale(tensor_param(params, "exponent")).to(torch.bfloat16)  # powers of 2: exact
     return tensor_param(params, next(name for name in ("absmax", "d", "scale") if name in params))
 
 

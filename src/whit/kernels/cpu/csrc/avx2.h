@@ -2,6 +2,7 @@
 #pragma once
 #include <immintrin.h>
 
+#include "digits.h"
 #include "isa.h"
 
 namespace {
@@ -22,6 +23,37 @@ struct Avx2 {
   static constexpr bool LIFTS = false, LIFTS_MANY = false;
   static constexpr bool COUNTS = true;   // whether converting a small code beats looking it up
 
+  // byte = 27 high + low: three digits by a table of 27, two by one of 9.
+  static void digits(const uint8_t* from, int64_t bytes, uint8_t* to) {
+    const __m256i low_first = _mm256_broadcastsi128_si256(
+        _mm_setr_epi8(0, 1, 2, 4, 5, 6, 8, 9, 10, 16, 17, 18, 20, 21, 22, 24));
+    const __m256i low_last = _mm256_broadcastsi128_si256(
+        _mm_setr_epi8(25, 26, 32, 33, 34, 36, 37, 38, 40, 41, 42, 0, 0, 0, 0, 0));
+    const __m256i high_all = _mm256_broadcastsi128_si256(
+        _mm_setr_epi8(0, 1, 2, 4, 5, 6, 8, 9, 10, 0, 0, 0, 0, 0, 0, 0));
+    const __m256i nothing = _mm256_set1_epi16((short)0x8000), pair = _mm256_set1_epi32(1 | 1024 << 16);
+    const __m256i whole = _mm256_broadcastsi128_si256(
+        _mm_setr_epi8(0, 1, 2, 3, 4, 8, 9, 10, 11, 12, -1, -1, -1, -1, -1, -1));
+    const __m256i first = _mm256_set1_epi64x(0xfffff), second = _mm256_set1_epi64x((long long)0xfffff << 20);
+    int64_t i = 0;
+    for (; i + 16 <= bytes; i += 16, to += 20) {
+      const __m256i byte = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i*)(from + i)));
+      const __m256i high = _mm256_mulhi_epu16(byte, _mm256_set1_epi16(2428));
+      const __m256i low = _mm256_sub_epi16(byte, _mm256_mullo_epi16(high, _mm256_set1_epi16(27)));
+      const __m256i index = _mm256_or_si256(low, nothing);
+      const __m256i beyond = _mm256_cmpgt_epi16(low, _mm256_set1_epi16(15));
+      const __m256i three =
+          _mm256_blendv_epi8(_mm256_shuffle_epi8(low_first, index), _mm256_shuffle_epi8(low_last, index), beyond);
+      const __m256i five = _mm256_or_si256(three, _mm256_slli_epi16(_mm256_shuffle_epi8(high_all, high), 6));
+      const __m256i ten = _mm256_madd_epi16(five, pair);
+      const __m256i twenty = _mm256_or_si256(_mm256_and_si256(ten, first),
+                                             _mm256_and_si256(_mm256_srli_epi64(ten, 12), second));
+      const __m256i packed = _mm256_shuffle_epi8(twenty, whole);
+      _mm_storeu_si128((__m128i*)to, _mm256_castsi256_si128(packed));
+      _mm_storeu_si128((__m128i*)(to + 10), _mm256_extracti128_si256(packed, 1));
+    }
+    digits_by_table(from + i, bytes - i, to);
+  }
   static ALWAYS_INLINE F set1(float v) { return {_mm256_set1_ps(v), _mm256_set1_ps(v)}; }
   static ALWAYS_INLINE F zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
   static ALWAYS_INLINE F load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }

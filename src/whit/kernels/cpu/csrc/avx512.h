@@ -2,6 +2,7 @@
 #pragma once
 #include <immintrin.h>
 
+#include "digits.h"
 #include "isa.h"
 
 namespace {
@@ -22,6 +23,31 @@ struct Avx512 {
   static constexpr bool LIFTS = false, LIFTS_MANY = true;
   static constexpr bool COUNTS = false;  // whether converting a small code beats looking it up
 
+  // byte = 27 high + low: three digits by a table of 27, two by one of 9.
+  static void digits(const uint8_t* from, int64_t bytes, uint8_t* to) {
+    static const uint16_t of_low[32] = {0,  1,  2,  4,  5,  6,  8,  9,  10, 16, 17, 18, 20, 21, 22, 24,
+                                        25, 26, 32, 33, 34, 36, 37, 38, 40, 41, 42};
+    static const uint16_t of_high[32] = {0, 1 << 6, 2 << 6, 4 << 6, 5 << 6, 6 << 6, 8 << 6, 9 << 6, 10 << 6};
+    const __m512i three = _mm512_loadu_si512(of_low), two = _mm512_loadu_si512(of_high);
+    const __m512i whole = _mm512_broadcast_i32x4(
+        _mm_setr_epi8(0, 1, 2, 3, 4, 8, 9, 10, 11, 12, -1, -1, -1, -1, -1, -1));
+    const __m512i pair = _mm512_set1_epi32(1 | 1024 << 16), first = _mm512_set1_epi64(0xfffff);
+    int64_t i = 0;
+    for (; i + 32 <= bytes; i += 32, to += 40) {
+      const __m512i byte = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)(from + i)));
+      const __m512i high = _mm512_mulhi_epu16(byte, _mm512_set1_epi16(2428));
+      const __m512i low = _mm512_sub_epi16(byte, _mm512_mullo_epi16(high, _mm512_set1_epi16(27)));
+      const __m512i five = _mm512_or_si512(_mm512_permutexvar_epi16(low, three), _mm512_permutexvar_epi16(high, two));
+      const __m512i ten = _mm512_madd_epi16(five, pair);
+      const __m512i twenty = _mm512_ternarylogic_epi64(first, ten, _mm512_srli_epi64(ten, 12), 0xCA);
+      const __m512i packed = _mm512_shuffle_epi8(twenty, whole);
+      _mm_storeu_si128((__m128i*)to, _mm512_castsi512_si128(packed));
+      _mm_storeu_si128((__m128i*)(to + 10), _mm512_extracti32x4_epi32(packed, 1));
+      _mm_storeu_si128((__m128i*)(to + 20), _mm512_extracti32x4_epi32(packed, 2));
+      _mm_storeu_si128((__m128i*)(to + 30), _mm512_extracti32x4_epi32(packed, 3));
+    }
+    digits_by_table(from + i, bytes - i, to);
+  }
   static ALWAYS_INLINE F set1(float v) { return _mm512_set1_ps(v); }
   static ALWAYS_INLINE F zero() { return _mm512_setzero_ps(); }
   static ALWAYS_INLINE F load(const float* p) { return _mm512_loadu_ps(p); }

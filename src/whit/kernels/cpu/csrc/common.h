@@ -41,6 +41,7 @@ struct Kernels {
   uint64_t (*read)(const uint8_t* data, int64_t bytes);
   int pairs;   // 1: x is kept in bfloat16, 32 lanes wide
   int counts;  // 1: small consecutive levels are converted, not looked up, which takes the sums of x
+  void (*digits)(const uint8_t* from, int64_t bytes, uint8_t* to);  // five of base 3 to a byte, as 2-bit codes
   int sizes;   // the rows of x that `dot` takes at a time, as a sum of 1, 2, 4 and 8
 };
 

@@ -4,6 +4,8 @@
 // member does for itself instead. A row is summed by one thread in one order, whatever the size of the team.
 #include "decoder.h"
 
+#include "digits.h"
+
 #include <sched.h>
 
 #include "team.h"
@@ -114,7 +116,11 @@ void exact(Member& me, const whit_matrix& m, const void* x, void* y, int64_t fir
     kernels.arrange(x, me.d.type, w.columns, w.bits, me.inputs.room, (float*)(me.inputs.room + rows.x_bytes));
   }
   rows.w = &w, rows.m = 1, rows.bias = m.bias, rows.y = y, rows.type = me.d.type;
-  kernels.dot(rows, first, last, me.params);
+  const bool done = by_tiles(w, kernels, first, last, [&](const whit_weight& part, int64_t from, int64_t to) {
+    rows.w = &part;
+    kernels.dot(rows, from, to, me.params);
+  });
+  if (!done) me.run.failed = 1;
 }
 
 // Inputs rounded to int8.
@@ -139,7 +145,12 @@ void quantized(Member& me, const whit_matrix& m, const void* x, void* y, int64_t
   p.shift = m.shift, p.unit = m.unit, p.has_table = m.table != nullptr;
   if (m.table) memcpy(p.table, m.table, 16);
   if (shifted) whit_derive8(p, true, kernels, me.inputs.lanes);
-  kernels.few(p, first, last, me.params);
+  const bool done = by_tiles(w, *whit_kernels(w, WHIT_F32, me.d.isa8), first, last,
+                             [&](const whit_weight& part, int64_t from, int64_t to) {
+                               p.w = &part;
+                               kernels.few(p, from, to, me.params);
+                             });
+  if (!done) me.run.failed = 1;
 }
 
 void floating(Member& me, const whit_matrix& m, const void* x, void* y, int64_t first, int64_t last) {
@@ -253,9 +264,13 @@ void embed(Member& me, int64_t token) {
   }
   const whit_matrix& m = *table;
   const size_t bytes = (size_t)m.columns * element(me.d);
-  if (me.rank == 0 && m.packed)
-    whit_kernels(*m.packed, me.d.type, me.d.isa)->dequantize(*m.packed, token, me.params, me.run.x, me.d.type);
-  else if (me.rank == 0)
+  if (me.rank == 0 && m.packed) {
+    const Kernels& kernels = *whit_kernels(*m.packed, me.d.type, me.d.isa);
+    const bool done = by_tiles(*m.packed, kernels, token, token + 1, [&](const whit_weight& w, int64_t row, int64_t) {
+      kernels.dequantize(w, row, me.params, me.run.x, me.d.type);
+    });
+    if (!done) me.run.failed = 1;
+  } else if (me.rank == 0)
     memcpy(me.run.x, (const char*)m.dense + (size_t)token * bytes, bytes);
   me.wait();
 }

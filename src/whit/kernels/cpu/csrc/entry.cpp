@@ -2,6 +2,7 @@
 // row is computed by one thread in one order.
 #include <chrono>
 
+#include "digits.h"
 #include "isa.h"
 #include "team.h"
 
@@ -53,7 +54,7 @@ const Kernels* kernels_for(int isa) {
   }
 }
 
-thread_local Scratch arranged, per_row;
+thread_local Scratch arranged, per_row, of_digits;
 
 void member(void* argument) {
   Team& team = *(Team*)argument;
@@ -80,11 +81,19 @@ struct Dot {
   const Kernels* kernels;
   const Rows* rows;
   int count;
+  Team* team;
 };
 
 void dot_task(void* context, int64_t first, int64_t last, float* scratch) {
   const Dot& dot = *(const Dot*)context;
-  for (int i = 0; i < dot.count; i++) dot.kernels->dot(dot.rows[i], first, last, scratch);
+  auto tile = [&](const whit_weight& w, int64_t from, int64_t to) {
+    for (int i = 0; i < dot.count; i++) {
+      Rows rows = dot.rows[i];
+      rows.w = &w;
+      dot.kernels->dot(rows, from, to, scratch);
+    }
+  };
+  if (!by_tiles(*dot.rows->w, *dot.kernels, first, last, tile)) dot.team->failed = 1;
 }
 
 struct Decode {
@@ -93,15 +102,21 @@ struct Decode {
   char* out;
   int64_t offset, row_bytes;
   int type;
+  Team* team;
 };
 
 void decode_task(void* context, int64_t first, int64_t last, float* scratch) {
   const Decode& d = *(const Decode*)context;
-  for (int64_t row = first; row < last; row++)
-    d.kernels->dequantize(*d.w, d.offset + row, scratch, d.out + row * d.row_bytes, d.type);
+  auto tile = [&](const whit_weight& w, int64_t from, int64_t to) {
+    for (int64_t row = from; row < to; row++)
+      d.kernels->dequantize(w, row, scratch, d.out + (row - d.offset) * d.row_bytes, d.type);
+  };
+  if (!by_tiles(*d.w, *d.kernels, d.offset + first, d.offset + last, tile)) d.team->failed = 1;
 }
 
 }  // namespace
+
+uint8_t* whit_digit_room(size_t bytes) { return (uint8_t*)of_digits.get(bytes); }
 
 size_t whit_row_scratch(const whit_weight& w) {
   int64_t lanes = w.columns / 4 + 64;  // 16 per block of at least 64 columns, and the last block
@@ -170,8 +185,8 @@ int whit_linear(const whit_weight* w, const void* x, const void* bias, void* y, 
                      (char*)y + m * w->rows * element, type};
     m += take;
   }
-  Dot dot = {kernels, rows, count};
   Team team;
+  Dot dot = {kernels, rows, count, &team};
   team.rows = w->rows, team.task = task_rows(*w), team.work = dot_task, team.context = &dot;
   team.scratch_bytes = whit_row_scratch(*w);
   return whit_run(team, w->parallel, threads);
@@ -180,8 +195,8 @@ int whit_linear(const whit_weight* w, const void* x, const void* bias, void* y, 
 int whit_dequantize(const whit_weight* w, void* out, int64_t first, int64_t last, int type, int isa, int threads) {
   const Kernels* kernels = kernels_for(isa);
   if (!kernels) return -1;
-  Decode decode = {kernels, w, (char*)out, first, w->columns * (type == WHIT_F32 ? 4 : 2), type};
   Team team;
+  Decode decode = {kernels, w, (char*)out, first, w->columns * (type == WHIT_F32 ? 4 : 2), type, &team};
   team.rows = last - first, team.task = task_rows(*w), team.work = decode_task, team.context = &decode;
   team.scratch_bytes = whit_row_scratch(*w);
   return whit_run(team, w->parallel, threads);

@@ -1,4 +1,5 @@
 // Calls of the products of 8-bit activations.
+#include "digits.h"
 #include "many.h"
 #include "team.h"
 
@@ -45,16 +46,28 @@ bool runs_pow2(const whit_weight& w) {
 struct Call8 {
   const Kernels8* kernels;
   const Product8* product;
+  const Kernels* floats;  // of the same instruction set, for codes that are digits
+  Team* team;
 };
+
+template <class Product>
+void by_parts(const Call8& call, int64_t first, int64_t last, float* scratch, Product product) {
+  auto tile = [&](const whit_weight& w, int64_t from, int64_t to) {
+    Product8 part = *call.product;
+    part.w = &w;
+    product(part, from, to, scratch);
+  };
+  if (!by_tiles(*call.product->w, *call.floats, first, last, tile, WIDE8)) call.team->failed = 1;
+}
 
 void few_task(void* context, int64_t first, int64_t last, float* scratch) {
   const Call8& call = *(const Call8*)context;
-  call.kernels->few(*call.product, first, last, scratch);
+  by_parts(call, first, last, scratch, call.kernels->few);
 }
 
 void many_task(void* context, int64_t first, int64_t last, float* scratch) {
   const Call8& call = *(const Call8*)context;
-  call.kernels->many(*call.product, first, last, scratch);
+  by_parts(call, first, last, scratch, call.kernels->many);
 }
 
 struct Quantize8 {
@@ -148,12 +161,12 @@ WHIT_API8 int whit_product8(const whit_weight* w, const whit_rows8* x, const int
   void* room = sums8.get(whit_derived8(product, x->count <= few, *kernels));
   if (!room) return -3;
   whit_derive8(product, x->count <= few, *kernels, room);
-  if (isa == 2 && x->groups > 1 && x->count > few) {
+  if (isa == 2 && x->groups > 1 && x->count > few && !w->digit_bytes) {
     const int status = whit_strips8(product, threads);
     if (status != -1) return status;
   }
-  Call8 call = {kernels, &product};
   Team team;
+  Call8 call = {kernels, &product, whit_kernels(*w, WHIT_F32, isa), &team};
   const size_t params = sizeof(float) * (size_t)(2 * 4 * (w->groups + 48));
   team.rows = w->rows, team.context = &call;
   if (x->count <= few) {

@@ -81,5 +81,5 @@ static uint64_t read_all(const uint8_t* data, int64_t bytes) {
 
 template <class V>
 static constexpr Kernels kernels_of() {
-  return {dot<V>, dequantize<V>, arrange<V>, round_row<V>, read_all, 0, V::COUNTS, V::SIZES};
+  return {dot<V>, dequantize<V>, arrange<V>, round_row<V>, read_all, 0, V::COUNTS, V::digits, V::SIZES};
 }

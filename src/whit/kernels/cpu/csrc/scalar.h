@@ -1,7 +1,7 @@
 // Any processor: 16 lanes as the compiler's own vectors, which it cuts into whatever the target has (SSE2, NEON).
 #pragma once
 #define UNROLL(n)
-#include "common.h"
+#include "digits.h"
 #include "isa.h"
 
 namespace {
@@ -25,6 +25,7 @@ struct Scalar {
   static constexpr bool LIFTS = false, LIFTS_MANY = false;
   static constexpr bool COUNTS = true;   // whether converting a small code beats looking it up
 
+  static void digits(const uint8_t* from, int64_t bytes, uint8_t* to) { digits_by_table(from, bytes, to); }
   static ALWAYS_INLINE F set1(float a) { return F{} + a; }
   static ALWAYS_INLINE F zero() { return F{}; }
   static ALWAYS_INLINE F load(const float* p) { F f; memcpy(&f, p, 64); return f; }

@@ -11,7 +11,7 @@
 #define WHIT_API extern "C" __attribute__((visibility("default")))
 #endif
 
-enum { WHIT_ABI = 8 };
+enum { WHIT_ABI = 9 };
 enum whit_type { WHIT_F32 = 0, WHIT_BF16 = 1, WHIT_F16 = 2, WHIT_CODES = 3, WHIT_NESTED = 4, WHIT_NONE = 5 };
 enum whit_isa { WHIT_SCALAR = 0, WHIT_AVX2 = 1, WHIT_AVX512 = 2, WHIT_AVX512_BF16 = 3, WHIT_ISAS = 4 };
 
@@ -37,6 +37,8 @@ typedef struct {
   const uint8_t *sub_scale, *sub_min;
   int32_t subs, sub_bits, sub_bias;
   int32_t offsets;               // not 0: `zero` holds offsets, times this: w = levels[code] scale - offset
+  // Not 0: codes lie as digits of base 3, five to a byte, so many bytes a row; bits is 2, row_bytes those of whole bits.
+  int64_t digit_bytes;
 } whit_weight;
 
 // y (rows_of_x, w.rows) = x (rows_of_x, w.columns) w^T + bias, sums in float32. x and y are contiguous and of `type`,
