@@ -10,7 +10,7 @@ from whit.formats import Affine, BFloat16, Codebook, Float8, parse_format
 from whit.integrations.cache import QuantizedCache
 from whit.integrations.transformers import QuantizationConfig, register
 from whit.methods import GPTQ, HQQ, RTN, Blocks, Clip, Refine
-from whit.modules import track_ranges
+from whit.modules import set_deterministic, track_ranges
 from whit.pipeline import quantize
 from whit.pipeline.job import Options
 from whit.recipe import Recipe
@@ -59,5 +59,6 @@ __all__ = [
     "quantize",
     "quantize_tensor",
     "resolve_model",
+    "set_deterministic",
     "track_ranges",
 ]

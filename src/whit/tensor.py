@@ -150,6 +150,7 @@ class PackedWeight:
     `activations` says how its inputs are quantized, None that they are not. Where these have static scales, `tensors`
     holds beside the layout's own `input_scale` float32 (1,) and, asymmetric, `input_zero_point` int8 (1,); where
     columns stay exact, `input_columns` int32 (exact,) and `input_low` float32 (1,), the low end of codes or -infinity.
+    `deterministic`: a row of a product must be the same bits whatever rows are beside it.
     """
 
     layout: str
@@ -157,6 +158,7 @@ class PackedWeight:
     shape: tuple[int, ...]
     tensors: Mapping[str, Tensor]
     activations: Activated | None = field(default=None, kw_only=True)
+    deterministic: bool = field(default=False, kw_only=True)
 
     @property
     def nbytes(self) -> int:

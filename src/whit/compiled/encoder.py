@@ -84,6 +84,8 @@ def _layer(layer: nn.Module, names: Mapping[str, tuple[str, ...]]) -> Layer:
         for name, module in zip(names[key], modules, strict=True):
             if not isinstance(module, QuantizedLinear):
                 raise UnsupportedModelError(f"compile: {name} is not quantized; all linears of a layer must be")
+            if module.deterministic:
+                raise UnsupportedModelError(f"compile: {name} is deterministic; compiled encoders sum by batch")
         return Linear(tuple(m.packed for m in modules), tuple(m.bias for m in modules))  # type: ignore[misc]
 
     def norm(name: str) -> tuple[Tensor, Tensor]:

@@ -14,6 +14,7 @@ from whit.kernels.cpu import Cpu, Cpu8
 from whit.kernels.cpu.binding import TYPES, Library, library
 from whit.kernels.cpu.decoder import Block, Decoder, Matrix, Network, refusal
 from whit.kernels.cpu.weight import CpuWeight
+from whit.kernels.invariant import RowByRow
 from whit.modules import PackedModule, QuantizedEmbedding, QuantizedLinear, TiedEmbedding, TiedHead
 
 CLASSES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
@@ -151,6 +152,8 @@ def _prepared(module: PackedModule, name: str, dtype: torch.dtype) -> CpuWeight 
     kernel, weight = module.ready(torch.empty(1, module.weight_shape[1], dtype=dtype))
     if isinstance(weight, Parts) and all(isinstance(band, CpuWeight) for band in weight.bands):
         return weight
+    if isinstance(kernel, RowByRow):  # one row is alone anyway
+        kernel = kernel.kernel
     if not isinstance(kernel, Cpu | Cpu8) or not isinstance(weight, CpuWeight):
         raise UnsupportedModelError(f"compile: {name} in {module.format} runs on the kernel {kernel.name}")
     if reason := refusal(weight):

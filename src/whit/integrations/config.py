@@ -21,7 +21,7 @@ from whit.recipe import Recipe
 from whit.recipe.stored import KEYS as RECIPE_KEYS
 from whit.tensor import Format
 
-KEYS = RECIPE_KEYS | {"quant_method", "layout", "formats", "inputs", "compute_dtype"}
+KEYS = RECIPE_KEYS | {"quant_method", "layout", "formats", "inputs", "compute_dtype", "deterministic"}
 
 
 class BitsandbytesOptions(TypedDict, total=False):
@@ -36,6 +36,12 @@ class BitsandbytesOptions(TypedDict, total=False):
     llm_int8_has_fp16_weight: bool
 
 
+class FurtherOptions(BitsandbytesOptions, total=False):
+    """What else a configuration takes."""
+
+    deterministic: bool
+
+
 class QuantizationConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """Quantize while loading.
 
@@ -45,6 +51,7 @@ class QuantizationConfig(QuantizationConfigMixin):  # type: ignore[misc]
     as they come; with `outlier_threshold` (llm.int8's is 6.0; 0: none) columns that reach it stay in 16 bits, as
     bitsandbytes has it, and `enable_fp32_cpu_offload` keeps what a device map puts on the CPU beside a GPU (then in
     float32), or on disk, unquantized.
+    With `deterministic` a row of a product is the same bits whatever batch it is in (`whit.set_deterministic`).
     `double_quant` stores a codebook format's absmax in 8 bits. Linears multiply in `compute_dtype` (as their input
     comes unless given). Modules named in `modules_to_not_convert` (or `skip_modules`) are kept, with all inside them.
     Raises FormatError and RecipeError.
@@ -60,14 +67,14 @@ class QuantizationConfig(QuantizationConfigMixin):  # type: ignore[misc]
         activations: str | Activations | None = None,
         compute_dtype: torch.dtype | str | None = None,
         modules_to_not_convert: Sequence[str] | None = None,
-        **named: Unpack[BitsandbytesOptions],
+        **named: Unpack[FurtherOptions],
     ) -> None:
         given = format if isinstance(format, Recipe) else _recipe(format, method, double_quant, activations)
         if given is format and (method is not None or double_quant or activations is not None):
             raise RecipeError(
                 "QuantizationConfig: a Recipe has its own method, formats and activations; set them there"
             )
-        if unknown := sorted(set(named) - set(BitsandbytesOptions.__annotations__)):
+        if unknown := sorted(set(named) - set(FurtherOptions.__annotations__)):
             raise RecipeError(f"QuantizationConfig: option {unknown[0]!r} does not exist; correct it or leave it out")
         both = named.get("outlier_threshold"), named.get("llm_int8_threshold")
         thresholds = {threshold for threshold in both if threshold is not None}
@@ -88,7 +95,7 @@ class QuantizationConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.quant_method = QUANT_METHOD
         self.layout = "bits"
         self.recipe = given.with_rules([*given.rules, *rules, *kept], given.mix)
-        self.compute_dtype = _dtype(compute_dtype)
+        self.compute_dtype, self.deterministic = _dtype(compute_dtype), bool(named.get("deterministic"))
         self.formats: dict[str, str] = {}
         self.inputs: dict[str, str] = {}
         aside = (named.get("enable_fp32_cpu_offload"), named.get("llm_int8_enable_fp32_cpu_offload"))
@@ -101,6 +108,8 @@ class QuantizationConfig(QuantizationConfigMixin):  # type: ignore[misc]
         values = {**quantization_config(self.recipe, formats, inputs), "layout": self.layout}
         if self.compute_dtype is not None:
             values["compute_dtype"] = dtype_name(self.compute_dtype)
+        if self.deterministic:
+            values["deterministic"] = True
         return values
 
     @classmethod
@@ -109,7 +118,11 @@ class QuantizationConfig(QuantizationConfigMixin):  # type: ignore[misc]
         if unknown := sorted(set(config_dict) - KEYS):
             raise RecipeError(f"quantization_config: key {unknown[0]!r} is not known; update whit to read this model")
         recipe = {key: config_dict[key] for key in RECIPE_KEYS if key in config_dict}
-        config = cls(Recipe.from_dict(recipe, "quantization_config"), compute_dtype=config_dict.get("compute_dtype"))
+        config = cls(
+            Recipe.from_dict(recipe, "quantization_config"),
+            compute_dtype=config_dict.get("compute_dtype"),
+            deterministic=config_dict.get("deterministic", False),
+        )
         config.layout = layout_named(str(config_dict.get("layout", "bits"))).name
         config.formats = {str(name): str(spec) for name, spec in dict(config_dict.get("formats", {})).items()}
         config.inputs = {str(name): str(spec) for name, spec in dict(config_dict.get("inputs", {})).items()}

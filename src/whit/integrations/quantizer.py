@@ -42,6 +42,7 @@ from whit.modules import (
     install,
     install_tied,
     remove_packed,
+    set_deterministic,
     withdraw,
 )
 from whit.tensor import Format, PackedWeight
@@ -161,6 +162,8 @@ class WhitQuantizer(HfQuantizer):  # type: ignore[misc]
                 del self.plan[parameter], self.quantization_config.formats[target.holder]
                 self.quantization_config.inputs.pop(target.holder, None)
         compute_apart(model, self.aside, self.dtype)
+        if self.quantization_config.deterministic:
+            set_deterministic(model)
         # Saving must not undo conversions (split experts, rename) on packed tensors.
         self.conversions, model._weight_conversions = conversions, []
 

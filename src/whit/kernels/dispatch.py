@@ -1,7 +1,8 @@
 """Which kernel runs: the first row of KERNELS that supports the packed weight and the activations.
 
 A new kernel is one file and one row here, above the slower ones. A weight whose inputs are quantized
-(`packed.activations`) is for kernels that know that, and the others refuse it.
+(`packed.activations`) is for kernels that know that, and the others refuse it. A `deterministic` one has a table of its
+own, INVARIANT, in which no row of a product depends on the others.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from whit.kernels.bands import Banded
 from whit.kernels.base import Kernel
 from whit.kernels.cpu import Cpu, Cpu8
 from whit.kernels.gpu import Gpu, Gpu8, GpuFloat8, GpuRuns
+from whit.kernels.invariant import RowByRow
 from whit.kernels.reference import Reference
 from whit.kernels.rotated import Rotation
 from whit.kernels.side_car import SideCar
@@ -29,6 +31,11 @@ KERNELS: tuple[Kernel, ...] = (
     *(Rotation(kernel) for kernel in (*PLAIN, *EIGHT)), Reference(),
 )  # fmt: skip
 
+# Of weights that are `deterministic`. Streams of up to 4 rows on the CPU sum each in one order, a test says.
+INVARIANT: tuple[Kernel, ...] = (
+    Gpu(invariant=True), *(RowByRow(kernel, 4 if kernel == Cpu() else 1) for kernel in KERNELS),
+)  # fmt: skip
+
 Choice: TypeAlias = tuple[torch.dtype, str, int]
 
 
@@ -38,9 +45,13 @@ def choice_key(x: Tensor) -> Choice:
     return x.dtype, x.device.type, max(rows - 1, 0).bit_length()
 
 
+def _kernels(packed: PackedWeight) -> tuple[Kernel, ...]:
+    return INVARIANT if packed.deterministic else KERNELS
+
+
 def select(packed: PackedWeight, x: Tensor) -> Kernel:
     """The kernel for `x @ weight^T`; KernelError lists why none of them can."""
-    for kernel in KERNELS:
+    for kernel in _kernels(packed):
         if kernel.supports(packed, x) is None:
             return kernel
     reasons = "; ".join(f"{name}: {reason}" for name, reason in explain(packed, x))
@@ -50,7 +61,7 @@ def select(packed: PackedWeight, x: Tensor) -> Kernel:
 def explain(packed: PackedWeight, x: Tensor) -> tuple[tuple[str, str], ...]:
     """For each kernel in order: its name and `used`, `slower than <the used one>`, or the reason why not."""
     rows, used = [], ""
-    for kernel in KERNELS:
+    for kernel in _kernels(packed):
         reason = kernel.supports(packed, x)
         if reason is None:
             reason, used = (f"slower than {used}", used) if used else ("used", kernel.name)

@@ -1,8 +1,9 @@
 """Packed products as torch operators, so that torch.compile takes a model with packed linears whole.
 
 `whit::packed_linear(x, tensors, bias, keys, layout, format, shape)` and `whit::packed_floats(...)`: a packed weight
-travels as its tensors and the names that give them meaning; `format` is a SPEC or, where inputs are quantized, a SPEC
-and a shorthand of activations, parted by a space. Dispatch and kernels stay inside, opaque to the compiler.
+travels as its tensors and the names that give them meaning; `format` is a SPEC, where inputs are quantized a shorthand
+of activations, and where it is so `deterministic`, parted by spaces. Dispatch and kernels stay inside, opaque to the
+compiler.
 """
 
 from __future__ import annotations
@@ -21,13 +22,15 @@ from whit.kernels.dispatch import select
 from whit.kernels.unpack import dequantize
 from whit.tensor import Format, PackedWeight
 
+DETERMINISTIC = "deterministic"
 _format: Any = cache(parse_format)
 _activations: Any = cache(parse_activations)
 
 
 def packed_numbers(packed: PackedWeight) -> str:
-    """The SPEC of a packed weight, and the shorthand of its activations where there are any."""
-    return str(packed.format) if packed.activations is None else f"{packed.format} {packed.activations}"
+    """The SPEC of a packed weight, its activations' shorthand where there are any, `deterministic` where it is."""
+    how = () if packed.activations is None else (str(packed.activations),)
+    return " ".join((str(packed.format), *how, *((DETERMINISTIC,) if packed.deterministic else ())))
 
 
 def packed_arguments(
@@ -42,10 +45,13 @@ def packed_arguments(
 
 
 def _packed(tensors: Sequence[Tensor], keys: str, layout: str, format: str, shape: Sequence[int]) -> PackedWeight:
-    spec, _, how = format.partition(" ")
+    spec, *rest = format.split(" ")
     known: Format = _format(spec)
     named = dict(zip(keys.split(","), tensors, strict=True))
-    return PackedWeight(layout, known, tuple(shape), named, activations=_activations(how) if how else None)
+    how = [_activations(text) for text in rest if text != DETERMINISTIC]
+    return PackedWeight(
+        layout, known, tuple(shape), named, activations=how[0] if how else None, deterministic=DETERMINISTIC in rest
+    )
 
 
 @torch.library.custom_op("whit::packed_linear", mutates_args=())

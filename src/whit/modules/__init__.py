@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from whit.modules.alone import set_deterministic
 from whit.modules.embedding import QuantizedEmbedding, TiedEmbedding
 from whit.modules.experts import QuantizedExperts
 from whit.modules.linear import QuantizedLinear
@@ -24,6 +25,7 @@ __all__ = [
     "install_tied",
     "prepare",
     "remove_packed",
+    "set_deterministic",
     "track_ranges",
     "withdraw",
 ]

@@ -37,12 +37,13 @@ class PackedModule(nn.Module):
     weight_shape: tuple[int, ...]
     weight: Tensor
     activations: Activated | None
+    deterministic: bool
     _comes_and_goes = False
 
     def hold(self, packed: PackedWeight, dtype: torch.dtype) -> None:
         """Take the packed tensors as buffers; `dtype` is the type in which the module stands in for floats."""
         self.format, self.layout, self.weight_shape = packed.format, packed.layout, tuple(packed.shape)
-        self.activations = packed.activations
+        self.activations, self.deterministic = packed.activations, packed.deterministic
         self._keys, self._numbers = tuple(packed.tensors), packed_numbers(packed)
         self._ready: dict[Choice, tuple[Kernel, PackedWeight]] = {}
         self._kinds: dict[str, torch.dtype] = {}
@@ -56,8 +57,14 @@ class PackedModule(nn.Module):
     def packed(self) -> PackedWeight:
         """The packed weight as it lies now."""
         tensors = {key: self._held(key) for key in self._keys}
-        how = self.activations
-        return PackedWeight(self.layout, self.format, self.weight_shape, tensors, activations=how)
+        how, alone = self.activations, self.deterministic
+        return PackedWeight(self.layout, self.format, self.weight_shape, tensors, activations=how, deterministic=alone)
+
+    def set_deterministic(self, on: bool) -> None:
+        """Whether a row of a product must be the same bits whatever rows are beside it."""
+        self.deterministic = on
+        self._numbers = packed_numbers(self.packed)
+        self._ready.clear()
 
     def _held(self, key: str) -> Tensor:
         """A packed tensor: a buffer, or a frozen parameter where `make_shardable` has made it one."""

@@ -1,0 +1,40 @@
+"""`whit.set_deterministic`: a batch-invariant mode, in which no row of a product depends on the rows beside it."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+from torch import nn
+
+from whit.errors import UnsupportedModelError
+from whit.modules.experts import QuantizedExperts
+from whit.modules.packed import PackedModule
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def set_deterministic(model: M, on: bool = True) -> M:
+    """Let every packed linear of a model give each row the same bits whatever batch it is in; returns the model.
+
+    What lies between the linears (attention, norms, a head that is not quantized) stays torch's. It costs speed where
+    there are several rows: a GPU keeps to its invariant kernels, formats without one and CPUs take few rows at a time.
+    Without it results are the same from run to run, but rows may be summed otherwise in other batches.
+
+    UnsupportedModelError, before anything is changed, where a row cannot be alone: activations whose outlier columns
+    or scale all rows choose together (llm.int8, int8-tensor), and stacked experts.
+    """
+    packed = {name: module for name, module in model.named_modules() if isinstance(module, PackedModule)}
+    for name, module in packed.items() if on else ():
+        how = module.activations
+        if isinstance(module, QuantizedExperts):
+            raise UnsupportedModelError(
+                f"{name}: stacked experts; torch multiplies them for all tokens together; leave deterministic out"
+            )
+        if how is not None and (how.threshold > 0 or (how.kind == "dynamic" and how.granularity == "tensor")):
+            raise UnsupportedModelError(
+                f"{name}: activations {how} are rounded by what all rows hold together; for a deterministic model "
+                "they must be rounded row by row; use int8 or int8-g32, or leave deterministic out"
+            )
+    for module in packed.values():
+        module.set_deterministic(on)
+    return model
