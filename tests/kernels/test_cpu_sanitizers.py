@@ -34,7 +34,7 @@ def inputs(rows, columns, out):
 FLOATS = """
 for spec in ["int1-g16", "int2-g32-asym", "int3-g64", "int4-g48", "nf4-dq", "int5-g32", "int6-channel", "int7-g16",
              "int8-g64-asym", "fp8", "int8-tensor", "codebook(-1,0.1,1)-g32", "q4_0", "q5_1", "q8_0", "q2_k", "q3_k",
-             "q4_k", "q5_k", "q6_k", "iq4_nl", "iq4_xs", "tq2_0"]:
+             "q4_k", "q5_k", "q6_k", "iq4_nl", "iq4_xs", "tq2_0", "mxfp4", "ternary", "ternary-g64"]:
     for rows, columns in SHAPES:
         weight = packed(spec, rows, columns)
         for isa in compiled.isas:
@@ -53,7 +53,7 @@ for spec, hows in {
     "int6-g128": ["int8-g32"], "int8-g32-asym": ["int8-g32"], "int4-g64-asym-fz": ["int8-g32"],
     "codebook(-1,0,1)-g32": ["int8-g32"], "codebook(-1,-0.75,-0.5,-0.25,0,0.125,0.25,0.5,1)-g32": ["int8-g32"],
     "q4_0": ["int8-g32"], "q4_1": ["int8-g32"], "q4_k": ["int8-g32"], "q6_k": ["int8-g32"], "iq4_xs": ["int8-g32"],
-    "nf4-dq": ["int8-g32"],
+    "nf4-dq": ["int8-g32"], "ternary": ["int8", "int8-g32"], "ternary-g64": ["int8-g32"],
 }.items():
     for rows, columns in [*SHAPES, (50, 289)]:
         for how in hows:
@@ -108,7 +108,8 @@ def linear(old, spec, how):
     return QuantizedLinear.from_quantized(quantized, old.bias, old.weight.dtype, how and parse_activations(how))
 for architecture, length in (("qwen2", 5), ("qwen3", 520)):
     for dtype in TYPES:
-        for spec, how in (("int4-g32", None), ("nf4", None), ("int4-g32-asym", "int8-g32"), ("int8", "int8")):
+        for spec, how in (("int4-g32", None), ("nf4", None), ("int4-g32-asym", "int8-g32"), ("int8", "int8"),
+                          ("ternary", None), ("ternary", "int8")):
             model = tiny_model(architecture, dtype=dtype)
             for layer in model.model.layers:
                 layer.self_attn.q_proj = linear(layer.self_attn.q_proj, spec, how)
