@@ -98,8 +98,8 @@ def test_digits_are_the_references_whatever_the_byte(kernel: Cpu):
         weight = BITS.pack(whit.quantize_tensor(torch.randn(7, columns), "ternary"))
         weight = replace(weight, tensors={**weight.tensors, "codes": codes.contiguous()})
         assert torch.equal(kernel.dequantize(weight, torch.float32), dequantize(weight))
-        tiles = BITS.pack(whit.quantize_tensor(torch.randn(300, 4096), "ternary-g64"))  # of more rows than a tile
-        assert torch.equal(kernel.dequantize(tiles, torch.bfloat16, 5, 299), dequantize(tiles, torch.bfloat16)[5:299])
+    tiles = BITS.pack(whit.quantize_tensor(torch.randn(300, 4096), "ternary-g64"))  # of more rows than a tile
+    assert torch.equal(kernel.dequantize(tiles, torch.bfloat16, 5, 299), dequantize(tiles, torch.bfloat16)[5:299])
     wrong = replace(weight, tensors={**weight.tensors, "codes": codes.clone().fill_(243)})
     with pytest.raises(CheckpointError, match="a byte is 243"):
         kernel.linear(torch.ones(1, columns), wrong, None)
