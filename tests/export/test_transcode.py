@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -131,3 +132,36 @@ def test_rounding_what_was_rounded_is_said(models: Path, tmp_path: Path):
     job = prepare(tmp_path / "gptq", tmp_path / "out", whit.Recipe(rules=[("*", "int8")]), Options())
     assert "quantized already, and rounded again here" in job.notes[0]
     assert not prepare(models / "llama-tied", tmp_path / "out", int4, Options()).notes
+
+
+@pytest.mark.parametrize(
+    ("spec", "how", "export", "said"),
+    [
+        ("int8", "int8", "compressed-tensors-int8", None),
+        ("fp8", "fp8", "compressed-tensors", None),
+        ("int8-absmax", "int8-outliers4.5", "bitsandbytes", None),
+        ("int4-g32", "int8-g32", "whit", None),
+        ("int4-g32-f16", "int8-g32", "gptq", "say nothing of activations"),
+    ],
+)
+def test_how_inputs_are_quantized_travels_too(
+    spec: str, how: str, export: str, said: str | None, models: Path, tmp_path: Path
+):
+    whit.quantize(models / "llama-tied", tmp_path / "0", whit.Recipe(rules=[("*", spec)], activations=how))
+    job = prepare_transcode(tmp_path / "0", tmp_path / "1", export, Options())
+    account = run(job)
+    found = {entry.activations for entry in account.parameters if entry.status == "quantized"}
+    assert found == ({how} if said is None else {None})
+    assert (said is None) == (not job.notes)
+    assert said is None or (said in job.notes[0] and "left behind" in job.notes[0])
+    if export == "bitsandbytes":
+        config = json.loads((tmp_path / "1" / "config.json").read_text())["quantization_config"]
+        assert config["llm_int8_threshold"] == 4.5
+
+
+def test_static_ranges_are_left_behind_and_said(tmp_path: Path):
+    recipe = whit.Recipe(rules=[("*", "int8")], activations="int8-static")
+    calibration = whit.Calibration("whit:text", samples=1, context=32)
+    whit.quantize("whit:model", tmp_path / "0", recipe, calibration=calibration)
+    job = prepare_transcode(tmp_path / "0", tmp_path / "1", "compressed-tensors", Options())
+    assert "came from calibration" in job.notes[0]

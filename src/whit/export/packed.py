@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from whit.activations import Activations, parse_activations
+from whit.activations import parse_activations
 from whit.checkpoint.header import Entry
 from whit.checkpoint.reader import Checkpoint, read_json
 from whit.errors import CheckpointError
@@ -33,6 +33,7 @@ class PackedSource:
         self.dropped: dict[str, str] = {}
         self.origins: dict[str, Origin] = {}
         self.packed: dict[str, tuple[Target, Format]] = {}
+        self.inputs = {holder: parse_activations(spec) for holder, spec in packed.get("inputs", {}).items()}
         by_parameter = {t.parameter: t for t in find_targets(model) if t.holder in packed["formats"]}
         state = model.state_dict()
         for name, tensor in state.items():
@@ -42,7 +43,7 @@ class PackedSource:
                 target = by_parameter[name]
                 format = parse_format(packed["formats"][target.holder])
                 self.packed[name] = target, format
-                specs = packed_specs(target, format, _inputs(packed, target))
+                specs = packed_specs(target, format, self.inputs.get(target.holder))
                 self.origins[name] = Origin(TensorSpec(tuple(tensor.shape), torch.float32), tuple(specs), name)
         self._account(state, packed)
 
@@ -83,7 +84,7 @@ class PackedSource:
                 self.tied[absent] = present
         specs: dict[str, TensorSpec] = {}
         for target, format in self.packed.values():
-            specs |= packed_specs(target, format, _inputs(packed, target))
+            specs |= packed_specs(target, format, self.inputs.get(target.holder))
         wrong = [k for k, s in specs.items() if k not in self.checkpoint or self.checkpoint.entries[k].spec != s]
         parameters = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
         for name in state.keys() - self.origins.keys() - self.tied.keys():
@@ -99,9 +100,3 @@ class PackedSource:
                 f"{self.checkpoint.folder}: {', '.join(sorted(wrong)[:5])} and in all {len(wrong)} tensors are "
                 "missing or have another shape than their format; all must be there; quantize the model again"
             )
-
-
-def _inputs(packed: Mapping[str, Any], target: Target) -> Activations | None:
-    """How the inputs of a target are quantized, by its quantization_config."""
-    spec = packed.get("inputs", {}).get(target.holder)
-    return None if spec is None else parse_activations(spec)

@@ -1,7 +1,8 @@
 """From one kind of quantized file to another: codes and params are carried over where the other kind can say them.
 
 Carried over, exactly: all codes; scales in another type where that rounds none of them; symmetric codes as asymmetric
-ones whose zero point is in the middle. What is left needs `requantize`, which rounds the dequantized weights again.
+ones whose zero point is in the middle; how inputs are quantized as they come. What is left of the weights needs
+`requantize`, which rounds the dequantized ones again; how inputs are quantized otherwise is left behind, and said.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from whit.activations import Activations
 from whit.checkpoint.hub import resolve_model
 from whit.checkpoint.work import check_out
 from whit.errors import FormatError, RecipeError
@@ -58,10 +60,10 @@ def prepare_transcode(
         raise RecipeError("\n".join(lost))
     if not chosen:
         raise RecipeError(f"{model}: nothing of it is quantized; a {export} file needs a format; add --format")
-    rules = Recipe("rtn", rules_for(targets, chosen))
+    rules, notes = _with_inputs(Recipe("rtn", rules_for(targets, chosen)), source, exporter, chosen)
     plan = plan_quantization(source, rules, exporter, options.shard_size)
     name = folder.resolve().name if Path(model).is_dir() else str(model)
-    return Job(name, source, plan, Path(out), rules, options, exporter, exact=exact, requantize=requantize)
+    return Job(name, source, plan, Path(out), rules, options, exporter, exact=exact, requantize=requantize, notes=notes)
 
 
 def _routes(
@@ -92,6 +94,32 @@ def _routes(
             lost.append(f"{target.holder}: {stored or '16 bits'} to {wanted or '16 bits'}; {HELP}")
     lost += [f"{problem}; {HELP}" for problem in exporter.problems(unsayable)] if unsayable else []
     return chosen, frozenset(exact), lost
+
+
+def _with_inputs(
+    recipe: Recipe, source: Coded, exporter: Exporter, chosen: Mapping[Target, Format]
+) -> tuple[Recipe, tuple[str, ...]]:
+    """The recipe with what the source says of its linears' inputs, where the new file can say it; the rest is noted."""
+    said: Mapping[str, Activations] = getattr(source, "inputs", {})
+    carried, left = dict[str, Activations](), dict[Activations, str]()
+    for target, format in chosen.items():
+        if (how := said.get(target.holder)) is None:
+            continue
+        reason = "their scales came from calibration; quantize the model itself again to have them"
+        reason = reason if how.needs_stats else exporter.refuses(how) or ""
+        if not reason and not how.fits(format):
+            reason = f"the new file has {format}"
+        if reason:
+            left[how] = reason
+        else:
+            carried[target.holder] = how
+    notes = tuple(f"activations {how} are left behind: {why}" for how, why in left.items())
+    if not carried:
+        return recipe, notes
+    common = recipe.changed(activations=Counter(carried.values()).most_common(1)[0][0])
+    if all(common.activations_for(t.holder, t.kind, f) == carried.get(t.holder) for t, f in chosen.items()):
+        return common, notes
+    return recipe.changed(activation_rules=tuple(carried.items())), notes
 
 
 def variants(format: Format) -> tuple[Format, ...]:
