@@ -153,6 +153,8 @@ WHIT_API8 int whit_product8(const whit_weight* w, const whit_rows8* x, const int
                             int threads) {
   const Kernels8* kernels = whit_kernels8(isa);
   if (!kernels) return -1;
+  const Kernels* floats = whit_kernels(*w, WHIT_F32, isa);
+  if (w->digit_bytes) isa = WHIT_SCALAR;  // what takes many rows otherwise than `kernels` reads whole bits
   Product8 product = {};
   product.w = w, product.x = x, product.row_sums = row_sums, product.bias = bias, product.y = y, product.type = type;
   product.shift = shift, product.unit = unit, product.has_table = table != nullptr;
@@ -161,12 +163,12 @@ WHIT_API8 int whit_product8(const whit_weight* w, const whit_rows8* x, const int
   void* room = sums8.get(whit_derived8(product, x->count <= few, *kernels));
   if (!room) return -3;
   whit_derive8(product, x->count <= few, *kernels, room);
-  if (isa == 2 && x->groups > 1 && x->count > few && !w->digit_bytes) {
+  if (isa == 2 && x->groups > 1 && x->count > few) {
     const int status = whit_strips8(product, threads);
     if (status != -1) return status;
   }
   Team team;
-  Call8 call = {kernels, &product, whit_kernels(*w, WHIT_F32, isa), &team};
+  Call8 call = {kernels, &product, floats, &team};
   const size_t params = sizeof(float) * (size_t)(2 * 4 * (w->groups + 48));
   team.rows = w->rows, team.context = &call;
   if (x->count <= few) {
