@@ -19,8 +19,8 @@ from whit.kernels.cpu.build import COMPILERS, LIBRARY, find_compiler, source_has
 
 ABI = 9
 BUILD = "python -m whit.kernels.cpu.build"
-ISAS = ("scalar", "avx2", "avx512", "avx512_bf16")  # by their number in whit_cpu.h, each better than those before it
-ISAS8 = ("scalar", "avx2", "avx512_vnni")  # of the products of 8-bit activations, by their number in int8.cpp
+ISAS = ("scalar", "avx2", "avx512", "avx512_bf16", "amx")  # by number in whit_cpu.h, each better than the last
+ISAS8 = ("scalar", "avx2", "avx512_vnni", "amx")  # of the products of 8-bit activations, by their number in int8.cpp
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 CODES, NESTED, NONE = 3, 4, 5
 Pointer = ctypes.c_void_p

@@ -29,7 +29,7 @@ FLAGS = (
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-O0")
 AVX2 = ("-mavx2", "-mfma", "-mf16c")
 AVX512 = (*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")
-BASE = ("decoder", "decoder_scalar", "encoder", "entry", "gram", "int8", "int8_scalar", "many")
+BASE = ("amx", "decoder", "decoder_scalar", "encoder", "entry", "gram", "int8", "int8_scalar", "many", "tiles")
 # An instruction set: its compiler flags, and its files beside the one that has its name.
 X86: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "avx2": (AVX2, ("decoder_avx2",)),
@@ -37,6 +37,8 @@ X86: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "avx512_bf16": ((*AVX512, "-mavx512bf16"), ("gram_bf16",)),
     "many_bf16": ((*AVX512, "-mavx512bf16", "-mavx512vbmi"), ()),
     "many_int8": ((*AVX512, "-mavx512vnni", "-mavx512vbmi"), ()),
+    "tiles_bf16": ((*AVX512, "-mavx512bf16", "-mavx512vbmi", "-mamx-tile", "-mamx-bf16"), ()),
+    "tiles_int8": ((*AVX512, "-mavx512vbmi", "-mamx-tile", "-mamx-int8"), ()),
     "int8_avx2": (AVX2, ()),
     "int8_avx512": ((*AVX512, "-mavx512vnni", "-mavx512vbmi"), ()),
 }

@@ -356,7 +356,8 @@ const Steps* steps_for(int isa) {
 #endif
 #if defined(WHIT_HAVE_AVX512)
     case WHIT_AVX512:
-    case WHIT_AVX512_BF16: return &whit_steps_avx512;
+    case WHIT_AVX512_BF16:
+    case WHIT_AMX: return &whit_steps_avx512;
 #endif
     default: return &whit_steps_scalar;
   }

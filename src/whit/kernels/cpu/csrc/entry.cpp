@@ -5,6 +5,7 @@
 #include "digits.h"
 #include "isa.h"
 #include "team.h"
+#include "tiles.h"
 
 #if defined(__x86_64__) || defined(__i386__)
 #include <cpuid.h>
@@ -32,7 +33,8 @@ int processor_has(int isa) {
   if (isa == WHIT_AVX2) return avx2;
   if (isa == WHIT_AVX512) return avx512;
   if (a7 >= 1) __get_cpuid_count(7, 1, &a71, &b71, &c71, &d71);
-  return isa == WHIT_AVX512_BF16 && avx512 && (a71 >> 5 & 1);
+  if (!avx512 || !(a71 >> 5 & 1)) return 0;
+  return isa == WHIT_AVX512_BF16 || (isa == WHIT_AMX && (c7 >> 1 & 1) && (whit_amx() & AMX_BF16));  // VBMI
 }
 #else
 int processor_has(int) { return 0; }
@@ -49,6 +51,9 @@ const Kernels* kernels_for(int isa) {
 #endif
 #if defined(WHIT_HAVE_AVX512_BF16)
     case WHIT_AVX512_BF16: return &whit_kernels_avx512_bf16;
+#if defined(WHIT_HAVE_TILES_BF16) && defined(WHIT_HAVE_MANY_BF16)
+    case WHIT_AMX: return &whit_kernels_avx512_bf16;  // and tiles
+#endif
 #endif
     default: return nullptr;
   }
@@ -124,7 +129,7 @@ size_t whit_row_scratch(const whit_weight& w) {
 }
 
 const Kernels* whit_kernels(const whit_weight& w, int type, int isa) {
-  if (isa != WHIT_AVX512_BF16) return kernels_for(isa);
+  if (isa < WHIT_AVX512_BF16) return kernels_for(isa);
   if (type != WHIT_BF16) return kernels_for(WHIT_AVX512);
 #if defined(WHIT_HAVE_AVX512_BF16)
   if (w.bits == 8 && w.consecutive) return &whit_kernels_bf16_bytes;

@@ -2,6 +2,7 @@
 #include "digits.h"
 #include "many.h"
 #include "team.h"
+#include "tiles.h"
 
 #if defined(__x86_64__) || defined(__i386__)
 #include <cpuid.h>
@@ -32,6 +33,9 @@ const Kernels8* find(int isa) {
 #endif
 #if defined(WHIT_HAVE_INT8_AVX512)
     case 2: return whit_has(WHIT_AVX512) && has_vnni() ? &whit_int8_avx512 : nullptr;
+#endif
+#if defined(WHIT_HAVE_INT8_AVX512) && defined(WHIT_HAVE_TILES_INT8)
+    case 3: return find(2) && (whit_amx() & AMX_INT8) ? &whit_int8_avx512 : nullptr;  // and tiles
 #endif
     default: return nullptr;
   }
@@ -131,8 +135,8 @@ void whit_derive8(Product8& p, bool few, const Kernels8& kernels, void* room) {
 }
 
 const Kernels8* whit_kernels8(int isa) {  // asked once: a virtual machine takes microseconds to say what it has
-  static const Kernels8* const found[] = {find(0), find(1), find(2)};
-  return isa >= 0 && isa < 3 ? found[isa] : nullptr;
+  static const Kernels8* const found[] = {find(0), find(1), find(2), find(3)};
+  return isa >= 0 && isa < 4 ? found[isa] : nullptr;
 }
 
 WHIT_API8 int whit_quantize8(const void* x, int64_t count, int64_t columns, int type, int8_t* codes, float* scale,
@@ -163,7 +167,11 @@ WHIT_API8 int whit_product8(const whit_weight* w, const whit_rows8* x, const int
   void* room = sums8.get(whit_derived8(product, x->count <= few, *kernels));
   if (!room) return -3;
   whit_derive8(product, x->count <= few, *kernels, room);
-  if (isa == 2 && x->groups > 1 && x->count > few) {
+  if (isa == 3 && x->count > few && x->count >= TILES8_FROM && !w->digit_bytes) {
+    const int status = whit_tiles8(product, threads);
+    if (status != -1) return status;
+  }
+  if (isa >= 2 && x->groups > 1 && x->count > few && !w->digit_bytes) {
     const int status = whit_strips8(product, threads);
     if (status != -1) return status;
   }

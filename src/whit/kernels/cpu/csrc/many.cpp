@@ -2,6 +2,7 @@
 #include "many.h"
 
 #include "team.h"
+#include "tiles.h"
 
 #if defined(__x86_64__) || defined(__i386__)
 #include <cpuid.h>
@@ -33,7 +34,7 @@ const ManyKernels8* find8() {
 // Asked once: a virtual machine takes microseconds to say what it has.
 const ManyKernels* kernels_for(int isa) {
   static const ManyKernels* const found = find();
-  return isa == WHIT_AVX512_BF16 ? found : nullptr;
+  return isa >= WHIT_AVX512_BF16 ? found : nullptr;
 }
 
 const ManyKernels8* kernels8() {
@@ -102,6 +103,7 @@ WHIT_API int whit_many(const whit_weight* w, const void* x, const void* bias, vo
                        int threads) {
   const ManyKernels* kernels = kernels_for(isa);
   if (!kernels || type != WHIT_BF16) return -1;
+  if (isa == WHIT_AMX && count >= TILES_FROM) return whit_tiles(w, x, bias, y, count, type, threads);
   const int64_t tiles = (count + ROWS_IN_TILE - 1) / ROWS_IN_TILE;
   const int64_t pairs = (w->columns + 31) / 32 * PAIRS_IN_BLOCK, sums = w->zero ? w->groups : 0;
   uint32_t* room = (uint32_t*)arranged_many.get((size_t)(tiles * ROWS_IN_TILE * (pairs + sums) * 4 + 64));

@@ -13,43 +13,7 @@ namespace {
 
 #include "kernels.inl"
 #include "strips.inl"
-
-// How codes lie in a turned dword: CODES of them, of which a step takes k and k + CODES / 2.
-template <int BITS>
-struct Turned {
-  static constexpr int CODES = BITS <= 2 ? 16 : BITS <= 4 ? 8 : 4, STEPS = CODES / 2, SHIFT = BITS <= 4 ? BITS : 8;
-  static constexpr int BYTES = 16 * CODES * BITS / 8;  // of a row in one vector
-  static ALWAYS_INLINE __m512i load(const uint8_t* p) {
-    if constexpr (BITS <= 4) return Pairs::block<BITS>(p);
-    else return bytes_of<BITS>(p);
-  }
-};
-
-// 2^BITS levels in bfloat16, in registers; an index is the low BITS of each word.
-template <int BITS>
-struct Look {
-  static constexpr int COUNT = BITS <= 5 ? 1 : 1 << (BITS - 5);
-  __m512i table[COUNT];
-  explicit Look(const float* levels) {
-    for (int i = 0; i < COUNT; i++) {
-      uint16_t t[32];
-      for (int j = 0; j < 32; j++) t[j] = float_to_bf16(levels[(32 * i + j) & ((1 << BITS) - 1)]);
-      table[i] = _mm512_loadu_si512(t);
-    }
-  }
-  ALWAYS_INLINE __m512i half(__m512i index, int first) const {  // by 7 bits of the index
-    __m512i low = _mm512_permutex2var_epi16(table[first], index, table[first + 1]);
-    __m512i high = _mm512_permutex2var_epi16(table[first + 2], index, table[first + 3]);
-    return _mm512_mask_blend_epi16(_mm512_test_epi16_mask(index, _mm512_set1_epi16(64)), low, high);
-  }
-  ALWAYS_INLINE __m512i operator()(__m512i index) const {
-    if constexpr (COUNT == 1) return _mm512_permutexvar_epi16(index, table[0]);
-    else if constexpr (COUNT == 2) return _mm512_permutex2var_epi16(table[0], index, table[1]);
-    else if constexpr (COUNT == 4) return half(index, 0);
-    else return _mm512_mask_blend_epi16(_mm512_test_epi16_mask(index, _mm512_set1_epi16(128)), half(index, 0),
-                                        half(index, 4));
-  }
-};
+#include "strips_bf16.inl"
 
 struct Strip {
   const __m512i* codes;          // [from, until) of the vectors of 16 rows; or their levels in bfloat16, (vectors, steps)
@@ -205,12 +169,7 @@ static void arrange_tile(const Many& a, const void* from, int64_t tile, uint32_t
   const uint16_t* x = (const uint16_t*)from + tile * ROWS_IN_TILE * w.columns;
   const int64_t rows = a.count - tile * ROWS_IN_TILE;
   const int codes = w.bits <= 2 ? 16 : w.bits <= 4 ? 8 : 4;
-  uint16_t order[32];
-  for (int i = 0; i < 32; i++) {
-    const int pair = i / 2 % (codes / 2);
-    order[i] = (uint16_t)(i / codes * codes + pair + (i & 1) * (codes / 2));
-  }
-  const __m512i by = _mm512_loadu_si512(order);
+  const __m512i by = order_of_pairs(codes);
   for (int64_t c = 0; c < w.columns; c += 32, to += 16 * ROWS_IN_TILE) {
     const __mmask32 mask = w.columns - c >= 32 ? ~(__mmask32)0 : ((__mmask32)1 << (w.columns - c)) - 1;
     __m512i v[16];
@@ -223,18 +182,7 @@ static void arrange_tile(const Many& a, const void* from, int64_t tile, uint32_t
 #pragma GCC unroll 16
     for (int i = 0; i < 16; i++) _mm512_storeu_si512(to + i * ROWS_IN_TILE, v[i]);
   }
-  if (!sums) return;
-  for (int64_t g = 0; g < w.groups; g++, sums += 16)
-    for (int64_t r = 0; r < 16; r++) {
-      const int64_t size = w.groups == 1 ? w.columns : w.group_size, first = g * size;
-      const int64_t until = first + size < w.columns ? first + size : w.columns;
-      int64_t c = first;
-      __m512 sum = _mm512_setzero_ps();
-      for (; r < rows && c + 16 <= until; c += 16)
-        sum = _mm512_add_ps(sum, Avx512::convert(x + r * w.columns, c, WHIT_BF16));
-      sums[r] = Avx512::sum(sum);
-      for (; r < rows && c < until; c++) sums[r] += bf16_to_float(x[r * w.columns + c]);
-    }
+  if (sums) sum_groups(w, x, rows, sums);
 }
 
 }  // namespace

@@ -11,33 +11,9 @@ namespace {
 
 #include "kernels.inl"
 #include "strips.inl"
+#include "strips_int8.inl"
 
 enum { GROUP = GROUP8, QUADS = GROUP / 4 };
-
-// How codes lie in a turned dword: PARTS operands of every PARTS-th column each, in bytes.
-template <int BITS>
-struct Turned8 {
-  static constexpr int PARTS = BITS == 2 ? 4 : BITS == 4 ? 2 : 1, CODES = 4 * PARTS, VECTORS = GROUP / CODES;
-  static constexpr int BYTES = 16 * CODES * BITS / 8;  // of a row in one vector
-  static ALWAYS_INLINE __m512i load(const uint8_t* p) {
-    if constexpr (PARTS > 1 || BITS == 8) return _mm512_loadu_si512(p);
-    else return bytes_of<BITS>(p);
-  }
-};
-
-// Operand k of a vector of codes, as stored levels.
-template <int BITS, bool TABLE>
-struct Level8 {
-  __m512i mask, table;
-  explicit Level8(const Product8& p)
-      : mask(_mm512_set1_epi8(BITS == 8 ? -1 : (1 << BITS) - 1)),
-        table(_mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)p.table))) {}
-  ALWAYS_INLINE __m512i operator()(__m512i codes, int k) const {
-    __m512i level = k ? _mm512_srli_epi16(codes, BITS * k) : codes;
-    if constexpr (Turned8<BITS>::PARTS > 1) level = _mm512_and_si512(level, mask);
-    return TABLE ? _mm512_shuffle_epi8(table, level) : level;
-  }
-};
 
 static int64_t strip_vectors8(const whit_weight& w) {
   const int codes = w.bits == 2 ? 16 : w.bits == 4 ? 8 : 4;
@@ -177,17 +153,12 @@ static ALWAYS_INLINE void turn_rows(const void* from, int64_t stride, int64_t fi
   transpose16(v);
 }
 
-// Columns 4 PARTS i + PARTS j + k become byte j of operand k of dword i.
 static void arrange_tile(const Many8& a, int64_t first, uint32_t* to, float* sums) {
   const whit_weight& w = *a.p->w;
   const whit_rows8& x = *a.p->x;
-  const int parts = w.bits == 2 ? 4 : w.bits == 4 ? 2 : 1;
   const int64_t rows = tile_rows8(x.count - first), real = x.count - first < rows ? x.count - first : rows;
   const int64_t all = (w.columns + GROUP - 1) / GROUP, stride = x.stride / 4;
-  alignas(64) uint8_t order[64], same[64];
-  for (int i = 0; i < 64; i++)
-    same[i] = (uint8_t)i, order[i] = (uint8_t)(i / (4 * parts) * 4 * parts + i % 4 * parts + i / 4 % parts);
-  const __m512i by = _mm512_load_si512(order), as_is = _mm512_load_si512(same);
+  const __m512i by = order_of_fours(w.bits), as_is = order_of_fours(8);
   const __mmask16 mask = (__mmask16)((1 << rows) - 1);
   __m512i starts[16], scales[16], codes[16];
   for (int64_t u = 0; u < all; u++, to += WIDTH8 * rows) {

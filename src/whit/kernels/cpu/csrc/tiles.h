@@ -1,0 +1,43 @@
+// Products of many rows of x with strips of 16 rows of a weight by AMX, whose registers are tiles of 16 rows of 64 bytes.
+//
+// A strip is decoded, some hundred columns at a time, to what such a product takes: pairs of bfloat16 or four bytes of
+// neighbouring columns of each of 16 rows. x is put into tiles of 16 rows once, in the order in which codes come.
+#pragma once
+#include "many.h"
+
+// What is decoded at a time, in bytes of a row, so that two strips and two tiles of x stay in the first cache; rows of x
+// for which it is decoded, so that their sums stay in the second one; strips at most.
+#if !defined(TILES_TUNED)
+enum { TILE_CHUNK = 512, TILE_BLOCK = 32, TILE_STRIPS = 16 };
+#endif
+
+struct Tiles {
+  const whit_weight* w;
+  const Product8* p;    // of bytes; null for bfloat16
+  const void* x;        // bfloat16 (count, columns), or null for bytes, which are p->x
+  uint8_t* tiles;       // (pairs of tiles, blocks, 2, 16, columns of a block), zeros where there are none
+  float* sums;          // bfloat16: (tiles, w->groups, 16) of x in the columns of a group; null where nothing needs them
+  int64_t count, blocks, tile_bytes;
+  const void* bias;
+  void* y;              // (count, w->rows) of `type`, like the bias
+  int type;
+  int depth;            // columns of a block, which are multiplied at a time: 64 bytes, or 32 or 16 bfloat16
+  int strips;           // decoded side by side
+  bool whole;           // sums go on through all columns: there is one scale for each row, or
+  bool folded;          // scales are multiplied into the decoded levels, which no bfloat16 was exact for anyway
+};
+
+struct TileKernels {
+  void (*arrange)(const Tiles&, int64_t tile);
+  void (*multiply)(const Tiles&, int64_t first, int64_t last, void* scratch);  // rows [first, last) of the weight
+};
+
+extern const TileKernels whit_tiles_bf16, whit_tiles_int8;
+
+enum { TILES_FROM = 5, TILES8_FROM = 4 };  // rows of x
+enum { AMX_BF16 = 1, AMX_INT8 = 2 };
+int whit_amx(void);  // which of these this process may use
+
+// As whit_many and whit_product8; -1 where this processor or these kernels cannot.
+int whit_tiles(const whit_weight* w, const void* x, const void* bias, void* y, int64_t count, int type, int threads);
+int whit_tiles8(const Product8& p, int threads);

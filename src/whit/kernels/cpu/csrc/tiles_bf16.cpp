@@ -1,0 +1,224 @@
+// Many rows of bfloat16 by AMX. Levels that are exact in bfloat16 (integers) are multiplied as they are, and each group's
+// sums take its scale in float32; tables of 16 levels that are not are multiplied by their scales first and rounded once.
+#include <new>
+
+#include "avx512_bf16.h"
+#include "tile_ops.h"
+#include "tiles.h"
+#include "transpose.h"
+
+namespace {
+
+#include "kernels.inl"
+#include "strips.inl"
+#include "strips_bf16.inl"
+#include "tiles.inl"
+
+// Scales and what is taken off, of each strip, (groups, 16).
+struct StripParams {
+  const float *scale, *less;
+  int64_t size;  // from strip to strip
+};
+
+// Sums of one group, which wait to be added to the total: tiles (2, 2) of 16 rows of x.
+struct Waiting {
+  const float *part, *scale, *less, *sums;  // less: null where it was taken off already, or there is none
+  int64_t params, sums_tile;
+};
+
+// total += scale part - less sums, of rows [from, until) of x; tiles of total are `below` floats apart.
+template <int N>
+static ALWAYS_INLINE void add_rows(const Waiting& a, int from, int until, float* total, int64_t below) {
+  __m512 scale[N], less[N];
+  for (int n = 0; n < N; n++) {
+    scale[n] = _mm512_loadu_ps(a.scale + n * a.params);
+    less[n] = a.less ? _mm512_loadu_ps(a.less + n * a.params) : _mm512_setzero_ps();
+  }
+  for (int i = from; i < until; i++) {
+    float* to = total + (i >> 4) * below + (i & 15) * 16;
+    const float* part = a.part + (i >> 4) * 512 + (i & 15) * 16;
+    for (int n = 0; n < N; n++) {
+      __m512 sum = _mm512_fmadd_ps(_mm512_load_ps(part + n * 256), scale[n], _mm512_load_ps(to + n * 256));
+      if (a.less) sum = _mm512_fnmadd_ps(less[n], _mm512_set1_ps(a.sums[(i >> 4) * a.sums_tile + (i & 15)]), sum);
+      _mm512_store_ps(to + n * 256, sum);
+    }
+  }
+}
+
+// total += blocks [first, until) of x times two strips, group by group: while one is multiplied, the one before is added.
+template <int M, int N>
+static __attribute__((noinline)) void multiply_groups(const Tiles& t, const Spot& s, int64_t first, int64_t until,
+                                                      const StripParams& params, const float* of_x, const Sums& sums,
+                                                      float* parts) {
+  const int64_t run = t.w->group_size / t.depth, below = sums.below / 4, x_tile = 16 * t.w->groups;
+  float* total = (float*)sums.at;
+  for (int i = 0; sums.first && i < M; i++) memset(total + i * below, 0, 1024 * N);
+  Waiting waiting = {};
+  int parity = 0;
+  for (int64_t b = first, g = first / run; b < until; g++, parity ^= 1) {
+    const bool begins = b == g * run;
+    const int64_t end = (g + 1) * run < until ? (g + 1) * run : until;
+    const int step = (int)((16 * M + end - b - 1) / (end - b));
+    zero_sums<M, N>();
+    for (int row = 0; b < end; b++, row += step) {
+      multiply_block<OfPairs, M, N>(s, b - first);
+      const int last = row + step < 16 * M ? row + step : 16 * M;
+      if (waiting.part) add_rows<N>(waiting, row, last, total, below);
+    }
+    float* part = parts + parity * 1024;
+    store_sums<M, N>((uint8_t*)part, 2048);
+    waiting = {part, params.scale + 16 * g, params.less && begins ? params.less + 16 * g : nullptr,
+               of_x ? of_x + 16 * g : nullptr, params.size, x_tile};
+  }
+  add_rows<N>(waiting, 0, 16 * M, total, below);
+}
+
+// Pairs of levels times their scales, rounded once: (vectors, STEPS, 16).
+template <int BITS>
+struct Folded {
+  __m512 table;
+  __m512i order;
+  const float* scale;
+  int64_t groups, vectors;  // of a group
+  int64_t g, until;
+  __m512 by;
+  Folded(const whit_weight& w, const float* scale, int64_t from) : scale(scale), groups(w.groups) {
+    uint16_t words[32];
+    for (int i = 0; i < 32; i++) words[i] = (uint16_t)(i / 2 + i % 2 * 16);
+    order = _mm512_loadu_si512(words), table = Pairs::all_levels(w.levels, BITS < 4 ? BITS : 4);
+    vectors = w.groups == 1 ? INT64_MAX : w.group_size / Turned<BITS>::CODES;
+    g = from / vectors, until = w.groups == 1 ? INT64_MAX : (g + 1) * vectors;
+    move();
+  }
+  ALWAYS_INLINE void move() { by = _mm512_loadu_ps(scale + 16 * (g < groups ? g : groups - 1)); }
+  ALWAYS_INLINE void operator()(int64_t i, __m512i codes, __m512i* to) {
+    using T = Turned<BITS>;
+    if (i >= until) g++, until += vectors, move();
+#pragma GCC unroll 8
+    for (int k = 0; k < T::STEPS; k++) {
+      const __m512 low = _mm512_permutexvar_ps(_mm512_srli_epi32(codes, T::SHIFT * k), table);
+      const __m512 high = _mm512_permutexvar_ps(_mm512_srli_epi32(codes, T::SHIFT * k + 16), table);
+      const __m512i both = Pairs::both(_mm512_mul_ps(low, by), _mm512_mul_ps(high, by));
+      _mm512_store_si512(to + k, _mm512_permutexvar_epi16(order, both));
+    }
+  }
+};
+
+// A Look of the weight's bits, made once: for 8 bits that takes as long as to decode a strip of some hundred columns.
+struct alignas(64) Tables {
+  uint8_t bytes[512];
+};
+
+// Columns [from, until) of a strip, from row `row` on, to pairs.
+template <int BITS>
+static void decode(const Tiles& t, const Tables& tables, int64_t row, int64_t from, int64_t until, const float* scale,
+                   Ask ask, __m512i* to) {
+  using T = Turned<BITS>;
+  const whit_weight& w = *t.w;
+  const int64_t first = from / T::CODES, last = ((until + T::CODES - 1) / T::CODES + 15) & ~(int64_t)15;
+  if constexpr (BITS <= 4) {
+    if (t.folded) {
+      Folded<BITS> fold(w, scale, first);
+      return turn<T>(w, row, first, last, [&](int64_t i, __m512i v) __attribute__((always_inline)) {
+        ask.template operator()<T>(i - first);
+        fold(i, v, to + (i - first) * T::STEPS);
+      });
+    }
+  }
+  const Look<BITS> look = *(const Look<BITS>*)tables.bytes;
+  turn<T>(w, row, first, last, [&](int64_t i, __m512i v) __attribute__((always_inline)) {
+    ask.template operator()<T>(i - first);
+#pragma GCC unroll 8
+    for (int k = 0; k < T::STEPS; k++)
+      _mm512_store_si512(to + (i - first) * T::STEPS + k, look(k ? _mm512_srli_epi16(v, T::SHIFT * k) : v));
+  });
+}
+
+typedef void (*Decode)(const Tiles&, const Tables&, int64_t, int64_t, int64_t, const float*, Ask, __m512i*);
+
+template <int BITS>
+static Decode decoder(const float* levels, Tables& tables) {
+  static_assert(sizeof(Look<BITS>) <= sizeof tables.bytes, "room for 256 levels");
+  new (tables.bytes) Look<BITS>(levels);
+  return decode<BITS>;
+}
+
+static Decode decoder_of(const whit_weight& w, Tables& tables) {
+  switch (w.bits) {
+    case 1: return decoder<1>(w.levels, tables);
+    case 2: return decoder<2>(w.levels, tables);
+    case 3: return decoder<3>(w.levels, tables);
+    case 4: return decoder<4>(w.levels, tables);
+    case 5: return decoder<5>(w.levels, tables);
+    case 6: return decoder<6>(w.levels, tables);
+    case 7: return decoder<7>(w.levels, tables);
+    default: return decoder<8>(w.levels, tables);
+  }
+}
+
+struct Bf16 {
+  enum { BYTES = 2 };
+  const Tiles& t;
+  const whit_weight& w;
+  Tables tables;
+  Decode decode_strip;
+  int64_t size;  // of a strip's params
+  float *scale, *less, *own, *parts;
+
+  Bf16(const Tiles& t, float* params)
+      : t(t), w(*t.w), decode_strip(decoder_of(w, tables)), size(16 * w.groups), scale(params + 2048),
+        less(scale + t.strips * size), own(less + t.strips * size), parts(params) {}
+
+  void params(int64_t row, int64_t s) { strip_params(w, row, 1, own, scale + s * size, less + s * size); }
+  void decode(int64_t row, int64_t s, int64_t from, int64_t until, Ask ask, __m512i* to) {
+    decode_strip(t, tables, row, from, until, scale + s * size, ask, to);
+  }
+  template <int M, int N>
+  void multiply(const Spot& spot, int64_t tile, int64_t s, int64_t b, int64_t until, const Sums& sums) {
+    if (t.whole) return multiply_whole<OfPairs, M, N>(spot, until - b, sums);
+    const StripParams of = {scale + s * size, w.zero ? less + s * size : nullptr, size};
+    multiply_groups<M, N>(t, spot, b, until, of, t.sums ? t.sums + tile * size : nullptr, sums, parts);
+  }
+  // Sums that went through all columns get their scale; then rows [m, m + 16) of y.
+  void finish(int64_t m, int64_t row, int64_t s, uint8_t* at) {
+    const int64_t rows = t.count - m < 16 ? t.count - m : 16;
+    __m512* sums = (__m512*)at;
+    expect_strip(w, t.y, t.type, m, rows, row);
+    for (int64_t r = 0; t.whole && !t.folded && r < rows; r++) {
+      sums[r] = _mm512_mul_ps(sums[r], _mm512_loadu_ps(scale + s * size));
+      if (w.zero) sums[r] = _mm512_fnmadd_ps(_mm512_loadu_ps(less + s * size), _mm512_set1_ps(t.sums[m + r]), sums[r]);
+    }
+    finish_strip(w, t.bias, t.y, t.type, m, rows, row, sums);
+  }
+};
+
+static void multiply(const Tiles& t, int64_t first, int64_t last, void* scratch) {
+  uint8_t* room = aligned(scratch);
+  Bf16 kind(t, (float*)(room + t.strips * (TILE_CHUNK * 16 + TILE_BLOCK * 1024)));
+  multiply_all(t, first, last, room, kind);
+}
+
+static void arrange_tile(const Tiles& t, int64_t tile) {
+  const whit_weight& w = *t.w;
+  const uint16_t* x = (const uint16_t*)t.x + 16 * tile * w.columns;
+  const int64_t rows = t.count - 16 * tile;
+  const __m512i by = order_of_pairs(w.bits <= 2 ? 16 : w.bits <= 4 ? 8 : 4);
+  uint8_t* to = t.tiles + tile / 2 * 2 * t.tile_bytes + tile % 2 * 32 * t.depth;
+  for (int64_t c = 0; c < w.columns; c += 32, to += 2048) {
+    const __mmask32 mask = w.columns - c >= 32 ? ~(__mmask32)0 : ((__mmask32)1 << (w.columns - c)) - 1;
+    for (int64_t r = 0; r < 16; r++) {
+      __m512i v = r < rows ? _mm512_maskz_loadu_epi16(mask, x + r * w.columns + c) : _mm512_setzero_si512();
+      v = _mm512_permutexvar_epi16(by, v);
+      if (t.depth == 32) _mm512_store_si512(to + 64 * r, v);
+      else {
+        _mm256_store_si256((__m256i*)(to + 32 * r), _mm512_castsi512_si256(v));
+        _mm256_store_si256((__m256i*)(to + 1024 + 32 * r), _mm512_extracti64x4_epi64(v, 1));
+      }
+    }
+  }
+  if (t.sums) sum_groups(w, x, rows, t.sums + tile * 16 * w.groups);
+}
+
+}  // namespace
+
+const TileKernels whit_tiles_bf16 = {arrange_tile, multiply};
