@@ -16,8 +16,9 @@ int whit_run(Team& team, whit_parallel, int) {
   return 0;
 }
 
-WHIT_API int tiles(const whit_weight* w, const void* x, const void* bias, void* y, int64_t count, int threads) {
-  return whit_tiles(w, x, bias, y, count, WHIT_BF16, threads);
+WHIT_API int tiles(const whit_weight* w, const void* x, const void* bias, void* y, int64_t count, int folds,
+                   int threads) {
+  return whit_tiles(w, x, bias, y, count, WHIT_BF16, folds, threads);
 }
 
 WHIT_API int tiles8(const whit_weight* w, const whit_rows8* x, const int32_t* row_sums, const void* bias, void* y,

@@ -59,12 +59,14 @@ def packed(spec: str, rows: int, columns: int, random: Generator) -> PackedWeigh
     return BITS.pack(whit.quantize_tensor(torch.randn(rows, columns, generator=random), spec))
 
 
-def product(emulated: ctypes.CDLL, x: Tensor, packed: PackedWeight, bias: Tensor | None, threads: int = 1) -> Tensor:
+def product(
+    emulated: ctypes.CDLL, x: Tensor, packed: PackedWeight, bias: Tensor | None, threads: int = 1, folds: bool = False
+) -> Tensor:
     assert not isinstance(COMPILED, str)
     weight = plan_weight(packed, COMPILED, move=False)
     y = torch.full((len(x), weight.shape[0]), torch.nan, dtype=x.dtype)
     pointers = [ctypes.c_void_p(p) for p in (weight.address, x.data_ptr(), bias.data_ptr() if bias is not None else 0)]
-    assert emulated.tiles(*pointers, ctypes.c_void_p(y.data_ptr()), ctypes.c_int64(len(x)), threads) == 0
+    assert emulated.tiles(*pointers, ctypes.c_void_p(y.data_ptr()), ctypes.c_int64(len(x)), folds, threads) == 0
     return y
 
 
@@ -112,6 +114,37 @@ def test_products_are_sums_of_bfloat16(emulated: ctypes.CDLL, spec: str, random:
         room = 1e-5 if exact_in(weight.format, torch.bfloat16) else 2**-8
         got = product(emulated, x, weight, bias).double()
         assert bool(((got - left).abs() <= room * size + 2**-8 * left.abs()).all())
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "int1-g32",
+        "int2-g16-asym",
+        "int3-g48",
+        "int4-g128",
+        "int4-channel",
+        "nf4-dq",
+        "int5-g32",
+        "int6-g64-asym",
+        "int7-channel-asym",
+        "int8-g32",
+        "q4_k",
+        "q6_k",
+        "q5_1",
+        "iq4_nl",
+    ],
+)
+def test_folded_weights_are_rounded_once(emulated: ctypes.CDLL, spec: str, random: Generator):
+    for rows, columns in [(37, 600), (5, 33)]:
+        weight = packed(spec, rows, columns, random)
+        exact = BITS.unpack(weight).dequantize(torch.float32).bfloat16().double()
+        x = torch.randn(1, columns, generator=random).bfloat16().expand(33, -1).contiguous()
+        bias = -(x[0].double() @ exact.T).bfloat16()
+        left, size = x.double() @ exact.T + bias.double(), x.double().abs() @ exact.abs().T
+        got = product(emulated, x, weight, bias, folds=True).double()
+        # a weight that lies between two numbers of bfloat16 may be rounded to either where float32 rounded it first
+        assert bool(((got - left).abs() <= 1e-4 * size + 2**-8 * left.abs()).all())
 
 
 @pytest.mark.parametrize("spec", ["int4-g128", "nf4", "int4-g32-asym"])

@@ -100,7 +100,7 @@ def load(path: Path) -> Library | str:
         "dequantize": [*[Pointer] * 2, *[long] * 2, *[short] * 3],
         "round": [Pointer, *[long] * 2, short, long, Pointer, short, Pointer, *[short] * 2],
         "read": [Pointer, long, Pointer, *[short] * 2],
-        "many": [*[Pointer] * 4, long, *[short] * 3],
+        "many": [*[Pointer] * 4, long, *[short] * 4],
         "gram": [Pointer, *[long] * 2, *[Pointer] * 2, *[short] * 2],
         "quantize8": [Pointer, *[long] * 2, short, *[Pointer] * 3, *[long] * 2, Pointer, *[short] * 2],
         "encode8": [*[Pointer] * 3, *[short] * 2],

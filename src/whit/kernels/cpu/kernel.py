@@ -63,6 +63,10 @@ class Cpu:
         return plan_weight(packed, compiled_library(), move=False)
 
     def linear(self, x: Tensor, packed: PackedWeight, bias: Tensor | None) -> Tensor:
+        return self.product(x, packed, bias)
+
+    def product(self, x: Tensor, packed: PackedWeight, bias: Tensor | None, folds: bool = False) -> Tensor:
+        """`linear`; where it `folds`, weights may be rounded to bfloat16, scales and all, if that is faster."""
         weight = _planned(packed)
         rows, (out_features, columns) = x.numel() // weight.shape[1], weight.shape
         strips = self._strips(weight, x.dtype, rows)
@@ -73,11 +77,11 @@ class Cpu:
         if rows:
             compiled = compiled_library()
             bias_pointer = None if bias is None else bias.contiguous().data_ptr()
-            product = compiled.many if strips else compiled.linear
-            status = product(
+            arguments = (
                 weight.address, x.data_ptr(), bias_pointer, y.data_ptr(), rows, TYPES[x.dtype],
                 self._isa(compiled), torch.get_num_threads(),
             )  # fmt: skip
+            status = compiled.many(*arguments, folds) if strips else compiled.linear(*arguments)
             if status:
                 raise MemoryError(f"the CPU kernel could not run ({status})")
         return y

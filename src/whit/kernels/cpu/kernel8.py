@@ -2,7 +2,8 @@
 
 Levels of codebooks are rounded to bytes first (`activated.product_format`). Formats that are no bytes then either (more
 than 16 levels that are no integers, groups that are no multiples of 32 columns) multiply the rounded activations as
-`Cpu` does: where they came in bfloat16 they are rounded to it once more, otherwise products are exact in float32. So
+`Cpu` does, and so do all formats from TILES_FROM rows of bfloat16 on where there is AMX, whose tiles have one scale for
+a row: where they came in bfloat16 they are rounded to it once more, otherwise products are exact in float32. So
 do all formats with exact columns, by their own levels.
 """
 
@@ -23,6 +24,8 @@ from whit.kernels.cpu.rows8 import ROW_SUMS, Rows8, levels_of, linear, multiply,
 from whit.kernels.cpu.weight import CpuWeight, plan_weight, unsupported
 from whit.layouts import BITS
 from whit.tensor import PackedWeight, product_dtype
+
+TILES_FROM = 64  # rows of bfloat16
 
 
 @dataclass(frozen=True)
@@ -72,11 +75,11 @@ class Cpu8:
         if how.exact:
             y = Cpu().linear(rounded_floats(flat, weight), weight, None if bias is None else bias.to(torch.float32))
             y = y.to(x.dtype)
-        elif isinstance(levels_of(format := product_format(weight)), str):  # such as dynamic8's
+        elif isinstance(levels_of(format := product_format(weight)), str) or self._by_tiles(flat, weight):  # dynamic8
             rounded = round_groups(flat, x.dtype if x.dtype == torch.bfloat16 else torch.float32, compiled_library())
             if format is not weight.format:
                 weight = plan_weight(replace(weight, format=format), compiled_library(), move=False)
-            y = Cpu().linear(rounded, weight, None if bias is None else bias.to(rounded.dtype)).to(x.dtype)
+            y = Cpu().product(rounded, weight, None if bias is None else bias.to(rounded.dtype), folds=True).to(x.dtype)
         elif how.threshold > 0:
             y = self._with_outliers(flat, weight, bias, how.threshold)
         elif how.kind == "dynamic" and how.symmetric and how.granularity != "tensor":
@@ -84,6 +87,13 @@ class Cpu8:
         else:
             y = multiply(_rows(flat, weight), weight, bias, x.dtype, compiled_library(), self.isa)
         return y.reshape(*x.shape[:-1], weight.shape[0])
+
+    def _by_tiles(self, x: Tensor, weight: CpuWeight) -> bool:
+        """Whether groups of 32 columns are faster as bfloat16, once they are rounded: by AMX."""
+        compiled, how = compiled_library(), weight.activations
+        if how is None or how.granularity != "group" or x.dtype != torch.bfloat16 or len(x) < TILES_FROM:
+            return False
+        return (self.isa or compiled.isas8[-1]) == "amx" and "amx" in compiled.isas_many
 
     def _with_outliers(self, x: Tensor, weight: CpuWeight, bias: Tensor | None, threshold: float) -> Tensor:
         """int8.outlier_linear, whose exact part has only the columns that hold an outlier."""

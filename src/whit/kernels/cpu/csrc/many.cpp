@@ -100,10 +100,10 @@ int64_t vectors_of(const whit_weight& w, int codes) { return ((w.columns + codes
 WHIT_API int whit_has_many(int isa) { return kernels_for(isa) != nullptr; }
 
 WHIT_API int whit_many(const whit_weight* w, const void* x, const void* bias, void* y, int64_t count, int type, int isa,
-                       int threads) {
+                       int threads, int folds) {
   const ManyKernels* kernels = kernels_for(isa);
   if (!kernels || type != WHIT_BF16) return -1;
-  if (isa == WHIT_AMX && count >= TILES_FROM) return whit_tiles(w, x, bias, y, count, type, threads);
+  if (isa == WHIT_AMX && count >= TILES_FROM) return whit_tiles(w, x, bias, y, count, type, folds, threads);
   const int64_t tiles = (count + ROWS_IN_TILE - 1) / ROWS_IN_TILE;
   const int64_t pairs = (w->columns + 31) / 32 * PAIRS_IN_BLOCK, sums = w->zero ? w->groups : 0;
   uint32_t* room = (uint32_t*)arranged_many.get((size_t)(tiles * ROWS_IN_TILE * (pairs + sums) * 4 + 64));

@@ -25,7 +25,7 @@ thread_local Scratch arranged;
 // x is read once for as many strips as stay in the second cache; each thread has some tasks, to even out what held it
 // up. How many there are changes no sum.
 int strips_of(const whit_weight& w, int64_t count, int threads) {
-  const int64_t most = count <= 32 ? 4 : TILE_STRIPS, shared = w.rows / (16 * 3 * (int64_t)(threads < 1 ? 1 : threads));
+  const int64_t most = count <= 32 ? FEW_STRIPS : TILE_STRIPS, shared = w.rows / (16 * 3 * (int64_t)(threads < 1 ? 1 : threads));
   const int64_t strips = (shared < most ? shared : most) & ~(int64_t)1;
   return (int)(strips < 2 ? 2 : strips);
 }
@@ -37,13 +37,17 @@ int run(Call& call, int threads) {
   uint8_t* room = (uint8_t*)arranged.get((size_t)((tiles + 1) / 2 * 2 * t.tile_bytes + 4 * sums + 64));
   if (!room) return -3;
   t.tiles = room, t.sums = sums ? (float*)(room + (tiles + 1) / 2 * 2 * t.tile_bytes) : nullptr;
+  const bool few = t.count <= 32;
   t.strips = strips_of(w, t.count, threads);
+  t.chunk = (few ? FEW_CHUNK : TILE_CHUNK) / (t.p ? 1 : 2);
+  if (t.chunk < 256 && w.bits <= 2) t.chunk = 256;
+  t.ahead = !few || t.chunk > FEW_AHEAD ? t.chunk : FEW_AHEAD;
   Team arrange, multiply;
   arrange.rows = tiles, arrange.task = 1, arrange.work = arrange_task, arrange.context = &call;
   arrange.scratch_bytes = 64;
   multiply.rows = w.rows, multiply.task = 16 * t.strips, multiply.work = multiply_task, multiply.context = &call;
   // Decoded strips, their sums, those of two groups, and params.
-  multiply.scratch_bytes = (size_t)(t.strips * (16 * TILE_CHUNK + TILE_BLOCK * 1024) + 8192 + 64) +
+  multiply.scratch_bytes = (size_t)(t.strips * (16 * (t.p ? 1 : 2) * t.chunk + TILE_BLOCK * 1024) + 8192 + 64) +
                            4 * (size_t)(t.strips * 2 * 16 * w.groups + 2 * 16 * (w.groups + 48));
   int status = whit_run(arrange, w.parallel, threads);
   return status ? status : whit_run(multiply, w.parallel, threads);
@@ -51,7 +55,8 @@ int run(Call& call, int threads) {
 
 }  // namespace
 
-int whit_tiles(const whit_weight* w, const void* x, const void* bias, void* y, int64_t count, int type, int threads) {
+int whit_tiles(const whit_weight* w, const void* x, const void* bias, void* y, int64_t count, int type, bool folds,
+               int threads) {
 #if defined(WHIT_HAVE_TILES_BF16)
   if (!(whit_amx() & AMX_BF16) || type != WHIT_BF16) return -1;
   Call call = {&whit_tiles_bf16, {}};
@@ -61,7 +66,7 @@ int whit_tiles(const whit_weight* w, const void* x, const void* bias, void* y, i
   t.w = w, t.x = x, t.bias = bias, t.y = y, t.count = count, t.type = type;
   t.depth = w->groups > 1 && w->group_size % 32 ? 16 : 32;
   t.blocks = (w->columns + t.depth - 1) / t.depth, t.tile_bytes = (w->columns + 31) / 32 * 1024;
-  t.folded = !exact && w->bits <= 4 && !w->zero && count > 32;
+  t.folded = count > 32 && (folds || !exact) && (w->bits <= 4 || w->consecutive);
   t.whole = t.folded || w->groups == 1;
   return run(call, threads);
 #else

@@ -8,7 +8,7 @@
 // What is decoded at a time, in bytes of a row, so that two strips and two tiles of x stay in the first cache; rows of x
 // for which it is decoded, so that their sums stay in the second one; strips at most.
 #if !defined(TILES_TUNED)
-enum { TILE_CHUNK = 512, TILE_BLOCK = 32, TILE_STRIPS = 16 };
+enum { TILE_CHUNK = 512, TILE_BLOCK = 32, TILE_STRIPS = 16, FEW_CHUNK = 256, FEW_STRIPS = 2, FEW_AHEAD = 512 };
 #endif
 
 struct Tiles {
@@ -22,9 +22,10 @@ struct Tiles {
   void* y;              // (count, w->rows) of `type`, like the bias
   int type;
   int depth;            // columns of a block, which are multiplied at a time: 64 bytes, or 32 or 16 bfloat16
-  int strips;           // decoded side by side
+  int strips, chunk;    // decoded side by side; columns that are decoded at a time
+  int ahead;            // columns between those that are decoded and those that memory is asked for
   bool whole;           // sums go on through all columns: there is one scale for each row, or
-  bool folded;          // scales are multiplied into the decoded levels, which no bfloat16 was exact for anyway
+  bool folded;          // the weight itself is decoded, rounded to bfloat16
 };
 
 struct TileKernels {
@@ -39,5 +40,6 @@ enum { AMX_BF16 = 1, AMX_INT8 = 2 };
 int whit_amx(void);  // which of these this process may use
 
 // As whit_many and whit_product8; -1 where this processor or these kernels cannot.
-int whit_tiles(const whit_weight* w, const void* x, const void* bias, void* y, int64_t count, int type, int threads);
+int whit_tiles(const whit_weight* w, const void* x, const void* bias, void* y, int64_t count, int type, bool folds,
+               int threads);
 int whit_tiles8(const Product8& p, int threads);

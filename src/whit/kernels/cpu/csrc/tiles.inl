@@ -116,8 +116,8 @@ template <class Kind>
 static ALWAYS_INLINE void multiply_all(const Tiles& t, int64_t first, int64_t last, uint8_t* scratch, Kind& kind) {
   const whit_weight& w = *t.w;
   const TileScope scope(t.count, Kind::BYTES * t.depth);
-  const int64_t tile_bytes = 16 * Kind::BYTES * t.depth, strip_bytes = TILE_CHUNK * 16, below = 1024 * t.strips;
-  const int64_t columns = TILE_CHUNK / Kind::BYTES, per = columns / t.depth;
+  const int64_t tile_bytes = 16 * Kind::BYTES * t.depth, strip_bytes = 16 * Kind::BYTES * t.chunk, below = 1024 * t.strips;
+  const int64_t per = t.chunk / t.depth, all = t.blocks * t.depth;
   uint8_t *decoded = scratch, *totals = decoded + t.strips * strip_bytes;
   for (int64_t row = first; row < last; row += t.strips * STRIP) {
     const int64_t left = (last - row + STRIP - 1) / STRIP, strips = left < t.strips ? left : t.strips;
@@ -129,9 +129,9 @@ static ALWAYS_INLINE void multiply_all(const Tiles& t, int64_t first, int64_t la
         const int64_t until = b + per < t.blocks ? b + per : t.blocks, column = b * t.depth;
         const bool ends = until == t.blocks;
         for (int64_t s = 0; s < strips; s++) {
-          const int64_t asked = row + (s + (ends ? t.strips : 0)) * STRIP;
-          const int64_t at = (asked < w.rows ? asked : 0) * w.row_bytes + (ends ? 0 : column + columns) * w.bits / 8;
-          kind.decode(row + s * STRIP, s, column, column + columns < w.columns ? column + columns : w.columns,
+          const int64_t then = column + t.ahead, asked = row + (s + (then < all ? 0 : t.strips)) * STRIP;
+          const int64_t at = (asked < w.rows ? asked : 0) * w.row_bytes + (then < all ? then : then - all) * w.bits / 8;
+          kind.decode(row + s * STRIP, s, column, column + t.chunk < w.columns ? column + t.chunk : w.columns,
                       Ask{w.codes + at, w.row_bytes}, (__m512i*)(decoded + s * strip_bytes));
         }
         for (int64_t m = 0; m < tiles; m += 2)

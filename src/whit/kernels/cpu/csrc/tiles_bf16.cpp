@@ -1,5 +1,6 @@
 // Many rows of bfloat16 by AMX. Levels that are exact in bfloat16 (integers) are multiplied as they are, and each group's
-// sums take its scale in float32; tables of 16 levels that are not are multiplied by their scales first and rounded once.
+// sums take its scale in float32. Weights with levels that are not are rounded as a whole, and so are all where `folds`
+// says that x was rounded too.
 #include <new>
 
 #include "avx512_bf16.h"
@@ -73,32 +74,43 @@ static __attribute__((noinline)) void multiply_groups(const Tiles& t, const Spot
   add_rows<N>(waiting, 0, 16 * M, total, below);
 }
 
-// Pairs of levels times their scales, rounded once: (vectors, STEPS, 16).
+// Pairs of the weight itself, rounded once: (vectors, STEPS, 16). Levels of up to 4 bits come from a table, others are
+// consecutive.
 template <int BITS>
 struct Folded {
-  __m512 table;
+  __m512 table, by, less;
   __m512i order;
-  const float* scale;
-  int64_t groups, vectors;  // of a group
-  int64_t g, until;
-  __m512 by;
-  Folded(const whit_weight& w, const float* scale, int64_t from) : scale(scale), groups(w.groups) {
+  const float *scale, *off;  // (groups, 16)
+  int64_t groups, vectors, g, until;  // vectors of a group
+  float lowest;
+  Folded(const whit_weight& w, const float* scale, const float* off, int64_t from)
+      : table(Pairs::all_levels(w.levels, BITS < 4 ? BITS : 4)), scale(scale), off(off), groups(w.groups),
+        lowest(BITS > 4 ? w.levels[0] : 0) {
     uint16_t words[32];
     for (int i = 0; i < 32; i++) words[i] = (uint16_t)(i / 2 + i % 2 * 16);
-    order = _mm512_loadu_si512(words), table = Pairs::all_levels(w.levels, BITS < 4 ? BITS : 4);
+    order = _mm512_loadu_si512(words);
     vectors = w.groups == 1 ? INT64_MAX : w.group_size / Turned<BITS>::CODES;
     g = from / vectors, until = w.groups == 1 ? INT64_MAX : (g + 1) * vectors;
     move();
   }
-  ALWAYS_INLINE void move() { by = _mm512_loadu_ps(scale + 16 * (g < groups ? g : groups - 1)); }
+  ALWAYS_INLINE void move() {
+    const int64_t at = 16 * (g < groups ? g : groups - 1);
+    by = _mm512_loadu_ps(scale + at), less = off ? _mm512_loadu_ps(off + at) : _mm512_setzero_ps();
+    if (BITS > 4) less = _mm512_fnmadd_ps(by, _mm512_set1_ps(lowest), less);
+  }
+  ALWAYS_INLINE __m512 weight(__m512i codes) const {
+    __m512 level;
+    if constexpr (BITS <= 4) level = _mm512_permutexvar_ps(codes, table);
+    else level = _mm512_cvtepi32_ps(_mm512_and_si512(codes, _mm512_set1_epi32((1 << BITS) - 1)));
+    return _mm512_fmsub_ps(level, by, less);
+  }
   ALWAYS_INLINE void operator()(int64_t i, __m512i codes, __m512i* to) {
     using T = Turned<BITS>;
     if (i >= until) g++, until += vectors, move();
 #pragma GCC unroll 8
     for (int k = 0; k < T::STEPS; k++) {
-      const __m512 low = _mm512_permutexvar_ps(_mm512_srli_epi32(codes, T::SHIFT * k), table);
-      const __m512 high = _mm512_permutexvar_ps(_mm512_srli_epi32(codes, T::SHIFT * k + 16), table);
-      const __m512i both = Pairs::both(_mm512_mul_ps(low, by), _mm512_mul_ps(high, by));
+      const __m512i both = Pairs::both(weight(_mm512_srli_epi32(codes, T::SHIFT * k)),
+                                       weight(_mm512_srli_epi32(codes, T::SHIFT * k + 16)));
       _mm512_store_si512(to + k, _mm512_permutexvar_epi16(order, both));
     }
   }
@@ -112,18 +124,16 @@ struct alignas(64) Tables {
 // Columns [from, until) of a strip, from row `row` on, to pairs.
 template <int BITS>
 static void decode(const Tiles& t, const Tables& tables, int64_t row, int64_t from, int64_t until, const float* scale,
-                   Ask ask, __m512i* to) {
+                   const float* less, Ask ask, __m512i* to) {
   using T = Turned<BITS>;
   const whit_weight& w = *t.w;
   const int64_t first = from / T::CODES, last = ((until + T::CODES - 1) / T::CODES + 15) & ~(int64_t)15;
-  if constexpr (BITS <= 4) {
-    if (t.folded) {
-      Folded<BITS> fold(w, scale, first);
-      return turn<T>(w, row, first, last, [&](int64_t i, __m512i v) __attribute__((always_inline)) {
-        ask.template operator()<T>(i - first);
-        fold(i, v, to + (i - first) * T::STEPS);
-      });
-    }
+  if (t.folded) {
+    Folded<BITS> fold(w, scale, less, first);
+    return turn<T>(w, row, first, last, [&](int64_t i, __m512i v) __attribute__((always_inline)) {
+      ask.template operator()<T>(i - first);
+      fold(i, v, to + (i - first) * T::STEPS);
+    });
   }
   const Look<BITS> look = *(const Look<BITS>*)tables.bytes;
   turn<T>(w, row, first, last, [&](int64_t i, __m512i v) __attribute__((always_inline)) {
@@ -134,7 +144,8 @@ static void decode(const Tiles& t, const Tables& tables, int64_t row, int64_t fr
   });
 }
 
-typedef void (*Decode)(const Tiles&, const Tables&, int64_t, int64_t, int64_t, const float*, Ask, __m512i*);
+typedef void (*Decode)(const Tiles&, const Tables&, int64_t, int64_t, int64_t, const float*,
+                       const float*, Ask, __m512i*);
 
 template <int BITS>
 static Decode decoder(const float* levels, Tables& tables) {
@@ -171,7 +182,7 @@ struct Bf16 {
 
   void params(int64_t row, int64_t s) { strip_params(w, row, 1, own, scale + s * size, less + s * size); }
   void decode(int64_t row, int64_t s, int64_t from, int64_t until, Ask ask, __m512i* to) {
-    decode_strip(t, tables, row, from, until, scale + s * size, ask, to);
+    decode_strip(t, tables, row, from, until, scale + s * size, w.zero ? less + s * size : nullptr, ask, to);
   }
   template <int M, int N>
   void multiply(const Spot& spot, int64_t tile, int64_t s, int64_t b, int64_t until, const Sums& sums) {
@@ -194,7 +205,7 @@ struct Bf16 {
 
 static void multiply(const Tiles& t, int64_t first, int64_t last, void* scratch) {
   uint8_t* room = aligned(scratch);
-  Bf16 kind(t, (float*)(room + t.strips * (TILE_CHUNK * 16 + TILE_BLOCK * 1024)));
+  Bf16 kind(t, (float*)(room + t.strips * (16 * 2 * t.chunk + TILE_BLOCK * 1024)));
   multiply_all(t, first, last, room, kind);
 }
 

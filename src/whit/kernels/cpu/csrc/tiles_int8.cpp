@@ -75,7 +75,7 @@ struct Int8 {
 
 static void multiply(const Tiles& t, int64_t first, int64_t last, void* scratch) {
   uint8_t* room = aligned(scratch);
-  Int8 kind(t, (float*)(room + t.strips * (TILE_CHUNK * 16 + TILE_BLOCK * 1024)));
+  Int8 kind(t, (float*)(room + t.strips * (16 * t.chunk + TILE_BLOCK * 1024)));
   multiply_all(t, first, last, room, kind);
 }
 
