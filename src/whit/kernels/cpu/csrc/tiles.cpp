@@ -46,8 +46,8 @@ int run(Call& call, int threads) {
   arrange.rows = tiles, arrange.task = 1, arrange.work = arrange_task, arrange.context = &call;
   arrange.scratch_bytes = 64;
   multiply.rows = w.rows, multiply.task = 16 * t.strips, multiply.work = multiply_task, multiply.context = &call;
-  // Decoded strips, their sums, those of two groups, and params.
-  multiply.scratch_bytes = (size_t)(t.strips * (16 * (t.p ? 1 : 2) * t.chunk + TILE_BLOCK * 1024) + 8192 + 64) +
+  // Decoded strips, their sums, those of four groups, and params.
+  multiply.scratch_bytes = (size_t)(t.strips * (16 * (t.p ? 1 : 2) * t.chunk + TILE_BLOCK * 1024) + 16384 + 64) +
                            4 * (size_t)(t.strips * 2 * 16 * w.groups + 2 * 16 * (w.groups + 48));
   int status = whit_run(arrange, w.parallel, threads);
   return status ? status : whit_run(multiply, w.parallel, threads);

@@ -15,63 +15,79 @@ namespace {
 #include "strips_bf16.inl"
 #include "tiles.inl"
 
-// Scales and what is taken off, of each strip, (groups, 16).
-struct StripParams {
-  const float *scale, *less;
-  int64_t size;  // from strip to strip
-};
-
-// Sums of one group, which wait to be added to the total: tiles (2, 2) of 16 rows of x.
+// Sums of G groups, which wait to be added to the total: tiles (G, 2, 2) of 16 rows of x.
 struct Waiting {
-  const float *part, *scale, *less, *sums;  // less: null where it was taken off already, or there is none
-  int64_t params, sums_tile;
+  const float *part, *scale, *less, *of_x;  // less: null where it was taken off already, or there is none
+  int64_t params, x_tile;
 };
 
 // total += scale part - less sums, of rows [from, until) of x; tiles of total are `below` floats apart.
-template <int N>
+template <int N, int G>
 static ALWAYS_INLINE void add_rows(const Waiting& a, int from, int until, float* total, int64_t below) {
-  __m512 scale[N], less[N];
-  for (int n = 0; n < N; n++) {
-    scale[n] = _mm512_loadu_ps(a.scale + n * a.params);
-    less[n] = a.less ? _mm512_loadu_ps(a.less + n * a.params) : _mm512_setzero_ps();
+  __m512 scale[G][N], less[G][N];
+#pragma GCC unroll 8
+  for (int i = 0; i < G * N; i++) {
+    scale[i / N][i % N] = _mm512_loadu_ps(a.scale + i / N * 16 + i % N * a.params);
+    less[i / N][i % N] = a.less ? _mm512_loadu_ps(a.less + i / N * 16 + i % N * a.params) : _mm512_setzero_ps();
   }
-  for (int i = from; i < until; i++) {
-    float* to = total + (i >> 4) * below + (i & 15) * 16;
-    const float* part = a.part + (i >> 4) * 512 + (i & 15) * 16;
+  for (int row = from; row < until; row++) {
+    float* to = total + (row >> 4) * below + (row & 15) * 16;
+    const float* part = a.part + (row >> 4) * 512 + (row & 15) * 16;
     for (int n = 0; n < N; n++) {
-      __m512 sum = _mm512_fmadd_ps(_mm512_load_ps(part + n * 256), scale[n], _mm512_load_ps(to + n * 256));
-      if (a.less) sum = _mm512_fnmadd_ps(less[n], _mm512_set1_ps(a.sums[(i >> 4) * a.sums_tile + (i & 15)]), sum);
+      __m512 sum = _mm512_load_ps(to + n * 256);
+#pragma GCC unroll 4
+      for (int i = 0; i < G; i++) sum = _mm512_fmadd_ps(_mm512_load_ps(part + i * 1024 + n * 256), scale[i][n], sum);
+      if (a.less) {
+        const float* of_x = a.of_x + (row >> 4) * a.x_tile + (row & 15);
+#pragma GCC unroll 4
+        for (int i = 0; i < G; i++) sum = _mm512_fnmadd_ps(less[i][n], _mm512_set1_ps(of_x[16 * i]), sum);
+      }
       _mm512_store_ps(to + n * 256, sum);
     }
   }
 }
 
-// total += blocks [first, until) of x times two strips, group by group: while one is multiplied, the one before is added.
-template <int M, int N>
-static __attribute__((noinline)) void multiply_groups(const Tiles& t, const Spot& s, int64_t first, int64_t until,
-                                                      const StripParams& params, const float* of_x, const Sums& sums,
-                                                      float* parts) {
-  const int64_t run = t.w->group_size / t.depth, below = sums.below / 4, x_tile = 16 * t.w->groups;
-  float* total = (float*)sums.at;
-  for (int i = 0; sums.first && i < M; i++) memset(total + i * below, 0, 1024 * N);
-  Waiting waiting = {};
-  int parity = 0;
-  for (int64_t b = first, g = first / run; b < until; g++, parity ^= 1) {
+// total += blocks [first, until) of x times two strips, group by group: while the next ones are multiplied, G of them are
+// added. `less` is taken off where a group begins.
+template <int M, int N, int G>
+static ALWAYS_INLINE void groups_of(const Tiles& t, const Spot& s, int64_t chunk, int64_t first, int64_t until,
+                                    const Waiting& of, float* total, int64_t below) {
+  const int64_t run = t.w->group_size / t.depth;
+  float* parts = (float*)of.part;
+  Waiting waiting = of;
+  waiting.part = nullptr;
+  int slot = 0;
+  for (int64_t b = first, g = first / run; b < until; g++) {
     const bool begins = b == g * run;
     const int64_t end = (g + 1) * run < until ? (g + 1) * run : until;
     const int step = (int)((16 * M + end - b - 1) / (end - b));
     zero_sums<M, N>();
     for (int row = 0; b < end; b++, row += step) {
-      multiply_block<OfPairs, M, N>(s, b - first);
+      multiply_block<OfPairs, M, N>(s, b - chunk);
       const int last = row + step < 16 * M ? row + step : 16 * M;
-      if (waiting.part) add_rows<N>(waiting, row, last, total, below);
+      if (waiting.part) add_rows<N, G>(waiting, row, last, total, below);
     }
-    float* part = parts + parity * 1024;
-    store_sums<M, N>((uint8_t*)part, 2048);
-    waiting = {part, params.scale + 16 * g, params.less && begins ? params.less + 16 * g : nullptr,
-               of_x ? of_x + 16 * g : nullptr, params.size, x_tile};
+    waiting.part = nullptr;
+    store_sums<M, N>((uint8_t*)(parts + slot * 1024), 2048);
+    if (++slot < G) continue;
+    slot = 0;
+    waiting.part = parts, waiting.scale = of.scale + 16 * (g + 1 - G);
+    waiting.less = of.less && begins ? of.less + 16 * (g + 1 - G) : nullptr;
+    waiting.of_x = of.less ? of.of_x + 16 * (g + 1 - G) : nullptr;
   }
-  add_rows<N>(waiting, 0, 16 * M, total, below);
+  if (waiting.part) add_rows<N, G>(waiting, 0, 16 * M, total, below);
+}
+
+template <int M, int N>
+static __attribute__((noinline)) void multiply_groups(const Tiles& t, const Spot& s, int64_t first, int64_t until,
+                                                      const Waiting& of, const Sums& sums) {
+  const int64_t run = t.w->group_size / t.depth, below = sums.below / 4, fours = (until - first) & ~(int64_t)3;
+  float* total = (float*)sums.at;
+  for (int i = 0; sums.first && i < M; i++) memset(total + i * below, 0, 1024 * N);
+  int64_t done = first;
+  if (run == 1) groups_of<M, N, 4>(t, s, first, first, first + fours, of, total, below), done += fours;
+  if (run == 2) groups_of<M, N, 2>(t, s, first, first, first + fours, of, total, below), done += fours;
+  groups_of<M, N, 1>(t, s, first, done, until, of, total, below);
 }
 
 // Pairs of the weight itself, rounded once: (vectors, STEPS, 16). Levels of up to 4 bits come from a table, others are
@@ -177,7 +193,7 @@ struct Bf16 {
   float *scale, *less, *own, *parts;
 
   Bf16(const Tiles& t, float* params)
-      : t(t), w(*t.w), decode_strip(decoder_of(w, tables)), size(16 * w.groups), scale(params + 2048),
+      : t(t), w(*t.w), decode_strip(decoder_of(w, tables)), size(16 * w.groups), scale(params + 4096),
         less(scale + t.strips * size), own(less + t.strips * size), parts(params) {}
 
   void params(int64_t row, int64_t s) { strip_params(w, row, 1, own, scale + s * size, less + s * size); }
@@ -187,8 +203,9 @@ struct Bf16 {
   template <int M, int N>
   void multiply(const Spot& spot, int64_t tile, int64_t s, int64_t b, int64_t until, const Sums& sums) {
     if (t.whole) return multiply_whole<OfPairs, M, N>(spot, until - b, sums);
-    const StripParams of = {scale + s * size, w.zero ? less + s * size : nullptr, size};
-    multiply_groups<M, N>(t, spot, b, until, of, t.sums ? t.sums + tile * size : nullptr, sums, parts);
+    const Waiting of = {parts, scale + s * size, w.zero ? less + s * size : nullptr,
+                        t.sums ? t.sums + tile * size : nullptr, size, size};
+    multiply_groups<M, N>(t, spot, b, until, of, sums);
   }
   // Sums that went through all columns get their scale; then rows [m, m + 16) of y.
   void finish(int64_t m, int64_t row, int64_t s, uint8_t* at) {
