@@ -17,7 +17,7 @@ import torch
 
 from whit.kernels.cpu.build import COMPILERS, LIBRARY, find_compiler, source_hash
 
-ABI = 9
+ABI = 10
 BUILD = "python -m whit.kernels.cpu.build"
 ISAS = ("scalar", "avx2", "avx512", "avx512_bf16", "amx")  # by number in whit_cpu.h, each better than the last
 ISAS8 = ("scalar", "avx2", "avx512_vnni", "amx")  # of the products of 8-bit activations, by their number in int8.cpp
