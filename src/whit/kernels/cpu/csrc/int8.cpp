@@ -167,11 +167,11 @@ WHIT_API8 int whit_product8(const whit_weight* w, const whit_rows8* x, const int
   void* room = sums8.get(whit_derived8(product, x->count <= few, *kernels));
   if (!room) return -3;
   whit_derive8(product, x->count <= few, *kernels, room);
-  if (isa == 3 && x->count > few && x->count >= TILES8_FROM && !w->digit_bytes) {
+  if (isa == 3 && x->count > few && x->count >= TILES8_FROM) {
     const int status = whit_tiles8(product, threads);
     if (status != -1) return status;
   }
-  if (isa >= 2 && x->groups > 1 && x->count > few && !w->digit_bytes) {
+  if (isa >= 2 && x->groups > 1 && x->count > few) {
     const int status = whit_strips8(product, threads);
     if (status != -1) return status;
   }
