@@ -23,7 +23,7 @@ from whit.kernels.cpu.kernel import FLOATS, Cpu, compiled_library
 from whit.kernels.cpu.rows8 import ROW_SUMS, Rows8, levels_of, linear, multiply, padded, quantize_rows, round_groups
 from whit.kernels.cpu.weight import CpuWeight, plan_weight, unsupported
 from whit.layouts import BITS
-from whit.tensor import PackedWeight, product_dtype
+from whit.tensor import PackedWeight, product_dtype, radix
 
 TILES_FROM = 64  # rows of bfloat16
 
@@ -92,6 +92,8 @@ class Cpu8:
         """Whether groups of 32 columns are faster as bfloat16, once they are rounded: by AMX."""
         compiled, how = compiled_library(), weight.activations
         if how is None or how.granularity != "group" or x.dtype != torch.bfloat16 or len(x) < TILES_FROM:
+            return False
+        if radix(weight.format):  # their codes are digits of bytes
             return False
         return (self.isa or compiled.isas8[-1]) == "amx" and "amx" in compiled.isas_many
 
