@@ -68,6 +68,8 @@ def test_every_instruction_set_was_built_here():
         assert "avx512" in ISAS_HERE
     if " avx512_bf16 " in flags:
         assert "avx512_bf16" in ISAS_HERE
+    if " amx_bf16 " in flags:
+        assert "amx" in ISAS_HERE
 
 
 @pytest.mark.parametrize("spec", GROUPED + OTHER)

@@ -104,11 +104,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=LIBRARY)
     parser.add_argument("--compiler")
     parser.add_argument("--sanitize", action="store_true", help="with the address and undefined-behaviour sanitizers")
-    parser.add_argument("--amx", action="store_true", help="use AMX; its kernels have not run as they are yet")
     args = parser.parse_args()
-    extra = (*(SANITIZERS if args.sanitize else ()), *(("-DWHIT_USE_AMX",) if args.amx else ()))
     try:
-        left_out = build(args.output, args.compiler, extra)
+        left_out = build(args.output, args.compiler, SANITIZERS if args.sanitize else ())
     except RuntimeError as error:
         sys.exit(f"the CPU kernels were not built: {error}")
     print(f"built {args.output}" + (f"; left out: {', '.join(left_out)}" if left_out else ""))

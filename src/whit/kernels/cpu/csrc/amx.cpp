@@ -1,5 +1,4 @@
-// Whether this process may use AMX: the processor has it, the system saves its registers, and was asked to. Not used
-// without WHIT_USE_AMX, as these very sources have not been run on a processor that has it.
+// Whether this process may use AMX: the processor has it, the system saves its registers, and was asked to.
 #include "tiles.h"
 
 #if defined(__x86_64__) && defined(__linux__)
@@ -12,7 +11,7 @@ namespace {
 
 #if defined(WHIT_EMULATE_AMX)
 int find() { return AMX_BF16 | AMX_INT8; }
-#elif defined(WHIT_USE_AMX) && defined(__x86_64__) && defined(__linux__)
+#elif defined(__x86_64__) && defined(__linux__)
 int find() {
   unsigned a, b, c, d;
   if (!__get_cpuid(1, &a, &b, &c, &d) || !(c >> 27 & 1)) return 0;  // OSXSAVE
