@@ -52,6 +52,8 @@ class LinearsExport(FolderExport):
         raise NotImplementedError
 
     def problems(self, formats: Mapping[Target, Format]) -> list[str]:
+        if not formats:
+            return [f"nothing is quantized; {self.name} files hold quantized linears; add --format or a rule"]
         found = ((target.holder, reason) for target, format in formats.items() if (reason := self._why(target, format)))
         return [*_grouped(found), *self.conflicts(formats)]
 

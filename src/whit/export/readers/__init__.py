@@ -16,6 +16,7 @@ from whit.export.readers.bitsandbytes import read_bitsandbytes
 from whit.export.readers.compressed_tensors import read_compressed_tensors
 from whit.export.readers.gptq import read_gptq
 from whit.export.readers.hqq import read_hqq
+from whit.export.readers.inputs import inputs_of
 from whit.export.readers.mlx import read_mlx
 from whit.export.readers.onnx import read_onnx_model
 
@@ -28,9 +29,6 @@ READERS: tuple[tuple[str, Reader], ...] = (
     ("hqq", read_hqq),
     ("bitnet", read_bitnet),
 )
-
-# How the linears of a kind of file round their inputs, which is no part of the weights.
-INPUTS = {"bitnet": "int8"}
 
 
 def quant_method(config: Mapping[str, Any]) -> str | None:
@@ -67,4 +65,4 @@ def read_foreign(config: Mapping[str, Any], checkpoint: Checkpoint) -> Foreign:
     raise CheckpointError(f"{checkpoint.folder}: quantized by {method}; whit reads {known}; use the original model")
 
 
-__all__ = ["INPUTS", "READERS", "Foreign", "Packed", "Reader", "open_foreign", "quant_method", "read_foreign"]
+__all__ = ["READERS", "Foreign", "Packed", "Reader", "inputs_of", "open_foreign", "quant_method", "read_foreign"]
