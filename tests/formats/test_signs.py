@@ -155,9 +155,9 @@ def packed(spec: str, random: Generator) -> PackedWeight:
 def test_kernels_run_them_or_say_why_not(random: Generator):
     x = torch.randn(3, 160, generator=random)
     ternary, binary = packed("ternary-g32", random), packed("binary-g32", random)
-    assert "base 3" in str(Cpu().supports(ternary, x)) or "compile" in str(Cpu().supports(ternary, x))
     assert all(isinstance(storage(p.format), str) for p in (ternary, binary))
     for weight in (ternary, binary):
+        assert "compile" in (Cpu().supports(weight, x) or "compiled")  # nothing but a missing library is in the way
         exact = x @ BITS.unpack(weight).dequantize().T
         kernels = [Reference()] + ([Cpu()] if Cpu().supports(weight, x) is None else [])
         for kernel in kernels:
