@@ -11,6 +11,9 @@ import torch
 import whit
 from whit.export.readers import inputs_of
 from whit.integrations.loading import load_causal_lm
+from whit.pipeline import run
+from whit.pipeline.job import Options
+from whit.pipeline.transcode import prepare_transcode
 
 from tiny_models import save_tiny, tiny_inputs
 
@@ -52,6 +55,18 @@ def test_what_whit_cannot_do_is_said_and_left(tmp_path: Path):
     with pytest.warns(UserWarning, match="num_bits 4.*the weights alone are measured"):
         found = load_causal_lm(str(tmp_path / "q"), dtype="float32", device="cpu")
     assert found.get_submodule(LINEAR).activations is None
+    assert "num_bits 4" in prepare_transcode(tmp_path / "q", tmp_path / "w", "whit", Options()).notes[0]
+
+
+def test_they_go_with_the_weights_into_another_kind_of_file(tmp_path: Path):
+    model = save_tiny(tmp_path / "model", "llama")
+    recipe = whit.Recipe("rtn", [("*.layers.0.*", "int8-channel")], activations="int8")
+    whit.quantize(model, tmp_path / "q", recipe, export="compressed-tensors-int8")
+    job = prepare_transcode(tmp_path / "q", tmp_path / "w", "whit", Options())
+    run(job)
+    config = json.loads((tmp_path / "w" / "config.json").read_text())["quantization_config"]
+    assert config["inputs"][LINEAR] == "int8"
+    assert not job.notes
 
 
 def test_groups_are_found_as_compressed_tensors_finds_them():

@@ -6,9 +6,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from whit.activations import Activations
 from whit.checkpoint.header import Entry
+from whit.errors import CheckpointError
 from whit.export.linears import put_rows
-from whit.export.readers import Foreign
+from whit.export.readers import Foreign, inputs_of
 from whit.methods.stack import can_stack
 from whit.model.source import ModelSource
 from whit.model.targets import find_targets
@@ -54,6 +56,24 @@ class ForeignSource(ModelSource):
         places = torch.empty_like(order)
         places[order] = torch.arange(len(order))
         return put_rows(list(zip(torch.split(places, counts), parts, strict=True)), origin.spec.shape)
+
+    def input_rounding(self, name: str) -> tuple[Activations, dict[str, Tensor]] | None:
+        """How the file says that the inputs of a parameter with a `format` are rounded, with static scales.
+
+        None where they stay as they are. CheckpointError where whit cannot do so, or the scales are not there.
+        """
+        module, format = self.origins[name].keys[0].removesuffix(".weight"), self.format(name)
+        how = inputs_of(dict(self.config.get("quantization_config") or {}), module)
+        if how is None or format is None:
+            return None
+        if not how.fits(format):
+            raise CheckpointError(f"inputs are rounded to {how}, which {format} is not multiplied by")
+        checkpoint, scales = self.foreign.checkpoint, {}
+        for key, spec in how.specs.items():
+            if (stored := f"{module}.{key}") not in checkpoint or checkpoint[stored].numel() != 1:
+                raise CheckpointError(f"inputs are rounded to {how}, and {stored} is no single number")
+            scales[key] = checkpoint[stored].reshape(spec.shape).to(spec.dtype)
+        return how, scales
 
     def note(self, name: str) -> str | None:
         """Why a quantized parameter has no format."""

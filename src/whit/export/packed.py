@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from whit.activations import parse_activations
+from whit.activations import Activations, parse_activations
 from whit.checkpoint.header import Entry
 from whit.checkpoint.reader import Checkpoint, read_json
 from whit.errors import CheckpointError
@@ -61,6 +61,11 @@ class PackedSource:
     def format(self, name: str) -> Format | None:
         """The format of a parameter, None of one that is not packed."""
         return self.packed[name][1] if name in self.packed else None
+
+    def input_rounding(self, name: str) -> tuple[Activations, Mapping[str, Tensor]] | None:
+        """How the inputs of a quantized parameter are rounded; static scales are left out."""
+        how = self.inputs.get(self.packed[name][0].holder) if name in self.packed else None
+        return None if how is None else (how, {})
 
     def quantized(self, name: str) -> QuantizedTensor:
         """A packed parameter as it is in the file."""

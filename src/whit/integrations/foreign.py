@@ -18,7 +18,7 @@ from whit.checkpoint.onnx import onnx_graph
 from whit.checkpoint.reader import read_json
 from whit.errors import CheckpointError
 from whit.export.foreign import ForeignSource
-from whit.export.readers import READERS, inputs_of, open_foreign, quant_method
+from whit.export.readers import READERS, open_foreign, quant_method
 from whit.export.whit import quantization_config
 from whit.layouts import BITS
 from whit.model.skeleton import load_skeleton
@@ -54,8 +54,8 @@ def load_foreign(folder: Path, dtype: torch.dtype | str, trust_remote_code: bool
         holder = targets[name].holder
         formats[holder] = format
         state |= {f"{holder}.{key}": t for key, t in BITS.pack(source.quantized(name)).tensors.items()}
-        if (how := _inputs(folder, config, source, name)) is not None:
-            inputs[holder], scales = how
+        if (rounding := _rounding(folder, source, name)) is not None:
+            inputs[holder], scales = rounding
             state |= {f"{holder}.{key}": scale for key, scale in scales.items()}
     source.checkpoint.close()
     plain = copy.deepcopy(skeleton.config)
@@ -66,24 +66,10 @@ def load_foreign(folder: Path, dtype: torch.dtype | str, trust_remote_code: bool
     )
 
 
-def _inputs(
-    folder: Path, config: dict[str, Any], source: ForeignSource, name: str
-) -> tuple[Activations, dict[str, Tensor]] | None:
+def _rounding(folder: Path, source: ForeignSource, name: str) -> tuple[Activations, dict[str, Tensor]] | None:
     """How the inputs of a quantized parameter are rounded, with static scales; None, and a warning, where they stay."""
-    module, format = source.origins[name].keys[0].removesuffix(".weight"), source.format(name)
-    assert format is not None
     try:
-        how = inputs_of(dict(config.get("quantization_config") or {}), module)
-        if how is None:
-            return None
-        if not how.fits(format):
-            raise CheckpointError(f"inputs are rounded to {how}, which {format} is not multiplied by")
-        checkpoint, scales = source.foreign.checkpoint, {}
-        for key, spec in how.specs.items():
-            if (stored := f"{module}.{key}") not in checkpoint or checkpoint[stored].numel() != 1:
-                raise CheckpointError(f"inputs are rounded to {how}, and {stored} is no single number")
-            scales[key] = checkpoint[stored].reshape(spec.shape).to(spec.dtype)
-        return how, scales
+        return source.input_rounding(name)
     except CheckpointError as error:
         # Said once for each reason, by Python's own filter of warnings that repeat.
         warnings.warn(f"{folder}: {error}; they stay as they are, so that the weights alone are measured", stacklevel=3)

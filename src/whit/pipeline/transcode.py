@@ -16,7 +16,7 @@ import torch
 from whit.activations import Activations
 from whit.checkpoint.hub import resolve_model
 from whit.checkpoint.work import check_out
-from whit.errors import FormatError, RecipeError
+from whit.errors import CheckpointError, FormatError, RecipeError
 from whit.export import Exporter, exporter_named
 from whit.formats import parse_format
 from whit.formats.act_order import ActOrder
@@ -100,17 +100,23 @@ def _with_inputs(
     recipe: Recipe, source: Coded, exporter: Exporter, chosen: Mapping[Target, Format]
 ) -> tuple[Recipe, tuple[str, ...]]:
     """The recipe with what the source says of its linears' inputs, where the new file can say it; the rest is noted."""
-    said: Mapping[str, Activations] = getattr(source, "inputs", {})
-    carried, left = dict[str, Activations](), dict[Activations, str]()
+    rounding = getattr(source, "input_rounding", lambda name: None)
+    carried, left = dict[str, Activations](), dict[str, str]()
     for target, format in chosen.items():
-        if (how := said.get(target.holder)) is None:
+        try:
+            found = rounding(target.parameter)
+        except CheckpointError as error:
+            left["of this file"] = str(error)
             continue
+        if found is None:
+            continue
+        how: Activations = found[0]
         reason = "their scales came from calibration; quantize the model itself again to have them"
         reason = reason if how.needs_stats else exporter.refuses(how) or ""
         if not reason and not how.fits(format):
             reason = f"the new file has {format}"
         if reason:
-            left[how] = reason
+            left[str(how)] = reason
         else:
             carried[target.holder] = how
     notes = tuple(f"activations {how} are left behind: {why}" for how, why in left.items())
