@@ -97,7 +97,7 @@ def test_what_a_file_cannot_hold_is_said_before_the_run(export, rule, said: str,
 @pytest.mark.parametrize("export", [kind for kind in FORMATS if kind != "whit"])
 def test_a_file_of_quantized_linears_holds_one(export: str, models: Path, tmp_path: Path):
     with pytest.raises(RecipeError, match=f"nothing is quantized; {export} files hold quantized linears"):
-        prepare(models / "llama-tied", tmp_path / "out", whit.Recipe("rtn", [("*", "bf16")]), Options(), export=export)
+        whit.quantize(models / "llama-tied", tmp_path / "out", whit.Recipe("rtn", [("*", "bf16")]), export=export)
     assert not list(tmp_path.iterdir())
 
 

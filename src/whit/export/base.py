@@ -111,7 +111,10 @@ class Exporter(Protocol):
         ...
 
     def problems(self, formats: Mapping[Target, Format]) -> list[str]:
-        """One sentence for each thing that the file cannot hold: *where: what is; what must be; what to do.*"""
+        """One sentence for each thing that the file cannot hold: *where: what is; what must be; what to do.*
+
+        Without `formats`: whether the file cannot be where nothing is quantized.
+        """
         ...
 
     def weighed(self, by: Importance) -> None:

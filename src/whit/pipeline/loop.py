@@ -20,6 +20,7 @@ from torch import Tensor
 from whit.calibration import Calibration
 from whit.checkpoint.work import WorkFolder, check_space, disk_errors, is_done
 from whit.checkpoint.writer import Writer, index_json
+from whit.errors import RecipeError
 from whit.formats.numeric import is_finite
 from whit.pipeline.coverage import Account, Entry, load_account
 from whit.pipeline.feed import BlockFeed, Feed, ReadAhead
@@ -59,7 +60,12 @@ def dequantize(model: str | Path, out: str | Path, *, options: Options | None = 
 
 
 def run(job: Job, feed: Feed | None = None) -> Account:
-    """Do a prepared job, or what a killed run left of it. `feed` gives values that are there already."""
+    """Do a prepared job, or what a killed run left of it. `feed` gives values that are there already.
+
+    RecipeError where nothing is quantized and the kind of file cannot be without.
+    """
+    if not any(item.format for item in job.plan.items) and (problems := job.exporter.problems({})):
+        raise RecipeError("\n".join(problems))
     if not is_done(job.out, job.fingerprint, job.options.restart):
         with disk_errors(job.out):
             work = WorkFolder(job.out, job.fingerprint, job.options.restart)

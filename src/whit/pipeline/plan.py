@@ -201,7 +201,12 @@ def _kept(source: Source, name: str) -> TensorSpec:
 
 
 def _misfits(model: PreTrainedModel, exporter: Exporter, formats: Mapping[Target, Format]) -> list[str]:
-    """What the file cannot hold, and tables of something else than the vocabulary in bands."""
+    """What the file cannot hold, and tables of something else than the vocabulary in bands.
+
+    A plan that quantizes nothing is a beginning, whose formats a budget chooses; to run it is another matter.
+    """
+    if not formats:
+        return []
     banded = [target for target, format in formats.items() if bands_of(format) is not None]
     tables = vocabulary_tables(model) if banded else {}
     refused = {t: why for t in banded if (why := refuse_table(formats[t], t.shape, tables.get(t.holder)))}
