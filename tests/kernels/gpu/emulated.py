@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -30,15 +30,20 @@ extern "C" void run(const {argument} *p, int x, int y, int z) {{
 
 @lru_cache
 def library(kernel: Path, macros: tuple[tuple[str, int], ...]) -> ctypes.CDLL:
-    folder = Path(tempfile.mkdtemp(prefix="emulated-"))
-    source = folder / "kernel.cpp"
     driver = DRIVER.format(kernel=kernel.stem, argument="Several" if kernel == few.SOURCE else "Params")
-    included = (HERE / "emulate.h", nvrtc.COMMON, kernel)
+    return compiled(("emulate",), kernel, driver, macros)
+
+
+def compiled(headers: Sequence[str], kernel: Path, driver: str, macros: Iterable[tuple[str, int]]) -> ctypes.CDLL:
+    """A kernel's source behind the headers, named without `.h`, that stand for a GPU; `driver` is what tests call."""
+    folder = Path(tempfile.mkdtemp(prefix="emulated-"))
+    source, target = folder / "kernel.cpp", folder / "kernel.so"
+    included = (*(HERE / f"{name}.h" for name in headers), nvrtc.COMMON, kernel)
     source.write_text("".join(f'#include "{path}"\n' for path in included) + driver)
-    target = folder / f"{hashlib.sha1(repr(macros).encode()).hexdigest()}.so"
     flags = [f"-D{name}={value}" for name, value in macros]
     command = [str(COMPILER), "-std=c++17", "-O1", "-w", "-shared", "-fPIC", *flags, str(source), "-o", str(target)]
-    subprocess.run(command, check=True, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert not done.returncode, done.stderr
     loaded = ctypes.CDLL(str(target))
     shutil.rmtree(folder)
     return loaded

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import ctypes
-import shutil
-import subprocess
-import tempfile
 from functools import lru_cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from whit.kernels.gpu import int8, int8_row, int8_thin, nvrtc
+from whit.kernels.gpu import int8, int8_row, int8_thin
 from whit.kernels.gpu.int8 import Config, Rows, Weight
 from whit.kernels.gpu.int8_row import OneRow
 from whit.kernels.gpu.int8_thin import Thin
 
 import emulated
 
+HEADERS = ("emulate", "emulate_cluster", "emulate_int8")
 BLOCKS = 'extern "C" void run(const Params *p, int x, int y) {{ run_grid({{x, y, 1}}, THREADS, [&] {{ {}(*p); }}); }}'
 CLUSTERS = (
     'extern "C" void run(const Params *p, int x, int y) {{ run_clusters(x, THREADS, CLUSTER, [&] {{ {}(*p); }}); }}'
@@ -27,20 +25,9 @@ CLUSTERS = (
 
 @lru_cache
 def library(kernel: Path, macros: tuple[tuple[str, int], ...], driver: str) -> ctypes.CDLL:
-    folder = Path(tempfile.mkdtemp(prefix="emulated-"))
-    source, target = folder / "kernel.cpp", folder / "kernel.so"
-    headers = (emulated.HERE / f"{name}.h" for name in ("emulate", "emulate_cluster", "emulate_int8"))
-    included = (*headers, nvrtc.COMMON, kernel)
     setup = "gatherings.assign(64, Gathering{}), "
     body = driver.format(kernel.stem).replace("run_grid", f"{setup}run_grid")
-    source.write_text("".join(f'#include "{path}"\n' for path in included) + body)
-    flags = [f"-D{name}={value}" for name, value in macros]
-    command = [str(emulated.COMPILER), "-std=c++17", "-O1", "-w", "-shared", "-fPIC", *flags, str(source)]
-    done = subprocess.run([*command, "-o", str(target)], capture_output=True, text=True)
-    assert not done.returncode, done.stderr
-    loaded = ctypes.CDLL(str(target))
-    shutil.rmtree(folder)
-    return loaded
+    return emulated.compiled(HEADERS, kernel, body, macros)
 
 
 def quantize(x: Tensor, threshold: float = 0.0, dtype: torch.dtype = torch.int8) -> Rows:

@@ -3,39 +3,26 @@
 from __future__ import annotations
 
 import ctypes
-import shutil
-import subprocess
-import tempfile
 from collections.abc import Sequence
 from functools import lru_cache
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from whit.kernels.gpu import many, nvrtc
+from whit.kernels.gpu import many
 from whit.kernels.gpu.many import Config, Product
 from whit.kernels.gpu.stream import Scheme
 from whit.tensor import PackedWeight
 
 import emulated
 
-HEADERS = tuple(emulated.HERE / f"{name}.h" for name in ("emulate", "emulate_cluster", "emulate_many"))
+HEADERS = ("emulate", "emulate_cluster", "emulate_many")
 DRIVER = 'extern "C" void run(const Params *p, int x) { run_clusters(x, THREADS, CLUSTER, [&] { many(*p); }); }'
 
 
 @lru_cache
 def library(macros: tuple[tuple[str, int], ...]) -> ctypes.CDLL:
-    folder = Path(tempfile.mkdtemp(prefix="emulated-"))
-    source, target = folder / "kernel.cpp", folder / "kernel.so"
-    source.write_text("".join(f'#include "{path}"\n' for path in (*HEADERS, nvrtc.COMMON, many.SOURCE)) + DRIVER)
-    flags = [f"-D{name}={value}" for name, value in macros]
-    command = [str(emulated.COMPILER), "-std=c++17", "-O1", "-w", "-shared", "-fPIC", *flags, str(source)]
-    done = subprocess.run([*command, "-o", str(target)], capture_output=True, text=True)
-    assert not done.returncode, done.stderr
-    loaded = ctypes.CDLL(str(target))
-    shutil.rmtree(folder)
-    return loaded
+    return emulated.compiled(HEADERS, many.SOURCE, DRIVER, macros)
 
 
 def linears(
