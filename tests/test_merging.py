@@ -21,6 +21,7 @@ from whit.errors import EvaluationError, OutputError
 from whit.export.packed import PackedSource
 from whit.merging import Merge, Text, measure_routes, merge
 from whit.merging.measure import DROPPED, ROUNDED, load_with_adapter, round_in_place
+from whit.merging.routes import prepare_merge
 from whit.methods.regrid import regrid, share_in_params
 from whit.methods.stack import energy
 from whit.pipeline.job import Options, open_source
@@ -154,6 +155,18 @@ def test_requantized_codes_lie_on_the_same_scales(packed: Path, trained: Path, t
 
 
 @pytest.mark.slow
+def test_inputs_are_rounded_after_a_merge_as_before_or_it_is_said(plain: Path, tmp_path: Path, text):
+    recipe = whit.Recipe("rtn", [("*", "int8-channel")], activations="int8")
+    whit.quantize(plain, tmp_path / "w8a8", recipe)
+    trained = adapter(tmp_path / "w8a8", tmp_path / "adapter")
+    merge(tmp_path / "w8a8", trained, tmp_path / "out", Merge("requantize", calibration=text))
+    before, after = (json.loads((tmp_path / f / "config.json").read_text()) for f in ("w8a8", "out"))
+    assert before["quantization_config"]["inputs"]
+    assert after["quantization_config"]["inputs"] == before["quantization_config"]["inputs"]
+    beside = prepare_merge(tmp_path / "w8a8", trained, tmp_path / "beside", Merge("sidecar"), Options())
+    assert beside.notes == ("activations int8 are left behind: the new file has int8-channel+r4",)
+
+
 def test_a_stopped_merge_ends_with_the_same_bytes_on_other_threads(packed, trained, tmp_path, text):
     before = torch.get_num_threads()
     merge(packed, trained, tmp_path / "whole", Merge(calibration=text))

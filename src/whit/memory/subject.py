@@ -69,6 +69,10 @@ class ConfigSource:
         """No parameter is quantized yet."""
         return False
 
+    def input_rounding(self, name: str) -> None:
+        """No inputs are rounded yet."""
+        return None
+
 
 @dataclass(frozen=True)
 class Subject:

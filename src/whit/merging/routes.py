@@ -26,7 +26,7 @@ from whit.pipeline import run
 from whit.pipeline.coverage import Account
 from whit.pipeline.job import Job, Options, calibration_tokens, open_source
 from whit.pipeline.plan import Coded, Source, plan_dense, plan_quantization
-from whit.pipeline.transcode import rules_for
+from whit.pipeline.transcode import rules_for, with_inputs
 from whit.recipe import Recipe
 from whit.tensor import Format
 from whit.training.peft_file import CONFIG, WEIGHTS, Adapter, read_adapter
@@ -111,6 +111,7 @@ def _job(name: str, source: Source, out: Path, route: str, wanted: Merge, option
         exporter = exporter_named("bf16")(source.model, source.checkpoint.folder)
         return Job(name, source, plan_dense(source, exporter, options.shard_size), out, None, options, exporter)
     exporter = exporter_named(wanted.export)(source.model, source.checkpoint.folder)
+    notes: tuple[str, ...] = ()
     if not isinstance(source, CodedMerge):
         recipe = Recipe(GPTQ(), [("*", exporter.fitted(_parsed(wanted.format)))])
         touched: frozenset[str] = frozenset()
@@ -121,10 +122,11 @@ def _job(name: str, source: Source, out: Path, route: str, wanted: Merge, option
         exact = frozenset(t.parameter for t in chosen) - touched
         known = [t for t in source.targets.values() if t.parameter in source.origins]
         recipe = Recipe(GPTQ() if touched else "rtn", rules_for(known, chosen))
+        recipe, notes = with_inputs(recipe, source, exporter, chosen)
     plan = plan_quantization(source, recipe, exporter, options.shard_size)
     folder = source.checkpoint.folder
     tokens = calibration_tokens(source, folder, recipe, options, wanted.calibration if recipe.needs_text else None)
-    return Job(name, source, plan, out, recipe, options, exporter, tokens, exact=exact, regridded=touched)
+    return Job(name, source, plan, out, recipe, options, exporter, tokens, notes, exact=exact, regridded=touched)
 
 
 def _parsed(format: str | None) -> Format:

@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from whit.activations import Activations
 from whit.checkpoint.header import Entry
 from whit.errors import CheckpointError
 from whit.formats.lowrank import DTYPE, LowRank, side_car
@@ -94,6 +95,9 @@ class CodedMerge(MergedSource):
 
     def coded(self, name: str) -> bool:
         return name not in self.whole and self.base.coded(name)
+
+    def input_rounding(self, name: str) -> tuple[Activations, Mapping[str, Tensor]] | None:
+        return None if name in self.whole else self.base.input_rounding(name)
 
     def _check_products(self) -> None:
         for name, delta in self.deltas.items():

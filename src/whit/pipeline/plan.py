@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from whit.activations import Activations
 from whit.checkpoint.header import Entry, count_parameters
 from whit.checkpoint.reader import Tensors
 from whit.checkpoint.writer import Shard
@@ -75,6 +76,11 @@ class Coded(Source, Protocol):
 
     def coded(self, name: str) -> bool:
         """Whether a parameter lies in the file as codes, of some format or of none; it is read in float32 then."""
+        ...
+
+    def input_rounding(self, name: str) -> tuple[Activations, Mapping[str, Tensor]] | None:
+        """How the inputs of a parameter with a `format` are rounded, None where they stay as they are; with static
+        scales where the source reads them. CheckpointError where whit cannot round so."""
         ...
 
 

@@ -60,7 +60,7 @@ def prepare_transcode(
         raise RecipeError("\n".join(lost))
     if not chosen:
         raise RecipeError(f"{model}: nothing of it is quantized; a {export} file needs a format; add --format")
-    rules, notes = _with_inputs(Recipe("rtn", rules_for(targets, chosen)), source, exporter, chosen)
+    rules, notes = with_inputs(Recipe("rtn", rules_for(targets, chosen)), source, exporter, chosen)
     plan = plan_quantization(source, rules, exporter, options.shard_size)
     name = folder.resolve().name if Path(model).is_dir() else str(model)
     return Job(name, source, plan, Path(out), rules, options, exporter, exact=exact, requantize=requantize, notes=notes)
@@ -96,21 +96,20 @@ def _routes(
     return chosen, frozenset(exact), lost
 
 
-def _with_inputs(
+def with_inputs(
     recipe: Recipe, source: Coded, exporter: Exporter, chosen: Mapping[Target, Format]
 ) -> tuple[Recipe, tuple[str, ...]]:
     """The recipe with what the source says of its linears' inputs, where the new file can say it; the rest is noted."""
-    rounding = getattr(source, "input_rounding", lambda name: None)
     carried, left = dict[str, Activations](), dict[str, str]()
     for target, format in chosen.items():
         try:
-            found = rounding(target.parameter)
+            found = source.input_rounding(target.parameter)
         except CheckpointError as error:
             left["of this file"] = str(error)
             continue
         if found is None:
             continue
-        how: Activations = found[0]
+        how = found[0]
         reason = "their scales came from calibration; quantize the model itself again to have them"
         reason = reason if how.needs_stats else exporter.refuses(how) or ""
         if not reason and not how.fits(format):
