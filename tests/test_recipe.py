@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 import whit
@@ -51,3 +53,26 @@ def test_wrong_recipes_say_what_is_wrong(tmp_path, text: str, says: str):
 def test_rules_that_match_nothing_are_found():
     assert Recipe(rules=[("*", "int8"), ("*.q_prj", "int4-g32")]).unmatched(["a.q_proj"]) == ("*.q_prj",)
     assert issubclass(RecipeError, whit.WhitError)
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        ("name = 'hqq', p = 3", "hqq: p 3; it must be from 0 to 1"),
+        ("name = 'hqq', beta = 0", "hqq: beta 0; it must be at least 1e-06"),
+        ("name = 'hqq', kappa = nan", "hqq: kappa nan; it must be finite"),
+        ("name = 'hqq', iterations = 2.5", "hqq: iterations 2.5; it must be a whole number"),
+        ("name = 'clip', steps = 0", "clip: steps 0; it must be at least 1"),
+        ("name = 'gptq', damp = 'much'", "gptq: damp 'much'; it must be a number"),
+        ("name = 'gptq', damp = inf", "gptq: damp inf; it must be finite"),
+        ("name = 'gptq', act_order = 1", "gptq: act_order 1; it must be true or false"),
+        ("name = 'blocks', reach = 2.0", "method blocks: option 'reach' does not exist"),
+        ("name = 'blocks', slow = 1", "blocks: slow 1; an average would never move"),
+        ("name = 'refine', start = 'rtn'", "refine: start 'rtn'; it must be another method"),
+    ],
+)
+def test_options_of_another_type_or_out_of_range_are_one_sentence(option: str, said: str, tmp_path: Path):
+    (tmp_path / "recipe.toml").write_text(f"method = {{ {option} }}\n")
+    with pytest.raises(RecipeError) as caught:
+        Recipe.load(tmp_path / "recipe.toml")
+    assert str(caught.value).startswith(said)

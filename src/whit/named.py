@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
 from whit.errors import RecipeError
+
+INF = math.inf
+KINDS: tuple[tuple[type, Any, str], ...] = (  # of a default, of a value, as an error names it; bool is an int too
+    (bool, bool, "true or false"), (int, int, "a whole number"), (float, float | int, "a number"), (str, str, "a name"),
+)  # fmt: skip
 
 
 def parse_named(
@@ -29,6 +35,33 @@ def parse_named(
                 **{key: nested(value) if isinstance(value, Mapping) else value for key, value in options.items()}
             )
     raise RecipeError(f"{name!r} is not a {what}; {one_of(str(name), [kind.name for kind in kinds])}")
+
+
+def check_options(options: Any, **bounds: tuple[float, float]) -> None:
+    """RecipeError for the first field of a dataclass with a `name` that is not of its default's type, is no finite
+    number where it is one, or lies outside its bounds (least, most)."""
+    for field in fields(options):
+        value = getattr(options, field.name)
+        if value is None and field.default is None:
+            continue
+        if said := _must_be(value, field.default, bounds.get(field.name)):
+            raise RecipeError(f"{options.name}: {field.name} {value!r}; it must be {said}; correct it")
+
+
+def _must_be(value: object, default: object, bounds: tuple[float, float] | None) -> str:
+    """What an option must be, where it is not; empty where it is."""
+    other = (float | int, "a number") if bounds else (object, "")
+    kind, said = next(((kind, said) for of, kind, said in KINDS if isinstance(default, of)), other)
+    if not isinstance(value, kind) or isinstance(value, bool) != (kind is bool):
+        return said
+    least, most = bounds or (-INF, INF)
+    if not isinstance(value, float | int):
+        return ""
+    if not math.isfinite(value):
+        return "finite"
+    if least <= value <= most:
+        return ""
+    return f"at least {least:g}" if most == INF else f"from {least:g} to {most:g}"
 
 
 def one_of(name: str, known: Sequence[str]) -> str:

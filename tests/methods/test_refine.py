@@ -247,7 +247,7 @@ def test_options_make_the_round_trip(tmp_path: Path):
         ({"optimizer": "lion"}, "one of adam, sign"),
         ({"loss": "kl"}, "one of relative, mse"),
         ({"steps": 0}, "at least 1"),
-        ({"rate": -1.0}, "may not be negative"),
+        ({"rate": -1.0}, "rate -1.0; it must be at least 0"),
         ({"inside": 1.0}, "less than 1"),
         ({"start": {"name": "refine"}}, "another method"),
         ({"start": "gptq"}, "another method"),

@@ -14,6 +14,7 @@ its optimizer, and the inputs of the samples.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from whit.errors import RecipeError
 from whit.methods.joined import Moving
-from whit.methods.refine import Refine
+from whit.methods.refine import BlockDescent
 from whit.methods.straight import Straight
 from whit.tensor import QuantizedTensor
 
@@ -29,12 +30,12 @@ UNITS = ("steps", "plain")
 
 
 @dataclass(frozen=True)
-class Blocks(Refine):
-    """Training from the codes that `start` chooses; options as in `Refine`.
+class Blocks(BlockDescent):
+    """Training from the codes that `start` chooses; options as in `BlockDescent`.
 
     `units`: rates are counted in steps of the format, or (`plain`) in what the weights and params themselves are
     counted in, as in the paper. Rates fall as a cosine to `floor` of themselves. `slow`: the decay of Adam's second
-    average. `inside` may be 1, which begins with the unquantized weights themselves. `reach` has no effect.
+    average. With `inside` 1 it begins with the unquantized weights themselves.
     """
 
     steps: int = 400
@@ -48,15 +49,14 @@ class Blocks(Refine):
     weight_bytes: ClassVar[int] = (
         64  # master, decoded twice, its ends, two averages, a sum of gradients; the best found
     )
+    bounds: ClassVar[Mapping[str, tuple[float, float]]] = {**BlockDescent.bounds, "floor": (0, 1), "slow": (0, 1)}
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.units not in UNITS:
             raise RecipeError(f"{self.name}: units {self.units!r}; it must be one of {', '.join(UNITS)}")
-        if not (0 <= self.floor <= 1 and 0 <= self.slow < 1 and 0 <= self.inside <= 1):
-            raise RecipeError(
-                f"{self.name}: floor, slow and inside lie between 0 and 1, slow below; correct the recipe"
-            )
-        self._check()
+        if self.slow == 1:
+            raise RecipeError("blocks: slow 1; an average would never move; use less than 1")
 
     def moving(self, weight: Tensor, quantized: QuantizedTensor) -> Moving:
         """What gradients move: float masters of weights and params."""

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from whit.methods.rows import select, solve_by_rows
+from whit.named import INF, check_options
 from whit.tensor import Format, LayerStats, Params, QuantizedTensor
 
 WIDEST = 128  # columns of a hessian's block
@@ -32,6 +33,9 @@ class Clip:
     name: ClassVar[str] = "clip"
     needs_stats: ClassVar[bool] = False
     needs_exact: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        check_options(self, steps=(1, INF), smallest=(0, 1))
 
     def __call__(self, weight: Tensor, stats: LayerStats | None, format: Format) -> QuantizedTensor:
         return self.weighted(weight, None if stats is None else _blocks(stats.hessian, format.group_size), format)

@@ -38,6 +38,7 @@ from whit.errors import CalibrationError, RecipeError
 from whit.methods.columns import Columns, fit_params, plain_rows
 from whit.methods.feedback import damped, damped_diagonal, factored
 from whit.methods.scales import refit_scales
+from whit.named import INF, check_options
 from whit.tensor import Format, LayerStats, Params, QuantizedTensor
 
 ROWS = 8192  # solved at a time; fixed, so that results do not depend on the machine
@@ -70,9 +71,7 @@ class GPTQ:
         return self.asymmetric > 0
 
     def __post_init__(self) -> None:
-        for key in ("damp", "sweeps", "asymmetric"):
-            if not getattr(self, key) >= 0:
-                raise RecipeError(f"gptq: {key} {getattr(self, key)}; it may not be negative; correct the recipe")
+        check_options(self, damp=(0, INF), sweeps=(0, INF), asymmetric=(0, INF))
 
     def __call__(self, weight: Tensor, stats: LayerStats | None, format: Format) -> QuantizedTensor:
         """Quantize (out, in) for the inputs that `stats` describes; CalibrationError where they are not its own."""

@@ -21,12 +21,14 @@ import torch
 from torch import Tensor
 
 from whit.methods.rows import select, solve_by_rows
+from whit.named import INF, check_options
 from whit.tensor import Format, LayerStats, Params, QuantizedTensor
 
 
 @dataclass(frozen=True)
 class HQQ:
-    """Half-quadratic quantization with the paper's norm p, growth kappa and iterations; penalty `beta`."""
+    """Half-quadratic quantization with the paper's norm p (0 to 1), growth kappa (1 or more) and at most so many
+    iterations; penalty `beta` (above 0)."""
 
     p: float = 0.7
     beta: float = 1.0
@@ -36,6 +38,9 @@ class HQQ:
     name: ClassVar[str] = "hqq"
     needs_stats: ClassVar[bool] = False
     needs_exact: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        check_options(self, p=(0, 1), beta=(1e-6, INF), kappa=(1, INF), iterations=(1, INF))
 
     def __call__(self, weight: Tensor, stats: LayerStats | None, format: Format) -> QuantizedTensor:
         return solve_by_rows(self.solve, weight, format)

@@ -30,6 +30,7 @@ from whit.methods.latent import Latent
 from whit.methods.nested import moving_parts
 from whit.methods.samples import Samples
 from whit.methods.workers import Workers, workers
+from whit.named import INF, check_options
 from whit.tensor import Format, LayerStats, QuantizedTensor
 
 OPTIMIZERS = ("adam", "sign")
@@ -38,14 +39,14 @@ DECAY = (0.9, 0.95)  # of Adam's two averages
 
 
 @dataclass(frozen=True)
-class Refine:
-    """Gradient descent from the codes that `start` chooses.
+class BlockDescent:
+    """What refinement and block-wise training share: gradient descent from the codes that `start` chooses.
 
     `steps` on `batch` samples each; `rate` and `scale_rate` are the first steps' lengths, in steps of the format, for
     the rounding and for its params (0: they stay); both fall to 0 in a line. `optimizer`: adam or sign. `loss`:
     relative or mse. `asymmetric`: the share of the unquantized model's own output in what should be met, the rest is
-    what the unquantized block makes of the quantized model's inputs. `reach`: how many steps a weight may move.
-    `inside`: where in its cell each begins, see `Latent`.
+    what the unquantized block makes of the quantized model's inputs. `inside`: where in its cell each weight begins,
+    see `Latent`.
     """
 
     start: Method = field(default_factory=lambda: GPTQ(refit=True, sweeps=1))
@@ -56,35 +57,26 @@ class Refine:
     optimizer: str = "adam"
     loss: str = "relative"
     asymmetric: float = 1.0
-    reach: float = 1.0
     inside: float = 0.9
     checks: int = 4
     seed: int = 0
 
-    name: ClassVar[str] = "refine"
+    name: ClassVar[str]
     needs_stats: ClassVar[bool] = True
     needs_exact: ClassVar[bool] = True
-    weight_bytes: ClassVar[int] = 48  # origin, offset, step, decoded, two averages, a sum of gradients; the best found
+    bounds: ClassVar[Mapping[str, tuple[float, float]]] = {
+        **dict.fromkeys(("steps", "batch", "checks"), (1, INF)),
+        **dict.fromkeys(("rate", "scale_rate", "asymmetric"), (0, INF)),
+        "inside": (0, 1),
+    }
 
     def __post_init__(self) -> None:
-        self._check()
-        if not self.inside < 1:
-            raise RecipeError(f"refine: inside {self.inside}; a weight at 1 is in two cells; use less than 1")
-
-    def _check(self) -> None:
+        check_options(self, **self.bounds)
         if not isinstance(self.start, Method) or self.start.name == self.name:
             raise RecipeError(f"{self.name}: start {self.start!r}; it must be another method; use gptq")
         for key, known in (("optimizer", OPTIMIZERS), ("loss", LOSSES)):
             if getattr(self, key) not in known:
                 raise RecipeError(f"{self.name}: {key} {getattr(self, key)!r}; it must be one of {', '.join(known)}")
-        for key in ("rate", "scale_rate", "asymmetric", "reach", "inside"):
-            if not getattr(self, key) >= 0:
-                raise RecipeError(
-                    f"{self.name}: {key} {getattr(self, key)}; it may not be negative; correct the recipe"
-                )
-        for key in ("steps", "batch", "checks"):
-            if getattr(self, key) < 1:
-                raise RecipeError(f"{self.name}: {key} {getattr(self, key)}; it must be at least 1; correct the recipe")
 
     def __call__(self, weight: Tensor, stats: LayerStats | None, format: Format) -> QuantizedTensor:
         """The start: quantize (out, in) by its method."""
@@ -117,8 +109,8 @@ class Refine:
         return Matrices(parts, moving_parts(self.moving, weight, join([quantized[name] for name in names])))
 
     def moving(self, weight: Tensor, quantized: QuantizedTensor) -> Moving:
-        """What gradients move: offsets within the cells of the start."""
-        return Latent(weight, quantized, self.inside, self.reach)
+        """What gradients move of a matrix: what lies behind the codes of the start, and its params."""
+        raise NotImplementedError
 
     def length(self, step: int) -> float:
         """Of step 1, 2, ...: its share of the first step's."""
@@ -142,6 +134,29 @@ class Refine:
         for number, target in enumerate(team.map(mix, range(len(mixed)))):
             mixed[number].copy_(target)
         return mixed
+
+
+@dataclass(frozen=True)
+class Refine(BlockDescent):
+    """Descent within the cells of the codes that `start` chooses; options as in `BlockDescent`.
+
+    `reach`: how many steps of the format a weight may move.
+    """
+
+    reach: float = 1.0
+
+    name: ClassVar[str] = "refine"
+    weight_bytes: ClassVar[int] = 48  # origin, offset, step, decoded, two averages, a sum of gradients; the best found
+    bounds: ClassVar[Mapping[str, tuple[float, float]]] = {**BlockDescent.bounds, "reach": (0, INF)}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.inside == 1:
+            raise RecipeError("refine: inside 1; a weight would be in two cells; use less than 1")
+
+    def moving(self, weight: Tensor, quantized: QuantizedTensor) -> Moving:
+        """What gradients move: offsets within the cells of the start."""
+        return Latent(weight, quantized, self.inside, self.reach)
 
 
 def _itself(matrix: Tensor) -> Tensor:

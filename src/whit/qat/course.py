@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from whit.errors import RecipeError
+from whit.named import INF, check_options
 
 UNITS = ("steps", "plain")
+BOUNDS = {
+    **dict.fromkeys(("steps", "batch", "at_once"), (1, INF)),
+    **dict.fromkeys(("rate", "scale_rate", "kept_rate", "distill", "text", "hidden", "clip", "seconds"), (0, INF)),
+    **dict.fromkeys(("warmup", "floor", "slow", "inside"), (0, 1)),
+}
 
 
 @dataclass(frozen=True)
@@ -42,16 +48,10 @@ class Course:
     seconds: float | None = None
     seed: int = 0
 
+    name: ClassVar[str] = "train"
+
     def __post_init__(self) -> None:
-        for key in ("steps", "batch", "at_once"):
-            if getattr(self, key) < 1:
-                raise RecipeError(f"train: {key} {getattr(self, key)}; it must be at least 1; ask for more")
-        for key in ("rate", "scale_rate", "kept_rate", "distill", "text", "hidden", "clip"):
-            if not getattr(self, key) >= 0:
-                raise RecipeError(f"train: {key} {getattr(self, key)}; it may not be negative; correct it")
-        for key in ("warmup", "floor", "slow", "inside"):
-            if not 0 <= getattr(self, key) <= 1:
-                raise RecipeError(f"train: {key} {getattr(self, key)}; it lies between 0 and 1; correct it")
+        check_options(self, **BOUNDS)
         if self.units not in UNITS:
             raise RecipeError(f"train: units {self.units!r}; it must be one of {', '.join(UNITS)}; choose one")
         if not self.distill + self.text + self.hidden > 0:

@@ -23,7 +23,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from whit.errors import CalibrationError, RecipeError
+from whit.errors import CalibrationError
+from whit.named import INF, check_options
 from whit.transforms.base import Consumer
 
 RANGE = 1e6  # of mean|x|; channels that are smaller or dead are scaled like the smallest within it
@@ -40,8 +41,7 @@ class AWQ:
     for_activations: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise RecipeError(f"awq: steps {self.steps}; there must be at least one; correct the recipe")
+        check_options(self, steps=(1, INF))
 
     @property
     def trials(self) -> int:

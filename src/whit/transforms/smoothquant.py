@@ -24,7 +24,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from whit.errors import CalibrationError, RecipeError
+from whit.errors import CalibrationError
+from whit.named import INF, check_options
 from whit.transforms.base import Consumer
 
 SMALLEST = 1e-5  # of a weight or an activation: dead channels are scaled like these
@@ -43,11 +44,7 @@ class SmoothQuant:
     for_activations: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or (self.alpha is not None and not 0 <= self.alpha <= 1):
-            raise RecipeError(
-                f"smoothquant: alpha {self.alpha}, steps {self.steps}; they must be in [0, 1], or left out to be "
-                "searched, and at least 1; correct the recipe"
-            )
+        check_options(self, alpha=(0, 1), steps=(1, INF))
 
     @property
     def trials(self) -> int:
