@@ -2,7 +2,8 @@
 
 One row with cold weights against the bandwidth at which this machine reads; hundreds of rows against torch's bfloat16
 product and ONNX Runtime's DynamicQuantizeMatMul (PEERS: see encoders_speed.py; left out without it). Inputs of the int8
-products are float32 and quantized in the call; candidates of a case in turns of many calls. Writes results/cpu_int8.*.
+products are float32 and quantized in the call; candidates of a case in turns of many calls. What of the processor's own
+rate of products is reached stands beside it (int8_ceiling.py). Writes results/NAME.*.
 """
 
 from __future__ import annotations
@@ -25,9 +26,11 @@ from whit.kernels import Cpu8
 from whit.layouts import BITS
 
 import harness
+from int8_ceiling import ceilings
 
-SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336), (1536, 384), (384, 1536))  # rows and columns of the weight
-ROWS = (1, 32, 512)
+# Rows and columns of the weight: those of language models, of encoders behind them.
+SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336), (1536, 384), (384, 1536), (384, 384))
+ROWS = (1, 16, 32, 512)
 COLD = 256 << 20  # bytes of weights that take turns where there is one row
 
 
@@ -86,7 +89,9 @@ def main() -> None:
     parser.add_argument("peers", type=Path, nargs="?")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=60, help="for all timings together")
-    parser.add_argument("--shapes", type=int, default=len(SHAPES), help="only the first ones")
+    parser.add_argument("--shapes", type=int, nargs="*", default=range(len(SHAPES)), help="only these, by number")
+    parser.add_argument("--rows", type=int, nargs="*", default=ROWS)
+    parser.add_argument("--name", default="cpu_int8", help="of the files in results/")
     parser.add_argument("--cpu-time", action="store_true", help="least CPU time of the thread, for a busy machine")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -94,26 +99,30 @@ def main() -> None:
         folder = args.peers / "onnxruntime"
         sys.path.insert(0, str(folder if (folder / "onnxruntime").is_dir() else args.peers))
     clock = time.thread_time if args.cpu_time else time.perf_counter
-    limits, rows, lines = measure_limits(), [], []
-    for shape in SHAPES[: args.shapes]:
-        for count in ROWS:
+    limits, most, rows, lines = measure_limits(), max(ceilings(args.threads).values(), default=0.0), [], []
+    for shape in (SHAPES[i] for i in args.shapes):
+        for count in args.rows:
             tasks = candidates(count, shape, args)
-            seconds = harness.in_turns(tasks, args.seconds / len(ROWS) / args.shapes, clock)
+            seconds = harness.in_turns(tasks, args.seconds / len(args.rows) / len(args.shapes), clock)
             middle = {n: min(row) if args.cpu_time else harness.spread(row)["median"] for n, row in seconds.items()}
-            read = shape[0] * shape[1] / middle["whit w8a8"] / limits.read_bytes_per_second
-            share = f"{100 * read:.0f} %" if count == 1 and shape[0] * shape[1] > 1 << 22 else ""
+            own = shape[0] * shape[1] / middle["whit w8a8"]
+            cold, busy = count == 1 and shape[0] * shape[1] > 1 << 22, count > 1 and most > 0
+            read, done = own / limits.read_bytes_per_second, 2 * count * own / most if busy else 0.0
+            shares = (f"{100 * read:.0f} %" if cold else "", f"{100 * done:.0f} %" if busy else "")
             cells = [f"{1e3 * middle[n]:.3f}" if n in middle else "" for n in LABELS]
-            lines.append((f"{shape[0]}x{shape[1]}", str(count), *cells, share))
-            rows.append({"shape": shape, "rows": count, "seconds": middle, "of_bandwidth": read if share else None})
+            lines.append((f"{shape[0]}x{shape[1]}", str(count), *cells, *shares))
+            rows.append({"shape": shape, "rows": count, "seconds": middle, "of_bandwidth": read if cold else None})
             print(*lines[-1], flush=True)
     peer = version("onnxruntime") if args.peers is not None else "left out"
     note = (
         f"\nMilliseconds, {args.threads} threads; one row: weights cold, share of the "
-        f"{limits.read_bytes_per_second / 1e9:.1f} GB/s that the machine reads. ONNX Runtime {peer}."
+        f"{limits.read_bytes_per_second / 1e9:.1f} GB/s that the machine reads; more rows: share of the "
+        f"{most / 1e12:.2f} TOP/s that it multiplies bytes at. torch {torch.__version__}, ONNX Runtime {peer}."
     )
-    header = ("weight", "rows", *LABELS, "of bandwidth")
-    result = {"machine": harness.machine(), "onnxruntime": peer, "rows": rows}
-    harness.save("cpu_int8", result, harness.markdown(header, lines) + "\n" + note)
+    header = ("weight", "rows", *LABELS, "of bandwidth", "of products")
+    ceiling = {"read_bytes_per_second": limits.read_bytes_per_second, "operations_per_second": most}
+    result = {"machine": harness.machine(), "onnxruntime": peer, "ceilings": ceiling, "rows": rows}
+    harness.save(args.name, result, harness.markdown(header, lines) + "\n" + note)
 
 
 LABELS = ("whit w8a8", "torch bfloat16", "ONNX Runtime int8")
