@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from whit.errors import RecipeError
+from whit.extras import missing
 
 SCALE = 1e3  # an error nearly as small as can be, as the solver sees it: its own gap of 1e-6 then decides nothing
 HALVINGS = 60  # of the price of a byte
@@ -143,7 +144,5 @@ def _scipy() -> tuple[Any, Any]:
     try:
         from scipy import optimize, sparse
     except ImportError:
-        raise RecipeError(
-            "budget: scipy is not installed; it solves which format goes where; pip install 'whit[allocation]'"
-        ) from None
+        raise RecipeError(missing("allocation", "budget")) from None
     return optimize, sparse

@@ -22,6 +22,7 @@ from torch import Tensor
 from whit.checkpoint.header import Entry
 from whit.checkpoint.reader import TensorFiles
 from whit.errors import CheckpointError, UnsupportedModelError
+from whit.extras import missing
 from whit.tensor import TensorSpec
 
 DTYPES = {
@@ -120,9 +121,7 @@ def onnx_graph(folder: Path) -> Path | None:
 
 def _parsed(path: Path) -> Any:
     if importlib.util.find_spec("onnx") is None:
-        raise UnsupportedModelError(
-            f"{path}: reading an onnx file needs the package onnx; it must be installed; pip install 'whit[onnx]'"
-        )
+        raise UnsupportedModelError(missing("onnx", str(path)))
     if path.stat().st_size > MAX_BYTES:
         raise CheckpointError(f"{path}: {path.stat().st_size} bytes; a graph has at most {MAX_BYTES}; get another copy")
     onnx, message = importlib.import_module("onnx"), importlib.import_module("google.protobuf.message")

@@ -10,10 +10,10 @@ from typing import Annotated, Any
 import typer
 
 from whit.cli.console import print_json
-from whit.report.machine import installed
+from whit.extras import EXTRAS, install
+from whit.report.machine import PEERS, installed
 
 LIBRARIES = ("whit", "torch", "transformers", "accelerate", "safetensors", "huggingface_hub", "tokenizers", "numpy")
-EXTRAS = {"peft": "LoRA adapters", "lm-eval": "tasks beyond the built-in ones", "bitsandbytes": "comparisons"}
 FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16", "asimd", "sve")
 
 
@@ -33,11 +33,21 @@ def examine() -> dict[str, dict[str, Any]]:
     """All facts, by title."""
     return {
         "libraries": {name: installed(name) or "missing" for name in LIBRARIES},
-        "extras": {name: installed(name) or f"not installed (for {use})" for name, use in EXTRAS.items()},
+        "extras": {name: _extra(name) for name in EXTRAS},
+        "peers": {name: installed(name) or "not installed" for name in PEERS},
         "processor": _processor(),
         "gpus": _gpus(),
         "kernels": _kernels(),
     }
+
+
+def _extra(name: str) -> str:
+    """What an extra is for, with the versions of its packages, or how to have it."""
+    extra = EXTRAS[name]
+    numbers = {package: installed(package) for package in extra.packages}
+    if absent := [package for package, number in numbers.items() if number is None]:
+        return f"to {extra.use}: {', '.join(absent)} not installed; {install(name)}"
+    return f"to {extra.use}: {', '.join(f'{package} {number}' for package, number in numbers.items())}"
 
 
 def _processor() -> dict[str, Any]:

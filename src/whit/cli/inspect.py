@@ -27,6 +27,7 @@ from whit.errors import CheckpointError, OutputError
 from whit.export.lint import Finding, lint, lint_onnx
 from whit.export.readers import quant_method
 from whit.export.whit import QUANT_METHOD
+from whit.extras import missing
 from whit.pipeline.coverage import Account, load_account
 
 
@@ -90,7 +91,7 @@ def show_findings(findings: list[Finding]) -> None:
 def draw(folder: Path, out: Path) -> None:
     """The pictures that this checkpoint has; their names on standard error."""
     if find_spec("matplotlib") is None:
-        raise OutputError("plots: matplotlib is not installed; it must be; pip install 'whit[report]'")
+        raise OutputError(missing("report", "plots"))
     from whit.report.pictures import draw_checkpoint
 
     quiet_transformers()

@@ -1,4 +1,4 @@
-"""Tasks in lm-evaluation-harness's own format, where that library (`pip install 'whit[tasks]'`) is there.
+"""Tasks in lm-evaluation-harness's own format, where that library is there.
 
 Any task name that whit does not read from local files goes to the harness's `simple_evaluate` with our model in its
 HFLM; a folder given by --task-data may hold task definitions (YAML) of the user's own.
@@ -19,6 +19,7 @@ import numpy as np
 from whit.errors import EvaluationError
 from whit.evaluation.result import TaskResult
 from whit.evaluation.tasks import builtin
+from whit.extras import missing
 from whit.randomness import callers_randomness
 
 _ACCURACIES = ("acc_norm", "acc", "exact_match", "acc_bytes", "mc2")
@@ -34,10 +35,7 @@ def run_harness(
 ) -> dict[str, TaskResult]:
     """Zero-shot results by the names asked for. Raises EvaluationError for an unknown task or one without accuracy."""
     if not available():
-        raise EvaluationError(
-            f"task {names[0]}: needs its local file (--task-data DIR) or lm-evaluation-harness; "
-            "install it with: pip install 'whit[tasks]'"
-        )
+        raise EvaluationError(missing("tasks", f"task {names[0]}"))
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager

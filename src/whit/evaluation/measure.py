@@ -40,6 +40,7 @@ from whit.evaluation.storage import (
 from whit.evaluation.tasks import TASKS, Item, Task, builtin
 from whit.evaluation.text import DEFAULT_CONTEXT, choose_context, cut_windows, read_text, tokenize
 from whit.evaluation.zeroshot import Scorer, run_task
+from whit.extras import missing
 from whit.integrations.loading import load_causal_lm, load_config, load_tokenizer, maximum_context, model_files
 
 
@@ -132,10 +133,8 @@ def _plan_tasks(options: EvaluationOptions) -> tuple[list[tuple[Task, list[Item]
             local.append((task, task.read(options.task_data, options.limit)))
         elif not available():
             known = ", ".join(task.name for task in TASKS)
-            reason = "needs its local file (--task-data DIR) or" if task else f"is none of {known}, and any other needs"
-            raise EvaluationError(
-                f"task {name}: {reason} lm-evaluation-harness, which is not installed; pip install 'whit[tasks]'"
-            )
+            reason = "needs its local file (--task-data DIR)" if task else f"is none of {known}"
+            raise EvaluationError(missing("tasks", f"task {name}: {reason}, or another library runs it"))
         else:
             foreign.append(name)
     return local, foreign

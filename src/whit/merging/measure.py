@@ -18,6 +18,7 @@ from whit.evaluation.listener import Listener, Silent
 from whit.evaluation.perplexity import next_token_logits
 from whit.evaluation.statistics import blocks
 from whit.evaluation.text import choose_context, cut_windows, read_text, tokenize
+from whit.extras import missing
 from whit.integrations.loading import load_causal_lm, load_config, load_tokenizer, maximum_context
 from whit.layouts import BITS
 from whit.methods import RTN
@@ -92,9 +93,7 @@ def load_with_adapter(model: str | Path, adapter: str | Path, device: str = "aut
     try:
         import peft
     except ImportError:
-        raise UnsupportedModelError(
-            "peft: is not installed; the base with its adapter is run by it; pip install 'whit[train]'"
-        ) from None
+        raise UnsupportedModelError(missing("train", str(adapter))) from None
     network = load_causal_lm(str(model), device=device)
     dora = any(delta.magnitude is not None for delta in read_adapter(adapter).deltas.values())
     if dora and any(isinstance(module, QuantizedLinear) for module in network.modules()):

@@ -12,7 +12,8 @@ import torch
 
 from whit.devices import find_device
 
-LIBRARIES = ("torch", "transformers", "bitsandbytes", "hqq", "optimum-quanto", "torchao")
+PEERS = ("bitsandbytes", "hqq", "optimum-quanto", "torchao")  # what `whit compare` and `whit bench` measure beside
+LIBRARIES = ("torch", "transformers", *PEERS)
 READ = 256 << 20  # bytes, more than any cache holds
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from whit.checkpoint.files import write_whole
+from whit.extras import missing
 from whit.report.comparison import folder_name
 from whit.report.front import chart, front
 from whit.report.layers import grid
@@ -19,7 +20,7 @@ from whit.report.runs import MODELS, Comparison
 from whit.report.tables import columns, markdown
 
 BUSY = 10  # seconds that a process may wait for a disk before it is said to have waited for other work
-NO_PICTURES = "No pictures: matplotlib is not installed; it must be; pip install 'whit[report]' and run again."
+NO_PICTURES = f"{missing('report', 'No pictures')} and run again."
 
 
 def write_report(found: Comparison, out: Path, pictures: bool = True) -> list[Path]:

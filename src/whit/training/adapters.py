@@ -10,6 +10,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from whit.errors import TrainingError
+from whit.extras import missing
 from whit.modules import PackedModule, QuantizedExperts, QuantizedLinear
 from whit.randomness import seeded
 from whit.training.prepare import prepare_for_training
@@ -28,7 +29,7 @@ def add_adapters(model: Any, tuning: Tuning, seed: int) -> Any:  # peft.PeftMode
     try:
         import peft
     except ImportError:
-        raise TrainingError("peft: is not installed; adapters are PEFT's; pip install 'whit[train]'") from None
+        raise TrainingError(missing("train", "adapters")) from None
     from whit.training.lora import use_fused
 
     check_targets(model, tuning.targets)

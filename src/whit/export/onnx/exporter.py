@@ -23,6 +23,7 @@ from whit.export.linears import LinearsExport
 from whit.export.onnx.configs import genai_config, rotary_caches, shape_of
 from whit.export.onnx.graph import FLOAT, INT64, Decoder
 from whit.export.onnx.names import onnx_name
+from whit.extras import missing
 from whit.formats.affine import Affine
 from whit.layouts import Layout
 from whit.layouts.affine import as_affine, with_scales
@@ -56,9 +57,7 @@ class Onnx(LinearsExport):
     def __init__(self, model: PreTrainedModel, folder: Path) -> None:
         super().__init__(model, folder)
         if importlib.util.find_spec("onnx") is None:
-            raise UnsupportedModelError(
-                f"{folder}: an onnx file needs the package onnx; it must be installed; pip install 'whit[onnx]'"
-            )
+            raise UnsupportedModelError(missing("onnx", str(folder)))
         self.folder, self.shape = folder, shape_of(model.config, str(folder))
 
     @classmethod

@@ -29,6 +29,7 @@ from whit.export.gguf.architectures import ARCHITECTURES, Architecture
 from whit.export.gguf.configs import config_of
 from whit.export.gguf.metadata import head_width
 from whit.export.readers.base import Foreign, Packed
+from whit.extras import missing
 from whit.formats import parse_format
 from whit.formats.ggml import KINDS
 from whit.layouts import GGML
@@ -84,9 +85,7 @@ def read_gguf_model(path: Path) -> Foreign:
 def _small_files(path: Path, header: GgufHeader, architecture: Architecture, folder: Path) -> Any:
     """config.json, and the tokenizer's files as transformers makes them of a GGUF file; returns the config."""
     if importlib.util.find_spec("gguf") is None:
-        raise UnsupportedModelError(
-            f"{path}: reading a gguf file needs gguf-py; it must be installed; pip install gguf"
-        )
+        raise UnsupportedModelError(missing("gguf", str(path)))
     shapes = {name: tensor.shape for name, tensor in header.tensors.items()}
     config = config_of(header.metadata, architecture, shapes, _frequencies(header), str(path))
     config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]]
