@@ -343,7 +343,7 @@ def test_what_began_with_the_loss_goes_into_no_weights_without_it(plain, packed,
 
 
 def test_what_is_wrong_with_the_text_or_the_output_is_said_before_the_work(packed: Path, trained: Path, tmp_path: Path):
-    with pytest.raises(EvaluationError, match=r"none.txt: no such text file"):
+    with pytest.raises(EvaluationError, match=r"none.txt: no such file"):
         command(str(packed), trained, tmp_path / "out", text=str(tmp_path / "none.txt"))
     assert not (tmp_path / "out").exists()
     for out in (trained, trained / "inside"):

@@ -87,7 +87,7 @@ def test_texts_that_cannot_be_scored(tiny, tmp_path, content, said):
 
 
 def test_a_missing_text_is_said(tiny):
-    with pytest.raises(EvaluationError, match="no such text file"):
+    with pytest.raises(EvaluationError, match="no such file"):
         evaluate(str(tiny), EvaluationOptions(text="nowhere.txt"))
 
 

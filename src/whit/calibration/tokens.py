@@ -2,14 +2,11 @@
 
 Each sample begins at a random character of the text, after the next white space, and runs for `context` tokens. Only
 what is sampled is tokenised. An encoder's windows stand between the tokens that frame a sequence ([CLS] ... [SEP]), on
-which its outliers often lie. JSON lines are one text: the `text` of each record, or its conversation in the chat
-template of the model, the records in the order of the file.
+which its outliers often lie.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -19,6 +16,7 @@ import torch
 from torch import Tensor
 
 from whit.data import resolve_text
+from whit.data.texts import read_text
 from whit.errors import CalibrationError
 from whit.randomness import check_seed
 
@@ -60,7 +58,7 @@ class Calibration:
     def tokens(self, tokenizer: Any, max_context: int | None = None) -> CalibrationTokens:
         """Draw the windows; CalibrationError where the text is missing, unreadable or shorter than one of them."""
         context = self._context(max_context)
-        text = _read(resolve_text(str(self.text)), tokenizer)
+        text = read_text(resolve_text(str(self.text)), tokenizer, CalibrationError, "--calibration")
         generator = torch.Generator().manual_seed(self.seed)
         starts = torch.randint(len(text), (self.samples,), generator=generator).tolist()
         first, last = _frame(tokenizer) if context > 2 else ([], [])
@@ -103,52 +101,3 @@ def _frame(tokenizer: Any) -> tuple[list[int], list[int]]:
     """What stands before and behind every sequence of an encoder; nothing for other models."""
     first, last = getattr(tokenizer, "cls_token_id", None), getattr(tokenizer, "sep_token_id", None)
     return ([], []) if first is None or last is None else ([first], [last])
-
-
-def _read(path: Path, tokenizer: Any) -> str:
-    try:
-        text = path.read_bytes().decode("utf-8")
-    except OSError as error:
-        reason = (
-            "no such file" if isinstance(error, FileNotFoundError) else (error.strerror or "cannot be read").lower()
-        )
-        raise CalibrationError(f"{path}: {reason}; calibration needs a text; name one with --calibration") from None
-    except UnicodeDecodeError as error:
-        raise CalibrationError(f"{path}: byte {error.start} is not UTF-8; the text must be; convert the file") from None
-    if path.suffix.lower() in (".jsonl", ".ndjson"):
-        lines = enumerate(text.splitlines(), 1)
-        text = "\n\n".join(_record(line, f"{path}: line {n}", tokenizer) for n, line in lines if line.strip())
-    if not text.strip():
-        raise CalibrationError(f"{path}: the text is empty; calibration needs words; name another file")
-    return text
-
-
-def _record(line: str, where: str, tokenizer: Any) -> str:
-    """The text of one record of a .jsonl file."""
-    try:
-        record = json.loads(line)
-    except ValueError as error:
-        raise CalibrationError(f"{where}: not JSON ({error}); every line must hold one object; correct it") from None
-    if isinstance(record, Mapping):
-        if isinstance(record.get("text"), str):
-            return str(record["text"])
-        turns = record.get("messages")
-        if turns is None and {"prompt", "response"} <= set(record):
-            pairs = (("user", record["prompt"]), ("assistant", record["response"]))
-            turns = [{"role": role, "content": content} for role, content in pairs]
-        if turns is not None:
-            return _conversation(turns, where, tokenizer)
-    raise CalibrationError(f"{where}: no text in it; it must have `text`, `messages`, or `prompt` and `response`")
-
-
-def _conversation(turns: list[dict[str, str]], where: str, tokenizer: Any) -> str:
-    try:
-        if tokenizer.chat_template:
-            return str(tokenizer.apply_chat_template(turns, tokenize=False))
-        return "\n".join(turn["content"] for turn in turns)
-    except Exception as error:  # templates raise whatever they like
-        reason = str(error).strip().splitlines()[:1]
-        raise CalibrationError(
-            f"{where}: not a conversation ({type(error).__name__}: {''.join(reason)}); "
-            "its turns must have `role` and `content`; correct it"
-        ) from None

@@ -20,7 +20,7 @@ from whit.evaluation.result import EvaluationResult
 def evaluate(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder, .gguf file, hub id or whit:model.")],
     baseline: Annotated[str | None, typer.Option(help="Compare with this model: KL divergence, agreement.")] = None,
-    text: Annotated[str, typer.Option(help="UTF-8 file, whit:heldout or whit:text.")] = "whit:heldout",
+    text: Annotated[str, typer.Option(help="UTF-8 file, .jsonl of texts, whit:heldout or whit:text.")] = "whit:heldout",
     context: Annotated[
         int | None, typer.Option(help="Tokens in a window; default 2048, or the model's maximum if that is less.")
     ] = None,

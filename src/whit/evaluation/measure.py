@@ -145,7 +145,7 @@ def _windows(config: Any, tokenizer: Any, options: EvaluationOptions, notes: _No
     context = choose_context(options.context, maximum)
     if options.context is None and context < DEFAULT_CONTEXT:
         notes.note(f"context {context}: the most that the model was built for; --context sets another")
-    text = read_text(resolve_text(options.text))
+    text = read_text(resolve_text(options.text), tokenizer)
     tokens = tokenize(text, tokenizer, options.max_tokens, options.text)
     vocabulary = getattr(config.get_text_config(), "vocab_size", None)
     if vocabulary is not None and int(tokens.max()) >= vocabulary:
@@ -159,7 +159,7 @@ def _windows(config: Any, tokenizer: Any, options: EvaluationOptions, notes: _No
 def _require_same_tokens(baseline: str, tokenizer: Any, options: EvaluationOptions) -> None:
     """Distributions over different tokens cannot be compared; the sample holds every kind of character."""
     other = load_tokenizer(baseline, trust_remote_code=options.trust_remote_code)
-    sample = read_text(resolve_text(options.text))[:20_000]
+    sample = read_text(resolve_text(options.text), tokenizer)[:20_000]
     if not torch.equal(*(tokenize(sample, each, None, options.text) for each in (tokenizer, other))):
         raise EvaluationError(
             f"{baseline}: its tokenizer cuts the text into other tokens than the model's; "

@@ -13,25 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from whit.data import texts
 from whit.errors import EvaluationError
 
 DEFAULT_CONTEXT = 2048
 
 
-def read_text(path: Path) -> str:
-    """The file as UTF-8, every line end as a newline: a CRLF file scores like its LF copy.
-
-    Raises EvaluationError for a file that is missing, empty or in another encoding.
-    """
-    if not path.is_file():
-        raise EvaluationError(f"{path}: no such text file; name one with --text")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise EvaluationError(f"{path}: byte {error.start} is not UTF-8; the text must be; convert the file") from error
-    if not text.strip():
-        raise EvaluationError(f"{path}: the text is empty; perplexity needs at least two tokens; name another file")
-    return text
+def read_text(path: Path, tokenizer: Any = None) -> str:
+    """The text of a file, of JSON lines their texts (`data.texts`); EvaluationError where it cannot be used."""
+    return texts.read_text(path, tokenizer, EvaluationError, "--text")
 
 
 def tokenize(text: str, tokenizer: Any, max_tokens: int | None, where: str) -> Tensor:

@@ -117,4 +117,5 @@ def round_in_place(network: Any, adapter: Adapter) -> bool:
 def _windows(model: str, text: Text) -> Tensor:
     tokenizer = load_tokenizer(model)
     context = choose_context(text.context, maximum_context(load_config(model)))
-    return cut_windows(tokenize(read_text(resolve_text(text.name)), tokenizer, text.max_tokens, text.name), context)
+    words = read_text(resolve_text(text.name), tokenizer)
+    return cut_windows(tokenize(words, tokenizer, text.max_tokens, text.name), context)
