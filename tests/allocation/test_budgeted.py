@@ -148,7 +148,7 @@ def test_the_share_is_the_error_behind_the_block(tiny: Path, tmp_path: Path):
 
 def test_rules_of_the_user_stay(tiny: Path, tmp_path: Path):
     job = undecided(tiny, tmp_path / "out", ("*.0.mlp.down_proj", "int8"), ("lm_head", "int8"))
-    found = budgeted(job, 10**9, CalibrationTokens(TOKENS, ""), TINY[:2])
+    found = budgeted(job, 10**9, CalibrationTokens.of(TOKENS), TINY[:2])
     formats = {name: str(form) for name, form in found.plan.formats.items()}
     assert formats["model.layers.0.mlp.down_proj"].startswith("int8")
     assert formats["model.layers.1.mlp.down_proj"] == "int4-g32"
@@ -225,7 +225,7 @@ def test_the_best_of_several_methods_is_chosen_matrix_by_matrix(how: str, tiny: 
     chosen = {group.methods[low].name for group in groups}
     assert "gptq" in chosen
     size = sum(bytes_of(job, i, low) for i in job.plan.items if i.name in wanted)
-    found = [budgeted(job, size + 24_000, CalibrationTokens(TOKENS, ""), ladder, how) for _ in range(2)]
+    found = [budgeted(job, size + 24_000, CalibrationTokens.of(TOKENS), ladder, how) for _ in range(2)]
     (tmp_path / "recipe.toml").write_text(found[0].recipe.to_toml())
     assert found[0].recipe == found[1].recipe == Recipe.load(tmp_path / "recipe.toml")
     planned = {i.name: (i.format, i.method or RTN()) for i in found[0].plan.items if i.format is not None}
@@ -253,7 +253,7 @@ def test_sizes_are_met_from_below_within_half_a_percent(tmp_path: Path):
 
 def test_a_size_that_cannot_be_met_is_refused_with_the_least(tiny: Path, tmp_path: Path):
     with pytest.raises(RecipeError, match="the smallest file"):
-        budgeted(undecided(tiny, tmp_path / "out"), 1000, CalibrationTokens(TOKENS, ""), TINY)
+        budgeted(undecided(tiny, tmp_path / "out"), 1000, CalibrationTokens.of(TOKENS), TINY)
 
 
 def test_what_fits_leaves_room_for_the_cache_and_the_process(tiny: Path, tmp_path: Path):

@@ -19,7 +19,7 @@ from whit.pipeline import run
 from whit.pipeline.job import Job, open_source, prepare
 
 pytest.importorskip("scipy")
-TOKENS = CalibrationTokens(torch.randint(3, 60, (2, 24), generator=torch.Generator().manual_seed(0)), "")
+TOKENS = CalibrationTokens.of(torch.randint(3, 60, (2, 24), generator=torch.Generator().manual_seed(0)))
 KINDS = {  # bits per weight that lie between two formats of each
     "whit": 3.4, "gptq": 6.4, "gptq-v2": 6.4, "compressed-tensors": 6.6, "mlx": 4.4, "gguf": 4.6,
 }  # fmt: skip

@@ -188,3 +188,14 @@ def test_a_report_where_nothing_can_be_written_is_refused(whit, model: Path, tmp
 def test_a_comparison_of_nothing_is_refused(whit, model: Path, tmp_path: Path):
     status, _, notes = whit("compare", model, tmp_path / "out", "--candidates", " ,")
     assert (status, "names none" in notes, (tmp_path / "out").exists()) == (2, True, False)
+
+
+def test_a_dry_run_draws_no_windows(whit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def refuse(*_: object) -> None:
+        raise AssertionError("a window beyond the first, which says whether the text is long enough")
+
+    monkeypatch.setattr("whit.calibration.tokens.torch.randint", refuse)
+    wanted = ("quantize", "whit:model", tmp_path / "out", "--method", "gptq", "--format", "int4-g64", "--dry-run")
+    status, screen, _ = whit(*wanted, "--samples", 10**8, "--context", 512)
+    assert status == 0
+    assert "26.21 TB of block inputs in files" in screen

@@ -23,7 +23,7 @@ class _Given:
 
     def tokens(self, tokenizer: Any, max_context: int | None = None) -> CalibrationTokens:
         """As Calibration.tokens."""
-        return CalibrationTokens(self._tokens, "given")
+        return CalibrationTokens.of(self._tokens)
 
 
 def quantize(job: Job) -> tuple[Weights, Took]:

@@ -7,7 +7,9 @@ which its outliers often lie.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -24,17 +26,37 @@ DEFAULT_CONTEXT = 2048
 GUESS = 8  # characters per token that a first cut allows; more where they do not suffice
 
 
-@dataclass(frozen=True)
 class CalibrationTokens:
-    """Token windows int64 (samples, context), and the SHA-256 of their little-endian bytes."""
+    """`samples` windows of `context` tokens, which `draw` makes when they are first asked for: many take their time,
+    and a plan wants their number alone."""
 
-    tokens: Tensor
-    sha256: str
+    def __init__(self, samples: int, context: int, draw: Callable[[], Tensor]) -> None:
+        self.samples, self.context, self._draw = samples, context, draw
+
+    @classmethod
+    def of(cls, tokens: Tensor) -> CalibrationTokens:
+        """Windows that are there, int64 (samples, context)."""
+        samples, context = tokens.shape
+        return cls(samples, context, lambda: tokens)
+
+    @cached_property
+    def tokens(self) -> Tensor:
+        """int64 (samples, context)."""
+        return self._draw()
+
+    @cached_property
+    def sha256(self) -> str:
+        """Of the tokens' little-endian bytes."""
+        return sha256(self.tokens.numpy().astype("<i8").tobytes()).hexdigest()
+
+    @property
+    def count(self) -> int:
+        """Tokens in all windows."""
+        return self.samples * self.context
 
     def to_json(self) -> dict[str, Any]:
         """As in whit.json."""
-        samples, context = self.tokens.shape
-        return {"sha256": self.sha256, "samples": samples, "context": context, "tokens": samples * context}
+        return {"sha256": self.sha256, "samples": self.samples, "context": self.context, "tokens": self.count}
 
 
 @dataclass(frozen=True)
@@ -56,16 +78,19 @@ class Calibration:
             raise CalibrationError(f"calibration: {asked}; at least one of two tokens is needed; ask for more")
 
     def tokens(self, tokenizer: Any, max_context: int | None = None) -> CalibrationTokens:
-        """Draw the windows; CalibrationError where the text is missing, unreadable or shorter than one of them."""
+        """The windows; CalibrationError where the text is missing, unreadable or shorter than one of them."""
         context = self._context(max_context)
         text = read_text(resolve_text(str(self.text)), tokenizer, CalibrationError, "--calibration")
-        generator = torch.Generator().manual_seed(self.seed)
-        starts = torch.randint(len(text), (self.samples,), generator=generator).tolist()
         first, last = _frame(tokenizer) if context > 2 else ([], [])
         inner = context - len(first) - len(last)
-        windows = [self._window(text, start, inner, tokenizer) for start in starts]
-        tokens = torch.tensor([[*first, *window, *last] for window in windows])
-        return CalibrationTokens(tokens, sha256(tokens.numpy().astype("<i8").tobytes()).hexdigest())
+        self._window(text, 0, inner, tokenizer)  # a text that is too short is said at once
+
+        def draw() -> Tensor:
+            generator = torch.Generator().manual_seed(self.seed)
+            starts = torch.randint(len(text), (self.samples,), generator=generator).tolist()
+            return torch.tensor([[*first, *self._window(text, start, inner, tokenizer), *last] for start in starts])
+
+        return CalibrationTokens(self.samples, context, draw)
 
     def _context(self, most: int | None) -> int:
         if self.context is None:

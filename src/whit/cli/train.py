@@ -209,8 +209,8 @@ def _say_phases(blocks: Job, second: Training, only: bool) -> Estimate:
     """What comes before and after block-wise training, in lines of their own; the estimate of all of it."""
     expected, text = estimate(blocks), blocks.calibration
     if second.words.text == OWN_TEXT and text is not None:
-        seconds = writing_seconds(second, text.tokens.numel())
-        say(f"the model first writes {text.tokens.numel():,} tokens; about {seconds:.0f} s")
+        seconds = writing_seconds(second, text.count)
+        say(f"the model first writes {text.count:,} tokens; about {seconds:.0f} s")
         expected = replace(expected, seconds=expected.seconds + seconds)
     if only:
         return expected

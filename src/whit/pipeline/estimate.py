@@ -107,8 +107,8 @@ def parts_of(format: Format, rows: int) -> list[tuple[Format, int]]:
 def _running(job: Job, method: Method, blocks: list[list[Item]]) -> float:
     """Seconds for running the blocks over all tokens, forwards and for a refinement backwards, and for the sums."""
     assert job.calibration is not None
-    samples, context = job.calibration.tokens.shape
-    tokens, hidden = samples * context, _hidden(job)
+    samples, context = job.calibration.samples, job.calibration.context
+    tokens, hidden = job.calibration.count, _hidden(job)
     passes = 2.0 + method.needs_exact
     if isinstance(method, BlockMethod):
         passes += method.passes(samples)
@@ -125,13 +125,13 @@ def _running(job: Job, method: Method, blocks: list[list[Item]]) -> float:
 def _inputs(job: Job, method: Method) -> int:
     """Bytes of block inputs, and of what the unquantized model has in their place where the method asks for it."""
     assert job.calibration is not None
-    return (1 + method.needs_exact) * job.calibration.tokens.numel() * _hidden(job) * _dtype(job).itemsize
+    return (1 + method.needs_exact) * job.calibration.count * _hidden(job) * _dtype(job).itemsize
 
 
 def _holding(job: Job, method: Method, blocks: list[list[Item]]) -> int:
     """Bytes of a block with its statistics, and of what a refinement keeps."""
     assert job.calibration is not None
-    context = job.calibration.tokens.shape[1]
+    context = job.calibration.context
     twice, itemsize = 1 + method.needs_exact, _dtype(job).itemsize
     columns = [_shape(item)[-1] for block in blocks for item in block]
     largest = max((sum(prod(_shape(item)) for item in block) for block in blocks), default=0)

@@ -52,8 +52,7 @@ def measure_importance(model: str | Path, calibration: Calibration, device: str 
                         sums[tensor] = stats[0].hessian.diagonal().to(torch.float32).cpu()
                         counts[tensor] = float(stats[0].token_count)
     source.checkpoint.close()
-    samples, context = text.tokens.shape
-    return Imatrix(sums, counts, str(calibration.text).rpartition("/")[2], samples, context)
+    return Imatrix(sums, counts, str(calibration.text).rpartition("/")[2], text.samples, text.context)
 
 
 def weighed(job: Job, path: Path) -> Job:

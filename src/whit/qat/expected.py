@@ -47,7 +47,7 @@ def expect(training: Training) -> Estimate:
     if begin is None:
         return Estimate(seconds, memory, written.disk_bytes)
     start = estimate(begin)
-    seconds += start.seconds + (writing_seconds(training, begin.calibration.tokens.numel()) if begin.calibration else 0)
+    seconds += start.seconds + (writing_seconds(training, begin.calibration.count) if begin.calibration else 0)
     return Estimate(seconds, max(memory, start.memory_bytes), written.disk_bytes, start.inputs_bytes)
 
 

@@ -7,7 +7,6 @@ shape, and all others are drawn from the model's own distribution.
 from __future__ import annotations
 
 from collections.abc import Callable
-from hashlib import sha256
 from typing import Any
 
 import torch
@@ -42,11 +41,11 @@ def sample_windows(
 def own_calibration(job: Job) -> CalibrationTokens:
     """In the place of a job's calibration text: as many windows that its model writes. The whole model is in memory."""
     assert job.calibration is not None
-    samples, context = job.calibration.tokens.shape
+    samples, context = job.calibration.samples, job.calibration.context
     dtype = torch.bfloat16 if job.device.type == "cuda" else torch.float32
     network = Network(job.source, job.source.read, job.device, dtype)
     tokens = sample_windows(network, samples, context, job.options.seed)
-    return CalibrationTokens(tokens, sha256(tokens.numpy().astype("<i8").tobytes()).hexdigest())
+    return CalibrationTokens.of(tokens)
 
 
 def _write(network: Network, firsts: Tensor, context: int, seed: int) -> Tensor:

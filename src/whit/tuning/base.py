@@ -12,7 +12,6 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +123,7 @@ def windows(examples: tuple[Example, ...], context: int, seed: int) -> Calibrati
     if context < 2:
         raise TrainingError("calibration: the examples hold one token; there must be two; use a method without data")
     tokens = text[: len(text) // context * context].reshape(-1, context)
-    return CalibrationTokens(tokens, sha256(tokens.numpy().astype("<i8").tobytes()).hexdigest())
+    return CalibrationTokens.of(tokens)
 
 
 class _WithoutSideCars(NothingRuns):
