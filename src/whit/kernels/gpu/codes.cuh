@@ -3,6 +3,7 @@
 //   STEPS_PER_GROUP    steps that share a scale; 0: the whole row does
 //   WIDE               pairs of levels lie 256 bytes apart, so that one permutation makes their address: where shared memory
 //                      begins, 1024 on Hopper (default 0: they lie 128 bytes apart)
+//   BEGINS             where shared memory begins, if pairs lie there, 128 bytes apart: then no address is added up (default 0)
 //   PLACED             1: raw integers may lie some bits higher, and x be divided by as much (default 0)
 //
 // A sum over columns may run in any order as long as both operands agree: each thread loads whole words of its row and
@@ -15,6 +16,9 @@
 #endif
 #ifndef PLACED
 #define PLACED 0
+#endif
+#ifndef BEGINS
+#define BEGINS 0
 #endif
 constexpr int STEP = 4 * CHUNK;                  // columns
 constexpr int WORDS = CHUNK * BITS / 32;         // that a thread holds of one row of W per step
@@ -102,6 +106,8 @@ struct Table {
 DEVICE u32 look_up(const Table &table, u32 word, int byte) {
 #if WIDE
     return shared_word(permute(word, table.lane, 0x5504 | byte << 4) + WIDE);
+#elif BEGINS
+    return shared_word(under_exponent(byte == 0 ? word << 7 : word >> (8 * byte - 7), 0x7F80, table.lane) + BEGINS);
 #else
     return *(const u32 *)(table.pairs + under_exponent(byte == 0 ? word << 7 : word >> (8 * byte - 7), 0x7F80, table.lane));
 #endif

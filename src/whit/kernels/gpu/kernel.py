@@ -12,7 +12,7 @@ from torch import Tensor
 
 from whit.formats import parse_format
 from whit.kernels.base import QUANTIZED_INPUTS
-from whit.kernels.gpu import few, many, near, nvrtc, stream, tiled, tuned
+from whit.kernels.gpu import few, many, near, nvrtc, slab, stream, tiled, tuned
 from whit.kernels.gpu.dequantize import dequantize
 from whit.kernels.gpu.scales import storage
 from whit.tensor import PackedWeight
@@ -208,6 +208,15 @@ def multiply_near(
     """The same on Hopper for up to 16 rows and codes of 4 bits, where `near.why_not` gives no reason."""
     y = torch.empty(x.shape[0], packed.shape[0], dtype=x.dtype, device=x.device)
     near.launch(x, packed, bias, y, scheme, config, device_of(x)[1])
+    return y
+
+
+def multiply_slab(
+    x: Tensor, packed: PackedWeight, bias: Tensor | None, scheme: stream.Scheme, config: slab.Config
+) -> Tensor:
+    """The same on Hopper for up to 16 rows and codes of 4 bits, where `slab.why_not` gives no reason."""
+    y = torch.empty(x.shape[0], packed.shape[0], dtype=x.dtype, device=x.device)
+    slab.launch(x, packed, bias, y, scheme, config)
     return y
 
 

@@ -1,0 +1,280 @@
+// y (rows, outs) = x (rows, columns) W (outs, columns)^T + bias for up to 16 rows, codes of 4 bits, on Hopper.
+//
+// Built at run time, one kernel per format and cut, after common.cuh. The host (slab.py) also defines
+//   CHUNK              columns of a group that a thread holds, as codes.cuh says
+//   ROWS               8 or 16: rows rounded up
+//   OUTS               outs of a block's tile, at most 256
+//   ACROSS, ALONG      its warps: so many have columns of their own, and of each so many outs of their own
+//   STAGES             boxes of W, of 256 columns and all outs, that lie in shared memory for each ACROSS
+//   SPLITS             blocks of a cluster that share the columns of one tile
+//   BLOCKS             per multiprocessor to leave registers for
+//
+// A block asks for its codes when it begins, as many as there is room for, and two or more blocks fit beside each other,
+// of one kernel or of two: while one waits for x or adds up its sums, codes for the other are on their way. A warp reads
+// x of a step's columns once, in the order of its operands, and keeps it for all its outs; sums stay in registers until
+// all columns are done. They are added over the block's warps and the cluster's blocks always in the same order.
+#include "codes.cuh"
+#ifndef EMULATED
+#include "tiles.cuh"
+#endif
+
+constexpr int THREADS = 32 * ACROSS * ALONG, SPAN = 256, HEIGHT = OUTS / ALONG, MT = HEIGHT / 16, RT = ROWS / 8;
+constexpr int STEPS = SPAN / STEP, CODES = OUTS * 128, X = ROWS * SPAN * 2, X_BOX = ROWS * 128, SLOTS = ACROSS * STAGES;
+constexpr int SCALE_BYTES = SCALE == 3 ? 1 : SCALE == 2 ? 4 : 2, SCALE_ROW = STEPS * SCALE_BYTES;
+constexpr int ABSMAX = SCALE == 3 ? 4 : 0, SCALE_BOX = OUTS * (SCALE_ROW + ABSMAX);
+constexpr float BIAS = (HALF ? 1024.0f : 128.0f) + OFFSET;  // of raw integers
+constexpr int PITCH = OUTS + 4, PLACE = ROWS * PITCH;  // floats of a warp's column of sums
+constexpr int SHARE = (OUTS / 4 + SPLITS - 1) / SPLITS * 4;  // outs that a block of a cluster finishes
+static_assert((ACROSS + 1) * PLACE * 4 <= SLOTS * (CODES + X), "the sums take the place of the stages");
+
+struct Params {
+    Map codes, x;         // as (bytes, outs) and (columns, rows)
+    Scales scales;
+    const u16 *table, *bias;
+    u16 *y;
+    int outs, columns, rows;
+};
+
+// What a warp shares with those of its columns.
+struct Ring {
+    u8 *codes, *x, *scales;  // of the first stage; the next one is ACROSS further
+    u64 *full, *empty;
+    int out, column, count;  // of the first box
+};
+
+DEVICE void ask_codes(const Params &p, const Ring &r, int box) {
+    int slot = box % STAGES * ACROSS;
+    expect(r.full + slot, CODES + X);
+    copy_tile(r.codes + slot * CODES, p.codes, (r.column + box * ACROSS * SPAN) / 2, r.out, r.full + slot);
+}
+DEVICE void ask_x(const Params &p, const Ring &r, int box) {
+    int slot = box % STAGES * ACROSS;
+#pragma unroll
+    for (int i = 0; i < SPAN / 64; i++)
+        copy_tile(r.x + slot * X + i * X_BOX, p.x, r.column + box * ACROSS * SPAN + 64 * i, 0, r.full + slot);
+}
+// A warp asks for the scales of its own outs.
+DEVICE void ask_scales(const Params &p, const Ring &r, int box, int first, int lane) {
+    constexpr int BYTES = SCALE_ROW > 16 ? 16 : SCALE_ROW, PARTS = SCALE_ROW / BYTES;
+    if (box < r.count) {
+        u8 *to = r.scales + box % STAGES * ACROSS * SCALE_BOX;
+        int group = (r.column + box * ACROSS * SPAN) / STEP;
+#pragma unroll
+        for (int i = lane; i < HEIGHT * PARTS; i += 32) {
+            int row = first + i / PARTS;
+            long long index = (long long)min(r.out + row, p.outs - 1) * p.scales.groups + group;
+            const u8 *from = (SCALE == 3 ? p.scales.codes : (const u8 *)p.scales.scale) + index * SCALE_BYTES;
+            copy_small<BYTES>(to + row * SCALE_ROW + i % PARTS * BYTES, from + i % PARTS * BYTES);
+            if (ABSMAX) copy_small<4>(to + OUTS * SCALE_ROW + row * 4, (const float *)p.scales.scale + (index >> 8));
+        }
+    }
+    end_copies();
+}
+
+struct Levels {  // of scales
+    const float *values;
+    float offset;
+};
+DEVICE float scale_at(const u8 *box, int row, int step, const Levels &levels) {
+    const u8 *at = box + row * SCALE_ROW + step * SCALE_BYTES;
+    if constexpr (SCALE == 3) return levels.values[*at] * *(const float *)(box + OUTS * SCALE_ROW + row * 4) + levels.offset;
+    else if constexpr (SCALE == 2) return *(const float *)at;
+    else if constexpr (SCALE == 1) return widen_f16(*(const u16 *)at);
+    else return bits_float((u32)*(const u16 *)at << 16);
+}
+
+// x of a step for a lane, in the order of the operands, and the sums by column that products of raw integers begin from.
+struct Operand {
+    uint4 x[UNITS][RT];
+    float from[RT][2];
+};
+DEVICE void load_x(Operand &o, const u8 *x, int step, int lane) {
+    int row = lane >> 2, column = step * STEP + (lane & 3) * CHUNK;
+#pragma unroll
+    for (int n = 0; n < RT; n++) {
+        float sums[4] = {};
+#pragma unroll
+        for (int u = 0; u < UNITS; u++) {
+            int unit = (column & 63) / 8 + u;
+            uint4 v = *(const uint4 *)(x + (column >> 6) * X_BOX + (8 * n + row) * 128 + ((unit ^ row) << 4));
+            if (HAS_RAW) {
+                v = make_uint4(permute(v.x, v.z, 0x5410), permute(v.x, v.z, 0x7632), permute(v.y, v.w, 0x5410), permute(v.y, v.w, 0x7632));
+                multiply(sums, ONES, ONES, ONES, ONES, v.x, v.y);
+                multiply(sums, ONES, ONES, ONES, ONES, v.z, v.w);
+            }
+            o.x[u][n] = v;
+        }
+        o.from[n][0] = HAS_RAW ? -BIAS * sums[0] : 0.0f, o.from[n][1] = HAS_RAW ? -BIAS * sums[1] : 0.0f;
+    }
+}
+
+// Which of eight outs a lane takes: so that lanes that read together find theirs in all banks.
+DEVICE int out_of(int lane) { return (lane >> 2 & 1) << 2 | (lane >> 2 & 2) | lane >> 4; }
+
+DEVICE void load_codes(u32 (&words)[WORDS], const u8 *row, int step, int out, int lane) {
+    int at = step * (STEP / 2) + (lane & 3) * (CHUNK / 2);  // of a row's 128 bytes
+    const u8 *from = row + ((at >> 4 ^ out) << 4 | at & 15);
+    if constexpr (WORDS == 4) {
+        uint4 v = *(const uint4 *)from;
+        words[0] = v.x, words[1] = v.y, words[WORDS - 2] = v.z, words[WORDS - 1] = v.w;
+    } else if constexpr (WORDS == 2) {
+        uint2 v = *(const uint2 *)from;
+        words[0] = v.x, words[WORDS - 1] = v.y;
+    } else {
+        words[0] = *(const u32 *)from;
+    }
+}
+
+// The sums of a box: rows 2 t and 2 t + 1 of each eight with outs g and g + 8 of each sixteen.
+DEVICE void add_box(float (&sums)[MT][RT][4], const u8 *codes, const u8 *x, const u8 *scales, const Table &table, const Levels &levels, int first, int lane) {
+    int out = out_of(lane);
+#pragma unroll 1
+    for (int s = 0; s < STEPS; s++) {
+        Operand o;
+        load_x(o, x, s, lane);
+#pragma unroll
+        for (int m = 0; m < MT; m++) {
+            float part[RT][4];
+            u32 words[2][WORDS];
+            int row = first + 16 * m + out;
+#pragma unroll
+            for (int h = 0; h < 2; h++) load_codes(words[h], codes + (row + 8 * h) * 128, s, out, lane);
+#pragma unroll
+            for (int u = 0; u < UNITS; u++) {
+                u32 top[4], bottom[4];
+                decode<HAS_RAW>(top, words[0], u, table);
+                decode<HAS_RAW>(bottom, words[1], u, table);
+#pragma unroll
+                for (int n = 0; n < RT; n++) {
+                    uint4 b = o.x[u][n];
+                    if (u == 0) multiply_from(part[n], o.from[n][0], o.from[n][1], top[0], bottom[0], top[1], bottom[1], b.x, b.y);
+                    else multiply(part[n], top[0], bottom[0], top[1], bottom[1], b.x, b.y);
+                    multiply(part[n], top[2], bottom[2], top[3], bottom[3], b.z, b.w);
+                }
+            }
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                float scale = scale_at(scales, row + 8 * h, s, levels);
+#pragma unroll
+                for (int n = 0; n < RT; n++)
+#pragma unroll
+                    for (int e = 0; e < 2; e++) sums[m][n][2 * h + e] += scale * part[n][2 * h + e];
+            }
+        }
+    }
+}
+
+DEVICE void store4(const Params &p, int row, int out, const float4 &v) {
+    if (row >= p.rows || out >= p.outs) return;
+    float y[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+        if (p.bias) y[i] += widen(p.bias[min(out + i, p.outs - 1)]);
+    u16 *to = p.y + (long long)row * p.outs + out;
+    if (p.outs % 4 == 0) {
+        *(uint2 *)to = make_uint2(round_pair(y[0], y[1]), round_pair(y[2], y[3]));
+        return;
+    }
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+        if (out + i < p.outs) to[i] = (u16)round_pair(y[i], y[i]);
+}
+DEVICE void add(float4 &sum, const float4 &v) { sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w; }
+
+// The warps' sums, [across][row][out], become the block's, then the cluster's, of which each block finishes its share.
+DEVICE void finish(const Params &p, float *places, int first_out, int rank, int tid) {
+    float *block = places + ACROSS * PLACE;
+#pragma unroll 1
+    for (int i = tid; i < ROWS * OUTS / 4; i += THREADS) {
+        int row = i / (OUTS / 4), out = i % (OUTS / 4) * 4;
+        float4 sum = *(const float4 *)(places + row * PITCH + out);
+#pragma unroll
+        for (int w = 1; w < ACROSS; w++) add(sum, *(const float4 *)(places + w * PLACE + row * PITCH + out));
+        if (SPLITS == 1) store4(p, row, first_out + out, sum);
+        else *(float4 *)(block + row * PITCH + out) = sum;
+    }
+#if SPLITS > 1
+    cluster_barrier();
+#pragma unroll 1
+    for (int i = tid; i < ROWS * SHARE / 4; i += THREADS) {
+        int row = i / (SHARE / 4), out = rank * SHARE + i % (SHARE / 4) * 4;
+        if (row >= p.rows || out >= OUTS) continue;
+        float4 parts[SPLITS];
+#pragma unroll
+        for (int k = 0; k < SPLITS; k++) parts[k] = load_from(block + row * PITCH + out, k);
+#pragma unroll
+        for (int k = 1; k < SPLITS; k++) add(parts[0], parts[k]);
+        store4(p, row, first_out + out, parts[0]);
+    }
+    cluster_barrier();  // the others read this block's shared memory
+#endif
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) slab(KERNEL_ARGUMENT Params p) {
+    extern __shared__ uint4 shared[];  // table, up to 1,024 bytes, codes, x, levels, scales, barriers
+    int tid = threadIdx.x, lane = tid & 31, across = (tid >> 5) % ACROSS, along = (tid >> 5) / ACROSS, first = along * HEIGHT;
+    u8 *codes = (u8 *)(shared + TABLE) + (-shared_address(shared) & 1023), *x = codes + SLOTS * CODES;
+    float *levels = (float *)(x + SLOTS * X);
+    u8 *scales = (u8 *)(levels + (SCALE == 3 ? 256 : 0));
+    u64 *full = (u64 *)(scales + SLOTS * SCALE_BOX), *empty = full + SLOTS;
+    int rank = SPLITS > 1 ? (int)cluster_rank() : 0, boxes = p.columns / SPAN, share = (boxes + SPLITS - 1) / SPLITS;
+    int begin = rank * share, mine = max(min(share, boxes - begin), 0);
+    Ring r = {codes + across * CODES, x + across * X, scales + across * SCALE_BOX, full + across, empty + across,
+              (int)blockIdx.x / SPLITS * OUTS, (begin + across) * SPAN, (mine - across + ACROSS - 1) / ACROSS};
+    bool asks = lane == 0 && along == 0;
+    int ahead = min(r.count, STAGES);
+    next_may_begin();
+    if (asks) {
+#pragma unroll
+        for (int i = 0; i < STAGES; i++) make_barrier(r.full + i * ACROSS, 1), make_barrier(r.empty + i * ACROSS, ALONG);
+        publish_barriers();
+#pragma unroll 1
+        for (int i = 0; i < ahead; i++) ask_codes(p, r, i);
+    }
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < STAGES; i++) ask_scales(p, r, i, first, lane);
+    if (CODEBOOK) fill_table(shared, p.table, THREADS);
+    if (SCALE == 3)
+        for (int i = tid; i < 256; i += THREADS) levels[i] = p.scales.levels[i];
+    Levels of_scales = {levels, SCALE == 3 ? *p.scales.offset : 0.0f};
+    Table table = {(const u8 *)shared, (u32)lane * 4};
+    if (asks) {
+        previous_done();
+#pragma unroll 1
+        for (int i = 0; i < ahead; i++) ask_x(p, r, i);
+    }
+    __syncthreads();
+    table.lane = kept(table.lane);
+
+    float sums[MT][RT][4] = {};
+#pragma unroll 1
+    for (int box = 0; box < r.count; box++) {
+        int slot = box % STAGES * ACROSS, phase = box / STAGES & 1;
+        copies_left<STAGES - 1>();
+        await(r.full + slot, phase);
+        __syncwarp();
+        add_box(sums, r.codes + slot * CODES, r.x + slot * X, r.scales + slot * SCALE_BOX, table, of_scales, first, lane);
+        __syncwarp();
+        if (box + STAGES < r.count) {
+            if (lane == 0) arrive(r.empty + slot);
+            if (asks) {
+                await(r.empty + slot, phase);
+                ask_codes(p, r, box + STAGES), ask_x(p, r, box + STAGES);
+            }
+            __syncwarp();
+        }
+        ask_scales(p, r, box + STAGES, first, lane);
+    }
+    __syncthreads();  // nobody reads the stages any more
+    float *places = (float *)codes, *place = places + across * PLACE;
+#pragma unroll
+    for (int m = 0; m < MT; m++)
+#pragma unroll
+        for (int n = 0; n < RT; n++)
+#pragma unroll
+            for (int e = 0; e < 4; e++)
+                place[(8 * n + 2 * (lane & 3) + (e & 1)) * PITCH + first + 16 * m + out_of(lane) + 8 * (e >> 1)] = sums[m][n][e];
+    __syncthreads();
+    finish(p, places, r.out, rank, tid);
+}

@@ -1,0 +1,124 @@
+"""The fused product for up to 16 rows of codes of 4 bits on Hopper: blocks beside each other (slab.cu says how)."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from whit.kernels.gpu import maps, nvrtc, stream
+from whit.kernels.gpu.many import Mapped
+from whit.kernels.gpu.scales import NO_ZERO, Scales, scales, table
+from whit.tensor import PackedWeight
+
+SOURCE = Path(__file__).with_name("slab.cu")
+MOST_ROWS = 16
+SPAN = 256  # columns of a box
+LARGEST_SHARED = 227 << 10
+MULTIPROCESSOR = 228 << 10  # bytes of shared memory, of which each block takes 1,024 more than it asks for
+SCALE_BYTES = (2, 2, 4, 1)  # by the storage of a scale
+
+
+@dataclass(frozen=True)
+class Config:
+    """How the work is cut; slab.cu explains the names."""
+
+    outs: int = 128
+    across: int = 4
+    along: int = 2
+    stages: int = 1
+    splits: int = 4
+    blocks: int = 2
+
+    @property
+    def threads(self) -> int:
+        return 32 * self.across * self.along
+
+    def grid(self, outs: int) -> nvrtc.Dims:
+        """A cluster per tile."""
+        return -(-outs // self.outs) * self.splits, 1, 1
+
+    def shared_bytes(self, scheme: stream.Scheme, rows: int) -> int:
+        """Dynamic shared memory of a block, as slab.cu lays it out."""
+        stored = scheme.storage
+        scale_row = SPAN // scheme.step * SCALE_BYTES[stored.scale] + 4 * (stored.scale == 3)
+        slot = self.outs * (SPAN // 2 + scale_row) + rounded(rows) * SPAN * 2 + 16
+        levels = (stream.TABLE_BYTES if stored.levels else 0) + 1024 * (stored.scale == 3)
+        return self.across * self.stages * slot + levels  # shared memory begins at a multiple of 1,024
+
+    def fits(self, scheme: stream.Scheme, rows: int) -> bool:
+        """Whether so many blocks' shared memory is there."""
+        return self.blocks * (self.shared_bytes(scheme, rows) + 1024) <= MULTIPROCESSOR
+
+    def macros(self, scheme: stream.Scheme, half: bool, rows: int) -> dict[str, int]:
+        """What slab.cu is compiled with."""
+        return scheme.storage.macros | {
+            "HALF": int(half), "CHUNK": scheme.chunk, "STEPS_PER_GROUP": 1, "ROWS": rounded(rows), "OUTS": self.outs,
+            "ACROSS": self.across, "ALONG": self.along, "STAGES": self.stages, "SPLITS": self.splits,
+            "BLOCKS": self.blocks, "BEGINS": 1024, "MIN_BLOCKS": self.blocks, "NT": 2, "WG": 1,
+        }  # fmt: skip
+
+
+class Params(ctypes.Structure):
+    """The kernel's argument, field by field as in slab.cu."""
+
+    _fields_ = (
+        ("codes_map", ctypes.c_uint64 * 16), ("x_map", ctypes.c_uint64 * 16), ("scales", Scales),
+        *((name, ctypes.c_void_p) for name in ("table", "bias", "y")),
+        *((name, ctypes.c_int) for name in ("outs", "columns", "rows")), ("rest", ctypes.c_int * 11),
+    )  # fmt: skip
+
+
+def rounded(rows: int) -> int:
+    """Rows that the kernel is built for: 8 or 16."""
+    return 8 if rows <= 8 else MOST_ROWS
+
+
+def why_not(scheme: stream.Scheme, columns: int) -> str | None:
+    """Why the kernel cannot multiply such a weight, or None."""
+    stored = scheme.storage
+    if stored.bits != 4 or stored.zero != NO_ZERO or scheme.steps_per_group != 1:
+        return "codes are not of 4 bits, have zero points or groups of other than 32, 64 or 128"
+    return f"{columns} columns are no multiple of {SPAN}" if columns % SPAN else None
+
+
+def aligned(packed: PackedWeight) -> bool:
+    """Whether the scales of a row's box can be copied at once: its tensors begin at 16 bytes."""
+    return all(tensor.data_ptr() % 16 == 0 for tensor in packed.tensors.values())
+
+
+def params(
+    x: Tensor, packed: PackedWeight, bias: Tensor | None, y: Tensor, scheme: stream.Scheme, config: Config,
+    mapped: Mapped = maps.tiles_of,
+) -> Params:  # fmt: skip
+    """The kernel's argument; it borrows the tensors' memory."""
+    (rows, columns), outs, stored = x.shape, y.shape[1], scheme.storage
+    levels = table(stored.levels, x.dtype, x.device) if stored.levels else None
+    return Params(
+        codes_map=mapped(packed.tensors["codes"].data_ptr(), outs, columns // 2, config.outs, 128, 1),
+        x_map=mapped(x.data_ptr(), rows, columns, rounded(rows), 64, 2), scales=scales(packed, stored),
+        table=None if levels is None else levels.data_ptr(), bias=None if bias is None else bias.data_ptr(),
+        y=y.data_ptr(), outs=outs, columns=columns, rows=rows,
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=512)
+def build(scheme: stream.Scheme, config: Config, half: bool, rows: int, device: int) -> nvrtc.Function:
+    """The compiled kernel on a device."""
+    return nvrtc.build(SOURCE, config.macros(scheme, half, rows), "slab", device)
+
+
+def launch(
+    x: Tensor, packed: PackedWeight, bias: Tensor | None, y: Tensor, scheme: stream.Scheme, config: Config
+) -> None:
+    """Fill y from contiguous x (rows, columns), which begins at 16 bytes."""
+    rows = len(x)
+    function = build(scheme, config, x.dtype == torch.float16, rounded(rows), x.device.index)
+    where = torch.cuda.current_stream(x.device).cuda_stream
+    grid, shared = config.grid(y.shape[1]), config.shared_bytes(scheme, rows)
+    argument = params(x, packed, bias, y, scheme, config)
+    function.launch_early(grid, config.threads, shared, argument, where, config.splits)

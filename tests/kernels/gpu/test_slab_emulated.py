@@ -1,0 +1,54 @@
+"""The fused product whose blocks lie beside each other, compiled for the CPU, against float64.
+
+What this cannot see: the instructions themselves, the order of memory between engines, and speed.
+benchmarks/gpu_slab.py checks the same on a GPU.
+"""
+
+from __future__ import annotations
+
+import emulated_slab
+import pytest
+import torch
+from torch import Generator
+
+import whit
+from whit.kernels import reference
+from whit.kernels.gpu import slab, stream
+from whit.kernels.gpu.slab import Config
+from whit.layouts import BITS
+
+import emulated
+
+pytestmark = pytest.mark.skipif(emulated.COMPILER is None, reason="no g++ here")
+BF16, F16 = torch.bfloat16, torch.float16
+LIMIT = {BF16: 5e-3, F16: 1e-3}
+
+CASES = [
+    ("int4-g128", BF16, 13, (200, 1280), Config(128, 2, 2, 1, 2)),
+    ("nf4", BF16, 6, (200, 768), Config(64, 1, 1, 2, 1)),
+]
+MORE = [
+    ("int4-g128", BF16, 1, (130, 1024), Config(64, 4, 1, 1, 1)),
+    ("int4-g128", F16, 8, (77, 1792), Config(128, 2, 4, 2, 2)),
+    ("nf4", BF16, 16, (300, 1792), Config(256, 1, 4, 2, 7)),
+    ("nf4-dq", BF16, 3, (129, 2304), Config(64, 2, 1, 1, 4)),
+    ("fp4-g32", BF16, 5, (64, 256), Config(64, 4, 2, 1, 2)),
+    ("int4-g64-f16", F16, 2, (70, 2560), Config(64, 1, 2, 1, 8)),
+    ("int4-g32-f32", BF16, 16, (64, 512), Config(64, 1, 2, 2, 1)),
+]
+SLOW = [pytest.param(*case, marks=pytest.mark.slow) for case in MORE]
+
+
+@pytest.mark.parametrize(("spec", "dtype", "rows", "shape", "config"), [*CASES, *SLOW])
+def test_product_of_blocks_beside_each_other_equals_float64(
+    spec: str, dtype: torch.dtype, rows: int, shape: tuple[int, int], config: Config, random: Generator
+):
+    outs, columns = shape
+    weight = BITS.pack(whit.quantize_tensor(torch.randn(outs, columns, generator=random), spec))
+    scheme = stream.scheme(weight.format, columns)
+    assert not isinstance(scheme, str)
+    assert slab.why_not(scheme, columns) is None
+    x, bias = torch.randn(rows, columns, generator=random).to(dtype), torch.randn(outs, generator=random).to(dtype)
+    found = emulated_slab.linear(x, weight, bias, scheme, config)
+    wanted = x.double() @ reference.dequantize(weight, torch.float32).double().T + bias.double()
+    assert ((found.double() - wanted).norm() / wanted.norm()).item() < LIMIT[dtype]
