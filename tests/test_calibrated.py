@@ -256,8 +256,9 @@ def test_the_estimate_counts_what_a_refinement_does(text: Path, tmp_path: Path, 
     monkeypatch.setattr("whit.pipeline.estimate._rate", lambda *_: 1e6)
     monkeypatch.setattr("whit.pipeline.estimate._seconds", lambda *_: 0.0)
 
-    def expected(method: Method) -> Estimate:
-        recipe, calibration = Recipe(method, RULES), Calibration(text, samples=24, context=48)
+    def expected(method: Method, activations: str | None = None) -> Estimate:
+        rules = [("*", "int8")] if activations else RULES
+        recipe, calibration = Recipe(method, rules, activations=activations), Calibration(text, samples=24, context=48)
         return estimate(prepare(model, tmp_path / "out", recipe, Options(), calibration))
 
     gptq, short, long = (expected(m) for m in (GPTQ(), Refine(steps=10, batch=4), Refine(steps=20, batch=4)))
@@ -267,3 +268,6 @@ def test_the_estimate_counts_what_a_refinement_does(text: Path, tmp_path: Path, 
     assert gptq.seconds < short.seconds
     assert gptq.memory_bytes < short.memory_bytes
     assert short.memory_bytes <= long.memory_bytes < gptq.memory_bytes + (1 << 26)
+    dynamic, static = (expected(GPTQ(), how) for how in ("int8", "int8-static"))
+    once_more = 24 * 48 * (2 * weights + 2 * 4 * 48 * 64)  # for the ranges of inputs
+    assert static.seconds - dynamic.seconds == pytest.approx(AROUND * once_more / 1e6, rel=1e-6)

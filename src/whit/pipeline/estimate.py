@@ -107,19 +107,25 @@ def parts_of(format: Format, rows: int) -> list[tuple[Format, int]]:
 def _running(job: Job, method: Method, blocks: list[list[Item]]) -> float:
     """Seconds for running the blocks over all tokens, forwards and for a refinement backwards, and for the sums."""
     assert job.calibration is not None
-    samples, context = job.calibration.samples, job.calibration.context
-    tokens, hidden = job.calibration.count, _hidden(job)
-    passes = 2.0 + method.needs_exact
-    if isinstance(method, BlockMethod):
-        passes += method.passes(samples)
+    context, tokens, hidden = job.calibration.context, job.calibration.count, _hidden(job)
     forward = sum(2 * active_weights(job, item) for block in blocks for item in block) + 4 * context * hidden * len(
         blocks
     )
-    seconds = AROUND * passes * tokens * forward / _rate(_dtype(job), job.device)
+    seconds = AROUND * passes(job, method) * tokens * forward / _rate(_dtype(job), job.device)
     # Of linears that share an input one is summed: about half of all. The account wants two products with the sum.
     squares = sum(_shape(item)[-1] ** 2 * tokens for block in blocks for item in block)
     account = sum(4 * prod(_shape(item)) * _shape(item)[-1] for block in blocks for item in block)
     return seconds + ((1 + method.needs_exact) * squares + account) / _rate(torch.float32, job.device)
+
+
+def passes(job: Job, method: Method) -> float:
+    """How often a block runs over a calibration token: for statistics, unquantized too where the method asks for it,
+    for the ranges of inputs, while it is refined (backwards as well), and to give the next block its inputs."""
+    assert job.calibration is not None
+    assert job.recipe is not None
+    ranges = any(how.needs_stats for how in job.recipe.all_activations)
+    refined = method.passes(job.calibration.samples) if isinstance(method, BlockMethod) else 0
+    return 2 + method.needs_exact + ranges + refined
 
 
 def _inputs(job: Job, method: Method) -> int:
