@@ -1,7 +1,9 @@
-"""Predicted peak memory of loading and generating is within 10 % of what a process of its own is measured to take."""
+"""Predicted peaks of memory are near what a process of its own is measured to take: loading, generating, training."""
 
 from __future__ import annotations
 
+import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -30,3 +32,24 @@ def test_predicted_peaks_are_within_ten_per_cent(tmp_path: Path, monkeypatch: py
         above = (row["predicted"] - row["base"]) / (row["peak"] - row["base"])
         assert 0.9 < row["predicted"] / row["peak"] < 1.1, row
         assert 0.9 < above < 1.1, row
+
+
+@pytest.mark.slow
+def test_what_training_adapters_will_take_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "131072")
+    answers = [
+        {"prompt": f"What came {i}th? ", "response": "The moon, late, over the sea. " * (1 + i % 12)} for i in range(40)
+    ]
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, answers)))
+    wanted = [
+        sys.executable,
+        "-m",
+        "whit",
+        "finetune",
+        "whit:model",
+        str(tmp_path / "data.jsonl"),
+        str(tmp_path / "out"),
+    ]
+    wanted += ["--format", "nf4-dq", "--context", "512", "--batch", "1", "--device", "cpu", "--json"]
+    plan, record = (json.loads(subprocess.check_output([*wanted, *more])) for more in (["--dry-run"], []))
+    assert 0.85 < plan["total_bytes"] / record["peak_memory_bytes"] < 1.15

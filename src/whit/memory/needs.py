@@ -31,6 +31,8 @@ Training = Literal["full", "lora", "qlora"]
 # Bytes of a process that has imported torch, transformers and whit and built a model's code; on a GPU, those of the
 # driver's context and the libraries' handles. Measured by benchmarks/memory_peak.py.
 OVERHEAD = {"cpu": 430_000_000, "cuda": 600_000_000}
+# What training adds to it: PEFT (57 MB), and what the first steps forward and back leave in the heaps of two threads.
+TRAINER = {"cpu": 160_000_000, "cuda": 0}
 RUN = ("fp32", "bf16", "int8", "int6-g64", "nf4-dq", "int4-g128", "int3-g64", "int2-g32")
 LADDER = ("bf16", "int8", "int6-g64", "int5-g64", "nf4-dq", "int4-g64", "int3-g64", "int2-g32")  # best first
 TRAINED = {"full": ("fp32", "bf16"), "lora": ("bf16", "int8", "nf4-dq"), "qlora": ("nf4-dq", "int4-g64")}
@@ -148,8 +150,9 @@ class Planner:
         else:
             activations = training_bytes(self.widths, tokens, s.batch, compute, bool(checkpointing))
         activations += self._workspace(weights, compute)
+        overhead = OVERHEAD[s.device] + (0 if s.train is None else TRAINER[s.device])
         return Need(
-            weights.format, weights.size_bytes, cache, activations, self._optimizer(compute), OVERHEAD[s.device],
+            weights.format, weights.size_bytes, cache, activations, self._optimizer(compute), overhead,
             weights.bits_per_weight, checkpointing,
         )  # fmt: skip
 
