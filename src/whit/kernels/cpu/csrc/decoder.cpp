@@ -129,7 +129,7 @@ void quantized(Member& me, const whit_matrix& m, const void* x, void* y, int64_t
   const Kernels8& kernels = *whit_kernels8(me.d.isa8);
   Product8& p = me.inputs.product;
   whit_rows8& q = me.inputs.rows8;
-  const bool known = same(me.inputs, x, m, &kernels, w.bits <= 4 ? w.bits : 8, w.group_size);
+  const bool known = same(me.inputs, x, m, &kernels, w.bits, w.group_size);
   if (!known) {
     q.count = 1, q.stride = (w.columns + STEP8 - 1) / STEP8 * STEP8, q.zero = nullptr;
     q.groups = m.inputs == WHIT_PER_GROUP ? q.stride / GROUP8 : 1;

@@ -100,7 +100,8 @@ size_t whit_derived8(Product8& p, bool few, const Kernels8& kernels) {
   const int parts = kernels.parts(w.bits), block = kernels.bytes * parts;
   p.arranged_stride = few ? (x.stride + block - 1) / block * block : 0;
   p.sum_stride = grouped && (few || w.zero) ? (w.groups + 15) & ~(int64_t)15 : 0;
-  p.lane_stride = grouped ? p.arranged_stride / (4 * parts) : 0;
+  p.lane_stride = !grouped || !few ? 0 : p.arranged_stride / (scales_once(w.bits) ? GROUP8 : 4 * parts);
+  if (scales_once(w.bits)) p.lane_stride = (p.lane_stride + 31) & ~(int64_t)15;  // the last are read with what follows
   const int64_t starts = few ? 0 : x.groups;
   return (size_t)(x.count * (4 * (p.sum_stride + p.lane_stride + starts) + p.arranged_stride)) + 64;
 }
@@ -109,7 +110,7 @@ void whit_derive8(Product8& p, bool few, const Kernels8& kernels, void* room) {
   const whit_weight& w = *p.w;
   const whit_rows8& x = *p.x;
   whit_derived8(p, few, kernels);
-  const int in_group = GROUP8 / 4 / kernels.parts(w.bits);
+  const int in_group = scales_once(w.bits) ? 1 : GROUP8 / 4 / kernels.parts(w.bits);
   float *sums = (float*)room, *lanes = sums + x.count * p.sum_stride;
   int32_t* starts = (int32_t*)(lanes + x.count * p.lane_stride);
   int8_t* arranged = (int8_t*)(starts + (few ? 0 : x.count * x.groups));

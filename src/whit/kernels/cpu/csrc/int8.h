@@ -20,12 +20,16 @@ typedef struct {
   int64_t count, stride, groups;  // groups: 1, or one per 32 columns
 } whit_rows8;
 
+// Whether few rows of whole bytes find the scales of x by their lanes: as often as there are lanes, those of a row would
+// take as much of the first cache as its codes, and rows of the weight come one by one.
+static constexpr bool scales_once(int bits) { return bits == 8; }
+
 struct Product8 {
   const whit_weight* w;
   const whit_rows8* x;
   const float* group_sums;   // (count, sum_stride >= w.groups): scale sum q; where x has several groups
   const int8_t* arranged;    // (count, arranged_stride): codes in the order of the parts of bytes
-  const float* lanes;        // (count, lane_stride): the scales of x, each as often as it has lanes
+  const float* lanes;        // (count, lane_stride): scales of x, each as often as it has lanes, or `scales_once`
   const int32_t* starts;     // (count, x.groups): -shift sum q, from which sums of many rows start
   int64_t sum_stride, lane_stride, arranged_stride;
   const int32_t* row_sums;   // (w.rows): of the levels, where x has zero points

@@ -155,9 +155,11 @@ static ALWAYS_INLINE void lane_sums8(const Product8& p, const Parts8<V, BITS, TA
   const uint8_t* next = codes + (R * stride > 16384 ? R * stride : 16384);
   const int8_t* q = p.arranged + m0 * p.arranged_stride;
   const float* by = p.lanes + m0 * p.lane_stride;
+  constexpr bool ONCE = scales_once(BITS);
+  constexpr int SCALES = ONCE ? S::COLUMNS / GROUP8 : V::LANES;  // of x, in a step
   typename V::G sums[R][M];
   EACH(r, R) { EACH(m, M) { sums[r][m] = V::gzero(); }); });
-  for (int64_t s = 0; s < steps; s++, codes += S::BYTES, next += R * S::BYTES, q += S::COLUMNS, by += V::LANES) {
+  for (int64_t s = 0; s < steps; s++, codes += S::BYTES, next += R * S::BYTES, q += S::COLUMNS, by += SCALES) {
     const float* own_scale = scale + (WIDE ? s >> shift : s * in_step);
     typename V::B x[M][S::PARTS];
     EACH(m, M) {
@@ -176,7 +178,9 @@ static ALWAYS_INLINE void lane_sums8(const Product8& p, const Parts8<V, BITS, TA
       EACH(m, M) {
         typename V::I dot = V::izero();
         EACH(i, S::PARTS) { dot = V::template dot<SMALL>(dot, level[i], x[m][i]); });
-        sums[r][m] = V::gfma(V::gmul(V::to_g(dot), V::gload(by + m * p.lane_stride)), own, sums[r][m]);
+        const float* of_x = by + m * p.lane_stride;
+        const typename V::G each = ONCE ? V::grepeat(of_x, 3) : V::gload(of_x);
+        sums[r][m] = V::gfma(V::gmul(V::to_g(dot), each), own, sums[r][m]);
       });
     });
   }
