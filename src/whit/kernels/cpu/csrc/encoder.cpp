@@ -30,13 +30,13 @@ struct Sizes {
   }
 };
 
-int64_t whole(int64_t floats) { return (floats + 15) & ~(int64_t)15; }
+int64_t whole(int64_t count) { return (count + 15) & ~(int64_t)15; }
 
-// A crew's memory, in the order of Room8; false if there is none.
+// A crew's memory, in the order of Room8; false if there is none. What products read of rows is there in tiles of 16.
 bool make_room(const whit_encoder8& e, const Sizes& most, int64_t rows, Scratch& memory, Room8& room) {
   const int64_t wide = whole(rows * 3 * e.size), inner = whole(rows * e.inner), context = whole(rows * e.size);
-  const int64_t scale = whole(rows * most.groups), exact = whole(rows * most.exact);
-  float* at = (float*)memory.get((size_t)(4 * (wide + inner + context + scale + exact) + rows * most.stride + 64));
+  const int64_t read = whole(rows), scale = whole(read * most.groups), exact = whole(read * most.exact);
+  float* at = (float*)memory.get((size_t)(4 * (wide + inner + context + scale + exact) + read * most.stride + 64));
   if (!at) return false;
   room.wide = at, at += wide;
   room.inner = at, at += inner;

@@ -16,7 +16,7 @@ static void wide_codes(const whit_linear8& w, const float* x, int64_t m, const R
     room.scale[m * w.groups + g] = largest.unit(32767.0f);
     for (int64_t c = first; c < until; c += 16) {
       const Floats16 shifted = load16(x + c) * factor + 12582912.0f;  // 1.5 2^23: units are integers
-      const Ints16 q = same_bits<Ints16>(shifted) - 0x4b400000 + 32768;
+      const Ints16 q = same_bits<Ints16>(shifted) - 0x4b400000 + (V::TILES ? 0 : 32768);
       const Bytes16 high = __builtin_convertvector(q >> 8 & 255, Bytes16), low = __builtin_convertvector(q & 255, Bytes16);
       memcpy(codes + c, &high, 16);
       memcpy(codes + w.stride + c, &low, 16);
@@ -45,12 +45,13 @@ static void codes_of(const whit_linear8& w, float* x, int64_t m, const Room8& ro
     }
     const Largest largest(V::largest(most));
     const float factor = largest.factor(limit), unit = largest.unit(limit);
+    const uint8_t flip = V::TILES && symmetric ? 0 : 128;
     typename V::I none = V::izero();
     const typename V::F least = V::set1(low), by = V::set1(factor), less = V::set1(symmetric ? 0 : 128.0f);
     for (int64_t c = first; c < until; c += 16) {
       uint8_t own[16];
       V::round8(V::sub(V::mul(V::sub(V::load(x + c), least), by), less), (int8_t*)own, none);
-      for (int i = 0; i < 16; i++) codes[c + i] = (uint8_t)(own[i] ^ 128);
+      for (int i = 0; i < 16; i++) codes[c + i] = (uint8_t)(own[i] ^ flip);
     }
     for (int64_t c = first; c < until; c += w.group_size) scale[g++] = unit;
   }
@@ -264,10 +265,21 @@ static void grouped_panel(const whit_linear8& w, const Room8& room, int64_t pane
 }
 
 template <class V, Then THEN>
+static void linear_by_tiles(Crew& crew, const whit_linear8& w, const Room8& room, int64_t rows, float* y, int64_t stride);
+
+#if defined(TILE_CONFIGURE)
+#include "encoder_tiles.inl"
+#endif
+
+template <class V, Then THEN>
 static void linear8(Crew& crew, const whit_linear8& w, const Room8& room, int64_t rows, float* y, int64_t stride) {
-  phase8(crew, (w.out + WIDE8 - 1) / WIDE8, [&](int64_t panel) {
-    if (V::TALL == 8 && w.per_group && !w.wide) grouped_panel<V, THEN>(w, room, panel, rows, y, stride);
-    else if (w.wide) linear_panel<V, THEN, true>(w, room, panel, rows, y, stride);
-    else linear_panel<V, THEN, false>(w, room, panel, rows, y, stride);
-  });
+  if constexpr (V::TILES) {
+    linear_by_tiles<V, THEN>(crew, w, room, rows, y, stride);
+  } else {
+    phase8(crew, (w.out + WIDE8 - 1) / WIDE8, [&](int64_t panel) {
+      if (V::TALL == 8 && w.per_group && !w.wide) grouped_panel<V, THEN>(w, room, panel, rows, y, stride);
+      else if (w.wide) linear_panel<V, THEN, true>(w, room, panel, rows, y, stride);
+      else linear_panel<V, THEN, false>(w, room, panel, rows, y, stride);
+    });
+  }
 }

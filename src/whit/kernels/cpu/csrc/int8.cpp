@@ -25,6 +25,14 @@ bool has_vnni() {
 }
 #endif
 
+#if defined(WHIT_HAVE_INT8_AVX512) && defined(WHIT_HAVE_TILES_INT8)
+const Kernels8* by_tiles8() {  // many rows are tiles.h's
+  static Kernels8 kernels = whit_int8_avx512;
+  kernels.encode = whit_encode_amx;
+  return &kernels;
+}
+#endif
+
 const Kernels8* find(int isa) {
   switch (isa) {
     case 0: return &whit_int8_scalar;
@@ -35,7 +43,7 @@ const Kernels8* find(int isa) {
     case 2: return whit_has(WHIT_AVX512) && has_vnni() ? &whit_int8_avx512 : nullptr;
 #endif
 #if defined(WHIT_HAVE_INT8_AVX512) && defined(WHIT_HAVE_TILES_INT8)
-    case 3: return find(2) && (whit_amx() & AMX_INT8) ? &whit_int8_avx512 : nullptr;  // and tiles
+    case 3: return find(2) && (whit_amx() & AMX_INT8) ? by_tiles8() : nullptr;
 #endif
     default: return nullptr;
   }

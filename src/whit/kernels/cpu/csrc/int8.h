@@ -56,6 +56,7 @@ struct Kernels8 {
 };
 
 extern const Kernels8 whit_int8_scalar, whit_int8_avx2, whit_int8_avx512;
+void whit_encode_amx(struct Crew&, const struct whit_encoder8&, int64_t first, int64_t count, const struct Room8&);
 
 const Kernels8* whit_kernels8(int isa);  // null where this processor does not run it
 

@@ -11,6 +11,7 @@ struct Bytes2 : Avx2 {
   using I = __m256i;
   using G = __m256;
   static constexpr int LANES = 8, TALL = 2;
+  static constexpr bool TILES = false;
   static constexpr bool EXACT = false, OWN_PARTS = false;
   struct Bits { __m256i from, by, mask; };  // of 16-bit windows
 

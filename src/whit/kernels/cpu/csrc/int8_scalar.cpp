@@ -15,6 +15,7 @@ struct Plain8 : Scalar {
   using I = Int8;
   using G = Float8;
   static constexpr int LANES = 8, TALL = 2;
+  static constexpr bool TILES = false;
   static constexpr bool EXACT = true, OWN_PARTS = false;
   using Bits = int;
 

@@ -42,8 +42,9 @@ float emulated_pair(float sum, const uint8_t* a, const uint8_t* b) {
   return sum + bf16_to_float(x[1]) * bf16_to_float(y[1]);
 }
 
+template <class A, class B>
 uint32_t emulated_four(uint32_t sum, const uint8_t* a, const uint8_t* b) {
-  for (int i = 0; i < 4; i++) sum += (uint32_t)((int8_t)a[i] * (int)b[i]);
+  for (int i = 0; i < 4; i++) sum += (uint32_t)((A)a[i] * (B)b[i]);
   return sum;
 }
 
@@ -56,7 +57,9 @@ uint32_t emulated_four(uint32_t sum, const uint8_t* a, const uint8_t* b) {
   (memset(amx.data[t], 0, 1024), emulated_move(t, amx.data[t], (const uint8_t*)(p), 64, stride))
 #define TILE_STORE(t, p, stride) emulated_move(t, (uint8_t*)(p), amx.data[t], stride, 64)
 #define TILE_BF16(c, a, b) emulated_product<float>(c, a, b, emulated_pair)
-#define TILE_INT8(c, a, b) emulated_product<uint32_t>(c, a, b, emulated_four)
+#define TILE_INT8(c, a, b) emulated_product<uint32_t>(c, a, b, emulated_four<int8_t, uint8_t>)
+#define TILE_INT8_LEVELS(c, a, b) emulated_product<uint32_t>(c, a, b, emulated_four<uint8_t, int8_t>)
+#define TILE_INT8_SIGNED(c, a, b) emulated_product<uint32_t>(c, a, b, emulated_four<int8_t, int8_t>)
 
 #else
 
@@ -69,6 +72,9 @@ uint32_t emulated_four(uint32_t sum, const uint8_t* a, const uint8_t* b) {
   __asm__ volatile("tilestored %%tmm" #t ", (%0,%1,1)" : : "r"(p), "r"((int64_t)(stride)) : "memory")
 // Tile c (rows, 16 sums) += a (rows, 64 bytes) times b (16 fours of bytes or pairs, 16).
 #define TILE_BF16(c, a, b) __asm__ volatile("tdpbf16ps %%tmm" #b ", %%tmm" #a ", %%tmm" #c : :)
+// Of bytes, b is unsigned, or a is, or neither.
 #define TILE_INT8(c, a, b) __asm__ volatile("tdpbsud %%tmm" #b ", %%tmm" #a ", %%tmm" #c : :)
+#define TILE_INT8_LEVELS(c, a, b) __asm__ volatile("tdpbusd %%tmm" #b ", %%tmm" #a ", %%tmm" #c : :)
+#define TILE_INT8_SIGNED(c, a, b) __asm__ volatile("tdpbssd %%tmm" #b ", %%tmm" #a ", %%tmm" #c : :)
 
 #endif
