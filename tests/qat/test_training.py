@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -96,6 +97,26 @@ def test_a_killed_run_goes_on_bit_for_bit(model: Path, tmp_path: Path):
     steps: list[int] = []
     train(full(model, tmp_path / "cut" / "out"), lambda what, step, total, loss: steps.append(step))
     assert steps[0] == 7  # the kill came before step 7 was saved
+    assert weights(tmp_path / "cut" / "out") == weights(tmp_path / "whole" / "out")
+
+
+def test_a_full_disk_is_one_sentence_and_costs_nothing_that_was_saved(model: Path, tmp_path: Path):
+    train(full(model, tmp_path / "whole" / "out"))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill(what: str, step: int, total: int, loss: float) -> None:
+        if step == 7:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+
+    try:
+        with pytest.raises(OutputError, match="out: file too large; the result must fit; make room and run the same"):
+            train(full(model, tmp_path / "cut" / "out"), fill, save_every=0.0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [path.name for path in (tmp_path / "cut" / ".out.training").iterdir()] == ["state.safetensors"]
+    steps: list[int] = []
+    train(full(model, tmp_path / "cut" / "out"), lambda what, step, total, loss: steps.append(step))
+    assert steps[0] == 7  # the disk was full before step 7 was saved
     assert weights(tmp_path / "cut" / "out") == weights(tmp_path / "whole" / "out")
 
 

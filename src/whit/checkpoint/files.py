@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
 
 from whit.checkpoint.reader import INDEX
 from whit.errors import CheckpointError
@@ -27,13 +33,38 @@ def side_files(folder: Path, code: bool = False) -> Iterator[tuple[str, Path]]:
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write a file, or replace one, whole or not at all: a killed run leaves none that is torn."""
+    """Write a file, or replace one, whole or not at all: a killed run leaves none that is torn. OSError names it."""
+    with _unfinished(path) as unfinished:
+        unfinished.write_bytes(content)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """The same for tensors, as a safetensors file."""
+    with _unfinished(path) as unfinished:
+        save_file(dict(tensors), unfinished, None if metadata is None else dict(metadata))
+
+
+@contextmanager
+def _unfinished(path: Path) -> Iterator[Path]:
+    """Where a file is written that then takes its place; what could not be written whole goes."""
     unfinished = path.with_name(f".{path.name}.unfinished")
-    with unfinished.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(unfinished, path)
+    try:
+        yield unfinished
+        with unfinished.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+    except (OSError, SafetensorError) as error:
+        unfinished.unlink(missing_ok=True)
+        number = error.errno if isinstance(error, OSError) else _number(error)
+        if number is None:
+            raise
+        raise OSError(number, os.strerror(number), str(path)) from error
+
+
+def _number(error: SafetensorError) -> int | None:
+    """Of the system's error that safetensors tells in words."""
+    found = re.search(r"os error (\d+)", str(error))
+    return None if found is None else int(found[1])
 
 
 def _check_link(folder: Path, path: Path) -> None:

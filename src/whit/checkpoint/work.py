@@ -150,7 +150,9 @@ def _sync_folder(folder: Path) -> None:
 
 
 def _append(descriptor: int, line: dict[str, Any]) -> None:
-    os.write(descriptor, (json.dumps(line) + "\n").encode())
+    rest = (json.dumps(line) + "\n").encode()
+    while rest:  # a disk that fills up takes a part, and says so when it is asked again
+        rest = rest[os.write(descriptor, rest) :]
     os.fsync(descriptor)
 
 

@@ -8,7 +8,6 @@ The folder's name is a hash of everything that the logits depend on; a killed pa
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +15,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
+from whit.checkpoint.files import write_tensors
 from whit.checkpoint.writer import file_sha256
 from whit.errors import EvaluationError, OutputError
 from whit.evaluation.listener import Listener
@@ -83,9 +83,7 @@ def store_baseline(model: Any, windows: Tensor, folder: Path, listener: Listener
         path = folder / _file_name(index)
         if not path.is_file():
             logits = next_token_logits(model, batch).contiguous().cpu()
-            unfinished = path.with_suffix(".unfinished")
-            save_file({"logits": logits}, unfinished)
-            os.replace(unfinished, path)
+            write_tensors(path, {"logits": logits})
         done += batch.shape[0]
         listener.step("baseline", done, windows.shape[0], batch.numel())
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from whit.checkpoint.hub import resolve_model
-from whit.checkpoint.work import is_done
+from whit.checkpoint.work import disk_errors, is_done
 from whit.pipeline import run as write
 from whit.pipeline.coverage import Account, load_account
 from whit.pipeline.job import open_source
@@ -37,7 +37,8 @@ def train(
     """Do a prepared run, or what a killed one left of it. `progress` gets what is done, steps, their total, loss."""
     job = training.job
     if not is_done(job.out, job.fingerprint, job.options.restart):
-        return finish(training, learn(training, progress, save_every))
+        with disk_errors(job.out):
+            return finish(training, learn(training, progress, save_every))
     return load_account(job.out)
 
 

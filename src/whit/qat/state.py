@@ -6,16 +6,15 @@ One safetensors file, written whole or not at all. Its metadata holds the run's 
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from whit.checkpoint.files import write_tensors
 from whit.errors import OutputError
 
 AVERAGES = ("exp_avg", "exp_avg_sq", "step")
@@ -44,12 +43,8 @@ class StateFile:
                 if (found := optimizer.state.get(value, {}).get(key)) is not None:
                     tensors[f"{key}/{name}"] = found
         metadata = {"fingerprint": self.fingerprint, "step": json.dumps(step), "seconds": json.dumps(seconds)}
-        temporary = self.path.with_name(f"{self.path.name}.tmp")
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary, metadata)
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, self.path)
+        write_tensors(self.path, {name: t.detach().cpu().contiguous() for name, t in tensors.items()}, metadata)
         self._last = time.monotonic()
 
     def load(self, variables: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> tuple[int, float]:
