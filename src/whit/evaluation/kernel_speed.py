@@ -1,8 +1,8 @@
 """How fast packed products run here: seconds per call beside the machine's own limits and the installed peers.
 
-Weights are cold: every call takes the next of enough copies to fill COLD bytes, so that none comes from a cache. All
-candidates of a case take turns within each round, so that they see the same noise. The limit of a case is the longer
-of the time to read the packed bytes once and the time for its multiplications as bfloat16.
+Weights are cold: every call takes the next of enough copies to fill COLD bytes, twice the last cache or more, so that
+none comes from a cache. All candidates of a case take turns within each round, so that they see the same noise. The
+limit of a case is the longer of the time to read the packed bytes once and the time of its products in bfloat16.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from itertools import cycle
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -34,7 +35,8 @@ SHAPES = ((4096, 4096), (11008, 4096), (4096, 14336))
 FORMATS = ("int4-g128", "nf4", "int3-g128", "int2-g128", "int8-channel")
 ROWS = (1, 16, 512)
 INPUTS = ("int8", "int8-g32")
-COLD = 320 << 20
+CACHE = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")  # such as "32768K"
+COLD = max(320 << 20, 2 * int(CACHE.read_text().strip().rstrip("K")) << 10 if CACHE.exists() else 0)
 READ = 512 << 20
 TURN = 0.2  # seconds after which the next kernel has its turn
 
