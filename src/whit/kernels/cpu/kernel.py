@@ -24,6 +24,8 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 STREAMED_ROWS = {True: 16, False: 8}  # for 1 to 4 bits, and more: up to here streaming beats dequantizing
 # In bfloat16: from here on strips beat streaming, where levels are exact in bfloat16 and where they are to be rounded.
 STRIPS_FROM = {True: 5, False: 8}
+# And tiles by AMX, for 1 to 4 bits and for more: benchmarks/results/cpu_kernels_amx.md.
+TILES_FROM = {True: 5, False: 8}
 PANEL = 1 << 19  # weights dequantized at a time: 1 MiB of 16-bit floats, which stay in the second cache
 
 
@@ -116,8 +118,11 @@ class Cpu:
 
     def _strips(self, weight: CpuWeight, dtype: torch.dtype, rows: int) -> bool:
         compiled = compiled_library()
-        if dtype != torch.bfloat16 or radix(weight.format) or (self.isa or compiled.isas[-1]) not in compiled.isas_many:
+        isa = self.isa or compiled.isas[-1]
+        if dtype != torch.bfloat16 or radix(weight.format) or isa not in compiled.isas_many:
             return False
+        if isa == "amx":
+            return rows >= TILES_FROM[weight.format.bits <= 4]
         return rows >= STRIPS_FROM[exact_in(weight.format, dtype)]
 
     def _isa(self, compiled: Library) -> int:

@@ -19,6 +19,7 @@ namespace {
 struct Waiting {
   const float *part, *scale, *less, *of_x;  // less: null where it was taken off already, or there is none
   int64_t params, x_tile;
+  int rows;  // of x: of a tile nothing is stored beyond them
 };
 
 // total += scale part - less sums, of rows [from, until) of x; tiles of total are `below` floats apart.
@@ -60,11 +61,11 @@ static ALWAYS_INLINE void groups_of(const Tiles& t, const Spot& s, int64_t chunk
   for (int64_t b = first, g = first / run; b < until; g++) {
     const bool begins = b == g * run;
     const int64_t end = (g + 1) * run < until ? (g + 1) * run : until;
-    const int step = (int)((16 * M + end - b - 1) / (end - b));
+    const int step = (int)((of.rows + end - b - 1) / (end - b));
     zero_sums<M, N>();
     for (int row = 0; b < end; b++, row += step) {
       multiply_block<OfPairs, M, N>(s, b - chunk);
-      const int last = row + step < 16 * M ? row + step : 16 * M;
+      const int last = row + step < of.rows ? row + step : of.rows;
       if (waiting.part) add_rows<N, G>(waiting, row, last, total, below);
     }
     waiting.part = nullptr;
@@ -75,7 +76,7 @@ static ALWAYS_INLINE void groups_of(const Tiles& t, const Spot& s, int64_t chunk
     waiting.less = of.less && begins ? of.less + 16 * (g + 1 - G) : nullptr;
     waiting.of_x = of.less ? of.of_x + 16 * (g + 1 - G) : nullptr;
   }
-  if (waiting.part) add_rows<N, G>(waiting, 0, 16 * M, total, below);
+  if (waiting.part) add_rows<N, G>(waiting, 0, of.rows, total, below);
 }
 
 template <int M, int N>
@@ -203,8 +204,9 @@ struct Bf16 {
   template <int M, int N>
   void multiply(const Spot& spot, int64_t tile, int64_t s, int64_t b, int64_t until, const Sums& sums) {
     if (t.whole) return multiply_whole<OfPairs, M, N>(spot, until - b, sums);
+    const int64_t rows = t.count - 16 * tile;
     const Waiting of = {parts, scale + s * size, w.zero ? less + s * size : nullptr,
-                        t.sums ? t.sums + tile * size : nullptr, size, size};
+                        t.sums ? t.sums + tile * size : nullptr, size, size, (int)(rows < 16 * M ? rows : 16 * M)};
     multiply_groups<M, N>(t, spot, b, until, of, sums);
   }
   // Sums that went through all columns get their scale; then rows [m, m + 16) of y.
