@@ -35,10 +35,13 @@ static void arrange_pairs(const void* x, int, int64_t columns, int bits, void* o
   else arrange_steps<2>((const uint16_t*)x, columns, (uint16_t*)out, sums);
 }
 
+#include "digits_bf16.inl"
+
 }  // namespace
 
 const Kernels whit_kernels_avx512_bf16 = {
-    dot<Pairs>, dequantize<Avx512>, arrange_pairs, round_row<Avx512>, read_all, 1, 1, Avx512::digits, Pairs::SIZES};
+    dot<Pairs>, dequantize<Avx512>, arrange_pairs, round_row<Avx512>, read_all, 1, 1, Avx512::digits, Pairs::SIZES,
+    arrange_digits, dot_digits};
 const Kernels whit_kernels_bf16_tables = {
     dot<PairsOfTwo>, dequantize<Avx512>, arrange_pairs, round_row<Avx512>, read_all, 1, 0, Avx512::digits, Pairs::SIZES};
 const Kernels whit_kernels_bf16_bytes = {

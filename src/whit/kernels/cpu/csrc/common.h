@@ -43,6 +43,9 @@ struct Kernels {
   int counts;  // 1: small consecutive levels are converted, not looked up, which takes the sums of x
   void (*digits)(const uint8_t* from, int64_t bytes, uint8_t* to);  // five of base 3 to a byte, as 2-bit codes
   int sizes;   // the rows of x that `dot` takes at a time, as a sum of 1, 2, 4 and 8
+  // One row of x past digits as they lie, where takes_digits says so; null: not for these.
+  void (*arrange_digits)(const void* x, int64_t columns, void* out);
+  void (*dot_digits)(const Rows&, int64_t first, int64_t last);
 };
 
 static ALWAYS_INLINE float bf16_to_float(uint16_t v) {

@@ -108,14 +108,20 @@ void exact(Member& me, const whit_matrix& m, const void* x, void* y, int64_t fir
   const whit_weight& w = *m.packed;
   const Kernels& kernels = *whit_kernels(w, me.d.type, me.d.isa);
   const int codes = w.bits <= 2 ? 16 : w.bits <= 4 ? 8 : 4;
+  const bool digits = takes_digits(kernels, w);
   Rows& rows = me.inputs.rows;
-  if (!same(me.inputs, x, m, &kernels, codes, 0)) {
+  if (same(me.inputs, x, m, &kernels, digits ? 0 : codes, 0)) {
+  } else if (digits) {
+    rows.x = me.inputs.room;
+    kernels.arrange_digits(x, w.columns, me.inputs.room);
+  } else {
     rows.blocks = (w.columns + 16 * codes - 1) / (16 * codes), rows.sum_count = 16 * rows.blocks;
     rows.x_bytes = rows.blocks * 16 * codes * (kernels.pairs ? 2 : 4);
     rows.x = me.inputs.room, rows.sums = (float*)(me.inputs.room + rows.x_bytes);
     kernels.arrange(x, me.d.type, w.columns, w.bits, me.inputs.room, (float*)(me.inputs.room + rows.x_bytes));
   }
   rows.w = &w, rows.m = 1, rows.bias = m.bias, rows.y = y, rows.type = me.d.type;
+  if (digits) return kernels.dot_digits(rows, first, last);
   const bool done = by_tiles(w, kernels, first, last, [&](const whit_weight& part, int64_t from, int64_t to) {
     rows.w = &part;
     kernels.dot(rows, from, to, me.params);

@@ -24,6 +24,17 @@ static inline void digits_by_table(const uint8_t* from, int64_t bytes, uint8_t* 
   }
 }
 
+enum { DIGIT_BYTES = 32, DIGIT_COLUMNS = 160, DIGIT_X = 320 };  // of a block: codes, columns, and bytes of one row of x
+
+// Whether one row of x meets the digits themselves.
+static inline bool takes_digits(const Kernels& kernels, const whit_weight& w) {
+  return kernels.dot_digits && w.digit_bytes && w.groups == 1 && !w.zero && w.scale_type <= WHIT_F16;
+}
+
+static inline int64_t digit_x_bytes(const whit_weight& w) {
+  return (w.digit_bytes + DIGIT_BYTES - 1) / DIGIT_BYTES * DIGIT_X;
+}
+
 uint8_t* whit_digit_room(size_t bytes);  // of this thread, or null
 
 // body(weight, first, last) for rows [first, last) in tiles, or at once where codes lie in whole bits. The weight that

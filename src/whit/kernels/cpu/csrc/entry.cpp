@@ -40,6 +40,17 @@ int processor_has(int isa) {
 int processor_has(int) { return 0; }
 #endif
 
+// Whether 32 products of bfloat16 take longer than twice 16 of float32: 2.1 cycles, whatever their width, and .55 each on
+// an Emerald Rapids (benchmarks/results/cpu_kernels_amx.md).
+bool slow_pairs() {
+#if defined(WHIT_X86)
+  unsigned a, b, c, d;
+  return __get_cpuid(0, &a, &b, &c, &d) && b == 0x756e6547 && d == 0x49656e69 && c == 0x6c65746e;  // GenuineIntel
+#else
+  return false;
+#endif
+}
+
 const Kernels* kernels_for(int isa) {
   switch (isa) {
     case WHIT_SCALAR: return &whit_kernels_scalar;
@@ -87,10 +98,12 @@ struct Dot {
   const Rows* rows;
   int count;
   Team* team;
+  bool digits;
 };
 
 void dot_task(void* context, int64_t first, int64_t last, float* scratch) {
   const Dot& dot = *(const Dot*)context;
+  if (dot.digits) return dot.kernels->dot_digits(*dot.rows, first, last);
   auto tile = [&](const whit_weight& w, int64_t from, int64_t to) {
     for (int i = 0; i < dot.count; i++) {
       Rows rows = dot.rows[i];
@@ -131,6 +144,8 @@ size_t whit_row_scratch(const whit_weight& w) {
 const Kernels* whit_kernels(const whit_weight& w, int type, int isa) {
   if (isa < WHIT_AVX512_BF16) return kernels_for(isa);
   if (type != WHIT_BF16) return kernels_for(WHIT_AVX512);
+  static const bool slow = slow_pairs();
+  if (slow && !w.digit_bytes) return kernels_for(WHIT_AVX512);
 #if defined(WHIT_HAVE_AVX512_BF16)
   if (w.bits == 8 && w.consecutive) return &whit_kernels_bf16_bytes;
   if (w.bits > 6) return kernels_for(WHIT_AVX512);
@@ -172,13 +187,16 @@ int whit_linear(const whit_weight* w, const void* x, const void* bias, void* y, 
   if (rows_of_x < 1 || rows_of_x > 64) return -2;
   const int codes = w->bits <= 2 ? 16 : w->bits <= 4 ? 8 : 4;
   const int64_t blocks = (w->columns + 16 * codes - 1) / (16 * codes), sum_count = 16 * blocks;
-  const int64_t x_bytes = blocks * 16 * codes * (kernels->pairs ? 2 : 4), element = type == WHIT_F32 ? 4 : 2;
+  const bool digits = rows_of_x == 1 && takes_digits(*kernels, *w);
+  const int64_t x_bytes = digits ? digit_x_bytes(*w) : blocks * 16 * codes * (kernels->pairs ? 2 : 4);
+  const int64_t element = type == WHIT_F32 ? 4 : 2;
   const size_t bytes = (size_t)((x_bytes + 4 * sum_count) * rows_of_x);
   char* buffer = (char*)arranged.get(bytes);
   if (!buffer) return -3;
   float* sums = (float*)(buffer + x_bytes * rows_of_x);
   const bool needs_sums = w->zero || (w->consecutive && (w->bits > 4 || kernels->counts));
-  for (int64_t m = 0; m < rows_of_x; m++)
+  if (digits) kernels->arrange_digits(x, w->columns, buffer);
+  for (int64_t m = 0; m < rows_of_x && !digits; m++)
     kernels->arrange((const char*)x + m * w->columns * element, type, w->columns, w->bits, buffer + m * x_bytes,
                      needs_sums ? sums + m * sum_count : nullptr);
   Rows rows[64];
@@ -191,7 +209,7 @@ int whit_linear(const whit_weight* w, const void* x, const void* bias, void* y, 
     m += take;
   }
   Team team;
-  Dot dot = {kernels, rows, count, &team};
+  Dot dot = {kernels, rows, count, &team, digits};
   team.rows = w->rows, team.task = task_rows(*w), team.work = dot_task, team.context = &dot;
   team.scratch_bytes = whit_row_scratch(*w);
   return whit_run(team, w->parallel, threads);

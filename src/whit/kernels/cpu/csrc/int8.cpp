@@ -173,6 +173,7 @@ WHIT_API8 int whit_product8(const whit_weight* w, const whit_rows8* x, const int
   product.shift = shift, product.unit = unit, product.has_table = table != nullptr;
   if (table) memcpy(product.table, table, 16);
   few = runs_pow2(*w) ? few : 0;
+  if (isa >= 2 && scales_once(w->bits) && x->groups > 1 && few > 2) few = 2;  // these come one by one: strips are faster
   void* room = sums8.get(whit_derived8(product, x->count <= few, *kernels));
   if (!room) return -3;
   whit_derive8(product, x->count <= few, *kernels, room);
