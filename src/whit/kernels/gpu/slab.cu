@@ -16,16 +16,33 @@
 #include "codes.cuh"
 #ifndef EMULATED
 #include "tiles.cuh"
+// Sixteen bytes to the same place in a block of the cluster, whose barrier at that place counts them.
+DEVICE void send(float *to, const float4 &v, u64 *barrier, u32 rank) {
+    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1,%2,%3,%4}, [%5];"
+                 ::"r"(shared_address(to, rank)), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w), "r"(shared_address(barrier, rank)) : "memory");
+}
+DEVICE void await_cluster(u64 *barrier, u32 phase) {
+    asm volatile("{.reg .pred p;\nagain: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%0], %1;\n"
+                 "@p bra done;\nbra again;\ndone:}" ::"r"(shared_address(barrier)), "r"(phase) : "memory");
+}
+// All threads of the cluster say that they began, and know it of the others later.
+DEVICE int begin_cluster() {
+    asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
+    return 0;
+}
+DEVICE void cluster_began(int) { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
 #endif
 
 constexpr int THREADS = 32 * ACROSS * ALONG, SPAN = 256, HEIGHT = OUTS / ALONG, MT = HEIGHT / 16, RT = ROWS / 8;
+constexpr int PAIR = MT % 2 ? 1 : 2;  // sixteens of outs whose products take turns, since each waits for its last
 constexpr int STEPS = SPAN / STEP, CODES = OUTS * 128, X = ROWS * SPAN * 2, X_BOX = ROWS * 128, SLOTS = ACROSS * STAGES;
 constexpr int SCALE_BYTES = SCALE == 3 ? 1 : SCALE == 2 ? 4 : 2, SCALE_ROW = STEPS * SCALE_BYTES;
 constexpr int ABSMAX = SCALE == 3 ? 4 : 0, SCALE_BOX = OUTS * (SCALE_ROW + ABSMAX);
 constexpr float BIAS = (HALF ? 1024.0f : 128.0f) + OFFSET;  // of raw integers
 constexpr int PITCH = OUTS + 4, PLACE = ROWS * PITCH;  // floats of a warp's column of sums
+constexpr int INBOX = SPLITS > 1 ? 1 : 0;
 constexpr int SHARE = (OUTS / 4 + SPLITS - 1) / SPLITS * 4;  // outs that a block of a cluster finishes
-static_assert((ACROSS + 1) * PLACE * 4 <= SLOTS * (CODES + X), "the sums take the place of the stages");
+static_assert(ACROSS * PLACE * 4 <= SLOTS * (CODES + X), "the sums take the place of the stages");
 
 struct Params {
     Map codes, x;         // as (bytes, outs) and (columns, rows)
@@ -92,19 +109,19 @@ DEVICE void load_x(Operand &o, const u8 *x, int step, int lane) {
     int row = lane >> 2, column = step * STEP + (lane & 3) * CHUNK;
 #pragma unroll
     for (int n = 0; n < RT; n++) {
-        float sums[4] = {};
+        float sums[2][4] = {};
 #pragma unroll
         for (int u = 0; u < UNITS; u++) {
             int unit = (column & 63) / 8 + u;
             uint4 v = *(const uint4 *)(x + (column >> 6) * X_BOX + (8 * n + row) * 128 + ((unit ^ row) << 4));
             if (HAS_RAW) {
                 v = make_uint4(permute(v.x, v.z, 0x5410), permute(v.x, v.z, 0x7632), permute(v.y, v.w, 0x5410), permute(v.y, v.w, 0x7632));
-                multiply(sums, ONES, ONES, ONES, ONES, v.x, v.y);
-                multiply(sums, ONES, ONES, ONES, ONES, v.z, v.w);
+                multiply(sums[0], ONES, ONES, ONES, ONES, v.x, v.y);
+                multiply(sums[1], ONES, ONES, ONES, ONES, v.z, v.w);
             }
             o.x[u][n] = v;
         }
-        o.from[n][0] = HAS_RAW ? -BIAS * sums[0] : 0.0f, o.from[n][1] = HAS_RAW ? -BIAS * sums[1] : 0.0f;
+        o.from[n][0] = HAS_RAW ? -BIAS * (sums[0][0] + sums[1][0]) : 0.0f, o.from[n][1] = HAS_RAW ? -BIAS * (sums[0][1] + sums[1][1]) : 0.0f;
     }
 }
 
@@ -133,32 +150,36 @@ DEVICE void add_box(float (&sums)[MT][RT][4], const u8 *codes, const u8 *x, cons
         Operand o;
         load_x(o, x, s, lane);
 #pragma unroll
-        for (int m = 0; m < MT; m++) {
-            float part[RT][4];
-            u32 words[2][WORDS];
+        for (int m = 0; m < MT; m += PAIR) {
+            float part[PAIR][RT][4];
+            u32 words[PAIR][2][WORDS];
             int row = first + 16 * m + out;
 #pragma unroll
-            for (int h = 0; h < 2; h++) load_codes(words[h], codes + (row + 8 * h) * 128, s, out, lane);
+            for (int i = 0; i < 2 * PAIR; i++) load_codes(words[i / 2][i % 2], codes + (row + 8 * i) * 128, s, out, lane);
 #pragma unroll
             for (int u = 0; u < UNITS; u++) {
-                u32 top[4], bottom[4];
-                decode<HAS_RAW>(top, words[0], u, table);
-                decode<HAS_RAW>(bottom, words[1], u, table);
+                u32 top[PAIR][4], bottom[PAIR][4];
 #pragma unroll
-                for (int n = 0; n < RT; n++) {
-                    uint4 b = o.x[u][n];
-                    if (u == 0) multiply_from(part[n], o.from[n][0], o.from[n][1], top[0], bottom[0], top[1], bottom[1], b.x, b.y);
-                    else multiply(part[n], top[0], bottom[0], top[1], bottom[1], b.x, b.y);
-                    multiply(part[n], top[2], bottom[2], top[3], bottom[3], b.z, b.w);
-                }
+                for (int i = 0; i < PAIR; i++) decode<HAS_RAW>(top[i], words[i][0], u, table), decode<HAS_RAW>(bottom[i], words[i][1], u, table);
+#pragma unroll
+                for (int i = 0; i < PAIR; i++)
+#pragma unroll
+                    for (int n = 0; n < RT; n++) {
+                        if (u == 0) multiply_from(part[i][n], o.from[n][0], o.from[n][1], top[i][0], bottom[i][0], top[i][1], bottom[i][1], o.x[u][n].x, o.x[u][n].y);
+                        else multiply(part[i][n], top[i][0], bottom[i][0], top[i][1], bottom[i][1], o.x[u][n].x, o.x[u][n].y);
+                    }
+#pragma unroll
+                for (int i = 0; i < PAIR; i++)
+#pragma unroll
+                    for (int n = 0; n < RT; n++) multiply(part[i][n], top[i][2], bottom[i][2], top[i][3], bottom[i][3], o.x[u][n].z, o.x[u][n].w);
             }
 #pragma unroll
-            for (int h = 0; h < 2; h++) {
-                float scale = scale_at(scales, row + 8 * h, s, levels);
+            for (int i = 0; i < 2 * PAIR; i++) {
+                float scale = scale_at(scales, row + 8 * i, s, levels);
 #pragma unroll
                 for (int n = 0; n < RT; n++)
 #pragma unroll
-                    for (int e = 0; e < 2; e++) sums[m][n][2 * h + e] += scale * part[n][2 * h + e];
+                    for (int e = 2 * (i % 2); e < 2 * (i % 2) + 2; e++) sums[m + i / 2][n][e] += scale * part[i / 2][n][e];
             }
         }
     }
@@ -179,11 +200,15 @@ DEVICE void store4(const Params &p, int row, int out, const float4 &v) {
     for (int i = 0; i < 4; i++)
         if (out + i < p.outs) to[i] = (u16)round_pair(y[i], y[i]);
 }
+struct Inbox {
+    float *sums;
+    u64 *full;
+};
 DEVICE void add(float4 &sum, const float4 &v) { sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w; }
 
-// The warps' sums, [across][row][out], become the block's, then the cluster's, of which each block finishes its share.
-DEVICE void finish(const Params &p, float *places, int first_out, int rank, int tid) {
-    float *block = places + ACROSS * PLACE;
+// The warps' sums, [across][row][out], become the block's, of which each block of the cluster gets a share from all, in its
+// inbox: [rank][row][share].
+DEVICE void finish(const Params &p, const float *places, const Inbox &inbox, int first_out, int rank, int tid) {
 #pragma unroll 1
     for (int i = tid; i < ROWS * OUTS / 4; i += THREADS) {
         int row = i / (OUTS / 4), out = i % (OUTS / 4) * 4;
@@ -191,47 +216,50 @@ DEVICE void finish(const Params &p, float *places, int first_out, int rank, int 
 #pragma unroll
         for (int w = 1; w < ACROSS; w++) add(sum, *(const float4 *)(places + w * PLACE + row * PITCH + out));
         if (SPLITS == 1) store4(p, row, first_out + out, sum);
-        else *(float4 *)(block + row * PITCH + out) = sum;
+        else send(inbox.sums + (rank * ROWS + row) * SHARE + out % SHARE, sum, inbox.full, out / SHARE);
     }
 #if SPLITS > 1
-    cluster_barrier();
+    if (rank * SHARE >= OUTS) return;
+    await_cluster(inbox.full, 0);
 #pragma unroll 1
     for (int i = tid; i < ROWS * SHARE / 4; i += THREADS) {
-        int row = i / (SHARE / 4), out = rank * SHARE + i % (SHARE / 4) * 4;
-        if (row >= p.rows || out >= OUTS) continue;
-        float4 parts[SPLITS];
+        int row = i / (SHARE / 4), out = i % (SHARE / 4) * 4;
+        if (row >= p.rows || rank * SHARE + out >= OUTS) continue;
+        float4 sum = *(const float4 *)(inbox.sums + row * SHARE + out);
 #pragma unroll
-        for (int k = 0; k < SPLITS; k++) parts[k] = load_from(block + row * PITCH + out, k);
-#pragma unroll
-        for (int k = 1; k < SPLITS; k++) add(parts[0], parts[k]);
-        store4(p, row, first_out + out, parts[0]);
+        for (int k = 1; k < SPLITS; k++) add(sum, *(const float4 *)(inbox.sums + (k * ROWS + row) * SHARE + out));
+        store4(p, row, first_out + rank * SHARE + out, sum);
     }
-    cluster_barrier();  // the others read this block's shared memory
 #endif
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) slab(KERNEL_ARGUMENT Params p) {
-    extern __shared__ uint4 shared[];  // table, up to 1,024 bytes, codes, x, levels, scales, barriers
+    extern __shared__ uint4 shared[];  // table, up to 1,024 bytes, codes, x, levels, scales, inbox, barriers
     int tid = threadIdx.x, lane = tid & 31, across = (tid >> 5) % ACROSS, along = (tid >> 5) / ACROSS, first = along * HEIGHT;
     u8 *codes = (u8 *)(shared + TABLE) + (-shared_address(shared) & 1023), *x = codes + SLOTS * CODES;
     float *levels = (float *)(x + SLOTS * X);
     u8 *scales = (u8 *)(levels + (SCALE == 3 ? 256 : 0));
-    u64 *full = (u64 *)(scales + SLOTS * SCALE_BOX), *empty = full + SLOTS;
+    Inbox inbox = {(float *)(scales + SLOTS * SCALE_BOX), (u64 *)(scales + SLOTS * SCALE_BOX + INBOX * SPLITS * ROWS * SHARE * 4)};
+    u64 *full = inbox.full + 2 * INBOX, *empty = full + SLOTS;
     int rank = SPLITS > 1 ? (int)cluster_rank() : 0, boxes = p.columns / SPAN, share = (boxes + SPLITS - 1) / SPLITS;
     int begin = rank * share, mine = max(min(share, boxes - begin), 0);
     Ring r = {codes + across * CODES, x + across * X, scales + across * SCALE_BOX, full + across, empty + across,
               (int)blockIdx.x / SPLITS * OUTS, (begin + across) * SPAN, (mine - across + ACROSS - 1) / ACROSS};
+    int own = max(min(OUTS - rank * SHARE, SHARE), 0), began = 0;
     bool asks = lane == 0 && along == 0;
     int ahead = min(r.count, STAGES);
     next_may_begin();
     if (asks) {
 #pragma unroll
         for (int i = 0; i < STAGES; i++) make_barrier(r.full + i * ACROSS, 1), make_barrier(r.empty + i * ACROSS, ALONG);
+        if (INBOX && across == 0) make_barrier(inbox.full, 1);
         publish_barriers();
+        if (INBOX && across == 0) expect(inbox.full, SPLITS * ROWS * own * 4);
 #pragma unroll 1
         for (int i = 0; i < ahead; i++) ask_codes(p, r, i);
     }
     __syncwarp();
+    if (INBOX) began = begin_cluster();
 #pragma unroll
     for (int i = 0; i < STAGES; i++) ask_scales(p, r, i, first, lane);
     if (CODEBOOK) fill_table(shared, p.table, THREADS);
@@ -245,7 +273,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) slab(KERNEL_ARGUME
         for (int i = 0; i < ahead; i++) ask_x(p, r, i);
     }
     __syncthreads();
-    table.lane = kept(table.lane);
+    table.lane = kept(table.lane + shared_place(shared) - BEGINS);  // a block of a cluster has addresses of its own
 
     float sums[MT][RT][4] = {};
 #pragma unroll 1
@@ -276,5 +304,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) slab(KERNEL_ARGUME
             for (int e = 0; e < 4; e++)
                 place[(8 * n + 2 * (lane & 3) + (e & 1)) * PITCH + first + 16 * m + out_of(lane) + 8 * (e >> 1)] = sums[m][n][e];
     __syncthreads();
-    finish(p, places, r.out, rank, tid);
+    if (INBOX) cluster_began(began);
+    finish(p, places, inbox, r.out, rank, tid);
 }

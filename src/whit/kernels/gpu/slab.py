@@ -48,7 +48,9 @@ class Config:
         scale_row = SPAN // scheme.step * SCALE_BYTES[stored.scale] + 4 * (stored.scale == 3)
         slot = self.outs * (SPAN // 2 + scale_row) + rounded(rows) * SPAN * 2 + 16
         levels = (stream.TABLE_BYTES if stored.levels else 0) + 1024 * (stored.scale == 3)
-        return self.across * self.stages * slot + levels  # shared memory begins at a multiple of 1,024
+        share = -(-self.outs // 4 // self.splits) * 4  # as many outs of each block's sums lie in each of a cluster
+        inbox = 4 * self.splits * rounded(rows) * share + 16 if self.splits > 1 else 0
+        return self.across * self.stages * slot + levels + inbox  # shared memory begins at a multiple of 1,024
 
     def fits(self, scheme: stream.Scheme, rows: int) -> bool:
         """Whether so many blocks' shared memory is there."""
