@@ -40,16 +40,19 @@ static u8 *place(const void *p, int rank) {
 }
 static u32 cluster_rank() { return own(); }
 static int at_cluster, cluster_turn;
-static void cluster_barrier() {
-    int turn = cluster_turn;
+static std::vector<int> left_turn;  // the turn in which each thread arrived
+static void cluster_arrive() {
+    left_turn[current] = cluster_turn;
     if (++at_cluster == threads * cluster) at_cluster = 0, cluster_turn++;
-    while (cluster_turn == turn) yield();
+}
+static void cluster_wait() {
+    while (cluster_turn == left_turn[current]) yield();
     threadIdx.x = current % threads;
 }
+static void cluster_barrier() { cluster_arrive(), cluster_wait(); }
 static int4 load_from(const int *p, u32 rank) { int4 v; memcpy(&v, place(p, rank), 16); return v; }
 static float4 load_from(const float *p, u32 rank) { float4 v; memcpy(&v, place(p, rank), 16); return v; }
 static void publish_tiles() {}
-static void store_word(u32 *p, u32 v, u32 rank) { memcpy(place(p, rank), &v, 4); }
 struct Meeting { int count, turn; };
 static Meeting meetings[8][8];
 template <int ID, int COUNT> static void announce() {
@@ -63,6 +66,16 @@ template <int ID, int COUNT> static void meet() {
     while (m.turn == turn) yield();
     threadIdx.x = current % threads;
 }
+// The barrier of each block.
+static Meeting blocks[8];
+static void block_barrier() {
+    Meeting &m = blocks[own()];
+    int turn = m.turn;
+    if (++m.count == threads) m.count = 0, m.turn++;
+    while (m.turn == turn) yield();
+    threadIdx.x = current % threads;
+}
+#define __syncthreads block_barrier
 // A barrier's eight bytes: arrivals that complete a phase, those still to come, bytes still to come, the phase.
 struct Barrier { u8 count, left; int16_t phase; int bytes; };
 static void settled(Barrier *b) { if (!b->left && !b->bytes) b->left = b->count, b->phase ^= 1; }
@@ -74,11 +87,19 @@ static void arrive(u64 *p, u32 rank) {
     b->left--, settled(b);
 }
 static void arrive(u64 *p) { arrive(p, own()); }
-static void expect(u64 *p, u32 bytes) { ((Barrier *)p)->bytes += bytes; arrive(p); }
+static void expect(u64 *p, u32 bytes, u32 rank) { ((Barrier *)place(p, rank))->bytes += bytes, arrive(p, rank); }
+static void expect(u64 *p, u32 bytes) { expect(p, bytes, own()); }
 static void await(u64 *p, u32 phase) {
     while (((Barrier *)p)->phase == (int)phase) yield();
     threadIdx.x = current % threads;
 }
+static void await_sent(u64 *p, u32 phase) { await(p, phase); }
+template <class T> static void send(T *p, T v, u32 rank, u64 *barrier) {
+    Barrier *b = (Barrier *)place(barrier, rank);
+    memcpy(place(p, rank), &v, sizeof v);
+    b->bytes -= sizeof v, settled(b);
+}
+static void join(u32 *p, u32 v, u32 rank, u64 *barrier) { send(p, v | *(u32 *)place(p, rank), rank, barrier); }
 // Rows of a tile are 64 or 128 bytes; their units of 16 bytes lie in the swizzle of that width.
 static void copy_tile(void *to, const Map &map, int column, int row, u64 *barrier, u16 blocks) {
     int bytes = map.wide * map.size, far = bytes == 128 ? 0 : 1, mask = bytes / 16 - 1;
@@ -110,7 +131,7 @@ template <class Body> static void run_clusters(int blocks, int block_threads, in
         gatherings.assign(threads * size / 32, Gathering{});
         warps.assign(threads * size / 32, Warp{});
         memset(meetings, 0, sizeof meetings);
-        at_cluster = arrived_at_barrier = 0;
+        at_cluster = arrived_at_barrier = 0, left_turn.assign(threads * size, 0);
         for (current = 0; current < threads * size; current++) {
             Fiber &f = fibers[current];
             f.stack.resize(1 << 16);

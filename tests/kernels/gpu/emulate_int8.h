@@ -2,6 +2,7 @@
 static void await_earlier() {}
 static void let_next_begin() {}
 static uint4 fresh16(const void *p) { return load16(p); }
+static uint4 last16(const void *p) { return load16(p); }
 template <class T> static T fresh(const T *p) { return *p; }
 static float divided(float a, float b) { return a / b; }
 static float clamped(float v, float most) { return std::fmin(std::fmax(v, -most), most); }

@@ -57,7 +57,7 @@ def test_rows_as_e4m3_floats_are_the_references_bit_for_bit(random: Generator):
     assert torch.equal(found.scale, wanted.scale[:, 0])
 
 
-@pytest.mark.parametrize(("rows", "outliers"), [(1, 0), (1, 3), (130, 21), (300, 2)])
+@pytest.mark.parametrize(("rows", "outliers"), [(1, 0), (1, 3), (16, 0), (13, 7), (61, 40), (130, 21), (300, 2)])
 def test_outlier_columns_are_listed_and_count_in_no_scale(rows: int, outliers: int, random: Generator):
     x = planted(rows, 1072, BF16, random, outliers)
     found, columns = emulated_int8.quantize(x, 6.0), reference.outlier_columns(x, 6.0)

@@ -29,6 +29,7 @@ MARK_WIDTHS = ((16, 16), (64, 8), (256, 4))  # up to so many rows, lanes side by
 SLICES, SLICE = 64, 64  # of more rows that blocks mark: how many at most, and of how many rows at least
 LARGEST_SHARED = 227 << 10
 CHUNKS, LARGEST_BLOCK = 8, 1024  # of eight columns that a thread of int8_quantize.cu holds, and its threads, at most
+TOGETHER, MOST_TOGETHER = 8, 256  # blocks that hold all rows and mark their columns themselves, and their threads
 Mapped: TypeAlias = Callable[[int, int, int, int], "ctypes.Array[ctypes.c_uint64]"]
 MOST_COLUMNS = 8 * CHUNKS * LARGEST_BLOCK  # and sums of weights from 0 to 255 stay within 32 bits up to 65,793
 
@@ -149,12 +150,27 @@ def marks_for(x: Tensor) -> tuple[Tensor, bool]:
     return empty(4 * -(-x.shape[1] // 32), dtype=torch.uint8, device=x.device), joined
 
 
-def quantize_macros(columns: int, half: bool, outliers: bool, float8: bool = False) -> dict[str, int]:
-    """What int8_quantize.cu is compiled with: four chunks per thread where the block is not too large for that."""
-    chunks = -(-columns // 8)
-    threads = next((t for t in (128, 256, 512) if chunks <= 4 * t), LARGEST_BLOCK)
-    sizes = {"THREADS": threads, "CHUNKS": -(-chunks // threads)}
+def quantize_macros(columns: int, half: bool, outliers: bool, float8: bool = False, each: int = 0) -> dict[str, int]:
+    """What int8_quantize.cu is compiled with: four chunks per thread where the block is not too large for that.
+
+    `each`: rows of each of the blocks that mark outliers themselves, or 0.
+    """
+    chunks, most = -(-columns // 8), MOST_TOGETHER if each else LARGEST_BLOCK
+    threads = next((t for t in (128, 256, 512) if max(each, 1) * -(-chunks // t) <= 4), most)
+    sizes = {"THREADS": threads, "CHUNKS": -(-chunks // threads), "CLUSTER": TOGETHER if each else 1, "EACH": each}
     return BYTES | {"HALF": int(half), "OUTLIERS": int(outliers), "FLOAT8": int(float8)} | sizes
+
+
+def rows_each(rows: int, columns: int) -> int:
+    """Rows of each of the blocks that mark columns and quantize in one launch; 0 where they are not held by these."""
+    each = -(-rows // TOGETHER)
+    return each if rows > 1 and each * -(-columns // (8 * MOST_TOGETHER)) <= CHUNKS // 2 else 0
+
+
+def quantize_bytes(macros: dict[str, int]) -> int:
+    """Dynamic shared memory of a block of int8_quantize.cu."""
+    warps, each = macros["THREADS"] // 32, macros["EACH"]
+    return 8 + 4 * warps * (2 * each + 2) + macros["THREADS"] * macros["CHUNKS"] if each else 3 * 4 * warps
 
 
 def quantize_params(x: Tensor, rows: Rows, marks: Tensor | None, threshold: float) -> QuantizeParams:
@@ -212,16 +228,17 @@ def quantize(x: Tensor, threshold: float = 0.0, dtype: torch.dtype = torch.int8)
     """
     device, where = x.device.index, torch.cuda.current_stream(x.device).cuda_stream
     half, marks, rows = x.dtype == torch.float16, None, empty_rows(x, threshold > 0, dtype)
-    if threshold > 0 and len(x) > 1:
+    each = rows_each(*x.shape) if threshold > 0 else 0
+    if threshold > 0 and len(x) > 1 and not each:
         marks, joined = marks_for(x)
         grid, params = mark_launch(x, marks, threshold)
         function = build(MARK, tuple(mark_macros(half, len(x), joined).items()), device)
         function.launch_early(grid, MARK_THREADS, MARK_THREADS, params, where)
-    macros = quantize_macros(x.shape[1], half, threshold > 0, dtype == torch.float8_e4m3fn)
+    macros = quantize_macros(x.shape[1], half, threshold > 0, dtype == torch.float8_e4m3fn, each)
     function, threads = build(QUANTIZE, tuple(macros.items()), device), macros["THREADS"]
-    blocks = min(len(x), 16 * torch.cuda.get_device_properties(device).multi_processor_count)
-    argument = quantize_params(x, rows, marks, threshold)
-    function.launch_early((blocks, 1, 1), threads, 3 * 4 * threads // 32, argument, where)
+    blocks = TOGETHER if each else min(len(x), 16 * torch.cuda.get_device_properties(device).multi_processor_count)
+    argument, shared = quantize_params(x, rows, marks, threshold), quantize_bytes(macros)
+    function.launch_early((blocks, 1, 1), threads, shared, argument, where, macros["CLUSTER"])
     return rows
 
 

@@ -3,63 +3,17 @@
 // wgmma takes 64 rows of the left tile and BN of the right one, 32 columns of each, from shared memory, where both lie
 // as rows of 128 bytes in the 128-byte swizzle: 16-byte unit u of row r is at unit u ^ (r & 7).
 
+#include "int8_cluster.cuh"
+
 #ifndef EMULATED
-typedef unsigned long long u64;
 struct alignas(64) Map {  // CUtensorMap
     u64 opaque[16];
 };
 #define KERNEL_ARGUMENT const __grid_constant__
 
-DEVICE u32 shared_address(const void *p) { return (u32)__cvta_generic_to_shared(p); }
-DEVICE u32 shared_address(const void *p, u32 rank) {  // the same place in another block of the cluster
-    u32 at;
-    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(at) : "r"(shared_address(p)), "r"(rank));
-    return at;
-}
-[[maybe_unused]] DEVICE u32 cluster_rank() {
-    u32 rank;
-    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-    return rank;
-}
-[[maybe_unused]] DEVICE void cluster_barrier() {
-    asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
-}
-[[maybe_unused]] DEVICE int4 load_from(const int *p, u32 rank) {
-    int4 v;
-    asm volatile("ld.shared::cluster.v4.s32 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(shared_address(p, rank)) : "memory");
-    return v;
-}
-
-[[maybe_unused]] DEVICE void store_word(u32 *p, u32 v, u32 rank) {
-    asm volatile("st.shared::cluster.u32 [%0], %1;" ::"r"(shared_address(p, rank)), "r"(v) : "memory");
-}
 // What was written to shared memory plainly is to be read by wgmma.
 [[maybe_unused]] DEVICE void publish_tiles() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-// Barriers within a block, of so many threads: some wait, others only say that they were there.
-template <int ID, int COUNT> DEVICE void meet() { asm volatile("bar.sync %0, %1;" ::"n"(ID), "n"(COUNT) : "memory"); }
-template <int ID, int COUNT> DEVICE void announce() { asm volatile("bar.arrive %0, %1;" ::"n"(ID), "n"(COUNT) : "memory"); }
-
-DEVICE void make_barrier(u64 *barrier, u32 count) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(count) : "memory");
-}
-DEVICE void publish_barriers() {
-    asm volatile("fence.mbarrier_init.release.cluster;\nfence.proxy.async.shared::cta;" ::: "memory");
-}
-DEVICE void arrive(u64 *barrier) {
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
-}
-[[maybe_unused]] DEVICE void arrive(u64 *barrier, u32 rank) {
-    asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(shared_address(barrier, rank)) : "memory");
-}
-DEVICE void expect(u64 *barrier, u32 bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes) : "memory");
-}
-DEVICE void await(u64 *barrier, u32 phase) {
-    asm volatile("{.reg .pred p;\nagain: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%0], %1;\n"
-                 "@p bra done;\nbra again;\ndone:}" ::"r"(shared_address(barrier)), "r"(phase) : "memory");
-}
 DEVICE void copy_tile(void *to, const Map &map, int column, int row, u64 *barrier) {
     asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];"
                  ::"r"(shared_address(to)), "l"(&map), "r"(column), "r"(row), "r"(shared_address(barrier)) : "memory");

@@ -63,6 +63,6 @@ DEVICE void take_outliers(const Params &p, const Block &b, const Tile &tile, int
             }
         }
         __syncwarp();
-        if (lane == 0) arrive(b.empty + slot);
+        release(b, slot, lane);
     }
 }

@@ -21,7 +21,7 @@
 constexpr int BM = 64 * WG, BK = 128, CONSUMERS = 128 * WG, HELPERS = 96, THREADS = CONSUMERS + 32 + HELPERS, CLUSTER = SPLITS * PAIR;
 constexpr int X_BYTES = BM * BK, W_BYTES = BN * BK, STAGE = X_BYTES + W_BYTES, PITCH = BN + 8;
 constexpr int AT_A_TIME = 4;  // loads of outliers that a thread has under way
-constexpr bool TAKE = OUTLIERS && CLUSTER == 1;  // one of the helpers' warps is there for the outliers
+constexpr bool TAKE = OUTLIERS && SPLITS == 1;  // one of the helpers' warps is there for the outliers
 constexpr int GROUP = 16 / PAIR;  // tiles of rows that are multiplied with the same weights, one after the other
 enum { READY = 1, FREE, AMONG };  // barriers
 
@@ -106,6 +106,16 @@ DEVICE void produce(const Params &p, const Block &b) {
     }
 }
 
+// A warp needs a step no longer.
+DEVICE void release(const Block &b, int slot, int lane) {
+    if (lane) return;
+#if PAIR > 1
+    for (u32 rank = 0; rank < 2; rank++) arrive(b.empty + slot, rank);
+#else
+    arrive(b.empty + slot);
+#endif
+}
+
 #if OUTLIERS
 #include "int8_outliers.cuh"
 #endif
@@ -117,7 +127,7 @@ DEVICE void assist(const Params &p, const Block &b, int tid) {
     for (int index = b.first; index < b.tiles; index += b.stride) {
         Tile tile = tile_of(p, b, index);
         if (index != b.first) meet<FREE, CONSUMERS + HELPERS>();
-#if OUTLIERS && SPLITS * PAIR == 1
+#if OUTLIERS && SPLITS == 1
         if (tid >= REST) {
             if (index == b.first) {
                 for (int i = tid - REST; i < BN * OUTLIERS_AT_ONCE; i += 32) a.weight[i] = 0;
@@ -283,15 +293,6 @@ DEVICE void finish_share(const Params &p, const Block &b, const Tile &tile, int 
 }
 #endif
 
-DEVICE void release(const Block &b, int slot, int lane) {
-    if (lane) return;
-#if PAIR > 1
-    for (u32 rank = 0; rank < 2; rank++) arrive(b.empty + slot, rank);
-#else
-    arrive(b.empty + slot);
-#endif
-}
-
 DEVICE void consume(const Params &p, const Block &b, int tid) {
     int lane = tid & 31, taken = 0;
     for (int index = b.first; index < b.tiles; index += b.stride) {
@@ -333,7 +334,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) int8_product(KERNEL_ARG
     b.first = blockIdx.x / CLUSTER, b.stride = gridDim.x / CLUSTER;
     b.begin = SPLITS > 1 ? min((int)b.rank * share, steps) : 0, b.steps = min(share, steps - b.begin);
     if (tid == 0) {
-        for (int i = 0; i < STAGES; i++) make_barrier(b.full + i, 1), make_barrier(b.empty + i, 4 * WG * PAIR + TAKE);
+        for (int i = 0; i < STAGES; i++) make_barrier(b.full + i, 1), make_barrier(b.empty + i, (4 * WG + TAKE) * PAIR);
         publish_barriers();
         let_next_begin();
     }

@@ -3,7 +3,11 @@
 // The host (int8.py) defines THREADS of a block and CHUNKS of eight columns that a thread holds, so that a row is read
 // once. With OUTLIERS, columns that int8_mark.cu has marked (a single row marks its own) get codes 0, count in no
 // row's maximum, and are listed by the first block. With FLOAT8 codes are E4M3 floats: x 448 / max|x|, rounded.
+//
+// Few rows with outliers mark their columns themselves: they are all held by CLUSTER blocks, EACH rows by a block, which
+// tell each other the columns. That takes less time than a launch.
 #include "int8_warp.cuh"
+#include "int8_cluster.cuh"
 
 constexpr int WARPS = THREADS / 32;
 constexpr float LARGEST = FLOAT8 ? 448 : 127;  // code
@@ -38,6 +42,104 @@ DEVICE void list_columns(const Params &p, const u32 (&marks)[CHUNKS], u32 *turns
             p.listed[++at] = (tid + k * THREADS) * 8 + count_bits((left & (0 - left)) - 1);
 }
 
+#if CLUSTER > 1
+static_assert(CLUSTER == 8 && OUTLIERS && !FLOAT8, "four lanes send to two blocks each");
+
+struct Told {  // shared memory
+    u64 sent;
+    u32 largest[EACH][WARPS], turns[WARPS], words[WARPS];
+    int sums[EACH][WARPS];
+    u8 marks[THREADS * CHUNKS];  // a bit for each column in which some block has an outlier
+};
+
+// All blocks' marks, by every block. Bytes of four lanes each are a word, and few words are not 0.
+DEVICE void join_marks(Told &t, u32 (&marks)[CHUNKS]) {
+    int tid = threadIdx.x, quarter = tid & 3, count = 0;
+#pragma unroll
+    for (int k = 0; k < CHUNKS; k++) {
+        u32 word = marks[k] << 8 * quarter;
+        word |= exchange(word, 1);
+        word |= exchange(word, 2);
+        count += count_bits(lanes_with(word && quarter == 0));
+        if (!word) continue;
+        for (int r = 0; r < 2; r++) join((u32 *)(t.marks + (tid - quarter) + k * THREADS), word, 2 * quarter + r, &t.sent);
+    }
+    if ((tid & 31) == 0) t.words[tid >> 5] = count;
+    __syncthreads();
+    if (tid < CLUSTER) {
+        count = 0;
+        for (int i = 0; i < WARPS; i++) count += t.words[i];
+        expect(&t.sent, 4 * count, tid);
+    }
+    await_sent(&t.sent, 0);
+#pragma unroll
+    for (int k = 0; k < CHUNKS; k++) marks[k] = t.marks[tid + k * THREADS];
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS) int8_quantize(const Params p) {
+    extern __shared__ uint4 shared[];
+    Told &t = *(Told *)shared;
+    int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, chunks = p.columns / 8, first = cluster_rank() * EACH;
+    if (tid == 0) {
+        make_barrier(&t.sent, CLUSTER);
+        publish_barriers();
+        let_next_begin();
+    }
+    for (int k = 0; k < CHUNKS; k++) t.marks[tid + k * THREADS] = 0;
+    __syncwarp();
+    cluster_barrier();
+    await_earlier();
+    uint4 held[EACH][CHUNKS];
+    u32 marks[CHUNKS] = {};
+#pragma unroll
+    for (int e = 0; e < EACH; e++)
+#pragma unroll
+        for (int k = 0; k < CHUNKS; k++) {
+            int chunk = tid + k * THREADS;
+            held[e][k] = make_uint4(0, 0, 0, 0);
+            if (chunk < chunks && first + e < p.rows) held[e][k] = fresh16(p.x + (long long)(first + e) * p.columns + chunk * 8);
+        }
+#pragma unroll
+    for (int e = 0; e < EACH; e++)
+#pragma unroll
+        for (int k = 0; k < CHUNKS; k++) marks[k] |= reached(held[e][k], p.threshold);
+    join_marks(t, marks);
+#pragma unroll
+    for (int e = 0; e < EACH; e++) {
+        u32 most = 0;
+#pragma unroll
+        for (int k = 0; k < CHUNKS; k++) clear(held[e][k], marks[k]), most = larger_sizes(most, held[e][k]);
+        most = warp_max(larger_of(most));
+        if (lane == 0) t.largest[e][warp] = most;
+    }
+    __syncthreads();
+#pragma unroll
+    for (int e = 0; e < EACH; e++) {
+        u32 most = 0;
+        int sum = 0, row = first + e;
+        for (int i = 0; i < WARPS; i++) most = max(most, t.largest[e][i]);
+        float absmax = widen(most), factor = factor_of(absmax, LARGEST);
+        if (row < p.rows && tid == 0) p.scale[row] = divided(absmax, LARGEST);
+#pragma unroll
+        for (int k = 0; k < CHUNKS; k++) {
+            int chunk = tid + k * THREADS;
+            uint2 words = codes_of(held[e][k], factor);
+            if (chunk >= chunks || row >= p.rows) continue;
+            sum = byte_sum(words.x, byte_sum(words.y, sum));
+            *(uint2 *)(p.codes + (long long)row * p.columns + chunk * 8) = words;
+        }
+        sum = warp_sum(sum);
+        if (lane == 0) t.sums[e][warp] = sum;
+    }
+    __syncthreads();
+    if (tid < EACH && first + tid < p.rows) {
+        int sum = 0;
+        for (int i = 0; i < WARPS; i++) sum += t.sums[tid][i];
+        p.offset[first + tid] = 128 * sum;
+    }
+    if (cluster_rank() == 0) list_columns(p, marks, t.turns);
+}
+#else
 extern "C" __global__ void __launch_bounds__(THREADS) int8_quantize(const Params p) {
     extern __shared__ uint4 shared[];
     u32 *turns = (u32 *)shared, *largest = turns + WARPS;
@@ -61,7 +163,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) int8_quantize(const Params
 #pragma unroll
         for (int k = 0; k < CHUNKS; k++) {
             held[k] = make_uint4(0, 0, 0, 0);
-            if (tid + k * THREADS < chunks) held[k] = fresh16(from + (tid + k * THREADS) * 8);
+            if (tid + k * THREADS < chunks) held[k] = OUTLIERS ? fresh16(from + (tid + k * THREADS) * 8) : last16(from + (tid + k * THREADS) * 8);
         }
 #if OUTLIERS
         if (!p.marks) {
@@ -99,3 +201,4 @@ extern "C" __global__ void __launch_bounds__(THREADS) int8_quantize(const Params
         __syncthreads();
     }
 }
+#endif

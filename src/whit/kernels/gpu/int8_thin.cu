@@ -12,8 +12,9 @@
 // small, and two blocks fit beside each other, of one kernel or of two: while one multiplies its last steps and the rows of
 // the next one are quantized, W of that is on its way into shared memory. (To have more of it fetched into the second cache
 // took longer in all cases that were measured.) W comes from far and lies there for many steps, x is near and for few. Sums
-// are integers, and blocks of a cluster add them up out of each other's shared memory; each finishes outs of its own. What outlier columns need of W
-// is taken out of the steps as they pass (reading single bytes of many rows takes memory a third of the time of all of W).
+// are integers: each block of a cluster finishes outs of its own, and is sent the others' sums of these; no block waits until
+// what it wrote can be seen by others, which takes half a microsecond each time. What outlier columns need of W is taken out
+// of the steps as they pass (reading single bytes of many rows takes memory a third of the time of all of W).
 #define WG 1
 #define WEIGHT_LEFT
 #include "int8_warp.cuh"
@@ -21,9 +22,10 @@
 
 constexpr int BK = 128, TEAMS = OUTS > 128 ? OUTS / 128 : 1, HEIGHTS = OUTS / 64 / TEAMS;  // fours of warps; 64 outs of each
 constexpr int CONSUMERS = 128 * TEAMS, HELPERS = 96, THREADS = CONSUMERS + 32 + HELPERS, CLUSTER = SPLITS;
-constexpr int W_BYTES = OUTS * BK, X_BYTES = BN * BK, TILES = STAGES * W_BYTES + LEAD * X_BYTES, PITCH = OUTS + 4, SHARE = OUTS / SPLITS;
-constexpr int LAID = BN * PITCH * 4;  // bytes of a block's sums, which take the place of the stages
+constexpr int W_BYTES = OUTS * BK, X_BYTES = BN * BK, TILES = STAGES * W_BYTES + LEAD * X_BYTES, SHARE = OUTS / SPLITS;
+constexpr int LAID = BN * OUTS * 4;  // bytes of the sums that a block adds up, which take the place of the stages
 constexpr int ROOM = ((TILES > LAID ? TILES : LAID) + 1023) / 1024 * 1024;
+static_assert(SHARE % 16 == 0, "a warp's sums go to one block");
 static_assert(2 <= LEAD && LEAD <= STAGES, "a step is done when the next is under way, and frees one of W and one of x");
 constexpr int READERS = CONSUMERS + (OUTLIERS ? 32 : 0);  // of the stages
 enum { AMONG = 1, TOGETHER };  // barriers
@@ -54,9 +56,11 @@ struct Aside {  // what the block's own outs need beside the sums
 struct Block {
     u8 *stages, *rows;
     u64 *full, *ready, *empty;  // of W; of x; of both
+    u64 *sent;         // what the blocks of the cluster send
     Aside *aside;
     int out, own;      // first outs of the tile, and of those that this block finishes
     int begin, steps;  // of the columns
+    int rank;
 };
 
 DEVICE void ask_weight(const Params &p, const Block &b, int step) {
@@ -85,6 +89,15 @@ DEVICE void produce(const Params &p, const Block &b) {
     }
 }
 
+// Blocks of a cluster send to each other when all have begun (every thread asks once), and to where the stages were when
+// these are nothing to anybody any more (every thread of all blocks comes here).
+DEVICE void await_begun() {
+    if (SPLITS > 1) cluster_wait();
+}
+DEVICE void leave_stages() {
+    if (SPLITS > 1) cluster_arrive(), cluster_wait();
+}
+
 #if OUTLIERS
 DEVICE float weight_of(u32 code, float scale) {  // rounded as if it had been dequantized
     float w = multiplied((float)code - 128, scale);
@@ -100,6 +113,7 @@ DEVICE void take_outliers(const Params &p, const Block &b, int lane) {
     int count = fresh(p.listed), column = fresh(p.listed + 1 + lane % OUTLIERS_AT_ONCE);
     if (lane >= min(count, OUTLIERS_AT_ONCE)) column = -1;
     if (lane == 0) b.aside->count = count;
+    if (lane == 0 && SPLITS > 1) expect(b.sent, LAID + min(count, OUTLIERS_AT_ONCE) * SHARE * 4);
 #pragma unroll 1
     for (int step = 0; step < b.steps; step++) {
         int slot = step % STAGES;
@@ -111,13 +125,15 @@ DEVICE void take_outliers(const Params &p, const Block &b, int lane) {
             for (int q = 0; q < OUTS / 32; q++) {
                 int n = q * 32 + lane;
                 float w = weight_of(stage[n * BK + (((at >> 4) ^ (n & 7)) << 4 | (at & 15))], scale[q]);
-                store_word((u32 *)&b.aside->weight[i][n % SHARE], float_bits(w), n / SHARE);
+                u32 *to = (u32 *)&b.aside->weight[i][n % SHARE];
+                if (SPLITS > 1) send(to, float_bits(w), n / SHARE, b.sent);
+                else *to = float_bits(w);
             }
         }
         __syncwarp();
         if (lane == 0) arrive(b.empty + slot);
     }
-    announce<AMONG, READERS>();
+    if (SPLITS == 1) announce<AMONG, READERS>();
 }
 
 // What they need of x.
@@ -140,6 +156,7 @@ DEVICE void fetch_more(const Params &p, const Block &b, int from, int here, int 
 DEVICE void assist(const Params &p, const Block &b, int tid) {
     constexpr int REST = OUTLIERS ? HELPERS - 32 : HELPERS;
     Aside &a = *b.aside;
+    await_begun();
 #if OUTLIERS
     if (tid >= REST) return take_outliers(p, b, tid - REST);
 #endif
@@ -152,6 +169,27 @@ DEVICE void assist(const Params &p, const Block &b, int tid) {
 #if OUTLIERS
     fetch_rows(p, b, tid, REST);
 #endif
+}
+
+// Where the sums of 16 outs (of this block's), eight rows and a lane lie, of those that a block of the cluster sent.
+DEVICE int4 *place_of(const Block &b, int rank, int sixteen, int eight, int lane) {
+    return (int4 *)b.stages + ((rank * (SHARE / 16) + sixteen) * (BN / 8) + eight) * 32 + lane;
+}
+
+DEVICE void lay_down(const Block &b, int (&sums)[HEIGHTS][BN / 8][4], int tid) {
+    int lane = tid & 31, first = (tid >> 7) * HEIGHTS * 4 + (tid >> 5 & 3);
+#pragma unroll
+    for (int h = 0; h < HEIGHTS; h++) {
+        settle(sums[h]);
+        int sixteen = first + h * 4, to = sixteen / (SHARE / 16);
+#pragma unroll
+        for (int j = 0; j < BN / 8; j++) {
+            int4 v = {sums[h][j][0], sums[h][j][1], sums[h][j][2], sums[h][j][3]};
+            int4 *place = place_of(b, b.rank, sixteen % (SHARE / 16), j, lane);
+            if (SPLITS > 1) send(place, v, to, b.sent);
+            else *place = v;
+        }
+    }
 }
 
 DEVICE void consume(const Params &p, const Block &b, int tid) {
@@ -175,23 +213,16 @@ DEVICE void consume(const Params &p, const Block &b, int tid) {
         if (step && lane == 0) arrive(b.empty + (step + STAGES - 1) % STAGES);
     }
     await_products<0>();
-    meet<AMONG, READERS>();  // nobody reads the stages any more
-    int *block = (int *)b.stages, m = 2 * (lane & 3), n = first + (tid >> 5 & 3) * 16 + (lane >> 2);
-#pragma unroll
-    for (int h = 0; h < HEIGHTS; h++) {
-        settle(sums[h]);
-#pragma unroll
-        for (int j = 0; j < BN / 8; j++)
-#pragma unroll
-            for (int e = 0; e < 4; e++) block[(j * 8 + m + (e & 1)) * PITCH + n + h * 64 + (e >> 1) * 8] = sums[h][j][e];
-    }
+    await_begun();
+    leave_stages();
+    if (SPLITS == 1) meet<AMONG, READERS>();
+    lay_down(b, sums, tid);
 }
 
 // Eight outs of a row per thread and turn.
 DEVICE void finish(const Params &p, const Block &b, int tid) {
     constexpr int EIGHTS = SHARE / 8, TURNS = (BN * EIGHTS + THREADS - 1) / THREADS;
     Aside &a = *b.aside;
-    const int *block = (const int *)b.stages;
     float y[TURNS][8];
 #pragma unroll
     for (int turn = 0; turn < TURNS; turn++) {
@@ -201,10 +232,8 @@ DEVICE void finish(const Params &p, const Block &b, int tid) {
 #pragma unroll
         for (int r = 0; r < SPLITS; r++)
 #pragma unroll
-            for (int h = 0; h < 2; h++) {
-                int4 v = load_from(block + m * PITCH + b.own - b.out + n + 4 * h, r);
-                total[4 * h] += v.x, total[4 * h + 1] += v.y, total[4 * h + 2] += v.z, total[4 * h + 3] += v.w;
-            }
+            for (int e = 0; e < 8; e++)
+                total[e] += ((const int *)place_of(b, r, n / 16, m / 8, e * 4 + m % 8 / 2))[n / 8 % 2 * 2 + m % 2];
 #pragma unroll
         for (int e = 0; e < 8; e++) y[turn][e] = multiplied(multiplied((float)(total[e] - a.offset[m]), a.scale[m]), a.row_scale[n + e]);
     }
@@ -240,34 +269,33 @@ DEVICE void finish(const Params &p, const Block &b, int tid) {
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) int8_thin(KERNEL_ARGUMENT Params p) {
     extern __shared__ uint4 shared[];
     int tid = threadIdx.x, steps = (p.columns + BK - 1) / BK, share = (steps + SPLITS - 1) / SPLITS;
-    int rank = SPLITS > 1 ? (int)cluster_rank() : 0;
     Block b;
+    b.rank = SPLITS > 1 ? (int)cluster_rank() : 0;
     b.stages = (u8 *)shared + (-shared_address(shared) & 1023);
     b.rows = b.stages + STAGES * W_BYTES, b.full = (u64 *)(b.stages + ROOM), b.empty = b.full + STAGES;
-    b.ready = b.empty + STAGES, b.aside = (Aside *)(b.ready + LEAD + (LEAD & 1));
-    b.out = blockIdx.x / SPLITS * OUTS, b.own = b.out + rank * SHARE;
-    b.begin = min(rank * share, steps), b.steps = min(share, steps - b.begin);
+    b.ready = b.empty + STAGES, b.sent = b.ready + LEAD, b.aside = (Aside *)(b.sent + 2 - (LEAD & 1));
+    b.out = blockIdx.x / SPLITS * OUTS, b.own = b.out + b.rank * SHARE;
+    b.begin = min(b.rank * share, steps), b.steps = min(share, steps - b.begin);
     if (tid == CONSUMERS) {
         for (int i = 0; i < STAGES; i++) make_barrier(b.full + i, 1), make_barrier(b.empty + i, READERS / 32);
         for (int i = 0; i < LEAD; i++) make_barrier(b.ready + i, 1);
+        make_barrier(b.sent, 1);
         publish_barriers();
+        if (SPLITS > 1 && !OUTLIERS) expect(b.sent, LAID);
     }
-#if OUTLIERS && SPLITS > 1  // others write to this block's shared memory
-    cluster_barrier();
-#else
+    if (SPLITS > 1) cluster_arrive();
     __syncthreads();
-#endif
     if (tid < CONSUMERS) consume(p, b, tid);
-    else if (tid >= CONSUMERS + 32) assist(p, b, tid - CONSUMERS - 32);
-    else if (tid == CONSUMERS) produce(p, b);
-    __syncwarp();
-#if SPLITS > 1
-    cluster_barrier();
-#else
+    else {
+        if (tid >= CONSUMERS + 32) assist(p, b, tid - CONSUMERS - 32);
+        else {
+            if (tid == CONSUMERS) produce(p, b);
+            __syncwarp();
+            await_begun();
+        }
+        leave_stages();
+    }
     __syncthreads();
-#endif
+    if (SPLITS > 1) await_sent(b.sent, 0);
     finish(p, b, tid);
-#if SPLITS > 1  // the others read this block's shared memory
-    cluster_barrier();
-#endif
 }

@@ -43,9 +43,9 @@ class Thin:
     def shared_bytes(self, rows: int, outliers: bool = True) -> int:
         """Dynamic shared memory of a block: stages, later sums; barriers; what lies aside."""
         room, share = room_for(rows), self.outs // self.split
-        laid = max(STEP * (self.stages * self.outs + self.lead * room), 4 * room * (self.outs + 4))
+        laid = max(STEP * (self.stages * self.outs + self.lead * room), 4 * room * self.outs)
         aside = 4 * (2 * share + 2 * room) + (4 + 4 * AT_ONCE * (room + share) if outliers else 0)
-        return 1024 + -(-laid // 1024) * 1024 + 16 * self.stages + 8 * self.lead + 8 + aside
+        return 1024 + -(-laid // 1024) * 1024 + 16 * self.stages + 8 * self.lead + 16 + aside
 
     def fits(self, rows: int) -> bool:
         """Whether its blocks' shared memory is there."""

@@ -13,6 +13,14 @@ DEVICE void let_next_begin() { asm volatile("griddepcontrol.launch_dependents;" 
                  : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p) : "memory");
     return v;
 }
+// The same for what is read for the last time: other lines stay in the second cache for longer.
+[[maybe_unused]] DEVICE uint4 last16(const void *p) {
+    uint4 v;
+    asm volatile("{.reg .b64 policy;\ncreatepolicy.fractional.L2::evict_first.b64 policy, 1.0;\n"
+                 "ld.global.cg.L2::cache_hint.v4.u32 {%0,%1,%2,%3}, [%4], policy;}"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p) : "memory");
+    return v;
+}
 template <class T> DEVICE T fresh(const T *p) { return __ldcg(p); }
 [[maybe_unused]] DEVICE u32 warp_max(u32 v) { return __reduce_max_sync(0xFFFFFFFFu, v); }
 [[maybe_unused]] DEVICE int warp_sum(int v) { return __reduce_add_sync(0xFFFFFFFFu, v); }
