@@ -76,3 +76,27 @@ def test_options_of_another_type_or_out_of_range_are_one_sentence(option: str, s
     with pytest.raises(RecipeError) as caught:
         Recipe.load(tmp_path / "recipe.toml")
     assert str(caught.value).startswith(said)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("method = 3", "method = 3; it must be a text or a table"),
+        ("transform = [1]", r"transform = \[1\]; it must be a text or a table"),
+        ("rules = 5", "rules = 5; it must be a list of tables"),
+        ("activation_rules = 'int8'", "activation_rules = 'int8'; it must be a list of tables"),
+        ("[[rules]]\nmatch = 3\nformat = 'int8'", "a rule: match = 3; it must be a text"),
+        ("[[rules]]\nmatch = '*'\nmethod = 3", "a rule: method = 3; it must be a text or a table"),
+        ("[[activation_rules]]\nmatch = '*'\nactivations = 3", "a rule: activations = 3; it must be"),
+        ("version = '1'", "version = '1'; it must be a number"),
+    ],
+)
+def test_values_of_another_type_are_one_sentence(content: str, said: str, tmp_path: Path):
+    (tmp_path / "recipe.toml").write_text(content)
+    with pytest.raises(RecipeError, match=f"recipe.toml: {said}"):
+        Recipe.load(tmp_path / "recipe.toml")
+
+
+def test_a_folder_is_no_recipe(tmp_path: Path):
+    with pytest.raises(RecipeError, match="is a directory; it must be a recipe in TOML"):
+        Recipe.load(tmp_path)

@@ -179,9 +179,9 @@ def test_tasks_are_refused_before_weights_are_read(tmp_path, monkeypatch):
         evaluate(str(tmp_path / "nowhere"), EvaluationOptions(**changes))
 
     monkeypatch.setattr("whit.evaluation.measure.available", lambda: False)
-    with pytest.raises(EvaluationError, match=r"piqa: needs its local file \(--task-data DIR\).*whit\[tasks\]"):
+    with pytest.raises(EvaluationError, match=r"piqa \(without its local file, --task-data DIR\).*whit\[tasks\]"):
         ask(tasks=("piqa",))
-    with pytest.raises(EvaluationError, match=r"mmlu: is none of piqa.*whit\[tasks\]"):
+    with pytest.raises(EvaluationError, match=r"mmlu \(none of piqa.*whit\[tasks\]"):
         ask(tasks=("mmlu",), task_data=tmp_path)
     with pytest.raises(EvaluationError, match=r"holds no piqa.jsonl"):
         ask(tasks=("piqa",), task_data=tmp_path)

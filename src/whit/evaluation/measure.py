@@ -133,8 +133,8 @@ def _plan_tasks(options: EvaluationOptions) -> tuple[list[tuple[Task, list[Item]
             local.append((task, task.read(options.task_data, options.limit)))
         elif not available():
             known = ", ".join(task.name for task in TASKS)
-            reason = "needs its local file (--task-data DIR)" if task else f"is none of {known}"
-            raise EvaluationError(missing("tasks", f"task {name}: {reason}, or another library runs it"))
+            reason = "without its local file, --task-data DIR" if task else f"none of {known}"
+            raise EvaluationError(missing("tasks", f"task {name} ({reason})"))
         else:
             foreign.append(name)
     return local, foreign

@@ -21,13 +21,24 @@ else:
     import tomli as tomllib
 
 VERSION = 1
-KEYS = frozenset(("version", "method", "transform", "mix", "activations", "activation_rules", "rules"))
+NAMED: tuple[type, ...] = (str, Mapping)  # a name, or a table of it and options
+TYPES: dict[str, tuple[type, ...]] = {
+    "version": (int,), "method": NAMED, "transform": NAMED, "mix": (str,), "activations": NAMED,
+    "activation_rules": (list, tuple), "rules": (list, tuple),
+}  # fmt: skip
+KEYS = frozenset(TYPES)
+RULE_TYPES: dict[str, tuple[type, ...]] = {"match": (str,), "format": (str,), "method": NAMED, "activations": NAMED}
+KINDS = {int: "a number", str: "a text", Mapping: "a table", list: "a list of tables"}
 
 
 def arguments(values: Mapping[str, Any], where: str) -> dict[str, Any]:
     """What `Recipe` is made with, from what a file holds; RecipeError or FormatError name what it does not know."""
     if unknown := sorted(set(values) - KEYS):
         raise RecipeError(f"{where}: key {unknown[0]!r} does not exist; a recipe has {', '.join(sorted(KEYS))}")
+    _check_types(values, TYPES, where)
+    for rule in (*values.get("rules", ()), *values.get("activation_rules", ())):
+        if isinstance(rule, Mapping):
+            _check_types(rule, RULE_TYPES, f"{where}: a rule")
     if values.get("version", VERSION) != VERSION:
         raise RecipeError(f"{where}: version {values['version']}; this whit reads {VERSION}; update whit")
     rules, methods = _rules_and_methods(values.get("rules", ()), where)
@@ -43,6 +54,14 @@ def arguments(values: Mapping[str, Any], where: str) -> dict[str, Any]:
         "activations": values.get("activations"),
         "methods": methods,
     }
+
+
+def _check_types(values: Mapping[str, Any], kinds: Mapping[str, tuple[type, ...]], where: str) -> None:
+    """RecipeError where what stands behind a key is of another type."""
+    for key, value in values.items():
+        if key in kinds and value is not None and not isinstance(value, kinds[key]):
+            known = " or ".join(KINDS[kind] for kind in kinds[key] if kind in KINDS)
+            raise RecipeError(f"{where}: {key} = {value!r}; it must be {known}; correct it")
 
 
 def _rules_and_methods(
@@ -100,6 +119,8 @@ def read_toml(path: str | Path) -> dict[str, Any]:
         return tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise RecipeError(f"{path}: no such file; give a recipe in TOML") from None
+    except OSError as error:
+        raise RecipeError(f"{path}: {str(error.strerror).lower()}; it must be a recipe in TOML; check it") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: not TOML ({error}); correct the file") from None
 
