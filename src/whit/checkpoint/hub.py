@@ -10,7 +10,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, HTTPError
 
 from whit.data import resolve_model as shipped_model
-from whit.errors import CheckpointError
+from whit.errors import CheckpointError, reason_of
 
 SMALL = ["*.json", "*.txt", "*.model", "*.jinja"]
 COPIES = ["original/*", "consolidated*"]  # the same weights once more, as their makers' own programs read them
@@ -44,7 +44,7 @@ def resolve_model(model: str | Path, trust_remote_code: bool = False, weights: b
         wanted = [*SMALL, *["*.safetensors"] * weights, *["*.py"] * trust_remote_code]
         return Path(snapshot_download(str(model), allow_patterns=wanted, ignore_patterns=COPIES))
     except (HFValidationError, HTTPError, OSError) as error:
-        reason = str(error).strip().splitlines()[0].rstrip(".")
         raise CheckpointError(
-            f"{model}: neither a folder here nor a model that the hub gives ({reason}); check the name and the network"
+            f"{model}: neither a folder here nor a model that the hub gives ({reason_of(error)}); "
+            "check the name and the network"
         ) from None

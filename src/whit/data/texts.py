@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from whit.errors import WhitError
+from whit.errors import WhitError, reason_of
 
 
 def read_text(path: Path, tokenizer: Any, error: type[WhitError], option: str) -> str:
@@ -62,8 +62,7 @@ def _conversation(turns: list[dict[str, str]], where: str, tokenizer: Any) -> st
             return str(tokenizer.apply_chat_template(turns, tokenize=False))
         return "\n".join(turn["content"] for turn in turns)
     except Exception as error:  # templates raise whatever they like
-        reason = str(error).strip().splitlines()[:1]
         raise ValueError(
-            f"{where}: not a conversation ({type(error).__name__}: {''.join(reason)}); "
+            f"{where}: not a conversation ({type(error).__name__}: {reason_of(error)}); "
             "its turns must have `role` and `content`; correct it"
         ) from None

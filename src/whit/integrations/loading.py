@@ -17,7 +17,7 @@ from whit.checkpoint.gguf import read_gguf
 from whit.checkpoint.hub import resolve_model
 from whit.checkpoint.reader import Checkpoint
 from whit.devices import find_device
-from whit.errors import CheckpointError, EvaluationError, UnsupportedModelError
+from whit.errors import CheckpointError, EvaluationError, UnsupportedModelError, reason_of
 from whit.integrations.foreign import is_foreign, load_foreign
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -162,10 +162,5 @@ def _translated(name: str, action: Callable[[], T]) -> T:
         elif "ignore_mismatched_sizes" in said:  # its table of shapes goes to a log
             message = "a tensor has another shape than config.json says; both must agree; fetch them again together"
         else:
-            message = f"transformers cannot load it ({_first_line(said)}); check the folder or fetch it again"
+            message = f"transformers cannot load it ({reason_of(error)}); check the folder or fetch it again"
         raise CheckpointError(f"{name}: {message}") from error
-
-
-def _first_line(text: str) -> str:
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[0].rstrip(".:")[:200] if lines else "no reason given"

@@ -11,7 +11,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from whit.checkpoint.reader import read_json
-from whit.errors import UnsupportedModelError
+from whit.errors import UnsupportedModelError, reason_of
 
 
 def load_skeleton(folder: Path, trust_remote_code: bool = False) -> PreTrainedModel:
@@ -32,7 +32,7 @@ def build_skeleton(raw: dict[str, Any], where: str) -> PreTrainedModel:
     except (KeyError, ValueError) as error:
         raise UnsupportedModelError(
             f"{where}: transformers {transformers.__version__} does not know model type {raw.get('model_type')!r} "
-            f"({str(error).strip().splitlines()[0]}); it must; update transformers"
+            f"({reason_of(error)}); it must; update transformers"
         ) from None
     with torch.device("meta"):
         model: PreTrainedModel = _model_class(where, raw, False)(config)
@@ -48,10 +48,9 @@ def _load_config(folder: Path, raw: dict[str, Any], trust_remote_code: bool) -> 
                 f"{folder}: model type {raw.get('model_type')!r} comes with its own code; whit runs none unless told; "
                 "read it and pass --trust-remote-code"
             ) from None
-        reason = str(error).strip().splitlines()[0]
         raise UnsupportedModelError(
             f"{folder}: transformers {transformers.__version__} cannot use its config.json, model type "
-            f"{raw.get('model_type')!r} ({reason}); it must know the model; update transformers"
+            f"{raw.get('model_type')!r} ({reason_of(error)}); it must know the model; update transformers"
         ) from None
 
 

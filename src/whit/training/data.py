@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from whit.errors import TrainingError
+from whit.errors import TrainingError, reason_of
 
 TooLong = Literal["cut", "drop", "refuse"]
 NAMED = 10  # bad lines that an error lists
@@ -201,9 +201,9 @@ def _rendered(turns: Sequence[Any], tokenizer: Any, **options: bool) -> str:
     try:
         return str(tokenizer.apply_chat_template(list(turns), tokenize=False, **options))
     except Exception as error:  # templates raise whatever they like
-        said = "".join(str(error).strip().splitlines()[:1]).rstrip(".")
         raise TrainingError(
-            f"the chat template refuses it ({type(error).__name__}: {said}); its turns must fit it; correct them"
+            f"the chat template refuses it ({type(error).__name__}: {reason_of(error)}); "
+            "its turns must fit it; correct them"
         ) from None
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from whit.checkpoint.header import Entry
 from whit.checkpoint.reader import Checkpoint, Tensors
-from whit.errors import CheckpointError
+from whit.errors import CheckpointError, reason_of
 from whit.formats.numeric import dtype_name
 from whit.tensor import Format, QuantizedTensor, TensorSpec
 
@@ -53,9 +53,8 @@ def sentences(where: str) -> Iterator[None]:
     try:
         yield
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        reason = str(error).strip().splitlines()
         raise CheckpointError(
-            f"{where}: its tensors and config.json do not fit together ({reason[0] if reason else error!r}); "
+            f"{where}: its tensors and config.json do not fit together ({reason_of(error)}); "
             "they must; get the file again"
         ) from error
 

@@ -24,7 +24,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from whit.checkpoint.gguf import GgufHeader, GgufTensor, read_gguf
 from whit.checkpoint.header import Entry
 from whit.checkpoint.reader import TensorFiles
-from whit.errors import CheckpointError, UnsupportedModelError
+from whit.errors import CheckpointError, UnsupportedModelError, reason_of
 from whit.export.gguf.architectures import ARCHITECTURES, Architecture
 from whit.export.gguf.configs import config_of
 from whit.export.gguf.metadata import head_width
@@ -97,9 +97,8 @@ def _small_files(path: Path, header: GgufHeader, architecture: Architecture, fol
     try:
         AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True).save_pretrained(folder)
     except Exception as error:  # whatever a header that is not what it says leads transformers to
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CheckpointError(
-            f"{path}: transformers cannot make a tokenizer of it ({reason}); it must; use the original model"
+            f"{path}: transformers cannot make a tokenizer of it ({reason_of(error)}); it must; use the original model"
         ) from None
     return config
 
