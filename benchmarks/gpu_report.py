@@ -163,8 +163,8 @@ def page(visits: Sequence[Mapping[str, Any]], entries: Sequence[Mapping[str, Any
 SINCE = """\
 **A page of an earlier version.** It measured three ways: `stream.cu`, `tiled.cu`, and `dequantize.cu` with torch's
 product. They are still there, for other devices and formats, and for what the tables leave to them; on Hopper `few.cu`,
-`near.cu` and `many.cu` have since taken most products of up to 16 rows and of codes of 4 bits: see
-[decode_gpu.md](decode_gpu.md), [gpu_near.md](gpu_near.md) and [gpu_many.md](gpu_many.md)."""
+`slab.cu` and `many.cu` have since taken most products of up to 16 rows and of codes of 4 bits: see
+[decode_gpu.md](decode_gpu.md), [gpu_slab.md](gpu_slab.md) and [gpu_many.md](gpu_many.md)."""
 
 NOTES = """## What is not right yet
 

@@ -15,7 +15,7 @@ from whit.tensor import PackedWeight
 
 import emulated
 
-HEADERS = ("emulate", "emulate_cluster", "emulate_many", "emulate_near", "emulate_slab")
+HEADERS = ("emulate", "emulate_cluster", "emulate_many", "emulate_slab")
 DRIVER = 'extern "C" void run(const Params *p, int x) { run_clusters(x, THREADS, SPLITS, [&] { slab(*p); }); }'
 
 

@@ -7,7 +7,7 @@ from itertools import pairwise
 import pytest
 
 import whit
-from whit.kernels.gpu import few, kernel, many, near, stream, tables, tiled, tuned
+from whit.kernels.gpu import few, kernel, many, slab, stream, tables, tiled, tuned
 from whit.kernels.gpu.stream import Scheme
 
 H100 = (9, 132)
@@ -104,25 +104,32 @@ def test_measured_cuts_for_few_rows_fit_the_multiprocessor(kind: str, rows: int,
     assert tuned.best_few(scheme, shape, rows, H100) in (config, None)
 
 
-def test_measured_cuts_with_x_in_registers_fit_the_multiprocessor():
-    for (kind, rows, shape), cut in tables.HOPPER_NEAR.items():
-        scheme = scheme_of({"int4-128": "int4-g128", "table-64": "nf4"}[kind], shape[1])
-        config = tuned.best_near(scheme, shape, rows, H100)
-        assert config == (near.Config(*cut) if cut else None)
+def test_measured_cuts_of_blocks_beside_each_other_fit_the_multiprocessor():
+    specs = {"int4-128": "int4-g128", "int4-64": "int4-g64", "table-64": "nf4", "table-64-dq": "nf4-dq"}
+    for (kind, rows, shape), cut in tables.HOPPER_SLAB.items():
+        scheme = scheme_of(specs[kind], shape[1])
+        config = tuned.best_slab(scheme, shape, rows, H100)
+        assert config == (slab.Config(*cut) if cut else None)
         if config is not None:
-            assert config.shared_bytes(scheme, rows) <= SHARED
-            assert config.warps * near.SPAN == shape[1]
+            assert config.fits(scheme, rows)
+            assert config.shared_bytes(scheme, rows) <= slab.LARGEST_SHARED
+            assert config.splits * config.across * slab.SPAN <= shape[1]
 
 
-def test_x_stays_in_registers_only_where_that_was_measured():
-    scheme, shape, cut = scheme_of("int4-g128", 4096), (4096, 4096), ("near", near.Config(16, 3))
-    assert kernel.plan(scheme, shape, 6, H100, False, True) == cut
-    assert kernel.plan(scheme, (5000, 4096), 16, H100, False, True) == cut
-    assert tuned.best_near(scheme, shape, 4, H100) is None
-    assert tuned.best_near(scheme, shape, 17, H100) is None
-    assert tuned.best_near(scheme, shape, 8, (8, 108)) is None
-    assert tuned.best_near(scheme_of("int4-g128", 2048), (4096, 2048), 8, H100) is None
-    for other in ("int4-g128-asym", "int4-g128-f16", "nf4-dq", "int4-g64", "int8"):
-        assert tuned.best_near(scheme_of(other, 4096), shape, 8, H100) is None
-    assert kernel.plan(scheme, shape, 6, H100, False)[0] != "near"
-    assert kernel.plan(scheme, shape, 6, H100, True, True)[0] != "near"
+def test_blocks_lie_beside_each_other_only_for_what_the_kernel_takes(monkeypatch: pytest.MonkeyPatch):
+    cut, shape = (64, 4, 1, 1, 2, 2), (4096, 4096)
+    monkeypatch.setattr(tuned, "SLAB", {9: {("int4-128", 8, shape): None, ("int4-128", 16, shape): cut}})
+    kernel.plan.cache_clear()
+    scheme = scheme_of("int4-g128", 4096)
+    assert kernel.plan(scheme, shape, 16, H100, False, True) == ("slab", slab.Config(*cut))
+    assert kernel.plan(scheme, shape, 16, H100, False)[0] != "slab"  # several weights at once
+    assert kernel.plan(scheme, shape, 16, H100, True, True)[0] != "slab"
+    assert tuned.best_slab(scheme, shape, 8, H100) is None
+    assert tuned.best_slab(scheme, shape, 17, H100) is None
+    assert tuned.best_slab(scheme, (1024, 4096), 9, H100) == slab.Config(64, 4, 1, 1, 4, 2)  # no more than has columns
+    assert tuned.best_slab(scheme, (28672, 4096), 9, H100) == slab.Config(64, 4, 1, 1, 1, 2)
+    assert tuned.best_slab(scheme_of("int4-g128", 4224), (4096, 4224), 16, H100) is None
+    assert tuned.best_slab(scheme, shape, 16, (8, 108)) is None
+    for other in ("int4-g128-asym", "nf4-dq", "int8"):
+        assert tuned.best_slab(scheme_of(other, 4096), shape, 16, H100) is None
+    kernel.plan.cache_clear()

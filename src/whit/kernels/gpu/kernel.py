@@ -12,7 +12,7 @@ from torch import Tensor
 
 from whit.formats import parse_format
 from whit.kernels.base import QUANTIZED_INPUTS
-from whit.kernels.gpu import few, many, near, nvrtc, slab, stream, tiled, tuned
+from whit.kernels.gpu import few, many, nvrtc, slab, stream, tiled, tuned
 from whit.kernels.gpu.dequantize import dequantize
 from whit.kernels.gpu.scales import storage
 from whit.tensor import PackedWeight
@@ -95,8 +95,7 @@ def product(x: Tensor, packed: PackedWeight, bias: Tensor | None, invariant: boo
     rows = x.numel() // max(columns, 1)
     if rows and streams(packed) is None:
         scheme = scheme_of(packed)
-        plain = bias is None and x.dtype == torch.bfloat16 and near.aligned(packed)
-        way, cut = plan(scheme, (packed.shape[0], columns), rows, device_of(x), invariant, plain)
+        way, cut = plan(scheme, (packed.shape[0], columns), rows, device_of(x), invariant, slab.aligned(packed))
         if cut is not None:
             return _WAYS[way](aligned(x, rows), packed, bias, scheme, cut).reshape(*x.shape[:-1], -1)
     stored = storage(packed.format)
@@ -104,19 +103,19 @@ def product(x: Tensor, packed: PackedWeight, bias: Tensor | None, invariant: boo
     return torch.nn.functional.linear(x, dequantize(packed, x.dtype, stored), bias)
 
 
-Cut: TypeAlias = few.Config | many.Config | near.Config | stream.Config | tiled.Config | None
+Cut: TypeAlias = few.Config | many.Config | slab.Config | stream.Config | tiled.Config | None
 
 
 @lru_cache(maxsize=4096)
 def plan(
-    scheme: stream.Scheme, shape: tuple[int, int], rows: int, where: tuned.Device, invariant: bool, plain: bool = False
+    scheme: stream.Scheme, shape: tuple[int, int], rows: int, where: tuned.Device, invariant: bool, alone: bool = False
 ) -> tuple[str, Cut]:
     """The way for x (rows, columns) and a weight of `shape` (outs, columns), and how it is cut; None: dequantize.
 
-    `plain`: bfloat16, no bias, one weight that lies aligned, which is how near.cu was checked and measured on a GPU.
+    `alone`: one weight whose tensors lie aligned, which is what slab.cu takes.
     """
-    if plain and not invariant and (nearby := tuned.best_near(scheme, shape, rows, where)):
-        return "near", nearby
+    if alone and not invariant and (slabs := tuned.best_slab(scheme, shape, rows, where)):
+        return "slab", slabs
     best_many = tuned.best_invariant if invariant else tuned.best_many
     if most := best_many(scheme, shape, rows, where):
         return "many", most
@@ -202,15 +201,6 @@ def multiply_many(
     return [one.y for one in found]
 
 
-def multiply_near(
-    x: Tensor, packed: PackedWeight, bias: Tensor | None, scheme: stream.Scheme, config: near.Config
-) -> Tensor:
-    """The same on Hopper for up to 16 rows and codes of 4 bits, where `near.why_not` gives no reason."""
-    y = torch.empty(x.shape[0], packed.shape[0], dtype=x.dtype, device=x.device)
-    near.launch(x, packed, bias, y, scheme, config, device_of(x)[1])
-    return y
-
-
 def multiply_slab(
     x: Tensor, packed: PackedWeight, bias: Tensor | None, scheme: stream.Scheme, config: slab.Config
 ) -> Tensor:
@@ -257,7 +247,7 @@ def _operands(
 
 
 _WAYS: dict[str, Callable[..., Tensor]] = {
-    "few": _one_few, "many": _one_many, "near": multiply_near, "stream": multiply, "tiled": multiply_tiled,
+    "few": _one_few, "many": _one_many, "slab": multiply_slab, "stream": multiply, "tiled": multiply_tiled,
 }  # fmt: skip
 _AT_ONCE: dict[str, Callable[..., list[Tensor]]] = {"few": multiply_few, "many": multiply_many}
 

@@ -34,11 +34,19 @@ DEVICE void cluster_began(int) { asm volatile("barrier.cluster.wait.acquire;" ::
 #endif
 
 constexpr int THREADS = 32 * ACROSS * ALONG, SPAN = 256, HEIGHT = OUTS / ALONG, MT = HEIGHT / 16, RT = ROWS / 8;
-constexpr int PAIR = MT % 2 ? 1 : 2;  // sixteens of outs whose products take turns, since each waits for its last
+constexpr int PAIR = 2;  // sixteens of outs whose products take turns, since each waits for its last
 constexpr int STEPS = SPAN / STEP, CODES = OUTS * 128, X = ROWS * SPAN * 2, X_BOX = ROWS * 128, SLOTS = ACROSS * STAGES;
 constexpr int SCALE_BYTES = SCALE == 3 ? 1 : SCALE == 2 ? 4 : 2, SCALE_ROW = STEPS * SCALE_BYTES;
 constexpr int ABSMAX = SCALE == 3 ? 4 : 0, SCALE_BOX = OUTS * (SCALE_ROW + ABSMAX);
-constexpr float BIAS = (HALF ? 1024.0f : 128.0f) + OFFSET;  // of raw integers
+
+// Integers are operands as they lie: as the bits of a bfloat16 all that is below 256 is so many times its smallest number,
+// of a float16 all that is below 2,048. So nothing is put under an exponent, and in bfloat16 a code may stay where it is in
+// its byte: x of every second pair is a sixteenth, and all of x 2^64 times as large, so that no product is too small.
+constexpr bool INTEGERS = !CODEBOOK, PLACES_FOUR = INTEGERS && !HALF;
+constexpr float WHOLE = CODEBOOK ? 1.0f : HALF ? 16777216.0f : 590295810358705651712.0f;  // 2^24, 2^69: what undoes it
+constexpr u32 LARGER = 0x5F805F80u, LESS = 0x5D805D80u;  // 2^64, 2^60 in bfloat16
+DEVICE constexpr int lies_at(int pair) { return PLACES_FOUR ? pair % 2 * 4 : 0; }
+DEVICE constexpr u32 minus_of(int pair) { return both(0x8000u | OFFSET << lies_at(pair)); }
 constexpr int PITCH = OUTS + 4, PLACE = ROWS * PITCH;  // floats of a warp's column of sums
 constexpr int INBOX = SPLITS > 1 ? 1 : 0;
 constexpr int SHARE = (OUTS / 4 + SPLITS - 1) / SPLITS * 4;  // outs that a block of a cluster finishes
@@ -100,7 +108,7 @@ DEVICE float scale_at(const u8 *box, int row, int step, const Levels &levels) {
     else return bits_float((u32)*(const u16 *)at << 16);
 }
 
-// x of a step for a lane, in the order of the operands, and the sums by column that products of raw integers begin from.
+// x of a step for a lane, in the order of the operands, and the sums by column that products of codes begin from.
 struct Operand {
     uint4 x[UNITS][RT];
     float from[RT][2];
@@ -114,14 +122,24 @@ DEVICE void load_x(Operand &o, const u8 *x, int step, int lane) {
         for (int u = 0; u < UNITS; u++) {
             int unit = (column & 63) / 8 + u;
             uint4 v = *(const uint4 *)(x + (column >> 6) * X_BOX + (8 * n + row) * 128 + ((unit ^ row) << 4));
-            if (HAS_RAW) {
+            if (INTEGERS) {
                 v = make_uint4(permute(v.x, v.z, 0x5410), permute(v.x, v.z, 0x7632), permute(v.y, v.w, 0x5410), permute(v.y, v.w, 0x7632));
-                multiply(sums[0], ONES, ONES, ONES, ONES, v.x, v.y);
-                multiply(sums[1], ONES, ONES, ONES, ONES, v.z, v.w);
+                if (PLACES_FOUR) v = make_uint4(scale_by(v.x, LARGER), scale_by(v.y, LESS), scale_by(v.z, LARGER), scale_by(v.w, LESS));
+                multiply(sums[0], minus_of(0), minus_of(0), minus_of(1), minus_of(1), v.x, v.y);
+                multiply(sums[1], minus_of(2), minus_of(2), minus_of(3), minus_of(3), v.z, v.w);
             }
             o.x[u][n] = v;
         }
-        o.from[n][0] = HAS_RAW ? -BIAS * (sums[0][0] + sums[1][0]) : 0.0f, o.from[n][1] = HAS_RAW ? -BIAS * (sums[0][1] + sums[1][1]) : 0.0f;
+        o.from[n][0] = sums[0][0] + sums[1][0], o.from[n][1] = sums[0][1] + sums[1][1];
+    }
+}
+
+// The four operands of a unit.
+DEVICE void take(u32 (&pairs)[4], u32 word, const Table &table) {
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        if constexpr (CODEBOOK) pairs[i] = look_up(table, word, i);
+        else pairs[i] = word >> (4 * i - lies_at(i)) & both(15u << lies_at(i));
     }
 }
 
@@ -155,26 +173,26 @@ DEVICE void add_box(float (&sums)[MT][RT][4], const u8 *codes, const u8 *x, cons
             u32 words[PAIR][2][WORDS];
             int row = first + 16 * m + out;
 #pragma unroll
-            for (int i = 0; i < 2 * PAIR; i++) load_codes(words[i / 2][i % 2], codes + (row + 8 * i) * 128, s, out, lane);
+            for (int i = 0; i < 2 * min(PAIR, MT - m); i++) load_codes(words[i / 2][i % 2], codes + (row + 8 * i) * 128, s, out, lane);
 #pragma unroll
             for (int u = 0; u < UNITS; u++) {
                 u32 top[PAIR][4], bottom[PAIR][4];
 #pragma unroll
-                for (int i = 0; i < PAIR; i++) decode<HAS_RAW>(top[i], words[i][0], u, table), decode<HAS_RAW>(bottom[i], words[i][1], u, table);
+                for (int i = 0; i < min(PAIR, MT - m); i++) take(top[i], words[i][0][u], table), take(bottom[i], words[i][1][u], table);
 #pragma unroll
-                for (int i = 0; i < PAIR; i++)
+                for (int i = 0; i < min(PAIR, MT - m); i++)
 #pragma unroll
                     for (int n = 0; n < RT; n++) {
                         if (u == 0) multiply_from(part[i][n], o.from[n][0], o.from[n][1], top[i][0], bottom[i][0], top[i][1], bottom[i][1], o.x[u][n].x, o.x[u][n].y);
                         else multiply(part[i][n], top[i][0], bottom[i][0], top[i][1], bottom[i][1], o.x[u][n].x, o.x[u][n].y);
                     }
 #pragma unroll
-                for (int i = 0; i < PAIR; i++)
+                for (int i = 0; i < min(PAIR, MT - m); i++)
 #pragma unroll
                     for (int n = 0; n < RT; n++) multiply(part[i][n], top[i][2], bottom[i][2], top[i][3], bottom[i][3], o.x[u][n].z, o.x[u][n].w);
             }
 #pragma unroll
-            for (int i = 0; i < 2 * PAIR; i++) {
+            for (int i = 0; i < 2 * min(PAIR, MT - m); i++) {
                 float scale = scale_at(scales, row + 8 * i, s, levels);
 #pragma unroll
                 for (int n = 0; n < RT; n++)
@@ -302,7 +320,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) slab(KERNEL_ARGUME
         for (int n = 0; n < RT; n++)
 #pragma unroll
             for (int e = 0; e < 4; e++)
-                place[(8 * n + 2 * (lane & 3) + (e & 1)) * PITCH + first + 16 * m + out_of(lane) + 8 * (e >> 1)] = sums[m][n][e];
+                place[(8 * n + 2 * (lane & 3) + (e & 1)) * PITCH + first + 16 * m + out_of(lane) + 8 * (e >> 1)] = WHOLE * sums[m][n][e];
     __syncthreads();
     if (INBOX) cluster_began(began);
     finish(p, places, inbox, r.out, rank, tid);

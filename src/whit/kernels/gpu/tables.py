@@ -190,23 +190,43 @@ HOPPER_FEW: dict[Key, tuple[int, ...]] = {
 }
 FEW = {9: HOPPER_FEW}
 
-# Up to 16 rows with x in registers, bfloat16 without a bias, NVIDIA H200 (results/gpu_near.md). Rows are the most that
-# an entry stands for, down to the next one. None: another way is faster. Columns: warps and stages of near.Config.
-HOPPER_NEAR: dict[Key, tuple[int, int] | None] = {
-    ("int4-128", 4, (4096, 4096)): None,
-    ("int4-128", 8, (4096, 4096)): (16, 3),  # 1.86x bfloat16
-    ("int4-128", 16, (4096, 4096)): (16, 3),  # 1.47x bfloat16
-    ("int4-128", 4, (14336, 4096)): None,
-    ("int4-128", 8, (14336, 4096)): (16, 3),  # 2.29x bfloat16
-    ("int4-128", 16, (14336, 4096)): None,  # 1.83x bfloat16
-    ("table-64", 4, (4096, 4096)): None,
-    ("table-64", 8, (4096, 4096)): (16, 3),  # 1.82x bfloat16
-    ("table-64", 16, (4096, 4096)): (16, 3),  # 1.50x bfloat16
-    ("table-64", 4, (14336, 4096)): None,
-    ("table-64", 8, (14336, 4096)): (16, 3),  # 2.02x bfloat16
-    ("table-64", 16, (14336, 4096)): None,  # 1.53x bfloat16
+# Up to 16 rows of codes of 4 bits in blocks beside each other, H100 SXM (results/gpu_slab.md). Rows are the most that
+# an entry stands for, down to the next one. None: another way is faster. Columns: the fields of slab.Config.
+HOPPER_SLAB: dict[Key, tuple[int, int, int, int, int, int] | None] = {
+    ("int4-128", 1, (4096, 4096)): None,  # 2.81x bfloat16
+    ("int4-128", 1, (4096, 14336)): (128, 2, 2, 2, 7, 2),  # 3.39x bfloat16
+    ("int4-128", 1, (14336, 4096)): (128, 2, 2, 2, 2, 2),  # 3.44x bfloat16
+    ("int4-128", 1, (28672, 8192)): (256, 1, 4, 2, 2, 2),  # 3.64x bfloat16
+    ("int4-128", 4, (4096, 4096)): (128, 4, 2, 2, 2, 1),  # 3.09x bfloat16
+    ("int4-128", 4, (4096, 14336)): (128, 2, 2, 2, 7, 2),  # 3.44x bfloat16
+    ("int4-128", 4, (14336, 4096)): (64, 2, 1, 1, 4, 6),  # 3.46x bfloat16
+    ("int4-128", 4, (28672, 8192)): (256, 1, 4, 2, 2, 2),  # 3.61x bfloat16
+    ("int4-128", 8, (4096, 4096)): (128, 4, 2, 2, 2, 1),  # 3.24x bfloat16
+    ("int4-128", 8, (4096, 14336)): (128, 2, 2, 2, 7, 2),  # 3.44x bfloat16
+    ("int4-128", 8, (14336, 4096)): (64, 2, 1, 1, 4, 6),  # 3.53x bfloat16
+    ("int4-128", 8, (28672, 8192)): (256, 1, 4, 2, 2, 2),  # 3.62x bfloat16
+    ("int4-128", 16, (4096, 4096)): (64, 8, 1, 1, 2, 1),  # 2.44x bfloat16
+    ("int4-128", 16, (4096, 14336)): (64, 4, 2, 2, 2, 1),  # 2.87x bfloat16
+    ("int4-128", 16, (14336, 4096)): (128, 2, 2, 2, 2, 2),  # 3.00x bfloat16
+    ("int4-128", 16, (28672, 8192)): (256, 2, 4, 2, 1, 1),  # 3.42x bfloat16
+    ("table-64", 1, (4096, 4096)): None,  # 2.45x bfloat16
+    ("table-64", 1, (4096, 14336)): (64, 4, 2, 2, 2, 1),  # 2.91x bfloat16
+    ("table-64", 1, (14336, 4096)): (64, 2, 2, 2, 1, 2),  # 2.95x bfloat16
+    ("table-64", 1, (28672, 8192)): None,  # 3.15x bfloat16
+    ("table-64", 4, (4096, 4096)): (128, 4, 4, 2, 2, 1),  # 2.61x bfloat16
+    ("table-64", 4, (4096, 14336)): (64, 4, 2, 2, 2, 1),  # 2.91x bfloat16
+    ("table-64", 4, (14336, 4096)): (64, 2, 2, 2, 1, 2),  # 3.00x bfloat16
+    ("table-64", 4, (28672, 8192)): None,  # 3.14x bfloat16
+    ("table-64", 8, (4096, 4096)): (128, 4, 4, 2, 2, 1),  # 2.55x bfloat16
+    ("table-64", 8, (4096, 14336)): (32, 8, 1, 2, 1, 1),  # 3.01x bfloat16
+    ("table-64", 8, (14336, 4096)): (64, 2, 2, 2, 1, 2),  # 2.96x bfloat16
+    ("table-64", 8, (28672, 8192)): (256, 2, 4, 2, 1, 1),  # 3.12x bfloat16
+    ("table-64", 16, (4096, 4096)): (32, 8, 1, 1, 1, 1),  # 2.35x bfloat16
+    ("table-64", 16, (4096, 14336)): (64, 4, 2, 2, 2, 1),  # 2.79x bfloat16
+    ("table-64", 16, (14336, 4096)): (64, 2, 2, 2, 1, 2),  # 2.72x bfloat16
+    ("table-64", 16, (28672, 8192)): (256, 2, 4, 2, 1, 1),  # 3.05x bfloat16
 }
-NEAR = {9: HOPPER_NEAR}
+SLAB = {9: HOPPER_SLAB}
 
 # The fused product for more rows of codes of 4 bits, NVIDIA H200 (results/gpu_many.md). Rows are the most that an entry
 # stands for, down to the next one; the last stands for more, too. None: another way is faster. Columns: the fields of

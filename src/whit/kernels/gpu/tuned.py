@@ -10,10 +10,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from math import log2
 
-from whit.kernels.gpu import few, many, near, stream, tiled
-from whit.kernels.gpu.scales import FLOATS
+from whit.kernels.gpu import few, many, slab, stream, tiled
 from whit.kernels.gpu.stream import Config, Scheme, row_tiles
-from whit.kernels.gpu.tables import FEW, INVARIANT_MANY, MANY, NEAR, ROUTES, STREAM, TILED, Route, Shape
+from whit.kernels.gpu.tables import FEW, INVARIANT_MANY, MANY, ROUTES, SLAB, STREAM, TILED, Route, Shape
 
 BYTES_AHEAD = 32  # that a thread loads of each row before it computes
 MOST_COLUMNS = 640  # of 64 rows of x, twice, that fit in shared memory beside a table of levels
@@ -64,20 +63,23 @@ def best_few(scheme: Scheme, shape: Shape, rows: int, device: Device) -> few.Con
     return config
 
 
-def best_near(scheme: Scheme, shape: Shape, rows: int, device: Device) -> near.Config | None:
-    """The configuration that keeps x in registers; None where another is faster, or it was not measured.
+def best_slab(scheme: Scheme, shape: Shape, rows: int, device: Device) -> slab.Config | None:
+    """The configuration of Hopper's kernel for up to 16 rows; None where another is faster, or it was not measured.
 
-    It is taken for columns and scales as they were measured: a block's warps are then all at work.
+    A shape takes what the nearest one has that was measured for the same kind of weight, with about as many blocks.
     """
-    table, name, stored = NEAR.get(device[0], {}), kind(scheme), scheme.storage
-    same = {where for known, _, where in table if known == name and where[1] == shape[1]}
-    closest = nearest(same, shape)
-    if closest is None or rows > near.MOST_ROWS or stored.scale != FLOATS["f32" if stored.levels else "bf16"]:
+    table, name = SLAB.get(device[0], {}), kind(scheme)
+    near = nearest({where for known, _, where in table if known == name}, shape)
+    if near is None or rows > slab.MOST_ROWS or slab.why_not(scheme, shape[1]) is not None:
         return None
-    known = (most for other, most, where in table if (other, where) == (name, closest) and most >= rows)
-    cut = table[name, min(known), closest]
-    config = near.Config(*cut) if cut else None
-    return config if config and near.why_not(scheme, shape[1], config) is None else None
+    most = min(most for known, most, where in table if (known, where) == (name, near) and most >= rows)
+    cut = table[name, most, near]
+    if cut is None:
+        return None
+    config = slab.Config(*cut)
+    splits = min(rescaled(config.outs, config.splits, near, shape), 8, shape[1] // (slab.SPAN * config.across))
+    config = replace(config, splits=max(splits, 1))
+    return config if config.fits(scheme, rows) else None
 
 
 def best_many(scheme: Scheme, shape: Shape, rows: int, device: Device) -> many.Config | None:
