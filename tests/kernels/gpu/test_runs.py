@@ -108,8 +108,8 @@ def test_it_says_what_it_cannot_run(spec: str, columns: int, reason: str):
 
 TERNARY = [
     ("ternary-g64", 1, 384, ternary.Config(2, 2)),
-    ("ternary-g64", 1, 8320, ternary.Config(3, 2)),
-    ("ternary-g128", 3, 1024, ternary.Config(4, 3)),
+    ("ternary-g64", 1, 8320, ternary.Config(14, 2, 1, 2)),
+    ("ternary-g128", 3, 1024, ternary.Config(4, 3, 1, 2)),
     ("ternary", 2, 352, ternary.Config(1, 2)),
     ("ternary-tensor-absmean", 1, 608, ternary.Config(2, 4)),
 ]

@@ -20,7 +20,7 @@ MOST_ROWS = 4
 MOST_SHARED = 227 << 10
 STEP, PARTS = 320, 10  # columns that four threads hold together; sixteenths of bytes of x per thread and step
 MOST_KEPT = 80  # registers of x that a thread keeps
-TABLE, GAPS = 1 << 16, 256  # bytes of the table, and the gaps of 128 bytes in it
+TABLE = 1 << 16  # bytes
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ class Config:
     warps: int = 8
     stages: int = 3
     min_blocks: int = 1
+    side: int = 1
 
 
 class Params(ctypes.Structure):
@@ -67,33 +68,27 @@ def steps(columns: int) -> int:
     return -(-columns // STEP)
 
 
-def apart(rows: int, columns: int) -> int:
-    """Bytes between parts of x: in the gaps of the table where there are enough."""
-    return 256 if rounded(rows) * steps(columns) * PARTS <= GAPS else 128
-
-
-def slot_bytes(packed: PackedWeight) -> int:
-    """Of sixteen rows of W and their scales."""
+def slot_bytes(packed: PackedWeight, config: Config) -> int:
+    """Of a tile of W and its scales."""
     scale = packed.tensors["scale"]
     runs = 0 if scale.numel() == 1 else scale.shape[1]
-    return 16 * (packed.tensors["codes"].shape[1] + runs * scale.element_size())
+    return 16 * config.side * (packed.tensors["codes"].shape[1] + runs * scale.element_size())
 
 
 def shared_bytes(packed: PackedWeight, config: Config, rows: int) -> int:
-    """Dynamic shared memory of a block: table, x, its sums, the warps' sums of two tiles, slots."""
+    """Dynamic shared memory of a block: table, x (in its gaps and behind), its sums, those of two tiles, slots."""
     rows, count = rounded(rows), steps(packed.shape[1])
-    x = 0 if apart(rows, packed.shape[1]) == 256 else rows * count * PARTS * 128
-    fixed = TABLE + x + rows * count * 32 + 2 * config.warps * rows * 64
-    return fixed + config.stages * slot_bytes(packed) + 80  # the last row is read a step's length beyond its end
+    fixed = max(TABLE, rows * count * PARTS * 256) + rows * count * 32 + 128 * config.warps * rows * config.side
+    return fixed + config.stages * slot_bytes(packed, config) + 80  # the last row is read beyond its end
 
 
 def best(packed: PackedWeight, rows: int) -> Config | None:
-    """How the product is cut; None where x and two tiles have no room."""
+    """How the product is cut, by what was fastest on an H100; None where x and two tiles have no room."""
     if rows > MOST_ROWS:
         return None
     count = steps(packed.shape[1])
-    few = -(-count // 16)  # steps of a warp
-    cuts = (Config(-(-count // each), stages, 1) for each in (few, few + 1) for stages in (3, 2))
+    each = 1 if count <= 16 else -(-count // 16) + 1  # steps of a warp
+    cuts = (Config(-(-count // each), 2, 1, side) for side in ((2, 1) if rows == 1 else (1,)))
     return next((cut for cut in cuts if shared_bytes(packed, cut, rows) <= MOST_SHARED), None)
 
 
@@ -105,7 +100,7 @@ def macros(packed: PackedWeight, config: Config, rows: int) -> dict[str, int]:
     return {
         "HALF": 0, "RUN": format.group_size, "NUMBER": FLOATS[format.scale_type], "ROWS": rounded(rows),
         "WARPS": config.warps, "STAGES": config.stages, "ODD": int(codes.shape[1] % 4 != 0),
-        "APART": apart(rows, packed.shape[1]), "MIN_BLOCKS": config.min_blocks, "EACH": each,
+        "MIN_BLOCKS": config.min_blocks, "EACH": each, "SIDE": config.side,
         "STAYS": int(rounded(rows) * each * PARTS * 4 <= MOST_KEPT),
     }  # fmt: skip
 
@@ -130,7 +125,8 @@ def multiply(x: Tensor, packed: PackedWeight, bias: Tensor | None, config: Confi
     y = torch.empty(len(x), packed.shape[0], dtype=x.dtype, device=x.device)
     function = _build(tuple(macros(packed, config, len(x)).items()), x.device.index)
     blocks = config.min_blocks * torch.cuda.get_device_properties(x.device).multi_processor_count
-    grid, where = min(-(-packed.shape[0] // 16), blocks), torch.cuda.current_stream(x.device).cuda_stream
+    grid = min(-(-packed.shape[0] // (16 * config.side)), blocks)
+    where = torch.cuda.current_stream(x.device).cuda_stream
     shared = shared_bytes(packed, config, len(x))
     function.launch_early((grid, 1, 1), 32 * config.warps, shared, params(x, packed, bias, y), where)
     return y
