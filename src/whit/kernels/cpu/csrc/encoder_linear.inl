@@ -1,10 +1,18 @@
 // Products of an encoder's rows, quantized as they come, with weights in panels. Included by encoder.inl.
 
+// Whether a product is by AMX's tiles, whose codes are signed where they are symmetric. Sums of 8 bits that have a scale
+// for every 32 columns take as long to put into memory and to scale as vectors take for all.
+template <class V>
+static ALWAYS_INLINE bool by_tiles8(const whit_linear8& w) {
+  return V::TILES && (w.wide || w.groups == 1);
+}
+
 // Codes of 16 bits of one row of x, and its scales.
 template <class V>
 static void wide_codes(const whit_linear8& w, const float* x, int64_t m, const Room8& room) {
   typedef uint8_t Bytes16 __attribute__((vector_size(16)));
   uint8_t* codes = room.codes + 2 * m * w.stride;
+  const int32_t middle = by_tiles8<V>(w) ? 0 : 32768;
   memset(codes + w.in, 0, (size_t)(w.stride - w.in));
   memset(codes + w.stride + w.in, 0, (size_t)(w.stride - w.in));
   for (int64_t first = 0, g = 0; first < w.in; first += w.group_size, g++) {
@@ -16,7 +24,7 @@ static void wide_codes(const whit_linear8& w, const float* x, int64_t m, const R
     room.scale[m * w.groups + g] = largest.unit(32767.0f);
     for (int64_t c = first; c < until; c += 16) {
       const Floats16 shifted = load16(x + c) * factor + 12582912.0f;  // 1.5 2^23: units are integers
-      const Ints16 q = same_bits<Ints16>(shifted) - 0x4b400000 + (V::TILES ? 0 : 32768);
+      const Ints16 q = same_bits<Ints16>(shifted) - 0x4b400000 + middle;
       const Bytes16 high = __builtin_convertvector(q >> 8 & 255, Bytes16), low = __builtin_convertvector(q & 255, Bytes16);
       memcpy(codes + c, &high, 16);
       memcpy(codes + w.stride + c, &low, 16);
@@ -45,7 +53,7 @@ static void codes_of(const whit_linear8& w, float* x, int64_t m, const Room8& ro
     }
     const Largest largest(V::largest(most));
     const float factor = largest.factor(limit), unit = largest.unit(limit);
-    const uint8_t flip = V::TILES && symmetric ? 0 : 128;
+    const uint8_t flip = symmetric && by_tiles8<V>(w) ? 0 : 128;
     typename V::I none = V::izero();
     const typename V::F least = V::set1(low), by = V::set1(factor), less = V::set1(symmetric ? 0 : 128.0f);
     for (int64_t c = first; c < until; c += 16) {
@@ -273,13 +281,11 @@ static void linear_by_tiles(Crew& crew, const whit_linear8& w, const Room8& room
 
 template <class V, Then THEN>
 static void linear8(Crew& crew, const whit_linear8& w, const Room8& room, int64_t rows, float* y, int64_t stride) {
-  if constexpr (V::TILES) {
-    linear_by_tiles<V, THEN>(crew, w, room, rows, y, stride);
-  } else {
-    phase8(crew, (w.out + WIDE8 - 1) / WIDE8, [&](int64_t panel) {
-      if (V::TALL == 8 && w.per_group && !w.wide) grouped_panel<V, THEN>(w, room, panel, rows, y, stride);
-      else if (w.wide) linear_panel<V, THEN, true>(w, room, panel, rows, y, stride);
-      else linear_panel<V, THEN, false>(w, room, panel, rows, y, stride);
-    });
-  }
+  if constexpr (V::TILES)
+    if (by_tiles8<V>(w)) return linear_by_tiles<V, THEN>(crew, w, room, rows, y, stride);
+  phase8(crew, (w.out + WIDE8 - 1) / WIDE8, [&](int64_t panel) {
+    if (V::TALL == 8 && w.per_group && !w.wide) grouped_panel<V, THEN>(w, room, panel, rows, y, stride);
+    else if (w.wide) linear_panel<V, THEN, true>(w, room, panel, rows, y, stride);
+    else linear_panel<V, THEN, false>(w, room, panel, rows, y, stride);
+  });
 }

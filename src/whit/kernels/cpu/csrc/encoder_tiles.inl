@@ -1,7 +1,7 @@
 // Products of an encoder's rows by AMX. Included by encoder_linear.inl where there are tiles.
 //
 // Codes are tiles of 16 rows as they lie, panels are tiles of 16 of their rows, four columns to a lane. Codes are signed
-// here where they are symmetric, so that sums begin at 0. Where a group has a scale of its own, sums of 16 rows and 16
+// here where they are symmetric, so that sums begin at 0. Codes of 16 bits have a scale for a group: sums of 16 rows and 16
 // of the weight are put into memory, four groups at a time, and added to totals in registers while the next four are
 // multiplied. Rows are whole tiles: what is beyond the last one is room, and never stored.
 
@@ -29,9 +29,6 @@ static ALWAYS_INLINE void multiply_tile8() {
   if constexpr (SIGNED) OF_TILE(C, TILE_INT8_SIGNED, , 6, 7);
   else OF_TILE(C, TILE_INT8_LEVELS, , 6, 7);
 }
-
-// Columns that are multiplied at a time.
-static int64_t depth8(const whit_linear8& w) { return w.groups > 1 && w.group_size % 64 ? 32 : 64; }
 
 // A thread's registers as long as this lives: sums, codes and levels.
 struct TileScope8 {
@@ -83,25 +80,22 @@ static ALWAYS_INLINE void finish_tile8(const Spot8& s, int64_t rows, typename V:
   }
 }
 
-// Sums of one group to `to`; of upper bytes, and behind these of lower ones, where codes are WIDE.
-template <int C, bool SIGNED, bool WIDE>
+// Sums of one group of codes of 16 bits to `to`: of upper bytes, which are signed, and behind these of lower ones.
+template <int C>
 static ALWAYS_INLINE void multiply_group8(const Spot8& s, int64_t group, int64_t depth, int32_t* to) {
   const whit_linear8& w = s.w;
   const int64_t first = group * w.group_size, until = first + w.group_size < w.in ? first + w.group_size : w.in;
-  const int64_t stride = w.stride * (WIDE ? 2 : 1);
   const uint8_t* codes = s.codes();
   const int8_t* levels = s.levels();
-  zero_tile8<C>();
-  if (WIDE) zero_tile8<C + 1>();
+  zero_tile8<C>(), zero_tile8<C + 1>();
   for (int64_t c = first; c < until; c += depth) {
     TILE_LOAD(7, levels + c * WIDE8, 4 * WIDE8);
-    TILE_LOAD(6, codes + c, stride);
-    multiply_tile8<C, SIGNED>();
-    if (WIDE) TILE_LOAD(6, codes + w.stride + c, stride);
-    if (WIDE) multiply_tile8<C + 1, false>();
+    TILE_LOAD(6, codes + c, 2 * w.stride);
+    multiply_tile8<C, true>();
+    TILE_LOAD(6, codes + w.stride + c, 2 * w.stride);
+    multiply_tile8<C + 1, false>();
   }
-  store_tile8<C>(to);
-  if (WIDE) store_tile8<C + 1>(to + 256);
+  store_tile8<C>(to), store_tile8<C + 1>(to + 256);
 }
 
 // total += the sums of a group in its scales.
@@ -118,11 +112,11 @@ static ALWAYS_INLINE void add_group8(const Spot8& s, int64_t group, const int32_
   });
 }
 
-template <class V, Then THEN, bool SIGNED, bool WIDE>
+// Codes of 16 bits: 16 rows and 16 of the weight through all groups.
+template <class V, Then THEN>
 static __attribute__((noinline)) void groups_tile8(const Spot8& s, int64_t rows, int64_t depth, float* y,
                                                    int64_t y_stride) {
-  constexpr int64_t ROOM = 256 * (WIDE ? 2 : 1);
-  alignas(64) int32_t sums[2][AT_ONCE8 * ROOM];
+  alignas(64) int32_t sums[2][AT_ONCE8 * 512];
   const int64_t groups = s.w.groups;
   typename V::G total[TILE8];
   EACH(m, TILE8) { total[m] = V::gzero(); });
@@ -130,12 +124,11 @@ static __attribute__((noinline)) void groups_tile8(const Spot8& s, int64_t rows,
     int32_t* to = sums[g / AT_ONCE8 & 1];
     const int32_t* from = sums[~(g / AT_ONCE8) & 1];
     EACH(i, AT_ONCE8) {
-      constexpr int C = WIDE ? i % 2 * 2 : i;
-      if (g + i < groups) multiply_group8<C, SIGNED, WIDE>(s, g + i, depth, to + i * ROOM);
+      if (g + i < groups) multiply_group8<i % 2 * 2>(s, g + i, depth, to + i * 512);
     });
     if (!g) continue;
     EACH(i, AT_ONCE8) {
-      if (g - AT_ONCE8 + i < groups) add_group8<V, WIDE>(s, g - AT_ONCE8 + i, from + i * ROOM, total);
+      if (g - AT_ONCE8 + i < groups) add_group8<V, true>(s, g - AT_ONCE8 + i, from + i * 512, total);
     });
   }
   finish_tile8<V, THEN>(s, rows, total, y, y_stride);
@@ -161,35 +154,31 @@ static __attribute__((noinline)) void whole_tiles8(const Spot8& s, int64_t rows,
   EACH(c, 3 * M) { store_tile8<c>(sums + 256 * c); });
   for (int64_t i = 0; i < 3 * M; i++) {
     const Spot8 own = {w, s.room, s.panel, i % 3, s.m + i / 3 * TILE8};
+    if (own.row() >= w.out) continue;
     typename V::G total[TILE8];
     EACH(m, TILE8) { total[m] = V::gzero(); });
     add_group8<V, false>(own, 0, sums + 256 * i, total);
-    if (own.row() < w.out) finish_tile8<V, THEN>(own, rows, total, y, y_stride);
+    finish_tile8<V, THEN>(own, rows, total, y, y_stride);
   }
 }
 
-template <class V, Then THEN, bool SIGNED, bool WIDE>
-static void panel_by_tiles(const whit_linear8& w, const Room8& room, int64_t panel, int64_t rows, float* y,
-                           int64_t y_stride) {
-  int64_t m = 0;
-  if (!WIDE && w.groups == 1) {
-    for (; m + TILE8 < rows; m += 2 * TILE8)
-      whole_tiles8<V, 2, THEN, SIGNED>({w, room, panel, 0, m}, rows, y, y_stride);
-    if (m < rows) whole_tiles8<V, 1, THEN, SIGNED>({w, room, panel, 0, m}, rows, y, y_stride);
-    return;
-  }
-  for (int64_t part = 0; part < 3 && panel * WIDE8 + TILE8 * part < w.out; part++)
-    for (m = 0; m < rows; m += TILE8)
-      groups_tile8<V, THEN, SIGNED, WIDE>({w, room, panel, part, m}, rows, depth8(w), y, y_stride);
+template <class V, Then THEN, bool SIGNED>
+static void whole_by_tiles(const Spot8& s, int64_t rows, float* y, int64_t y_stride) {
+  Spot8 own = s;
+  for (; own.m + TILE8 < rows; own.m += 2 * TILE8) whole_tiles8<V, 2, THEN, SIGNED>(own, rows, y, y_stride);
+  if (own.m < rows) whole_tiles8<V, 1, THEN, SIGNED>(own, rows, y, y_stride);
 }
 
 template <class V, Then THEN>
 static void linear_by_tiles(Crew& crew, const whit_linear8& w, const Room8& room, int64_t rows, float* y,
                             int64_t y_stride) {
-  const TileScope8 scope(depth8(w));
+  const int64_t depth = w.wide && w.group_size % 64 ? 32 : 64;
+  const TileScope8 scope(depth);
   phase8(crew, (w.out + WIDE8 - 1) / WIDE8, [&](int64_t panel) {
-    if (w.wide) panel_by_tiles<V, THEN, true, true>(w, room, panel, rows, y, y_stride);
-    else if (w.zero) panel_by_tiles<V, THEN, true, false>(w, room, panel, rows, y, y_stride);
-    else panel_by_tiles<V, THEN, false, false>(w, room, panel, rows, y, y_stride);
+    Spot8 s = {w, room, panel, 0, 0};
+    if (!w.wide && w.zero) return whole_by_tiles<V, THEN, true>(s, rows, y, y_stride);
+    if (!w.wide) return whole_by_tiles<V, THEN, false>(s, rows, y, y_stride);
+    for (; s.part < 3 && s.row() < w.out; s.part++)
+      for (s.m = 0; s.m < rows; s.m += TILE8) groups_tile8<V, THEN>(s, rows, depth, y, y_stride);
   });
 }
