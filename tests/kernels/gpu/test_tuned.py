@@ -5,10 +5,13 @@ from __future__ import annotations
 from itertools import pairwise
 
 import pytest
+import torch
 
 import whit
 from whit.kernels.gpu import few, kernel, many, slab, stream, tables, tiled, tuned
 from whit.kernels.gpu.stream import Scheme
+from whit.layouts import BITS
+from whit.tensor import PackedWeight
 
 H100 = (9, 132)
 SHARED = 227 << 10  # bytes that a Hopper multiprocessor's blocks have between them
@@ -114,6 +117,19 @@ def test_measured_cuts_of_blocks_beside_each_other_fit_the_multiprocessor():
             assert config.fits(scheme, rows)
             assert config.shared_bytes(scheme, rows) <= slab.LARGEST_SHARED
             assert config.splits * config.across * slab.SPAN <= shape[1]
+
+
+def test_only_large_weights_that_share_an_input_leave_the_shared_launch_for_several_rows():
+    def apart(spec: str, outs: int, rows: int) -> bool:
+        format, shape = whit.parse_format(spec), (outs, 4096)
+        empty = {name: torch.empty(0, dtype=want.dtype) for name, want in BITS.specs(format, shape).items()}
+        return kernel.apart(PackedWeight(BITS.name, format, shape, empty), rows, H100)
+
+    assert apart("int4-g128", 14336, 16)
+    assert apart("nf4", 14336, 16)
+    assert not apart("int4-g128", 14336, 1)  # one row shares as fast
+    assert not apart("int4-g128", 1024, 16)
+    assert not apart("int8", 14336, 16)
 
 
 def test_blocks_lie_beside_each_other_only_for_what_the_kernel_takes(monkeypatch: pytest.MonkeyPatch):
