@@ -53,3 +53,14 @@ def test_product_of_blocks_beside_each_other_equals_float64(
     found = emulated_slab.linear(x, weight, bias, scheme, config)
     wanted = x.double() @ reference.dequantize(weight, torch.float32).double().T + bias.double()
     assert ((found.double() - wanted).norm() / wanted.norm()).item() < LIMIT[dtype]
+
+
+@pytest.mark.parametrize("size", [1e-12, 1e12])
+def test_small_and_large_inputs_keep_their_precision(size: float, random: Generator):
+    weight = BITS.pack(whit.quantize_tensor(1e-3 * torch.randn(32, 256, generator=random), "int4-g128"))
+    scheme = stream.scheme(weight.format, 256)
+    assert not isinstance(scheme, str)
+    x = (size * torch.randn(3, 256, generator=random)).to(BF16)
+    found = emulated_slab.linear(x, weight, None, scheme, Config(32, 1, 1, 1, 1, 1))
+    wanted = x.double() @ reference.dequantize(weight, torch.float32).double().T
+    assert ((found.double() - wanted).norm() / wanted.norm()).item() < LIMIT[BF16]

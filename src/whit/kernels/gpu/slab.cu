@@ -41,7 +41,8 @@ constexpr int ABSMAX = SCALE == 3 ? 4 : 0, SCALE_BOX = OUTS * (SCALE_ROW + ABSMA
 
 // Integers are operands as they lie: as the bits of a bfloat16 all that is below 256 is so many times its smallest number,
 // of a float16 all that is below 2,048. So nothing is put under an exponent, and in bfloat16 a code may stay where it is in
-// its byte: x of every second pair is a sixteenth, and all of x 2^64 times as large, so that no product is too small.
+// its byte: x of every second pair is a sixteenth, and all of x 2^64 times as large, so that no product is too small
+// (from 2^63 on it becomes infinite).
 constexpr bool INTEGERS = !CODEBOOK, PLACES_FOUR = INTEGERS && !HALF;
 constexpr float WHOLE = CODEBOOK ? 1.0f : HALF ? 16777216.0f : 590295810358705651712.0f;  // 2^24, 2^69: what undoes it
 constexpr u32 LARGER = 0x5F805F80u, LESS = 0x5D805D80u;  // 2^64, 2^60 in bfloat16
