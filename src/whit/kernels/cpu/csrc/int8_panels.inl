@@ -76,11 +76,36 @@ struct Ask8 {
   int64_t lines, row_bytes;
 };
 
-// A tile of M rows of x and 48 of the weight over `run` lanes of four columns, to `sums`, which have those of earlier
-// columns already or begin with start. A function of its own, so that all sums stay in registers.
+// Where the sums of a tile go: to `sums`, which have those of earlier columns already or begin with `start`; or, if there
+// are `scale`s of 48 rows of the weight and those of x, to y (y_stride), as float32.
+struct To8 {
+  const int32_t* start;
+  int32_t* sums;
+  const float *scale, *by, *bias;
+  float* y;
+  int64_t y_stride;
+};
+
+// The steps of finish_tile, from registers.
+template <class V, int M, int N>
+static ALWAYS_INLINE void finish_sums8(const To8& to, const typename V::I (&acc)[M][N]) {
+  EACH(n, N) {
+    const typename V::G scale = V::gload(to.scale + n * V::LANES);
+    const typename V::G bias = to.bias ? V::gload(to.bias + n * V::LANES) : V::gzero();
+    EACH(m, M) {
+      typename V::G y = V::gmul(V::gmul(V::to_g(acc[m][n]), V::gset1(to.by[m])), scale);
+      V::gstore(to.y + m * to.y_stride + n * V::LANES, to.bias ? V::gadd(y, bias) : y);
+    });
+  });
+}
+
+// A tile of M rows of x and 48 of the weight over `run` lanes of four columns. A function of its own, so that all sums
+// stay in registers.
 template <class V, int M, bool SMALL, bool ASKING>
 static __attribute__((noinline)) void sums8(const int8_t* q, int64_t stride, const uint8_t* panel, int64_t run,
-                                            const int32_t* start, int32_t* sums, Ask8 ask) {
+                                            const To8& to, Ask8 ask) {
+  const int32_t* start = to.start;
+  int32_t* sums = to.sums;
   constexpr int N = WIDE8 / V::LANES;
   typename V::I acc[M][N];
   EACH(m, M) {
@@ -101,6 +126,7 @@ static __attribute__((noinline)) void sums8(const int8_t* q, int64_t stride, con
       });
     }
   }
+  if (to.scale) return finish_sums8<V, M, N>(to, acc);
   EACH(m, M) {
     EACH(n, N) { V::istore(sums + m * WIDE8 + n * V::LANES, acc[m][n]); });
   });
@@ -182,6 +208,7 @@ static void whole_panel(const Product8& p, int64_t row, int64_t rows, uint8_t* p
   const whit_weight& w = *p.w;
   const whit_rows8& x = *p.x;
   int32_t* kept = (int32_t*)(panel + WIDE8 * CHUNK8);
+  const bool plain = rows == WIDE8 && p.type == WHIT_F32 && !x.zero;
   for (int64_t first = 0; first < w.columns; first += CHUNK8) {
     const int64_t until = first + CHUNK8 < w.columns ? first + CHUNK8 : w.columns;
     const bool last = until == w.columns;
@@ -198,10 +225,15 @@ static void whole_panel(const Product8& p, int64_t row, int64_t rows, uint8_t* p
     tiles8<V>(x.count, [&](int64_t m, auto M) {
       alignas(64) int32_t own[M * WIDE8];
       int32_t* sums = w.columns > CHUNK8 ? kept + m * WIDE8 : own;
+      To8 to = {first ? nullptr : p.starts + m, sums, nullptr, x.scale + m, nullptr, nullptr, w.rows};
+      if (last && plain) {
+        to.scale = scale, to.y = (float*)p.y + m * w.rows + row;
+        to.bias = p.bias ? (const float*)p.bias + row : nullptr;
+      }
       (left > 0 ? sums8<V, M, SMALL, true> : sums8<V, M, SMALL, false>)(
-          x.codes + m * x.stride + first, x.stride, panel, run, first ? nullptr : p.starts + m, sums, ask);
+          x.codes + m * x.stride + first, x.stride, panel, run, to, ask);
       ask.at += (run + lines - 1) / lines * row_step, left -= run;
-      if (last) finish_tile<V>(p, m, M, row, rows, sums, scale);
+      if (last && !plain) finish_tile<V>(p, m, M, row, rows, sums, scale);
     });
   }
 }
