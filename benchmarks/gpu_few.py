@@ -45,6 +45,7 @@ INT4 = (
 )  # fmt: skip
 SOME = ((16, 2, 1), (16, 4, 1), (16, 1, 1), (14, 2, 1), (8, 2, 2), (8, 4, 2), (8, 1, 2))
 NF4_SOME = ((16, 2, 1, 2), (16, 2, 1, 2, 1), (8, 2, 2, 2), (16, 1, 1, 2), (14, 2, 1, 2), (8, 4, 2, 2), (16, 4, 1, 2))
+OTHERS = ((16, 2, 1), (16, 1, 1), (16, 4, 1), (8, 2, 2), (8, 4, 2), (8, 2, 2, 2))
 CUTS = {
     ("nf4", 1): NF4,
     ("nf4-dq", 1): NF4,
@@ -67,6 +68,7 @@ CUTS = {
     ("int4-g128", 8): SOME,
     ("nf4", 16): SOME,
     ("int4-g128", 16): SOME,
+    **{(spec, rows): OTHERS for spec in ("int2-g64", "int3-g128", "int8") for rows in (4, 8, 16)},
 }  # fmt: skip
 Work = tuple[str, int]
 MOST_SPILLED = 128  # bytes per thread

@@ -32,8 +32,6 @@ constexpr bool SUMMED = HAS_RAW || ZERO;  // needs sums of x
 constexpr float BIAS = PLACED ? 1.0f : HAS_RAW ? (HALF ? 1024.0f : 128.0f) + OFFSET : 0.0f;  // what is added to a code
 constexpr int LEVELS = SCALE == 3 ? 64 : 0;  // of uint4: the levels of quantized scales
 constexpr int PER_STEP = UNITS * ROWS * 4;   // of uint4: a step of x
-constexpr int SHARERS = 4 * UNITS;           // uint4 of a row and step
-constexpr int PER_SUM = SHARERS / SPREAD;    // of a row, step and group
 constexpr int V = ROWS * SPREAD, LANES = 4 / SPREAD;  // rows of the product; threads that share a group
 constexpr bool PAIRED = WORDS == 2 && SPREAD == 1;
 constexpr int SCALE_BYTES = SCALE == 3 ? 1 : SCALE == 2 ? 4 : 2;
@@ -41,6 +39,7 @@ constexpr int SCALE_WORDS = EVEN ? AHEAD * SPREAD * SCALE_BYTES / 4 : 1;  // of 
 constexpr int KINDS = SPREAD > 1 ? 2 : 1;    // scales of a row of W and step that a thread needs: of columns 2 t, 2 t + 1
 constexpr int NT = ROWS > 8 ? ROWS / 8 : 1;  // tiles of 8 rows
 static_assert(SPREAD == 1 || (V <= 8 && STEPS_PER_GROUP == 1), "a group is a row of the product");
+#include "few_x.cuh"
 
 struct Raw {  // a scale as it is stored
     u32 bits;
@@ -159,44 +158,6 @@ DEVICE Rows rows_of(const Several &all, int tile, int begin, int lane) {
     if (PAIRED) rows.codes[0] = p.codes + (long long)rows.out[lane >> 1 & 1] * p.row_words + begin * 4 * WORDS + (lane & 1) * 4;
     return rows;
 }
-
-// x in the order of the operands, [step][unit][row][lane & 3], and its sums, [step][row][group].
-DEVICE void stage(uint4 *xs, float *sums, const Params &p, int first_step, int steps, u32 tid) {
-    u32 count = steps * SHARERS * ROWS;
-#pragma unroll 2
-    for (u32 i = tid; i < count; i += THREADS) {
-        u32 unit = i % UNITS, t = i / UNITS % 4, step = i / SHARERS % steps, row = i / SHARERS / steps;
-        u32 place = PAIRED ? (t & 1) * 2 + t / 2 : t;
-        const u16 *chunk = p.x + (long long)min((int)row, p.rows - 1) * p.columns + (first_step + step) * STEP + place * CHUNK;
-        xs[((step * UNITS + unit) * ROWS + row) * 4 + t] = load_opposite(chunk, unit);
-    }
-    if (!SUMMED) return;
-    __syncthreads();
-    for (u32 first = tid / 32 * 32; first < count; first += THREADS) {
-        u32 i = first + tid % 32, at = i / SHARERS, step = at / ROWS, row = at % ROWS, in = i % SHARERS;
-        float sum = 0;
-        if (i < count) {
-            uint4 v = xs[((step * UNITS + in % UNITS) * ROWS + row) * 4 + in / UNITS];
-            u32 pairs[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-            for (int k = 0; k < 4; k++) {
-                float factor = PLACED ? 128.0f + OFFSET * (float)(1 << place_at(in % UNITS, k)) : 1.0f;
-                sum += (widen(pairs[k] & 0xFFFF) + widen(pairs[k] >> 16)) * factor;
-            }
-        }
-#pragma unroll
-        for (int flip = PER_SUM / 2; flip; flip /= 2) sum += from_lane(sum, flip);
-        if (i < count && in % PER_SUM == 0) sums[i / PER_SUM] = sum;
-    }
-}
-
-struct Shared {
-    u32 x;               // where the lane's row and columns of the warp's first step lie
-    const float *sums;   // of x, from the warp's first step on
-    const float *levels;
-    Table table;
-    bool has_x;          // its column of the product has x where its columns of W are
-};
 
 // A thread's sums: per tile of 8 rows, rows 2 t and 2 t + 1 with its two rows of W; and x's own.
 struct Sums {
@@ -362,14 +323,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) few(const Seve
     if (LEVELS)
         for (int i = tid; i < 4 * LEVELS; i += THREADS) ((float *)(shared + TABLE))[i] = p.part[0].scales.levels[i];
     next_may_begin(), previous_done();
-    stage(xs, x_sums, p.part[0], first_step, all_steps, tid);
+    stage(xs, p.part[0], first_step, all_steps, tid);
     __syncthreads();
 
     int row = (lane >> 2) / SPREAD;
-    u32 first_x = shared_place(xs + in_block * PER_STEP + min(row, ROWS - 1) * 4 + (lane & 3));
-    Shared s = {kept(first_x), x_sums + in_block * V,
-                (const float *)(shared + TABLE), {(const u8 *)shared, kept((u32)lane * 4)},
-                row < ROWS && (lane >> 2) % SPREAD == (lane & 3) / LANES};
+    u32 first_x = shared_place(xs + min(row, ROWS - 1) * 4 + (lane & 3));
+    bool has_x = row < ROWS && (lane >> 2) % SPREAD == (lane & 3) / LANES;
+    Shared s = {kept(first_x), x_sums, (const float *)(shared + TABLE), {(const u8 *)shared, kept((u32)lane * 4)}, has_x};
+    if (SUMMED) {
+        sum_steps(x_sums, s, xs, all_steps, tid);
+        __syncthreads();
+    }
+    s.x = kept(s.x + in_block * (16 * PER_STEP)), s.sums += in_block * V;
     int turn = 0;
 #pragma unroll 1
     for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x, turn ^= 1) {
