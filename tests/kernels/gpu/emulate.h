@@ -60,6 +60,7 @@ static u32 shared_word(u32 at) { u32 v; memcpy(&v, (const char *)shared + at - S
 static uint4 shared_if(bool wanted, u32 at) {
     return wanted ? *(const uint4 *)((const char *)shared + at - SHARED_BEGINS) : make_uint4(0, 0, 0, 0);
 }
+static void prefetch(const void *) {}
 static void previous_done() {}
 static void next_may_begin() {}
 template <int N> static void copies_left() {}

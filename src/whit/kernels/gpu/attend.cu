@@ -4,7 +4,9 @@
 //   CHUNK              places of the cache per block
 //
 // A block has one head of k of one sequence and CHUNK places; blocks beyond the last token do nothing. All that it reads
-// of the cache is under way before anything is computed. Scores and sums are float32. The last block of a head to finish
+// of the cache is under way before anything is computed, and before the product in front of it has ended: no kernel that
+// begins early writes `slot`, `mask` or older places. All of it comes from far away, for a step reads the whole model: so
+// nothing waits for another address, and the first SOON chunks are read before it is known how far the tokens reach. Scores and sums are float32. The last block of a head to finish
 // joins the parts, always in the same order. q and k are rotated as transformers does it: both products rounded, then
 // their sum.
 
@@ -27,6 +29,7 @@ constexpr int LANES = D / 8;               // that share a key
 constexpr int TEAMS = THREADS / LANES;     // keys at a time
 constexpr int ROUNDS = CHUNK / TEAMS;
 constexpr int PART = D + 2;                // floats of a head's part: sums, largest score, sum of weights
+constexpr int SOON = 4;
 constexpr float LOWEST = -1e30f;
 
 DEVICE float rounded(float v) { return widen(round_pair(v, v) & 0xFFFF); }
@@ -52,16 +55,26 @@ struct Held {  // what a thread reads of the cache: eight columns of every TEAMS
     u32 seen;  // bit per round
 };
 
-DEVICE void load_held(Held &held, const uint4 *keys, const uint4 *values, const u8 *mask, int count, int fresh) {
+DEVICE void load_held(Held &held, const uint4 *keys, const uint4 *values, const u8 *mask, int count) {
     int team = threadIdx.x / LANES, lane = threadIdx.x % LANES;
     held.seen = 0;
 #pragma unroll
     for (int round = 0; round < ROUNDS; round++) {
         int place = round * TEAMS + team;
         held.keys[round] = held.values[round] = make_uint4(0, 0, 0, 0);
-        if (place >= count || !mask[place]) continue;
-        held.seen |= 1u << round;
-        if (place != fresh) held.keys[round] = keys[place * LANES + lane], held.values[round] = values[place * LANES + lane];
+        if (place >= count) continue;
+        held.keys[round] = keys[place * LANES + lane], held.values[round] = values[place * LANES + lane];
+        held.seen |= (u32)(mask[place] != 0) << round;
+    }
+}
+// Nothing of places that are not seen, and not yet of the new token.
+DEVICE void forget(Held &held, int fresh) {
+    int team = threadIdx.x / LANES;
+#pragma unroll
+    for (int round = 0; round < ROUNDS; round++) {
+        int place = round * TEAMS + team;
+        if (place > fresh) held.seen &= ~(1u << round);
+        if (place >= fresh || !(held.seen >> round & 1)) held.keys[round] = held.values[round] = make_uint4(0, 0, 0, 0);
     }
 }
 
@@ -193,17 +206,22 @@ DEVICE void join(Shared &s, float *factors, const float *parts, u16 *y, int chun
 
 extern "C" __global__ void __launch_bounds__(THREADS) attend(const Params p) {
     extern __shared__ uint4 shared[];
-    next_may_begin(), previous_done();
+    next_may_begin();
     Shared &s = *(Shared *)shared;
-    int slot = (int)*p.slot, chunks = slot / CHUNK + 1, chunk = blockIdx.x, tid = threadIdx.x;
-    if (chunk >= chunks) return;
-    int head = blockIdx.y, heads = gridDim.y, batch = blockIdx.z, first = chunk * CHUNK, fresh = slot - first;
+    int chunk = blockIdx.x, tid = threadIdx.x, head = blockIdx.y, heads = gridDim.y, batch = blockIdx.z, first = chunk * CHUNK;
     long long which = (long long)batch * heads + head;
     u16 *keys = p.keys + (which * p.length + first) * D, *values = p.values + (which * p.length + first) * D;
 
     Held held;
     const u8 *mask = p.mask + (long long)batch * p.length + first;
-    load_held(held, (const uint4 *)keys, (const uint4 *)values, mask, min(CHUNK, fresh + 1), fresh);
+    if (chunk < SOON) load_held(held, (const uint4 *)keys, (const uint4 *)values, mask, min(CHUNK, p.length - first));
+    int slot = (int)*p.slot, chunks = slot / CHUNK + 1, fresh = slot - first;
+    if (chunk >= chunks) return;
+    if (chunk >= SOON) load_held(held, (const uint4 *)keys, (const uint4 *)values, mask, min(CHUNK, p.length - first));
+    if (tid == 0) prefetch(p.arrived + which);
+    if (tid < D / 32) prefetch(p.cosine + batch * D + tid * 32), prefetch(p.sine + batch * D + tid * 32);
+    previous_done();
+    forget(held, fresh);
     stage(s, p, which, batch, chunk == chunks - 1, keys + (long long)fresh * D, values + (long long)fresh * D);
     __syncthreads();
     if (chunk == chunks - 1)

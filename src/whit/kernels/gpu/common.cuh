@@ -39,6 +39,7 @@ template <int BYTES> DEVICE void copy_small(void *to, const void *from) {
 }
 [[maybe_unused]] DEVICE void end_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int N> DEVICE void copies_left() { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }
+[[maybe_unused]] DEVICE void prefetch(const void *p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }  // to the second cache
 DEVICE float load_uncached(const float *p) {
     float v;
     asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(v) : "l"(p) : "memory");

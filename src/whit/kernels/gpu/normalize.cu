@@ -19,7 +19,11 @@ DEVICE u32 multiply_pair(u32 a, float factor) { return round_pair(widen(a & 0xFF
 
 extern "C" __global__ void __launch_bounds__(THREADS) normalize(const Params p) {
     extern __shared__ uint4 shared[];
-    next_may_begin(), previous_done();
+    next_may_begin();
+    uint4 weights[HELD];  // read before what they wait for is there
+#pragma unroll
+    for (int h = 0; h < HELD; h++) weights[h] = ((const uint4 *)p.weight)[min(h * THREADS + (int)threadIdx.x, UNITS - 1)];
+    previous_done();
     float *sums = (float *)shared, sum = 0;
     long long row = (long long)blockIdx.x * UNITS;
     uint4 held[HELD];
@@ -52,10 +56,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) normalize(const Params p) 
     for (int h = 0; h < HELD; h++) {
         int unit = h * THREADS + threadIdx.x;
         if (unit >= UNITS) break;
-        uint4 w = ((const uint4 *)p.weight)[unit];
         u32 out[4];
 #pragma unroll
-        for (int i = 0; i < 4; i++) out[i] = scale_by(multiply_pair(part(held[h], i), factor), part(w, i));
+        for (int i = 0; i < 4; i++) out[i] = scale_by(multiply_pair(part(held[h], i), factor), part(weights[h], i));
         ((uint4 *)p.y)[row + unit] = make_uint4(out[0], out[1], out[2], out[3]);
     }
 }
