@@ -30,7 +30,7 @@ from whit.formats import parse_format
 from whit.kernels import float8
 from whit.kernels import int8 as reference
 from whit.kernels.activated import Activation8
-from whit.kernels.gpu import Gpu8, GpuFloat8, int8, int8_row, int8_thin, kernel8, nvrtc
+from whit.kernels.gpu import Gpu8, GpuFloat8, int8, int8_ahead, int8_row, int8_thin, kernel8, nvrtc
 from whit.kernels.gpu.int8 import Config
 from whit.kernels.gpu.int8_row import OneRow
 from whit.kernels.gpu.int8_thin import BESIDE, Thin
@@ -55,10 +55,13 @@ GOALS = {
 }
 FEW = (
     Config(1, 128, 8, 2), Config(1, 128, 4, 4), Config(1, 128, 8), Config(1, 64, 12, 2), Config(1, 64, 8, 2),
-    Config(1, 64, 12), Config(1, 32, 12),
+    Config(1, 64, 12), Config(1, 32, 12), Config(1, 32, 17),
 )  # fmt: skip
 SOME = (Config(1, 128, 8), Config(2, 128, 6, 2), Config(2, 128, 6), Config(2, 256, 4), Config(1, 256, 5, 2))
-MANY = (Config(2, 256, 4), Config(2, 128, 6))
+MANY = (
+    Config(2, 256, 4), Config(2, 128, 6), Config(2, 256, 4, pair=2), Config(2, 256, 4, ahead=True),
+    Config(2, 256, 4, pair=2, ahead=True),
+)  # fmt: skip
 ONE_ROW = (OneRow(8, 2), OneRow(4, 2), OneRow(6, 2), OneRow(4, 3), OneRow(8, 1), OneRow(3, 4))
 GEOMETRIES = {  # outs and splits
     (4096, 4096): ((64, 2), (64, 4), (64, 1), (128, 4)),
@@ -257,6 +260,11 @@ def pair_checks() -> Iterator[tuple[str, float, float]]:
             yield check_product(config, (1048, 1168), rows, "int8", 0)
         yield check_product(config, (1048, 1168), 300, "int8-outliers", 21)
         yield check_product(config, (4096, 4096), 1024, "int8", 0)
+    for pair in (1, 2):  # rows are quantized meanwhile
+        config = Config(2, 256, 4, pair=pair, ahead=True)
+        for rows in (300, 1500, 4096):
+            yield check_product(config, (1048, 1168), rows, "int8", 0)
+        yield check_product(config, (1048, 1168), 1500, "int8-outliers", 21)
 
 
 def whole_checks() -> Iterator[tuple[str, float, float]]:
@@ -467,8 +475,9 @@ def time_all(seconds: float) -> None:
         (int8_thin.THIN, c.macros(False, o, rows).items())
         for rows in ROWS for shape in SHAPES for c in thin_cuts(shape, rows) for o in (False, True)
     ]  # fmt: skip
-    kinds = ((False, False), (True, False), (False, True))
+    kinds = ((False, False), (True, False), (False, True), (True, False, int8.rows_each(16, 4096)))
     wanted += [(int8.QUANTIZE, int8.quantize_macros(c, False, *kind).items()) for c in (4096, 14336) for kind in kinds]
+    wanted += [(int8_ahead.BESIDE, int8_ahead.beside_macros(False, o, MANY[0]).items()) for o in (False, True)]
     start = time.monotonic()
     wanted += [(int8.MARK, int8.mark_macros(False, rows, int8.slices(rows) > 1).items()) for rows in ROWS]
     kitchen.prepare(wanted)

@@ -36,13 +36,17 @@ MOST_COLUMNS = 8 * CHUNKS * LARGEST_BLOCK  # and sums of weights from 0 to 255 s
 
 @dataclass(frozen=True)
 class Config:
-    """How the work is cut; int8_product.cu explains the names. `split` blocks share the columns of a tile."""
+    """How the work is cut; int8_product.cu explains the names. `split` blocks share the columns of a tile.
+
+    `ahead`: all but the first rows are quantized while those before them are multiplied.
+    """
 
     groups: int = 1
     outs: int = 128
     stages: int = 6
     split: int = 1
     pair: int = 1
+    ahead: bool = False
 
     @property
     def rows(self) -> int:
@@ -74,7 +78,7 @@ class Config:
         """What int8_product.cu is compiled with."""
         return BYTES | {
             "HALF": int(half), "WG": self.groups, "BN": self.outs, "STAGES": self.stages, "SPLITS": self.split,
-            "PAIR": self.pair, "OUTLIERS": int(outliers), "SHIFTED": int(shifted),
+            "PAIR": self.pair, "AHEAD": int(self.ahead), "OUTLIERS": int(outliers), "SHIFTED": int(shifted),
         }  # fmt: skip
 
 
@@ -91,8 +95,8 @@ class QuantizeParams(ctypes.Structure):
     """The argument of int8_quantize.cu, field by field."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("x", "marks", "codes", "scale", "offset", "listed")),
-        ("threshold", ctypes.c_float), *((name, ctypes.c_int) for name in ("rows", "columns")),
+        *((name, ctypes.c_void_p) for name in ("x", "marks", "codes", "scale", "offset", "listed", "done")),
+        ("threshold", ctypes.c_float), *((name, ctypes.c_int) for name in ("rows", "columns", "tiles")),
     )  # fmt: skip
 
 
@@ -102,10 +106,10 @@ class ProductParams(ctypes.Structure):
     _fields_ = (
         ("x_map", ctypes.c_uint64 * 16), ("weight_map", ctypes.c_uint64 * 16),
         *((name, ctypes.c_void_p) for name in (
-            "codes", "floats", "scale", "offset", "zero", "row_scale", "sums", "bias", "listed", "y",
+            "codes", "floats", "scale", "offset", "zero", "row_scale", "sums", "bias", "listed", "y", "done",
         )),
-        *((name, ctypes.c_int) for name in ("outs", "columns", "rows")),
-        ("rest", ctypes.c_int * 9),  # the maps make it a multiple of 64 bytes
+        *((name, ctypes.c_int) for name in ("outs", "columns", "rows", "made")),
+        ("rest", ctypes.c_int * 6),  # the maps make it a multiple of 64 bytes
     )  # fmt: skip
 
 
@@ -177,7 +181,7 @@ def quantize_params(x: Tensor, rows: Rows, marks: Tensor | None, threshold: floa
     """The kernel's argument; it borrows the tensors' memory."""
     tensors = (x, marks, rows.codes, rows.scale, rows.offset, rows.listed)
     pointers = [None if t is None else t.data_ptr() for t in tensors]
-    return QuantizeParams(*pointers, rounded(threshold, x.dtype), *x.shape)
+    return QuantizeParams(*pointers, None, rounded(threshold, x.dtype), *x.shape, 0)
 
 
 def empty_rows(x: Tensor, outliers: bool, dtype: torch.dtype = torch.int8) -> Rows:
@@ -216,8 +220,27 @@ def product_params(
         mapped(rows.codes.data_ptr(), count, columns, config.rows),
         mapped(weight.codes.data_ptr(), outs, columns, config.outs // config.pair),
         **{name: None if tensor is None else tensor.data_ptr() for name, tensor in pointers.items()},
-        outs=outs, columns=columns, rows=count,
+        done=None, outs=outs, columns=columns, rows=count, made=count,
     )  # fmt: skip
+
+
+def marked(x: Tensor, threshold: float) -> Tensor:
+    """A bit for each column of x (rows, columns) in which some |x| reaches the threshold."""
+    (marks, joined), where = marks_for(x), torch.cuda.current_stream(x.device).cuda_stream
+    grid, params = mark_launch(x, marks, threshold)
+    macros = mark_macros(x.dtype == torch.float16, len(x), joined)
+    function = build(MARK, tuple(macros.items()), x.device.index)
+    function.launch_early(grid, MARK_THREADS, MARK_THREADS, params, where)
+    return marks
+
+
+def fill_rows(params: QuantizeParams, macros: dict[str, int], device: torch.device) -> None:
+    """Launch int8_quantize.cu."""
+    function = build(QUANTIZE, tuple(macros.items()), device.index)
+    where = torch.cuda.current_stream(device).cuda_stream
+    most = 16 * torch.cuda.get_device_properties(device).multi_processor_count
+    blocks = macros["CLUSTER"] if macros["EACH"] else min(params.rows, most)
+    function.launch_early((blocks, 1, 1), macros["THREADS"], quantize_bytes(macros), params, where, macros["CLUSTER"])
 
 
 def quantize(x: Tensor, threshold: float = 0.0, dtype: torch.dtype = torch.int8) -> Rows:
@@ -226,19 +249,11 @@ def quantize(x: Tensor, threshold: float = 0.0, dtype: torch.dtype = torch.int8)
     Equals `quantize_rows` of `kernels.int8`, or, for float8_e4m3fn, of `kernels.float8` bit for bit (where `offset` is
     of no meaning). Columns are a multiple of 16, and at most MOST_COLUMNS.
     """
-    device, where = x.device.index, torch.cuda.current_stream(x.device).cuda_stream
-    half, marks, rows = x.dtype == torch.float16, None, empty_rows(x, threshold > 0, dtype)
-    each = rows_each(*x.shape) if threshold > 0 else 0
-    if threshold > 0 and len(x) > 1 and not each:
-        marks, joined = marks_for(x)
-        grid, params = mark_launch(x, marks, threshold)
-        function = build(MARK, tuple(mark_macros(half, len(x), joined).items()), device)
-        function.launch_early(grid, MARK_THREADS, MARK_THREADS, params, where)
-    macros = quantize_macros(x.shape[1], half, threshold > 0, dtype == torch.float8_e4m3fn, each)
-    function, threads = build(QUANTIZE, tuple(macros.items()), device), macros["THREADS"]
-    blocks = TOGETHER if each else min(len(x), 16 * torch.cuda.get_device_properties(device).multi_processor_count)
-    argument, shared = quantize_params(x, rows, marks, threshold), quantize_bytes(macros)
-    function.launch_early((blocks, 1, 1), threads, shared, argument, where, macros["CLUSTER"])
+    rows, each = empty_rows(x, threshold > 0, dtype), rows_each(*x.shape) if threshold > 0 else 0
+    marks = marked(x, threshold) if threshold > 0 and len(x) > 1 and not each else None
+    half, float8 = x.dtype == torch.float16, dtype == torch.float8_e4m3fn
+    macros = quantize_macros(x.shape[1], half, threshold > 0, float8, each)
+    fill_rows(quantize_params(x, rows, marks, threshold), macros, x.device)
     return rows
 
 
@@ -248,11 +263,14 @@ def mark_macros(half: bool, rows: int, joined: bool) -> dict[str, int]:
 
 
 def multiply(rows: Rows, weight: Weight, y: Tensor, config: Config) -> None:
-    """Fill y (rows, outs) with rows through the weight."""
+    """Fill y (rows, outs) with rows, which are all there, through the weight."""
+    fill(product_params(rows, weight, y, config), y, config, rows.listed is not None, rows.zero is not None)
+
+
+def fill(params: ProductParams, y: Tensor, config: Config, outliers: bool, shifted: bool = False) -> None:
+    """Launch int8_product.cu."""
     device = y.device.index
-    outliers, shifted = rows.listed is not None, rows.zero is not None
     function = build(PRODUCT, tuple(config.macros(y.dtype == torch.float16, outliers, shifted).items()), device)
-    params = product_params(rows, weight, y, config)
     grid = config.grid(y.shape[1], len(y), torch.cuda.get_device_properties(device).multi_processor_count)
     shared, where = config.shared_bytes(outliers, shifted), torch.cuda.current_stream(y.device).cuda_stream
     function.launch_early(grid, config.threads, shared, params, where, config.split * config.pair)
