@@ -11,8 +11,10 @@ from safetensors.torch import load_file
 
 import whit
 from whit.errors import RecipeError
+from whit.export import EXPORTERS, Exporter
 from whit.pipeline.job import Options, prepare
 from whit.pipeline.plan import floats
+from whit.pipeline.transcode import prepare_transcode
 
 FORMATS = {
     "whit": "nf4-dq", "gptq": "int4-g32", "gptq-v2": "int3-g32-asym", "awq": "int4-g32-asym", "bitsandbytes": "nf4-dq",
@@ -106,3 +108,19 @@ def test_a_format_that_had_to_change_is_said(models: Path, tmp_path: Path):
     job = prepare(models / "llama-tied", tmp_path / "out", recipe, Options(), export="gptq")
     assert job.notes == ("int4-g32: a gptq file holds it as int4-g32-f16; that is written",)
     assert {str(format) for format in job.plan.formats.values()} == {"int4-g32-f16"}
+
+
+@pytest.mark.parametrize("kind", [kind for kind in EXPORTERS if kind.name != "bf16"], ids=lambda kind: kind.name)
+def test_the_format_that_a_sentence_proposes_is_one_that_the_file_holds(kind: type[Exporter], tmp_path: Path):
+    with pytest.raises(RecipeError, match=f"add --format, say {kind.example}$"):
+        prepare_transcode("whit:model", tmp_path / "out", kind.name, Options())
+    job = prepare("whit:model", tmp_path / "out", whit.Recipe(rules=[("*", kind.example)]), Options(), export=kind.name)
+    assert any(item.format is not None for item in job.plan.items)
+
+
+def test_what_a_gguf_file_cannot_hold_is_said_once_for_all_blocks(tmp_path: Path):
+    with pytest.raises(RecipeError) as caught:
+        prepare("whit:model", tmp_path / "out", whit.Recipe(), Options(), export="gguf")
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 7
+    assert lines[0].startswith("model.layers.*.self_attn.q_proj (8 modules): int4-g128 is not a type of ggml")

@@ -7,7 +7,8 @@ and the like). `restore` is for runs that go on after a kill and for whoever rea
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeAlias
@@ -85,6 +86,8 @@ class Exporter(Protocol):
     name: ClassVar[str]
     summary: ClassVar[str]
     """One line for `--help`."""
+    example: ClassVar[str]
+    """A format that it holds, for a sentence that wants one."""
     suffix: ClassVar[str]
     """Where not empty, an OUT that ends so is one file, and its account lies beside it, OUT.whit.json."""
     fuses: ClassVar[bool]
@@ -159,3 +162,14 @@ class Exporter(Protocol):
     def takes(self, name: str) -> bool:
         """Whether a small file of MODEL (tokenizer, licence) is copied beside the weights."""
         ...
+
+
+def grouped(found: Iterable[tuple[str, str]]) -> list[str]:
+    """One sentence for modules that differ only in a block's number."""
+    alike: dict[tuple[str, str], list[str]] = {}
+    for holder, reason in found:
+        alike.setdefault((re.sub(r"\.\d+\.", ".*.", holder), reason), []).append(holder)
+    return [
+        f"{names[0] if len(names) == 1 else f'{pattern} ({len(names)} modules)'}: {reason}"
+        for (pattern, reason), names in alike.items()
+    ]

@@ -39,6 +39,7 @@ class BitsAndBytes(LinearsExport):
 
     name: ClassVar[str] = "bitsandbytes"
     summary: ClassVar[str] = "bitsandbytes: nf4, fp4, their -dq, int8"
+    example: ClassVar[str] = "nf4"
     kinds: ClassVar[tuple[str, ...]] = ("linear", "conv1d")
     usage: ClassVar[str] = USAGE
 

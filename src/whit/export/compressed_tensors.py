@@ -98,6 +98,7 @@ class CompressedTensorsInt8(CompressedTensors):
 
     name: ClassVar[str] = "compressed-tensors-int8"
     summary: ClassVar[str] = "compressed-tensors W8A8: int8 weights, activations quantized as they run"
+    example: ClassVar[str] = "int8"
     promised: ClassVar[Activations | None] = Activations()
     types: ClassVar[tuple[str, str]] = ("int8", "fp8 activations belong to fp8 weights; write compressed-tensors")
 

@@ -23,6 +23,7 @@ class FolderExport:
 
     name: ClassVar[str]
     summary: ClassVar[str]
+    example: ClassVar[str] = "int4-g128"
     suffix: ClassVar[str] = ""
     fuses: ClassVar[bool] = False
 

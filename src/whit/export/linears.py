@@ -5,14 +5,13 @@ A stack of experts is cut into the matrices that the hub's checkpoints have. Emb
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from whit.export.base import Outcome, Parameter, Value
+from whit.export.base import Outcome, Parameter, Value, grouped
 from whit.export.folder import FolderExport, short_name
 from whit.layouts import Layout
 from whit.model.names import stored_rows, stored_tensors
@@ -55,7 +54,7 @@ class LinearsExport(FolderExport):
         if not formats:
             return [f"nothing is quantized; {self.name} files hold quantized linears; add --format or a rule"]
         found = ((target.holder, reason) for target, format in formats.items() if (reason := self._why(target, format)))
-        return [*_grouped(found), *self.conflicts(formats)]
+        return [*grouped(found), *self.conflicts(formats)]
 
     def _why(self, target: Target, format: Format) -> str | None:
         if target.kind not in self.kinds:
@@ -189,17 +188,6 @@ def put_rows(parts: list[tuple[Tensor, QuantizedTensor]], shape: tuple[int, ...]
 def _inside(tensors: Mapping[str, Tensor], module: str) -> dict[str, Tensor]:
     prefix = f"{module}."
     return {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
-
-
-def _grouped(found: Iterable[tuple[str, str]]) -> list[str]:
-    """One sentence for modules that differ only in a block's number."""
-    alike: dict[tuple[str, str], list[str]] = {}
-    for holder, reason in found:
-        alike.setdefault((re.sub(r"\.\d+\.", ".*.", holder), reason), []).append(holder)
-    return [
-        f"{names[0] if len(names) == 1 else f'{pattern} ({len(names)} modules)'}: {reason}"
-        for (pattern, reason), names in alike.items()
-    ]
 
 
 def one_format(kind: str, formats: Iterable[Format]) -> list[str]:

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from whit.activations import Activations
 from whit.checkpoint.writer import Shard
 from whit.errors import UnsupportedModelError
-from whit.export.base import Importance, Outcome, Parameter, Value
+from whit.export.base import Importance, Outcome, Parameter, Value, grouped
 from whit.export.gguf.architectures import Architecture, architecture_of
 from whit.export.gguf.header import Info, gguf_shard
 from whit.export.gguf.header import Value as MetadataValue
@@ -49,6 +49,7 @@ class Gguf:
 
     name: ClassVar[str] = "gguf"
     summary: ClassVar[str] = "llama.cpp's file: ggml's types, with tokenizer and chat template"
+    example: ClassVar[str] = "q4_k_m"
     suffix: ClassVar[str] = ".gguf"
     fuses: ClassVar[bool] = False
 
@@ -87,11 +88,9 @@ class Gguf:
         return parse_format(nearest), f"{nearest} instead of {wanted}: {reason}"
 
     def problems(self, formats: Mapping[Target, Format]) -> list[str]:
-        found = []
-        for target, format in formats.items():
-            if reason := GGML.refuses(format, target.shape):
-                found.append(f"{target.holder}: {reason}; a gguf file holds ggml's types; choose one, such as q4_k")
-        return found
+        reasons = ((target.holder, GGML.refuses(format, target.shape)) for target, format in formats.items())
+        end = "a gguf file holds ggml's types; choose one, such as q4_k"
+        return grouped((holder, f"{reason}; {end}") for holder, reason in reasons if reason)
 
     def weighed(self, by: Importance) -> None:
         """Under llama.cpp's own keys."""
