@@ -49,11 +49,10 @@ def prepare_transcode(
     folder, kind = resolve_model(model, options.trust_remote_code), exporter_named(export)
     check_out(Path(out), folder, kind.suffix)
     source = open_source(folder, options.trust_remote_code)
+    wanted = f"a {export} file needs a format; add --format, say {kind.example}"
     if not isinstance(source, Coded):
         if recipe is None:
-            raise RecipeError(
-                f"{model}: not quantized; a {export} file needs a format; add --format, say {kind.example}"
-            )
+            raise RecipeError(f"{model}: not quantized; {wanted}")
         return prepare(model, out, recipe, options, export=export)
     exporter = kind(source.model, source.checkpoint.folder)
     targets = [target for target in find_targets(source.model) if target.parameter in source.origins]
@@ -61,9 +60,7 @@ def prepare_transcode(
     if lost:
         raise RecipeError("\n".join(lost))
     if not chosen:
-        raise RecipeError(
-            f"{model}: nothing of it is quantized; a {export} file needs a format; add --format, say {kind.example}"
-        )
+        raise RecipeError(f"{model}: nothing of it is quantized; {wanted}")
     rules, notes = with_inputs(Recipe("rtn", rules_for(targets, chosen)), source, exporter, chosen)
     plan = plan_quantization(source, rules, exporter, options.shard_size)
     name = folder.resolve().name if Path(model).is_dir() else str(model)
