@@ -160,6 +160,16 @@ def test_what_was_measured_is_not_measured_again(measured, monkeypatch):
     assert asked == ["bf16"]  # other settings, other rows
 
 
+@pytest.mark.parametrize(("model", "text"), [("nowhere", "whit:heldout"), (MODEL, "empty.txt")])
+def test_what_is_wrong_with_model_or_text_leaves_nothing_behind(model: str, text: str, tmp_path: Path):
+    (tmp_path / "empty.txt").touch()
+    text = text if text.startswith("whit:") else str(tmp_path / text)
+    settings = dataclasses.replace(SETTINGS, evaluation=dataclasses.replace(SETTINGS.evaluation, text=text))
+    with pytest.raises(WhitError, match=r"nowhere|the text is empty"):
+        compare(str(tmp_path / model) if model == "nowhere" else model, tmp_path / "out", (), settings, print)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_step_runs_in_a_process_of_its_own(tmp_path: Path):
     order = Order(MODEL, parse_entrants("int8")[1], str(tmp_path / "int8"), SETTINGS.evaluation, None, Calibration())
     made = in_process("make", order)

@@ -25,6 +25,7 @@ from whit.checkpoint.writer import file_sha256
 from whit.data import resolve_model, resolve_text
 from whit.evaluation import EvaluationOptions
 from whit.evaluation.memory import available_bytes
+from whit.evaluation.text import read_text
 from whit.report.candidates import Entrant
 from whit.report.kept import contents, keep, key, recall
 from whit.report.machine import machine
@@ -92,12 +93,13 @@ def compare(
 
     `speed_again` measures speeds though they are known.
     """
-    make_folder(out / ROWS, out)
     model = resolve_model(name)
     here = machine(settings.evaluation.device)
     here["threads"] = settings.threads or here["threads"]
     orders = [_order(model, out, entrant, settings) for entrant in entrants]
     source = contents(model)
+    read_text(resolve_text(settings.evaluation.text))
+    make_folder(out / ROWS, out)  # what is wrong with model or text leaves none behind
     parts = [source, settings.quality_key(), here["cpu"], here.get("gpu")]
     rows = []
     for number, order in enumerate(orders, 1):
