@@ -108,7 +108,7 @@ def measure(
             candidates[f"cpu, {inputs} inputs"] = _ours(Cpu8(), rounded)
     if peers:
         candidates |= _peers(weight, format)
-    turns = {name: (_turn(calls, x), size) for name, (calls, size) in candidates.items()} | dict(others)
+    turns = {name: (turn_of(calls, x), size) for name, (calls, size) in candidates.items()} | dict(others)
     seconds: dict[str, list[float]] = {name: [] for name in turns}
     for turn in range(rounds + 1):
         for name, (run, _) in turns.items():
@@ -126,7 +126,7 @@ def measure(
     return found
 
 
-def _turn(calls: list[Call], x: Tensor) -> Turn:
+def turn_of(calls: list[Call], x: Tensor) -> Turn:
     """All calls once, or as many as fit into the seconds; the next turn goes on where this one ended."""
     upcoming = cycle(calls)
 

@@ -67,6 +67,7 @@ int whit_tiles(const whit_weight* w, const void* x, const void* bias, void* y, i
   t.depth = w->groups > 1 && w->group_size % 32 ? 16 : 32;
   t.blocks = (w->columns + t.depth - 1) / t.depth, t.tile_bytes = (w->columns + 31) / 32 * 1024;
   t.folded = count > 32 && (folds || !exact) && (w->bits <= 4 || w->consecutive);
+  t.counted = exact && w->consecutive;
   t.whole = t.folded || w->groups == 1;
   return run(call, threads);
 #else

@@ -26,6 +26,7 @@ struct Tiles {
   int ahead;            // columns between those that are decoded and those that memory is asked for
   bool whole;           // sums go on through all columns: there is one scale for each row, or
   bool folded;          // the weight itself is decoded, rounded to bfloat16
+  bool counted;         // levels are consecutive, and exact in bfloat16
 };
 
 struct TileKernels {
@@ -35,7 +36,7 @@ struct TileKernels {
 
 extern const TileKernels whit_tiles_bf16, whit_tiles_int8;
 
-enum { TILES_FROM = 5, TILES8_FROM = 4 };  // rows of x
+enum { TILES_FROM = 5, TILES8_FROM = 32 };  // rows of x, by benchmarks/results/cpu_kernels_amx.md
 enum { AMX_BF16 = 1, AMX_INT8 = 2 };
 int whit_amx(void);  // which of these this process may use
 

@@ -19,19 +19,19 @@ namespace {
 struct Waiting {
   const float *part, *scale, *less, *of_x;  // less: null where it was taken off already, or there is none
   int64_t params, x_tile;
-  int rows;  // of x: of a tile nothing is stored beyond them
+  int rows;  // of x; nothing is stored of a tile beyond them
 };
 
-// total += scale part - less sums, of rows [from, until) of x; tiles of total are `below` floats apart.
+// total += scale part - less sums; tiles of total are `below` floats apart.
 template <int N, int G>
-static ALWAYS_INLINE void add_rows(const Waiting& a, int from, int until, float* total, int64_t below) {
+static ALWAYS_INLINE void add_rows(const Waiting& a, float* total, int64_t below) {
   __m512 scale[G][N], less[G][N];
 #pragma GCC unroll 8
   for (int i = 0; i < G * N; i++) {
     scale[i / N][i % N] = _mm512_loadu_ps(a.scale + i / N * 16 + i % N * a.params);
     less[i / N][i % N] = a.less ? _mm512_loadu_ps(a.less + i / N * 16 + i % N * a.params) : _mm512_setzero_ps();
   }
-  for (int row = from; row < until; row++) {
+  for (int row = 0; row < a.rows; row++) {
     float* to = total + (row >> 4) * below + (row & 15) * 16;
     const float* part = a.part + (row >> 4) * 512 + (row & 15) * 16;
     for (int n = 0; n < N; n++) {
@@ -48,46 +48,41 @@ static ALWAYS_INLINE void add_rows(const Waiting& a, int from, int until, float*
   }
 }
 
-// total += blocks [first, until) of x times two strips, group by group: while the next ones are multiplied, G of them are
-// added. `less` is taken off where a group begins.
+// total += blocks [first, until) of x times two strips, group by group; G groups are added at a time. Products and other
+// vectors do not take turns: together they take longer than one after the other. `less` is taken off where a group begins.
 template <int M, int N, int G>
 static ALWAYS_INLINE void groups_of(const Tiles& t, const Spot& s, int64_t chunk, int64_t first, int64_t until,
                                     const Waiting& of, float* total, int64_t below) {
   const int64_t run = t.w->group_size / t.depth;
-  float* parts = (float*)of.part;
   Waiting waiting = of;
-  waiting.part = nullptr;
   int slot = 0;
   for (int64_t b = first, g = first / run; b < until; g++) {
     const bool begins = b == g * run;
     const int64_t end = (g + 1) * run < until ? (g + 1) * run : until;
-    const int step = (int)((of.rows + end - b - 1) / (end - b));
     zero_sums<M, N>();
-    for (int row = 0; b < end; b++, row += step) {
-      multiply_block<OfPairs, M, N>(s, b - chunk);
-      const int last = row + step < of.rows ? row + step : of.rows;
-      if (waiting.part) add_rows<N, G>(waiting, row, last, total, below);
-    }
-    waiting.part = nullptr;
-    store_sums<M, N>((uint8_t*)(parts + slot * 1024), 2048);
+    for (; b < end; b++) multiply_block<OfPairs, M, N>(s, b - chunk);
+    store_sums<M, N>((uint8_t*)(of.part + slot * 1024), 2048);
     if (++slot < G) continue;
     slot = 0;
-    waiting.part = parts, waiting.scale = of.scale + 16 * (g + 1 - G);
+    waiting.scale = of.scale + 16 * (g + 1 - G);
     waiting.less = of.less && begins ? of.less + 16 * (g + 1 - G) : nullptr;
     waiting.of_x = of.less ? of.of_x + 16 * (g + 1 - G) : nullptr;
+    add_rows<N, G>(waiting, total, below);
   }
-  if (waiting.part) add_rows<N, G>(waiting, 0, of.rows, total, below);
 }
 
 template <int M, int N>
 static __attribute__((noinline)) void multiply_groups(const Tiles& t, const Spot& s, int64_t first, int64_t until,
                                                       const Waiting& of, const Sums& sums) {
-  const int64_t run = t.w->group_size / t.depth, below = sums.below / 4, fours = (until - first) & ~(int64_t)3;
+  const int64_t run = t.w->group_size / t.depth, below = sums.below / 4, all = until - first;
   float* total = (float*)sums.at;
   for (int i = 0; sums.first && i < M; i++) memset(total + i * below, 0, 1024 * N);
   int64_t done = first;
-  if (run == 1) groups_of<M, N, 4>(t, s, first, first, first + fours, of, total, below), done += fours;
-  if (run == 2) groups_of<M, N, 2>(t, s, first, first, first + fours, of, total, below), done += fours;
+  if (first % run == 0) {  // whole groups, four or two at a time
+    done += all - all % ((run <= 2 ? 4 : 2) * run);
+    if (run <= 2) groups_of<M, N, 4>(t, s, first, first, done, of, total, below);
+    else groups_of<M, N, 2>(t, s, first, first, done, of, total, below);
+  }
   groups_of<M, N, 1>(t, s, first, done, until, of, total, below);
 }
 
@@ -133,6 +128,23 @@ struct Folded {
   }
 };
 
+// Consecutive levels of 7 and 8 bits, exact in bfloat16, of the words of `codes`: the bits of 2^23 + code are the code's.
+template <int BITS>
+struct Counted {
+  const __m512i mask = _mm512_set1_epi32((1 << BITS) - 1), magic = _mm512_set1_epi32(0x4b000000);
+  const __m512i upper = _mm512_set1_epi32((int)0xffff0000);
+  __m512 less;
+  explicit Counted(float lowest) : less(_mm512_set1_ps(8388608.0f - lowest)) {}
+  ALWAYS_INLINE __m512i level(__m512i codes) const {  // (codes & mask) | magic, as a float
+    const __m512i lifted = _mm512_ternarylogic_epi64(codes, mask, magic, 0xea);
+    return _mm512_castps_si512(_mm512_sub_ps(_mm512_castsi512_ps(lifted), less));
+  }
+  ALWAYS_INLINE __m512i operator()(__m512i codes) const {
+    const __m512i low = _mm512_srli_epi32(level(codes), 16);
+    return _mm512_ternarylogic_epi64(level(_mm512_srli_epi32(codes, 16)), upper, low, 0xea);
+  }
+};
+
 // A Look of the weight's bits, made once: for 8 bits that takes as long as to decode a strip of some hundred columns.
 struct alignas(64) Tables {
   uint8_t bytes[512];
@@ -152,13 +164,17 @@ static void decode(const Tiles& t, const Tables& tables, int64_t row, int64_t fr
       fold(i, v, to + (i - first) * T::STEPS);
     });
   }
-  const Look<BITS> look = *(const Look<BITS>*)tables.bytes;
-  turn<T>(w, row, first, last, [&](int64_t i, __m512i v) __attribute__((always_inline)) {
-    ask.template operator()<T>(i - first);
+  auto put = [&](const auto& level) __attribute__((always_inline)) {
+    turn<T>(w, row, first, last, [&](int64_t i, __m512i v) __attribute__((always_inline)) {
+      ask.template operator()<T>(i - first);
 #pragma GCC unroll 8
-    for (int k = 0; k < T::STEPS; k++)
-      _mm512_store_si512(to + (i - first) * T::STEPS + k, look(k ? _mm512_srli_epi16(v, T::SHIFT * k) : v));
-  });
+      for (int k = 0; k < T::STEPS; k++)
+        _mm512_store_si512(to + (i - first) * T::STEPS + k, level(k ? _mm512_srli_epi16(v, T::SHIFT * k) : v));
+    });
+  };
+  if constexpr (BITS >= 7)
+    if (t.counted) return put(Counted<BITS>(w.levels[0]));
+  put(*(const Look<BITS>*)tables.bytes);
 }
 
 typedef void (*Decode)(const Tiles&, const Tables&, int64_t, int64_t, int64_t, const float*,
