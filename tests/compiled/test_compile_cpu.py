@@ -60,7 +60,7 @@ def test_the_tokens_are_those_of_the_model(architecture, dtype):
 
 @pytest.mark.parametrize(
     ("spec", "inputs"),
-    [("int4-g32", ""), ("int3-g16-asym", ""), ("nf4-dq", ""), ("int8", ""), ("q4_0", ""), ("q5_1", ""),
+    [("int4-g32", ""), ("int3-g16-asym", ""), ("nf4-dq", ""), ("int8", ""), ("q4_0", ""), ("q5_1", ""), ("ternary", ""),
      ("int4-g32", "int8-g32"), ("int4-g64-asym", "int8-g32"), ("int8", "int8"), ("q8_0", "int8-g32"),
      ("nf4", "int8-g32"), ("nf4-dq", "int8-g32"), ("fp4-g32", "int8-g32")],
 )  # fmt: skip
