@@ -26,9 +26,11 @@ bool has_vnni() {
 #endif
 
 #if defined(WHIT_HAVE_INT8_AVX512) && defined(WHIT_HAVE_TILES_INT8)
-const Kernels8* by_tiles8() {  // many rows are tiles.h's
+// Many rows are tiles.h's. An Emerald Rapids reads 27 GB/s where 16 KB come in advance, 17 where its own prefetcher is
+// waited for; on Zen 4 that one is the faster.
+const Kernels8* by_tiles8() {
   static Kernels8 kernels = whit_int8_avx512;
-  kernels.encode = whit_encode_amx;
+  kernels.encode = whit_encode_amx, kernels.ahead = 16384;
   return &kernels;
 }
 #endif
@@ -122,7 +124,7 @@ void whit_derive8(Product8& p, bool few, const Kernels8& kernels, void* room) {
   float *sums = (float*)room, *lanes = sums + x.count * p.sum_stride;
   int32_t* starts = (int32_t*)(lanes + x.count * p.lane_stride);
   int8_t* arranged = (int8_t*)(starts + (few ? 0 : x.count * x.groups));
-  p.group_sums = sums, p.lanes = lanes, p.starts = starts, p.arranged = arranged;
+  p.group_sums = sums, p.lanes = lanes, p.starts = starts, p.arranged = arranged, p.ahead = kernels.ahead;
   for (int64_t i = 0; i < x.count * x.groups && !few; i++) starts[i] = -p.shift * x.sums[i];
   for (int64_t m = 0; m < x.count; m++) {
     const float* scale = x.scale + m * x.groups;

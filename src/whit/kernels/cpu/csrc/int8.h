@@ -35,6 +35,7 @@ struct Product8 {
   const int32_t* row_sums;   // (w.rows): of the levels, where x has zero points
   const void* bias;
   void* y;
+  int64_t ahead;             // Kernels8's
   int type;                  // of bias and y
   int shift;                 // stored level = level + shift
   float unit;                // level = integer * unit
@@ -51,6 +52,7 @@ struct Kernels8 {
   void (*arrange)(const int8_t* codes, int64_t stride, int bits, int8_t* to, int64_t to_stride);
   int (*parts)(int bits);
   int bytes;                 // of a vector
+  int ahead;                 // bytes that few rows ask memory for in advance where codes are whole bytes; 0: they do not
   // Sequences [first, first + count) of an encoder through all its layers.
   void (*encode)(struct Crew&, const struct whit_encoder8&, int64_t first, int64_t count, const struct Room8&);
 };

@@ -158,4 +158,4 @@ UNROLL(4)
 }  // namespace
 
 const Kernels8 whit_int8_avx2 = {few8<Bytes2>, many8<Bytes2>, quantize8<Bytes2>, arrange8<Bytes2>,
-                                 parts8<Bytes2>, 32, encode8<Bytes2>};
+                                 parts8<Bytes2>, 32, 0, encode8<Bytes2>};

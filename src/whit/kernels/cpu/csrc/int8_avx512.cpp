@@ -15,4 +15,4 @@ namespace {
 }  // namespace
 
 const Kernels8 whit_int8_avx512 = {few8<Vnni512>, many8<Vnni512>, quantize8<Vnni512>, arrange8<Vnni512>,
-                                   parts8<Vnni512>, 64, encode8<Vnni512>};
+                                   parts8<Vnni512>, 64, 0, encode8<Vnni512>};

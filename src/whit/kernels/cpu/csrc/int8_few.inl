@@ -65,11 +65,13 @@ struct Step8 {
   static constexpr int PARTS = parts_of<V, BITS>(), COLUMNS = V::LANES * 4 * PARTS, BYTES = COLUMNS * BITS / 8;
 };
 
-// Ask for codes that are to come. Whole bytes come as fast as memory gives them: one row after the other is what the
-// processor's own prefetcher takes for a stream, and other requests, or several rows at once, only stand in its way.
+// Ask for codes that are to come. Whole bytes mostly come as fast as memory gives them: one row after the other is what
+// AMD's prefetcher takes for a stream, and other requests, or several rows at once, only stand in its way; Intel's ends at
+// every page, and is asked `ahead`.
 template <int BITS>
-static ALWAYS_INLINE void ask(const uint8_t* codes) {
+static ALWAYS_INLINE void ask(const uint8_t* codes, int64_t ahead) {
   if (BITS < 8) __builtin_prefetch(codes + 16384, 0, 2);
+  else if (ahead) __builtin_prefetch(codes + ahead, 0, 2);
 }
 
 // The sums of lanes with what the shifts and zero points of the levels take from them.
@@ -103,7 +105,7 @@ static ALWAYS_INLINE void whole_rows8(const Product8& p, const Parts8<V, BITS, T
   EACH(m, M) { q[m] = p.arranged + (m0 + m) * p.arranged_stride, acc[m] = V::izero(); });
   group_params<V>(w, row, 0, scratch, scratch + padded_groups(w));
   for (int64_t s = 0; s < steps; s++) {
-    ask<BITS>(codes + s * S::BYTES);
+    ask<BITS>(codes + s * S::BYTES, p.ahead);
     uint8_t last[64];
     typename V::B level[S::PARTS];
     parts(within<S::BYTES>(codes + s * S::BYTES, end, last), level);

@@ -122,4 +122,4 @@ struct Plain8 : Scalar {
 
 extern const Kernels8 whit_int8_scalar;
 const Kernels8 whit_int8_scalar = {few8<Plain8>, many8<Plain8>, quantize8<Plain8>, arrange8<Plain8>,
-                                  parts8<Plain8>, 32, encode8<Plain8>};
+                                  parts8<Plain8>, 32, 0, encode8<Plain8>};

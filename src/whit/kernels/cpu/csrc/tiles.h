@@ -36,7 +36,8 @@ struct TileKernels {
 
 extern const TileKernels whit_tiles_bf16, whit_tiles_int8;
 
-enum { TILES_FROM = 5, TILES8_FROM = 32 };  // rows of x, by benchmarks/results/cpu_kernels_amx.md
+// Rows of x, by benchmarks/results/cpu_kernels_amx.md, and for bytes by cpu_int8_amx.md.
+enum { TILES_FROM = 5, TILES8_FROM = 16 };
 enum { AMX_BF16 = 1, AMX_INT8 = 2 };
 int whit_amx(void);  // which of these this process may use
 
