@@ -42,36 +42,37 @@ CHECKS = {
     "plain": [
         *((spec, rows, cut)
           for spec in ("int4-g128", "nf4", "nf4-dq", "int4-g64-asym", "fp4-g32")
-          for rows, cut in ((16, Config(1, 2, 8, min_blocks=2)), (9, Config(2, 2, 8)), (60, Config(2, 8, 4)),
-                            (300, Config(2, 16, 4)), (520, Config(2, 32, 2)))),
-        ("int4-channel", 130, Config(2, 16, 4)), ("int4-g256", 64, Config(1, 8, 4, min_blocks=2)),
+          for rows, cut in ((16, Config(1, 2, 4, min_blocks=2)), (9, Config(2, 2, 4)), (60, Config(2, 8, 3, lead=8)),
+                            (300, Config(2, 16, 2, lead=6)), (520, Config(2, 32, 2, lead=4)))),
+        ("int4-channel", 130, Config(2, 16, 2, lead=6)), ("int4-g256", 64, Config(1, 8, 3, min_blocks=2, lead=4)),
     ],
     "late": [
         *((spec, rows, cut)
           for spec in ("int4-g128", "nf4", "nf4-dq", "int4-g64-asym")
-          for rows, cut in ((16, Config(1, 2, 8, late=1, min_blocks=2)), (9, Config(2, 2, 8, late=1)),
-                            (60, Config(2, 8, 4, late=1)))),
+          for rows, cut in ((16, Config(1, 2, 4, late=1, min_blocks=2)), (9, Config(2, 2, 4, late=1)),
+                            (60, Config(2, 8, 3, late=1, lead=8)))),
     ],
     "split": [
         *((spec, rows, cut)
           for spec in ("int4-g128", "nf4")
-          for rows, cut in ((16, Config(1, 2, 8, 4, late=1, min_blocks=2)), (9, Config(2, 2, 8, 2)),
-                            (60, Config(2, 8, 4, 4)), (250, Config(2, 32, 2, 4)),
-                            (33, Config(1, 4, 4, 8, min_blocks=2)))),
+          for rows, cut in ((16, Config(1, 2, 4, 4, late=1, min_blocks=2)), (9, Config(2, 2, 4, 2)),
+                            (60, Config(2, 8, 3, 3, lead=8)), (250, Config(2, 16, 3, 2, lead=6)),
+                            (33, Config(1, 4, 2, 8, min_blocks=2)))),
     ],
     "pair": [
         *((spec, rows, cut)
           for spec in ("int4-g128", "nf4")
-          for rows, cut in ((60, Config(2, 8, 4, pair=2)), (300, Config(2, 16, 4, pair=2)),
-                            (520, Config(2, 32, 2, pair=2)))),
+          for rows, cut in ((60, Config(2, 8, 3, pair=2, lead=8)), (300, Config(2, 16, 2, pair=2, lead=6)),
+                            (520, Config(2, 32, 2, pair=2, lead=4)), (60, Config(2, 8, 2, 3, 2, lead=8)))),
     ],
 }  # fmt: skip
 
 
 def cuts(rows: int, outs: int, levels: bool) -> list[Config]:
     """The cuts that are tried: those whose blocks fill a good part of the device, or most of them do."""
+    high = (32, 4, 4) if levels else (32, 2, 6)
     if rows <= 16:
-        kinds = ((1, 8, 2), (4, 5, 1)) if levels else ((1, 8, 2), (1, 6, 3), (4, 6, 1))
+        kinds = ((1, 4, 2), (4, 2, 1)) if levels else ((1, 4, 2), (1, 3, 3), (4, 3, 1))
         found = [
             Config(groups, 2, stages, split, late=1, min_blocks=blocks)
             for groups, stages, blocks in kinds
@@ -79,23 +80,22 @@ def cuts(rows: int, outs: int, levels: bool) -> list[Config]:
         ]
     elif rows <= 64:
         found = [
-            Config(groups, 8, stages, split, pair, late)
-            for groups, stages, late in ((2, 4, 0), (2, 6, 0), (2, 6, 1), (4, 4, 0))
-            for split, pair in ((1, 1), (2, 1), (4, 1), (1, 2))
+            Config(groups, 8, stages, split, pair, lead=lead)
+            for groups, stages, lead in ((2, 3, 8), (2, 4, 8), (4, 3, 6))
+            for split, pair in ((1, 1), (2, 1), (3, 1), (6, 1), (3, 2))
         ]
     elif rows <= 256:
-        tall = ((32, 2 if levels else 3), (16, 4))
-        found = [Config(2, tiles, stages, split, pair) for tiles, stages in tall
-                 for split, pair in ((1, 1), (2, 1), (4, 1), (1, 2))]  # fmt: skip
+        found = [Config(2, tiles, stages, split, lead=lead) for tiles, stages, lead in (high, (16, 3, 6))
+                 for split in (1, 2, 3)]  # fmt: skip
     else:
-        found = [Config(2, 32, 2 if levels else 3, pair=2), Config(2, 16, 4, pair=2)]
+        found = [Config(2, high[0], high[1], 1, pair, lead=high[2], halve=halve) for pair in (1, 2) for halve in (0, 1)]
     scheme = scheme_of("nf4" if levels else "int4-g128", 4096)
     invariant = tuned.invariant_many(scheme, (outs, 4096), rows, (9, PROCESSORS))
     return [*dict.fromkeys([*(c for c in found if is_sensible(c, rows, outs, levels)), invariant])]
 
 
 def is_sensible(config: Config, rows: int, outs: int, levels: bool) -> bool:
-    if config.shared_bytes(levels) * config.min_blocks > many.LARGEST_SHARED:
+    if not config.fits(levels):
         return False
     blocks, room = config.grid([outs], rows, 1 << 20)[0], PROCESSORS * config.min_blocks
     if config.split == 1:
@@ -173,10 +173,10 @@ def invariance(generator: torch.Generator) -> dict[str, bool]:
         scheme, packed = scheme_of(spec, shape[1]), random_packed(spec, shape, generator)
         x = random_x(256, shape[1], generator)
         every = [
-            one(x, packed, None, scheme, Config(2, tiles, stages))
-            for tiles, stages in ((2, 8), (8, 4), (16, 4), (32, 2))
+            one(x, packed, None, scheme, Config(2, tiles, stages, lead=lead))
+            for tiles, stages, lead in ((2, 4, 8), (8, 3, 8), (16, 2, 6), (32, 2, 4))
         ]
-        rolled = one(x.roll(13, 0).contiguous(), packed, None, scheme, Config(2, 32, 2)).roll(-13, 0)
+        rolled = one(x.roll(13, 0).contiguous(), packed, None, scheme, Config(2, 32, 2, lead=4)).roll(-13, 0)
         same[spec] = all(torch.equal(every[0], each) for each in (*every, rolled))
         print(f"invariant {spec}: {same[spec]}", flush=True)
     return same
@@ -185,7 +185,8 @@ def invariance(generator: torch.Generator) -> dict[str, bool]:
 def together(generator: torch.Generator) -> dict[str, float]:
     """Errors of three weights in one launch."""
     found = {}
-    for spec, cut in itertools.product(TIMED, (Config(1, 2, 8, 2, late=1, min_blocks=2), Config(2, 8, 4, pair=2))):
+    tried = Config(1, 2, 4, 2, late=1, min_blocks=2), Config(2, 8, 3, pair=2, lead=8)
+    for spec, cut in itertools.product(TIMED, tried):
         weights = [random_packed(spec, (outs, 4096), generator) for outs in (1096, 72, 512)]
         x, scheme = random_x(8 * cut.row_tiles - 3, 4096, generator), scheme_of(spec, 4096)
         ys = gpu_kernel.multiply_many(x, weights, [None] * 3, scheme, cut)

@@ -11,6 +11,9 @@ static u32 transpose(u32 v) {  // lane 4 g + t holds columns 2 t and 2 t + 1 of 
     return at(2 * t, g) | at(2 * t + 1, g) << 16;
 }
 static int uniform(int v) { return v; }
+#if defined WG && defined MIN_BLOCKS
+constexpr bool TRADED = WG == 2 && MIN_BLOCKS == 1;
+#endif
 static void hold_registers() {}
 static void give_registers() {}
 static u64 describe_rows(const void *tile) { return (u64)tile; }
@@ -21,7 +24,7 @@ template <class T> static void settle(T &) {}
 
 struct Left { u32 a[2][32][4]; int count, turn; };
 static std::vector<Left> lefts(256);
-static void multiply_step(float (&d)[NT][4], u32 (&a)[4], u64 x, int step, int fresh) {
+static void multiply_fresh(float (&d)[NT][4], u32 (&a)[4], u64 x, int step, int fresh, int tiles = NT) {
     Left &w = lefts[current / 32];
     int turn = w.turn, lane = current % 32;
     memcpy(w.a[turn & 1][lane], a, 16);
@@ -30,7 +33,7 @@ static void multiply_step(float (&d)[NT][4], u32 (&a)[4], u64 x, int step, int f
     threadIdx.x = current % threads;
     const u8 *tile = (const u8 *)x;
     if (((const u8 *)tile - (const u8 *)shared + 48) % 1024) __builtin_trap();
-    for (int n = 0; n < NT; n++)
+    for (int n = 0; n < tiles; n++)
         for (int e = 0; e < 4; e++) {
             int out = lane / 4, row = n * 8 + lane % 4 * 2 + e % 2;
             double sum = fresh ? 0 : d[n][e];
@@ -42,4 +45,7 @@ static void multiply_step(float (&d)[NT][4], u32 (&a)[4], u64 x, int step, int f
             }
             d[n][e] = sum;
         }
+}
+template <bool LOW> static void multiply_step(float (&d)[NT][4], u32 (&a)[4], u64 x, int step) {
+    multiply_fresh(d, a, x, step, 0, LOW ? NT / 2 : NT);
 }

@@ -26,6 +26,7 @@ LIMIT = {BF16: 5e-3, F16: 1e-3}
 CASES = [
     ("int4-g128", BF16, 40, Config(2, 2, 2, 2, late=1)),
     ("nf4-dq", BF16, 33, Config(1, 4, 2, 1, pair=2)),
+    ("int4-g64", BF16, 50, Config(2, 8, 3, 3, pair=2, min_blocks=2, lead=4)),
 ]
 MORE = [
     ("int4-g128", BF16, 16, Config(1, 2, 3, 1)),
@@ -33,9 +34,11 @@ MORE = [
     ("int4-g64-asym", F16, 70, Config(2, 8, 2, 1)),
     ("fp4-g32", F16, 20, Config(2, 4, 3, 2)),
     ("int4-channel", BF16, 140, Config(1, 16, 2, 1, pair=2)),
-    ("int4-g256", BF16, 300, Config(2, 32, 2, 1, pair=2)),
+    ("int4-g256", BF16, 300, Config(2, 32, 2, 1, pair=2, lead=4)),
     ("int4-g128-asym", BF16, 17, Config(2, 2, 4, 1, late=1)),
     ("nf4", F16, 64, Config(1, 8, 2, 2)),
+    ("nf4", BF16, 200, Config(1, 4, 3, 1, pair=2, lead=2)),
+    ("int4-g32", BF16, 100, Config(1, 4, 2, 1, lead=6)),
 ]
 SLOW = [pytest.param(*case, marks=pytest.mark.slow) for case in MORE]
 
@@ -64,3 +67,20 @@ def test_weights_that_share_more_rows_are_multiplied_in_one_launch(random: Gener
     ):
         wanted = x.double() @ reference.dequantize(weight, torch.float32).double().T
         assert ((found.double() - wanted).norm() / wanted.norm()).item() < LIMIT[BF16]
+
+
+@pytest.mark.parametrize(("rows", "config", "processors"), [
+    (100, Config(1, 16, 2, 1, lead=4, halve=1), 3), (200, Config(1, 16, 2, 1, pair=2, lead=2, halve=1), 6),
+])  # fmt: skip
+def test_tiles_of_the_last_turn_are_of_half_the_height_where_that_gives_more_blocks_work(
+    rows: int, config: Config, processors: int, random: Generator
+):
+    weight = BITS.pack(whit.quantize_tensor(torch.randn(200, 512, generator=random), "int4-g128"))
+    x, scheme = torch.randn(rows, 512, generator=random).to(BF16), stream.scheme(weight.format, 512)
+    assert not isinstance(scheme, str)
+    assert config.grid([200], rows, processors)[0] == processors
+    (found,) = emulated_many.linears(x, [weight], None, scheme, config, processors)
+    wanted = x.double() @ reference.dequantize(weight, torch.float32).double().T
+    assert ((found.double() - wanted).norm() / wanted.norm()).item() < LIMIT[BF16]
+    (alone,) = emulated_many.linears(x, [weight], None, scheme, config, 64)
+    assert torch.equal(found, alone)

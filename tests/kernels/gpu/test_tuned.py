@@ -57,17 +57,17 @@ def test_measured_tiles_fit_the_multiprocessor(kind: str, rows: int, shape: tupl
 
 
 def test_more_rows_take_a_cut_for_their_own_height_and_only_where_it_won(monkeypatch: pytest.MonkeyPatch):
-    won, shape = (2, 8, 4, 4, 1, 0, 1), (4096, 4096)
+    won, shape = (2, 8, 4, 4, 1, 0, 1, 8), (4096, 4096)
     table = {("int4-128", 8, shape): None, ("int4-128", 64, shape): won, ("int4-128", 256, shape): None}
     monkeypatch.setattr(tuned, "MANY", {9: table})
     scheme = scheme_of("int4-g128", 4096)
     assert tuned.best_many(scheme, shape, 8, H100) is None
-    assert tuned.best_many(scheme, shape, 9, H100) == many.Config(2, 2, 4, 4)
+    assert tuned.best_many(scheme, shape, 9, H100) == many.Config(2, 2, 4, 4, lead=8)
     assert tuned.best_many(scheme, shape, 33, H100) == many.Config(*won)
     assert tuned.best_many(scheme, shape, 65, H100) is None
     assert tuned.best_many(scheme, shape, 9000, H100) is None
-    assert tuned.best_many(scheme, (1024, 4096), 64, H100) == many.Config(2, 8, 4, 8)  # as many blocks, or nearly
-    assert tuned.best_many(scheme, (14336, 4096), 64, H100) == many.Config(2, 8, 4, 1)
+    assert tuned.best_many(scheme, (1024, 4096), 64, H100) == many.Config(2, 8, 4, 8, lead=8)  # as many blocks
+    assert tuned.best_many(scheme, (14336, 4096), 64, H100) == many.Config(2, 8, 4, 1, lead=8)
     assert tuned.best_many(scheme, shape, 64, (8, 108)) is None
     assert tuned.best_many(scheme_of("int8", 4096), shape, 64, H100) is None
     assert tuned.best_many(scheme_of("int4-g128-asym-fz", 4096), shape, 64, H100) is None

@@ -43,6 +43,11 @@
 #define RIGHT "%68"
 #define FRESH "69"
 #define ALL D16(0)
+#define LOW_SHAPE "m64n64k16"
+#define LOW_SUMS R32
+#define LOW_LEFT "%32,%33,%34,%35"
+#define LOW_RIGHT "%36"
+#define LOW_ALL D8(0)
 #elif NT == 32
 #define SHAPE "m64n256k16"
 #define SUMS R128
@@ -50,6 +55,11 @@
 #define RIGHT "%132"
 #define FRESH "133"
 #define ALL D32(0)
+#define LOW_SHAPE "m64n128k16"
+#define LOW_SUMS R64
+#define LOW_LEFT "%64,%65,%66,%67"
+#define LOW_RIGHT "%68"
+#define LOW_ALL D16(0)
 #endif
 
 DEVICE u32 shared_address(const void *p) { return (u32)__cvta_generic_to_shared(p); }

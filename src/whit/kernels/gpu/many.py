@@ -17,16 +17,19 @@ from whit.kernels.gpu.scales import FLOAT_ZERO, Scales, scales, table
 from whit.tensor import PackedWeight
 
 SOURCE = Path(__file__).with_name("many.cu")
-STEP = 128  # columns of a tile
+STEP = 256  # columns of a tile of codes
 ROW_TILES = (2, 4, 8, 16, 32)
 LARGEST_SHARED = 227 << 10
-Cut: TypeAlias = tuple[int, int, int, int, int, int, int]
+Cut: TypeAlias = tuple[int, ...]
 Mapped: TypeAlias = Callable[[int, int, int, int, int, int], "ctypes.Array[ctypes.c_uint64]"]
 
 
 @dataclass(frozen=True)
 class Config:
-    """How the work is cut; many.cu explains the names. `split` blocks share the columns of a tile."""
+    """How the work is cut; many.cu explains the names. `split` blocks share the columns of a tile.
+
+    `lead` 0: as much of x as of the codes. `halve`: the last turn's tiles may be of half the height.
+    """
 
     groups: int = 2
     row_tiles: int = 2
@@ -35,12 +38,15 @@ class Config:
     pair: int = 1
     late: int = 0
     min_blocks: int = 1
+    lead: int = 0
+    halve: int = 0
 
     @property
     def values(self) -> Cut:
         """Its fields, as a table has them."""
         return (
-            self.groups, self.row_tiles, self.stages, self.split, self.pair, self.late, self.min_blocks,
+            self.groups, self.row_tiles, self.stages, self.split, self.pair, self.late, self.min_blocks, self.lead,
+            self.halve,
         )  # fmt: skip
 
     @property
@@ -52,29 +58,44 @@ class Config:
         return 8 * self.row_tiles
 
     @property
+    def box(self) -> int:
+        """Rows of x that are copied at once."""
+        return self.rows // self.pair // (1 + self.halve)
+
+    @property
     def threads(self) -> int:
-        return 128 * (self.groups + 1)
+        return 128 * self.groups + (128 if self.groups == 2 and self.min_blocks == 1 else 32)
+
+    @property
+    def pieces(self) -> int:
+        """Pieces of 64 columns of x in shared memory."""
+        return self.lead or 4 * self.stages
 
     def grid(self, outs: Sequence[int], rows: int, processors: int) -> nvrtc.Dims:
         """Blocks for weights of these `outs`: a cluster per tile, or as many as run at a time, which stay."""
         tiles = -(-rows // self.rows) * sum(-(-n // (self.outs * self.pair)) for n in outs)
         if self.split > 1:
-            return tiles * self.split, 1, 1
+            return tiles * self.split * self.pair, 1, 1
         return min(tiles, max(processors * self.min_blocks // self.pair, 1)) * self.pair, 1, 1
 
     def shared_bytes(self, levels: bool) -> int:
-        """Dynamic shared memory: up to 1,024 bytes to where stages may begin, these, barriers, the table."""
-        stages = self.stages * (4 * STEP * self.rows // 2 + self.outs * STEP // 2)
-        if self.split > 1:  # sums lie where stages were
-            stages = max(stages, 4 * self.rows * (self.outs + 4))
-        return 1024 + stages + 16 * self.stages + (stream.TABLE_BYTES if levels else 0)
+        """Dynamic shared memory: up to 1,024 bytes to where stages may begin, these, sums, barriers, the table."""
+        stages = self.stages * self.outs * STEP // 2 + self.pieces * self.rows * 128
+        own = -(-self.row_tiles // 2 // self.split)  # pairs of tiles of rows
+        stages += (self.split - 1) * own * self.groups * 4096
+        barriers = self.stages + self.stages % 2 + 2 * self.pieces
+        return 1024 + stages + 8 * barriers + (stream.TABLE_BYTES if levels else 0)
+
+    def fits(self, levels: bool) -> bool:
+        """Whether its blocks' shared memory is there."""
+        return self.min_blocks * (self.shared_bytes(levels) + 1024) <= LARGEST_SHARED + 1024
 
     def macros(self, scheme: stream.Scheme, half: bool, parts: int = 1) -> dict[str, int]:
         """What many.cu is compiled with for so many weights."""
         return scheme.storage.macros | {
             "HALF": int(half), "GROUP": scheme.steps_per_group * scheme.step, "WG": self.groups, "NT": self.row_tiles,
-            "STAGES": self.stages, "SPLITS": self.split, "PAIR": self.pair, "LATE": self.late,
-            "MIN_BLOCKS": self.min_blocks, "PARTS": parts,
+            "STAGES": self.stages, "LEAD": self.pieces, "SPLITS": self.split, "PAIR": self.pair, "LATE": self.late,
+            "MIN_BLOCKS": self.min_blocks, "MIXED": self.halve, "PARTS": parts,
         }  # fmt: skip
 
 
@@ -111,7 +132,7 @@ def why_not(scheme: stream.Scheme, columns: int) -> str | None:
     stored, group = scheme.storage, scheme.steps_per_group * scheme.step
     if stored.bits != 4 or stored.zero == FLOAT_ZERO:
         return "codes are not of 4 bits, or zero points are floats"
-    if columns % 32 or (group not in (32, 64) and group % STEP):
+    if columns % 32 or (group not in (32, 64) and group % 128):
         return f"{columns} columns in groups of {group}"
     return None
 
@@ -133,7 +154,7 @@ def params(
         for one in products
     ]
     return several(len(parts))(
-        mapped(x.data_ptr(), rows, columns, config.rows // config.pair, 64, 2),
+        mapped(x.data_ptr(), rows, columns, config.box, 64, 2),
         (Weight * len(parts))(*parts),
         None if levels is None else levels.data_ptr(),
         columns, rows,

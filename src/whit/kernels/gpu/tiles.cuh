@@ -18,11 +18,9 @@ DEVICE u32 cluster_rank() {
     return rank;
 }
 DEVICE void cluster_barrier() { asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory"); }
-DEVICE float4 load_from(const float *p, u32 rank) {
-    float4 v;
-    asm volatile("ld.shared::cluster.v4.f32 {%0,%1,%2,%3}, [%4];"
-                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(shared_address(p, rank)) : "memory");
-    return v;
+DEVICE void store_to(float4 *p, float4 v, u32 rank) {  // the same place in another block of the cluster
+    asm volatile("st.shared::cluster.v4.f32 [%0], {%1,%2,%3,%4};"
+                 ::"r"(shared_address(p, rank)), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w) : "memory");
 }
 // A barrier within a block, of so many threads.
 template <int ID, int COUNT> DEVICE void meet() { asm volatile("bar.sync %0, %1;" ::"n"(ID), "n"(COUNT) : "memory"); }
@@ -50,10 +48,20 @@ DEVICE u64 describe_rows(const void *tile) {
 }
 template <int N> DEVICE void products_left() { asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory"); }
 // The products of step `step` of 16 columns; the first of a row of them (`fresh`) forgets what was there.
-DEVICE void multiply_step(float (&d)[NT][4], u32 (&a)[4], u64 x, int step, int fresh) {
+DEVICE void multiply_fresh(float (&d)[NT][4], u32 (&a)[4], u64 x, int step, int fresh) {
     asm volatile("{.reg .pred p; setp.eq.s32 p, %" FRESH ", 0;\n"
                  "wgmma.mma_async.sync.aligned." SHAPE ".f32." TYPE "." TYPE " {" SUMS "}, {" LEFT "}, " RIGHT ", p, 1, 1, 0;}"
                  : ALL : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(x + 2 * step), "r"(fresh));
+}
+// Those products added to all sums, or only to those of the lower half of the rows.
+template <bool LOW> DEVICE void multiply_step(float (&d)[NT][4], u32 (&a)[4], u64 x, int step) {
+    if constexpr (!LOW) wide_multiply(d, a[0], a[1], a[2], a[3], x + 2 * step);
+#ifdef LOW_SHAPE
+    else
+        asm volatile("{.reg .pred p; setp.eq.u32 p, 0, 0;\n"
+                     "wgmma.mma_async.sync.aligned." LOW_SHAPE ".f32." TYPE "." TYPE " {" LOW_SUMS "}, {" LOW_LEFT "}, " LOW_RIGHT ", p, 1, 1, 0;}"
+                     : LOW_ALL : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(x + 2 * step));
+#endif
 }
 
 // With two times four warps and many sums there are too few registers for all: the other four warps give theirs.

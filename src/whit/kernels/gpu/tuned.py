@@ -99,8 +99,9 @@ def best_many(scheme: Scheme, shape: Shape, rows: int, device: Device) -> many.C
     config = many.Config(*measured_cut)
     tiles = next(n for n in many.ROW_TILES if 8 * n >= min(rows, config.rows))
     split = 1 if config.split == 1 else rescaled(config.outs, config.split, near, shape)
-    split = min(1 << max(split.bit_length() - 1, 0), 8, max(shape[1] // (2 * many.STEP), 1))
-    return replace(config, row_tiles=tiles, split=split)
+    split = min(split, 8, max(shape[1] // many.STEP, 1))
+    most = [replace(config, row_tiles=tiles, split=n) for n in range(split, 0, -1)]
+    return next(cut for cut in most if cut.fits(bool(scheme.storage.levels)))
 
 
 def best_invariant(scheme: Scheme, shape: Shape, rows: int, device: Device) -> many.Config | None:
@@ -116,13 +117,13 @@ def invariant_many(scheme: Scheme, shape: Shape, rows: int, device: Device) -> m
     Blocks share the columns of a tile where the tiles of one height would leave most multiprocessors without work.
     """
     split, blocks = 1, -(-shape[0] // many.Config(2).outs)
-    while split < 8 and 3 * split * blocks <= device[1] and 4 * split * many.STEP <= shape[1]:
+    while split < 8 and 3 * split * blocks <= device[1] and 2 * split * many.STEP <= shape[1]:
         split *= 2
     highest = many.ROW_TILES[-1] if split == 1 else 16  # sums of taller tiles take long to lay down
     tiles = next((n for n in many.ROW_TILES if 8 * n >= rows), highest)
     tiles = min(tiles, highest)
-    stages = 8 if tiles <= 2 else 4 if tiles <= 16 else 2 if scheme.storage.levels else 3
-    return many.Config(2, tiles, stages, split)
+    stages, lead = (4, 16) if tiles <= 2 else (3, 8) if tiles <= 8 else (2, 6) if tiles <= 16 else (2, 4)
+    return many.Config(2, tiles, stages, split, lead=lead)
 
 
 def default_few(scheme: Scheme, rows: int) -> few.Config:

@@ -1,0 +1,82 @@
+// How many.cu writes its sums: added up over the blocks that share the columns, turned, rounded, and stored.
+
+// Sixteen bytes of y, or as much as there is.
+DEVICE void store8(const Weight &p, int row, int out, const u32 (&pairs)[4]) {
+    u16 *to = p.y + (long long)row * p.outs + out;
+    if (p.outs % 8 == 0 && out < p.outs) {
+        *(uint4 *)to = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
+        return;
+    }
+#pragma unroll
+    for (int i = 0; i < 8; i++)
+        if (out + i < p.outs) to[i] = (u16)(pairs[i >> 1] >> 16 * (i & 1));
+}
+
+// Four lanes hold two outs each of four eights; afterwards each holds a whole eight.
+DEVICE void gather_eights(u32 (&v)[4], int lane) {
+    bool odd = lane & 1, high = lane & 2;
+    u32 a = exchange(odd ? v[0] : v[1], 1), b = exchange(odd ? v[2] : v[3], 1);
+    (odd ? v[0] : v[1]) = a, (odd ? v[2] : v[3]) = b;
+    u32 c = exchange(high ? v[0] : v[2], 2), d = exchange(high ? v[1] : v[3], 2);
+    (high ? v[0] : v[2]) = c, (high ? v[1] : v[3]) = d;
+}
+
+DEVICE constexpr int owner(int pair) { return pair * SPLITS / PAIRS; }  // of the blocks that share the columns
+DEVICE constexpr int first_of(int share) { return (share * PAIRS + SPLITS - 1) / SPLITS; }
+
+// A lane's sums are outs g and g + 8 of rows 2 t and 2 t + 1; turned, they are outs 2 t and 2 t + 1 of row g.
+DEVICE void finish(const Weight &p, const Tile &tile, int rows, const Sums &sums, const Lane &w, int warp_out, int share) {
+    float bias[2];
+#pragma unroll
+    for (int h = 0; h < 2; h++) bias[h] = p.bias ? widen(p.bias[w.out[h]]) : 0.0f;
+#pragma unroll
+    for (int n = 0; n < NT; n += 2) {
+        if (SPLITS > 1 && owner(n / 2) != share || MIXED && n >= NT / 2 && tile.low) continue;
+        u32 eights[4];
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const float *d = sums.all[n + i / 2] + i % 2 * 2;
+            eights[i] = transpose(round_pair(d[0] + bias[i % 2], d[1] + bias[i % 2]));
+        }
+        gather_eights(eights, w.lane);
+        int row = tile.row + (n + (w.lane >> 1 & 1)) * 8 + (w.lane >> 2);
+        if (row < rows) store8(p, row, warp_out + (w.lane & 1) * 8, eights);
+    }
+}
+
+#if SPLITS > 1
+// Where a block finds what `from` has handed to `to`, a thread's sums of two tiles of rows beside another's.
+DEVICE float4 *handed(const Block &b, int from, int to, int pair, int tid) {
+    return (float4 *)(b.sums + (from - (from > to)) * HANDED) + (pair - first_of(to)) * 2 * CONSUMERS + tid;
+}
+DEVICE void hand_over(const Block &b, const Sums &sums, int tid) {
+#pragma unroll
+    for (int pair = 0; pair < PAIRS; pair++) {
+        int to = owner(pair);
+        if (to == (int)b.share) continue;
+        float4 *at = handed(b, b.share, to, pair, tid);
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            const float *d = sums.all[2 * pair + i];
+            store_to(at + i * CONSUMERS, {d[0], d[1], d[2], d[3]}, to * PAIR + b.side);
+        }
+    }
+}
+DEVICE void add_handed(const Block &b, Sums &sums, int tid) {
+#pragma unroll
+    for (int pair = 0; pair < PAIRS; pair++) {
+        if (owner(pair) != (int)b.share) continue;
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            float *d = sums.all[2 * pair + i];
+            float4 own = {d[0], d[1], d[2], d[3]}, all = {};
+#pragma unroll
+            for (int r = 0; r < SPLITS; r++) {
+                float4 v = r == (int)b.share ? own : handed(b, r, b.share, pair, tid)[i * CONSUMERS];
+                all.x += v.x, all.y += v.y, all.z += v.z, all.w += v.w;
+            }
+            d[0] = all.x, d[1] = all.y, d[2] = all.z, d[3] = all.w;
+        }
+    }
+}
+#endif

@@ -1,0 +1,151 @@
+// How many.cu adds up a tile: steps of codes are decoded while products of those before run.
+
+DEVICE void release(const Block &b, int slot, int lane) {  // by one branch, or products would wait for each other
+#if PAIR > 1
+    if (lane < PAIR) arrive(b.empty + slot, b.share * PAIR + lane);
+#else
+    if (lane == 0) arrive(b.empty + slot);
+#endif
+}
+
+// The scales of a tile's steps, and the next ones on their way.
+struct Scaling {
+    Round now, next;
+    int first;  // slot of the block's first step
+};
+DEVICE void begin_scales(Scaling &r, const Weight &p, const Block &b, const Lane &w) {
+    r.first = b.begin * SLOTS;
+    load_round(r.next, p, w, r.first);
+}
+DEVICE void turn_scales(Scaling &r, const Weight &p, const Lane &w, int slot) {  // of the block's columns
+    if (slot % 4 == 0) r.now = r.next, load_round(r.next, p, w, r.first + slot + 4);
+}
+
+// Where a step lies among `MOST`, and the phase of its barrier.
+struct Place {
+    int slot, phase;
+};
+template <int MOST> DEVICE Place after(const Place &at) {
+    bool last = at.slot == MOST - 1;
+    return {last ? 0 : at.slot + 1, last ? at.phase ^ 1 : at.phase};
+}
+struct Places {
+    Place codes, x;  // x: pairs of pieces
+};
+DEVICE const u8 *codes_at(const Block &b, const Place &at, const Lane &w) { return b.stages + at.slot * W_BYTES + w.codes; }
+DEVICE const u8 *rows_at(const Block &b, const Place &at, int second) { return b.rows + (2 * at.slot + second) * X_PIECE; }
+
+// All steps of a tile, from `at` on, which moves on.
+#if LATE
+struct Pieces {
+    u32 a[2][4][4];
+    Slot s[2];
+};
+DEVICE void decode_piece(Pieces &v, int piece, Scaling &r, const Weight &p, const Lane &w, const u8 *codes, int step) {
+    constexpr int EACH = SLOT / 64;
+    int slot = step * SLOTS + piece / EACH;
+    if (piece % EACH == 0) turn_scales(r, p, w, slot);
+    v.s[piece & 1] = slot_of(r.now, w, slot);
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        Codes loaded = load_codes(codes, w, 2 * piece + i);
+#pragma unroll
+        for (int j = 0; j < 2; j++) decode_step(v.a[piece & 1][2 * i + j], loaded, j, v.s[piece & 1], w);
+    }
+}
+DEVICE void multiply_piece(float (&sums)[NT][4], u32 (&a)[4][4], const u8 *x) {
+    auto right = describe_rows(x);
+#pragma unroll
+    for (int i = 0; i < 4; i++) settle(a[i]);
+    begin_products();
+#pragma unroll
+    for (int i = 0; i < 4; i++) multiply_fresh(sums, a[i], right, i, i == 0);
+    end_products();
+}
+template <bool LAST> DEVICE void add_step(Sums &sums, Pieces &v, Scaling &r, const Weight &p, const Block &b, const Lane &w, Places &at, int step) {
+    at.codes.slot = uniform(at.codes.slot), at.x.slot = uniform(at.x.slot);
+    Place next = after<STAGES>(at.codes);
+#pragma unroll
+    for (int piece = 0; piece < 4; piece++) {
+        int second = piece & 1, slot = 2 * at.x.slot + second;
+        await(b.ready + slot, at.x.phase);
+        multiply_piece(sums.part, v.a[second], rows_at(b, at.x, second));
+        Slot s = v.s[second];
+        if (piece < 3) {
+            decode_piece(v, piece + 1, r, p, w, codes_at(b, at.codes, w), step);
+        } else if (!LAST) {
+            await(b.full + next.slot, next.phase);
+            decode_piece(v, 0, r, p, w, codes_at(b, next, w), step + 1);
+        }
+        products_left<0>();
+        settle(sums.part);
+#pragma unroll
+        for (int n = 0; n < NT; n++)
+#pragma unroll
+            for (int e = 0; e < 4; e++) sums.all[n][e] += s.scale[e >> 1] * sums.part[n][e];
+        release(b, slot, w.lane);
+        if (second) at.x = after<LEAD / 2>(at.x);
+    }
+    at.codes = next;
+}
+DEVICE void add_up(Sums &sums, Scaling &r, const Weight &p, const Block &b, const Lane &w, Places &at) {
+    Pieces v;
+    if (b.steps == 0) return;
+    await(b.full + at.codes.slot, at.codes.phase);
+    decode_piece(v, 0, r, p, w, codes_at(b, at.codes, w), 0);
+#pragma unroll 1
+    for (int step = 0; step < b.steps - 1; step++) add_step<false>(sums, v, r, p, b, w, at, step);
+    add_step<true>(sums, v, r, p, b, w, at, b.steps - 1);
+}
+#else
+template <bool LOW> DEVICE void add_up(Sums &sums, Scaling &r, const Weight &p, const Block &b, const Lane &w, Places &at) {
+    constexpr int UNITS_EACH = SLOT / 32;  // units of 32 columns that share a scale
+    u32 a[RING][4];
+    if (b.steps == 0) return;
+    await(b.full + at.codes.slot, at.codes.phase);
+    Codes codes = load_codes(codes_at(b, at.codes, w), w, 0);
+    int before = 0;
+#pragma unroll 1
+    for (int step = 0; step < b.steps; step++) {
+        at.codes.slot = uniform(at.codes.slot), at.x.slot = uniform(at.x.slot);
+        Place next = after<STAGES>(at.codes);
+        Slot s;
+        u64 right;
+#pragma unroll
+        for (int k = 0; k < 16; k++) {  // 16 columns each
+            int unit = k / 2, piece = k / 4, now = 2 * at.x.slot + (piece & 1);
+            if (k % 2 == 0 && unit % UNITS_EACH == 0) {
+                turn_scales(r, p, w, step * SLOTS + unit / UNITS_EACH);
+                s = slot_of(r.now, w, step * SLOTS + unit / UNITS_EACH);
+            }
+            decode_step(a[k % RING], codes, k % 2, s, w);
+            if (k % 2 && unit < 7) codes = load_codes(codes_at(b, at.codes, w), w, unit + 1);
+            if (k % 4 == BATCH - 1) {
+                await(b.ready + now, at.x.phase);
+                right = describe_rows(rows_at(b, at.x, piece & 1));
+            }
+            settle(a[k % RING]);
+            if ((k + 1) % BATCH == 0) {
+                begin_products();
+#pragma unroll
+                for (int i = k + 1 - BATCH; i <= k; i++) multiply_step<LOW>(sums.all, a[i % RING], right, i % 4);
+                end_products();
+                products_left<RING / BATCH - 1>();
+            }
+            if (k % 4 == RING - 1 - BATCH) {  // those of the piece before are done
+                if (piece || step) release(b, before, w.lane);
+                before = now;
+            }
+            if (k % 8 == 7) at.x = after<LEAD / 2>(at.x);
+            if (k == 15 && step + 1 < b.steps) {
+                await(b.full + next.slot, next.phase);
+                codes = load_codes(codes_at(b, next, w), w, 0);
+            }
+        }
+        at.codes = next;
+    }
+    products_left<0>();
+    settle(sums.all);
+    release(b, before, w.lane);
+}
+#endif
