@@ -1,12 +1,4 @@
 // What slab.cu needs beyond emulate_cluster.h and emulate_many.h.
-static void block_barrier() {
-    Meeting &m = meetings[own()][0];
-    int turn = m.turn;
-    if (++m.count == threads) m.count = 0, m.turn++;
-    while (m.turn == turn) yield();
-    threadIdx.x = current % threads;
-}
-#define __syncthreads block_barrier
 static float lane_flipped(float v, int flip) { return of_lane(v, current % 32 ^ flip); }
 #define from_lane lane_flipped
 template <int BYTES> static void copy_small(void *to, const void *from) {
