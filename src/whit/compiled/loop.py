@@ -163,8 +163,11 @@ def _require_covered(input_ids: Tensor, stopping_criteria: Any, config: Any, mod
         raise NotCovered(f"compile: {config.get_generation_mode().value} is neither greedy search nor sampling")
     if len(input_ids) != 1 or not input_ids.numel() or model_kwargs.get("inputs_embeds") is not None:
         raise NotCovered(f"compile: the input is {tuple(input_ids.shape)}; compiled decoding takes one row of tokens")
-    if model_kwargs.get("attention_mask") is not None:
+    mask: Tensor | None = model_kwargs.get("attention_mask")
+    if mask is not None and not (mask.ndim == 2 and bool((mask == 1).all())):
         raise NotCovered("compile: some tokens are masked")
+    # transformers drops a mask that hides nothing and keeps its length; older releases leave it here.
+    seen = mask.shape[1] if mask is not None else getattr(config, "_mask_length", -1)
     if type(cache) is not DynamicCache or not model_kwargs.get("use_cache", True):
         raise NotCovered(f"compile: the cache is a {type(cache).__name__}, not a DynamicCache")
     if config.return_dict_in_generate and (config.output_attentions or config.output_hidden_states):
@@ -178,7 +181,7 @@ def _require_covered(input_ids: Tensor, stopping_criteria: Any, config: Any, mod
             raise NotCovered(f"compile: the cache has a {type(layer).__name__}")
         if window is not None and (past or stopping_criteria.max_length >= window or config.return_dict_in_generate):
             raise NotCovered(f"compile: attention slides over {window} tokens")
-    if past and (getattr(config, "_mask_length", -1) != input_ids.shape[1] or past >= input_ids.shape[1]):
+    if past and (seen != input_ids.shape[1] or past >= input_ids.shape[1]):
         raise NotCovered(f"compile: {past} tokens are cached, of which {input_ids.shape[1]} tokens are no continuation")
     positions = model_kwargs.get("position_ids")
     if positions is not None and not torch.equal(positions[0, -1:], torch.tensor([input_ids.shape[1] - 1])):
