@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -66,3 +67,12 @@ def test_no_environment_look_ups_outside_the_command_line():
 
 def test_no_pickles_are_read():
     assert not [p for p in sources() if "torch.load(" in p.read_text() or "import pickle" in p.read_text()]
+
+
+def test_the_oldest_transformers_that_is_promised_is_the_one_that_runs_the_tests():
+    house = ROOT.parents[1]
+    promised = re.search(r'"transformers>=([\d.]+)"', (house / "pyproject.toml").read_text())
+    tested = re.search(r"^OLDEST_TRANSFORMERS=([\d.]+)$", (house / ".ci/run").read_text(), re.MULTILINE)
+    assert promised
+    assert tested
+    assert tested[1].removesuffix(".0") == promised[1]
