@@ -12,7 +12,8 @@ import whit
 ROOT = Path(whit.__file__).parent
 # Each stage may import those to its left; the values of the first entry belong to all.
 STAGES = (
-    ("errors", "extras", "named", "rotation", "tensor", "activations", "data", "devices", "process", "randomness"),
+    ("errors", "extras", "named", "rotation", "tensor", "activations", "data", "devices", "process", "randomness",
+     "spoken"),
     ("checkpoint",), ("model",), ("calibration",), ("transforms",), ("formats",), ("methods",), ("arrays", "recipe"),
     ("layouts",), ("kernels",), ("modules",), ("export",), ("integrations",), ("compiled",), ("training",),
     ("evaluation",), ("pipeline",), ("allocation",), ("tuning", "merging"), ("report", "memory"), ("qat",),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 
@@ -14,6 +15,7 @@ from whit import Options, Recipe
 from whit.allocation import (
     Group,
     budgeted,
+    foresee,
     free_formats,
     measure_divergence,
     measure_sensitivity,
@@ -25,7 +27,7 @@ from whit.allocation.space import LADDER, bytes_of, methods_of
 from whit.calibration import CalibrationTokens
 from whit.calibration.capture import Watch
 from whit.cli import main
-from whit.cli.budget import Request
+from whit.cli.budget import Request, show_outlook
 from whit.errors import RecipeError
 from whit.evaluation import EvaluationOptions, evaluate
 from whit.formats import parse_format
@@ -285,3 +287,37 @@ def test_contradictions_are_wrong_usage(run, tiny: Path, tmp_path: Path):
     assert run(tiny, tmp_path / "out", "--ladder", "int8")[0] == 2
     assert run(tiny, tmp_path / "out", "--sensitivity", "kl")[0] == 2
     assert run(tiny, tmp_path / "out", "--fit", "1GB", "--target-bpw", 3)[0] == 2
+
+
+def test_a_dry_run_says_between_which_files_a_size_lies_and_measures_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+):
+    monkeypatch.setattr("whit.cli.budget.budgeted", lambda *_: pytest.fail("measured"))
+    job, request = undecided("whit:model", tmp_path / "out"), Request(bpw=4.0, ladder=LADDER3)
+    show_outlook(job, request, as_json=False)
+    screen = capsys.readouterr().out
+    for said in ("at most  ", ", 4.000 bits per weight", "smallest ", "largest ", "int3-g64-asym", "runs of the model"):
+        assert said in screen
+    show_outlook(job, replace(request, sensitivity="hessian"), as_json=False)
+    assert "takes one run over the calibration text" in capsys.readouterr().out
+
+
+def test_a_dry_run_refuses_what_cannot_be_met_and_writes_nothing(run, tmp_path: Path):
+    words = ("whit:model", tmp_path / "out", "--ladder", LADDER3, "--dry-run")
+    assert run(*words, "--target-bpw", "4", "--json") == (0, "")
+    status, said = run(*words, "--target-bpw", "1")
+    assert status == 1
+    assert "the smallest file that the formats give" in said
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_foreseen_are_the_files_of_the_ladders_ends(tmp_path: Path):
+    model = save_tiny(tmp_path / "model", "llama")
+    job = undecided(model, tmp_path / "out")
+    found = foresee(job, 10**9, TINY, "kl")
+    for spec, size in ((TINY[0], found.smallest_bytes), (TINY[-1], found.largest_bytes)):
+        whole = Recipe(None, [("*", spec), ("model.embed_tokens", spec), ("lm_head", spec)])
+        plan = prepare(model, tmp_path / "out", whole, Options()).plan
+        assert size == pytest.approx(plan.size_bytes, abs=64)  # headers differ by names of rules
+    assert (found.matrices, found.runs) == (16, 48)
+    assert foresee(job, 10**9, TINY).runs == 32

@@ -143,7 +143,7 @@ def test_help_lists_all_formats(whit, monkeypatch: pytest.MonkeyPatch):
     text = " ".join(whit("quantize", "--help")[1].replace("│", " ").split())
     assert all(spec in text for spec in EXAMPLES if "(" not in spec)
     assert all(
-        said in text for said in ("[default: int4-g128]", "[default: 128]", "awq+gptq", "act_order", "asymmetric")
+        said in text for said in ("[default: int4-g128,", "[default: 128]", "awq+gptq", "act_order", "asymmetric")
     )
 
 

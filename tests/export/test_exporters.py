@@ -106,7 +106,7 @@ def test_a_file_of_quantized_linears_holds_one(export: str, models: Path, tmp_pa
 def test_a_format_that_had_to_change_is_said(models: Path, tmp_path: Path):
     recipe = whit.Recipe(rules=[("*", "int4-g32")])
     job = prepare(models / "llama-tied", tmp_path / "out", recipe, Options(), export="gptq")
-    assert job.notes == ("int4-g32: a gptq file holds it as int4-g32-f16; that is written",)
+    assert job.notes == ("int4-g32: gptq files hold it as int4-g32-f16; that is written",)
     assert {str(format) for format in job.plan.formats.values()} == {"int4-g32-f16"}
 
 
@@ -120,7 +120,7 @@ def test_the_format_that_a_sentence_proposes_is_one_that_the_file_holds(kind: ty
 
 def test_what_a_gguf_file_cannot_hold_is_said_once_for_all_blocks(tmp_path: Path):
     with pytest.raises(RecipeError) as caught:
-        prepare("whit:model", tmp_path / "out", whit.Recipe(), Options(), export="gguf")
+        prepare("whit:model", tmp_path / "out", whit.Recipe(rules=[("*", "int4-g128")]), Options(), export="gguf")
     lines = str(caught.value).splitlines()
     assert len(lines) == 7
     assert lines[0].startswith("model.layers.*.self_attn.q_proj (8 modules): int4-g128 is not a type of ggml")

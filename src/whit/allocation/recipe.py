@@ -49,7 +49,7 @@ def budgeted(
     wanted = free_formats(job, ladder)
     items = {item.name: item for item in job.plan.items}
     smallest = {n: min(f, key=lambda form, n=n: bytes_of(job, items[n], form)) for n, f in wanted.items()}  # type: ignore[misc]
-    _check_size(_planned(job, smallest)[1], size_bytes)  # before the model is run
+    check_size(planned(job, smallest)[1], size_bytes)  # before the model is run
     return solve(job, measured(job, tokens.tokens, wanted, measure, methods_of(job, ladder)), size_bytes)
 
 
@@ -79,13 +79,13 @@ def solve(job: Job, groups: Sequence[Group], size_bytes: int) -> Budgeted:
         picked = [(groups[g], ladders[g][i]) for g, i in enumerate(chosen)]
         formats = _formats(picked)
         methods = {p: group.methods[form] for group, form in picked for p in group.parameters if form in group.methods}
-        recipe, plan = _planned(job, formats, methods)
+        recipe, plan = planned(job, formats, methods)
         taken = sum(choices[g][i].bytes for g, i in enumerate(chosen))
         if overhead and plan.size_bytes <= size_bytes:
             error = sum(choices[g][i].error for g, i in enumerate(chosen))
             return Budgeted(recipe, plan, error)
         if list(chosen) == smallest:
-            _check_size(plan, size_bytes)
+            check_size(plan, size_bytes)
         overhead = max(overhead + 1, plan.size_bytes - taken)
         room = max(size_bytes - overhead, sum(c[i].bytes for c, i in zip(choices, smallest, strict=True)))
         chosen = allocate(choices, room)
@@ -108,14 +108,15 @@ def _formats(picked: Sequence[tuple[Group, Format]]) -> dict[str, Format]:
     return formats | {name: banded_format(sorted(parts, key=lambda part: part[0])) for name, parts in bands.items()}
 
 
-def _planned(
+def planned(
     job: Job, formats: Mapping[str, Format], methods: Mapping[str, Method] | None = None
 ) -> tuple[Recipe, Plan]:
+    """The recipe of a choice, and its plan."""
     recipe = recipe_of(job, formats, methods)
     return recipe, plan_quantization(job.source, recipe, job.exporter, job.options.shard_size)
 
 
-def _check_size(plan: Plan, size_bytes: int) -> None:
+def check_size(plan: Plan, size_bytes: int) -> None:
     """RecipeError where even the plan of the smallest formats is larger."""
     if plan.size_bytes > size_bytes:
         raise RecipeError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from enum import Enum
 from math import inf
 from pathlib import Path
@@ -12,17 +12,18 @@ from typing import Annotated, TypeAlias, get_args
 
 import typer
 
-from whit.allocation import LADDER, Budgeted, Measure, budgeted, ladder_of
+from whit.allocation import LADDER, Budgeted, Measure, budgeted, foresee, ladder_of
 from whit.calibration import Calibration, CalibrationTokens
 from whit.checkpoint.files import write_whole
-from whit.cli.console import console, say
-from whit.cli.shown import parse_size, progress, size
+from whit.cli.console import console, on_screen, print_json, say
+from whit.cli.shown import parse_size, progress
 from whit.errors import OutputError, RecipeError
 from whit.formats import parse_format
 from whit.integrations.loading import load_tokenizer, maximum_context
 from whit.memory import Need, Planner, Situation, find_subject
 from whit.pipeline.job import Job
 from whit.recipe import Recipe, split_list, split_methods
+from whit.spoken import size
 
 KEEP = ("*", "bf16")
 DEFAULT_CONTEXT = 2048
@@ -59,7 +60,10 @@ SensitivityOption: TypeAlias = Annotated[
 SaveRecipe: TypeAlias = Annotated[
     Path | None,
     typer.Option(
-        "--save-recipe", metavar="FILE.toml", help="Write the recipe of this run; --recipe FILE.toml repeats it."
+        "--save-recipe",
+        metavar="FILE.toml",
+        help="Write the recipe of this run; --recipe FILE.toml repeats it. With --dry-run and a size, formats are "
+        "measured and chosen for it.",
     ),
 ]
 
@@ -181,6 +185,28 @@ def budget_recipe(
     measure = request.sensitivity or DEFAULT
     expected = float(f"{found.error:.5g}")
     return found.recipe, {"sensitivity": measure, "expected": expected, "unit": UNITS[measure]}
+
+
+def show_outlook(job: Job, request: Request, as_json: bool) -> None:
+    """Between which files a size lies and what choosing takes; nothing is measured."""
+    measure = request.sensitivity or DEFAULT
+    formats = request.formats(job)
+    found = foresee(job, request.bytes(job), formats, measure)
+    job.source.checkpoint.close()
+    if as_json:
+        print_json({"outlook": asdict(found), "sensitivity": measure, "ladder": formats})
+        return
+    screen, bits = on_screen(), 8 / max(job.plan.parameters, 1)
+    sizes = {"at most": found.limit_bytes, "smallest": found.smallest_bytes, "largest": found.largest_bytes}
+    for name, count in sizes.items():
+        say(f"{name:<9}{size(count)}, {bits * count:.3f} bits per weight", screen)
+    say(f"formats  {', '.join(formats)}", screen)
+    runs = f"at most {found.runs:,} runs of the model over {found.tokens:,} tokens, each from a matrix's block on"
+    takes = "one run over the calibration text" if measure == "hessian" else runs
+    say(
+        f"choosing for {found.matrices} matrices takes {takes}; --save-recipe FILE.toml does it, without a model",
+        screen,
+    )
 
 
 def save_recipe(recipe: Recipe, path: Path | None) -> None:

@@ -15,10 +15,10 @@ import typer
 from whit.cli.console import console, print_json, say
 from whit.cli.options import AsJson, Device, DryRun, Restart, Seed, TrustRemoteCode
 from whit.cli.quiet import quiet_transformers
-from whit.cli.shown import size
 from whit.cli.training import Progress, estimate, show_plan
 from whit.devices import find_device
 from whit.pipeline.job import Options
+from whit.spoken import size
 from whit.training.init import METHODS as INITS
 from whit.training.optimizers import BITSANDBYTES, TORCHAO
 from whit.training.ranks import Ranks

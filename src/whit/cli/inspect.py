@@ -22,13 +22,14 @@ from whit.cli.console import on_screen, print_json, say
 from whit.cli.inspect_gguf import gguf_facts
 from whit.cli.options import AsJson, TrustRemoteCode
 from whit.cli.quiet import quiet_transformers
-from whit.cli.shown import counted, reasons, show_totals, size
+from whit.cli.shown import counted, reasons, show_totals
 from whit.errors import CheckpointError, OutputError
 from whit.export.lint import Finding, lint, lint_onnx
 from whit.export.readers import quant_method
 from whit.export.whit import QUANT_METHOD
 from whit.extras import missing
 from whit.pipeline.coverage import Account, load_account
+from whit.spoken import size, took
 
 
 def inspect(
@@ -123,7 +124,7 @@ def show_account(account: Account, verified: bool) -> None:
     method = account.recipe["method"]["name"] if account.recipe is not None else "no quantization"
     say(
         f"from {account.source['model']} by whit {account.version}, {method}, seed {account.seed}, "
-        f"in {account.seconds:.1f} s with {size(account.peak_memory_bytes)} of memory ({libraries})",
+        f"in {took(account.seconds)} with {size(account.peak_memory_bytes)} of memory ({libraries})",
         screen,
     )
     if account.budget is not None:

@@ -12,9 +12,10 @@ from rich.table import Table
 
 from whit.cli.console import on_screen, print_json, say
 from whit.cli.options import AsJson, TrustRemoteCode, parse_rules
-from whit.cli.shown import parse_size, size
+from whit.cli.shown import parse_size
 from whit.devices import find_device
 from whit.memory import Fit, Need, Planner, Situation, find_subject
+from whit.spoken import size
 
 CALIBRATED_BELOW = 5  # bits: from here on down calibration pays
 DEFAULT_CONTEXT = 2048

@@ -13,7 +13,7 @@ from whit.cli.shown import parse_size
 from whit.export import EXPORTERS
 from whit.formats import EXAMPLES
 
-DEFAULT_FORMAT = "int4-g128"
+DEFAULT_FORMAT_HELP = "int4-g128, in smaller groups where rows want them; what a kind of file is usually asked for"
 CALIBRATION_HELP = "Text or .jsonl file for methods that need data. \\[default: whit:text]"
 FORMAT_HELP = "Format of every linear: " + ", ".join(EXAMPLES) + "; with activations: " + ", ".join(SCHEMES) + "."
 EXPORT_HELP = "What kind of file is written: " + "; ".join(f"{e.name}: {e.summary}" for e in EXPORTERS) + "."

@@ -21,11 +21,12 @@ from whit.cli.budget import (
     budget_recipe,
     keep_all,
     save_recipe,
+    show_outlook,
 )
 from whit.cli.gate import MaxIncrease, MaxKL, build_gate, measure
 from whit.cli.options import (
     CALIBRATION_HELP,
-    DEFAULT_FORMAT,
+    DEFAULT_FORMAT_HELP,
     EXPORT_HELP,
     FORMAT_HELP,
     RULE_HELP,
@@ -71,7 +72,7 @@ def quantize(
     method: Annotated[str | None, typer.Option(help=METHOD_HELP)] = None,
     transform: Annotated[str | None, typer.Option(help=TRANSFORM_HELP)] = None,
     format: Annotated[
-        str | None, typer.Option(metavar="SPEC", help=f"{FORMAT_HELP} \\[default: {DEFAULT_FORMAT}]")
+        str | None, typer.Option(metavar="SPEC", help=f"{FORMAT_HELP} \\[default: {DEFAULT_FORMAT_HELP}]")
     ] = None,
     activations: Annotated[str | None, typer.Option(metavar="SPEC", help=ACTIVATIONS_HELP)] = None,
     rule: Annotated[list[str] | None, typer.Option(metavar="GLOB=SPEC", help=RULE_HELP)] = None,
@@ -117,6 +118,9 @@ def quantize(
         start = keep_all(method, parse_rules(rule), transform)
         used = text if start.needs_stats else None  # by the method; the choice of formats always uses it
         undecided = prepare(model, out, start, options, used, export)
+        if dry_run and save_recipe_to is None:
+            show_outlook(undecided, request, as_json)
+            return
         chosen, found = budget_recipe(undecided, text, request)
         used = text if chosen.needs_text else None
         job = replace(prepare(model, out, chosen, options, used, export), budget=found)
@@ -142,7 +146,7 @@ def build_recipe(
     more = parse_rules(rules)
     if path is None:
         start = Recipe(method, None if format is None else [("*", format)], transform)
-        return start.with_rules([*start.rules, *more], start.mix)
+        return start.with_rules([*start.rules, *more], start.mix)  # a usual format stays the first of them
     if method is not None or format is not None or transform is not None:
         raise typer.BadParameter(
             "holds method, transform and formats itself; drop --method, --transform and --format", param_hint="--recipe"

@@ -9,12 +9,13 @@ from typing import Any
 from rich.table import Table
 
 from whit.cli.console import console, on_screen, print_json, say
-from whit.cli.shown import pattern, progress, reasons, show_totals, size
+from whit.cli.shown import pattern, progress, reasons, show_totals
 from whit.pipeline import run
 from whit.pipeline.coverage import Account
 from whit.pipeline.estimate import Estimate, estimate
 from whit.pipeline.job import Job
 from whit.pipeline.parameter import entry_of
+from whit.spoken import duration, size, took
 
 
 def run_account(job: Job) -> Account:
@@ -39,10 +40,10 @@ def run_and_show(job: Job, as_json: bool) -> Account:
         return account
     screen = on_screen()
     show_totals(screen, account)
-    took = f"{account.seconds:.1f} s, peak memory {size(account.peak_memory_bytes)}"
+    spent = f"{took(account.seconds)}, peak memory {size(account.peak_memory_bytes)}"
     if account.decoded is not None:
         say(read_back(account.decoded), screen)
-    say(f"{job.out}: {'was done already' if done_before else took}", screen)
+    say(f"{job.out}: {'was done already' if done_before else spent}", screen)
     return account
 
 
@@ -60,6 +61,8 @@ def read_back(decoded: Mapping[str, Any]) -> str:
 def show_plan(job: Job, as_json: bool, expected: Estimate | None = None) -> None:
     """The plan: formats, size, bits per weight, time, memory, disk as estimated, or as `expected`."""
     expected = expected or estimate(job)
+    for note in job.notes:
+        say(note)
     entries = [entry_of(item) for item in job.plan.items]
     if as_json:
         parameters = [
@@ -88,7 +91,7 @@ def cost(job: Job, expected: Estimate) -> str:
     """What a run is going to take and give, in one line."""
     line = (
         f"{job.plan.bits_per_weight:.3f} bits per weight; {size(job.plan.size_bytes)} on disk; about "
-        f"{expected.seconds:.0f} s and {size(expected.memory_bytes)} of memory on {job.device}"
+        f"{duration(expected.seconds)} and {size(expected.memory_bytes)} of memory on {job.device}"
     )
     inputs, most = expected.inputs_bytes, job.options.input_memory
     if not inputs:

@@ -77,14 +77,6 @@ def _range(values: list[float], form: str) -> str:
     return low if low == high else f"{low} to {high}"
 
 
-def size(count: float) -> str:
-    """Bytes for people: 1.20 GB."""
-    for power, unit in ((4, "TB"), (3, "GB"), (2, "MB"), (1, "kB")):
-        if count >= 1000**power:
-            return f"{count / 1000**power:.2f} {unit}"
-    return f"{count:.0f} bytes"
-
-
 def parse_size(text: str) -> int:
     """`24GB` (decimal), `16GiB` (binary) or bytes, as a number of bytes."""
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?\s*", text, re.IGNORECASE)

@@ -9,10 +9,10 @@ from typing import Any
 from rich.console import Console
 
 from whit.cli.console import print_json
-from whit.cli.shown import size
 from whit.cli.watching import Bar
 from whit.memory import Planner, Situation
 from whit.memory.subject import find_subject
+from whit.spoken import size
 from whit.training.loss import CHUNK
 from whit.training.settings import ALL_LINEAR
 from whit.tuning import TuningJob

@@ -33,6 +33,7 @@ from whit.model.graph import Folding, find_blocks, find_foldings
 from whit.model.skeleton import load_skeleton
 from whit.model.source import ModelSource
 from whit.pipeline.plan import SHARD_SIZE, Coded, Plan, Source, plan_dense, plan_quantization
+from whit.pipeline.usual import with_usual
 from whit.randomness import check_seed
 from whit.recipe import Recipe
 
@@ -158,7 +159,9 @@ def prepare(
     if recipe is None:
         plan = plan_dense(source, exporter, options.shard_size)
     else:
+        recipe, said = with_usual(recipe, kind, source.model)
         recipe, notes = _fit(recipe, kind)
+        notes = (*said, *notes)
         if isinstance(source, Coded):
             notes = (f"{model}: quantized already, and rounded again here; the original model would lose less", *notes)
         plan = plan_quantization(source, recipe, exporter, options.shard_size)
@@ -173,7 +176,7 @@ def _fit(recipe: Recipe, kind: type[Exporter]) -> tuple[Recipe, tuple[str, ...]]
     rules = [(pattern, kind.fitted(format)) for pattern, format in recipe.rules]
     changes = zip(recipe.rules, rules, strict=True)
     changed = {str(old): str(new) for (_, old), (_, new) in changes if old != new}
-    notes = tuple(f"{old}: a {kind.name} file holds it as {new}; that is written" for old, new in changed.items())
+    notes = tuple(f"{old}: {kind.name} files hold it as {new}; that is written" for old, new in changed.items())
     return recipe.with_rules(rules, recipe.mix), notes
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ class Recipe:
     that is made for them has them be int8, and the weights int8, unless others are named. `methods` are other methods
     for some of the modules (glob, method); a rule's shorthand may name one too: ("*.down_proj", "gptq:int4-g64").
     `activation_rules` are those of some modules, by glob: of those that match the last one counts, before what
-    `activations` says.
+    `activations` says. `usual`: no rules were given, and the first stands for what the kind of file usually holds.
     """
 
     method: Method
@@ -43,6 +43,7 @@ class Recipe:
     activations: Activations | None
     methods: tuple[tuple[str, Method], ...]
     activation_rules: tuple[tuple[str, Activations], ...]
+    usual: bool = field(init=False, compare=False)
 
     def __init__(
         self,
@@ -58,6 +59,7 @@ class Recipe:
             if transform is not None:
                 raise RecipeError(f"method {method!r}: it names a transform, and another is given; drop one of the two")
             transform, method = both
+        object.__setattr__(self, "usual", rules is None)
         chosen = None if transform is None else parse_transform(transform)
         usual = DEFAULT_RULES if chosen is None or not chosen.for_activations else SMOOTHED_RULES
         rules, others = split_methods(usual if rules is None else rules)
@@ -82,11 +84,19 @@ class Recipe:
 
     def changed(self, **changes: Any) -> Recipe:
         """The same with other values for some of its fields."""
-        return Recipe(**{field.name: getattr(self, field.name) for field in fields(self)} | changes)
+        other = Recipe(**{part.name: getattr(self, part.name) for part in fields(self) if part.init} | changes)
+        object.__setattr__(other, "usual", self.usual)
+        return other
 
     def with_rules(self, rules: Sequence[tuple[str, Format | str]], mix: str = "") -> Recipe:
         """The same with other rules; methods and activations of its own rules stay."""
         return self.changed(rules=rules, mix=mix)
+
+    def with_usual(self, format: Format | str) -> Recipe:
+        """The same with a format, or a mix, in the place of the one that nobody has named."""
+        other = self.changed(rules=[("*", format), *self.rules[1:]])
+        object.__setattr__(other, "usual", False)
+        return other
 
     def with_activations(self, activations: Activations | str) -> Recipe:
         """The same with activations; RecipeError where it has others."""

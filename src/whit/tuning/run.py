@@ -17,6 +17,7 @@ from whit.errors import WhitError
 from whit.integrations.config import QuantizationConfig
 from whit.integrations.loading import load_causal_lm
 from whit.process import peak_memory
+from whit.spoken import duration
 from whit.training.adapters import adapters, add_adapters, check_packing
 from whit.training.count import count_parameters
 from whit.training.curve import draw_curve
@@ -104,7 +105,7 @@ def _introduce(watcher: Watcher, job: TuningJob, adapted: Any, done: int, expect
     if expected is None:
         watcher.note(f"goes on after step {done} of {steps}")
     else:
-        watcher.note(f"about {_duration(expected)} for {steps} steps, by a trial of the fullest batch")
+        watcher.note(f"about {duration(expected)} for {steps} steps, by a trial of the fullest batch")
 
 
 def _quantized(watcher: Watcher) -> Callable[[str, int, int], None]:
@@ -193,13 +194,3 @@ def _tell(watcher: Watcher, entry: Entry, steps: int) -> None:
 
 def _lines(log: list[Entry]) -> bytes:
     return "".join(json.dumps(entry) + "\n" for entry in log).encode()
-
-
-def _duration(seconds: float) -> str:
-    return (
-        f"{seconds:.0f} s"
-        if seconds < 120
-        else f"{seconds / 60:.0f} min"
-        if seconds < 7200
-        else f"{seconds / 3600:.1f} h"
-    )

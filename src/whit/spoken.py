@@ -1,0 +1,27 @@
+"""Figures as people read them."""
+
+from __future__ import annotations
+
+
+def size(count: float) -> str:
+    """Bytes for people: 1.20 GB."""
+    for power, unit in ((4, "TB"), (3, "GB"), (2, "MB"), (1, "kB")):
+        if count >= 1000**power:
+            return f"{count / 1000**power:.2f} {unit}"
+    return f"{count:.0f} bytes"
+
+
+def duration(seconds: float) -> str:
+    """An estimate for people: 45 s, 12 min, 3.5 h."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def took(seconds: float) -> str:
+    """What was measured, for people: 4.2 s, 12 min 5 s, 3 h 7 min."""
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    hours, minutes = whole // 3600, whole // 60 % 60
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {whole % 60} s"
