@@ -58,7 +58,7 @@ def test_both_phases_are_one_run(model: Path, tmp_path: Path, monkeypatch: pytes
     assert account["training"]["mode"] == "scales"
     errors = [entry["relative_error"] for entry in account["parameters"] if entry["status"] == "quantized"]
     assert min(errors) > 0.05  # from the unquantized weights, not from the first phase's
-    monkeypatch.setattr("whit.cli.train.run", lambda job: pytest.fail("trained again"))
+    monkeypatch.setattr("whit.cli.trained.run", lambda job: pytest.fail("trained again"))
     assert train(*words, "--format", "int3-g32") == account
     with pytest.raises(OutputError, match="holds the result of another"):
         CliRunner().invoke(build_app(), ["train", *map(str, words), "--format", "int4-g32"], catch_exceptions=False)

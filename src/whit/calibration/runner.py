@@ -18,14 +18,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from whit.calibration.storage import Storage, at_once
+from whit.calibration.stubs import Stop, hidden_of, replaced, split, until_stopped
 from whit.errors import UnsupportedModelError
 from whit.model.graph import find_blocks
 
 Read = Callable[[str], Tensor]
-
-
-class _Stop(Exception):
-    """Raised by a stub: what comes after the blocks is not needed."""
 
 
 class Runner:
@@ -84,17 +81,17 @@ class Runner:
         def skip(*args: Any, **kwargs: Any) -> Any:
             return (entering,) if self._wrapped else entering
 
-        with _replaced(self.blocks[:index], skip):
+        with replaced(self.blocks[:index], skip):
             if index == len(self.blocks):
                 return self._head(row)
             block = self.blocks[index]
             run = block.forward
 
             def enter(*args: Any, **kwargs: Any) -> Any:
-                _, args, kwargs = _split(args, kwargs)
+                _, args, kwargs = split(args, kwargs)
                 return run(entering, *args, **kwargs)
 
-            with _replaced((block,), enter):
+            with replaced((block,), enter):
                 return self._head(row)
 
     def _head(self, row: Tensor) -> Tensor:
@@ -122,7 +119,7 @@ class Runner:
     def forward(self, index: int, samples: Tensor) -> Tensor:
         """A loaded block's outputs (n, context, hidden) for inputs of that shape."""
         args, kwargs = self._calls[index]
-        return _hidden(self.blocks[index](samples.to(self.device, non_blocking=True), *args, **kwargs))
+        return hidden_of(self.blocks[index](samples.to(self.device, non_blocking=True), *args, **kwargs))
 
     def _embed(self, tokens: Tensor, storage: Storage, copies: int) -> list[Tensor]:
         """The first block's inputs (samples, context, hidden), so many times."""
@@ -147,14 +144,14 @@ class Runner:
         self._wrapped = self._returns_tuple(base, row)
 
         def note(*args: Any, **kwargs: Any) -> Any:
-            hidden, args, kwargs = _split(args, kwargs)
+            hidden, args, kwargs = split(args, kwargs)
             calls.append((args, kwargs))
             if len(calls) == len(self.blocks):
-                raise _Stop
+                raise Stop
             return (hidden,) if self._wrapped else hidden
 
-        with _replaced(self.blocks, note):
-            _until_stopped(base, row.to(self.device))
+        with replaced(self.blocks, note):
+            until_stopped(base, row.to(self.device))
         if len(calls) != len(self.blocks):
             raise UnsupportedModelError(
                 f"{type(self.model).__name__}: {len(calls)} of {len(self.blocks)} blocks run on a text; "
@@ -168,10 +165,10 @@ class Runner:
 
         def note(*args: Any, **kwargs: Any) -> Any:
             call.append((args, kwargs))
-            raise _Stop
+            raise Stop
 
-        with _replaced(self.blocks[:1], note):
-            _until_stopped(base, row.to(self.device))
+        with replaced(self.blocks[:1], note):
+            until_stopped(base, row.to(self.device))
         with self.loaded(0):
             output = self.blocks[0](*call[0][0], **call[0][1])
         if isinstance(output, tuple) and len([part for part in output if part is not None]) > 1:
@@ -185,11 +182,11 @@ class Runner:
         found: list[Tensor] = []
 
         def note(*args: Any, **kwargs: Any) -> Any:
-            found.append(_split(args, kwargs)[0])
-            raise _Stop
+            found.append(split(args, kwargs)[0])
+            raise Stop
 
-        with _replaced(self.blocks[:1], note):
-            _until_stopped(base, row.to(self.device))
+        with replaced(self.blocks[:1], note):
+            until_stopped(base, row.to(self.device))
         return found[0]
 
     @contextmanager
@@ -234,33 +231,3 @@ def holding(values: Sequence[tuple[nn.Parameter, Tensor]]) -> Iterator[None]:
 def _state(module: nn.Module) -> list[str]:
     """Names of what a checkpoint holds."""
     return list(module.state_dict())
-
-
-def _split(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
-    """Hidden states, and the other arguments of a block."""
-    if args:
-        return args[0], args[1:], dict(kwargs)
-    return kwargs["hidden_states"], (), {key: value for key, value in kwargs.items() if key != "hidden_states"}
-
-
-def _hidden(output: Any) -> Tensor:
-    hidden: Tensor = output[0] if isinstance(output, tuple) else output
-    return hidden
-
-
-@contextmanager
-def _replaced(blocks: tuple[nn.Module, ...], forward: Callable[..., Any]) -> Iterator[None]:
-    for block in blocks:
-        block.forward = forward
-    try:
-        yield
-    finally:
-        for block in blocks:
-            del block.forward
-
-
-def _until_stopped(base: nn.Module, row: Tensor) -> None:
-    try:
-        base(input_ids=row)
-    except _Stop:
-        return

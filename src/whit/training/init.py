@@ -16,7 +16,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,8 +34,8 @@ from whit.methods import GPTQ
 from whit.methods.lowrank import Factored, beside, factored, lost
 from whit.model.skeleton import load_skeleton
 from whit.model.source import ModelSource
-from whit.modules import QuantizedLinear
 from whit.tensor import LayerStats, QuantizedTensor
+from whit.training.places import Place, effective, find_places, put
 
 METHODS = ("data", "loftq")
 
@@ -51,15 +50,6 @@ class Start:
     module: str
     before: float
     after: float
-
-
-@dataclass(frozen=True)
-class Place:
-    """A packed linear of the model, with the adapter's layer around it where there is one."""
-
-    name: str
-    packed: QuantizedLinear
-    layer: Any | None
 
 
 def initialize_adapter(
@@ -92,7 +82,7 @@ def initialize_adapter(
         raise RecipeError(f"init {method!r}: not known; it must be one of {', '.join(METHODS)}; choose one")
     if iterations < 1:
         raise RecipeError(f"init: {iterations} iterations; there must be at least one; ask for more")
-    places = _places(model, adapter)
+    places = find_places(model, adapter)
     with _opened(source) as original, torch.no_grad():
         _check_same(places, original, str(source))
         setter = _Setter(adapter, iterations, original, places)
@@ -149,7 +139,7 @@ class _Setter:
                 parameter = parameters[f"{place.name}.weight"]
                 if place.layer is not None:
                     yield self.set(place, self._weight(place), stats[f"{place.name}.weight"][0])
-                near = _effective(place, self.adapter)
+                near = effective(place, self.adapter)
                 parameter.data.copy_(near.t() if place.packed.transposed else near)
             if index + 1 < len(runner.names):
                 runner.run(index)
@@ -165,8 +155,8 @@ class _Setter:
         found = self._solve(weight, present, stats, len(layer.lora_A[self.adapter].weight))  # type: ignore[union-attr]
         if found.quantized is not present:
             packed.load_state_dict(dict(BITS.pack(found.quantized).tensors), strict=False)
-        _put(place, self.adapter, found.b, found.a)
-        after = lost(weight - _effective(place, self.adapter), hessian)
+        put(place, self.adapter, found.b, found.a)
+        after = lost(weight - effective(place, self.adapter), hessian)
         return Start(place.name, before / whole if whole else 0.0, after / whole if whole else 0.0)
 
     def _solve(self, weight: Tensor, present: QuantizedTensor, stats: LayerStats | None, rank: int) -> Factored:
@@ -190,56 +180,8 @@ class _Setter:
         place = self.places.get(name.removesuffix(".weight"))
         if place is None or not name.endswith(".weight"):
             return self._read(name)
-        near = _effective(place, self.adapter).to(self.original.origins[name].spec.dtype)
+        near = effective(place, self.adapter).to(self.original.origins[name].spec.dtype)
         return near.t() if place.packed.transposed else near
-
-
-def set_factors(model: nn.Module, given: Callable[[str], tuple[Tensor, Tensor]], adapter: str = "default") -> None:
-    """Set the adapter of every packed linear that has one to the B (out, rank) and A (rank, in) `given` for its name,
-    so that s B' A = B A: its scaling s is honoured, and DoRA's magnitudes become the row norms of Q + B A."""
-    with torch.no_grad():
-        for name, place in _places(model, adapter).items():
-            if place.layer is not None:
-                _put(place, adapter, *given(name))
-
-
-def _put(place: Place, adapter: str, b: Tensor, a: Tensor) -> None:
-    layer: Any = place.layer
-    layer.lora_A[adapter].weight.data.copy_(a)
-    layer.lora_B[adapter].weight.data.copy_(b.to(torch.float32) / float(layer.scaling[adapter]))
-    if adapter in getattr(layer, "lora_magnitude_vector", ()):
-        layer.lora_magnitude_vector[adapter].weight.data.copy_(_effective(place, adapter).norm(dim=1))
-
-
-def _effective(place: Place, adapter: str) -> Tensor:
-    """What a linear multiplies by as it is now: Q + s B A (out, in) in float32."""
-    near, layer = place.packed.dequantize(torch.float32), place.layer
-    if layer is None:
-        return near
-    a, b = (getattr(layer, key)[adapter].weight.data.to(torch.float32) for key in ("lora_A", "lora_B"))
-    product: Tensor = b @ a
-    return near + float(layer.scaling[adapter]) * product
-
-
-def _places(model: nn.Module, adapter: str) -> dict[str, Place]:
-    """The packed linears of a PEFT model by their names in the model below it."""
-    below: nn.Module = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
-    around = {
-        id(module.base_layer): module
-        for module in below.modules()
-        if hasattr(module, "base_layer") and adapter in getattr(module, "lora_A", ())
-    }
-    places = {}
-    for name, module in below.named_modules():
-        if isinstance(module, QuantizedLinear):
-            plain = name.removesuffix(".base_layer")
-            places[plain] = Place(plain, module, around.get(id(module)))
-    if all(place.layer is None for place in places.values()):
-        raise UnsupportedModelError(
-            f"{type(model).__name__}: has no LoRA adapter {adapter!r} around a packed linear; its factors are what is "
-            "set; call peft.get_peft_model on a quantized model first"
-        )
-    return places
 
 
 @contextmanager

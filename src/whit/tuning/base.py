@@ -32,8 +32,8 @@ from whit.recipe import Recipe
 from whit.tensor import QuantizedTensor
 from whit.training.adapters import check_targets
 from whit.training.data import Example
-from whit.training.init import set_factors
 from whit.training.packing import derive
+from whit.training.places import set_factors
 from whit.training.ranks import Ranks
 from whit.training.settings import ALL_LINEAR, DEFAULT_INIT
 from whit.tuning.job import TuningJob
