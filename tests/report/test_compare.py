@@ -133,6 +133,15 @@ def test_a_failure_is_a_row_that_says_why(measured):
     assert failed["error"].replace("|", "\\|") in markdown(found.rows)
 
 
+def test_a_run_in_which_no_candidate_was_measured_is_a_failure(measured):
+    _, _, found, _ = measured
+    found.check()  # one failed of three
+    alone = dataclasses.replace(found, rows=(found.rows[0], found.rows[-1]))
+    with pytest.raises(WhitError, match=r"none of 1 candidates could be measured.*the first, damaged, failed with: "):
+        alone.check()
+    dataclasses.replace(found, rows=found.rows[:1]).check()  # the original alone
+
+
 def test_what_was_measured_is_not_measured_again(measured, monkeypatch):
     out, entrants, found, _ = measured
     asked = []

@@ -84,10 +84,11 @@ def compare(
     written = write_report(found, out, pictures=not no_pictures)
     if json:
         print_json(found.to_json())
-        return
-    _show(found.rows)
-    for file in written:
-        print(file)
+    else:
+        _show(found.rows)
+        for file in written:
+            print(file)
+    found.check()
 
 
 def _show(rows: tuple[dict, ...]) -> None:  # type: ignore[type-arg]

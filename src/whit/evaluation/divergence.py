@@ -8,7 +8,7 @@ Stored logits keep the baseline's own dtype, so both ways give the same figures 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -18,11 +18,14 @@ from torch import Tensor
 
 from whit.errors import EvaluationError
 from whit.evaluation.listener import Listener
-from whit.evaluation.perplexity import batches, next_token_logits, require_finite, row_chunks
+from whit.evaluation.perplexity import batches, called, next_token_logits, require_finite, row_chunks
 
 
 class Baseline(Protocol):
-    """Hands out the baseline's next-token logits for a batch of windows."""
+    """Hands out the baseline's next-token logits for a batch of windows; `name` is for errors."""
+
+    @property
+    def name(self) -> str: ...
 
     def logits(self, index: int, batch: Tensor) -> Tensor:
         """[windows * (context - 1), vocabulary] for batch number `index`, in the baseline's own dtype."""
@@ -33,6 +36,10 @@ class LiveBaseline:
     """A baseline model that is in memory beside the model under test."""
 
     model: Any
+
+    @property
+    def name(self) -> str:
+        return called(self.model)
 
     def logits(self, index: int, batch: Tensor) -> Tensor:
         """Run the baseline on the batch."""
@@ -52,22 +59,27 @@ class Divergence:
 def compare_windows(model: Any, baseline: Baseline, windows: Tensor, listener: Listener) -> Divergence:
     """Score the windows with both and compare. Raises EvaluationError on NaN or on other vocabularies."""
     on_gpu = model.device.type == "cuda"
-    return compare_all((partial(next_token_logits, model),), baseline, windows, on_gpu, listener)[0]
+    return compare_all({called(model): partial(next_token_logits, model)}, baseline, windows, on_gpu, listener)[0]
 
 
 def compare_all(
-    runs: Sequence[Callable[[Tensor], Tensor]], baseline: Baseline, windows: Tensor, on_gpu: bool, listener: Listener
+    runs: Mapping[str, Callable[[Tensor], Tensor]],
+    baseline: Baseline,
+    windows: Tensor,
+    on_gpu: bool,
+    listener: Listener,
 ) -> tuple[Divergence, ...]:
-    """Several models beside one baseline, which runs once: each of `runs` gives a batch's next-token logits."""
+    """Several models beside one baseline, which runs once: each of `runs`, by a name, gives a batch's logits of the
+    next tokens."""
     found: list[list[Tensor]] = [[] for _ in runs]
     done = 0
     for index, batch in enumerate(batches(windows, on_gpu)):
         reference, targets = baseline.logits(index, batch), batch[:, 1:].reshape(-1)
-        for run, figures in zip(runs, found, strict=True):
+        for (name, run), figures in zip(runs.items(), found, strict=True):
             figures.append(_compare(run(batch), reference, targets).reshape(4, batch.shape[0], -1))
-            require_finite(figures[-1][0], "the model")
-            require_finite(figures[-1][1], "the baseline")
-            require_finite(figures[-1][2], "the model")
+            require_finite(figures[-1][0], name)
+            require_finite(figures[-1][1], baseline.name)
+            require_finite(figures[-1][2], name)
         done += batch.shape[0]
         listener.step("comparison", done, windows.shape[0], batch.numel() * len(runs))
     return tuple(_joined(figures) for figures in found)

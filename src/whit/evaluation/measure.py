@@ -206,7 +206,7 @@ def _baseline(
             notes.note(f"baseline: its logits are read from {folder}")
         else:
             _store(name, windows, folder, options, notes)
-        yield StoredBaseline(folder), network or _load(model, options)
+        yield StoredBaseline(folder, name), network or _load(model, options)
 
 
 def _store(name: str, windows: Tensor, folder: Path, options: EvaluationOptions, notes: _Notes) -> None:

@@ -56,10 +56,15 @@ def score_windows(model: Any, windows: Tensor, listener: Listener) -> Tensor:
     for batch in batches(windows, model.device.type == "cuda"):
         logits = next_token_logits(model, batch)
         losses.append(token_losses(logits, batch[:, 1:].reshape(-1)).reshape(batch.shape[0], -1))
-        require_finite(losses[-1], "the model")
+        require_finite(losses[-1], called(model))
         done += batch.shape[0]
         listener.step("perplexity", done, windows.shape[0], batch.numel())
     return torch.cat(losses)
+
+
+def called(model: Any) -> str:
+    """A loaded model by the name that it was loaded by."""
+    return str(getattr(model, "name_or_path", "") or "the model")
 
 
 def require_finite(losses: Tensor, who: str) -> None:

@@ -28,9 +28,10 @@ from whit.evaluation.size import weight_files
 
 @dataclass(frozen=True)
 class StoredBaseline:
-    """Logits that `store_baseline` wrote."""
+    """Logits of the model `name` that `store_baseline` wrote."""
 
     folder: Path
+    name: str
 
     def logits(self, index: int, batch: Tensor) -> Tensor:
         """Read batch number `index`. Raises EvaluationError for a damaged or foreign file."""

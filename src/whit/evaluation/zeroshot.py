@@ -17,7 +17,7 @@ from torch import Tensor
 
 from whit.errors import EvaluationError
 from whit.evaluation.listener import Listener
-from whit.evaluation.perplexity import require_finite, row_chunks
+from whit.evaluation.perplexity import called, require_finite, row_chunks
 from whit.evaluation.result import TaskResult
 from whit.evaluation.statistics import proportion
 from whit.evaluation.tasks import Item, Task
@@ -81,7 +81,7 @@ class Scorer:
             logits = self._forward(batch)
             for row, kept in zip(logits, batch, strict=True):
                 for request in wanted[kept]:
-                    found[request] = _score(row[: len(kept)], request.targets)
+                    found[request] = _score(row[: len(kept)], request.targets, called(self.model))
             listener.step(what, len(found), len(inputs), sum(map(len, batch)))
         return [found[request] for request in requests]
 
@@ -120,7 +120,7 @@ class Scorer:
         return logits
 
 
-def _score(logits: Tensor, targets: tuple[int, ...]) -> Score:
+def _score(logits: Tensor, targets: tuple[int, ...], who: str = "the model") -> Score:
     """From logits [inputs, vocabulary], the last rows of which predict the targets."""
     wanted = torch.tensor(targets, device=logits.device)
     tail = logits[-len(targets) :]
@@ -128,7 +128,7 @@ def _score(logits: Tensor, targets: tuple[int, ...]) -> Score:
     for rows in row_chunks(*tail.shape):
         log_probabilities = torch.log_softmax(tail[rows].float(), dim=-1)
         picked = log_probabilities.gather(1, wanted[rows, None]).squeeze(1)
-        require_finite(picked, "the model")
+        require_finite(picked, who)
         total += float(picked.double().sum())
         greedy = greedy and bool((log_probabilities.argmax(dim=-1) == wanted[rows]).all())
     return Score(total, greedy)

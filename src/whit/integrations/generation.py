@@ -87,7 +87,7 @@ def generate(model: Any, tokenizer: Any, prompt: str, sampling: Sampling, stream
             if "probability tensor contains" not in str(error):  # torch's only name for it
                 raise
             raise EvaluationError(
-                "the model: a next token has no finite probability; every one must; "
+                f"{model.name_or_path or 'the model'}: a next token has no finite probability; every one must; "
                 "try --dtype float32 or check the weights"
             ) from error
     seconds = time.perf_counter() - start

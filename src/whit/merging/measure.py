@@ -71,7 +71,7 @@ def measure_routes(
     if rounded is not None:
         runs[ROUNDED] = _runs(rounded)
     on_gpu = reference.device.type == "cuda"
-    found = compare_all(tuple(runs.values()), LiveBaseline(reference), windows, on_gpu, listener)
+    found = compare_all(runs, LiveBaseline(reference), windows, on_gpu, listener)
     return tuple(
         Measured(route, blocks(divergence.kl).mean, float(divergence.agreement.double().mean()))
         for route, divergence in zip(runs, found, strict=True)

@@ -23,6 +23,7 @@ from whit.calibration import Calibration
 from whit.checkpoint.work import make_folder
 from whit.checkpoint.writer import file_sha256
 from whit.data import resolve_model, resolve_text
+from whit.errors import EvaluationError
 from whit.evaluation import EvaluationOptions
 from whit.evaluation.memory import available_bytes
 from whit.evaluation.text import read_text
@@ -74,6 +75,16 @@ class Comparison:
     settings: Settings
     machine: dict[str, Any]
     rows: tuple[dict[str, Any], ...]
+
+    def check(self) -> None:
+        """EvaluationError where no candidate was measured, or, where there is none, not the original."""
+        asked = self.rows[1:] or self.rows
+        failed = [row for row in asked if "error" in row]
+        if len(failed) == len(asked):
+            raise EvaluationError(
+                f"compare: none of {len(asked)} candidates could be measured; one at least must be; the first, "
+                f"{failed[0]['candidate']}, failed with: {failed[0]['error']}"
+            )
 
     def to_json(self) -> dict[str, Any]:
         """The content of results.json."""
