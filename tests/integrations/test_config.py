@@ -49,6 +49,39 @@ def test_round_trips_through_json(config: whit.QuantizationConfig):
     assert (again.recipe, again.compute_dtype) == (config.recipe, config.compute_dtype)
 
 
+def test_options_typed_for_bitsandbytes_mean_what_they_meant_there():
+    four = whit.QuantizationConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16, llm_int8_skip_modules=["lm_head"], llm_int8_threshold=6.0,
+        bnb_4bit_quant_storage=torch.uint8,
+    )  # fmt: skip
+    assert str(four.recipe.rules[0][1]) == "nf4-dq"
+    assert four.compute_dtype is torch.bfloat16
+    assert four.recipe.format_for("lm_head") is None
+    assert four.recipe.activations is None
+    assert str(whit.QuantizationConfig(load_in_4bit=True).recipe.rules[0][1]) == "fp4"
+    eight = whit.QuantizationConfig(load_in_8bit=True, llm_int8_threshold=5.0).recipe
+    assert eight == whit.QuantizationConfig("llm.int8", outlier_threshold=5.0).recipe
+    assert whit.QuantizationConfig(load_in_8bit=True).recipe == whit.QuantizationConfig("llm.int8").recipe
+    assert str(whit.QuantizationConfig(load_in_8bit=False).recipe.rules[0][1]) == "int4-g128"
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"load_in_4bit": True, "load_in_8bit": True}, "weights have one format"),
+        ({"format": "int8", "load_in_4bit": True}, "int8, and an option means fp4; give one"),
+        ({"bnb_4bit_quant_type": "nf4"}, "bnb_4bit_quant_type belongs to load_in_4bit=True"),
+        ({"load_in_4bit": True, "bnb_4bit_quant_type": "int4"}, "must be nf4 or fp4"),
+        ({"load_in_4bit": True, "bnb_4bit_quant_storage": torch.bfloat16}, "whit stores codes as bytes"),
+        ({"format": whit.Recipe(), "method": "hqq"}, "a Recipe has its own method"),
+    ],
+)
+def test_options_of_bitsandbytes_that_contradict_each_other(options: dict, sentence: str):
+    with pytest.raises(RecipeError, match=sentence):
+        whit.QuantizationConfig(**options)
+
+
 def test_compute_dtype_is_a_type_or_its_name():
     for given in (torch.bfloat16, "bfloat16", "torch.bfloat16"):
         assert whit.QuantizationConfig("int8", compute_dtype=given).compute_dtype is torch.bfloat16
@@ -84,7 +117,7 @@ def test_refuses_what_contradicts_itself():
         whit.QuantizationConfig.from_dict({"quant_method": "whit", "version": 2})
 
 
-@pytest.mark.parametrize("wrong", [4, None, torch.int8])
+@pytest.mark.parametrize("wrong", [4, torch.int8])
 def test_refuses_what_is_no_format(wrong: object):
     with pytest.raises(FormatError, match="is neither a name nor a Format"):
         whit.QuantizationConfig(wrong)  # type: ignore[arg-type]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
-from typing import Any, TypedDict
+from typing import Any
 
 import torch
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -15,25 +15,15 @@ from whit.errors import FormatError, RecipeError
 from whit.export.whit import QUANT_METHOD, quantization_config
 from whit.formats import parse_format
 from whit.formats.numeric import dtype_name
+from whit.integrations.bitsandbytes_names import BitsandbytesOptions, understand
 from whit.layouts import layout_named
 from whit.methods import Method
 from whit.recipe import Recipe
 from whit.recipe.stored import KEYS as RECIPE_KEYS
 from whit.tensor import Format
 
+DEFAULT = "int4-g128"
 KEYS = RECIPE_KEYS | {"quant_method", "layout", "formats", "inputs", "compute_dtype", "deterministic"}
-
-
-class BitsandbytesOptions(TypedDict, total=False):
-    """Options by the names that bitsandbytes' configuration has for them, with and without its prefix."""
-
-    outlier_threshold: float | None
-    llm_int8_threshold: float | None
-    skip_modules: Sequence[str] | None
-    llm_int8_skip_modules: Sequence[str] | None
-    enable_fp32_cpu_offload: bool
-    llm_int8_enable_fp32_cpu_offload: bool
-    llm_int8_has_fp16_weight: bool
 
 
 class FurtherOptions(BitsandbytesOptions, total=False):
@@ -52,6 +42,8 @@ class QuantizationConfig(QuantizationConfigMixin):  # type: ignore[misc]
     bitsandbytes has it, and `enable_fp32_cpu_offload` keeps what a device map puts on the CPU beside a GPU (then in
     float32), or on disk, unquantized.
     With `deterministic` a row of a product is the same bits whatever batch it is in (`whit.set_deterministic`).
+    The options of bitsandbytes' configuration mean what they mean there: `load_in_4bit=True` with
+    `bnb_4bit_quant_type="nf4"`, `bnb_4bit_use_double_quant` and `bnb_4bit_compute_dtype`, or `load_in_8bit=True`.
     `double_quant` stores a codebook format's absmax in 8 bits. Linears multiply in `compute_dtype` (as their input
     comes unless given). Modules named in `modules_to_not_convert` (or `skip_modules`) are kept, with all inside them.
     Raises FormatError and RecipeError.
@@ -59,7 +51,7 @@ class QuantizationConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
     def __init__(
         self,
-        format: str | Format | Recipe = "int4-g128",
+        format: str | Format | Recipe | None = None,
         *,
         method: str | Method | None = None,
         rules: Sequence[tuple[str, str | Format]] = (),
@@ -69,37 +61,32 @@ class QuantizationConfig(QuantizationConfigMixin):  # type: ignore[misc]
         modules_to_not_convert: Sequence[str] | None = None,
         **named: Unpack[FurtherOptions],
     ) -> None:
-        given = format if isinstance(format, Recipe) else _recipe(format, method, double_quant, activations)
-        if given is format and (method is not None or double_quant or activations is not None):
+        if unknown := sorted(set(named) - set(FurtherOptions.__annotations__)):
+            raise RecipeError(f"QuantizationConfig: option {unknown[0]!r} does not exist; correct it or leave it out")
+        other = understand(named)
+        if format is not None and other.format is not None:
+            raise RecipeError(f"QuantizationConfig: {format}, and an option means {other.format}; give one of the two")
+        double_quant = double_quant or other.double_quant
+        if not isinstance(format, Recipe):
+            given = _recipe(format or other.format or DEFAULT, method, double_quant, activations)
+        elif method is not None or double_quant or activations is not None:
             raise RecipeError(
                 "QuantizationConfig: a Recipe has its own method, formats and activations; set them there"
             )
-        if unknown := sorted(set(named) - set(FurtherOptions.__annotations__)):
-            raise RecipeError(f"QuantizationConfig: option {unknown[0]!r} does not exist; correct it or leave it out")
-        both = named.get("outlier_threshold"), named.get("llm_int8_threshold")
-        thresholds = {threshold for threshold in both if threshold is not None}
-        if len(thresholds) > 1:
-            raise RecipeError(
-                "QuantizationConfig: outlier_threshold and llm_int8_threshold differ; they are one option; give one"
-            )
-        for threshold in thresholds:
-            given = _with_threshold(given, threshold)
-        if named.get("llm_int8_has_fp16_weight"):
-            raise RecipeError(
-                "QuantizationConfig: llm_int8_has_fp16_weight keeps 16-bit weights, and whit only codes; "
-                "leave it out, and train adapters beside the codes (whit.prepare_for_training)"
-            )
-        skips = (modules_to_not_convert, named.get("skip_modules"), named.get("llm_int8_skip_modules"))
-        skipped = [name for names in skips for name in ([names] if isinstance(names, str) else names or ())]
+        else:
+            given = format
+        if other.threshold is not None:
+            given = _with_threshold(given, other.threshold)
+        skipped = (*_listed(modules_to_not_convert), *other.skipped)
         kept = [(pattern, "bf16") for name in skipped for pattern in _patterns(name)]
         self.quant_method = QUANT_METHOD
         self.layout = "bits"
         self.recipe = given.with_rules([*given.rules, *rules, *kept], given.mix)
-        self.compute_dtype, self.deterministic = _dtype(compute_dtype), bool(named.get("deterministic"))
+        self.compute_dtype = _dtype(other.compute_dtype if compute_dtype is None else compute_dtype)
+        self.deterministic = bool(named.get("deterministic"))
         self.formats: dict[str, str] = {}
         self.inputs: dict[str, str] = {}
-        aside = (named.get("enable_fp32_cpu_offload"), named.get("llm_int8_enable_fp32_cpu_offload"))
-        self.fp32_cpu_offload = any(aside)
+        self.fp32_cpu_offload = other.fp32_cpu_offload
 
     def to_dict(self) -> dict[str, Any]:
         """What config.json holds; `from_dict` gives the same configuration back."""
@@ -133,6 +120,10 @@ def _recipe(
     format: str | Format, method: str | Method | None, double_quant: bool, activations: str | Activations | None
 ) -> Recipe:
     return Recipe(method, [("*", _double(format) if double_quant else format)], activations=activations)
+
+
+def _listed(names: Sequence[str] | None) -> Sequence[str]:
+    return [names] if isinstance(names, str) else names or ()
 
 
 def _with_threshold(recipe: Recipe, threshold: float) -> Recipe:
