@@ -13,6 +13,10 @@ class WhitError(Exception):
     exit_status = 1
 
 
+class WhitWarning(UserWarning):
+    """Something that goes on otherwise than a user would expect, in one sentence; the command line prints it alone."""
+
+
 class FormatError(WhitError):
     """A format that does not exist, or a tensor that the format cannot hold."""
 

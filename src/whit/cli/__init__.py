@@ -28,7 +28,7 @@ from whit.cli import (
     train,
 )
 from whit.cli.console import say_error
-from whit.cli.quiet import bars_on_terminals_alone
+from whit.cli.quiet import bars_on_terminals_alone, warnings_in_a_line
 from whit.errors import WhitError
 from whit_command import COMMANDS, SUMMARY
 
@@ -65,6 +65,7 @@ def _root(
 def main() -> None:
     """Entry point: 0 done, 1 a clear error in one sentence, 2 wrong usage, 3 a quality gate not met."""
     bars_on_terminals_alone()
+    warnings_in_a_line()
     try:
         build_app()()
     except WhitError as error:

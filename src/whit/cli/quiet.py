@@ -5,6 +5,10 @@ from __future__ import annotations
 import logging as standard
 import warnings
 from functools import partialmethod
+from typing import Any
+
+from whit.cli.console import say
+from whit.errors import WhitWarning
 
 
 def bars_on_terminals_alone() -> None:
@@ -17,6 +21,21 @@ def bars_on_terminals_alone() -> None:
     if isinstance(vars(tqdm)["__init__"], partialmethod):  # done before in this process
         return
     tqdm.__init__ = partialmethod(tqdm.__init__, disable=None)  # None: unless it is a terminal
+
+
+def warnings_in_a_line() -> None:
+    """whit's own warnings appear as sentences, without the place in the source that other warnings come with."""
+    usual = warnings.showwarning
+    if usual.__name__ == "show_in_a_line":  # done before in this process
+        return
+
+    def show_in_a_line(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+        if issubclass(category, WhitWarning):
+            say(str(message))
+        else:
+            usual(message, category, *place, **more)
+
+    warnings.showwarning = show_in_a_line
 
 
 def quiet_transformers() -> None:

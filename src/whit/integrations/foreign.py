@@ -16,7 +16,7 @@ from torch import Tensor
 from whit.activations import Activations
 from whit.checkpoint.onnx import onnx_graph
 from whit.checkpoint.reader import read_json
-from whit.errors import CheckpointError
+from whit.errors import CheckpointError, WhitWarning
 from whit.export.foreign import ForeignSource
 from whit.export.readers import READERS, open_foreign, quant_method
 from whit.export.whit import quantization_config
@@ -72,5 +72,6 @@ def _rounding(folder: Path, source: ForeignSource, name: str) -> tuple[Activatio
         return source.input_rounding(name)
     except CheckpointError as error:
         # Said once for each reason, by Python's own filter of warnings that repeat.
-        warnings.warn(f"{folder}: {error}; they stay as they are, so that the weights alone are measured", stacklevel=3)
+        said = f"{folder}: {error}; they stay as they are, so that the weights alone are measured"
+        warnings.warn(said, WhitWarning, stacklevel=3)
         return None

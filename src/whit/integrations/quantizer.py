@@ -32,6 +32,7 @@ from whit.integrations.plan import (
     plan_formats,
     shared_weights,
 )
+from whit.integrations.slow import warn_of_slow_products
 from whit.layouts import BITS
 from whit.model.targets import Target
 from whit.modules import (
@@ -164,6 +165,7 @@ class WhitQuantizer(HfQuantizer):  # type: ignore[misc]
         compute_apart(model, self.aside, self.dtype)
         if self.quantization_config.deterministic:
             set_deterministic(model)
+        warn_of_slow_products(model)
         # Saving must not undo conversions (split experts, rename) on packed tensors.
         self.conversions, model._weight_conversions = conversions, []
 
