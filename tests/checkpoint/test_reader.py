@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save, save_file
@@ -200,6 +201,7 @@ def test_models_that_are_neither_here_nor_on_the_hub(tmp_path: Path, monkeypatch
     for model, expected in (
         ("org/name", r"org/name: neither a folder here nor a model that the hub gives .Cannot reach the hub"),
         ("./no/such/folder", "no such folder"),
+        ("model.gguf", r"model.gguf: no such folder or file; .* check the path"),
         ("a b", "no such folder"),
         ("", "no such folder"),
         ("~no-such-user/model", "no such folder"),
@@ -209,6 +211,24 @@ def test_models_that_are_neither_here_nor_on_the_hub(tmp_path: Path, monkeypatch
         with pytest.raises(CheckpointError, match=expected) as caught:
             resolve_model(model)
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        (LocalEntryNotFoundError, "nor in the hub's cache on this machine, and the hub cannot be reached"),
+        (RepositoryNotFoundError, "nor a model of the hub; check the name, or run hf auth login"),
+        (GatedRepoError, "accounts that have accepted its terms"),
+    ],
+)
+def test_why_the_hub_gives_no_model(kind: type[Exception], said: str, monkeypatch: pytest.MonkeyPatch):
+    def refuse(*_: object, **__: object) -> str:
+        raise kind.__new__(kind, "Cannot find it. To enable look-ups, set this.")  # without an answer of the hub's
+
+    monkeypatch.setattr("whit.checkpoint.hub.snapshot_download", refuse)
+    with pytest.raises(CheckpointError, match=f"^org/name: .*{said}") as caught:
+        resolve_model("org/name")
+    assert "\n" not in str(caught.value)
 
 
 def test_a_hub_id_is_downloaded_without_pickles_or_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

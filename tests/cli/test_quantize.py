@@ -138,6 +138,14 @@ def test_the_version(whit):
     assert (status, screen) == (0, f"whit {version}\n")
 
 
+def test_the_name_of_out_says_the_kind_of_file(whit, tmp_path: Path):
+    status, _, notes = whit("quantize", "whit:model", tmp_path / "small.gguf", "--format", "q4_0")
+    assert status == 0, notes
+    assert (tmp_path / "small.gguf").read_bytes()[:4] == b"GGUF"
+    assert whit("convert", "whit:model", tmp_path / "floats.gguf", "--export", "gguf")[0] == 0
+    assert "lossless" in whit("convert", tmp_path / "floats.gguf", tmp_path / "plain", "--export", "bf16")[1]
+
+
 def test_help_lists_all_formats(whit, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("COLUMNS", "200")
     text = " ".join(whit("quantize", "--help")[1].replace("│", " ").split())

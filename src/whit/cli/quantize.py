@@ -40,6 +40,7 @@ from whit.cli.options import (
     TrustRemoteCode,
     build_calibration,
     input_bytes,
+    kind_of,
     parse_rules,
 )
 from whit.cli.runs import run_and_show, show_plan
@@ -90,7 +91,9 @@ def quantize(
     imatrix: Annotated[Path | None, typer.Option(help="Weigh columns by llama.cpp's importance matrix.")] = None,
     input_memory: InputMemory = None,
     seed: Seed = 0,
-    export: Annotated[str, typer.Option(metavar="NAME", help=EXPORT_HELP)] = "whit",
+    export: Annotated[
+        str | None, typer.Option(metavar="NAME", help=f"{EXPORT_HELP} \\[default: whit; gguf where OUT ends in .gguf]")
+    ] = None,
     device: Device = "auto",
     threads: Threads = None,
     max_kl: MaxKL = None,
@@ -105,6 +108,7 @@ def quantize(
     if threads is not None:
         torch.set_num_threads(threads)
     options = Options(seed, device, restart, trust_remote_code, input_memory=input_bytes(input_memory))
+    export = export or kind_of(out)
     gate = build_gate(max_kl, max_ppl_increase, gate_text, gate_tokens)
     text = build_calibration(calibration, samples, context if fit is None else None, seed)
     if imatrix is not None and recipe is None:

@@ -44,16 +44,16 @@ def prepare_transcode(
     """Plan a file of kind `export` from a quantized MODEL; a `recipe` says which formats are wanted instead.
 
     RecipeError lists everything that cannot be carried over without loss, unless `requantize` allows it.
-    A MODEL that is not quantized needs a recipe.
+    A MODEL that is not quantized needs a recipe, but for GGUF, a container of its own: its floats go there as they are.
     """
     folder, kind = resolve_model(model, options.trust_remote_code), exporter_named(export)
     check_out(Path(out), folder, kind.suffix)
     source = open_source(folder, options.trust_remote_code)
     wanted = f"a {export} file needs a format; add --format, say {kind.example}"
     if not isinstance(source, Coded):
-        if recipe is None:
+        if recipe is None and not kind.suffix:
             raise RecipeError(f"{model}: not quantized; {wanted}")
-        return prepare(model, out, recipe, options, export=export)
+        return prepare(model, out, recipe or Recipe(rules=[("*", "bf16")]), options, export=export)
     exporter = kind(source.model, source.checkpoint.folder)
     targets = [target for target in find_targets(source.model) if target.parameter in source.origins]
     chosen, exact, lost = _routes(source, exporter, targets, recipe, requantize)

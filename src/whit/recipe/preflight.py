@@ -63,18 +63,28 @@ def _unmatched(pattern: str, holders: Sequence[str]) -> str:
 
 def _misfits(formats: Mapping[Target, Format]) -> list[str]:
     """Groups that do not divide in_features; modules that differ only in a block's number share a sentence."""
-    alike: dict[tuple[str, int, int], list[str]] = {}
+    alike: dict[tuple[str, int, Format], list[str]] = {}
     for target, format in formats.items():
         if format.group_size and target.shape[-1] % format.group_size:
-            key = (re.sub(r"\.\d+\.", ".*.", target.holder), target.shape[-1], format.group_size)
+            key = (re.sub(r"\.\d+\.", ".*.", target.holder), target.shape[-1], format)
             alike.setdefault(key, []).append(target.holder)
     problems = []
-    for (pattern, columns, size), names in alike.items():
+    for (pattern, columns, format), names in alike.items():
         where = names[0] if len(names) == 1 else f"{pattern} ({len(names)} modules)"
-        fit = _fitting_group(columns, size)
-        advice = f"use {fit}, or add a rule for it" if fit > 1 else "use a format per channel, or add a rule for it"
-        problems.append(f"{where}: in_features {columns} is not divisible by group_size {size}; {advice}")
+        size = format.group_size
+        problems.append(
+            f"{where}: in_features {columns} is not divisible by group_size {size}; {_advice(columns, format)}"
+        )
     return problems
+
+
+def _advice(columns: int, format: Format) -> str:
+    """Another group size, or another format where this one has no other."""
+    fit, bits = _fitting_group(columns, format.group_size), max(int(format.bits), 2)
+    if "group_size" in getattr(format, "__dataclass_fields__", {}):
+        return f"use {fit}, or add a rule for it" if fit > 1 else "use a format per channel, or add a rule for it"
+    other = f"int{bits}-g{fit}" if fit > 1 else f"int{bits}-channel"
+    return f"{format} has no other; use {other}, or add a rule for it"
 
 
 def _unstackable(formats: Mapping[Target, Format]) -> list[str]:
@@ -99,7 +109,9 @@ def _unreached(recipe: Recipe, formats: Mapping[Target, Format]) -> list[str]:
 
 
 def _fitting_group(columns: int, size: int) -> int:
-    """The largest group size up to `size` that divides `columns`, multiples of 64, 32 or 8 preferred."""
+    """The largest group size up to `size` that divides `columns`: a usual one, else multiples of 64, 32 or 8 first."""
+    if usual := [group for group in (256, 128, 64, 32) if group <= size and columns % group == 0]:
+        return usual[0]
     divisors = [d for d in range(size, 1, -1) if columns % d == 0]
     for multiple in (64, 32, 8, 1):
         if found := [d for d in divisors if d % multiple == 0]:
