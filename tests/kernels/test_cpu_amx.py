@@ -170,7 +170,8 @@ def test_more_rows_than_meet_strips_at_a_time(emulated: ctypes.CDLL, random: Gen
 )
 @pytest.mark.parametrize("how", ["int8", "int8-asym"])
 def test_bytes_give_the_references_bits(emulated: ctypes.CDLL, spec: str, how: str, random: Generator):
-    for (rows, columns), count in [((1, 1), 3), ((37, 600), 17), ((85, 1100), 49)]:
+    # Weights of bytes are tiles as they lie up to 128 rows of x: strips of one, two and four, and one that is copied.
+    for (rows, columns), count in [((1, 1), 3), ((37, 600), 17), ((85, 1100), 49), ((200, 64), 5), ((40, 72), 150)]:
         weight = replace(packed(spec, rows, columns, random), activations=parse_activations(how))
         for dtype in (torch.bfloat16, torch.float32):
             x = torch.randn(count, columns, generator=random).to(dtype)
@@ -180,6 +181,21 @@ def test_bytes_give_the_references_bits(emulated: ctypes.CDLL, spec: str, how: s
                 assert torch.equal(product8(emulated, x, weight, bias), wanted)
             else:
                 torch.testing.assert_close(product8(emulated, x, weight, bias), wanted)
+
+
+@pytest.mark.parametrize(("spec", "count"), [("int8", 6), ("int8", 40), ("int8", 135), ("int4-channel", 20)])
+def test_rows_are_quantized_where_they_become_tiles(emulated: ctypes.CDLL, spec: str, count: int, random: Generator):
+    assert not isinstance(COMPILED, str)
+    weight = replace(packed(spec, 70, 200, random), activations=parse_activations("int8"))
+    x, levels = torch.randn(count, 200, generator=random), levels_of(weight.format)
+    assert not isinstance(levels, str)
+    plan, y = plan_weight(weight, COMPILED, move=False), torch.full((count, 70), torch.nan)
+    status = emulated.linear8(
+        ctypes.c_void_p(plan.address), ctypes.c_void_p(x.data_ptr()), ctypes.c_int64(count),
+        ctypes.c_void_p(y.data_ptr()), levels.table, levels.shift, ctypes.c_float(levels.unit),
+    )  # fmt: skip
+    assert status == 0
+    torch.testing.assert_close(y, Activation8().linear(x, weight, None), rtol=1e-6, atol=1e-6)
 
 
 def test_the_largest_products_do_not_saturate(emulated: ctypes.CDLL):

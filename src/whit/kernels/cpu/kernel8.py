@@ -66,27 +66,32 @@ class Cpu8:
 
     def linear(self, x: Tensor, packed: PackedWeight, bias: Tensor | None) -> Tensor:
         weight = packed if isinstance(packed, CpuWeight) else _planned(packed, move=False)
-        flat = x.reshape(-1, weight.shape[1]).contiguous()
-        if not len(flat):
-            return x.new_empty(*x.shape[:-1], weight.shape[0])
-        bias = None if bias is None else bias.contiguous()
-        how = weight.activations
+        if x.dim() != 2 or not x.is_contiguous():
+            y = self._product(x.reshape(-1, weight.shape[1]).contiguous(), weight, bias)
+            return y.reshape(*x.shape[:-1], weight.shape[0])
+        return self._product(x, weight, bias)
+
+    def _product(self, x: Tensor, weight: CpuWeight, bias: Tensor | None) -> Tensor:
+        """The product of x (count, in_features), contiguous."""
+        if not len(x):
+            return x.new_empty(0, weight.shape[0])
+        how, bias = weight.activations, None if bias is None else bias.contiguous()
         assert how is not None
         if how.exact:
-            y = Cpu().linear(rounded_floats(flat, weight), weight, None if bias is None else bias.to(torch.float32))
-            y = y.to(x.dtype)
-        elif isinstance(levels_of(format := product_format(weight)), str) or self._by_tiles(flat, weight):  # dynamic8
-            rounded = round_groups(flat, x.dtype if x.dtype == torch.bfloat16 else torch.float32, compiled_library())
+            y = Cpu().linear(rounded_floats(x, weight), weight, None if bias is None else bias.to(torch.float32))
+            return y.to(x.dtype)
+        levels = levels_of(format := product_format(weight))
+        if isinstance(levels, str) or self._by_tiles(x, weight):  # dynamic8
+            rounded = round_groups(x, x.dtype if x.dtype == torch.bfloat16 else torch.float32, compiled_library())
             if format is not weight.format:
                 weight = plan_weight(replace(weight, format=format), compiled_library(), move=False)
-            y = Cpu().product(rounded, weight, None if bias is None else bias.to(rounded.dtype), folds=True).to(x.dtype)
-        elif how.threshold > 0:
-            y = self._with_outliers(flat, weight, bias, how.threshold)
-        elif how.kind == "dynamic" and how.symmetric and how.granularity != "tensor":
-            y = linear(flat, how.granularity == "group", weight, bias, compiled_library(), self.isa)
-        else:
-            y = multiply(_rows(flat, weight), weight, bias, x.dtype, compiled_library(), self.isa)
-        return y.reshape(*x.shape[:-1], weight.shape[0])
+            bias = None if bias is None else bias.to(rounded.dtype)
+            return Cpu().product(rounded, weight, bias, folds=True).to(x.dtype)
+        if how.threshold > 0:
+            return self._with_outliers(x, weight, bias, how.threshold)
+        if how.kind == "dynamic" and how.symmetric and how.granularity != "tensor":
+            return linear(x, how.granularity == "group", weight, levels, bias, compiled_library(), self.isa)
+        return multiply(_rows(x, weight), weight, bias, x.dtype, compiled_library(), self.isa)
 
     def _by_tiles(self, x: Tensor, weight: CpuWeight) -> bool:
         """Whether groups of 32 columns are faster as bfloat16, once they are rounded: by AMX."""

@@ -72,11 +72,18 @@ def quantize_rows(x: Tensor, grouped: bool, library: Library, isa: str | None = 
 
 
 def linear(
-    x: Tensor, grouped: bool, weight: CpuWeight, bias: Tensor | None, library: Library, isa: str | None = None
+    x: Tensor,
+    grouped: bool,
+    weight: CpuWeight,
+    levels: Levels,
+    bias: Tensor | None,
+    library: Library,
+    isa: str | None = None,
 ) -> Tensor:
-    """`multiply` of `quantize_rows` in one call: x (count, columns), contiguous -> (count, out_features) in x.dtype."""
-    levels = levels_of(product_format(weight))
-    assert not isinstance(levels, str)
+    """`multiply` of `quantize_rows` in one call: x (count, columns), contiguous -> (count, out_features) in x.dtype.
+
+    `levels` are those of the weight's `product_format`.
+    """
     y = x.new_empty(len(x), weight.shape[0])
     status = library.linear8(
         weight.address, x.data_ptr(), len(x), grouped, None if bias is None else bias.data_ptr(), y.data_ptr(),

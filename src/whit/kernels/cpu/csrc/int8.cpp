@@ -84,21 +84,14 @@ void many_task(void* context, int64_t first, int64_t last, float* scratch) {
   by_parts(call, first, last, scratch, call.kernels->many);
 }
 
-struct Quantize8 {
-  const Kernels8* kernels;
-  const char* x;
-  int64_t columns, stride, groups, row_bytes;
-  int type;
-  int8_t* codes;
-  float* scale;
-  int32_t* sums;
-};
-
 void quantize_task(void* context, int64_t first, int64_t last, float*) {
-  const Quantize8& q = *(const Quantize8*)context;
-  for (int64_t m = first; m < last; m++)
-    q.kernels->quantize(q.x + m * q.row_bytes, q.type, q.columns, q.stride, q.groups, q.codes + m * q.stride,
-                        q.scale + m * q.groups, q.sums + m * q.groups);
+  (*(const Quantize8*)context)(first, last);
+}
+
+int quantize(const Quantize8& call, int64_t count, whit_parallel parallel, int threads) {
+  Team team;
+  team.rows = count, team.task = 8, team.work = quantize_task, team.context = (void*)&call, team.scratch_bytes = 64;
+  return whit_run(team, parallel, threads);
 }
 
 }  // namespace
@@ -156,55 +149,73 @@ WHIT_API8 int whit_quantize8(const void* x, int64_t count, int64_t columns, int 
   const Kernels8* kernels = whit_kernels8(isa);
   if (!kernels) return -1;
   const int64_t element = type == WHIT_F32 ? 4 : 2;
-  Quantize8 call = {kernels, (const char*)x, columns, stride, groups, columns * element, type, codes, scale, sums};
-  Team team;
-  team.rows = count, team.task = 8, team.work = quantize_task, team.context = &call, team.scratch_bytes = 64;
-  return whit_run(team, parallel, threads);
+  const Quantize8 call = {kernels, (const char*)x, columns, stride, groups, columns * element, type, codes, scale, sums};
+  return quantize(call, count, parallel, threads);
 }
 
-// `table` (16 bytes, or null): stored levels by code; level = (stored - shift) unit. `few`: rows of x that stream.
-WHIT_API8 int whit_product8(const whit_weight* w, const whit_rows8* x, const int32_t* row_sums, const void* bias,
-                            void* y, int type, const uint8_t* table, int shift, float unit, int64_t few, int isa,
-                            int threads) {
+namespace {
+
+// All ways of a product; x is quantized first where it is not yet.
+int multiply(Product8& product, int64_t few, int isa, int threads) {
+  const whit_weight& w = *product.w;
+  const whit_rows8& x = *product.x;
   const Kernels8* kernels = whit_kernels8(isa);
   if (!kernels) return -1;
-  const Kernels* floats = whit_kernels(*w, WHIT_F32, isa);
-  if (w->digit_bytes) isa = WHIT_SCALAR;  // what takes many rows otherwise than `kernels` reads whole bits
-  Product8 product = {};
-  product.w = w, product.x = x, product.row_sums = row_sums, product.bias = bias, product.y = y, product.type = type;
-  product.shift = shift, product.unit = unit, product.has_table = table != nullptr;
-  if (table) memcpy(product.table, table, 16);
-  few = runs_pow2(*w) ? few : 0;
-  if (isa >= 2 && scales_once(w->bits) && x->groups > 1 && few > 2) few = 2;  // these come one by one: strips are faster
-  void* room = sums8.get(whit_derived8(product, x->count <= few, *kernels));
+  const Kernels* floats = whit_kernels(w, WHIT_F32, isa);
+  if (w.digit_bytes) isa = WHIT_SCALAR;  // what takes many rows otherwise than `kernels` reads whole bits
+  few = runs_pow2(w) ? few : 0;
+  if (isa >= 2 && scales_once(w.bits) && x.groups > 1 && few > 2) few = 2;  // these come one by one: strips are faster
+  const bool streams = x.count <= few;
+  void* room = sums8.get(whit_derived8(product, streams, *kernels));
   if (!room) return -3;
-  whit_derive8(product, x->count <= few, *kernels, room);
-  if (isa == 3 && x->count > few && x->count >= TILES8_FROM) {
+  if (isa == 3 && !streams && x.count >= (w.bits == 8 ? +LYING_FROM : +TILES8_FROM)) {
+    if (product.raw) product.starts = (int32_t*)room;
+    else whit_derive8(product, streams, *kernels, room);
     const int status = whit_tiles8(product, threads);
     if (status != -1) return status;
   }
-  if (isa >= 2 && x->groups > 1 && x->count > few) {
+  if (product.raw) {
+    const bool alone = streams || x.count * w.columns <= ALONE8;  // to wake others takes longer
+    const int status = quantize(*product.raw, x.count, w.parallel, alone ? 1 : threads);
+    if (status) return status;
+    product.raw = nullptr;
+  }
+  whit_derive8(product, streams, *kernels, room);
+  if (isa >= 2 && x.groups > 1 && !streams) {
     const int status = whit_strips8(product, threads);
     if (status != -1) return status;
   }
   Team team;
   Call8 call = {kernels, &product, floats, &team};
-  const size_t params = sizeof(float) * (size_t)(2 * 4 * (w->groups + 48));
-  team.rows = w->rows, team.context = &call;
-  if (x->count <= few) {
+  const size_t params = sizeof(float) * (size_t)(2 * 4 * (w.groups + 48));
+  team.rows = w.rows, team.context = &call;
+  if (streams) {
     // Long runs of whole bytes, which the prefetcher follows; each thread has several, to even out what held it up.
-    const int64_t bytes = w->bits == 8 ? 1 << 18 : 1 << 15;
-    int64_t rows = bytes / (w->row_bytes > 0 ? w->row_bytes : 1);
+    const int64_t bytes = w.bits == 8 ? 1 << 18 : 1 << 15;
+    int64_t rows = bytes / (w.row_bytes > 0 ? w.row_bytes : 1);
     team.task = rows < 8 ? 8 : rows > 256 ? 256 : rows & ~(int64_t)7;
     team.work = few_task, team.scratch_bytes = params;
   } else {
     team.task = WIDE8, team.work = many_task;
-    const bool grouped = x->groups > 1, kept = !grouped && w->columns > CHUNK8;
-    const int64_t columns = grouped || !kept ? w->columns + STEP8 : CHUNK8 + STEP8;
-    team.scratch_bytes = params + (size_t)(2 * 4 * WIDE8 * w->groups + WIDE8 * columns + 128);
-    if (kept) team.scratch_bytes += (size_t)(4 * WIDE8 * x->count);
+    const bool grouped = x.groups > 1, kept = !grouped && w.columns > CHUNK8;
+    const int64_t columns = grouped || !kept ? w.columns + STEP8 : CHUNK8 + STEP8;
+    team.scratch_bytes = params + (size_t)(2 * 4 * WIDE8 * w.groups + WIDE8 * columns + 128);
+    if (kept) team.scratch_bytes += (size_t)(4 * WIDE8 * x.count);
   }
-  return whit_run(team, w->parallel, threads);
+  return whit_run(team, w.parallel, threads);
+}
+
+}  // namespace
+
+// `table` (16 bytes, or null): stored levels by code; level = (stored - shift) unit. `few`: rows of x that stream.
+WHIT_API8 int whit_product8(const whit_weight* w, const whit_rows8* x, const int32_t* row_sums, const void* bias,
+                            void* y, int type, const uint8_t* table, int shift, float unit, int64_t few, int isa,
+                            int threads) {
+  Product8 product = {};
+  product.w = w, product.x = x, product.row_sums = row_sums, product.bias = bias, product.y = y, product.type = type;
+  product.shift = shift, product.unit = unit, product.has_table = table != nullptr;
+  if (table) memcpy(product.table, table, 16);
+  return multiply(product, few, isa, threads);
 }
 
 // x (count, columns) of `type` quantized by its rows, or by 32 columns of them, and multiplied as whit_product8 does.
@@ -213,14 +224,16 @@ WHIT_API8 int whit_linear8(const whit_weight* w, const void* x, int64_t count, i
   const int64_t stride = (w->columns + STEP8 - 1) / STEP8 * STEP8, groups = grouped ? stride / GROUP8 : 1;
   char* room = (char*)rows8.get((size_t)(count * (stride + 8 * groups) + 64));
   if (!room) return -3;
-  int8_t* codes = (int8_t*)room;
   float* scale = (float*)(room + count * stride);
-  int32_t* sums = (int32_t*)(scale + count * groups);
-  const int alone = count <= few ? 1 : threads;  // to wake others takes longer
-  const int status = whit_quantize8(x, count, w->columns, type, codes, scale, sums, stride, groups, w->parallel, isa, alone);
-  if (status) return status;
-  const whit_rows8 rows = {codes, scale, sums, nullptr, count, stride, groups};
-  return whit_product8(w, &rows, nullptr, bias, y, type, table, shift, unit, few, isa, threads);
+  const int64_t row_bytes = w->columns * (type == WHIT_F32 ? 4 : 2);
+  const Quantize8 raw = {whit_kernels8(isa), (const char*)x, w->columns, stride, groups, row_bytes, type, (int8_t*)room,
+                         scale, (int32_t*)(scale + count * groups)};
+  const whit_rows8 rows = {raw.codes, raw.scale, raw.sums, nullptr, count, stride, groups};
+  Product8 product = {};
+  product.w = w, product.x = &rows, product.raw = &raw, product.bias = bias, product.y = y, product.type = type;
+  product.shift = shift, product.unit = unit, product.has_table = table != nullptr;
+  if (table) memcpy(product.table, table, 16);
+  return multiply(product, few, isa, threads);
 }
 
 WHIT_API8 int whit_has8(int isa) { return whit_kernels8(isa) != nullptr; }

@@ -27,10 +27,11 @@ static constexpr bool scales_once(int bits) { return bits == 8; }
 struct Product8 {
   const whit_weight* w;
   const whit_rows8* x;
+  const struct Quantize8* raw;  // what x is to be made of, where tiles take it; null once it is there
   const float* group_sums;   // (count, sum_stride >= w.groups): scale sum q; where x has several groups
   const int8_t* arranged;    // (count, arranged_stride): codes in the order of the parts of bytes
   const float* lanes;        // (count, lane_stride): scales of x, each as often as it has lanes, or `scales_once`
-  const int32_t* starts;     // (count, x.groups): -shift sum q, from which sums of many rows start
+  int32_t* starts;           // (count, x.groups): -shift sum q, from which sums of many rows start
   int64_t sum_stride, lane_stride, arranged_stride;
   const int32_t* row_sums;   // (w.rows): of the levels, where x has zero points
   const void* bias;
@@ -56,6 +57,25 @@ struct Kernels8 {
   // Sequences [first, first + count) of an encoder through all its layers.
   void (*encode)(struct Crew&, const struct whit_encoder8&, int64_t first, int64_t count, const struct Room8&);
 };
+
+// Rows of x as they came, (count, columns) of `type`, and where whit_rows8 has what they become.
+struct Quantize8 {
+  const Kernels8* kernels;
+  const char* x;
+  int64_t columns, stride, groups, row_bytes;
+  int type;
+  int8_t* codes;
+  float* scale;
+  int32_t* sums;
+  void operator()(int64_t first, int64_t last) const {
+    for (int64_t m = first; m < last; m++)
+      kernels->quantize(x + m * row_bytes, type, columns, stride, groups, codes + m * stride, scale + m * groups,
+                        sums + m * groups);
+  }
+};
+
+// Numbers that one thread quantizes, or puts into order, before others would have been woken.
+enum { ALONE8 = 1 << 15 };
 
 extern const Kernels8 whit_int8_scalar, whit_int8_avx2, whit_int8_avx512;
 void whit_encode_amx(struct Crew&, const struct whit_encoder8&, int64_t first, int64_t count, const struct Room8&);

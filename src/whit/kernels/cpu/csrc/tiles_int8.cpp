@@ -56,15 +56,36 @@ struct Int8 {
     multiply_whole<OfBytes, M, N>(spot, until - b, sums);
   }
   // The steps of finish_row8, for rows [m, m + 16) of y.
-  void finish(int64_t m, int64_t row, int64_t s, uint8_t* at) {
+  void finish(int64_t m, int64_t row, int64_t s, const uint8_t* at) {
+    const int64_t rows = t.count - m < 16 ? t.count - m : 16;
+    expect_strip(w, t.y, t.type, m, rows, row);
+    if (w.rows - row < 16 || t.p->x->zero) finish_edge(m, row, s, rows, at);
+    else if (t.type == WHIT_F32) finish_whole<WHIT_F32>(m, row, s, rows, at);
+    else if (t.type == WHIT_BF16) finish_whole<WHIT_BF16>(m, row, s, rows, at);
+    else finish_whole<WHIT_F16>(m, row, s, rows, at);
+  }
+
+ private:
+  template <int TYPE>
+  ALWAYS_INLINE void finish_whole(int64_t m, int64_t row, int64_t s, int64_t rows, const uint8_t* sums) {
+    const __m512 by = _mm512_loadu_ps(scale + 16 * s);
+    const __m512 bias = t.bias ? Avx512::convert(t.bias, row, TYPE) : _mm512_setzero_ps();
+    const int32_t* starts = t.p->starts + m;
+    const float* of_x = t.p->x->scale + m;
+    for (int64_t r = 0, to = m * w.rows + row; r < rows; r++, to += w.rows) {
+      const __m512i sum = _mm512_add_epi32(_mm512_load_si512(sums + 64 * r), _mm512_set1_epi32(starts[r]));
+      const __m512 y = _mm512_mul_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(sum), _mm512_set1_ps(of_x[r])), by);
+      Avx512::store_as(t.y, to, _mm512_add_ps(y, bias), TYPE);
+    }
+  }
+  __attribute__((noinline)) void finish_edge(int64_t m, int64_t row, int64_t s, int64_t rows, const uint8_t* sums) {
     const whit_rows8& x = *t.p->x;
-    const int64_t rows = t.count - m < 16 ? t.count - m : 16, lanes = w.rows - row < 16 ? w.rows - row : 16;
+    const int64_t lanes = w.rows - row < 16 ? w.rows - row : 16;
     const __mmask16 mask = (__mmask16)((1 << lanes) - 1);
     const __m512i levels = x.zero ? _mm512_maskz_loadu_epi32(mask, t.p->row_sums + row) : _mm512_setzero_si512();
-    __m512* total = (__m512*)at;
-    expect_strip(w, t.y, t.type, m, rows, row);
+    __m512 total[16];
     for (int64_t r = 0; r < rows; r++) {
-      __m512i sum = _mm512_add_epi32(_mm512_load_si512(at + 64 * r), _mm512_set1_epi32(t.p->starts[m + r]));
+      __m512i sum = _mm512_add_epi32(_mm512_load_si512(sums + 64 * r), _mm512_set1_epi32(t.p->starts[m + r]));
       if (x.zero) sum = _mm512_sub_epi32(sum, _mm512_mullo_epi32(_mm512_set1_epi32(x.zero[m + r]), levels));
       total[r] = _mm512_mul_ps(_mm512_cvtepi32_ps(sum), _mm512_set1_ps(x.scale[m + r]));
       total[r] = _mm512_mul_ps(total[r], _mm512_loadu_ps(scale + 16 * s));
@@ -92,6 +113,8 @@ static void arrange_tile(const Tiles& t, int64_t tile) {
     }
 }
 
+#include "tiles_int8_few.inl"
+
 }  // namespace
 
-const TileKernels whit_tiles_int8 = {arrange_tile, multiply};
+const TileKernels whit_tiles_int8 = {arrange_tile, multiply}, whit_tiles_int8_few = {arrange_few, multiply_few};
