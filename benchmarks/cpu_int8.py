@@ -31,7 +31,17 @@ from int8_ceiling import ceilings
 # Rows and columns of the weight: those of language models, of encoders behind them.
 SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336), (1536, 384), (384, 1536), (384, 384))
 ROWS = (1, 16, 32, 512)
-COLD = 256 << 20  # bytes of weights that take turns where there is one row
+COLD = 256 << 20  # bytes of weights, at least, that take turns where there is one row
+
+
+def cold_bytes() -> int:
+    """More than the last cache holds, twice, where the system says how much that is."""
+    sizes = [COLD]
+    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        text = path.read_text().strip()
+        if text.endswith("K") and text[:-1].isdigit():
+            sizes.append(2 * 1024 * int(text[:-1]))
+    return max(sizes)
 
 
 def onnx_product(rows: int, weight: torch.Tensor, scale: torch.Tensor, threads: int) -> Callable[[Any], object]:
@@ -62,7 +72,7 @@ def candidates(rows: int, shape: tuple[int, int], args: argparse.Namespace) -> d
     weight, kernel = torch.randn(shape, generator=random), Cpu8()
     quantized = whit.quantize_tensor(weight, "int8")
     how = parse_activations("int8")
-    copies = max(COLD // weight.numel(), 1) if rows == 1 else 1
+    copies = max(cold_bytes() // weight.numel(), 1) if rows == 1 else 1
     packed = [kernel.prepare(replace(BITS.pack(quantized), activations=how)) for _ in range(copies)]
     halves = [weight.bfloat16() for _ in range(-(-copies // 2))]
     x = torch.randn(rows, shape[1], generator=random)
