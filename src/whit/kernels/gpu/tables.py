@@ -289,8 +289,8 @@ HOPPER_SLAB: dict[Key, tuple[int, int, int, int, int, int] | None] = {
 }
 SLAB = {9: HOPPER_SLAB}
 
-# The fused product for more rows of codes of 4 bits, NVIDIA H100 (results/gpu_many.md); 4,096 rows as an H200 measured
-# an earlier version. Rows are the most that an entry stands for, down to the next one; the last stands for more, too.
+# The fused product for more rows of codes of 4 bits, NVIDIA H100 (results/gpu_many.md). Rows are the most that an entry
+# stands for, down to the next one; the last stands for more, too.
 # None: another way is faster. Columns: the fields of many.Config.
 HOPPER_MANY: dict[Key, tuple[int, ...] | None] = {
     ("int4-128", 4, (4096, 4096)): None,
@@ -333,22 +333,22 @@ HOPPER_MANY: dict[Key, tuple[int, ...] | None] = {
     ("table-64", 256, (14336, 4096)): (2, 32, 4, 1, 1, 0, 1, 4),  # 1.10x bfloat16
     ("int4-128", 256, (28672, 8192)): (2, 32, 2, 1, 1, 0, 1, 6),  # 1.12x bfloat16
     ("table-64", 256, (28672, 8192)): (2, 32, 4, 1, 1, 0, 1, 4),  # 1.13x bfloat16
-    ("int4-128", 1024, (4096, 4096)): (2, 32, 2, 1, 1, 0, 1, 6),  # 0.99x bfloat16
-    ("table-64", 1024, (4096, 4096)): (2, 32, 4, 1, 1, 0, 1, 4),  # 0.90x bfloat16
-    ("int4-128", 1024, (4096, 14336)): (2, 32, 2, 1, 1, 0, 1, 6),  # 0.96x bfloat16
-    ("table-64", 1024, (4096, 14336)): (2, 32, 4, 1, 1, 0, 1, 4),  # 0.92x bfloat16
-    ("int4-128", 1024, (14336, 4096)): (2, 32, 2, 1, 1, 0, 1, 6),  # 0.90x bfloat16
-    ("table-64", 1024, (14336, 4096)): (2, 32, 4, 1, 1, 0, 1, 4),  # 0.84x bfloat16
-    ("int4-128", 1024, (28672, 8192)): (2, 32, 2, 1, 1, 0, 1, 6),  # 0.98x bfloat16
-    ("table-64", 1024, (28672, 8192)): (2, 32, 4, 1, 2, 0, 1, 4),  # 0.89x bfloat16
-    ("int4-128", 4096, (4096, 4096)): (2, 32, 2, 1, 2, 0, 1, 6),
-    ("table-64", 4096, (4096, 4096)): None,
-    ("int4-128", 4096, (4096, 14336)): (2, 32, 2, 1, 2, 0, 1, 6),
-    ("table-64", 4096, (4096, 14336)): None,
-    ("int4-128", 4096, (14336, 4096)): (2, 32, 2, 1, 2, 0, 1, 6),
-    ("table-64", 4096, (14336, 4096)): None,
-    ("int4-128", 4096, (28672, 8192)): (2, 32, 2, 1, 2, 0, 1, 6),
-    ("table-64", 4096, (28672, 8192)): None,
+    ("int4-128", 1024, (4096, 4096)): (2, 32, 2, 1, 1, 0, 1, 6),  # 0.98x bfloat16
+    ("table-64", 1024, (4096, 4096)): (2, 32, 4, 1, 1, 0, 1, 4),  # 0.98x bfloat16
+    ("int4-128", 1024, (4096, 14336)): (2, 32, 2, 1, 1, 0, 1, 6),  # 0.99x bfloat16
+    ("table-64", 1024, (4096, 14336)): (2, 32, 4, 1, 2, 0, 1, 4, 1),  # 0.99x bfloat16
+    ("int4-128", 1024, (14336, 4096)): (2, 32, 2, 1, 2, 0, 1, 6, 1),  # 0.94x bfloat16
+    ("table-64", 1024, (14336, 4096)): (2, 32, 4, 1, 2, 0, 1, 4, 1),  # 0.95x bfloat16
+    ("int4-128", 1024, (28672, 8192)): (2, 32, 2, 1, 2, 0, 1, 6),  # 1.00x bfloat16
+    ("table-64", 1024, (28672, 8192)): (2, 32, 4, 1, 2, 0, 1, 4),  # 1.00x bfloat16
+    ("int4-128", 4096, (4096, 4096)): (2, 32, 2, 1, 2, 0, 1, 6),  # 0.97x bfloat16
+    ("table-64", 4096, (4096, 4096)): (2, 32, 4, 1, 2, 0, 1, 4, 1),  # 0.98x bfloat16
+    ("int4-128", 4096, (4096, 14336)): (2, 32, 2, 1, 1, 0, 1, 6),  # 1.17x bfloat16
+    ("table-64", 4096, (4096, 14336)): (2, 32, 4, 1, 2, 0, 1, 4, 1),  # 1.23x bfloat16
+    ("int4-128", 4096, (14336, 4096)): (2, 32, 2, 1, 2, 0, 1, 6),  # 0.95x bfloat16
+    ("table-64", 4096, (14336, 4096)): (2, 32, 4, 1, 2, 0, 1, 4, 1),  # 0.96x bfloat16
+    ("int4-128", 4096, (28672, 8192)): (2, 32, 2, 1, 2, 0, 1, 6),  # 0.99x bfloat16
+    ("table-64", 4096, (28672, 8192)): (2, 32, 4, 1, 1, 0, 1, 4),  # 1.01x bfloat16
 }
 MANY = {9: HOPPER_MANY}
 # The kinds of weight whose batch-invariant products it is faster for, over all rows.
