@@ -145,7 +145,5 @@ def test_a_mix_gives_each_matrix_its_type():
         assert types["model.layers.1.mlp.down_proj"] == "q6_k"
         assert types["model.layers.1.mlp.up_proj"] == "int8-g32"
         assert types["lm_head"] == "q6_k"
-    with pytest.raises(
-        RecipeError, match="by group_size 256; q4_k has no other; use int4-g64"
-    ):
+    with pytest.raises(RecipeError, match="by group_size 256; q4_k has no other; use int4-g64"):
         plan_formats(tiny_model("llama"), config.recipe, {})
