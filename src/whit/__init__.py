@@ -8,6 +8,7 @@ from whit.data import resolve_model
 from whit.errors import WhitError
 from whit.formats import Affine, BFloat16, Codebook, Float8, parse_format
 from whit.integrations.cache import QuantizedCache
+from whit.integrations.in_memory import quantize_model
 from whit.integrations.transformers import QuantizationConfig, register
 from whit.methods import GPTQ, HQQ, RTN, Blocks, Clip, Refine
 from whit.modules import set_deterministic, track_ranges
@@ -57,6 +58,7 @@ __all__ = [
     "parse_format",
     "prepare_for_training",
     "quantize",
+    "quantize_model",
     "quantize_tensor",
     "resolve_model",
     "set_deterministic",

@@ -19,6 +19,7 @@ from whit.checkpoint.reader import read_json
 from whit.errors import CheckpointError, WhitWarning
 from whit.export.foreign import ForeignSource
 from whit.export.readers import READERS, open_foreign, quant_method
+from whit.export.readers.gguf import read_gguf_model
 from whit.export.whit import quantization_config
 from whit.layouts import BITS
 from whit.model.skeleton import load_skeleton
@@ -34,11 +35,17 @@ def is_foreign(folder: Path) -> bool:
     return any(method == name for name, _ in READERS) or onnx_graph(folder) is not None
 
 
-def load_foreign(folder: Path, dtype: torch.dtype | str, trust_remote_code: bool = False, **placement: Any) -> Any:
-    """The model, as `from_pretrained` gives it, with its loading information; `dtype` "auto" is config.json's."""
+def load_foreign(place: Path, dtype: torch.dtype | str, trust_remote_code: bool = False, **placement: Any) -> Any:
+    """The model of a folder or a .gguf file, as `from_pretrained` gives it, with its loading information.
+
+    `dtype` "auto" is config.json's, or that of the model that a .gguf file was made of. UnsupportedModelError for an
+    architecture that whit does not read from .gguf files.
+    """
+    gguf = read_gguf_model(place) if place.is_file() else None
+    folder = place if gguf is None else gguf.folder
     config = read_json(folder / "config.json")
     skeleton = load_skeleton(folder, trust_remote_code)
-    source = ForeignSource(skeleton, open_foreign(folder, config))
+    source = ForeignSource(skeleton, gguf or open_foreign(folder, config))
     if dtype == "auto":
         dtype = getattr(torch, str(config.get("dtype") or config.get("torch_dtype") or "float32"))
     assert isinstance(dtype, torch.dtype)
@@ -54,7 +61,7 @@ def load_foreign(folder: Path, dtype: torch.dtype | str, trust_remote_code: bool
         holder = targets[name].holder
         formats[holder] = format
         state |= {f"{holder}.{key}": t for key, t in BITS.pack(source.quantized(name)).tensors.items()}
-        if (rounding := _rounding(folder, source, name)) is not None:
+        if (rounding := _rounding(place, source, name)) is not None:
             inputs[holder], scales = rounding
             state |= {f"{holder}.{key}": scale for key, scale in scales.items()}
     source.checkpoint.close()
@@ -66,12 +73,12 @@ def load_foreign(folder: Path, dtype: torch.dtype | str, trust_remote_code: bool
     )
 
 
-def _rounding(folder: Path, source: ForeignSource, name: str) -> tuple[Activations, dict[str, Tensor]] | None:
+def _rounding(place: Path, source: ForeignSource, name: str) -> tuple[Activations, dict[str, Tensor]] | None:
     """How the inputs of a quantized parameter are rounded, with static scales; None, and a warning, where they stay."""
     try:
         return source.input_rounding(name)
     except CheckpointError as error:
         # Said once for each reason, by Python's own filter of warnings that repeat.
-        said = f"{folder}: {error}; they stay as they are, so that the weights alone are measured"
+        said = f"{place}: {error}; they stay as they are, so that the weights alone are measured"
         warnings.warn(said, WhitWarning, stacklevel=3)
         return None

@@ -6,6 +6,8 @@ Whatever transformers or the hub answers is said again as one sentence.
 
 from __future__ import annotations
 
+import importlib.util
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,7 +19,7 @@ from whit.checkpoint.gguf import read_gguf
 from whit.checkpoint.hub import resolve_model
 from whit.checkpoint.reader import Checkpoint
 from whit.devices import find_device
-from whit.errors import CheckpointError, EvaluationError, UnsupportedModelError, reason_of
+from whit.errors import CheckpointError, EvaluationError, UnsupportedModelError, WhitWarning, reason_of
 from whit.integrations.foreign import is_foreign, load_foreign
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -44,10 +46,17 @@ def load_causal_lm(
     config = load_config(name, trust_remote_code=trust_remote_code)
     _require_causal(name, config)
     source, options = _source(name, trust_remote_code, weights=True)
-    if not options and is_foreign(Path(source)):
+    file = options.get("gguf_file")
+    if file is not None or is_foreign(Path(source)):
         floats = dtype if dtype == "auto" else getattr(torch, dtype)
-        model, info = _translated(name, lambda: load_foreign(Path(source), floats, trust_remote_code, **placement))
-        return _complete(name, model, info)
+        place = Path(source, file or "")
+        try:
+            model, info = _translated(name, lambda: load_foreign(place, floats, trust_remote_code, **placement))
+            return _complete(name, model, info)
+        except UnsupportedModelError as error:
+            if file is None or importlib.util.find_spec("gguf") is None:
+                raise
+            warnings.warn(f"{error}; until then transformers dequantizes all of it", WhitWarning, stacklevel=2)
     if not options:
         Checkpoint(Path(source)).close()  # a missing or damaged file is said as every command says it
     if quantization is not None:

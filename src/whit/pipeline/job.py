@@ -162,7 +162,7 @@ def prepare(
         recipe, said = with_usual(recipe, kind, source.model)
         recipe, notes = _fit(recipe, kind)
         notes = (*said, *notes)
-        if isinstance(source, Coded):
+        if isinstance(source, Coded) and any(map(source.coded, source.origins)):
             notes = (f"{model}: quantized already, and rounded again here; the original model would lose less", *notes)
         plan = plan_quantization(source, recipe, exporter, options.shard_size)
     name = Path(model).resolve().name if Path(model).exists() else str(model)

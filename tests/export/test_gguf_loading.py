@@ -1,0 +1,59 @@
+"""A .gguf file as a running model: its codes in whit's own modules, not floats in their place."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from test_gguf import EXPERTS, NAMES, save
+from transformers import AutoModelForCausalLM
+
+import whit
+from whit.errors import UnsupportedModelError, WhitWarning
+from whit.integrations import foreign
+from whit.integrations.loading import load_causal_lm
+from whit.modules import PackedModule
+from whit.pipeline.job import Options, prepare
+
+from tiny_models import tiny_inputs
+
+pytest.importorskip("gguf", reason="gguf-py is not installed here")
+
+
+@pytest.mark.parametrize("name", [*NAMES, *EXPERTS])
+def test_codes_run_as_they_lie(name: str, tmp_path: Path):
+    folder = save(tmp_path / "model", name)
+    whit.quantize(folder, tmp_path / "m.gguf", whit.Recipe(rules=[("*", "q8_0")]), export="gguf")
+    model = load_causal_lm(str(tmp_path / "m.gguf"), dtype="float32")
+    packed = [module for module in model.modules() if isinstance(module, PackedModule)]
+    assert {str(module.format) for module in packed} == {"q8_0"}
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        found, exact = (each(**tiny_inputs(name)).logits for each in (model, plain))
+    assert (found - exact).norm() < 0.05 * exact.norm()
+    assert model.get_memory_footprint() < 0.5 * plain.get_memory_footprint()
+
+
+def test_a_file_that_transformers_alone_reads_is_dequantized_and_it_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def refuse(_: Path) -> None:
+        raise UnsupportedModelError("m.gguf: architecture 'falcon'; whit reads llama; convert it")
+
+    folder = save(tmp_path / "model", "llama")
+    whit.quantize(folder, tmp_path / "m.gguf", whit.Recipe(rules=[("*", "q8_0")]), export="gguf")
+    monkeypatch.setattr(foreign, "read_gguf_model", refuse)
+    with pytest.warns(WhitWarning, match="'falcon'.*; until then transformers dequantizes all of it"):
+        model = load_causal_lm(str(tmp_path / "m.gguf"))
+    assert not any(isinstance(module, PackedModule) for module in model.modules())
+
+
+def test_floats_in_a_file_are_not_quantized_already(tmp_path: Path):
+    folder = save(tmp_path / "model", "llama")
+    for spec, noted in (("bf16", False), ("q8_0", True)):
+        file = tmp_path / f"{spec}.gguf"
+        whit.quantize(folder, file, whit.Recipe(rules=[("*", spec)]), export="gguf")
+        job = prepare(file, tmp_path / "out", whit.Recipe(rules=[("*", "int8")]), Options())
+        assert any("quantized already" in note for note in job.notes) == noted
+        job.source.checkpoint.close()
