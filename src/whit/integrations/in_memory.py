@@ -67,13 +67,8 @@ def _known(model: PreTrainedModel, wanted: QuantizationConfig) -> None:
     quantizer = WhitQuantizer(wanted, pre_quantized=False)
     quantizer.update_dtype(model.dtype)
     quantizer.preprocess_model(model)
-    _pack(
-        model,
-        dict(quantizer.plan.values()),
-        quantizer.inputs,
-        wanted.recipe,
-        lambda holder: quantizer.dtypes(model, holder),
-    )
+    formats, dtypes = dict(quantizer.plan.values()), partial(quantizer.dtypes, model)
+    _pack(model, formats, quantizer.inputs, wanted.recipe, dtypes)
     quantizer.postprocess_model(model)
     model.hf_quantizer = quantizer
 
