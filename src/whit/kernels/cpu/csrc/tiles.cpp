@@ -75,8 +75,8 @@ int run_lying(Call& call, int threads) {
   arrange.rows = tiles, arrange.task = 1, arrange.work = arrange_task, arrange.context = &call;
   arrange.scratch_bytes = 64;
   multiply.rows = w.rows, multiply.task = 16 * t.strips, multiply.work = multiply_task, multiply.context = &call;
-  // Sums, a strip that is copied, and params.
-  multiply.scratch_bytes = (size_t)(4096 + 1024 * t.blocks + 64) + 4 * (size_t)(16 * t.strips + 2 * 16 * (w.groups + 48));
+  // Sums, a strip that is copied, and params of two turns.
+  multiply.scratch_bytes = (size_t)(LYING_SUMS + 1024 * t.blocks + 64) + 4 * (size_t)(2 * 16 * t.strips + 2 * 16 * 49);
   const int status = whit_run(arrange, w.parallel, t.count * w.columns <= ALONE8 ? 1 : threads);
   return status ? status : whit_run(multiply, w.parallel, threads);
 }
@@ -111,7 +111,7 @@ int whit_tiles8(const Product8& p, int threads) {
   Tiles& t = call.tiles;
   t.w = p.w, t.p = &p, t.bias = p.bias, t.y = p.y, t.count = p.x->count, t.type = p.type;
   t.depth = 64, t.blocks = (p.w->columns + 63) / 64, t.tile_bytes = t.blocks * 1024, t.whole = true;
-  if (p.w->bits == 8 && p.w->columns >= 64 && t.count <= LYING_MOST) return run_lying(call, threads);
+  if (p.w->bits == 8 && p.w->columns >= 64 && t.count * p.w->columns <= LYING_MOST) return run_lying(call, threads);
   return run(call, threads);
 #else
   return -1;

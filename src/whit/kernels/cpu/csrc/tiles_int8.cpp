@@ -44,8 +44,8 @@ struct Int8 {
   Decode decode_strip;
   float *scale, *own;
 
-  Int8(const Tiles& t, float* params)
-      : t(t), w(*t.w), decode_strip(decode_of(*t.p)), scale(params), own(params + 16 * t.strips) {}
+  Int8(const Tiles& t, float* params, int64_t strips)
+      : t(t), w(*t.w), decode_strip(decode_of(*t.p)), scale(params), own(params + 16 * strips) {}
 
   void params(int64_t row, int64_t s) { strip_params(w, row, t.p->unit, own, scale + 16 * s, nullptr); }
   void decode(int64_t row, int64_t, int64_t from, int64_t until, Ask ask, __m512i* to) {
@@ -96,7 +96,7 @@ struct Int8 {
 
 static void multiply(const Tiles& t, int64_t first, int64_t last, void* scratch) {
   uint8_t* room = aligned(scratch);
-  Int8 kind(t, (float*)(room + t.strips * (16 * t.chunk + TILE_BLOCK * 1024)));
+  Int8 kind(t, (float*)(room + t.strips * (16 * t.chunk + TILE_BLOCK * 1024)), t.strips);
   multiply_all(t, first, last, room, kind);
 }
 

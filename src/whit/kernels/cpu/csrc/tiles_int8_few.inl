@@ -2,7 +2,8 @@
 // columns of 16 rows to a lane. Nothing of the weight is turned, and what is turned instead, x and the sums, is small.
 // Included by tiles_int8.cpp.
 
-enum { LYING_AHEAD = 8 };  // blocks between those that are multiplied and those that memory is asked for
+// Blocks between those that are multiplied and those that memory is asked for.
+enum { LYING_AHEAD = 8 };
 
 // Some strips as tiles: where their first rows lie, and how far their rows are apart.
 struct Lying {
@@ -34,10 +35,34 @@ static ALWAYS_INLINE void multiply_lying(const Lying& w, const uint8_t* x, int64
   }
 }
 
-// Sums (S, T, 16 rows of the weight, 16 of x) of all columns. `next` of each block's rows is asked for, where any is.
+// Sums of S strips and T tiles of x: (S, T, 16 rows of the weight, 16 of x), as they are stored, and where they go.
+struct LyingSums {
+  uint8_t* at;
+  int64_t tile, row, strips, tiles;  // of x, of the weight; how many
+  int64_t params;                    // the first strip's
+};
+
+// Each is turned, and finished.
+static __attribute__((noinline)) void finish_lying(Int8& kind, const LyingSums& sums) {
+  for (int64_t s = 0; s < sums.strips; s++)
+    for (int64_t i = 0; i < sums.tiles; i++) {
+      uint8_t* at = sums.at + 1024 * (s * sums.tiles + i);
+      __m512i v[16];
+#pragma GCC unroll 16
+      for (int k = 0; k < 16; k++) v[k] = _mm512_load_si512(at + 64 * k);
+      transpose16(v);
+#pragma GCC unroll 16
+      for (int k = 0; k < 16; k++) _mm512_store_si512(at + 64 * k, v[k]);
+      kind.finish(16 * (sums.tile + i), sums.row + s * STRIP, sums.params + s, at);
+    }
+}
+
+// Sums of all columns. The rows of `next` are asked for, where there is one, and the sums `before` are finished while
+// products are on their way.
 template <int S, int T>
-static __attribute__((noinline)) void multiply_strips(const Tiles& t, const Lying& w, const uint8_t* x, int64_t x_step,
-                                                      const Lying* next, uint8_t* sums) {
+static __attribute__((noinline)) void multiply_strips(Int8& kind, const Lying& w, const uint8_t* x, int64_t x_step,
+                                                      const Lying* next, const LyingSums& before, uint8_t* sums) {
+  const Tiles& t = kind.t;
   TILE_ZERO(0);
   TILE_ZERO(1);
   TILE_ZERO(2);
@@ -53,23 +78,14 @@ static __attribute__((noinline)) void multiply_strips(const Tiles& t, const Lyin
     }
     multiply_lying<S, T>(w, x, b);
   }
+  finish_lying(kind, before);
   TILE_STORE(0, sums, 64);
   if (S * T > 1) TILE_STORE(1, sums + 1024, 64);
   if (S * T > 2) TILE_STORE(2, sums + 2048, 64);
   if (S * T > 3) TILE_STORE(3, sums + 3072, 64);
 }
 
-typedef void (*MultiplyStrips)(const Tiles&, const Lying&, const uint8_t*, int64_t, const Lying*, uint8_t*);
-
-// 16 rows of the weight, of which each has 16 of x, the other way round.
-static ALWAYS_INLINE void turn_sums(uint8_t* at) {
-  __m512i v[16];
-#pragma GCC unroll 16
-  for (int i = 0; i < 16; i++) v[i] = _mm512_load_si512(at + 64 * i);
-  transpose16(v);
-#pragma GCC unroll 16
-  for (int i = 0; i < 16; i++) _mm512_store_si512(at + 64 * i, v[i]);
-}
+typedef void (*MultiplyStrips)(Int8&, const Lying&, const uint8_t*, int64_t, const Lying*, const LyingSums&, uint8_t*);
 
 // Where strips from `row` on lie; one whose tiles would end beyond the weight is copied, with zeros.
 static Lying lying_strips(const whit_weight& w, int64_t row, int64_t strips, int64_t width, uint8_t* copy) {
@@ -91,26 +107,25 @@ static void multiply_few(const Tiles& t, int64_t first, int64_t last, void* scra
   static const MultiplyStrips two[] = {multiply_strips<1, 2>, multiply_strips<2, 2>};
   const whit_weight& w = *t.w;
   const TileScope scope(16, 64);
-  uint8_t *sums = aligned(scratch), *copy = sums + 4096;
-  Int8 kind(t, (float*)(copy + 1024 * t.blocks));
+  uint8_t *sums = aligned(scratch), *copy = sums + LYING_SUMS;
+  Int8 kind(t, (float*)(copy + 1024 * t.blocks), 2 * t.strips);
+  LyingSums before = {};
   const int64_t tiles = (t.count + 15) / 16, beside = tiles > 1 ? 2 : 1, width = 64 * t.blocks;
-  for (int64_t row = first; row < last; row += t.strips * STRIP) {
+  int64_t params = 0, turn = 0;
+  for (int64_t row = first; row < last; row += t.strips * STRIP, params = t.strips - params) {
     const int64_t left = (last - row + STRIP - 1) / STRIP, strips = left < t.strips ? left : t.strips;
     const int64_t coming = row + t.strips * STRIP + strips * STRIP <= w.rows ? row + t.strips * STRIP : 0;
     const Lying own = lying_strips(w, row, strips, width, copy), next = lying_strips(w, coming, strips, width, nullptr);
-    for (int64_t s = 0; s < strips; s++) kind.params(row + s * STRIP, s);
-    for (int64_t tile = 0; tile < tiles; tile += 2) {
+    for (int64_t s = 0; s < strips; s++) kind.params(row + s * STRIP, params + s);
+    for (int64_t tile = 0; tile < tiles; tile += 2, turn++) {
       const int64_t at_once = tile + 1 < tiles ? 2 : 1;
-      (at_once > 1 ? two : one)[strips - 1](t, own, t.tiles + tile * t.tile_bytes, 1024 * beside, tile ? nullptr : &next,
-                                            sums);
-      for (int64_t s = 0; s < strips; s++)
-        for (int64_t i = 0; i < at_once; i++) {
-          uint8_t* at = sums + 1024 * (s * at_once + i);
-          turn_sums(at);
-          kind.finish(16 * (tile + i), row + s * STRIP, s, at);
-        }
+      uint8_t* to = sums + turn % 2 * LYING_SUMS / 2;
+      (at_once > 1 ? two : one)[strips - 1](kind, own, t.tiles + tile * t.tile_bytes, 1024 * beside,
+                                            tile ? nullptr : &next, before, to);
+      before = {to, tile, row, strips, at_once, params};
     }
   }
+  finish_lying(kind, before);
 }
 
 // A tile of x, four columns of its 16 rows to a lane: (blocks, 16, 16, 4), beside another where there are several.
