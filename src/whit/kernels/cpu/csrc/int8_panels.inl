@@ -107,6 +107,9 @@ static __attribute__((noinline)) void sums8(const int8_t* q, int64_t stride, con
   const int32_t* start = to.start;
   int32_t* sums = to.sums;
   constexpr int N = WIDE8 / V::LANES;
+  // What will be written is a line or three of each row of y: too far apart for the processor to foresee.
+  for (int m = 0; to.scale && m < M; m++)
+    for (int n = 0; n < WIDE8; n += 16) __builtin_prefetch(to.y + m * to.y_stride + n, 1, 3);
   typename V::I acc[M][N];
   EACH(m, M) {
     EACH(n, N) {
