@@ -4,19 +4,23 @@ First checks, each kind in a process of its own, so that one that hangs or fault
 equals torch._int_mm and the CPU's functions bit for bit; LLM.int8() with planted outlier columns, more of them than lie
 in shared memory at a time, and all columns; rows with zero points; FP8; CUDA graphs, torch.compile, and that nothing
 waits for the device. Then times: cold weights (more than 400 MB of distinct ones in each CUDA graph), medians, beside
-torch's bf16 product in the same run, for every cut that may be the best, with the share of the limit: bytes of the
-weight at the memory's rate, or operations at the tensor cores', whichever takes longer.
+torch's bf16 product in the same run, as products are dispatched (with --cuts every cut that may be the best, too), with
+the share of the limit: bytes of the weight at the memory's rate, or operations at the tensor cores', whichever takes
+longer. FP8 is torch's product, its rows quantized by this package.
 """
 
 from __future__ import annotations
 
 import argparse
+import fcntl
 import itertools
 import json
+import os
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +34,7 @@ from whit.formats import parse_format
 from whit.kernels import float8
 from whit.kernels import int8 as reference
 from whit.kernels.activated import Activation8
-from whit.kernels.gpu import Gpu8, GpuFloat8, int8, int8_ahead, int8_row, int8_thin, kernel8, nvrtc
+from whit.kernels.gpu import Gpu8, GpuFloat8, int8, int8_row, int8_thin, int8_ways, kernel8, nvrtc
 from whit.kernels.gpu.int8 import Config
 from whit.kernels.gpu.int8_row import OneRow
 from whit.kernels.gpu.int8_thin import BESIDE, Thin
@@ -260,11 +264,6 @@ def pair_checks() -> Iterator[tuple[str, float, float]]:
             yield check_product(config, (1048, 1168), rows, "int8", 0)
         yield check_product(config, (1048, 1168), 300, "int8-outliers", 21)
         yield check_product(config, (4096, 4096), 1024, "int8", 0)
-    for pair in (1, 2):  # rows are quantized meanwhile
-        config = Config(2, 256, 4, pair=pair, ahead=True)
-        for rows in (300, 1500, 4096):
-            yield check_product(config, (1048, 1168), rows, "int8", 0)
-        yield check_product(config, (1048, 1168), 1500, "int8-outliers", 21)
 
 
 def whole_checks() -> Iterator[tuple[str, float, float]]:
@@ -368,7 +367,16 @@ def may_be_best(config: Config | OneRow, shape: tuple[int, int], rows: int) -> b
     return config.split == 1 or (blocks <= 300 and config.split * 512 <= shape[1])
 
 
-def time_shape(shape: tuple[int, int], budget: Budget, log: Callable[[dict[str, Any]], None]) -> None:
+@contextmanager
+def alone() -> Iterator[None]:
+    """While nobody else has the device, where several share one and the file GPU_LOCK says whose turn it is."""
+    with open(os.environ.get("GPU_LOCK", os.devnull), "w") as turn:
+        if turn.name != os.devnull:
+            fcntl.flock(turn, fcntl.LOCK_EX)
+        yield
+
+
+def time_shape(shape: tuple[int, int], cuts: bool, budget: Budget, log: Callable[[dict[str, Any]], None]) -> None:
     seed, size = generator(1), shape[0] * shape[1]
     dense = [torch.randn(shape, device=DEVICE, generator=seed).bfloat16() for _ in range(copies(2 * size))]
     ours = [weight(shape, "int8", seed) for _ in range(copies(size))]
@@ -376,11 +384,12 @@ def time_shape(shape: tuple[int, int], budget: Budget, log: Callable[[dict[str, 
         if budget.left > 3:
             share = 4 if rows >= 1024 else 1  # of the weights are enough, where products are long
             some = (weights[: max(len(weights) // share, 2)] for weights in (dense, ours))
-            log(time_cell(inputs(rows, shape[1], round(SHARE * shape[1]), seed), *some))
+            with alone():
+                log(time_cell(inputs(rows, shape[1], round(SHARE * shape[1]), seed), *some, cuts))
 
 
-def time_cell(x: Tensor, dense: list[Tensor], ours: list[PackedWeight]) -> dict[str, Any]:
-    """Seconds of each way, for one shape and number of rows."""
+def time_cell(x: Tensor, dense: list[Tensor], ours: list[PackedWeight], cuts: bool) -> dict[str, Any]:
+    """Seconds of each way, for one shape and number of rows; and of every cut that may be the best."""
     rows, shape = len(x), tuple(dense[0].shape)
     how = parse_activations("int8-outliers")
     outlying = [PackedWeight(w.layout, w.format, w.shape, w.tensors, activations=how) for w in ours]
@@ -388,11 +397,11 @@ def time_cell(x: Tensor, dense: list[Tensor], ours: list[PackedWeight]) -> dict[
     cell["bf16"] = seconds_cold([lambda w=w: torch.nn.functional.linear(x, w) for w in dense])
     cell["rows alone"] = seconds_cold([lambda: int8.quantize(x) for _ in range(8)])
     cell["rows alone, outliers"] = seconds_cold([lambda: int8.quantize(x, 6.0) for _ in range(8)])
-    cell["W8A8"], cell["cuts"] = best_of(ours, x)
-    cell["LLM.int8()"], cell["cuts, outliers"] = best_of(outlying, x, sorted(cell["cuts"], key=cell["cuts"].get)[:14])
-    for name, each in (("by dispatch", ours), ("by dispatch, outliers", outlying)):
-        if "plain" not in DOUBTED:
-            cell[name] = seconds_cold([lambda w=w: Gpu8().linear(x, w, None) for w in each])
+    for name, each in (("W8A8", ours), ("LLM.int8()", outlying)):
+        cell[name] = seconds_cold([lambda w=w: Gpu8().linear(x, w, None) for w in each])
+    if cuts:
+        cell["cuts"] = time_cuts(ours, x)
+        cell["cuts, outliers"] = time_cuts(outlying, x, sorted(cell["cuts"], key=cell["cuts"].get)[:14])
     codes = int8.quantize(x).codes
     if rows > 16:
         signed = [w.tensors["codes"].view(torch.int8).t() for w in ours]
@@ -421,8 +430,8 @@ def timed(
     return lambda: kernel8.product(x, packed, None, y, config)
 
 
-def best_of(weights: list[PackedWeight], x: Tensor, among: list[str] | None = None) -> tuple[float, dict[str, float]]:
-    """Seconds of the fastest cut, and of each."""
+def time_cuts(weights: list[PackedWeight], x: Tensor, among: list[str] | None = None) -> dict[str, float]:
+    """Seconds of each cut."""
     found, (outs, columns) = {}, weights[0].shape
     cuts = [
         c
@@ -437,7 +446,7 @@ def best_of(weights: list[PackedWeight], x: Tensor, among: list[str] | None = No
                 found[str(config)] = seconds_cold([timed(w, x, config) for w in weights])
             except KernelError as error:
                 print(f"{config}: {error}", flush=True)
-    return min(found.values(), default=float("nan")), found
+    return found
 
 
 def time_float8(weights: list[PackedWeight], x: Tensor) -> float | None:
@@ -457,9 +466,20 @@ def time_float8(weights: list[PackedWeight], x: Tensor) -> float | None:
         return None
 
 
-def time_all(seconds: float) -> None:
-    """Prints a line of JSON per cell."""
-    budget, kitchen = Budget(seconds), Kitchen()
+def dispatched() -> list[tuple[Path, Any]]:
+    """What the dispatch compiles for these shapes and rows."""
+    device, wanted = torch.cuda.get_device_properties(0), []
+    processors, name = device.multi_processor_count, device.name
+    for (outs, columns), rows, outliers in itertools.product(SHAPES, ROWS, (False, True)):
+        way = int8_ways.way(outs, columns, rows, outliers, processors, name)
+        source = int8.PRODUCT if isinstance(way, Config) else int8_thin.THIN if isinstance(way, Thin) else int8_row.ROW
+        last = {int8.PRODUCT: False, int8_thin.THIN: rows, int8_row.ROW: columns}[source]
+        wanted.append((source, way.macros(False, outliers, last).items()))
+    return wanted
+
+
+def every_cut() -> list[tuple[Path, Any]]:
+    """What all cuts are compiled to."""
     wanted = [
         (int8.PRODUCT, config.macros(False, outliers, False).items())
         for config in {c for each in CUTS.values() for c in each if isinstance(c, Config)}
@@ -475,18 +495,24 @@ def time_all(seconds: float) -> None:
         (int8_thin.THIN, c.macros(False, o, rows).items())
         for rows in ROWS for shape in SHAPES for c in thin_cuts(shape, rows) for o in (False, True)
     ]  # fmt: skip
+    return wanted
+
+
+def time_all(seconds: float, cuts: bool) -> None:
+    """Prints a line of JSON per cell."""
+    budget, kitchen, start = Budget(seconds), Kitchen(), time.monotonic()
+    wanted = every_cut() if cuts else dispatched()
     kinds = ((False, False), (True, False), (False, True), (True, False, int8.rows_each(16, 4096)))
     wanted += [(int8.QUANTIZE, int8.quantize_macros(c, False, *kind).items()) for c in (4096, 14336) for kind in kinds]
-    wanted += [(int8_ahead.BESIDE, int8_ahead.beside_macros(False, o, MANY[0]).items()) for o in (False, True)]
-    start = time.monotonic()
     wanted += [(int8.MARK, int8.mark_macros(False, rows, int8.slices(rows) > 1).items()) for rows in ROWS]
     kitchen.prepare(wanted)
     kitchen.pool.terminate()
     print(f"compiled in {time.monotonic() - start:.1f} s", flush=True)
     if budget.left > 20:
-        overlapped()
+        with alone():
+            overlapped()
     for shape in SHAPES:
-        time_shape(shape, budget, lambda cell: print("CELL " + json.dumps(cell), flush=True))
+        time_shape(shape, cuts, budget, lambda cell: print("CELL " + json.dumps(cell), flush=True))
         torch.cuda.empty_cache()
 
 
@@ -503,9 +529,9 @@ def overlapped() -> None:
 # The whole
 
 
-def run_part(part: str, seconds: float) -> None:
+def run_part(part: str, seconds: float, cuts: bool) -> None:
     if part == "times":
-        time_all(seconds)
+        time_all(seconds, cuts)
         return
     for label, error, allowed in CHECKS[part]():
         print("CHECK " + json.dumps([part, label, error, error <= allowed]), flush=True)
@@ -539,10 +565,10 @@ def table(cells: list[dict[str, Any]]) -> str:
         if "rows" in cell:
             speeds = [
                 f"{cell['bf16'] / cell[name]:.2f} ({100 * cell['limit'] / cell[name]:.0f} %)"
-                for name in ("W8A8", "LLM.int8()")
+                for name in ("W8A8", "LLM.int8()", "FP8")
             ]
             lines.append(("{}x{}".format(*cell["shape"]), str(cell["rows"]), f"{1e6 * cell['bf16']:.1f}", *speeds))
-    return markdown(("shape", "rows", "bf16, µs", "W8A8", "LLM.int8()"), lines)
+    return markdown(("shape", "rows", "bf16, µs", "W8A8", "LLM.int8()", "FP8 W8A8"), lines)
 
 
 def page(result: dict[str, Any]) -> str:
@@ -558,7 +584,7 @@ def page(result: dict[str, Any]) -> str:
     met = sum(cell["rows"] in goals for goals in GOALS.values() for cell in cells) - len(missed)
     return (
         f"{result['machine'].get('gpu')}, torch {result['machine']['torch version']}. Times bf16 (torch's product in "
-        "the same run), the fastest cut of each, rows quantized included; in brackets the share of what the memory's "
+        "the same run), as they are dispatched, rows quantized included; in brackets the share of what the memory's "
         f"rate or the tensor cores' allow. {sum(c[3] for c in checks)} checks of {len(checks)} passed.\n\n"
         f"{table(cells)}\n\n{met} goals met; not met: {'; '.join(missed) or 'none'}.\n"
     )
@@ -573,7 +599,7 @@ def ways(cells: list[dict[str, Any]]) -> str:
     """Lines of kernels/gpu/int8_ways.py: the fastest of each cell."""
     lines = []
     for name, kind in (("int8", "cuts"), ("int8-outliers", "cuts, outliers")):
-        for cell in (c for c in cells if "rows" in c):
+        for cell in (c for c in cells if kind in c):
             found = cell[kind]
             best = min(found, key=found.get)
             key = (name != "int8", cell["rows"], tuple(cell["shape"]))
@@ -586,7 +612,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=90)
     parser.add_argument("--out", type=Path, default=RESULTS / "int8_gpu.json")
     parser.add_argument("--checks", default=",".join(CHECKS), help="which kinds, parted by commas")
-    parser.add_argument("--without", default="", help="do not time the launch for one row (row), or thin")
+    parser.add_argument("--cuts", action="store_true", help="time every cut that may be the best, too")
+    parser.add_argument("--without", default="", help="of these cuts not the launch for one row (row), or thin")
     parser.add_argument("--ways", type=Path, help="print rows of kernels/gpu/int8_ways.py from such a JSON")
     parser.add_argument("--part", choices=[*CHECKS, "times"])
     args = parser.parse_args()
@@ -595,15 +622,16 @@ def main() -> None:
         return
     if args.part:
         DOUBTED.update(args.without.split(","))
-        run_part(args.part, args.seconds)
+        run_part(args.part, args.seconds, args.cuts)
         return
     budget = Budget(args.seconds)
     running = {part: start_part(part, 40) for part in args.checks.split(",") if part}
-    texts = {part: finished(process, min(budget.left, 45)) for part, process in running.items()}
+    texts = {part: finished(process, min(budget.left, 120)) for part, process in running.items()}
     print(f"checked after {args.seconds - budget.left:.0f} s", flush=True)
     wrong = [part for part in ("row", "plain") if is_wrong(texts.get(part, ""))]
     wrong += ["thin"] if "FAILED" in texts.get("thin", "") else []  # wrong times tell something
-    times = start_part("times", budget.left - 8, "--without", ",".join([args.without, *wrong]))
+    options = ["--without", ",".join([args.without, *wrong]), *(["--cuts"] if args.cuts else [])]
+    times = start_part("times", budget.left - 8, *options)
     texts["times"] = finished(times, budget.left - 1)
     lines = [line for text in texts.values() for line in text.splitlines()]
     checks = [json.loads(line[6:]) for line in lines if line.startswith("CHECK ")]

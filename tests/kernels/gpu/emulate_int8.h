@@ -1,10 +1,5 @@
 // What the kernels of int8 activations need beyond emulate_cluster.h.
-#define __maxnreg__(...)
 static void await_earlier() {}
-static u32 counted(const u32 *count) { return *count; }
-static void count_row(u32 *count) { ++*count; }
-static void between_engines() {}
-static void pause() { __builtin_trap(); }  // all rows are there
 static void let_next_begin() {}
 static uint4 fresh16(const void *p) { return load16(p); }
 static uint4 last16(const void *p) { return load16(p); }
@@ -68,8 +63,8 @@ static void atomicOr(u32 *p, u32 v) { *p |= v; }
 static void atomicAdd(int *p, int v) { *p += v; }
 
 #ifdef BN
-template <int N, bool LEAN> static void hold_registers() {}
-template <int N, bool LEAN> static void give_registers() {}
+template <int N> static void hold_registers() {}
+template <int N> static void give_registers() {}
 static u64 describe(const void *tile) { return (u64)tile; }
 static void begin_products() {}
 static void end_products() {}

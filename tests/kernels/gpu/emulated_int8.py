@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from whit.kernels.gpu import int8, int8_ahead, int8_row, int8_thin
+from whit.kernels.gpu import int8, int8_row, int8_thin
 from whit.kernels.gpu.int8 import Config, Rows, Weight
 from whit.kernels.gpu.int8_row import OneRow
 from whit.kernels.gpu.int8_thin import Thin
@@ -52,29 +52,6 @@ def multiply(rows: Rows, weight: Weight, dtype: torch.dtype, config: Config, pro
     params = int8.product_params(rows, weight, y, config, _map)
     macros = config.macros(dtype == torch.float16, rows.listed is not None, rows.zero is not None)
     grid = config.grid(y.shape[1], len(y), processors)
-    library(int8.PRODUCT, tuple(macros.items()), CLUSTERS).run(ctypes.byref(params), *grid[:2])
-    return y
-
-
-def multiply_ahead(x: Tensor, weight: Weight, threshold: float, config: Config) -> Tensor:
-    """As `int8_ahead.multiply_ahead`, one kernel after the other."""
-    half, outliers = x.dtype == torch.float16, threshold > 0
-    rows, done, marks = int8.empty_rows(x, outliers), int8_ahead.counts_for(x, config), None
-    if outliers:
-        marks, joined = int8.marks_for(x)
-        grid, argument = int8.mark_launch(x, marks, threshold)
-        kernel = library(int8.MARK, tuple(int8.mark_macros(half, len(x), joined).items()), BLOCKS)
-        kernel.run(ctypes.byref(argument), *grid[:2])
-    macros = int8.quantize_macros(x.shape[1], half, outliers)
-    first = int8_ahead.first_params(x, rows, marks, threshold, done, config)
-    library(int8.QUANTIZE, tuple(macros.items()), BLOCKS).run(ctypes.byref(first), 3, 1)
-    macros = int8_ahead.beside_macros(half, outliers, config)
-    others = int8_ahead.beside_params(x, rows, marks, done, config)
-    library(int8_ahead.BESIDE, tuple(macros.items()), BLOCKS).run(ctypes.byref(others), 4, 1)
-    y = torch.full((len(x), len(weight.codes)), float("nan"), dtype=x.dtype)
-    params = int8_ahead.awaiting(int8.product_params(rows, weight, y, config, _map), done, len(x), config)
-    macros = config.macros(half, outliers, False)
-    grid = config.grid(y.shape[1], len(y), 4)
     library(int8.PRODUCT, tuple(macros.items()), CLUSTERS).run(ctypes.byref(params), *grid[:2])
     return y
 

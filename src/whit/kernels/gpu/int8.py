@@ -36,17 +36,13 @@ MOST_COLUMNS = 8 * CHUNKS * LARGEST_BLOCK  # and sums of weights from 0 to 255 s
 
 @dataclass(frozen=True)
 class Config:
-    """How the work is cut; int8_product.cu explains the names. `split` blocks share the columns of a tile.
-
-    `ahead`: all but the first rows are quantized while those before them are multiplied.
-    """
+    """How the work is cut; int8_product.cu explains the names. `split` blocks share the columns of a tile."""
 
     groups: int = 1
     outs: int = 128
     stages: int = 6
     split: int = 1
     pair: int = 1
-    ahead: bool = False
 
     @property
     def rows(self) -> int:
@@ -78,7 +74,7 @@ class Config:
         """What int8_product.cu is compiled with."""
         return BYTES | {
             "HALF": int(half), "WG": self.groups, "BN": self.outs, "STAGES": self.stages, "SPLITS": self.split,
-            "PAIR": self.pair, "AHEAD": int(self.ahead), "OUTLIERS": int(outliers), "SHIFTED": int(shifted),
+            "PAIR": self.pair, "OUTLIERS": int(outliers), "SHIFTED": int(shifted),
         }  # fmt: skip
 
 
@@ -95,8 +91,8 @@ class QuantizeParams(ctypes.Structure):
     """The argument of int8_quantize.cu, field by field."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("x", "marks", "codes", "scale", "offset", "listed", "done")),
-        ("threshold", ctypes.c_float), *((name, ctypes.c_int) for name in ("rows", "columns", "tiles")),
+        *((name, ctypes.c_void_p) for name in ("x", "marks", "codes", "scale", "offset", "listed")),
+        ("threshold", ctypes.c_float), *((name, ctypes.c_int) for name in ("rows", "columns")),
     )  # fmt: skip
 
 
@@ -106,10 +102,10 @@ class ProductParams(ctypes.Structure):
     _fields_ = (
         ("x_map", ctypes.c_uint64 * 16), ("weight_map", ctypes.c_uint64 * 16),
         *((name, ctypes.c_void_p) for name in (
-            "codes", "floats", "scale", "offset", "zero", "row_scale", "sums", "bias", "listed", "y", "done",
+            "codes", "floats", "scale", "offset", "zero", "row_scale", "sums", "bias", "listed", "y",
         )),
-        *((name, ctypes.c_int) for name in ("outs", "columns", "rows", "made")),
-        ("rest", ctypes.c_int * 6),  # the maps make it a multiple of 64 bytes
+        *((name, ctypes.c_int) for name in ("outs", "columns", "rows")),
+        ("rest", ctypes.c_int * 9),  # the maps make it a multiple of 64 bytes
     )  # fmt: skip
 
 
@@ -181,7 +177,7 @@ def quantize_params(x: Tensor, rows: Rows, marks: Tensor | None, threshold: floa
     """The kernel's argument; it borrows the tensors' memory."""
     tensors = (x, marks, rows.codes, rows.scale, rows.offset, rows.listed)
     pointers = [None if t is None else t.data_ptr() for t in tensors]
-    return QuantizeParams(*pointers, None, rounded(threshold, x.dtype), *x.shape, 0)
+    return QuantizeParams(*pointers, rounded(threshold, x.dtype), *x.shape)
 
 
 def empty_rows(x: Tensor, outliers: bool, dtype: torch.dtype = torch.int8) -> Rows:
@@ -220,7 +216,7 @@ def product_params(
         mapped(rows.codes.data_ptr(), count, columns, config.rows),
         mapped(weight.codes.data_ptr(), outs, columns, config.outs // config.pair),
         **{name: None if tensor is None else tensor.data_ptr() for name, tensor in pointers.items()},
-        done=None, outs=outs, columns=columns, rows=count, made=count,
+        outs=outs, columns=columns, rows=count,
     )  # fmt: skip
 
 
@@ -263,16 +259,12 @@ def mark_macros(half: bool, rows: int, joined: bool) -> dict[str, int]:
 
 
 def multiply(rows: Rows, weight: Weight, y: Tensor, config: Config) -> None:
-    """Fill y (rows, outs) with rows, which are all there, through the weight."""
-    fill(product_params(rows, weight, y, config), y, config, rows.listed is not None, rows.zero is not None)
-
-
-def fill(params: ProductParams, y: Tensor, config: Config, outliers: bool, shifted: bool = False) -> None:
-    """Launch int8_product.cu."""
-    device = y.device.index
+    """Fill y (rows, outs) with quantized rows through the weight."""
+    outliers, shifted, device = rows.listed is not None, rows.zero is not None, y.device.index
     function = build(PRODUCT, tuple(config.macros(y.dtype == torch.float16, outliers, shifted).items()), device)
     grid = config.grid(y.shape[1], len(y), torch.cuda.get_device_properties(device).multi_processor_count)
     shared, where = config.shared_bytes(outliers, shifted), torch.cuda.current_stream(y.device).cuda_stream
+    params = product_params(rows, weight, y, config)
     function.launch_early(grid, config.threads, shared, params, where, config.split * config.pair)
 
 

@@ -73,11 +73,11 @@ DEVICE void copy_tile(void *to, const Map &map, int column, int row, u64 *barrie
 #endif
 
 // With two times four warps that multiply there are too few registers for all: the other four warps give theirs.
-template <int N, bool LEAN = false> DEVICE void hold_registers() {
-    if constexpr (N == 2) asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(LEAN ? 208 : 224));
+template <int N> DEVICE void hold_registers() {
+    if constexpr (N == 2) asm volatile("setmaxnreg.inc.sync.aligned.u32 224;");
 }
-template <int N, bool LEAN = false> DEVICE void give_registers() {
-    if constexpr (N == 2) asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(LEAN ? 64 : 56));
+template <int N> DEVICE void give_registers() {
+    if constexpr (N == 2) asm volatile("setmaxnreg.dec.sync.aligned.u32 56;");
 }
 
 // Where a tile lies: groups of 8 rows follow each other after 1,024 bytes.

@@ -5,7 +5,6 @@
 //   STAGES             steps of 128 columns in shared memory
 //   SPLITS             blocks of a cluster that share the columns of one tile
 //   PAIR               2: the two blocks of a cluster multiply neighbouring rows with the same weights; otherwise 1
-//   AHEAD              1: rows from `made` on are quantized while those before them are multiplied (int8_beside.cu)
 //   OUTLIERS, SHIFTED  columns in 16 bits; zero points of the rows
 //
 // Why it is fast. The weights are read as they lie in the file, as unsigned codes + 128, and wgmma multiplies signed by
@@ -18,13 +17,12 @@
 // sixteen columns at a time, all there are.
 #include "int8_warp.cuh"
 #include "int8_hopper.cuh"
-#include "int8_counts.cuh"
 
 constexpr int BM = 64 * WG, BK = 128, CONSUMERS = 128 * WG, HELPERS = 96, THREADS = CONSUMERS + 32 + HELPERS, CLUSTER = SPLITS * PAIR;
 constexpr int X_BYTES = BM * BK, W_BYTES = BN * BK, STAGE = X_BYTES + W_BYTES, PITCH = BN + 8;
 constexpr int AT_A_TIME = 4;  // loads of outliers that a thread has under way
 constexpr bool TAKE = OUTLIERS && SPLITS == 1;  // one of the helpers' warps is there for the outliers
-constexpr int GROUP = (AHEAD ? 8 : 16) / PAIR;  // tiles of rows that are multiplied with the same weights, one after the other
+constexpr int GROUP = 16 / PAIR;  // tiles of rows that are multiplied with the same weights, one after the other
 enum { READY = 1, FREE, AMONG };  // barriers
 
 struct Params {
@@ -39,8 +37,7 @@ struct Params {
     const u16 *bias;       // of the outs, or null
     const int *listed;     // how many columns are outliers, then these
     u16 *y;
-    const u32 *done;       // how many rows of each tile are there, where AHEAD
-    int outs, columns, rows, made;
+    int outs, columns, rows;
 };
 
 struct Aside {  // what a tile needs beside the sums
@@ -88,15 +85,6 @@ DEVICE void ask_weight(const Params &p, const Block &b, const Tile &tile, int st
 #endif
 }
 
-// Until the rows of a tile are there; of the first ones the kernel in front of int8_beside.cu is done when this one begins.
-DEVICE void await_rows(const Params &p, const Tile &tile, bool first) {
-    if (!AHEAD && first) await_earlier();
-    if (!AHEAD || tile.row < p.made || tile.row >= p.rows) return;
-    u32 all = min(p.rows - tile.row, BM);
-    while (counted(p.done + tile.row / BM) < all) pause();
-    between_engines();
-}
-
 DEVICE void produce(const Params &p, const Block &b) {
     int asked = 0, ahead = b.first < b.tiles ? min(b.steps, STAGES) : 0;
     Tile tile = tile_of(p, b, b.first);
@@ -104,11 +92,10 @@ DEVICE void produce(const Params &p, const Block &b) {
         expect(b.full + asked, STAGE);
         ask_weight(p, b, tile, asked, asked);
     }
-    await_rows(p, tile, true);
+    await_earlier();
     for (int i = 0; i < ahead; i++) copy_tile(b.stages + i * STAGE, p.x, (b.begin + i) * BK, tile.row, b.full + i);
     for (int index = b.first, step = ahead; index < b.tiles; index += b.stride, step = 0) {
         tile = tile_of(p, b, index);
-        if (index != b.first) await_rows(p, tile, false);
         for (; step < b.steps; step++, asked++) {
             int slot = asked % STAGES;
             if (asked >= STAGES) await(b.empty + slot, (asked / STAGES - 1) & 1);
@@ -144,7 +131,7 @@ DEVICE void assist(const Params &p, const Block &b, int tid) {
         if (tid >= REST) {
             if (index == b.first) {
                 for (int i = tid - REST; i < BN * OUTLIERS_AT_ONCE; i += 32) a.weight[i] = 0;
-                if (!AHEAD) await_earlier();
+                await_earlier();
                 int count = fresh(p.listed);
                 if (tid - REST < min(count, OUTLIERS_AT_ONCE)) column = fresh(p.listed + 1 + tid - REST);
                 __syncwarp();
@@ -161,7 +148,7 @@ DEVICE void assist(const Params &p, const Block &b, int tid) {
             a.sums[n] = p.sums[out];
 #endif
         }
-        await_rows(p, tile, index == b.first);
+        if (index == b.first) await_earlier();
         for (int m = tid; m < BM; m += REST) {
             int row = min(tile.row + m, p.rows - 1);
             a.scale[m] = fresh(p.scale + row), a.offset[m] = fresh(p.offset + row);
@@ -336,12 +323,7 @@ DEVICE void consume(const Params &p, const Block &b, int tid) {
     }
 }
 
-#if AHEAD
-#define BOUNDS __maxnreg__(160)  // which leaves int8_beside.cu 4,096 registers
-#else
-#define BOUNDS __launch_bounds__(THREADS, 1)
-#endif
-extern "C" __global__ void BOUNDS int8_product(KERNEL_ARGUMENT Params p) {
+extern "C" __global__ void __launch_bounds__(THREADS, 1) int8_product(KERNEL_ARGUMENT Params p) {
     extern __shared__ uint4 shared[];
     int tid = threadIdx.x, warp = tid >> 5, steps = (p.columns + BK - 1) / BK, share = (steps + SPLITS - 1) / SPLITS;
     Block b;
@@ -360,10 +342,10 @@ extern "C" __global__ void BOUNDS int8_product(KERNEL_ARGUMENT Params p) {
     else __syncthreads();
 
     if (warp < 4 * WG) {
-        hold_registers<WG, AHEAD>();
+        hold_registers<WG>();
         consume(p, b, tid);
     } else {
-        give_registers<WG, AHEAD>();
+        give_registers<WG>();
         if (warp > 4 * WG) assist(p, b, tid - CONSUMERS - 32);
         else if ((tid & 31) == 0) produce(p, b);
     }
@@ -377,5 +359,4 @@ extern "C" __global__ void BOUNDS int8_product(KERNEL_ARGUMENT Params p) {
     cluster_arrive();
     cluster_wait();
 #endif
-    if (AHEAD) await_earlier();  // which is done, and is to be so for who waits for this one
 }

@@ -19,9 +19,8 @@ struct Params {
     float *scale;
     int *offset;  // of the rows' products with weights from 0 to 255 where they should be from -128 to 127
     int *listed;  // how many columns are outliers, then these
-    u32 *done;    // counts for int8_beside.cu, which are to be zeros, or null
     float threshold;
-    int rows, columns, tiles;  // of which there are so many
+    int rows, columns;
 };
 
 // The list, thread by thread: always in the same order.
@@ -148,8 +147,6 @@ extern "C" __global__ void __launch_bounds__(THREADS) int8_quantize(const Params
     int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, chunks = p.columns / 8;
     if (tid == 0) let_next_begin();
     await_earlier();
-    if (p.done && blockIdx.x == 0)
-        for (int i = tid; i < p.tiles; i += THREADS) p.done[i] = 0;
     u32 marks[CHUNKS] = {};
 #if OUTLIERS
     if (p.marks) {

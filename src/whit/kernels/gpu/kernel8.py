@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import ClassVar
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from whit.kernels import int8 as reference
-from whit.kernels.gpu import int8, int8_ahead, int8_row, int8_thin, int8_ways
+from whit.kernels.gpu import int8, int8_row, int8_thin, int8_ways
 from whit.kernels.gpu.kernel import DTYPES, why_not
 from whit.kernels.gpu.tiled import has_wgmma
 from whit.layouts import BITS
@@ -85,10 +85,7 @@ def product(
     )
     assert how is not None
     found = config or int8_ways.way(outs, columns, len(x), how.threshold > 0, processors, device)
-    if isinstance(found, int8.Config) and found.ahead and len(x) > 1 and is_plain(how):
-        return int8_ahead.multiply_ahead(x, weight, y, how.threshold, found)
     if isinstance(found, int8.Config):
-        found = replace(found, ahead=False)
         return int8.multiply(quantized(x, packed), weight, y, found)
     if isinstance(found, int8_thin.Thin) and sums is None:
         return int8_thin.multiply_thin(quantized(x, packed), weight, y, found)
