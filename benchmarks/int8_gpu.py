@@ -62,10 +62,7 @@ FEW = (
     Config(1, 64, 12), Config(1, 32, 12), Config(1, 32, 17),
 )  # fmt: skip
 SOME = (Config(1, 128, 8), Config(2, 128, 6, 2), Config(2, 128, 6), Config(2, 256, 4), Config(1, 256, 5, 2))
-MANY = (
-    Config(2, 256, 4), Config(2, 128, 6), Config(2, 256, 4, pair=2), Config(2, 256, 4, ahead=True),
-    Config(2, 256, 4, pair=2, ahead=True),
-)  # fmt: skip
+MANY = (Config(2, 256, 4), Config(2, 128, 6), Config(2, 256, 4, pair=2))
 ONE_ROW = (OneRow(8, 2), OneRow(4, 2), OneRow(6, 2), OneRow(4, 3), OneRow(8, 1), OneRow(3, 4))
 GEOMETRIES = {  # outs and splits
     (4096, 4096): ((64, 2), (64, 4), (64, 1), (128, 4)),
