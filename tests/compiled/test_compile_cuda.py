@@ -96,6 +96,14 @@ def test_what_the_loop_does_not_know_goes_to_transformers():
     assert torch.equal(wanted, found)
 
 
+def test_positions_beyond_the_cache_go_to_transformers():
+    model = tiny_model("llama")
+    positions = torch.arange(20, 27)[None]
+    wanted, found = both(model, input_ids=prompt(), position_ids=positions, max_new_tokens=8, do_sample=False)
+    assert torch.equal(wanted, found)
+    assert model.generate.__self__._decoder is None
+
+
 def test_a_step_that_cannot_be_captured_is_launched_and_said_to_be():
     def refusing(work):
         raise RuntimeError("operation not permitted when stream is capturing")

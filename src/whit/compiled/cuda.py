@@ -108,13 +108,15 @@ class Generator:
     ) -> Tensor:  # fmt: skip
         """Tokens (batch, prompt and new ones), as transformers' loop gives them."""
         given = {name for name, value in inputs.items() if value is not None and value is not False}
-        if not given <= KNOWN_INPUTS or generation_config.use_cache is False:
+        positions = inputs.get("position_ids")
+        far = positions is not None and bool((positions >= input_ids.shape[1]).any())  # beyond those of a static cache
+        if not given <= KNOWN_INPUTS or generation_config.use_cache is False or far:
             more = {} if streamer is None else {"streamer": streamer}
             loop = type(model)._sample
             settings = {"stopping_criteria": stopping_criteria, "generation_config": generation_config}
             return loop(model, input_ids, logits_processor=logits_processor, **settings, **more, **inputs)  # type: ignore[no-any-return]
         decoder = self.decoder(input_ids.shape[0], generation_config.max_length)
-        mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
+        mask = inputs.get("attention_mask")
         tokens = input_ids.to(decoder.state.tokens.device)
         decoder.prefill(tokens, mask, positions if positions is not None and positions.shape == tokens.shape else None)
         if streamer is not None:

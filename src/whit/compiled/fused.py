@@ -29,11 +29,12 @@ class FusedStep:
     def __init__(self, model: Any, run: decoding.Run = decoding.launch) -> None:
         self.model, self.run = model, run
         self.room: decoding.Workspace | None = None
+        self.angles: tuple[Tensor, Tensor] | None = None
 
     def __call__(self, state: State) -> None:
         base, room = self.model.model, self._room(state)
         hidden = base.embed_tokens(state.tokens)[:, 0]
-        cosine, sine = (t[:, 0].contiguous() for t in base.rotary_emb(hidden[:, None], position_ids=state.positions))
+        rotary = (*self._angles(state, hidden), state.positions)
         added = None
         for layer, cache in zip(base.layers, state.cache.layers, strict=True):
             attention, x = layer.self_attn, self._norm(layer.input_layernorm, hidden, added)
@@ -41,10 +42,10 @@ class FusedStep:
             if hasattr(attention, "q_norm"):
                 q, k = self._norm_heads(attention.q_norm, q), self._norm_heads(attention.k_norm, k)
             held = cache.keys, cache.values
-            y = decoding.attend((q, k, v), (cosine, sine), held, room, attention.scaling, self.run)
-            x = self._norm(layer.post_attention_layernorm, hidden, attention.o_proj(y))
+            y = decoding.attend((q, k, v), rotary, held, room, attention.scaling, self.run)
+            x = self._norm(layer.post_attention_layernorm, hidden, product(y, attention.o_proj))
             gates, ups = products(x, (layer.mlp.gate_proj, layer.mlp.up_proj))
-            added = layer.mlp.down_proj(decoding.gate(gates, ups, self.run))
+            added = product(decoding.gate(gates, ups, self.run), layer.mlp.down_proj)
         state.logits.copy_(self.model.lm_head(self._norm(base.norm, hidden, added)))
 
     def _norm(self, module: Any, hidden: Tensor, added: Tensor | None) -> Tensor:
@@ -52,6 +53,14 @@ class FusedStep:
 
     def _norm_heads(self, module: Any, x: Tensor) -> Tensor:
         return self._norm(module, x.view(-1, len(module.weight)), None).view_as(x)
+
+    def _angles(self, state: State, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosine and sine (length, size) of all positions of the cache."""
+        if self.angles is None:
+            positions = torch.arange(state.length, device=like.device)
+            cosine, sine = self.model.model.rotary_emb(like[:1], position_ids=positions[None])
+            self.angles = cosine[0].contiguous(), sine[0].contiguous()
+        return self.angles
 
     def _room(self, state: State) -> decoding.Workspace:
         if self.room is None:
@@ -73,6 +82,12 @@ def products(x: Tensor, linears: Sequence[Any]) -> list[Tensor]:
     if any(kernel != Gpu() for kernel, _ in ready) or any(b is not None and b.dtype != x.dtype for b in biases(packed)):
         return [linear(x) for linear in linears]
     return gpu_products(x, [weight for _, weight in ready], biases(packed))
+
+
+def product(x: Tensor, linear: Any) -> Tensor:
+    """x (rows, columns) through a linear: one row by the kernel of `products`, whose blocks begin while a norm or an
+    attention in front still runs; alone the one that a packed weight has for itself is faster."""
+    return products(x, (linear,))[0] if len(x) == 1 else linear(x)
 
 
 def biases(linears: Sequence[Any]) -> list[Tensor | None]:

@@ -119,7 +119,7 @@ static float from_lane(float v, int flip) {
         e.count = 0, e.turn++;
     }
     while (e.turn == turn) yield();
-    threadIdx.x = current;
+    threadIdx.x = current % threads;
     return e.out[lane];
 }
 static float multiplied(float a, float b) { volatile float c = a * b; return c; }

@@ -134,7 +134,7 @@ template <class Body> static void run_clusters(int blocks, int block_threads, in
         memories.assign(size, std::vector<u8>(MEMORY, 0xFF));
         fibers.assign(threads * size, Fiber{});
         gatherings.assign(threads * size / 32, Gathering{});
-        warps.assign(threads * size / 32, Warp{});
+        warps.assign(threads * size / 32, Warp{}), exchanges.assign(threads * size / 32, Exchange{});
         memset(meetings, 0, sizeof meetings);
         at_cluster = arrived_at_barrier = 0, left_turn.assign(threads * size, 0);
         for (current = 0; current < threads * size; current++) {

@@ -121,8 +121,18 @@ def few_linears(
     return [each.y for each in operands]
 
 
+CLUSTERS = 'extern "C" void run(const Params *p, int x) {{ run_clusters(x, THREADS, CLUSTER, [&] {{ {}(*p); }}); }}'
+
+
+@lru_cache
+def cluster_library(kernel: Path, macros: tuple[tuple[str, int], ...]) -> ctypes.CDLL:
+    return compiled(("emulate", "emulate_cluster"), kernel, CLUSTERS.format(kernel.stem), macros)
+
+
 def run_decoding(source, macros, grid, threads, shared, params, device):
     """`decoding.launch` on the CPU."""
+    if "CLUSTER" in dict(macros):
+        return cluster_library(source, macros).run(ctypes.byref(params), grid[0])
     stated = macros if "THREADS" in dict(macros) or source.stem == "attend" else (*macros, ("THREADS", threads))
     assert shared <= 16 << 14
     library(source, stated).run(ctypes.byref(params), *grid)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
@@ -40,8 +42,14 @@ def test_gate_is_silu_times_up_bit_for_bit(random):
     assert torch.equal(found, torch.nn.functional.silu(gates) * ups)
 
 
-@pytest.mark.parametrize(("dtype", "group", "size", "slot"), [(BF16, 4, 128, 150), (F16, 7, 64, 63)])
-def test_attention_is_that_of_float64_over_the_cache(dtype, group, size, slot, random):
+@pytest.mark.parametrize(
+    ("dtype", "group", "size", "slot", "short"),
+    [
+        (BF16, 4, 128, 150, None), (F16, 7, 64, 63, None), (BF16, 4, 128, 150, (8, 2)), (F16, 7, 64, 63, (8, 1)),
+        (BF16, 1, 32, 191, (2, 2)), (BF16, 8, 128, 0, (1, 12)), (F16, 2, 64, 131, (4, 3)),
+    ],
+)  # fmt: skip
+def test_attention_is_that_of_float64_over_the_cache(dtype, group, size, slot, short, random):
     """Against float64 over the cache as it is afterwards; two sequences, one of them padded on the left."""
     batch, key_heads, length = 2, 2, 192
 
@@ -50,17 +58,19 @@ def test_attention_is_that_of_float64_over_the_cache(dtype, group, size, slot, r
 
     q, k, v = draw(batch, key_heads * group * size), draw(batch, key_heads * size), draw(batch, key_heads * size)
     keys, values = draw(batch, key_heads, length, size), draw(batch, key_heads, length, size)
-    angles = torch.rand(batch, size // 2, generator=random) * 6
+    angles = torch.rand(length, size // 2, generator=random) * 6
     cosine, sine = (f(angles).repeat(1, 2).to(dtype) for f in (torch.cos, torch.sin))
     mask = torch.ones(batch, length, dtype=torch.bool)
     mask[1, : slot // 2] = False
     before = keys.clone()
     room = decoding.Workspace.like(mask, torch.tensor([slot]), key_heads, group, size)
-    scale = size**-0.5
-    found = decoding.attend((q, k, v), (cosine, sine), (keys, values), room, scale, emulated.run_decoding)
+    room = replace(room, short=short and decoding.Short(*short))
+    scale, positions = size**-0.5, torch.tensor([slot, slot - slot // 2])
+    rotary = cosine, sine, positions
+    found = decoding.attend((q, k, v), rotary, (keys, values), room, scale, emulated.run_decoding)
 
     wide = q.view(batch, -1, 1, size), k.view(batch, -1, 1, size)
-    turned, new = apply_rotary_pos_emb(*wide, cosine[:, None], sine[:, None])
+    turned, new = apply_rotary_pos_emb(*wide, cosine[positions, None], sine[positions, None])
     before[:, :, slot] = new[:, :, 0]
     assert torch.equal(keys, before)
     assert torch.equal(values[:, :, slot], v.view(batch, -1, size))

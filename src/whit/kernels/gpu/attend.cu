@@ -5,14 +5,15 @@
 //
 // A block has one head of k of one sequence and CHUNK places; blocks beyond the last token do nothing. All that it reads
 // of the cache is under way before anything is computed, and before the product in front of it has ended: no kernel that
-// begins early writes `slot`, `mask` or older places. All of it comes from far away, for a step reads the whole model: so
+// begins early writes `slot`, `position`, `mask` or older places. All of it comes from far away, for a step reads the whole model: so
 // nothing waits for another address, and the first SOON chunks are read before it is known how far the tokens reach. Scores and sums are float32. The last block of a head to finish
 // joins the parts, always in the same order. q and k are rotated as transformers does it: both products rounded, then
 // their sum.
 
 struct Params {
     const u16 *q, *k, *v;      // (batch, heads D), (batch, key heads D) twice
-    const u16 *cosine, *sine;  // (batch, D)
+    const u16 *cosine, *sine;  // (positions, D)
+    const long long *position; // (batch), of the new tokens
     u16 *keys, *values;        // (batch, key heads, length, D)
     const u8 *mask;            // (batch, length): places that may be seen
     const long long *slot;     // of the new token
@@ -79,8 +80,8 @@ DEVICE void forget(Held &held, int fresh) {
 }
 
 // q, rotated; in the last chunk the new key, rotated, and value too, also in the cache at `keys` and `values`.
-DEVICE void stage(Shared &s, const Params &p, long long which, int batch, bool last, u16 *keys, u16 *values) {
-    const u16 *cosine = p.cosine + batch * D, *sine = p.sine + batch * D;
+DEVICE void stage(Shared &s, const Params &p, long long which, long long position, bool last, u16 *keys, u16 *values) {
+    const u16 *cosine = p.cosine + position * D, *sine = p.sine + position * D;
     for (int i = threadIdx.x; i < GROUP * D; i += THREADS)
         s.q[i / D][i % D] = rotated(p.q + (which * GROUP + i / D) * D, cosine, sine, i % D);
     if (!last) return;
@@ -219,10 +220,11 @@ extern "C" __global__ void __launch_bounds__(THREADS) attend(const Params p) {
     if (chunk >= chunks) return;
     if (chunk >= SOON) load_held(held, (const uint4 *)keys, (const uint4 *)values, mask, min(CHUNK, p.length - first));
     if (tid == 0) prefetch(p.arrived + which);
-    if (tid < D / 32) prefetch(p.cosine + batch * D + tid * 32), prefetch(p.sine + batch * D + tid * 32);
+    long long position = p.position[batch];
+    if (tid < D / 32) prefetch(p.cosine + position * D + tid * 32), prefetch(p.sine + position * D + tid * 32);
     previous_done();
     forget(held, fresh);
-    stage(s, p, which, batch, chunk == chunks - 1, keys + (long long)fresh * D, values + (long long)fresh * D);
+    stage(s, p, which, position, chunk == chunks - 1, keys + (long long)fresh * D, values + (long long)fresh * D);
     __syncthreads();
     if (chunk == chunks - 1)
 #pragma unroll

@@ -7,12 +7,12 @@ gate.cu).
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from math import log2
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -21,10 +21,11 @@ from whit.errors import KernelError
 from whit.kernels.gpu import nvrtc
 
 HERE = Path(__file__).parent
-NORM, GATE, ATTEND = HERE / "normalize.cu", HERE / "gate.cu", HERE / "attend.cu"
+NORM, GATE, ATTEND, ATTEND_SHORT = (HERE / f"{name}.cu" for name in ("normalize", "gate", "attend", "attend_short"))
 GATE_THREADS = 256
 ATTEND_THREADS = 128
 CHUNK = 64  # places of the cache per block
+SHORT_WARPS, SHORT_BLOCKS, MOST_ROUNDS = 8, 128, 8  # of attend_short.cu: warps of a block, blocks, places of a lane
 LOG2_E = log2(2.718281828459045)
 Macros: TypeAlias = tuple[tuple[str, int], ...]
 Grid: TypeAlias = tuple[int, int, int]
@@ -50,9 +51,20 @@ class AttendParams(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in (
-            "q", "k", "v", "cosine", "sine", "keys", "values", "mask", "slot", "y", "partial", "arrived",
+            "q", "k", "v", "cosine", "sine", "position", "keys", "values", "mask", "slot", "y", "partial", "arrived",
         )),
         ("length", ctypes.c_int), ("scale", ctypes.c_float),
+    )  # fmt: skip
+
+
+class AttendShortParams(ctypes.Structure):
+    """The argument of attend_short.cu."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in (
+            "q", "k", "v", "cosine", "sine", "position", "keys", "values", "mask", "slot", "y",
+        )),
+        ("length", ctypes.c_int), ("heads", ctypes.c_int), ("scale", ctypes.c_float),
     )  # fmt: skip
 
 
@@ -65,9 +77,10 @@ def build(source: Path, macros: Macros, device: int) -> nvrtc.Function:
 def launch(
     source: Path, macros: Macros, grid: Grid, threads: int, shared: int, params: ctypes.Structure, device: torch.device
 ) -> None:
-    """Enqueue a kernel on torch's current stream."""
+    """Enqueue a kernel on torch's current stream, in clusters where its macros say so."""
     where = torch.cuda.current_stream(device).cuda_stream
-    build(source, macros, device.index).launch_early(grid, threads, shared, params, where)
+    cluster = dict(macros).get("CLUSTER", 1)
+    build(source, macros, device.index).launch_early(grid, threads, shared, params, where, cluster)
 
 
 def half(x: Tensor) -> int:
@@ -110,13 +123,15 @@ class Workspace:
     """What `attend` needs besides its inputs, the same for all layers.
 
     `mask` (batch, length) bool: places that may be seen; `slot` (1,) int64: the place of the new token; `partial`
-    float32 and `arrived` int32 (zeros): room for blocks to meet.
+    float32 and `arrived` int32 (zeros): room for blocks to meet. `short`: how attend_short.cu is cut; None where
+    attend.cu is taken.
     """
 
     mask: Tensor
     slot: Tensor
     partial: Tensor
     arrived: Tensor
+    short: Short | None = None
 
     @classmethod
     def like(cls, mask: Tensor, slot: Tensor, key_heads: int, group: int, size: int) -> Workspace:
@@ -124,7 +139,31 @@ class Workspace:
         batch, length = mask.shape
         chunks = -(-length // CHUNK)
         partial = torch.empty(batch, key_heads, chunks, group, size + 2, dtype=torch.float32, device=mask.device)
-        return cls(mask, slot, partial, torch.zeros(batch, key_heads, dtype=torch.int32, device=mask.device))
+        arrived = torch.zeros(batch, key_heads, dtype=torch.int32, device=mask.device)
+        hopper = mask.is_cuda and torch.cuda.get_device_capability(mask.device)[0] == 9
+        short = short_cut(batch * key_heads, length, group, size) if hopper else None
+        return cls(mask, slot, partial, arrived, short)
+
+
+@dataclass(frozen=True)
+class Short:
+    """How attend_short.cu is cut: blocks of a cluster, and places of the cache that a lane holds."""
+
+    cluster: int
+    rounds: int
+
+
+def short_cut(heads: int, length: int, group: int, size: int) -> Short | None:
+    """The cut for so many heads of keys (of all sequences) of `size` columns; None where the cache is too long.
+
+    Each multiprocessor has one block at most: with two the other kernel is as fast (16 texts, on an H100).
+    """
+    if size not in (32, 64, 128) or group > 8:
+        return None
+    at_once = SHORT_WARPS * 32 // (size // 8)
+    fits = [c for c in (2, 4, 8) if -(-length // (at_once * c)) <= MOST_ROUNDS and group * size % (4 * c) == 0]
+    cluster = max((c for c in fits if c * heads <= SHORT_BLOCKS), default=None)
+    return None if cluster is None else Short(cluster, -(-length // (at_once * cluster)))
 
 
 def attend_shared(group: int, size: int, chunks: int) -> int:
@@ -133,22 +172,35 @@ def attend_shared(group: int, size: int, chunks: int) -> int:
     return -(-held // 16) * 16 + 4 * group * chunks
 
 
+def short_shared(group: int, size: int) -> int:
+    """Bytes of `Shared` in attend_short.cu, at most."""
+    return 4 * (SHORT_WARPS * (group * size + 2 * group) + group * size + 16 * group) + 64
+
+
 def attend(
-    heads: tuple[Tensor, Tensor, Tensor], rotary: tuple[Tensor, Tensor], cache: tuple[Tensor, Tensor],
+    heads: tuple[Tensor, Tensor, Tensor], rotary: tuple[Tensor, Tensor, Tensor], cache: tuple[Tensor, Tensor],
     room: Workspace, scale: float, run: Run = launch,
 ) -> Tensor:  # fmt: skip
     """Attention of one new token per sequence; puts its key and value into the cache.
 
-    heads: q (batch, heads size), k and v (batch, key heads size), not rotated; rotary: cosine and sine (batch, size);
-    cache: keys and values (batch, key heads, length, size), contiguous. Gives (batch, heads size).
+    heads: q (batch, heads size), k and v (batch, key heads size), not rotated; rotary: cosine and sine of all positions
+    (positions, size), and the new tokens' positions (batch,) int64; cache: keys and values (batch, key heads, length,
+    size), contiguous. Gives (batch, heads size).
     """
-    (q, k, v), (cosine, sine), (keys, values) = heads, rotary, cache
+    (q, k, v), (cosine, sine, positions), (keys, values) = heads, rotary, cache
     batch, key_heads, length, size = keys.shape
     group = q.shape[1] // (key_heads * size)
     y = torch.empty_like(q)
-    macros: Mapping[str, Any] = {"HALF": half(q), "D": size, "GROUP": group, "CHUNK": CHUNK}
-    borrowed = (q, k, v, cosine, sine, keys, values, room.mask, room.slot, y, room.partial, room.arrived)
-    params = AttendParams(*(t.data_ptr() for t in borrowed), length, scale * LOG2_E)
+    macros: dict[str, int] = {"HALF": half(q), "D": size, "GROUP": group}
+    borrowed = (q, k, v, cosine, sine, positions, keys, values, room.mask, room.slot, y)
+    if short := room.short:
+        macros |= {"CLUSTER": short.cluster, "ROUNDS": short.rounds}
+        near = AttendShortParams(*(t.data_ptr() for t in borrowed), length, key_heads, scale * LOG2_E)
+        blocks, shared = (short.cluster * key_heads * batch, 1, 1), short_shared(group, size)
+        run(ATTEND_SHORT, tuple(macros.items()), blocks, 32 * SHORT_WARPS, shared, near, q.device)
+        return y
+    macros |= {"CHUNK": CHUNK}
+    params = AttendParams(*(t.data_ptr() for t in (*borrowed, room.partial, room.arrived)), length, scale * LOG2_E)
     grid = -(-length // CHUNK), key_heads, batch
     run(ATTEND, tuple(macros.items()), grid, ATTEND_THREADS, attend_shared(group, size, grid[0]), params, q.device)
     return y
