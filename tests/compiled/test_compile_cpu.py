@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, MaxLengthCriteria, 
 from transformers.generation.streamers import BaseStreamer
 
 import whit
+from whit.compiled import loop
 from whit.compiled.llama import Compiled
 from whit.compiled.loop import States
 from whit.errors import UnsupportedModelError
@@ -99,6 +100,30 @@ def test_every_instruction_set_gives_the_models_logits(isa):
     for architecture, length in (("qwen3", 30), ("llama", 600)):  # beyond 512 attention goes on in a second part
         expected, found = logits_of_a_step(tiny_model(architecture), only, length)
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("spec", ["int4-g32", "int3-g32-asym", "int2-g16"])
+def test_inputs_as_bytes_give_the_models_logits(tmp_path: Path, spec):
+    """As processors with AMX decode few bits; any with VNNI runs it."""
+    compiled = library()
+    if "avx512_vnni" not in compiled.isas8:
+        pytest.skip("bytes are multiplied by AVX-512 VNNI")
+    folder = save_tiny(tmp_path / "model", "llama-tied", torch.bfloat16)
+    config = whit.QuantizationConfig(whit.Recipe(rules=[("*", spec)]))
+    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=torch.bfloat16)
+    expected, found = logits_of_a_step(model, replace(compiled, isas=(*compiled.isas[:4], "amx")), 30)
+    plain = logits_of_a_step(model, compiled, 30)[1]
+    assert (found.float() - expected.float()).norm() < 0.01 * expected.float().norm()
+    assert (found.float() - plain.float()).norm() < 0.01 * plain.float().norm()
+
+
+def test_a_mask_of_ones_masks_nothing(llama):
+    """Some versions of transformers hand it to the loop."""
+    same(llama, prompt(), attention_mask=torch.ones(1, 9, dtype=torch.long), **GREEDY)
+    kept = {"past_key_values": DynamicCache(config=llama.config), "attention_mask": torch.ones(1, 9, dtype=torch.long)}
+    stop = StoppingCriteriaList([MaxLengthCriteria(30)])
+    config = llama._prepare_generation_config(None, do_sample=False)[0]
+    assert loop._require_covered(prompt(), stop, config, kept) == 0
 
 
 def test_a_team_of_any_size_gives_the_same_bits():

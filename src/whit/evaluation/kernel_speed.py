@@ -38,6 +38,7 @@ INPUTS = ("int8", "int8-g32")
 CACHE = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")  # such as "32768K"
 COLD = max(320 << 20, 2 * int(CACHE.read_text().strip().rstrip("K")) << 10 if CACHE.exists() else 0)
 READ = 512 << 20
+AHEAD = (0, 8192, 16384)  # bytes asked for in advance; the fastest way of reading is the limit
 TURN = 0.2  # seconds after which the next kernel has its turn
 
 Call = Callable[[Tensor], object]
@@ -79,7 +80,9 @@ def measure_limits(rounds: int = 5) -> Limits:
         read = min(_timed(lambda: words.sum()) for _ in range(rounds))
     else:
         threads = torch.get_num_threads()
-        read = min(compiled.read(area.data_ptr(), READ, compiled.parallel, 0, threads) for _ in range(rounds))
+        # An Intel Xeon reads faster where memory is asked for in advance, as the kernels do; a Zen 4 slower.
+        ways = (ahead for _ in range(rounds) for ahead in AHEAD)
+        read = min(compiled.read(area.data_ptr(), READ, compiled.parallel, ahead, threads) for ahead in ways)
     a, b = torch.ones(512, 4096, dtype=torch.bfloat16), torch.ones(4096, 4096, dtype=torch.bfloat16)
     product = min(_timed(lambda: torch.nn.functional.linear(a, b)) for _ in range(rounds))
     return Limits(READ / read, 2 * 512 * 4096 * 4096 / product)

@@ -29,7 +29,9 @@ FLAGS = (
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-O0")
 AVX2 = ("-mavx2", "-mfma", "-mf16c")
 AVX512 = (*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")
-BASE = ("amx", "decoder", "decoder_scalar", "encoder", "entry", "gram", "int8", "int8_scalar", "many", "tiles")
+BASE = (
+    "amx", "decoder", "decoder_scalar", "encoder", "entry", "gram", "int8", "int8_scalar", "many", "planes", "tiles",
+)  # fmt: skip
 # An instruction set: its compiler flags, and its files beside the one that has its name.
 X86: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "avx2": (AVX2, ("decoder_avx2",)),
@@ -41,6 +43,7 @@ X86: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "tiles_int8": ((*AVX512, "-mavx512vnni", "-mavx512vbmi", "-mamx-tile", "-mamx-int8"), ("encoder_amx",)),
     "int8_avx2": (AVX2, ()),
     "int8_avx512": ((*AVX512, "-mavx512vnni", "-mavx512vbmi"), ()),
+    "planes_avx512": ((*AVX512, "-mavx512vnni", "-mavx512vbmi"), ()),
 }
 
 

@@ -40,9 +40,9 @@ static void arrange_pairs(const void* x, int, int64_t columns, int bits, void* o
 }  // namespace
 
 const Kernels whit_kernels_avx512_bf16 = {
-    dot<Pairs>, dequantize<Avx512>, arrange_pairs, round_row<Avx512>, read_all, 1, 1, Avx512::digits, Pairs::SIZES,
+    dot<Pairs>, dequantize<Avx512>, arrange_pairs, round_row<Avx512>, 1, 1, Avx512::digits, Pairs::SIZES,
     arrange_digits, dot_digits};
 const Kernels whit_kernels_bf16_tables = {
-    dot<PairsOfTwo>, dequantize<Avx512>, arrange_pairs, round_row<Avx512>, read_all, 1, 0, Avx512::digits, Pairs::SIZES};
+    dot<PairsOfTwo>, dequantize<Avx512>, arrange_pairs, round_row<Avx512>, 1, 0, Avx512::digits, Pairs::SIZES};
 const Kernels whit_kernels_bf16_bytes = {
-    dot<PairsOfNibbles>, dequantize<Avx512>, arrange_pairs, round_row<Avx512>, read_all, 1, 1, Avx512::digits, Pairs::SIZES};
+    dot<PairsOfNibbles>, dequantize<Avx512>, arrange_pairs, round_row<Avx512>, 1, 1, Avx512::digits, Pairs::SIZES};

@@ -38,7 +38,6 @@ struct Kernels {
   void (*arrange)(const void* x, int type, int64_t columns, int bits, void* out, float* sums);
   // One row rounded to int8 in groups of `size` columns, as floats of another type: whit_round.
   void (*round)(const void* x, int type, int64_t columns, int64_t size, void* out, int out_type);
-  uint64_t (*read)(const uint8_t* data, int64_t bytes);
   int pairs;   // 1: x is kept in bfloat16, 32 lanes wide
   int counts;  // 1: small consecutive levels are converted, not looked up, which takes the sums of x
   void (*digits)(const uint8_t* from, int64_t bytes, uint8_t* to);  // five of base 3 to a byte, as 2-bit codes

@@ -5,6 +5,7 @@
 #include "decoder.h"
 
 #include "digits.h"
+#include "planes.h"
 
 #include <sched.h>
 
@@ -72,6 +73,7 @@ struct Inputs {
   const void* kernels = nullptr;
   Rows rows;
   Product8 product;
+  Planes planes;
   whit_rows8 rows8;
   char *room, *lanes;
 };
@@ -103,8 +105,27 @@ bool same(Inputs& now, const void* x, const whit_matrix& m, const void* kernels,
   return false;
 }
 
+// bfloat16 as bytes, as whit_linear takes it on such processors; false where these inputs or weights are none for that.
+bool by_planes(Member& me, const whit_matrix& m, const void* x, void* y, int64_t first, int64_t last) {
+  const whit_weight& w = *m.packed;
+  const PlaneKernels* kernels = whit_plane_kernels(w, me.d.type, me.d.isa);
+  if (!kernels) return false;
+  Planes& p = me.inputs.planes;
+  if (!same(me.inputs, x, m, kernels, w.bits, w.group_size)) {
+    p = {}, p.w = &w;
+    if (!kernels->arrange(p, x, 1, me.inputs.room)) {
+      me.inputs.x = nullptr;
+      return false;
+    }
+  }
+  p.w = &w, p.bias = m.bias, p.y = y, p.type = me.d.type, p.shift = (int)-w.levels[0];
+  kernels->dot(p, 1, first, last, me.params);
+  return true;
+}
+
 // Floats as they are, through packed weights.
 void exact(Member& me, const whit_matrix& m, const void* x, void* y, int64_t first, int64_t last) {
+  if (by_planes(me, m, x, y, first, last)) return;
   const whit_weight& w = *m.packed;
   const Kernels& kernels = *whit_kernels(w, me.d.type, me.d.isa);
   const int codes = w.bits <= 2 ? 16 : w.bits <= 4 ? 8 : 4;

@@ -4,6 +4,7 @@
 
 #include "digits.h"
 #include "isa.h"
+#include "planes.h"
 #include "team.h"
 #include "tiles.h"
 
@@ -185,6 +186,10 @@ int whit_linear(const whit_weight* w, const void* x, const void* bias, void* y, 
   const Kernels* kernels = whit_kernels(*w, type, isa);
   if (!kernels) return -1;
   if (rows_of_x < 1 || rows_of_x > 64) return -2;
+  if (type == WHIT_BF16) {
+    const int status = whit_planes(w, x, bias, y, rows_of_x, isa, threads);
+    if (status != -1) return status;
+  }
   const int codes = w->bits <= 2 ? 16 : w->bits <= 4 ? 8 : 4;
   const int64_t blocks = (w->columns + 16 * codes - 1) / (16 * codes), sum_count = 16 * blocks;
   const bool digits = rows_of_x == 1 && takes_digits(*kernels, *w);
@@ -255,18 +260,26 @@ int whit_round(const void* x, int64_t rows, int64_t columns, int type, int64_t g
 namespace {
 struct Reading {
   const uint8_t* data;
+  int ahead;
   std::atomic<uint64_t> sum{0};
 };
 void read_task(void* context, int64_t first, int64_t last, float*) {
   Reading& r = *(Reading*)context;
-  r.sum ^= whit_kernels_scalar.read(r.data + first, last - first);
+  const uint64_t* p = (const uint64_t*)r.data;
+  uint64_t sum[8] = {};
+  int64_t i = first / 8;
+  for (; i + 8 <= last / 8; i += 8) {
+    if (r.ahead) __builtin_prefetch((const char*)(p + i) + r.ahead, 0, 2);
+    for (int k = 0; k < 8; k++) sum[k] ^= p[i + k];
+  }
+  for (; i < last / 8; i++) sum[0] ^= p[i];
+  r.sum ^= sum[0] ^ sum[1] ^ sum[2] ^ sum[3] ^ sum[4] ^ sum[5] ^ sum[6] ^ sum[7];
 }
 }  // namespace
 
-double whit_read(const void* data, int64_t bytes, whit_parallel parallel, int isa, int threads) {
-  (void)isa;
+double whit_read(const void* data, int64_t bytes, whit_parallel parallel, int ahead, int threads) {
   Reading reading;
-  reading.data = (const uint8_t*)data;
+  reading.data = (const uint8_t*)data, reading.ahead = ahead;
   Team team;
   team.rows = bytes, team.task = 1 << 20, team.work = read_task, team.context = &reading, team.scratch_bytes = 64;
   auto start = std::chrono::steady_clock::now();

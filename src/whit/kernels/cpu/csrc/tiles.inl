@@ -55,6 +55,13 @@ static ALWAYS_INLINE void multiply_block(const Spot& s, int64_t b) {
   const uint8_t *x = s.x + 2 * b * s.tile_bytes, *strip = s.strip + b * s.strip_bytes;
   const int64_t row_bytes = s.tile_bytes / 16;
   for (int64_t i = 0; i < s.lines; i++) __builtin_prefetch(s.next + 64 * (b * s.lines + i), 0, 2);
+  if (M > 1) {  // a round's strips are too many for the first cache
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; i++) {
+      __builtin_prefetch(strip + s.strip_bytes + 64 * i, 0, 3);
+      if (N > 1) __builtin_prefetch(strip + s.strips + s.strip_bytes + 64 * i, 0, 3);
+    }
+  }
   TILE_LOAD(6, strip, 64);
   TILE_LOAD(4, x, row_bytes);
   Op::template multiply<0>();

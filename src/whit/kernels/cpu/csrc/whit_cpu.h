@@ -63,4 +63,5 @@ WHIT_API int whit_gram(const void* x, int64_t rows, int64_t columns, float* sums
 WHIT_API int whit_has(int isa);  // 1 if this processor and its operating system run it
 WHIT_API int whit_abi(void);
 WHIT_API const char* whit_sources(void);  // the hash of the sources that this was built from
-WHIT_API double whit_read(const void* data, int64_t bytes, whit_parallel parallel, int isa, int threads);
+// Seconds that reading takes; memory is asked for `ahead` bytes in advance, or left to the processor's prefetcher with 0.
+WHIT_API double whit_read(const void* data, int64_t bytes, whit_parallel parallel, int ahead, int threads);
