@@ -13,6 +13,7 @@ from whit.formats import parse_format
 from whit.formats.numeric import check_finite
 from whit.methods import RTN, Method, parse_method
 from whit.methods.lowrank import beside
+from whit.named import require
 from whit.tensor import Format, QuantizedTensor, matrix_shape
 
 
@@ -43,8 +44,17 @@ def quantize_tensor(x: Any, format: str | Format, method: str | Method | None = 
 
 
 def error(x: Any, quantized: QuantizedTensor) -> Error:
-    """What `quantized` differs from `x` by, computed in float64."""
+    """What `quantized` differs from `x` by, computed in float64; FormatError where their shapes differ.
+
+    `x` is a tensor or array of `quantized.shape`. Errors are in the units of x, `mse` in their square.
+    """
+    require(quantized, QuantizedTensor, "error", "it must be what whit.quantize_tensor gives; pass that", FormatError)
     original = _as_float_tensor(x).double()
+    if original.shape != torch.Size(quantized.shape):
+        raise FormatError(
+            f"error: x has shape {list(original.shape)} and the quantized tensor {list(quantized.shape)}; "
+            "they must be equal; pass what was quantized"
+        )
     difference = quantized.dequantize(torch.float64).to(original.device) - original
     noise, signal = float(difference.square().mean()), float(original.square().mean())
     ratio = torch.tensor(signal, dtype=torch.float64) / noise if noise else torch.tensor(float("inf"))
@@ -53,7 +63,12 @@ def error(x: Any, quantized: QuantizedTensor) -> Error:
 
 
 def _as_float_tensor(x: Any) -> Tensor:
-    tensor = torch.as_tensor(x).detach()
+    try:
+        tensor = torch.as_tensor(x).detach()
+    except (TypeError, ValueError, RuntimeError):
+        raise FormatError(
+            f"tensor: {type(x).__name__} holds no numbers; it must be a tensor or an array; give one"
+        ) from None
     if tensor.is_complex() or not tensor.numel():
         what = "complex numbers" if tensor.is_complex() else f"shape {list(tensor.shape)}"
         raise FormatError(f"tensor: {what}; it must hold real numbers, at least one; give such a tensor")

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
-from whit.errors import RecipeError
+from whit.errors import RecipeError, WhitError
 
 INF = math.inf
 KINDS: tuple[tuple[type, Any, str], ...] = (  # of a default, of a value, as an error names it; bool is an int too
@@ -35,6 +35,14 @@ def parse_named(
                 **{key: nested(value) if isinstance(value, Mapping) else value for key, value in options.items()}
             )
     raise RecipeError(f"{name!r} is not a {what}; {one_of(str(name), [kind.name for kind in kinds])}")
+
+
+def require(value: object, kind: Any, where: str, advice: str, error: type[WhitError] = RecipeError) -> None:
+    """`error`, in one sentence, where a value that a caller gives is of another type than it must be."""
+    if isinstance(value, type) or not isinstance(value, kind):
+        found = value.__name__ if isinstance(value, type) else type(value).__name__
+        said = f"the class {found}" if isinstance(value, type) else f"of type {found}"
+        raise error(f"{where}: is {said}; {advice}")
 
 
 def check_options(options: Any, **bounds: tuple[float, float]) -> None:

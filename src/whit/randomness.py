@@ -8,10 +8,12 @@ from contextlib import contextmanager
 import torch
 
 from whit.errors import RecipeError
+from whit.named import require
 
 
 def check_seed(seed: int) -> None:
     """RecipeError for a seed that torch's generators do not take: they have 64 bits."""
+    require(seed, int, f"seed {seed!r}", "it must be a whole number; give one")
     if not -(1 << 63) <= seed < 1 << 64:
         raise RecipeError(f"seed {seed}: does not fit into 64 bits; a seed must; choose a smaller one")
 

@@ -15,6 +15,8 @@ from typing import Protocol, TypeAlias, Union, runtime_checkable
 import torch
 from torch import Tensor
 
+from whit.errors import FormatError
+from whit.named import require
 from whit.rotation import rotate_exactly
 
 Params: TypeAlias = Mapping[str, Union[Tensor, "QuantizedTensor"]]
@@ -267,7 +269,11 @@ def codes_shape(format: Format, rows: int, columns: int) -> tuple[int, int]:
 
 
 def bits_per_weight(packed: PackedWeight) -> float:
-    """Every stored bit, scales and zero points included, divided by the number of weights."""
+    """Every stored bit, scales and zero points included, divided by the number of weights.
+
+    FormatError for what is no PackedWeight, such as a QuantizedTensor, which says nothing of how it is stored.
+    """
+    require(packed, PackedWeight, "bits_per_weight", "pack it first: whit.layouts.BITS.pack(quantized)", FormatError)
     return 8 * packed.nbytes / max(prod(packed.shape), 1)
 
 

@@ -7,7 +7,7 @@ which its outliers often lie.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
@@ -20,6 +20,7 @@ from torch import Tensor
 from whit.data import resolve_text
 from whit.data.texts import read_text
 from whit.errors import CalibrationError
+from whit.named import require
 from whit.randomness import check_seed
 
 DEFAULT_CONTEXT = 2048
@@ -63,16 +64,25 @@ class CalibrationTokens:
 class Calibration:
     """`samples` windows of `context` tokens from a text file, a .jsonl file, or `whit:text`, which ships with whit.
 
-    Without `context` it is 2048, or what the model was built for where that is less.
+    `text` may be the texts themselves too: a list of strings, which are joined by empty lines. Without `context` it is
+    2048, or what the model was built for where that is less. CalibrationError for what cannot be a calibration.
     """
 
-    text: str | Path = "whit:text"
+    text: str | Path | Sequence[str] = "whit:text"
     samples: int = 128
     context: int | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
         check_seed(self.seed)
+        if not isinstance(self.text, str | Path):
+            advice = "it must be a file, whit:text, or a list of texts (strings); give one"
+            require(self.text, Sequence, "calibration", advice, CalibrationError)
+            for text in self.text:
+                require(text, str, "calibration: a text", advice, CalibrationError)
+            object.__setattr__(self, "text", tuple(self.text))
+        for name, number in (("samples", self.samples), ("context", self.context)):
+            require(number, int | None, f"calibration: {name}", "it must be a whole number", CalibrationError)
         if self.samples < 1 or (self.context is not None and self.context < 2):
             asked = f"{self.samples} samples of {self.context} tokens"
             raise CalibrationError(f"calibration: {asked}; at least one of two tokens is needed; ask for more")
@@ -80,7 +90,7 @@ class Calibration:
     def tokens(self, tokenizer: Any, max_context: int | None = None) -> CalibrationTokens:
         """The windows; CalibrationError where the text is missing, unreadable or shorter than one of them."""
         context = self._context(max_context)
-        text = read_text(resolve_text(str(self.text)), tokenizer, CalibrationError, "--calibration")
+        text = self._whole(tokenizer)
         first, last = _frame(tokenizer) if context > 2 else ([], [])
         inner = context - len(first) - len(last)
         self._window(text, 0, inner, tokenizer)  # a text that is too short is said at once
@@ -91,6 +101,19 @@ class Calibration:
             return torch.tensor([[*first, *self._window(text, start, inner, tokenizer), *last] for start in starts])
 
         return CalibrationTokens(self.samples, context, draw)
+
+    @property
+    def name(self) -> str:
+        """As an error calls it."""
+        return str(self.text) if isinstance(self.text, str | Path) else "the calibration texts"
+
+    def _whole(self, tokenizer: Any) -> str:
+        if isinstance(self.text, str | Path):
+            return read_text(resolve_text(str(self.text)), tokenizer, CalibrationError, "--calibration")
+        whole = "\n\n".join(self.text)
+        if not whole.strip():
+            raise CalibrationError(f"{self.name}: are empty; there must be words in them; give others")
+        return whole
 
     def _context(self, most: int | None) -> int:
         if self.context is None:
@@ -117,7 +140,7 @@ class Calibration:
                 return ids[offset : offset + context]
             elif not first:
                 raise CalibrationError(
-                    f"{self.text}: {len(ids)} tokens; a sample has {context}; use a longer text or a smaller --context"
+                    f"{self.name}: {len(ids)} tokens; a sample has {context}; use a longer text or a smaller --context"
                 )
             width *= 2
 

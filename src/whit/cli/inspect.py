@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import asdict
 from importlib.util import find_spec
@@ -114,6 +115,20 @@ def verify_files(folder: Path, account: Account) -> None:
         )
 
 
+def _method(recipe: Mapping[str, Any] | None, carried: bool) -> str:
+    if recipe is None:
+        return "no quantization"
+    return "codes carried over" if carried else str(recipe["method"]["name"])
+
+
+def _made(name: str, made: Mapping[str, Any]) -> str:
+    """How an earlier model of a chain was quantized."""
+    method = _method(made.get("recipe"), made["carried"])
+    text = made.get("calibration")
+    seen = f", calibrated on {text['tokens']:,} tokens (SHA-256 {text['sha256'][:12]}...)" if text else ""
+    return f"{name} from {made['source']['model']} by whit {made['version']}, {method}, seed {made['seed']}{seen}"
+
+
 def show_account(account: Account, verified: bool) -> None:
     """The account as tables and lines."""
     screen = on_screen()
@@ -121,12 +136,18 @@ def show_account(account: Account, verified: bool) -> None:
     for line in reasons(account.parameters):
         say(line, screen)
     libraries = ", ".join(f"{name} {version}" for name, version in account.libraries.items())
-    method = account.recipe["method"]["name"] if account.recipe is not None else "no quantization"
+    method = _method(account.recipe, account.carried)
     say(
         f"from {account.source['model']} by whit {account.version}, {method}, seed {account.seed}, "
         f"in {took(account.seconds)} with {size(account.peak_memory_bytes)} of memory ({libraries})",
         screen,
     )
+    source = account.source
+    made = source.get("made")
+    while made is not None:
+        say(_made(str(source["model"]), made), screen)
+        source = made["source"]
+        made = source.get("made")
     if account.budget is not None:
         expected = f"{account.budget['expected']:.4g} {account.budget['unit']}"
         say(f"chosen for its size; expected to lose {expected}", screen)

@@ -28,8 +28,9 @@ ENCODERS = {"cpu": ("whit.compiled.encoder", "compile_encoder")}  # of models th
 def compile(model: nn.Module, *, strict: bool = False, **options: Any) -> nn.Module:
     """Make `model.generate` fast for one sequence at a time, or the layers of an encoder; returns the same model.
 
-    `options` are the backend's. Where the model is not covered it stays as it is and a warning says why in one
-    sentence; with `strict` that is an UnsupportedModelError.
+    `options` are the backend's: on a CPU `prepared`, a folder in which what the kernels make of the weights is kept for
+    later processes to map, and `rebuild`, which writes it again. Where the model is not covered it stays as it is and a
+    warning says why in one sentence; with `strict` that is an UnsupportedModelError.
     """
     try:
         return backend_for(model)(model, options)
@@ -42,6 +43,10 @@ def compile(model: nn.Module, *, strict: bool = False, **options: Any) -> nn.Mod
 
 def backend_for(model: nn.Module) -> Backend:
     """The backend of the device that all parameters and buffers lie on. Raises UnsupportedModelError."""
+    if not isinstance(model, nn.Module) or not hasattr(model, "config"):
+        raise UnsupportedModelError(
+            f"compile: {type(model).__name__} is no transformers model; it must be; torch.compile takes any module"
+        )
     devices = {tensor.device.type for tensor in (*model.parameters(), *model.buffers())}
     if len(devices) != 1:
         said = ", ".join(sorted(devices)) or "no device"

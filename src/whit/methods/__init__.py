@@ -20,7 +20,7 @@ from whit.methods.gptq import GPTQ
 from whit.methods.hqq import HQQ
 from whit.methods.refine import Refine
 from whit.methods.rtn import RTN
-from whit.named import parse_named
+from whit.named import parse_named, require
 
 METHODS = (RTN, Clip, HQQ, GPTQ, Refine, Blocks)
 
@@ -31,6 +31,7 @@ def parse_method(spec: str | Mapping[str, Any] | Method) -> Method:
     An option that is a method itself is given in the same way, but by name alone only as `{"name": ...}`.
     """
     if not isinstance(spec, str | Mapping):
+        require(spec, Method, "method", "it must be a name or a method such as whit.GPTQ(); give one")
         return spec
     found: Method = parse_named("method", METHODS, spec, parse_method)
     return found

@@ -37,12 +37,16 @@ class Entry:
     activations: str | None = None
 
 
+CARRIED = "its codes as they were"
+
+
 @dataclass(frozen=True)
 class Account:
     """What was done to a model: the content of whit.json.
 
     `bits_per_weight` counts every parameter and every byte of the weight files. `files` maps each of them to its
-    SHA-256. `source` names the model and holds the fingerprint by which a run knows its own result again. `export` is
+    SHA-256. `source` names the model and holds the fingerprint by which a run knows its own result again, and, where
+    whit wrote that model, under `made` how: its version, recipe, seed, calibration, training and `source`. `export` is
     the kind of file; `decoded` says how many parameters a decoder that shares nothing with the writer read back, and
     by how much (relative error) they differ at most from what was meant. `training` has the options of a model that was
     trained end to end. `budget` says how the recipe was found and what it was expected to lose, where a size was asked
@@ -58,7 +62,7 @@ class Account:
     seconds: float
     peak_memory_bytes: int
     libraries: Mapping[str, str]
-    source: Mapping[str, str]
+    source: Mapping[str, Any]
     files: Mapping[str, str]
     calibration: Mapping[str, Any] | None = None
     export: str = "whit"
@@ -66,6 +70,12 @@ class Account:
     training: Mapping[str, Any] | None = None
     budget: Mapping[str, Any] | None = None
     measured: Mapping[str, Any] | None = None
+
+    @property
+    def carried(self) -> bool:
+        """Whether all codes are those of the model that it was made from."""
+        reasons = {entry.reason for entry in self.parameters if entry.status == "quantized"}
+        return reasons == {CARRIED}
 
     def counts(self) -> dict[str, int]:
         """Number of parameters of each status."""

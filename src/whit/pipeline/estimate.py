@@ -15,7 +15,7 @@ import torch
 
 from whit.formats.bands import bands_of
 from whit.layouts import BITS
-from whit.methods import RTN, Method
+from whit.methods import Method, stand_in
 from whit.methods.base import BlockMethod
 from whit.methods.lowrank import beside
 from whit.model.graph import find_blocks
@@ -60,8 +60,8 @@ def estimate(job: Job) -> Estimate:
             seconds += _solving(
                 job, method, [item for item in quantized if (item.method or job.recipe.method) == method]
             )
-        if job.recipe.transform is not None:  # it rounds to nearest with every scale that it tries
-            seconds += job.recipe.transform.trials * _solving(job, RTN(), quantized)
+        if job.recipe.transform is not None:  # it rounds by a stand-in with every scale that it tries
+            seconds += job.recipe.transform.trials * _solving(job, stand_in(job.recipe.method), quantized)
         if job.calibration is not None and job.recipe.needs_stats:
             blocks = _blocks(job)
             slowest = max(

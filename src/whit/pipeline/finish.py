@@ -12,10 +12,11 @@ import transformers
 
 import whit
 from whit.checkpoint.files import side_files
-from whit.checkpoint.work import RECORD, WorkFolder
+from whit.checkpoint.work import RECORD, WorkFolder, record_of
 from whit.checkpoint.writer import file_sha256
+from whit.errors import CheckpointError
 from whit.export.base import Outcome
-from whit.pipeline.coverage import Account, Entry, account_bytes
+from whit.pipeline.coverage import Account, Entry, account_bytes, load_account
 from whit.pipeline.job import Job
 from whit.process import peak_memory
 
@@ -53,7 +54,7 @@ def _account(job: Job, finished: dict[str, Any], files: dict[str, str]) -> Accou
             "torch": torch.__version__, "transformers": transformers.__version__,
             "safetensors": safetensors.__version__, "python": platform.python_version(),
         },
-        source={"model": job.model, "fingerprint": job.fingerprint},
+        source={"model": job.model, "fingerprint": job.fingerprint} | _history(job),
         files=files,
         calibration=job.calibration.to_json() if job.calibration is not None else None,
         export=job.exporter.name,
@@ -61,6 +62,20 @@ def _account(job: Job, finished: dict[str, Any], files: dict[str, str]) -> Accou
         budget=job.budget,
         training=dict(job.training) or None,
     )  # fmt: skip
+
+
+def _history(job: Job) -> dict[str, Any]:
+    """How MODEL was made, by its own account, where whit wrote it: codes that are carried over have come from there."""
+    weights = next(iter(job.source.checkpoint.shards), None)
+    if weights is None:
+        return {}
+    try:
+        account = load_account(weights if record_of(weights).is_file() else weights.parent)
+    except CheckpointError:  # none there, or a damaged one: no word about MODEL
+        return {}
+    known = ("version", "recipe", "seed", "calibration", "source", "training")
+    made = {key: value for key, value in account.to_json().items() if key in known and value is not None}
+    return {"made": made | {"carried": account.carried}}
 
 
 def _decoded(errors: list[float]) -> dict[str, Any] | None:

@@ -32,6 +32,7 @@ from whit.integrations.loading import load_tokenizer, maximum_context
 from whit.model.graph import Folding, find_blocks, find_foldings
 from whit.model.skeleton import load_skeleton
 from whit.model.source import ModelSource
+from whit.named import require
 from whit.pipeline.plan import SHARD_SIZE, Coded, Plan, Source, plan_dense, plan_quantization
 from whit.pipeline.usual import with_usual
 from whit.randomness import check_seed
@@ -57,6 +58,7 @@ class Options:
 
     def __post_init__(self) -> None:
         check_seed(self.seed)
+        require(self.input_memory, int, "input memory", "it must be a number of bytes")
         if self.input_memory < 0:
             raise RecipeError(f"input memory {self.input_memory}: is no amount of memory; give 0 or more bytes")
 

@@ -20,8 +20,9 @@ from torch import Tensor
 from whit.calibration import Calibration
 from whit.checkpoint.work import WorkFolder, check_space, disk_errors, is_done
 from whit.checkpoint.writer import Writer, index_json
-from whit.errors import RecipeError
+from whit.errors import CheckpointError, OutputError, RecipeError
 from whit.formats.numeric import is_finite
+from whit.named import require
 from whit.pipeline.coverage import Account, Entry, load_account
 from whit.pipeline.feed import BlockFeed, Feed, ReadAhead
 from whit.pipeline.finish import finish
@@ -30,28 +31,48 @@ from whit.pipeline.job import Job, Options, prepare
 from whit.pipeline.parameter import as_matrix, entry_of, finish_parameter, relative_error
 from whit.pipeline.plan import Item, Source, Unit, read_finite
 from whit.recipe import Recipe
+from whit.tensor import Format
 
 
 def quantize(
     model: str | Path,
     out: str | Path,
-    recipe: Recipe | None = None,
+    recipe: Recipe | str | Format | Path | None = None,
     *,
-    calibration: Calibration | None = None,
+    calibration: Calibration | str | Path | Sequence[str] | None = None,
     options: Options | None = None,
     export: str = "whit",
     imatrix: Path | None = None,
 ) -> Account:
     """Quantize a model folder or hub id to the folder `out`; returns the coverage account, as in its whit.json.
 
+    `recipe` is a Recipe, the shorthand of a format for everything ("int4-g128"), or a recipe's .toml file; without one
+    the format is what the kind of file usually holds.
     `export` names the kind of file, one of `whit.export.EXPORTERS`. `imatrix` is an importance matrix of llama.cpp, by
     which the method `clip` weighs columns.
-    `calibration` is for methods that need it, such as GPTQ; without one they use 128 samples of `whit:text`. Raises
+    `calibration` is for methods that need it, such as GPTQ: a Calibration, or what its text is (a file, a list of
+    texts); without one they use 128 samples of `whit:text`. A model in memory is for `whit.quantize_model`. Raises
     CalibrationError, CheckpointError, RecipeError, UnsupportedModelError, OutputError or NonFiniteError, each one
     sentence.
     """
-    job = prepare(model, out, recipe or Recipe("clip" if imatrix else None), options or Options(), calibration, export)
+    advice = "it must be a folder or a hub id; give one, or quantize a model in memory by whit.quantize_model"
+    require(model, str | Path, "MODEL", advice, CheckpointError)
+    require(out, str | Path, "OUT", "it must be a new folder's name; give one", OutputError)
+    require(options, Options | None, "options", "they must be whit.Options(seed=..., device=...); give these")
+    if calibration is not None and not isinstance(calibration, Calibration):
+        calibration = Calibration(calibration, seed=(options or Options()).seed)
+    wanted = _recipe(recipe, imatrix is not None)
+    job = prepare(model, out, wanted, options or Options(), calibration, export)
     return run(job if imatrix is None else weighed(job, imatrix))
+
+
+def _recipe(given: Recipe | str | Format | Path | None, weighs: bool) -> Recipe:
+    """A recipe from what a caller has of it; one that `weighs` columns clips."""
+    if given is None or isinstance(given, Recipe):
+        return given or Recipe("clip" if weighs else None)
+    if isinstance(given, Path) or (isinstance(given, str) and given.endswith(".toml")):
+        return Recipe.load(given)
+    return Recipe("clip" if weighs else None, [("*", given)])
 
 
 def dequantize(model: str | Path, out: str | Path, *, options: Options | None = None) -> Account:

@@ -19,7 +19,7 @@ from whit.methods.bands import use_of_rows
 from whit.methods.lowrank import beside, repaired
 from whit.methods.regrid import regrid
 from whit.methods.stack import proxy_loss, quantize_stack
-from whit.pipeline.coverage import Entry
+from whit.pipeline.coverage import CARRIED, Entry
 from whit.pipeline.feed import Given
 from whit.pipeline.job import Job
 from whit.pipeline.plan import Coded, Item, floats
@@ -82,7 +82,7 @@ def _choose(job: Job, item: Item, matrix: Tensor, given: Given) -> Chosen:
     method = item.method or job.recipe.method
     how = _said(None if item.method is None else f"by {method.name}, as a rule says", _starved(given))
     if (taken := taken_over(job, item.name, item.format)) is not None:
-        return Chosen(taken.to(job.device), method, "its codes as they were")
+        return Chosen(taken.to(job.device), method, CARRIED)
     if given.quantized is not None:
         return Chosen(given.quantized, method, how)
     if item.name in job.regridded:
@@ -122,7 +122,7 @@ def _regridded(job: Job, item: Item, matrix: Tensor, given: Given) -> tuple[Quan
     assert isinstance(job.source, Coded)
     present = job.source.quantized(item.name).to(job.device)
     found = regrid(matrix, present, None if given.stats is None else given.stats[0])
-    how = "lossless: its codes as they were" if found.lossless else f"new codes on {SCALES[found.scales]}"
+    how = f"lossless: {CARRIED}" if found.lossless else f"new codes on {SCALES[found.scales]}"
     near = "" if given.stats is not None or found.lossless else ", to nearest: calibration does not reach it"
     return found.quantized, f"{how}{near}; {100 * found.share:.3g} % of the change lies in scales and zero points"
 

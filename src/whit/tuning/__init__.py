@@ -10,6 +10,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from whit.errors import TrainingError
+from whit.named import require
 from whit.pipeline.job import Options
 from whit.training.loop import Watcher
 from whit.training.settings import Tuning
@@ -34,4 +36,5 @@ def finetune(
     `held_out` is another such file that is scored during training, instead of a share of `data`. Raises TrainingError
     for data and settings, and what loading, formats and the output folder raise.
     """
+    require(tuning, Tuning | None, "tuning", "it must be whit.Tuning(rank=..., ...); give one", TrainingError)
     return run_tuning(prepare_tuning(model, data, out, tuning or Tuning(), held_out, options or Options()), watcher)
