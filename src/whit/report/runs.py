@@ -83,7 +83,7 @@ class Comparison:
         if len(failed) == len(asked):
             raise EvaluationError(
                 f"compare: none of {len(asked)} candidates could be measured; one at least must be; the first, "
-                f"{failed[0]['candidate']}, failed with: {failed[0]['error']}"
+                f"{failed[0]['candidate']}, failed with: {str(failed[0]['error']).splitlines()[0]}"
             )
 
     def to_json(self) -> dict[str, Any]:
