@@ -88,3 +88,8 @@ def test_an_account_tells_how_the_model_before_it_was_made(tmp_path: Path):
     assert made["calibration"] == first.calibration
     assert (second.carried, made["carried"], first.carried) == (True, False, False)
     assert "made" not in first.source
+
+
+def test_help_names_all_that_there_is():
+    assert [name for name in whit.__all__ if name not in str(whit.__doc__)] == []
+    assert [name for name in whit.__all__ if not getattr(whit, name).__doc__] == []

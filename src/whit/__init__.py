@@ -1,4 +1,22 @@
-"""whit: quantize any Hugging Face transformer, run it, and measure what was given up."""
+"""whit: quantize any Hugging Face transformer, run it, and measure what was given up.
+
+    import whit
+    whit.quantize("whit:model", "out", "int4-g128")                 # a folder to a folder, block by block
+    AutoModelForCausalLM.from_pretrained("out")                     # transformers reads it after `import whit`
+    AutoModelForCausalLM.from_pretrained(MODEL, quantization_config=whit.QuantizationConfig("nf4"))   # on the fly
+    whit.quantize_model(model, "int8")                              # in memory, any nn.Module
+    q = whit.quantize_tensor(x, "int4-g64-asym"); q.dequantize()    # one tensor or array
+
+What to quantize to and how: `Recipe` (a method: `RTN`, `Clip`, `HQQ`, `GPTQ`, `Refine`, `Blocks`; a transform: `AWQ`,
+`SmoothQuant`; rules with a `Format`: `Affine`, `Codebook`, `Float8`, `BFloat16`, or their names, `parse_format`),
+`Calibration`, `Activations`, `Options`. Values: `QuantizedTensor`, `PackedWeight`, `error`, `bits_per_weight`. Running:
+`compile`, `QuantizedCache`, `set_deterministic`, `track_ranges`. Training adapters: `prepare_for_training`,
+`initialize_adapter`, `finetune` with `Tuning`, `count_parameters`. All errors are a `WhitError`, one sentence each.
+`resolve_model` gives the folder of the model that ships with whit.
+
+Measuring, converting, merging and training for a format are commands (`whit --help`); in Python `whit.evaluation`,
+`whit.pipeline.transcode`, `whit.merging` and `whit.qat`.
+"""
 
 from whit.activations import Activations
 from whit.arrays import error, quantize_tensor

@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 
 from whit.cli.console import print_json
+from whit.cli.shown import counted
 from whit.cli.watching import Bar
 from whit.memory import Planner, Situation
 from whit.memory.subject import find_subject
@@ -36,7 +37,7 @@ class Expected:
     def sentence(self) -> str:
         """One line for people."""
         return (
-            f"{self.examples} examples, {self.steps} steps over {self.tokens:,} tokens, {self.response_tokens:,} of "
+            f"{counted(self.examples, 'example')}, {counted(self.steps, 'step')} over {self.tokens:,} tokens, {self.response_tokens:,} of "
             f"them responses; about {size(self.total_bytes)} of memory ({size(self.weights_bytes)} weights, "
             f"{size(self.optimizer_bytes)} adapters and optimizer, {size(self.activations_bytes)} activations)"
         )
