@@ -37,7 +37,8 @@ class Expected:
     def sentence(self) -> str:
         """One line for people."""
         return (
-            f"{counted(self.examples, 'example')}, {counted(self.steps, 'step')} over {self.tokens:,} tokens, {self.response_tokens:,} of "
+            f"{counted(self.examples, 'example')}, {counted(self.steps, 'step')} over {self.tokens:,} tokens, "
+            f"{self.response_tokens:,} of "
             f"them responses; about {size(self.total_bytes)} of memory ({size(self.weights_bytes)} weights, "
             f"{size(self.optimizer_bytes)} adapters and optimizer, {size(self.activations_bytes)} activations)"
         )
