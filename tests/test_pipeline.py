@@ -26,7 +26,8 @@ from whit.pipeline.coverage import load_account
 from whit.pipeline.estimate import estimate
 from whit.pipeline.job import Job, Options, open_source, prepare
 from whit.pipeline.parameter import relative_error
-from whit.pipeline.plan import plan_dense, read_finite
+from whit.pipeline.plan import plan_dense
+from whit.pipeline.sources import read_finite
 from whit.recipe.preflight import check_recipe
 from whit.tensor import TensorSpec
 

@@ -31,3 +31,10 @@ def test_what_is_not_covered_is_said():
     text, said = run("--greedy", "--kv-cache", "int8")
     assert "compile: the cache is a QuantizedCache, not a DynamicCache; transformers' own loop takes this call" in said
     assert text
+
+
+def test_llama_cpp_users_type_short_options():
+    words = ["generate", "whit:model", "-p", "Once upon a time", "-n", "3", "--greedy", "--json"]
+    result = CliRunner().invoke(build_app(), words)
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["new_tokens"] == 3

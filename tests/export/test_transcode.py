@@ -13,7 +13,7 @@ from whit.errors import FormatError, RecipeError
 from whit.formats import parse_format
 from whit.pipeline import run
 from whit.pipeline.job import Options, open_source, prepare
-from whit.pipeline.plan import Coded
+from whit.pipeline.sources import Coded
 from whit.pipeline.transcode import prepare_transcode, recast, variants
 
 ROUTES = {

@@ -15,7 +15,7 @@ from whit.errors import FormatError, RecipeError
 from whit.export import decoders
 from whit.formats import parse_format
 from whit.pipeline.job import Options, open_source
-from whit.pipeline.plan import Coded
+from whit.pipeline.sources import Coded
 from whit.pipeline.transcode import prepare_transcode
 
 

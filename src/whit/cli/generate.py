@@ -15,8 +15,8 @@ from whit.cli.quiet import quiet_transformers
 
 def generate(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder, .gguf file, hub id or whit:model.")],
-    prompt: Annotated[str, typer.Option(help="The text to continue; - reads standard input.")],
-    max_new_tokens: Annotated[int, typer.Option(help="Stop after this many tokens.")] = 50,
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="The text to continue; - reads standard input.")],
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", help="Stop after this many tokens.")] = 50,
     temperature: Annotated[float, typer.Option(help="Above 0; lower is more predictable.")] = 0.7,
     top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens that hold this share, (0, 1].")] = 0.9,
     seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,

@@ -23,7 +23,7 @@ from whit.memory.shapes import Shape, find_shape
 from whit.model.skeleton import build_skeleton, load_skeleton
 from whit.model.source import Origin
 from whit.pipeline.job import open_source
-from whit.pipeline.plan import Source
+from whit.pipeline.sources import Source
 from whit.tensor import Format, QuantizedTensor, TensorSpec
 
 

@@ -25,7 +25,8 @@ from whit.model.targets import Target
 from whit.pipeline import run
 from whit.pipeline.coverage import Account
 from whit.pipeline.job import Job, Options, calibration_tokens, open_source
-from whit.pipeline.plan import Coded, Source, plan_dense, plan_quantization
+from whit.pipeline.plan import plan_dense, plan_quantization
+from whit.pipeline.sources import Coded, Source
 from whit.pipeline.transcode import rules_for, with_inputs
 from whit.recipe import Recipe
 from whit.tensor import Format

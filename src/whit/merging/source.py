@@ -16,7 +16,7 @@ from whit.formats.numeric import widened
 from whit.methods.lowrank import Factored, joined
 from whit.model.source import Origin
 from whit.model.targets import Target, find_targets
-from whit.pipeline.plan import Coded, Source
+from whit.pipeline.sources import Coded, Source
 from whit.tensor import Format, QuantizedTensor, TensorSpec, tensor_param
 from whit.training.peft_file import Adapter, Delta
 

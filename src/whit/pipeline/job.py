@@ -33,7 +33,8 @@ from whit.model.graph import Folding, find_blocks, find_foldings
 from whit.model.skeleton import load_skeleton
 from whit.model.source import ModelSource
 from whit.named import require
-from whit.pipeline.plan import SHARD_SIZE, Coded, Plan, Source, plan_dense, plan_quantization
+from whit.pipeline.plan import SHARD_SIZE, Plan, plan_dense, plan_quantization
+from whit.pipeline.sources import Coded, Source
 from whit.pipeline.usual import with_usual
 from whit.randomness import check_seed
 from whit.recipe import Recipe

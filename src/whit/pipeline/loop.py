@@ -29,7 +29,8 @@ from whit.pipeline.finish import finish
 from whit.pipeline.importance import weighed
 from whit.pipeline.job import Job, Options, prepare
 from whit.pipeline.parameter import as_matrix, entry_of, finish_parameter, relative_error
-from whit.pipeline.plan import Item, Source, Unit, read_finite
+from whit.pipeline.plan import Item, Unit
+from whit.pipeline.sources import Source, read_finite
 from whit.recipe import Recipe
 from whit.tensor import Format
 

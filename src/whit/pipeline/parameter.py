@@ -22,7 +22,8 @@ from whit.methods.stack import proxy_loss, quantize_stack
 from whit.pipeline.coverage import CARRIED, Entry
 from whit.pipeline.feed import Given
 from whit.pipeline.job import Job
-from whit.pipeline.plan import Coded, Item, floats
+from whit.pipeline.plan import Item, floats
+from whit.pipeline.sources import Coded
 from whit.pipeline.transcode import taken_over
 from whit.tensor import QuantizedTensor, matrix_shape
 

@@ -9,79 +9,26 @@ from fnmatch import fnmatchcase
 from functools import cached_property, partial
 from itertools import groupby
 from math import prod
-from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from whit.activations import Activations
-from whit.checkpoint.header import Entry, count_parameters
-from whit.checkpoint.reader import Tensors
+from whit.checkpoint.header import count_parameters
 from whit.checkpoint.writer import Shard
 from whit.errors import RecipeError
 from whit.export.base import Exporter, Parameter, Value
 from whit.export.settle import settle
 from whit.formats.bands import bands_of, refuse_table
-from whit.formats.numeric import check_finite, is_finite
 from whit.methods import Method
 from whit.model.graph import find_blocks
-from whit.model.source import Origin
 from whit.model.targets import Target, find_targets, vocabulary_tables
+from whit.pipeline.sources import Coded, Source
 from whit.recipe import Recipe
 from whit.recipe.preflight import check_recipe
 from whit.tensor import Format, QuantizedTensor, TensorSpec
 
 SHARD_SIZE = 5_000_000_000  # bytes, as on the hub
-
-
-class Source(Protocol):
-    """Where parameters come from: a checkpoint of transformers, or one of whit's that is dequantized."""
-
-    model: PreTrainedModel
-    tied: dict[str, str]
-    dropped: dict[str, str]
-
-    @property
-    def checkpoint(self) -> Tensors:
-        """The files that it reads."""
-        ...
-
-    @property
-    def config(self) -> Mapping[str, Any]:
-        """The model's config.json."""
-        ...
-
-    @property
-    def origins(self) -> Mapping[str, Origin]: ...
-    def read(self, name: str) -> Tensor: ...
-    def entry(self, name: str) -> Entry | None: ...
-
-
-@runtime_checkable
-class Coded(Source, Protocol):
-    """A source of a quantized model: parameters can be had as codes, as they are in the file."""
-
-    def format(self, name: str) -> Format | None:
-        """The format in which a parameter is stored and can be had exactly; None where there is none."""
-        ...
-
-    def quantized(self, name: str) -> QuantizedTensor:
-        """A parameter in its `format`, codes and params as they are in the file."""
-        ...
-
-    def note(self, name: str) -> str | None:
-        """Why a parameter that is quantized in the file has no format."""
-        ...
-
-    def coded(self, name: str) -> bool:
-        """Whether a parameter lies in the file as codes, of some format or of none; it is read in float32 then."""
-        ...
-
-    def input_rounding(self, name: str) -> tuple[Activations, Mapping[str, Tensor]] | None:
-        """How the inputs of a parameter with a `format` are rounded, None where they stay as they are; with static
-        scales where the source reads them. CheckpointError where whit cannot round so."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -149,17 +96,6 @@ class Plan:
     @property
     def bits_per_weight(self) -> float:
         return 8 * self.size_bytes / max(self.parameters, 1)
-
-
-def read_finite(source: Source, name: str) -> Tensor:
-    """A parameter as `Source.read` gives it. NonFiniteError where it holds a NaN or an infinity.
-
-    A buffer may: a causal mask holds infinities.
-    """
-    values = source.read(name)
-    if not is_finite(values) and name not in {buffer for buffer, _ in source.model.named_buffers()}:
-        check_finite(values, name)
-    return values
 
 
 def floats(item: Item, value: Value) -> Tensor:

@@ -25,7 +25,8 @@ from whit.formats.numeric import dtype_name
 from whit.layouts.affine import as_affine, middle, with_scales
 from whit.model.targets import Target, find_targets
 from whit.pipeline.job import Job, Options, open_source, prepare
-from whit.pipeline.plan import Coded, plan_quantization
+from whit.pipeline.plan import plan_quantization
+from whit.pipeline.sources import Coded
 from whit.recipe import Recipe
 from whit.tensor import Format, QuantizedTensor, tensor_param
 

@@ -19,7 +19,8 @@ from whit.errors import RecipeError, UnsupportedModelError
 from whit.formats.bands import bands_of
 from whit.integrations.loading import load_tokenizer, maximum_context
 from whit.pipeline.job import Job, Options, open_source, prepare
-from whit.pipeline.plan import Coded, Item, Source
+from whit.pipeline.plan import Item
+from whit.pipeline.sources import Coded, Source
 from whit.pipeline.transcode import prepare_transcode, rules_for
 from whit.qat.course import Course
 from whit.recipe import Recipe

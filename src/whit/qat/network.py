@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from whit.activations import Activations
 from whit.methods.descent import replaced
-from whit.pipeline.plan import Source
+from whit.pipeline.sources import Source
 from whit.qat.inputs import Range, round_inputs
 
 Read = Callable[[str], Tensor]

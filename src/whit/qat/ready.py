@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from whit.pipeline.feed import Given, NothingRuns
-from whit.pipeline.plan import Item, Source
+from whit.pipeline.plan import Item
+from whit.pipeline.sources import Source
 from whit.tensor import QuantizedTensor
 
 

@@ -17,7 +17,8 @@ from whit.methods.nested import moving_parts
 from whit.methods.straight import Fitted, Straight
 from whit.pipeline import run as write
 from whit.pipeline.job import Job, open_source
-from whit.pipeline.plan import Coded, Item, Source
+from whit.pipeline.plan import Item
+from whit.pipeline.sources import Coded, Source
 from whit.pipeline.transcode import recast
 from whit.qat.inputs import Range
 from whit.qat.job import OWN_TEXT, Training

@@ -24,7 +24,7 @@ from whit.memory.needs import Weights
 from whit.model.targets import Target, find_targets
 from whit.pipeline.coverage import load_account
 from whit.pipeline.job import open_source
-from whit.pipeline.plan import Source
+from whit.pipeline.sources import Source
 from whit.report import figures
 from whit.report.front import measured
 from whit.report.layers import Grid, grid

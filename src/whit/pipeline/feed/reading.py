@@ -9,7 +9,8 @@ from torch import Tensor
 
 from whit.pipeline.feed.base import Given, NothingRuns
 from whit.pipeline.job import Job
-from whit.pipeline.plan import Coded, Item, Source, read_finite
+from whit.pipeline.plan import Item
+from whit.pipeline.sources import Coded, Source, read_finite
 
 
 class ReadAhead(NothingRuns):

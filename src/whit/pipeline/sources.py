@@ -1,0 +1,76 @@
+"""Where a run's parameters come from: what it asks of a checkpoint, of whatever kind."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol, runtime_checkable
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from whit.activations import Activations
+from whit.checkpoint.header import Entry
+from whit.checkpoint.reader import Tensors
+from whit.formats.numeric import check_finite, is_finite
+from whit.model.source import Origin
+from whit.tensor import Format, QuantizedTensor
+
+
+class Source(Protocol):
+    """Where parameters come from: a checkpoint of transformers, or one of whit's that is dequantized."""
+
+    model: PreTrainedModel
+    tied: dict[str, str]
+    dropped: dict[str, str]
+
+    @property
+    def checkpoint(self) -> Tensors:
+        """The files that it reads."""
+        ...
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """The model's config.json."""
+        ...
+
+    @property
+    def origins(self) -> Mapping[str, Origin]: ...
+    def read(self, name: str) -> Tensor: ...
+    def entry(self, name: str) -> Entry | None: ...
+
+
+@runtime_checkable
+class Coded(Source, Protocol):
+    """A source of a quantized model: parameters can be had as codes, as they are in the file."""
+
+    def format(self, name: str) -> Format | None:
+        """The format in which a parameter is stored and can be had exactly; None where there is none."""
+        ...
+
+    def quantized(self, name: str) -> QuantizedTensor:
+        """A parameter in its `format`, codes and params as they are in the file."""
+        ...
+
+    def note(self, name: str) -> str | None:
+        """Why a parameter that is quantized in the file has no format."""
+        ...
+
+    def coded(self, name: str) -> bool:
+        """Whether a parameter lies in the file as codes, of some format or of none; it is read in float32 then."""
+        ...
+
+    def input_rounding(self, name: str) -> tuple[Activations, Mapping[str, Tensor]] | None:
+        """How the inputs of a parameter with a `format` are rounded, None where they stay as they are; with static
+        scales where the source reads them. CheckpointError where whit cannot round so."""
+        ...
+
+
+def read_finite(source: Source, name: str) -> Tensor:
+    """A parameter as `Source.read` gives it. NonFiniteError where it holds a NaN or an infinity.
+
+    A buffer may: a causal mask holds infinities.
+    """
+    values = source.read(name)
+    if not is_finite(values) and name not in {buffer for buffer, _ in source.model.named_buffers()}:
+        check_finite(values, name)
+    return values
