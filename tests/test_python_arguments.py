@@ -24,6 +24,11 @@ def test_a_recipe_may_be_a_format_or_a_file(recipe: object, tmp_path: Path):
     assert {entry.format for entry in account.parameters if entry.format} == {"int4-g64"}
 
 
+def test_the_name_of_out_says_the_kind_of_file(tmp_path: Path):
+    whit.quantize(MODEL, tmp_path / "small.gguf", "q4_0")
+    assert (tmp_path / "small.gguf").read_bytes()[:4] == b"GGUF"
+
+
 def test_a_calibration_may_be_texts_or_a_file(tmp_path: Path):
     texts = [f"It was late in the evening when number {n} came home, and nobody said a word." for n in range(40)]
     (tmp_path / "text.txt").write_text("\n\n".join(texts))

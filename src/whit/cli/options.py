@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, TypeAlias
 
 import typer
@@ -39,11 +38,6 @@ InputMemory: TypeAlias = Annotated[
         f"\\[default: {INPUT_MEMORY >> 30}GiB]",
     ),
 ]
-
-
-def kind_of(out: Path) -> str:
-    """The kind of file that OUT's own name asks for, where no --export is given."""
-    return next((kind.name for kind in EXPORTERS if kind.suffix and out.name.endswith(kind.suffix)), "whit")
 
 
 def input_bytes(asked: str | None) -> int:

@@ -40,10 +40,10 @@ from whit.cli.options import (
     TrustRemoteCode,
     build_calibration,
     input_bytes,
-    kind_of,
     parse_rules,
 )
 from whit.cli.runs import run_and_show, show_plan
+from whit.export import kind_of
 from whit.methods import GPTQ, METHODS
 from whit.pipeline.importance import weighed
 from whit.pipeline.job import Options, prepare

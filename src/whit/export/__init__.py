@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from whit.errors import RecipeError
 from whit.export.awq import AWQ
 from whit.export.base import Exporter, Outcome, Parameter, Value
@@ -30,4 +32,10 @@ def exporter_named(name: str) -> type[Exporter]:
     raise RecipeError(f"export {name!r}: not known; {one_of(name, [exporter.name for exporter in EXPORTERS])}")
 
 
-__all__ = ["EXPORTERS", "Exporter", "Outcome", "Parameter", "Value", "exporter_named"]
+def kind_of(out: str | Path) -> str:
+    """The kind of file that OUT's own name asks for, where none is named."""
+    name = Path(out).name
+    return next((kind.name for kind in EXPORTERS if kind.suffix and name.endswith(kind.suffix)), "whit")
+
+
+__all__ = ["EXPORTERS", "Exporter", "Outcome", "Parameter", "Value", "exporter_named", "kind_of"]

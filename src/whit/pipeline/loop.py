@@ -21,6 +21,7 @@ from whit.calibration import Calibration
 from whit.checkpoint.work import WorkFolder, check_space, disk_errors, is_done
 from whit.checkpoint.writer import Writer, index_json
 from whit.errors import CheckpointError, OutputError, RecipeError
+from whit.export import kind_of
 from whit.formats.numeric import is_finite
 from whit.named import require
 from whit.pipeline.coverage import Account, Entry, load_account
@@ -42,14 +43,14 @@ def quantize(
     *,
     calibration: Calibration | str | Path | Sequence[str] | None = None,
     options: Options | None = None,
-    export: str = "whit",
+    export: str | None = None,
     imatrix: Path | None = None,
 ) -> Account:
     """Quantize a model folder or hub id to the folder `out`; returns the coverage account, as in its whit.json.
 
     `recipe` is a Recipe, the shorthand of a format for everything ("int4-g128"), or a recipe's .toml file; without one
-    the format is what the kind of file usually holds.
-    `export` names the kind of file, one of `whit.export.EXPORTERS`. `imatrix` is an importance matrix of llama.cpp, by
+    the format is what the kind of file usually holds. `export` names the kind of file, one of `whit.export.EXPORTERS`;
+    without one it is GGUF where `out` ends in .gguf, else whit's own. `imatrix` is an importance matrix of llama.cpp, by
     which the method `clip` weighs columns.
     `calibration` is for methods that need it, such as GPTQ: a Calibration, or what its text is (a file, a list of
     texts); without one they use 128 samples of `whit:text`. A model in memory is for `whit.quantize_model`. Raises
@@ -63,7 +64,7 @@ def quantize(
     if calibration is not None and not isinstance(calibration, Calibration):
         calibration = Calibration(calibration, seed=(options or Options()).seed)
     wanted = _recipe(recipe, imatrix is not None)
-    job = prepare(model, out, wanted, options or Options(), calibration, export)
+    job = prepare(model, out, wanted, options or Options(), calibration, export or kind_of(out))
     return run(job if imatrix is None else weighed(job, imatrix))
 
 
