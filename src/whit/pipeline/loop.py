@@ -50,7 +50,7 @@ def quantize(
 
     `recipe` is a Recipe, the shorthand of a format for everything ("int4-g128"), or a recipe's .toml file; without one
     the format is what the kind of file usually holds. `export` names the kind of file, one of `whit.export.EXPORTERS`;
-    without one it is GGUF where `out` ends in .gguf, else whit's own. `imatrix` is an importance matrix of llama.cpp, by
+    without one it is GGUF where `out` ends in .gguf, else whit's own. `imatrix` is an importance matrix of llama.cpp by
     which the method `clip` weighs columns.
     `calibration` is for methods that need it, such as GPTQ: a Calibration, or what its text is (a file, a list of
     texts); without one they use 128 samples of `whit:text`. A model in memory is for `whit.quantize_model`. Raises
