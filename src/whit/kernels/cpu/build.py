@@ -42,7 +42,7 @@ X86: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "tiles_bf16": ((*AVX512, "-mavx512bf16", "-mavx512vbmi", "-mamx-tile", "-mamx-bf16"), ()),
     "tiles_int8": ((*AVX512, "-mavx512vnni", "-mavx512vbmi", "-mamx-tile", "-mamx-int8"), ("encoder_amx",)),
     "int8_avx2": (AVX2, ()),
-    "int8_avx512": ((*AVX512, "-mavx512vnni", "-mavx512vbmi"), ()),
+    "int8_avx512": ((*AVX512, "-mavx512vnni", "-mavx512vbmi"), ("int8_bytes",)),
     "planes_avx512": ((*AVX512, "-mavx512vnni", "-mavx512vbmi"), ()),
 }
 

@@ -16,6 +16,9 @@
 
 namespace {
 
+// Rows of x that meet bytes as they lie: panels take longer to be turned than these to be multiplied.
+enum { BYTES_MOST = 8 };
+
 thread_local Scratch sums8, rows8;
 
 #if defined(__x86_64__) || defined(__i386__)
@@ -83,6 +86,17 @@ void many_task(void* context, int64_t first, int64_t last, float* scratch) {
   const Call8& call = *(const Call8*)context;
   by_parts(call, first, last, scratch, call.kernels->many);
 }
+
+#if defined(WHIT_HAVE_INT8_AVX512)
+void bytes_task(void* context, int64_t first, int64_t last, float* scratch) {
+  whit_bytes8(*((const Call8*)context)->product, first, last, scratch);
+}
+
+bool by_bytes(const Product8& p, int isa) {
+  const whit_weight& w = *p.w;
+  return isa >= 2 && w.bits == 8 && !w.zero && w.groups == 1 && p.x->groups == 1 && p.x->count <= BYTES_MOST;
+}
+#endif
 
 void quantize_task(void* context, int64_t first, int64_t last, float*) {
   (*(const Quantize8*)context)(first, last);
@@ -195,6 +209,10 @@ int multiply(Product8& product, int64_t few, int isa, int threads) {
     int64_t rows = bytes / (w.row_bytes > 0 ? w.row_bytes : 1);
     team.task = rows < 8 ? 8 : rows > 256 ? 256 : rows & ~(int64_t)7;
     team.work = few_task, team.scratch_bytes = params;
+#if defined(WHIT_HAVE_INT8_AVX512)
+  } else if (by_bytes(product, isa)) {
+    team.task = 64, team.work = bytes_task, team.scratch_bytes = sizeof(float) * (size_t)(32 + 2 * 16 * 49);
+#endif
   } else {
     team.task = WIDE8, team.work = many_task;
     const bool grouped = x.groups > 1, kept = !grouped && w.columns > CHUNK8;

@@ -77,6 +77,9 @@ struct Quantize8 {
 // Numbers that one thread quantizes, or puts into order, before others would have been woken.
 enum { ALONE8 = 1 << 15 };
 
+// Rows [first, last) of a weight of bytes with one scale for a row, by VNNI, times x whose rows have one scale each.
+void whit_bytes8(const Product8&, int64_t first, int64_t last, float* scratch);
+
 extern const Kernels8 whit_int8_scalar, whit_int8_avx2, whit_int8_avx512;
 void whit_encode_amx(struct Crew&, const struct whit_encoder8&, int64_t first, int64_t count, const struct Room8&);
 
