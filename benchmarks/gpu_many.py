@@ -57,7 +57,8 @@ CHECKS = {
           for spec in ("int4-g128", "nf4")
           for rows, cut in ((16, Config(1, 2, 4, 4, late=1, min_blocks=2)), (9, Config(2, 2, 4, 2)),
                             (60, Config(2, 8, 3, 3, lead=8)), (250, Config(2, 16, 3, 2, lead=6)),
-                            (33, Config(1, 4, 2, 8, min_blocks=2)))),
+                            (33, Config(1, 4, 2, 8, min_blocks=2)), (60, Config(2, 8, 3, 4, lead=8, apart=1)),
+                            (64, Config(2, 8, 2, 8, min_blocks=2, lead=4, apart=1)))),
     ],
     "pair": [
         *((spec, rows, cut)

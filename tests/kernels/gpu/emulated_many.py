@@ -32,8 +32,12 @@ def linears(
     ys = [torch.full((len(x), weight.shape[0]), float("nan"), dtype=x.dtype) for weight in packed]
     products = [Product(weight, bias, y) for weight, y in zip(packed, ys, strict=True)]
     kernel = library(tuple(config.macros(scheme, x.dtype == torch.float16, len(packed)).items()))
-    argument = many.params(x, products, scheme, config, _map)
+    room = many.meeting(x, products, config)
+    if room.partial is not None:
+        room.partial.fill_(float("nan"))
+    argument = many.params(x, products, scheme, config, _map, room)
     kernel.run(ctypes.byref(argument), config.grid([y.shape[1] for y in ys], len(x), processors)[0])
+    assert room.arrived is None or not room.arrived.any()
     return ys
 
 

@@ -27,6 +27,7 @@ CASES = [
     ("int4-g128", BF16, 40, Config(2, 2, 2, 2, late=1)),
     ("nf4-dq", BF16, 33, Config(1, 4, 2, 1, pair=2)),
     ("int4-g64", BF16, 50, Config(2, 8, 3, 3, pair=2, min_blocks=2, lead=4)),
+    ("int4-g128", BF16, 40, Config(2, 8, 2, 3, lead=4, apart=1)),
 ]
 MORE = [
     ("int4-g128", BF16, 16, Config(1, 2, 3, 1)),
@@ -38,6 +39,7 @@ MORE = [
     ("int4-g128-asym", BF16, 17, Config(2, 2, 4, 1, late=1)),
     ("nf4", F16, 64, Config(1, 8, 2, 2)),
     ("nf4", BF16, 200, Config(1, 4, 3, 1, pair=2, lead=2)),
+    ("nf4-dq", F16, 70, Config(1, 4, 2, 4, lead=2, apart=1)),
     ("int4-g32", BF16, 100, Config(1, 4, 2, 1, lead=6)),
 ]
 SLOW = [pytest.param(*case, marks=pytest.mark.slow) for case in MORE]
@@ -84,3 +86,14 @@ def test_tiles_of_the_last_turn_are_of_half_the_height_where_that_gives_more_blo
     assert ((found.double() - wanted).norm() / wanted.norm()).item() < LIMIT[BF16]
     (alone,) = emulated_many.linears(x, [weight], None, scheme, config, 64)
     assert torch.equal(found, alone)
+
+
+@pytest.mark.parametrize("exponent", [-40, 14])
+def test_codes_of_very_small_and_very_large_scales_are_exact(exponent: int, random: Generator):
+    dense = torch.randn(72, 256, generator=random) * 2.0**exponent
+    weight = BITS.pack(whit.quantize_tensor(dense, "int4-g128"))
+    x, scheme = torch.randn(20, 256, generator=random).to(BF16), stream.scheme(weight.format, 256)
+    assert not isinstance(scheme, str)
+    (found,) = emulated_many.linears(x, [weight], None, scheme, Config(1, 4, 2, 1))
+    wanted = x.double() @ reference.dequantize(weight, torch.float32).double().T
+    assert ((found.double() - wanted).norm() / wanted.norm()).item() < LIMIT[BF16]

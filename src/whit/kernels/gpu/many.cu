@@ -4,11 +4,13 @@
 //   GROUP              columns that share a scale: 32, 64 or a multiple of 128; 0: the whole row
 //   WG, NT             tiles of 64 outs, and of 8 rows, of a block's tile
 //   STAGES, LEAD       steps of 256 columns of W, and pieces of 64 columns of x, in shared memory; LEAD is even
-//   SPLITS             blocks of a cluster that share the columns of one tile
+//   SPLITS             blocks that share the columns of one tile, in a cluster
+//   APART              1: they are in no cluster, and meet in memory: for numbers that do not fill the device as clusters
 //   PAIR               blocks of a cluster that multiply neighbouring outs with the same rows and columns
 //   LATE               1: sums of 64 columns are scaled, not weights; for few rows, and groups of 64 or more
 //   MIXED              1: tiles of the last turn are of half the height where that gives more blocks work
 //   MIN_BLOCKS         blocks per multiprocessor to leave registers for
+//   SPACED             1: pairs of levels lie 256 bytes apart, so that one permutation makes an address, where there is room
 //   PARTS              weights of one format and width that are multiplied by the same x
 //
 // Four warps multiply 64 outs, whose weights they decode from shared memory into their registers, with all rows of the
@@ -19,7 +21,7 @@
 // other registers; where registers are few, 16 and 16. Where weights are scaled they are rounded once more (levels of a
 // codebook were before, too). Tiles of codes are 128 bytes wide: twice as many rows of 64 bytes take longer to copy.
 // Blocks that share the columns of a tile write their sums of what another finishes into its shared memory; each adds up
-// what it finishes itself, always in the same order.
+// what it finishes itself, always in the same order. Blocks apart lay their sums in memory, and the last to come adds up.
 #define CHUNK 32
 #include "codes.cuh"
 #ifndef EMULATED
@@ -27,7 +29,7 @@
 #endif
 constexpr int BATCH = MIN_BLOCKS > 1 || WG > 2 ? 1 : 4;  // products of 16 columns that are asked for together
 constexpr int RING = BATCH > 1 ? 2 * BATCH : 4;          // sets of operands: those that are made, and those of products under way
-constexpr int BM = 64 * WG, BN = 8 * NT, BK = 256, CONSUMERS = 128 * WG, CLUSTER = SPLITS * PAIR;
+constexpr int BM = 64 * WG, BN = 8 * NT, BK = 256, CONSUMERS = 128 * WG, CLUSTER = (APART ? 1 : SPLITS) * PAIR;
 constexpr int THREADS = CONSUMERS + (TRADED ? 128 : 32);
 constexpr int X_PIECE = BN * 128, W_ROW = BK / 2, W_BYTES = BM * W_ROW, TILES = STAGES * W_BYTES + LEAD * X_PIECE;
 constexpr int SLOT = GROUP && GROUP < 128 ? GROUP : 128;  // columns for which a scale is held
@@ -35,6 +37,8 @@ constexpr int SLOTS = BK / SLOT, TOGETHER = 8;          // of a step; tiles of r
 constexpr int PAIRS = NT / 2, OWN = (PAIRS + SPLITS - 1) / SPLITS;  // pairs of tiles of rows, and those a block finishes at most
 constexpr int HANDED = 2 * OWN * CONSUMERS * 16;        // bytes of sums that a block hands to another
 constexpr bool SCALE_PAIRS = SCALE == HALF;             // the scale is an operand's type
+constexpr bool DIRECT = SCALE_PAIRS && !HALF && !CODEBOOK && !ZERO && OFFSET == 8 && !LATE;  // codes are scaled where they lie
+static_assert(!APART || PAIR == 1 && !MIXED, "blocks that know nothing of each other");
 static_assert(!LATE || SLOT >= 64, "64 columns have one scale");
 static_assert(!MIXED || NT >= 16 && SPLITS == 1 && !LATE, "tall tiles, one after the other");
 enum { AMONG = 1 };  // barrier of the consumers
@@ -50,6 +54,8 @@ struct Params {
     Map x;                // as (columns, rows)
     Weight part[PARTS];
     const u16 *table;     // CODEBOOK: 16 levels as operands
+    float4 *partial;      // APART: (tiles, SPLITS, NT, consumers) sums
+    u32 *arrived;         // APART: zeros, one per tile; left at zero
     int columns, rows;
 };
 struct Tile {
@@ -161,7 +167,7 @@ DEVICE void consume(const Params &p, const Block &block, int tid) {
     w.lane = tid & 31;
     u32 g = w.lane >> 2, t = w.lane & 3;
     w.codes = (warp * 16 + g) * W_ROW, w.unit = g;
-    w.byte = t | 0x4440, w.table = shared_address(b.empty + LEAD) + w.lane * 4;
+    w.byte = SPACED ? t << 4 | 0x5504 : t | 0x4440, w.own = w.lane * 4, w.table = shared_address(b.empty + LEAD);
     Scaling r;
     Tile tile = enter(p, b, b.first, warp, w, r);
     for (int index = b.first; index < b.tiles; index += b.stride) {
@@ -180,7 +186,9 @@ DEVICE void consume(const Params &p, const Block &block, int tid) {
         Tile done = tile;
         Lane then = w;
         if (index + b.stride < b.tiles) tile = enter(p, b, index + b.stride, warp, w, r);
-#if SPLITS > 1
+#if APART
+        if (!last_to_come(p, b, sums, index, tid)) continue;
+#elif SPLITS > 1
         hand_over(b, sums, tid);
         cluster_barrier();
         add_handed(b, sums, tid);
@@ -195,7 +203,7 @@ DEVICE void fill_pairs(uint4 *table, const u16 *levels, int tid) {
 #pragma unroll 1
     for (int i = tid; i < TABLE; i += CONSUMERS) {
         u32 pair = levels[i >> 3 & 15] | (u32)levels[i >> 7] << 16;
-        table[i] = make_uint4(pair, pair, pair, pair);
+        table[SPACED ? i + (i & ~7) : i] = make_uint4(pair, pair, pair, pair);
     }
 }
 
@@ -205,12 +213,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) many(KERNEL_AR
     Block b;
     b.stages = (u8 *)shared + (-shared_address(shared) & 1023);
     b.rows = b.stages + STAGES * W_BYTES, b.sums = b.stages + TILES;
-    b.full = (u64 *)(b.sums + (SPLITS - 1) * HANDED);
+    b.full = (u64 *)(b.sums + (APART ? 16 : (SPLITS - 1) * HANDED));
     b.ready = b.full + STAGES + STAGES % 2, b.empty = b.ready + LEAD;
     u32 rank = CLUSTER > 1 ? cluster_rank() : 0;
-    b.side = PAIR > 1 ? rank % PAIR : 0, b.share = SPLITS > 1 ? rank / PAIR : 0;
+    b.side = PAIR > 1 ? rank % PAIR : 0, b.share = APART ? blockIdx.x % SPLITS : SPLITS > 1 ? rank / PAIR : 0;
     b.tiles = b.whole = (p.rows + BN - 1) / BN * all_tiles(p);
-    b.first = blockIdx.x / CLUSTER, b.stride = gridDim.x / CLUSTER;
+    b.first = blockIdx.x / (SPLITS * PAIR), b.stride = gridDim.x / (SPLITS * PAIR);
     if (MIXED && 2 * (b.tiles % b.stride) <= b.stride) b.whole -= b.tiles % b.stride, b.tiles += b.tiles - b.whole;
     b.begin = min((int)b.share * most, steps), b.steps = min(most, steps - b.begin);
     if (tid == 0) {
@@ -231,7 +239,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) many(KERNEL_AR
         give_registers();
         if (tid == CONSUMERS) produce(p, b);
         __syncwarp();
-        if (SPLITS > 1) cluster_barrier();  // sums are handed over
+        if (SPLITS > 1 && !APART) cluster_barrier();  // sums are handed over
     }
     if (SPLITS == 1 && PAIR > 1) cluster_barrier();  // the others write to this block's shared memory until they come this far
 }

@@ -28,7 +28,8 @@ Mapped: TypeAlias = Callable[[int, int, int, int, int, int], "ctypes.Array[ctype
 class Config:
     """How the work is cut; many.cu explains the names. `split` blocks share the columns of a tile.
 
-    `lead` 0: as much of x as of the codes. `halve`: the last turn's tiles may be of half the height.
+    `lead` 0: as much of x as of the codes. `halve`: the last turn's tiles may be of half the height. `apart`: blocks
+    that share columns are in no cluster.
     """
 
     groups: int = 2
@@ -40,13 +41,14 @@ class Config:
     min_blocks: int = 1
     lead: int = 0
     halve: int = 0
+    apart: int = 0
 
     @property
     def values(self) -> Cut:
         """Its fields, as a table has them."""
         return (
             self.groups, self.row_tiles, self.stages, self.split, self.pair, self.late, self.min_blocks, self.lead,
-            self.halve,
+            self.halve, self.apart,
         )  # fmt: skip
 
     @property
@@ -61,6 +63,11 @@ class Config:
     def box(self) -> int:
         """Rows of x that are copied at once."""
         return self.rows // self.pair // (1 + self.halve)
+
+    @property
+    def cluster(self) -> int:
+        """Blocks of a cluster."""
+        return self.pair if self.apart else self.split * self.pair
 
     @property
     def threads(self) -> int:
@@ -82,20 +89,30 @@ class Config:
         """Dynamic shared memory: up to 1,024 bytes to where stages may begin, these, sums, barriers, the table."""
         stages = self.stages * self.outs * STEP // 2 + self.pieces * self.rows * 128
         own = -(-self.row_tiles // 2 // self.split)  # pairs of tiles of rows
-        stages += (self.split - 1) * own * self.groups * 4096
+        stages += 16 if self.apart else (self.split - 1) * own * self.groups * 4096
         barriers = self.stages + self.stages % 2 + 2 * self.pieces
-        return 1024 + stages + 8 * barriers + (stream.TABLE_BYTES if levels else 0)
+        table = stream.TABLE_BYTES if levels else 0
+        least = 1024 + stages + 8 * barriers + table
+        return least + table if self._has_room(least + table) else least
+
+    def _has_room(self, shared: int) -> bool:
+        return self.min_blocks * (shared + 1024) <= LARGEST_SHARED + 1024
 
     def fits(self, levels: bool) -> bool:
         """Whether its blocks' shared memory is there."""
-        return self.min_blocks * (self.shared_bytes(levels) + 1024) <= LARGEST_SHARED + 1024
+        return self._has_room(self.shared_bytes(levels))
+
+    def spaced(self, levels: bool) -> bool:
+        """Whether there is room for a table of pairs of levels twice as long."""
+        return levels and self.shared_bytes(True) - self.shared_bytes(False) > stream.TABLE_BYTES
 
     def macros(self, scheme: stream.Scheme, half: bool, parts: int = 1) -> dict[str, int]:
         """What many.cu is compiled with for so many weights."""
         return scheme.storage.macros | {
             "HALF": int(half), "GROUP": scheme.steps_per_group * scheme.step, "WG": self.groups, "NT": self.row_tiles,
             "STAGES": self.stages, "LEAD": self.pieces, "SPLITS": self.split, "PAIR": self.pair, "LATE": self.late,
-            "MIN_BLOCKS": self.min_blocks, "MIXED": self.halve, "PARTS": parts,
+            "MIN_BLOCKS": self.min_blocks, "MIXED": self.halve, "APART": self.apart,
+            "SPACED": int(self.spaced(bool(scheme.storage.levels))), "PARTS": parts,
         }  # fmt: skip
 
 
@@ -112,8 +129,9 @@ class Weight(ctypes.Structure):
 def several(parts: int) -> type[ctypes.Structure]:
     """The type of the kernel's argument for that many weights, field by field."""
     fields = (
-        ("x_map", ctypes.c_uint64 * 16), ("part", Weight * parts), ("table", ctypes.c_void_p),
-        ("columns", ctypes.c_int), ("rows", ctypes.c_int), ("rest", ctypes.c_int * 12),
+        ("x_map", ctypes.c_uint64 * 16), ("part", Weight * parts),
+        *((name, ctypes.c_void_p) for name in ("table", "partial", "arrived")),
+        ("columns", ctypes.c_int), ("rows", ctypes.c_int), ("rest", ctypes.c_int * 8),
     )  # fmt: skip
     return type("Several", (ctypes.Structure,), {"_fields_": fields})
 
@@ -137,9 +155,33 @@ def why_not(scheme: stream.Scheme, columns: int) -> str | None:
     return None
 
 
+@dataclass(frozen=True)
+class Meeting:
+    """Where blocks that share columns meet if they are apart: room for their sums; zeros that count a tile's blocks."""
+
+    partial: Tensor | None = None
+    arrived: Tensor | None = None
+
+
+NOWHERE = Meeting()
+
+
+def meeting(x: Tensor, products: Sequence[Product], config: Config) -> Meeting:
+    """Room for a product on x's device; a weight's own zeros where they are enough."""
+    if not config.apart:
+        return NOWHERE
+    tiles = config.grid([one.y.shape[1] for one in products], len(x), 1)[0] // config.split
+    sums = torch.empty(tiles * config.split * config.rows * config.outs, dtype=torch.float32, device=x.device)
+    arrived = products[0].packed.tensors.get("arrived")
+    if arrived is None or len(arrived) < tiles:
+        arrived = torch.zeros(tiles, dtype=torch.int32, device=x.device)
+    return Meeting(sums, arrived)
+
+
 def params(
-    x: Tensor, products: Sequence[Product], scheme: stream.Scheme, config: Config, mapped: Mapped = maps.tiles_of
-) -> ctypes.Structure:
+    x: Tensor, products: Sequence[Product], scheme: stream.Scheme, config: Config, mapped: Mapped = maps.tiles_of,
+    room: Meeting = NOWHERE,
+) -> ctypes.Structure:  # fmt: skip
     """The kernel's argument; it borrows the tensors' memory."""
     (rows, columns), stored = x.shape, scheme.storage
     levels = table(stored.levels, x.dtype, x.device) if stored.levels else None
@@ -157,6 +199,8 @@ def params(
         mapped(x.data_ptr(), rows, columns, config.box, 64, 2),
         (Weight * len(parts))(*parts),
         None if levels is None else levels.data_ptr(),
+        None if room.partial is None else room.partial.data_ptr(),
+        None if room.arrived is None else room.arrived.data_ptr(),
         columns, rows,
     )  # fmt: skip
 
@@ -171,6 +215,7 @@ def launch(x: Tensor, products: Sequence[Product], scheme: stream.Scheme, config
     """Fill y of each from contiguous x (rows, columns), which begins at 16 bytes."""
     function = build(scheme, config, x.dtype == torch.float16, len(products), x.device.index)
     grid = config.grid([one.y.shape[1] for one in products], len(x), multiprocessors)
-    argument, where = params(x, products, scheme, config), torch.cuda.current_stream(x.device).cuda_stream
-    shared = config.shared_bytes(bool(scheme.storage.levels))
-    function.launch_early(grid, config.threads, shared, argument, where, config.split * config.pair)
+    room = meeting(x, products, config)
+    argument = params(x, products, scheme, config, room=room)
+    where, shared = torch.cuda.current_stream(x.device).cuda_stream, config.shared_bytes(bool(scheme.storage.levels))
+    function.launch_early(grid, config.threads, shared, argument, where, config.cluster)

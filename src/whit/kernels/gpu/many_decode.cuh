@@ -5,10 +5,13 @@ struct Lane {
     int lane, out[2];        // rows of W, within bounds
     int codes;               // where the first one's lie among a stage's codes
     u32 byte, unit;          // which of a word is its own (for `permute`); which of a row's units of 16 bytes lies first
-    u32 table;               // where its copy of the table of pairs lies
+    u32 table, own;          // where the table of pairs lies, and how far on its copy
 };
 struct Round {
     float scale[2], zero[2];
+#if SCALE == 3
+    u32 code[2];             // of the scales' levels, looked up a round after they were loaded: no warp waits for them
+#endif
 };
 struct Slot {
     float scale[2];
@@ -25,9 +28,20 @@ DEVICE void load_round(Round &round, const Weight &p, const Lane &w, int slot) {
     int group = GROUP ? min((slot + (w.lane & 3)) * SLOT / (GROUP ? GROUP : 1), p.scales.groups - 1) : 0;
 #pragma unroll
     for (int h = 0; h < 2; h++) {
+#if SCALE == 3
+        long long index = (long long)w.out[h] * p.scales.groups + group;
+        round.code[h] = p.scales.codes[index], round.scale[h] = ((const float *)p.scales.scale)[index >> 8];
+#else
         round.scale[h] = load_scale(p.scales, w.out[h], group);
+#endif
         round.zero[h] = ZERO ? load_zero(p.scales, w.out[h], group) : 0.0f;
     }
+}
+DEVICE void look_up_scales(Round &round, const Weight &p) {
+#if SCALE == 3
+#pragma unroll
+    for (int h = 0; h < 2; h++) round.scale[h] = p.scales.levels[round.code[h]] * round.scale[h] + *p.scales.offset;
+#endif
 }
 DEVICE Slot slot_of(const Round &round, const Lane &w, int slot) {
     Slot s;
@@ -35,6 +49,11 @@ DEVICE Slot slot_of(const Round &round, const Lane &w, int slot) {
     for (int h = 0; h < 2; h++) {
         int from = (w.lane & 28) | (slot & 3);
         s.scale[h] = of_lane(round.scale[h], from), s.pair[h] = round_pair(s.scale[h], s.scale[h]);
+        if constexpr (DIRECT) {
+            float up = s.scale[h] * 0x1p110f, down = s.scale[h] * (-OFFSET * 0x1p-20f);
+            s.pair[h] = round_pair(up, up), s.minus[h] = round_pair(down, down);
+            continue;
+        }
         float rest = s.scale[h] - widen(s.pair[h] & 0xFFFF);
         s.rest[h] = SCALE_PAIRS ? 0 : round_pair(rest, rest);
         float zero = OFFSET + (ZERO ? of_lane(round.zero[h], from) : 0.0f);
@@ -52,11 +71,14 @@ DEVICE Codes load_codes(const u8 *codes, const Lane &w, int unit) {
     return {*(const uint4 *)at, *(const uint4 *)(at + 8 * W_ROW)};
 }
 
-// Columns 2 t and 2 t + 1 of a word's eight. The upper code of a byte gets under the exponent three bits higher than the
+// Columns 2 t and 2 t + 1 of a word's eight. With nothing above them, codes in the upper bits of a bfloat16's fraction are
+// 2^-130 of themselves, so that one fused product scales and moves them by OFFSET, which is a power of two, exactly but
+// for the last rounding: times 2^-20, and `finish` takes that back. Otherwise the upper code of a byte gets under the exponent three bits higher than the
 // lower one, as eight times itself: a product lays both where they belong, and what takes off the exponent divides too.
 DEVICE u32 operand(u32 word, const Slot &s, int h, const Lane &w) {
-    u32 byte = permute(word, 0, w.byte), pair;
-    if constexpr (CODEBOOK) pair = load_shared(w.table + byte * 128);
+    u32 byte = permute(word, SPACED ? w.own : 0, w.byte), pair;
+    if constexpr (DIRECT) return multiply_add(byte * 0x8008u & 0x00780078u, s.pair[h], s.minus[h]);
+    else if constexpr (CODEBOOK) pair = load_shared(w.table + (SPACED ? byte : byte * 128 + w.own));
     else pair = multiply_add(under_exponent(byte * 0x8001u, 0x0078000F, MAGIC), HALF ? 0x30003C00u : 0x3E003F80u, s.minus[h]);
     if constexpr (LATE) return pair;
     else if constexpr (SCALE_PAIRS) return scale_by(pair, s.pair[h]);

@@ -26,17 +26,18 @@ DEVICE constexpr int first_of(int share) { return (share * PAIRS + SPLITS - 1) /
 
 // A lane's sums are outs g and g + 8 of rows 2 t and 2 t + 1; turned, they are outs 2 t and 2 t + 1 of row g.
 DEVICE void finish(const Weight &p, const Tile &tile, int rows, const Sums &sums, const Lane &w, int warp_out, int share) {
+    constexpr float UP = DIRECT ? 0x1p20f : 1.0f;
     float bias[2];
 #pragma unroll
     for (int h = 0; h < 2; h++) bias[h] = p.bias ? widen(p.bias[w.out[h]]) : 0.0f;
 #pragma unroll
     for (int n = 0; n < NT; n += 2) {
-        if (SPLITS > 1 && owner(n / 2) != share || MIXED && n >= NT / 2 && tile.low) continue;
+        if (SPLITS > 1 && !APART && owner(n / 2) != share || MIXED && n >= NT / 2 && tile.low) continue;
         u32 eights[4];
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             const float *d = sums.all[n + i / 2] + i % 2 * 2;
-            eights[i] = transpose(round_pair(d[0] + bias[i % 2], d[1] + bias[i % 2]));
+            eights[i] = transpose(round_pair(d[0] * UP + bias[i % 2], d[1] * UP + bias[i % 2]));
         }
         gather_eights(eights, w.lane);
         int row = tile.row + (n + (w.lane >> 1 & 1)) * 8 + (w.lane >> 2);
@@ -44,7 +45,37 @@ DEVICE void finish(const Weight &p, const Tile &tile, int rows, const Sums &sums
     }
 }
 
-#if SPLITS > 1
+#if APART
+// Lays a block's sums where the others find them; true for the last block of a tile, which then has those of all.
+DEVICE bool last_to_come(const Params &p, const Block &b, Sums &sums, int tile, int tid) {
+    float4 *first = p.partial + (long long)tile * SPLITS * NT * CONSUMERS + tid;
+#pragma unroll
+    for (int n = 0; n < NT; n++) {
+        const float *d = sums.all[n];
+        first[(b.share * NT + n) * CONSUMERS] = make_float4(d[0], d[1], d[2], d[3]);
+    }
+    u32 *before = (u32 *)b.sums;
+    __threadfence();
+    meet<AMONG, CONSUMERS>();
+    if (tid == 0) *before = atomicAdd(p.arrived + tile, 1u);
+    meet<AMONG, CONSUMERS>();
+    if (*before != SPLITS - 1) return false;
+    __threadfence();
+#pragma unroll
+    for (int n = 0; n < NT; n++) {
+        float4 all = {};
+#pragma unroll
+        for (int r = 0; r < SPLITS; r++) {
+            float4 v = load_sums(first + (r * NT + n) * CONSUMERS);
+            all.x += v.x, all.y += v.y, all.z += v.z, all.w += v.w;
+        }
+        float *d = sums.all[n];
+        d[0] = all.x, d[1] = all.y, d[2] = all.z, d[3] = all.w;
+    }
+    if (tid == 0) p.arrived[tile] = 0;
+    return true;
+}
+#elif SPLITS > 1
 // Where a block finds what `from` has handed to `to`, a thread's sums of two tiles of rows beside another's.
 DEVICE float4 *handed(const Block &b, int from, int to, int pair, int tid) {
     return (float4 *)(b.sums + (from - (from > to)) * HANDED) + (pair - first_of(to)) * 2 * CONSUMERS + tid;

@@ -18,7 +18,10 @@ DEVICE void begin_scales(Scaling &r, const Weight &p, const Block &b, const Lane
     load_round(r.next, p, w, r.first);
 }
 DEVICE void turn_scales(Scaling &r, const Weight &p, const Lane &w, int slot) {  // of the block's columns
-    if (slot % 4 == 0) r.now = r.next, load_round(r.next, p, w, r.first + slot + 4);
+    if (slot % 4) return;
+    r.now = r.next;
+    look_up_scales(r.now, p);
+    load_round(r.next, p, w, r.first + slot + 4);
 }
 
 // Where a step lies among `MOST`, and the phase of its barrier.

@@ -25,6 +25,12 @@ DEVICE void store_to(float4 *p, float4 v, u32 rank) {  // the same place in anot
 // A barrier within a block, of so many threads.
 template <int ID, int COUNT> DEVICE void meet() { asm volatile("bar.sync %0, %1;" ::"n"(ID), "n"(COUNT) : "memory"); }
 
+DEVICE float4 load_sums(const float4 *p) {  // which another multiprocessor wrote
+    float4 v;
+    asm volatile("ld.global.cg.v4.f32 {%0,%1,%2,%3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "l"(p) : "memory");
+    return v;
+}
+
 DEVICE void arrive(u64 *barrier, u32 rank) {
     asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(shared_address(barrier, rank)) : "memory");
 }

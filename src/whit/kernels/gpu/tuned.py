@@ -100,7 +100,7 @@ def best_many(scheme: Scheme, shape: Shape, rows: int, device: Device) -> many.C
     tiles = next(n for n in many.ROW_TILES if 8 * n >= min(rows, config.rows))
     split = 1 if config.split == 1 else rescaled(config.outs, config.split, near, shape)
     split = min(split, 8, max(shape[1] // many.STEP, 1))
-    most = [replace(config, row_tiles=tiles, split=n) for n in range(split, 0, -1)]
+    most = [replace(config, row_tiles=tiles, split=n, apart=config.apart if n > 1 else 0) for n in range(split, 0, -1)]
     return next(cut for cut in most if cut.fits(bool(scheme.storage.levels)))
 
 
