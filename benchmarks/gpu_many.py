@@ -1,6 +1,7 @@
 """The fused product for more rows on Hopper: checked against float64, then its cuts timed beside bfloat16.
 
     python benchmarks/gpu_many.py --seconds 140 --out FOLDER
+    python benchmarks/gpu_many.py --checks "" --taken --rows 64,256,1024,2048,4096
 
 Every part is a process of its own, so that one that faults or hangs is told and the others go on. A cut is timed only
 where its result was right in the same process. Where one is wrong the rows and outs that are wrong are said.
@@ -34,6 +35,7 @@ from harness import machine
 
 SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336), (28672, 8192))
 TIMED = ("int4-g128", "nf4")
+TAKEN = (*TIMED, "nf4-dq")  # with --taken
 LIMIT = 5e-3
 PROCESSORS = 132
 
@@ -71,7 +73,7 @@ CHECKS = {
 
 def cuts(rows: int, outs: int, levels: bool) -> list[Config]:
     """The cuts that are tried: those whose blocks fill a good part of the device, or most of them do."""
-    high = (32, 4, 4) if levels else (32, 2, 6)
+    high = (32, 2, 4) if levels else (32, 2, 6)
     if rows <= 16:
         kinds = ((1, 4, 2), (4, 2, 1)) if levels else ((1, 4, 2), (1, 3, 3), (4, 3, 1))
         found = [
@@ -81,9 +83,9 @@ def cuts(rows: int, outs: int, levels: bool) -> list[Config]:
         ]
     elif rows <= 64:
         found = [
-            Config(groups, 8, stages, split, pair, lead=lead)
-            for groups, stages, lead in ((2, 3, 8), (2, 4, 8), (4, 3, 6))
-            for split, pair in ((1, 1), (2, 1), (3, 1), (6, 1), (3, 2))
+            Config(groups, 8, stages, split, 1, 0, blocks, lead, apart=apart)
+            for groups, stages, lead, blocks in ((2, 3, 8, 1), (2, 2, 4, 2), (4, 2, 6, 1))
+            for split, apart in ((1, 0), (2, 0), (3, 0), (4, 1), (8, 1))
         ]
     elif rows <= 256:
         found = [Config(2, tiles, stages, split, lead=lead) for tiles, stages, lead in (high, (16, 3, 6))
@@ -197,15 +199,24 @@ def together(generator: torch.Generator) -> dict[str, float]:
     return found
 
 
-def measure(every_rows: list[int], seconds: float, into: Path) -> list[dict[str, Any]]:
+def taken(rows: int, shape: tuple[int, int], spec: str) -> list[Config]:
+    """The cut that is dispatched, if any."""
+    found = best_many(scheme_of(spec, shape[1]), shape, rows, (9, PROCESSORS))
+    return [] if found is None else [found]
+
+
+best_many = tuned.best_many
+
+
+def measure(every_rows: list[int], seconds: float, into: Path, only_taken: bool) -> list[dict[str, Any]]:
     """Seconds of bfloat16 and of every cut, over rows, formats and shapes; what is found is kept on the way."""
     kitchen, budget, found = Kitchen(), Budget(seconds), []
     torch.cuda.init()
     generator = torch.Generator("cuda").manual_seed(0)
     tuned.best_many = lambda *_: None  # type: ignore[assignment]
     work = [
-        (rows, spec, shape, cuts(rows, shape[0], spec != "int4-g128"))
-        for rows, shape, spec in itertools.product(every_rows, SHAPES, TIMED)
+        (rows, spec, shape, taken(rows, shape, spec) if only_taken else cuts(rows, shape[0], spec != "int4-g128"))
+        for rows, shape, spec in itertools.product(every_rows, SHAPES, TAKEN if only_taken else TIMED)
     ]
     kitchen.prepare(
         (many.SOURCE, cut.macros(scheme_of(spec, shape[1]), False).items())
@@ -213,7 +224,8 @@ def measure(every_rows: list[int], seconds: float, into: Path) -> list[dict[str,
         for cut in every
     )
     print(f"compiled {len(kitchen.done)} kernels, {budget.left:.0f} s left", flush=True)
-    prepare_now(kitchen, {(spec, shape, rows) for rows, spec, shape, _ in work})
+    if not only_taken:
+        prepare_now(kitchen, {(spec, shape, rows) for rows, spec, shape, _ in work})
     print(f"compiled what is taken now, {budget.left:.0f} s left", flush=True)
     plain: dict[tuple[int, tuple[int, int]], float] = {}
     first: dict[tuple[str, tuple[int, int]], Tensor] = {}
@@ -227,7 +239,7 @@ def measure(every_rows: list[int], seconds: float, into: Path) -> list[dict[str,
             calls = [lambda w=w, x=x: torch.nn.functional.linear(x, w) for w in weights]
             plain[rows, shape] = seconds_cold(calls, 5)
             del weights, calls
-        found.append(timed(spec, shape, x, every, plain[rows, shape]))
+        found.append(timed(spec, shape, x, every, plain[rows, shape], not only_taken))
         same_bits(found[-1], first)
         into.write_text(json.dumps(found, default=str))
     kitchen.pool.terminate()
@@ -266,7 +278,15 @@ def prepare_now(kitchen: Kitchen, wanted: Iterable[tuple[str, tuple[int, int], i
     kitchen.prepare(sources)
 
 
-def timed(spec: str, shape: tuple[int, int], x: Tensor, every: Iterable[Config], plain: float) -> dict[str, Any]:
+def error_on_gpu(found: Tensor, right: Tensor) -> float:
+    error = ((found.to(right) - right).norm() / right.norm()).item()
+    return error if error == error else float("inf")
+
+
+def timed(
+    spec: str, shape: tuple[int, int], x: Tensor, every: Iterable[Config], plain: float, beside: bool
+) -> dict[str, Any]:
+    """Seconds of each cut that is right; `beside`: and of what would be taken without this kernel."""
     scheme = scheme_of(spec, shape[1])
     weights = random_weights(spec, shape, torch.Generator("cuda").manual_seed(shape[0]))
     right, ranking = wanted(x, weights[0]), []
@@ -275,7 +295,7 @@ def timed(spec: str, shape: tuple[int, int], x: Tensor, every: Iterable[Config],
         try:
             y = one(x, weights[0], None, scheme, cut)
             torch.cuda.synchronize()
-            error = relative_error(y, right)
+            error = error_on_gpu(y, right)
             if not error < LIMIT:
                 print(f"WRONG {spec} {shape} {len(x)} {cut}: {error:.1e} {where_wrong(y, right)}", flush=True)
                 continue
@@ -286,7 +306,7 @@ def timed(spec: str, shape: tuple[int, int], x: Tensor, every: Iterable[Config],
         except (KernelError, RuntimeError) as problem:
             print(f"FAIL {spec} {shape} {len(x)} {cut}: {str(problem)[:200]}", flush=True)
     ranking.sort()
-    now = seconds_cold([lambda w=w: gpu_kernel.product(x, w, None) for w in weights], 5)
+    now = seconds_cold([lambda w=w: gpu_kernel.product(x, w, None) for w in weights], 5) if beside else None
     found = {
         "invariant": next((seconds for seconds, cut in ranking if cut == astuple(invariant)), None),
         "invariant_rows": invariant_rows,
@@ -303,7 +323,8 @@ def timed(spec: str, shape: tuple[int, int], x: Tensor, every: Iterable[Config],
         rest = " ".join(f"{c}:{s * 1e6:.1f}" for s, c in ranking[1:])
         work = 2 * len(x) * shape[0] * shape[1] / best / 1e12
         speed = f"{found['bytes'] / best / 1e9:5.0f} GB/s {work:4.0f} TFLOP/s"
-        times = f"bf16 {plain * 1e6:6.1f} us now {plain / now:.2f}x {plain / best:.2f}x {best * 1e6:6.1f} us"
+        without = f"now {plain / now:.2f}x " if now else ""
+        times = f"bf16 {plain * 1e6:6.1f} us {without}{plain / best:.2f}x {best * 1e6:6.1f} us"
         print(f"{spec:9} {shape!s:13} rows {len(x):4} {times} {speed} {cut} | {rest}", flush=True)
     return found
 
@@ -315,7 +336,7 @@ def winners(found: Iterable[dict[str, Any]]) -> dict[tables.Key, many.Cut | None
         outs, columns = each["shape"]
         best, cut = min(each["ranking"], default=(float("inf"), None))
         key = tuned.kind(scheme_of(each["spec"], columns)), each["rows"], (outs, columns)
-        table[key] = many.Config(*cut).values if cut and best < 0.98 * each["now"] else None
+        table[key] = many.Config(*cut).values if cut and best < 0.98 * (each["now"] or best * 2) else None
     return table
 
 
@@ -338,11 +359,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("gpu-results"))
     parser.add_argument("--checks", default=",".join(CHECKS))
     parser.add_argument("--rows", default="16,64,256,1024,4096,8,1", help="timed; empty: none")
+    parser.add_argument("--taken", action="store_true", help="time only the cuts that are dispatched")
     parser.add_argument("--part", help=argparse.SUPPRESS)
     parser.add_argument("--into", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.part == "times":
-        measure([int(rows) for rows in given.rows.split(",")], given.seconds, given.into)
+        measure([int(rows) for rows in given.rows.split(",")], given.seconds, given.into, given.taken)
         return
     if given.part:
         given.into.write_text(json.dumps(check(given.part), default=str))
@@ -356,6 +378,7 @@ def main() -> None:
             print(f"no time left for {part}")
             continue
         arguments = ["--part", part, "--seconds", f"{limit - 8:.0f}", "--rows", given.rows]
+        arguments += ["--taken"] if given.taken else []
         result[part] = run(arguments, limit, given.out / f"part_{part}")
         (given.out / "gpu_many.json").write_text(json.dumps(result, indent=1, default=str) + "\n")
     for key, cut in winners(result.get("times") or ()).items():

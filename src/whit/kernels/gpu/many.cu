@@ -167,7 +167,7 @@ DEVICE void consume(const Params &p, const Block &block, int tid) {
     w.lane = tid & 31;
     u32 g = w.lane >> 2, t = w.lane & 3;
     w.codes = (warp * 16 + g) * W_ROW, w.unit = g;
-    w.byte = SPACED ? t << 4 | 0x5504 : t | 0x4440, w.own = w.lane * 4, w.table = shared_address(b.empty + LEAD);
+    w.byte = DIRECT ? t * 0x101 | 0x4040 : SPACED ? t << 4 | 0x5504 : t | 0x4440, w.own = w.lane * 4, w.table = shared_address(b.empty + LEAD);
     Scaling r;
     Tile tile = enter(p, b, b.first, warp, w, r);
     for (int index = b.first; index < b.tiles; index += b.stride) {

@@ -50,8 +50,8 @@ DEVICE Slot slot_of(const Round &round, const Lane &w, int slot) {
         int from = (w.lane & 28) | (slot & 3);
         s.scale[h] = of_lane(round.scale[h], from), s.pair[h] = round_pair(s.scale[h], s.scale[h]);
         if constexpr (DIRECT) {
-            float up = s.scale[h] * 0x1p110f, down = s.scale[h] * (-OFFSET * 0x1p-20f);
-            s.pair[h] = round_pair(up, up), s.minus[h] = round_pair(down, down);
+            float down = s.scale[h] * (-OFFSET * 0x1p-20f);
+            s.pair[h] = round_pair(s.scale[h] * 0x1p113f, s.scale[h] * 0x1p109f), s.minus[h] = round_pair(down, down);
             continue;
         }
         float rest = s.scale[h] - widen(s.pair[h] & 0xFFFF);
@@ -71,13 +71,14 @@ DEVICE Codes load_codes(const u8 *codes, const Lane &w, int unit) {
     return {*(const uint4 *)at, *(const uint4 *)(at + 8 * W_ROW)};
 }
 
-// Columns 2 t and 2 t + 1 of a word's eight. With nothing above them, codes in the upper bits of a bfloat16's fraction are
-// 2^-130 of themselves, so that one fused product scales and moves them by OFFSET, which is a power of two, exactly but
-// for the last rounding: times 2^-20, and `finish` takes that back. Otherwise the upper code of a byte gets under the exponent three bits higher than the
-// lower one, as eight times itself: a product lays both where they belong, and what takes off the exponent divides too.
+// Columns 2 t and 2 t + 1 of a word's eight. A bfloat16 with nothing but its lowest eight bits is 2^-133 times them: a
+// code in the lower four is 2^-133 of itself, in the upper four 2^-129, and one fused product scales both and moves them
+// by OFFSET, a power of two, exactly but for the last rounding: to 2^-20 of it all, which `finish` takes back. Otherwise
+// the byte gets under an exponent, its upper code three bits higher than the lower one, as eight times itself: a product
+// lays both where they belong, and what takes off the exponent divides too.
 DEVICE u32 operand(u32 word, const Slot &s, int h, const Lane &w) {
     u32 byte = permute(word, SPACED ? w.own : 0, w.byte), pair;
-    if constexpr (DIRECT) return multiply_add(byte * 0x8008u & 0x00780078u, s.pair[h], s.minus[h]);
+    if constexpr (DIRECT) return multiply_add(byte & 0x00F0000Fu, s.pair[h], s.minus[h]);
     else if constexpr (CODEBOOK) pair = load_shared(w.table + (SPACED ? byte : byte * 128 + w.own));
     else pair = multiply_add(under_exponent(byte * 0x8001u, 0x0078000F, MAGIC), HALF ? 0x30003C00u : 0x3E003F80u, s.minus[h]);
     if constexpr (LATE) return pair;
