@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from whit.kernels.gpu import int8, int8_row, int8_thin
+from whit.kernels.gpu import int8, int8_row, int8_rows, int8_thin
 from whit.kernels.gpu.int8 import Config, Rows, Weight
 from whit.kernels.gpu.int8_row import OneRow
 from whit.kernels.gpu.int8_thin import Thin
@@ -31,18 +31,18 @@ def library(kernel: Path, macros: tuple[tuple[str, int], ...], driver: str) -> c
 
 
 def quantize(x: Tensor, threshold: float = 0.0, dtype: torch.dtype = torch.int8) -> Rows:
-    """As `int8.quantize`."""
-    half, marks, rows = x.dtype == torch.float16, None, int8.empty_rows(x, threshold > 0, dtype)
-    each = int8.rows_each(*x.shape) if threshold > 0 else 0
+    """As `int8_rows.quantize`."""
+    half, marks, rows = x.dtype == torch.float16, None, int8_rows.empty_rows(x, threshold > 0, dtype)
+    each = int8_rows.rows_each(*x.shape) if threshold > 0 else 0
     if threshold > 0 and len(x) > 1 and not each:
-        marks, joined = int8.marks_for(x)
-        grid, argument = int8.mark_launch(x, marks, threshold)
-        kernel = library(int8.MARK, tuple(int8.mark_macros(half, len(x), joined).items()), BLOCKS)
+        marks, joined = int8_rows.marks_for(x)
+        grid, argument = int8_rows.mark_launch(x, marks, threshold)
+        kernel = library(int8_rows.MARK, tuple(int8_rows.mark_macros(half, len(x), joined).items()), BLOCKS)
         kernel.run(ctypes.byref(argument), *grid[:2])
-    macros = int8.quantize_macros(x.shape[1], half, threshold > 0, dtype == torch.float8_e4m3fn, each)
-    params = int8.quantize_params(x, rows, marks, threshold)
-    driver, blocks = (CLUSTERS, int8.TOGETHER) if each else (BLOCKS, min(len(x), 3))
-    library(int8.QUANTIZE, tuple(macros.items()), driver).run(ctypes.byref(params), blocks, 1)
+    macros = int8_rows.quantize_macros(x.shape[1], half, threshold > 0, dtype == torch.float8_e4m3fn, each)
+    params = int8_rows.quantize_params(x, rows, marks, threshold)
+    driver, blocks = (CLUSTERS, int8_rows.TOGETHER) if each else (BLOCKS, min(len(x), 3))
+    library(int8_rows.QUANTIZE, tuple(macros.items()), driver).run(ctypes.byref(params), blocks, 1)
     return rows
 
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from whit.kernels.gpu.int8 import BYTES, HERE, Weight, build, rounded
+from whit.kernels.gpu.int8 import BYTES, HERE, Weight, build
+from whit.kernels.gpu.int8_rows import rounded
 
 ROW = HERE / "int8_row.cu"
 STEP, THREADS = 64, 256
@@ -63,7 +64,7 @@ def row_params(x: Tensor, weight: Weight, y: Tensor, threshold: float) -> RowPar
 def multiply_row(x: Tensor, weight: Weight, y: Tensor, threshold: float, config: OneRow) -> None:
     """Fill y (1, outs) with contiguous x (1, columns), quantized, through the weight, where `fits`.
 
-    With a threshold its outlier columns are multiplied as floats, as `int8.quantize` and `int8.multiply` do.
+    With a threshold its outlier columns are multiplied as floats, as `int8_rows.quantize` and `int8.multiply` do.
     """
     outliers, columns, device = threshold > 0, x.shape[1], x.device.index
     function = build(ROW, tuple(config.macros(x.dtype == torch.float16, outliers, columns).items()), device)

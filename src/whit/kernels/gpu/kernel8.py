@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from whit.kernels import int8 as reference
-from whit.kernels.gpu import int8, int8_row, int8_thin, int8_ways
+from whit.kernels.gpu import int8, int8_row, int8_rows, int8_thin, int8_ways
 from whit.kernels.gpu.kernel import DTYPES, why_not
 from whit.kernels.gpu.tiled import has_wgmma
 from whit.layouts import BITS
@@ -105,7 +105,7 @@ def quantized(x: Tensor, packed: PackedWeight) -> int8.Rows:
     how = packed.activations
     assert how is not None
     if is_plain(how):
-        return int8.quantize(x, how.threshold)
+        return int8_rows.quantize(x, how.threshold)
     if how.kind == "static":
         rows = reference.quantize_static(x, packed.tensors["input_scale"], packed.tensors.get("input_zero_point"))
     else:
@@ -135,8 +135,8 @@ def row_sums(packed: PackedWeight) -> Tensor:
 def unaligned(packed: PackedWeight) -> str | None:
     """Why the kernels cannot read this weight, or None."""
     codes, columns = packed.tensors["codes"], packed.shape[1]
-    if columns % 16 or columns > int8.MOST_COLUMNS:
-        return f"{columns} columns, not a multiple of 16 up to {int8.MOST_COLUMNS}"
+    if columns % 16 or columns > int8_rows.MOST_COLUMNS:
+        return f"{columns} columns, not a multiple of 16 up to {int8_rows.MOST_COLUMNS}"
     return None if codes.is_contiguous() and codes.data_ptr() % 16 == 0 else "the codes do not begin at 16 bytes"
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from whit.kernels import float8
-from whit.kernels.gpu import int8
+from whit.kernels.gpu import int8_rows
 from whit.kernels.gpu.kernel8 import ROW_SCALE, row_scale, unaligned, why_not_hopper
 from whit.layouts import BITS
 from whit.tensor import PackedWeight, product_dtype
@@ -44,7 +44,7 @@ class GpuFloat8:
         flat = x.reshape(-1, columns).contiguous()
         if not len(flat):
             return x.new_empty(*x.shape[:-1], outs)
-        rows = int8.quantize(flat if flat.data_ptr() % 16 == 0 else flat.clone(), dtype=torch.float8_e4m3fn)
+        rows = int8_rows.quantize(flat if flat.data_ptr() % 16 == 0 else flat.clone(), dtype=torch.float8_e4m3fn)
         scale = packed.tensors.get(ROW_SCALE)
         right = (row_scale(packed) if scale is None else scale).reshape(1, outs)
         weight = packed.tensors["codes"].view(torch.float8_e4m3fn)
