@@ -5,7 +5,7 @@
 Checked: greedy tokens of whit.compile against transformers' own generate, for a random two-layer Llama and the model
 that ships with whit. Timed: one token at batch 1 and 16 in bfloat16, int4-g128 and nf4-dq (random weights, made on the
 device; embedding and head in bfloat16), the prompt's pass of 2,048 tokens, and peak memory. --layers 2 --small tries
-the script out.
+the script out; --tokens-only times nothing but a token at batch 1, in a third of the time.
 """
 
 from __future__ import annotations
@@ -227,6 +227,26 @@ def timed(
     return found
 
 
+def token_only(spec: str, options: dict[str, Any], device: str) -> dict[str, Any]:
+    """A format's token at batch 1, the median of seven times STEPS."""
+    model = random_model(spec, options, device)
+    compiled(model, device)
+    tokens = torch.full((1, PROMPT), 7, device=device)
+    with torch.no_grad():
+        decoder = model.generate.__self__.decoder(1, 256)
+        decoder.prefill(tokens, None, None)
+
+        def many() -> None:
+            decoder.state.slot.fill_(PROMPT), decoder.state.positions.fill_(PROMPT), decoder.column.zero_()
+            for _ in range(STEPS):
+                decoder.step()
+                decoder.choose()
+
+        token = seconds(many, device, 7) / STEPS
+    print(spec, f"{token * 1e3:.3f} ms a token", flush=True)
+    return {"format": spec, "batch 1": {"token_seconds": token, "step": type(decoder._step).__name__}}
+
+
 def plain_graph(model: Any, decoder: static.Decoder, tokens: Tensor) -> float:
     """A token by the model's own forward in a graph, without whit's norms, attention and gates."""
     with torch.no_grad():
@@ -272,8 +292,11 @@ def ratios(rows: list[dict[str, Any]]) -> dict[str, Any]:
     first = next((r for r in rows if r["format"] == "bf16"), None)
     found = {}
     for row in rows if first else ():
-        cells = {"prefill": first["prefill_seconds"] / row["prefill_seconds"]}
-        cells |= {k: first[k]["token_seconds"] / v["token_seconds"] for k, v in row.items() if k.startswith("batch")}
+        cells = {k: first[k]["token_seconds"] / v["token_seconds"] for k, v in row.items() if k.startswith("batch")}
+        if "prefill_seconds" not in row:
+            found[row["format"]] = cells
+            continue
+        cells["prefill"] = first["prefill_seconds"] / row["prefill_seconds"]
         cells["generate"] = first["batch 1"]["generate_token_seconds"] / row["batch 1"]["generate_token_seconds"]
         found[row["format"]] = {**cells, "peak_GB": row["batch 1"].get("peak_bytes", 0) / 1e9}
     return found
@@ -338,6 +361,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--no-checks", action="store_true")
+    parser.add_argument("--tokens-only", action="store_true")
     parser.add_argument("--eager", action="store_true", help="time transformers' own generate too")
     parser.add_argument("--cuts", type=Path, help="gpu_few.json: cuts found there are used here")
     parser.add_argument("--many", type=Path, help="gpu_many.json: cuts found there are used here")
@@ -371,14 +395,19 @@ def main() -> None:
         if time.perf_counter() > end - 15:
             print(f"no time left for {spec}")
             break
-        found = attempted(lambda spec=spec: timed(spec, options, device, (1, 16), given.eager))
+        if given.tokens_only:
+            found = attempted(lambda spec=spec: token_only(spec, options, device))
+            gc.collect()
+        else:
+            found = attempted(lambda spec=spec: timed(spec, options, device, (1, 16), given.eager))
         if "failed" in found:
             result.setdefault("failures", []).append(found)
             continue
         rows.append(found)
         print({k: v for k, v in rows[-1].items() if not k.startswith("batch")}, flush=True)
         write()
-    result["quantizing"] = attempted(lambda: quantizing(device))
+    if not given.tokens_only:
+        result["quantizing"] = attempted(lambda: quantizing(device))
     write()
     for name, row in result["ratios"].items():
         print(name, {k: round(v, 2) for k, v in row.items()}, flush=True)

@@ -98,6 +98,23 @@ def test_product_of_few_rows_equals_float64(
     assert error(found, wanted) < LIMIT[dtype]
 
 
+NARROW = [("int5-g64", BF16, 3), ("int3-g32", F16, 2)]
+MORE_NARROW = [("int6-g64-asym", BF16, 1), ("int1-g64", BF16, 4), ("int7-g32", BF16, 1)]
+SLOW_NARROW = [pytest.param(*case, marks=pytest.mark.slow) for case in MORE_NARROW]
+
+
+@pytest.mark.parametrize(("spec", "dtype", "rows"), [*NARROW, *SLOW_NARROW])
+def test_narrow_groups_of_odd_bits_lie_side_by_side(spec: str, dtype: torch.dtype, rows: int, random: Generator):
+    weight, x = packed(spec, 40, 1024, random), torch.randn(rows, 1024, generator=random).to(dtype)
+    assert isinstance(stream.scheme(weight.format, 1024), str)
+    assert kernel.narrow(weight, 4 * rows + 16) is None
+    side = kernel.narrow(weight, rows)
+    assert side is not None
+    (found,) = emulated.few_linears(x, [weight], None, *side)
+    wanted = x.double() @ reference.dequantize(weight, torch.float32).double().T
+    assert error(found, wanted) < LIMIT[dtype]
+
+
 @pytest.mark.parametrize(("spec", "dtype", "rows", "config"), FUSED)
 def test_fused_product_equals_float64(spec: str, dtype: torch.dtype, rows: int, config: Config, random: Generator):
     weight = packed(spec, 70, 768, random)

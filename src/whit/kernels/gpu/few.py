@@ -12,11 +12,14 @@ import torch
 from torch import Tensor
 
 from whit.kernels.gpu import nvrtc, stream
+from whit.kernels.gpu.scales import storage
 from whit.kernels.gpu.stream import Operands, Scheme
+from whit.tensor import Format
 
 SOURCE = Path(__file__).with_name("few.cu")
 MOST_ROWS = 16
 MOST_SHARED = 226 << 10
+NARROW_STEP = 128  # columns of the smallest step of codes that do not fill a word in twos, fours or eights, or of 1 bit
 SHARED_BEGINS = 1024  # the address, on Hopper: what is before is the system's
 SCALE_BYTES = (2, 2, 4, 1)  # by the storage of a scale
 
@@ -34,6 +37,18 @@ class Config:
     @property
     def threads(self) -> int:
         return 32 * self.warps
+
+
+@lru_cache(maxsize=1024)
+def narrow(format: Format, columns: int) -> tuple[Scheme, Config] | None:
+    """How codes of 1, 3, 5, 6 or 7 bits are read whose groups are half or a quarter of what four threads hold at least,
+    which no other kernel takes: groups lie side by side. None where that is not so."""
+    stored, group = storage(format), format.group_size
+    if isinstance(stored, str) or stored.levels or stored.bits not in (1, 3, 5, 6, 7) or group not in (32, 64):
+        return None
+    if columns % NARROW_STEP:
+        return None
+    return Scheme(stored, group // 4, 1), Config(8, 2, 2, NARROW_STEP // group)
 
 
 def rounded(rows: int) -> int:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from whit.formats import parse_format
 from whit.kernels.base import QUANTIZED_INPUTS
-from whit.kernels.gpu import few, many, nvrtc, slab, stream, tiled, tuned
+from whit.kernels.gpu import digits, few, many, nvrtc, slab, stream, tiled, tuned
 from whit.kernels.gpu.dequantize import dequantize
 from whit.kernels.gpu.scales import storage
 from whit.tensor import PackedWeight
@@ -20,6 +20,8 @@ from whit.tensor import PackedWeight
 OLDEST = (8, 0)
 ARRIVED = "arrived"  # the derived tensor: zeros in which blocks count themselves
 DTYPES = (torch.bfloat16, torch.float16)
+FULL = 4  # bits from which on a token's products all go through few.cu: among digits.cu's, which leave it little of the
+# first cache, it is slower than those are faster (results/decode_gpu.md)
 LARGE = 8192  # outs of a weight from which on it gains nothing by sharing a launch
 
 
@@ -96,12 +98,33 @@ def product(x: Tensor, packed: PackedWeight, bias: Tensor | None, invariant: boo
     rows = x.numel() // max(columns, 1)
     if rows and streams(packed) is None:
         scheme = scheme_of(packed)
+        if rows == 1 and not invariant and (row := row_cut([packed], scheme, x)):
+            return digits.multiply(aligned(x, 1), [packed], [bias], scheme, row)[0].reshape(*x.shape[:-1], -1)
         way, cut = plan(scheme, (packed.shape[0], columns), rows, device_of(x), invariant, slab.aligned(packed))
         if cut is not None:
             return _WAYS[way](aligned(x, rows), packed, bias, scheme, cut).reshape(*x.shape[:-1], -1)
+    if rows and (side := narrow(packed, rows)):
+        return _in_parts(aligned(x, rows), packed, bias, *side).reshape(*x.shape[:-1], -1)
     stored = storage(packed.format)
     assert not isinstance(stored, str)
     return torch.nn.functional.linear(x, dequantize(packed, x.dtype, stored), bias)
+
+
+def narrow(packed: PackedWeight, rows: int) -> tuple[stream.Scheme, few.Config] | None:
+    """How rows go through a weight whose groups no other kernel reads: where two launches are enough for them."""
+    found = few.narrow(packed.format, packed.shape[1])
+    codes = packed.tensors["codes"]
+    if found is None or rows > 2 * (8 // found[1].spread) or not codes.is_contiguous() or codes.data_ptr() % 16:
+        return None
+    return found
+
+
+def _in_parts(
+    x: Tensor, packed: PackedWeight, bias: Tensor | None, scheme: stream.Scheme, config: few.Config
+) -> Tensor:
+    """x (rows, columns) through a weight, as many rows at a time as groups side by side leave room for."""
+    most = 8 // config.spread
+    return torch.cat([_one_few(part, packed, bias, scheme, config) for part in torch.split(x, most)])
 
 
 Cut: TypeAlias = few.Config | many.Config | slab.Config | stream.Config | tiled.Config | None
@@ -138,11 +161,22 @@ def products(x: Tensor, packed: Sequence[PackedWeight], biases: Sequence[Tensor 
     scheme = found.pop()
     if found or isinstance(scheme, str) or not rows or any(streams(weight) is not None for weight in packed):
         return [product(x, weight, bias) for weight, bias in zip(packed, biases, strict=True)]
+    if rows == 1 and scheme.storage.bits < FULL and (row := row_cut(packed, scheme, x)):
+        return [y.reshape(*x.shape[:-1], -1) for y in digits.multiply(aligned(x, 1), packed, biases, scheme, row)]
     shape = sum(weight.shape[0] for weight in packed), columns
     way, cut = plan(scheme, shape, rows, device_of(x), False)
     if way not in _AT_ONCE or all(apart(weight, rows, device_of(x)) for weight in packed):
         return [product(x, weight, bias) for weight, bias in zip(packed, biases, strict=True)]
     return [y.reshape(*x.shape[:-1], -1) for y in _AT_ONCE[way](aligned(x, rows), packed, biases, scheme, cut)]
+
+
+def row_cut(packed: Sequence[PackedWeight], scheme: stream.Scheme, x: Tensor) -> digits.Cut | None:
+    """How one row of x and weights of a scheme go through digits.cu; None where another kernel takes them."""
+    where, shape = device_of(x), (sum(weight.shape[0] for weight in packed), x.shape[-1])
+    config = tuned.best_digits(scheme, shape, where)
+    if config is None or not all(slab.aligned(weight) for weight in packed):
+        return None
+    return digits.fit(scheme, config, shape[1], digits.tiles_of(packed), where[1])
 
 
 def apart(packed: PackedWeight, rows: int, where: tuned.Device) -> bool:

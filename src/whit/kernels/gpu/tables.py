@@ -226,6 +226,30 @@ HOPPER_FEW: dict[Key, tuple[int, ...]] = {
 }
 FEW = {9: HOPPER_FEW}
 
+# One row of codes of 2 and 4 bits, x in digits, H100 SXM (results/gpu_digits.md). None: another way is faster. Columns:
+# the fields of digits.Config.
+HOPPER_DIGITS: dict[tuple[str, Shape], tuple[int, ...] | None] = {
+    ("int2-64", (4096, 4096)): (8, 1, 4),  # 5.2x bfloat16
+    ("int2-64", (6144, 4096)): (8, 1, 4),  # 6.1x bfloat16
+    ("int2-64", (14336, 4096)): (8, 1, 4, 2),  # 5.7x bfloat16
+    ("int2-64", (4096, 14336)): (8, 2, 4, 2),  # 5.0x bfloat16
+    ("int2-64", (28672, 4096)): (8, 1, 4, 2),  # 5.3x bfloat16
+    ("int2-64", (28672, 8192)): (8, 1, 4, 2),  # 6.7x bfloat16
+    ("int3-128", (4096, 4096)): (8, 1, 4),  # 4.2x bfloat16
+    ("int3-128", (6144, 4096)): (8, 1, 4),  # 4.5x bfloat16
+    ("int3-128", (14336, 4096)): (8, 1, 4),  # 4.3x bfloat16
+    ("int3-128", (4096, 14336)): (8, 2, 3),  # 3.9x bfloat16
+    ("int3-128", (28672, 4096)): (7, 1, 6, 2),  # 4.0x bfloat16
+    ("int3-128", (28672, 8192)): (8, 1, 4, 2),  # 4.8x bfloat16
+    ("int4-128", (4096, 4096)): (8, 1, 3),  # 4.1x bfloat16
+    ("int4-128", (6144, 4096)): (7, 1, 6),  # 4.0x bfloat16
+    ("int4-128", (14336, 4096)): (8, 2, 6, 2),  # 3.6x bfloat16
+    ("int4-128", (4096, 14336)): None,
+    ("int4-128", (28672, 4096)): None,
+    ("int4-128", (28672, 8192)): None,
+}
+DIGITS = {9: HOPPER_DIGITS}
+
 # Up to 16 rows of codes of 4 bits in blocks beside each other, H100 SXM (results/gpu_slab.md). Rows are the most that
 # an entry stands for, down to the next one. None: another way is faster. Columns: the fields of slab.Config.
 HOPPER_SLAB: dict[Key, tuple[int, int, int, int, int, int] | None] = {

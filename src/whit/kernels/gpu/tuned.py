@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from functools import lru_cache
 from math import log2
 
-from whit.kernels.gpu import few, many, slab, stream, tiled
+from whit.kernels.gpu import digits, few, many, slab, stream, tiled
 from whit.kernels.gpu.stream import Config, Scheme, row_tiles
-from whit.kernels.gpu.tables import FEW, INVARIANT_MANY, MANY, ROUTES, SLAB, STREAM, TILED, Route, Shape
+from whit.kernels.gpu.tables import DIGITS, FEW, INVARIANT_MANY, MANY, ROUTES, SLAB, STREAM, TILED, Route, Shape
 
 BYTES_AHEAD = 32  # that a thread loads of each row before it computes
 MOST_COLUMNS = 640  # of 64 rows of x, twice, that fit in shared memory beside a table of levels
@@ -61,6 +62,15 @@ def best_few(scheme: Scheme, shape: Shape, rows: int, device: Device) -> few.Con
     if not few.fits(scheme, config, rows) or (rows > 8 and few.slices(scheme, config, rows, shape[1]) > 1):
         return None  # what x in slices costs is more than tiles do
     return config
+
+
+@lru_cache(maxsize=1024)
+def best_digits(scheme: Scheme, shape: Shape, device: Device) -> digits.Config | None:
+    """The configuration of Hopper's kernel for one row; None where another is faster, or it was not measured."""
+    table, name = DIGITS.get(device[0], {}), kind(scheme)
+    near = nearest({where for known, where in table if known == name}, shape)
+    found = near and table[name, near]
+    return digits.Config(*found) if found and digits.why_not(scheme, shape[1]) is None else None
 
 
 def best_slab(scheme: Scheme, shape: Shape, rows: int, device: Device) -> slab.Config | None:
