@@ -8,14 +8,17 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from multiprocessing.pool import Pool
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from whit.errors import KernelError
 from whit.formats import parse_format
+from whit.kernels import reference
 from whit.kernels.gpu import Gpu, decoding, nvrtc, stream, tiled
 from whit.kernels.gpu.stream import Config, Scheme
 from whit.layouts import BITS
@@ -23,6 +26,7 @@ from whit.tensor import PackedWeight
 
 COLD_BYTES = 400 << 20  # weights that are read between two uses of one: many times the L2 cache
 Job = tuple[str, tuple[str, ...], str]
+T = TypeVar("T")
 
 
 class Budget:
@@ -130,6 +134,34 @@ def seconds_cold(calls: Sequence[Callable[[], object]], replays: int = 7) -> flo
     torch.cuda.synchronize()
     times = [a.elapsed_time(b) for a, b in itertools.pairwise(marks)]
     return statistics.median(times) / 1e3 / len(calls)
+
+
+def scheme_of(spec: str, columns: int = 4096) -> Scheme:
+    """What a kernel knows of a format when it is built."""
+    found = stream.scheme(parse_format(spec), columns)
+    assert not isinstance(found, str), found
+    return found
+
+
+def right_product(x: Tensor, packed: PackedWeight, bias: Tensor | None = None) -> Tensor:
+    """x W^T + bias in float64, of the weight as it is."""
+    found = x.double() @ reference.dequantize(packed, torch.float32).double().T
+    return found if bias is None else found + bias.double()
+
+
+def plain_seconds(shape: tuple[int, int], rows: int, generator: torch.Generator) -> float:
+    """torch's bf16 product, its weights cold."""
+    weights = [random_x(*shape, generator) for _ in range(copies(2 * shape[0] * shape[1]))]
+    x = random_x(rows, shape[1], generator)
+    return seconds_cold([lambda w=w: torch.nn.functional.linear(x, w) for w in weights])  # type: ignore[misc]
+
+
+def ranked(
+    cuts: Iterable[T], product: Callable[[PackedWeight, T], object], weights: Sequence[PackedWeight], replays: int = 5
+) -> list[tuple[float, T]]:
+    """Seconds and cut, fastest first: `product(weight, cut)` over distinct weights."""
+    timed = [(seconds_cold([partial(product, w, cut) for w in weights], replays), cut) for cut in cuts]
+    return sorted(timed, key=lambda each: each[0])
 
 
 def relative_error(found: Tensor, wanted: Tensor) -> float:

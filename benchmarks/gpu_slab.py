@@ -1,5 +1,7 @@
 """The kernel for up to 16 rows whose blocks lie beside each other: checked against float64, then its cuts timed.
 
+The cuts are those of tables.py, early and late, in both orders of columns; with --wide all that fill the device.
+
 python benchmarks/gpu_slab.py --seconds 70 --out FOLDER
 """
 
@@ -8,77 +10,98 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-from collections.abc import Sequence
-from dataclasses import astuple
+from collections.abc import Iterator, Sequence
+from dataclasses import astuple, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from whit.errors import KernelError
-from whit.kernels import reference
 from whit.kernels.gpu import kernel as gpu_kernel
-from whit.kernels.gpu import slab
+from whit.kernels.gpu import slab, stream, tuned
+from whit.kernels.gpu.tables import HOPPER_SLAB
 from whit.tensor import PackedWeight
 
-from gpu_few import plain_seconds, scheme_of
-from gpu_harness import Budget, Kitchen, random_packed, random_weights, random_x, relative_error, seconds_cold
+from gpu_harness import (
+    Budget,
+    Kitchen,
+    plain_seconds,
+    random_packed,
+    random_weights,
+    random_x,
+    ranked,
+    relative_error,
+    right_product,
+    scheme_of,
+    seconds_cold,
+)
 from harness import machine
 
+RAGGED = 520  # outs of a weight that is checked
 SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336), (28672, 8192))
-CHECKED = ((4072, 4096), (520, 14336))
-SPLITS = {4096: (1, 2, 4), 8192: (1, 2), 14336: (1, 2, 7)}  # by columns
-INTEGERS = (  # outs, across, along, stages, blocks
-    (256, 2, 4, 2, 1), (128, 2, 2, 2, 2), (256, 1, 4, 2, 2), (128, 4, 2, 2, 1), (64, 2, 1, 1, 6), (64, 8, 1, 1, 1),
-    (64, 4, 2, 2, 1), (64, 2, 2, 2, 4), (64, 4, 1, 1, 3),
-)  # fmt: skip
-TABLES = (
-    (128, 2, 4, 4, 1), (64, 4, 2, 2, 1), (64, 2, 2, 2, 2), (256, 2, 4, 2, 1), (128, 4, 4, 2, 1), (32, 8, 1, 2, 1),
-    (32, 8, 1, 1, 1), (64, 8, 1, 1, 1),
-)  # fmt: skip
+MULTIPROCESSORS = 132
+MOST_THREADS = {16: 768, 32: 512, 64: 384, 128: 256}  # of a multiprocessor, by outs of a warp: what registers allow
+FILLED = (0.7, 1.2)  # blocks by the room for them
 WORK = "int4-g128:16,nf4:16,int4-g128:8,nf4:8,int4-g128:4,nf4:4,int4-g128:1,nf4:1,nf4-dq:16,nf4-dq:8,nf4-dq:1"
-# Other formats, with float16 as well, in these cuts: (outs, across, along, stages, splits, blocks).
+# Other formats, with float16 as well, in these cuts: (outs, across, along, stages, splits, blocks, late, mixed).
 OTHERS = ("int4-g128", "nf4", "nf4-dq", "int4-g64", "int4-g128-f16", "int4-g32-f32", "fp4-g32")
-OTHER_CUTS = ((64, 4, 1, 1, 1, 1), (128, 2, 2, 1, 2, 1), (32, 8, 1, 1, 1, 1), (64, 4, 1, 2, 4, 1))
+OTHER_CUTS = ((64, 4, 1, 1, 1, 1), (128, 2, 2, 1, 2, 1), (32, 8, 1, 1, 1, 1), (64, 4, 1, 2, 4, 1, 1, 1))
 LIMITS = {torch.bfloat16: 3e-3, torch.float16: 4e-4}  # of relative errors
+Shape = tuple[int, int]
 Work = tuple[str, int]
 
 
-def configs(spec: str, rows: int, columns: int) -> list[slab.Config]:
-    """Those that fit a multiprocessor, none with more room than columns to fill it."""
-    scheme, bases = scheme_of(spec), TABLES if scheme_of(spec).storage.levels else INTEGERS
-    found = []
-    for (outs, across, along, stages, blocks), splits in itertools.product(bases, SPLITS[columns]):
-        config = slab.Config(outs, across, along, stages, splits, blocks)
-        if config.fits(scheme, rows) and across * stages * splits * slab.SPAN <= columns:
-            found.append(config)
-    return found
+def configs(spec: str, rows: int, shape: Shape, wide: bool) -> list[slab.Config]:
+    """The cuts for a shape that fit a multiprocessor."""
+    scheme, kind = scheme_of(spec), tuned.kind(scheme_of(spec))
+    cuts = [slab.Config(*cut) for (name, _, at), cut in HOPPER_SLAB.items() if cut and (name, at) == (kind, shape)]
+    every = itertools.product(cuts, (0, 1), (0, 1))
+    known = (replace(cut, late=late, mixed=mixed) for cut, late, mixed in every if cut.splits > 1 or not mixed)
+    found = filling(scheme, rows, shape) if wide else known
+    return [config for config in dict.fromkeys(found) if config.fits(scheme, rows)]
+
+
+def filling(scheme: stream.Scheme, rows: int, shape: Shape) -> Iterator[slab.Config]:
+    """Cuts with as many blocks as fit, enough of them for the device and no more, each with columns for all stages."""
+    sizes = itertools.product((0, 1), (32, 64, 128, 256), (1, 2, 4), (1, 2, 4, 8), (1, 2, 3, 4), (1, 2, 4, 7))
+    for mixed, outs, along, across, stages, splits in sizes:
+        threads, most = 32 * across * along, MOST_THREADS.get(outs // along, 0)
+        if across * stages * splits * slab.SPAN > shape[1] or threads > 512 or mixed >= splits:
+            continue
+        every = [slab.Config(outs, across, along, stages, splits, n, 1, mixed) for n in range(most // threads, 0, -1)]
+        config = next((each for each in every if each.fits(scheme, rows)), None)
+        if config and FILLED[0] <= config.grid(shape[0])[0] / (MULTIPROCESSORS * config.blocks) <= FILLED[1]:
+            yield config
 
 
 def wrong(packed: PackedWeight, config: slab.Config, x: torch.Tensor, bias: torch.Tensor | None) -> str:
     """What is wrong with three products, or nothing."""
     try:
-        ys = [gpu_kernel.multiply_slab(x, packed, bias, scheme_of(str(packed.format)), config) for _ in range(3)]
+        scheme = scheme_of(str(packed.format))
+        ys = [gpu_kernel.multiply_slab(x, packed, bias, scheme, config) for _ in range(3)]
     except KernelError as problem:
         return f"FAIL {str(problem)[:150]}"
-    wanted = x.double() @ reference.dequantize(packed, torch.float32).double().T
-    error = relative_error(ys[0], wanted if bias is None else wanted + bias.double())
+    error = relative_error(ys[0], right_product(x, packed, bias))
     if not all(torch.equal(y, ys[0]) for y in ys):
         return "other bits in another run"
     return "" if error < LIMITS[x.dtype] else f"relative error {error:.1e}"
 
 
-def check(work: Sequence[Work], generator: torch.Generator) -> dict[tuple[Any, ...], str]:
+def check(
+    work: Sequence[Work], wide: bool, generator: torch.Generator
+) -> dict[tuple[str, int, Shape, slab.Config], str]:
     """What is wrong with each cut: outs ragged, a bias, as many rows as each is built for, and fewer without a bias."""
-    found: dict[tuple[Any, ...], str] = {}
-    for (spec, rows), shape in itertools.product(work, CHECKED):
-        packed, bias = random_packed(spec, shape, generator), random_x(1, shape[0], generator)[0]
+    found: dict[tuple[str, int, Shape, slab.Config], str] = {}
+    for (spec, rows), shape in itertools.product(work, SHAPES):
+        packed, bias = random_packed(spec, (RAGGED, shape[1]), generator), random_x(1, RAGGED, generator)[0]
         inputs = ((rows, bias), (max(rows * 3 // 4, 1), None))
-        for config, (count, each) in itertools.product(configs(spec, rows, shape[1]), inputs):
-            print("trying", spec, count, shape, astuple(config), end=" ", flush=True)
-            problem = wrong(packed, config, random_x(count, shape[1], generator), each)
-            found[spec, rows, config] = found.get((spec, rows, config), "") or problem
-            print(problem or "right", flush=True)
+        for config, (count, each) in itertools.product(configs(spec, rows, shape, wide), inputs):
+            key = spec, rows, shape, config
+            found[key] = found.get(key, "") or wrong(packed, config, random_x(count, shape[1], generator), each)
+            if found[key]:
+                print("WRONG", key, found[key], flush=True)
     return found
 
 
@@ -93,37 +116,44 @@ def check_others(generator: torch.Generator) -> dict[tuple[Any, ...], str]:
     for spec, dtype, cut in itertools.product(OTHERS, LIMITS, OTHER_CUTS):
         packed, rows = random_packed(spec, (1032, 4096), generator), rows_of(cut) - 3
         x, bias = random_x(rows, 4096, generator, dtype), random_x(1, 1032, generator, dtype)[0]
-        print("trying", spec, dtype, rows, cut, end=" ", flush=True)
         found[spec, str(dtype), cut] = problem = wrong(packed, slab.Config(*cut), x, bias)
-        print(problem or "right", flush=True)
+        if problem:
+            print("WRONG", spec, dtype, cut, problem, flush=True)
     return found
 
 
 def timed(
-    spec: str, shape: tuple[int, int], rows: int, problems: dict[tuple[Any, ...], str], generator: torch.Generator
+    spec: str, shape: Shape, rows: int, usable: Sequence[slab.Config], generator: torch.Generator
 ) -> dict[str, Any]:
     """Seconds of torch's bf16 product, of what is dispatched today and of each cut."""
     scheme, x = scheme_of(spec), random_x(rows, shape[1], generator)
     plain, weights = plain_seconds(shape, rows, generator), random_weights(spec, shape, generator)
-
-    def seconds(config: slab.Config) -> float:
-        return seconds_cold([lambda w=w: gpu_kernel.multiply_slab(x, w, None, scheme, config) for w in weights], 5)
-
-    today = seconds_cold([lambda w=w: gpu_kernel.product(x, w, None) for w in weights], 5)
-    usable = [config for config in configs(spec, rows, shape[1]) if not problems.get((spec, rows, config))]
-    ranking = sorted((seconds(config), astuple(config)) for config in usable)
+    today = seconds_cold([partial(gpu_kernel.product, x, w, None) for w in weights], 5)
+    ranking = ranked(usable, lambda w, config: gpu_kernel.multiply_slab(x, w, None, scheme, config), weights)
     found = {"spec": spec, "shape": shape, "rows": rows, "bytes": weights[0].nbytes, "plain": plain, "today": today}
-    return found | {"ranking": ranking}
+    return found | {"ranking": [(seconds, astuple(config)) for seconds, config in ranking]}
 
 
 def show(found: dict[str, Any]) -> None:
     """A line."""
-    (best, config), plain, today = found["ranking"][0], found["plain"], found["today"]
-    others = " ".join(f"{cut}:{seconds * 1e6:.1f}" for seconds, cut in found["ranking"][1:])
-    times = f"bf16 {plain * 1e6:6.1f} today {plain / today:.2f}x slab {plain / best:.2f}x {best * 1e6:6.1f} us"
-    speed = found["bytes"] / best / 1e9
-    what = f"{found['spec']:10} {found['shape']!s:14} rows {found['rows']}"
-    print(f"{what} {times} {speed:5.0f} GB/s {config} | {others}", flush=True)
+    plain, today = found["plain"], found["today"]
+    speed = f"{found['bytes'] / today / 1e9:5.0f} GB/s"
+    times = f"bf16 {plain * 1e6:6.1f} today {plain / today:.2f}x {today * 1e6:6.1f} us {speed}"
+    cuts = " ".join(f"{cut}:{plain / seconds:.2f}" for seconds, cut in found["ranking"])
+    print(f"{found['spec']:10} {found['shape']!s:14} rows {found['rows']} {times} | {cuts}", flush=True)
+
+
+def prepare(kitchen: Kitchen, work: Sequence[Work], wide: bool, others: bool) -> None:
+    """Compile what is checked and timed."""
+    every = {
+        (scheme_of(spec), config, False, slab.rounded(rows), shape[1])
+        for (spec, rows), shape in itertools.product(work, SHAPES)
+        for config in configs(spec, rows, shape, wide)
+    }
+    if others:
+        cuts = itertools.product(OTHERS, OTHER_CUTS, (False, True))
+        every |= {(scheme_of(spec), slab.Config(*cut), half, rows_of(cut), 4096) for spec, cut, half in cuts}
+    kitchen.prepare((slab.SOURCE, config.macros(scheme, *case).items()) for scheme, config, *case in every)
 
 
 def main() -> None:
@@ -131,6 +161,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=70)
     parser.add_argument("--out", type=Path, default=Path("gpu-results"))
     parser.add_argument("--others", action="store_true", help="check other formats and float16, too")
+    parser.add_argument("--wide", action="store_true", help="all cuts that fill the device, not those of the tables")
     parser.add_argument("--work", default=WORK, help="FORMAT:ROWS,...")
     given = parser.parse_args()
     work = [(spec, int(rows)) for spec, rows in (each.split(":") for each in given.work.split(",") if each)]
@@ -138,25 +169,22 @@ def main() -> None:
     given.out.mkdir(parents=True, exist_ok=True)
     torch.cuda.init()
     generator = torch.Generator("cuda").manual_seed(0)
-    every = {
-        (scheme_of(spec), config, False, slab.rounded(rows))
-        for (spec, rows), columns in itertools.product(work, SPLITS)
-        for config in configs(spec, rows, columns)
-    }
-    if given.others:
-        others = itertools.product(OTHERS, OTHER_CUTS, (False, True))
-        every |= {(scheme_of(spec), slab.Config(*cut), half, rows_of(cut)) for spec, cut, half in others}
-    kitchen.prepare((slab.SOURCE, config.macros(scheme, half, rows).items()) for scheme, config, half, rows in every)
+    prepare(kitchen, work, given.wide, given.others)
     print(f"compiled {len(kitchen.done)}, {budget.left:.0f} s left", flush=True)
-    problems = check(work, generator) | (check_others(generator) if given.others else {})
-    print(f"slab: {sum(not each for each in problems.values())} of {len(problems)} cuts right", flush=True)
-    result: dict[str, Any] = {"machine": machine(), "check": [(*key, each) for key, each in problems.items()]}
+    problems, others = check(work, given.wide, generator), check_others(generator) if given.others else {}
+    every = [*problems.values(), *others.values()]
+    print(f"slab: {every.count('')} of {len(every)} right, {budget.left:.0f} s left", flush=True)
+    checked = [(*key, each) for key, each in (*problems.items(), *others.items())]
+    result: dict[str, Any] = {"machine": machine(), "check": checked}
     entries = result["timed"] = []
     for (spec, rows), shape in itertools.product(work, SHAPES):
         if budget.left < 2:
             print(f"no time left for {spec} {rows} {shape}")
             continue
-        entries.append(timed(spec, shape, rows, problems, generator))
+        usable = [
+            config for config in configs(spec, rows, shape, given.wide) if not problems[spec, rows, shape, config]
+        ]
+        entries.append(timed(spec, shape, rows, usable, generator))
         show(entries[-1])
         (given.out / "gpu_slab.json").write_text(json.dumps(result, indent=1, default=str) + "\n")
     print(f"done, {budget.left:.0f} s left", flush=True)

@@ -25,3 +25,4 @@ static void cluster_began(int turn) {
     while (cluster_turn == turn) yield();
     threadIdx.x = current % threads;
 }
+static u32 word_of(u32 v, int lane) { return together(v)[lane]; }

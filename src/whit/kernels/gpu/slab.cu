@@ -7,6 +7,8 @@
 //   ACROSS, ALONG      its warps: so many have columns of their own, and of each so many outs of their own
 //   STAGES             boxes of W, of 256 columns and all outs, that lie in shared memory for each ACROSS
 //   SPLITS             blocks of a cluster that share the columns of one tile
+//   MIXED              1: blocks of a cluster take turns along the columns; 0: each has columns in one piece
+//   LATE               1: the next product's blocks come when all codes of this one have been asked for; 0: at once
 //   BLOCKS             per multiprocessor to leave registers for
 //
 // A block asks for its codes when it begins, as many as there is room for, and two or more blocks fit beside each other,
@@ -31,6 +33,8 @@ DEVICE int begin_cluster() {
     return 0;
 }
 DEVICE void cluster_began(int) { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
+// The same word of another lane.
+DEVICE u32 word_of(u32 v, int lane) { return __shfl_sync(0xFFFFFFFFu, v, lane); }
 #endif
 
 constexpr int THREADS = 32 * ACROSS * ALONG, SPAN = 256, HEIGHT = OUTS / ALONG, MT = HEIGHT / 16, RT = ROWS / 8;
@@ -49,7 +53,7 @@ constexpr u32 LARGER = 0x5F805F80u, LESS = 0x5D805D80u;  // 2^64, 2^60 in bfloat
 DEVICE constexpr int lies_at(int pair) { return PLACES_FOUR ? pair % 2 * 4 : 0; }
 DEVICE constexpr u32 minus_of(int pair) { return both(0x8000u | OFFSET << lies_at(pair)); }
 constexpr int PITCH = OUTS + 4, PLACE = ROWS * PITCH;  // floats of a warp's column of sums
-constexpr int INBOX = SPLITS > 1 ? 1 : 0;
+constexpr int INBOX = SPLITS > 1 ? 1 : 0, STRIDE = MIXED ? ACROSS * SPLITS : ACROSS;  // boxes from one of a warp to its next
 constexpr int SHARE = (OUTS / 4 + SPLITS - 1) / SPLITS * 4;  // outs that a block of a cluster finishes
 static_assert(ACROSS * PLACE * 4 <= SLOTS * (CODES + X), "the sums take the place of the stages");
 
@@ -66,25 +70,26 @@ struct Ring {
     u8 *codes, *x, *scales;  // of the first stage; the next one is ACROSS further
     u64 *full, *empty;
     int out, column, count;  // of the first box
+    int rank;                // in the cluster
 };
 
 DEVICE void ask_codes(const Params &p, const Ring &r, int box) {
     int slot = box % STAGES * ACROSS;
     expect(r.full + slot, CODES + X);
-    copy_tile(r.codes + slot * CODES, p.codes, (r.column + box * ACROSS * SPAN) / 2, r.out, r.full + slot);
+    copy_tile(r.codes + slot * CODES, p.codes, (r.column + box * STRIDE * SPAN) / 2, r.out, r.full + slot);
 }
 DEVICE void ask_x(const Params &p, const Ring &r, int box) {
     int slot = box % STAGES * ACROSS;
 #pragma unroll
     for (int i = 0; i < SPAN / 64; i++)
-        copy_tile(r.x + slot * X + i * X_BOX, p.x, r.column + box * ACROSS * SPAN + 64 * i, 0, r.full + slot);
+        copy_tile(r.x + slot * X + i * X_BOX, p.x, r.column + box * STRIDE * SPAN + 64 * i, 0, r.full + slot);
 }
 // A warp asks for the scales of its own outs.
 DEVICE void ask_scales(const Params &p, const Ring &r, int box, int first, int lane) {
     constexpr int BYTES = SCALE_ROW > 16 ? 16 : SCALE_ROW, PARTS = SCALE_ROW / BYTES;
     if (box < r.count) {
         u8 *to = r.scales + box % STAGES * ACROSS * SCALE_BOX;
-        int group = (r.column + box * ACROSS * SPAN) / STEP;
+        int group = (r.column + box * STRIDE * SPAN) / STEP;
 #pragma unroll
         for (int i = lane; i < HEIGHT * PARTS; i += 32) {
             int row = first + i / PARTS;
@@ -97,160 +102,8 @@ DEVICE void ask_scales(const Params &p, const Ring &r, int box, int first, int l
     end_copies();
 }
 
-struct Levels {  // of scales
-    const float *values;
-    float offset;
-};
-DEVICE float scale_at(const u8 *box, int row, int step, const Levels &levels) {
-    const u8 *at = box + row * SCALE_ROW + step * SCALE_BYTES;
-    if constexpr (SCALE == 3) return levels.values[*at] * *(const float *)(box + OUTS * SCALE_ROW + row * 4) + levels.offset;
-    else if constexpr (SCALE == 2) return *(const float *)at;
-    else if constexpr (SCALE == 1) return widen_f16(*(const u16 *)at);
-    else return bits_float((u32)*(const u16 *)at << 16);
-}
-
-// x of a step for a lane, in the order of the operands, and the sums by column that products of codes begin from.
-struct Operand {
-    uint4 x[UNITS][RT];
-    float from[RT][2];
-};
-DEVICE void load_x(Operand &o, const u8 *x, int step, int lane) {
-    int row = lane >> 2, column = step * STEP + (lane & 3) * CHUNK;
-#pragma unroll
-    for (int n = 0; n < RT; n++) {
-        float sums[2][4] = {};
-#pragma unroll
-        for (int u = 0; u < UNITS; u++) {
-            int unit = (column & 63) / 8 + u;
-            uint4 v = *(const uint4 *)(x + (column >> 6) * X_BOX + (8 * n + row) * 128 + ((unit ^ row) << 4));
-            if (INTEGERS) {
-                v = make_uint4(permute(v.x, v.z, 0x5410), permute(v.x, v.z, 0x7632), permute(v.y, v.w, 0x5410), permute(v.y, v.w, 0x7632));
-                if (PLACES_FOUR) v = make_uint4(scale_by(v.x, LARGER), scale_by(v.y, LESS), scale_by(v.z, LARGER), scale_by(v.w, LESS));
-                multiply(sums[0], minus_of(0), minus_of(0), minus_of(1), minus_of(1), v.x, v.y);
-                multiply(sums[1], minus_of(2), minus_of(2), minus_of(3), minus_of(3), v.z, v.w);
-            }
-            o.x[u][n] = v;
-        }
-        o.from[n][0] = sums[0][0] + sums[1][0], o.from[n][1] = sums[0][1] + sums[1][1];
-    }
-}
-
-// The four operands of a unit.
-DEVICE void take(u32 (&pairs)[4], u32 word, const Table &table) {
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-        if constexpr (CODEBOOK) pairs[i] = look_up(table, word, i);
-        else pairs[i] = word >> (4 * i - lies_at(i)) & both(15u << lies_at(i));
-    }
-}
-
-// Which of eight outs a lane takes: so that lanes that read together find theirs in all banks.
-DEVICE int out_of(int lane) { return (lane >> 2 & 1) << 2 | (lane >> 2 & 2) | lane >> 4; }
-
-DEVICE void load_codes(u32 (&words)[WORDS], const u8 *row, int step, int out, int lane) {
-    int at = step * (STEP / 2) + (lane & 3) * (CHUNK / 2);  // of a row's 128 bytes
-    const u8 *from = row + ((at >> 4 ^ out) << 4 | at & 15);
-    if constexpr (WORDS == 4) {
-        uint4 v = *(const uint4 *)from;
-        words[0] = v.x, words[1] = v.y, words[WORDS - 2] = v.z, words[WORDS - 1] = v.w;
-    } else if constexpr (WORDS == 2) {
-        uint2 v = *(const uint2 *)from;
-        words[0] = v.x, words[WORDS - 1] = v.y;
-    } else {
-        words[0] = *(const u32 *)from;
-    }
-}
-
-// The sums of a box: rows 2 t and 2 t + 1 of each eight with outs g and g + 8 of each sixteen.
-DEVICE void add_box(float (&sums)[MT][RT][4], const u8 *codes, const u8 *x, const u8 *scales, const Table &table, const Levels &levels, int first, int lane) {
-    int out = out_of(lane);
-#pragma unroll 1
-    for (int s = 0; s < STEPS; s++) {
-        Operand o;
-        load_x(o, x, s, lane);
-#pragma unroll
-        for (int m = 0; m < MT; m += PAIR) {
-            float part[PAIR][RT][4];
-            u32 words[PAIR][2][WORDS];
-            int row = first + 16 * m + out;
-#pragma unroll
-            for (int i = 0; i < 2 * min(PAIR, MT - m); i++) load_codes(words[i / 2][i % 2], codes + (row + 8 * i) * 128, s, out, lane);
-#pragma unroll
-            for (int u = 0; u < UNITS; u++) {
-                u32 top[PAIR][4], bottom[PAIR][4];
-#pragma unroll
-                for (int i = 0; i < min(PAIR, MT - m); i++) take(top[i], words[i][0][u], table), take(bottom[i], words[i][1][u], table);
-#pragma unroll
-                for (int i = 0; i < min(PAIR, MT - m); i++)
-#pragma unroll
-                    for (int n = 0; n < RT; n++) {
-                        if (u == 0) multiply_from(part[i][n], o.from[n][0], o.from[n][1], top[i][0], bottom[i][0], top[i][1], bottom[i][1], o.x[u][n].x, o.x[u][n].y);
-                        else multiply(part[i][n], top[i][0], bottom[i][0], top[i][1], bottom[i][1], o.x[u][n].x, o.x[u][n].y);
-                    }
-#pragma unroll
-                for (int i = 0; i < min(PAIR, MT - m); i++)
-#pragma unroll
-                    for (int n = 0; n < RT; n++) multiply(part[i][n], top[i][2], bottom[i][2], top[i][3], bottom[i][3], o.x[u][n].z, o.x[u][n].w);
-            }
-#pragma unroll
-            for (int i = 0; i < 2 * min(PAIR, MT - m); i++) {
-                float scale = scale_at(scales, row + 8 * i, s, levels);
-#pragma unroll
-                for (int n = 0; n < RT; n++)
-#pragma unroll
-                    for (int e = 2 * (i % 2); e < 2 * (i % 2) + 2; e++) sums[m + i / 2][n][e] += scale * part[i / 2][n][e];
-            }
-        }
-    }
-}
-
-DEVICE void store4(const Params &p, int row, int out, const float4 &v) {
-    if (row >= p.rows || out >= p.outs) return;
-    float y[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-    for (int i = 0; i < 4; i++)
-        if (p.bias) y[i] += widen(p.bias[min(out + i, p.outs - 1)]);
-    u16 *to = p.y + (long long)row * p.outs + out;
-    if (p.outs % 4 == 0) {
-        *(uint2 *)to = make_uint2(round_pair(y[0], y[1]), round_pair(y[2], y[3]));
-        return;
-    }
-#pragma unroll
-    for (int i = 0; i < 4; i++)
-        if (out + i < p.outs) to[i] = (u16)round_pair(y[i], y[i]);
-}
-struct Inbox {
-    float *sums;
-    u64 *full;
-};
-DEVICE void add(float4 &sum, const float4 &v) { sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w; }
-
-// The warps' sums, [across][row][out], become the block's, of which each block of the cluster gets a share from all, in its
-// inbox: [rank][row][share].
-DEVICE void finish(const Params &p, const float *places, const Inbox &inbox, int first_out, int rank, int tid) {
-#pragma unroll 1
-    for (int i = tid; i < ROWS * OUTS / 4; i += THREADS) {
-        int row = i / (OUTS / 4), out = i % (OUTS / 4) * 4;
-        float4 sum = *(const float4 *)(places + row * PITCH + out);
-#pragma unroll
-        for (int w = 1; w < ACROSS; w++) add(sum, *(const float4 *)(places + w * PLACE + row * PITCH + out));
-        if (SPLITS == 1) store4(p, row, first_out + out, sum);
-        else send(inbox.sums + (rank * ROWS + row) * SHARE + out % SHARE, sum, inbox.full, out / SHARE);
-    }
-#if SPLITS > 1
-    if (rank * SHARE >= OUTS) return;
-    await_cluster(inbox.full, 0);
-#pragma unroll 1
-    for (int i = tid; i < ROWS * SHARE / 4; i += THREADS) {
-        int row = i / (SHARE / 4), out = i % (SHARE / 4) * 4;
-        if (row >= p.rows || rank * SHARE + out >= OUTS) continue;
-        float4 sum = *(const float4 *)(inbox.sums + row * SHARE + out);
-#pragma unroll
-        for (int k = 1; k < SPLITS; k++) add(sum, *(const float4 *)(inbox.sums + (k * ROWS + row) * SHARE + out));
-        store4(p, row, first_out + rank * SHARE + out, sum);
-    }
-#endif
-}
+#include "slab_box.cuh"
+#include "slab_finish.cuh"
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) slab(KERNEL_ARGUMENT Params p) {
     extern __shared__ uint4 shared[];  // table, up to 1,024 bytes, codes, x, levels, scales, inbox, barriers
@@ -258,16 +111,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) slab(KERNEL_ARGUME
     u8 *codes = (u8 *)(shared + TABLE) + (-shared_address(shared) & 1023), *x = codes + SLOTS * CODES;
     float *levels = (float *)(x + SLOTS * X);
     u8 *scales = (u8 *)(levels + (SCALE == 3 ? 256 : 0));
-    Inbox inbox = {(float *)(scales + SLOTS * SCALE_BOX), (u64 *)(scales + SLOTS * SCALE_BOX + INBOX * SPLITS * ROWS * SHARE * 4)};
+    float *sent = (float *)(scales + SLOTS * SCALE_BOX);
+    Inbox inbox = {sent, (u64 *)(sent + INBOX * SPLITS * ROWS * SHARE)};
     u64 *full = inbox.full + 2 * INBOX, *empty = full + SLOTS;
     int rank = SPLITS > 1 ? (int)cluster_rank() : 0, boxes = p.columns / SPAN, share = (boxes + SPLITS - 1) / SPLITS;
-    int begin = rank * share, mine = max(min(share, boxes - begin), 0);
+    int begin = MIXED ? rank * ACROSS : rank * share, mine = MIXED ? boxes - begin : max(min(share, boxes - begin), 0);
     Ring r = {codes + across * CODES, x + across * X, scales + across * SCALE_BOX, full + across, empty + across,
-              (int)blockIdx.x / SPLITS * OUTS, (begin + across) * SPAN, (mine - across + ACROSS - 1) / ACROSS};
+              (int)blockIdx.x / SPLITS * OUTS, (begin + across) * SPAN, max(mine - across + STRIDE - 1, 0) / STRIDE, rank};
     int own = max(min(OUTS - rank * SHARE, SHARE), 0), began = 0;
     bool asks = lane == 0 && along == 0;
     int ahead = min(r.count, STAGES);
-    next_may_begin();
+    if (!LATE) next_may_begin();
     if (asks) {
 #pragma unroll
         for (int i = 0; i < STAGES; i++) make_barrier(r.full + i * ACROSS, 1), make_barrier(r.empty + i * ACROSS, ALONG);
@@ -281,7 +135,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) slab(KERNEL_ARGUME
     if (INBOX) began = begin_cluster();
 #pragma unroll
     for (int i = 0; i < STAGES; i++) ask_scales(p, r, i, first, lane);
-    if (CODEBOOK) fill_table(shared, p.table, THREADS);
+    if (CODEBOOK) lay_pairs(shared, p.table, tid);
     if (SCALE == 3)
         for (int i = tid; i < 256; i += THREADS) levels[i] = p.scales.levels[i];
     Levels of_scales = {levels, SCALE == 3 ? *p.scales.offset : 0.0f};
@@ -298,10 +152,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) slab(KERNEL_ARGUME
 #pragma unroll 1
     for (int box = 0; box < r.count; box++) {
         int slot = box % STAGES * ACROSS, phase = box / STAGES & 1;
+        if (LATE && box + STAGES >= r.count) next_may_begin();
         copies_left<STAGES - 1>();
         await(r.full + slot, phase);
         __syncwarp();
-        add_box(sums, r.codes + slot * CODES, r.x + slot * X, r.scales + slot * SCALE_BOX, table, of_scales, first, lane);
+        Turn turn = {r.codes + slot * CODES, r.x + slot * X, r.scales + slot * SCALE_BOX};
+        add_box(sums, turn, of_scales, table, first, lane);
         __syncwarp();
         if (box + STAGES < r.count) {
             if (lane == 0) arrive(r.empty + slot);
@@ -324,5 +180,5 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) slab(KERNEL_ARGUME
                 place[(8 * n + 2 * (lane & 3) + (e & 1)) * PITCH + first + 16 * m + out_of(lane) + 8 * (e >> 1)] = WHOLE * sums[m][n][e];
     __syncthreads();
     if (INBOX) cluster_began(began);
-    finish(p, places, inbox, r.out, rank, tid);
+    finish(p, places, inbox, r, tid);
 }

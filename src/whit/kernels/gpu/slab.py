@@ -33,6 +33,8 @@ class Config:
     stages: int = 1
     splits: int = 4
     blocks: int = 2
+    late: int = 0
+    mixed: int = 0
 
     @property
     def threads(self) -> int:
@@ -50,7 +52,8 @@ class Config:
         levels = (stream.TABLE_BYTES if stored.levels else 0) + 1024 * (stored.scale == 3)
         share = -(-self.outs // 4 // self.splits) * 4  # as many outs of each block's sums lie in each of a cluster
         inbox = 4 * self.splits * rounded(rows) * share + 16 if self.splits > 1 else 0
-        return self.across * self.stages * slot + levels + inbox  # shared memory begins at a multiple of 1,024
+        # shared memory begins at a multiple of 1,024
+        return self.across * self.stages * slot + levels + inbox
 
     def fits(self, scheme: stream.Scheme, rows: int) -> bool:
         """Whether so many blocks' shared memory is there."""
@@ -61,6 +64,7 @@ class Config:
         return scheme.storage.macros | {
             "HALF": int(half), "CHUNK": scheme.chunk, "STEPS_PER_GROUP": 1, "ROWS": rounded(rows), "OUTS": self.outs,
             "ACROSS": self.across, "ALONG": self.along, "STAGES": self.stages, "SPLITS": self.splits,
+            "LATE": self.late, "MIXED": self.mixed,
             "BLOCKS": self.blocks, "BEGINS": 1024, "MIN_BLOCKS": self.blocks, "NT": 2, "WG": 1,
         }  # fmt: skip
 
