@@ -146,13 +146,13 @@ def show(found: dict[str, Any]) -> None:
 def prepare(kitchen: Kitchen, work: Sequence[Work], wide: bool, others: bool) -> None:
     """Compile what is checked and timed."""
     every = {
-        (scheme_of(spec), config, False, slab.rounded(rows), shape[1])
+        (scheme_of(spec), config, False, slab.rounded(rows))
         for (spec, rows), shape in itertools.product(work, SHAPES)
         for config in configs(spec, rows, shape, wide)
     }
     if others:
         cuts = itertools.product(OTHERS, OTHER_CUTS, (False, True))
-        every |= {(scheme_of(spec), slab.Config(*cut), half, rows_of(cut), 4096) for spec, cut, half in cuts}
+        every |= {(scheme_of(spec), slab.Config(*cut), half, rows_of(cut)) for spec, cut, half in cuts}
     kitchen.prepare((slab.SOURCE, config.macros(scheme, *case).items()) for scheme, config, *case in every)
 
 
