@@ -19,8 +19,8 @@ from typing import Any
 import torch
 
 from whit.errors import KernelError
+from whit.kernels.gpu import halves, slab, stream, tuned
 from whit.kernels.gpu import kernel as gpu_kernel
-from whit.kernels.gpu import slab, stream, tuned
 from whit.kernels.gpu.tables import HOPPER_SLAB
 from whit.tensor import PackedWeight
 
@@ -53,9 +53,17 @@ Shape = tuple[int, int]
 Work = tuple[str, int]
 
 
+def read_as(spec: str) -> stream.Scheme:
+    """How the kernel reads a weight for bfloat16: absmax in 16 bits."""
+    scheme = scheme_of(spec)
+    if not tuned.reads_halves(scheme, slab.SPAN, 9):
+        return scheme
+    return replace(scheme, storage=replace(scheme.storage, scale=halves.FLOATS["f16"]))
+
+
 def configs(spec: str, rows: int, shape: Shape, wide: bool) -> list[slab.Config]:
     """The cuts for a shape that fit a multiprocessor."""
-    scheme, kind = scheme_of(spec), tuned.kind(scheme_of(spec))
+    scheme, kind = read_as(spec), tuned.kind(read_as(spec))
     cuts = [slab.Config(*cut) for (name, _, at), cut in HOPPER_SLAB.items() if cut and (name, at) == (kind, shape)]
     every = itertools.product(cuts, (0, 1), (0, 1))
     known = (replace(cut, late=late, mixed=mixed) for cut, late, mixed in every if cut.splits > 1 or not mixed)
@@ -79,7 +87,7 @@ def filling(scheme: stream.Scheme, rows: int, shape: Shape) -> Iterator[slab.Con
 def wrong(packed: PackedWeight, config: slab.Config, x: torch.Tensor, bias: torch.Tensor | None) -> str:
     """What is wrong with three products, or nothing."""
     try:
-        scheme = scheme_of(str(packed.format))
+        scheme = halves.read_as(packed, scheme_of(str(packed.format)), x.dtype)
         ys = [gpu_kernel.multiply_slab(x, packed, bias, scheme, config) for _ in range(3)]
     except KernelError as problem:
         return f"FAIL {str(problem)[:150]}"
@@ -126,12 +134,18 @@ def timed(
     spec: str, shape: Shape, rows: int, usable: Sequence[slab.Config], generator: torch.Generator
 ) -> dict[str, Any]:
     """Seconds of torch's bf16 product, of what is dispatched today and of each cut."""
-    scheme, x = scheme_of(spec), random_x(rows, shape[1], generator)
+    scheme, x = read_as(spec), random_x(rows, shape[1], generator)
     plain, weights = plain_seconds(shape, rows, generator), random_weights(spec, shape, generator)
     today = seconds_cold([partial(gpu_kernel.product, x, w, None) for w in weights], 5)
     ranking = ranked(usable, lambda w, config: gpu_kernel.multiply_slab(x, w, None, scheme, config), weights)
-    found = {"spec": spec, "shape": shape, "rows": rows, "bytes": weights[0].nbytes, "plain": plain, "today": today}
+    found = {"spec": spec, "shape": shape, "rows": rows, "bytes": nbytes(weights[0]), "plain": plain, "today": today}
     return found | {"ranking": [(seconds, astuple(config)) for seconds, config in ranking]}
+
+
+def nbytes(packed: PackedWeight) -> int:
+    """Bytes of the weight that are read: of absmax and its halves only these."""
+    unread = "absmax" if halves.HALVES in packed.tensors else ""
+    return sum(tensor.nbytes for name, tensor in packed.tensors.items() if name not in (unread, gpu_kernel.ARRIVED))
 
 
 def show(found: dict[str, Any]) -> None:
@@ -146,7 +160,7 @@ def show(found: dict[str, Any]) -> None:
 def prepare(kitchen: Kitchen, work: Sequence[Work], wide: bool, others: bool) -> None:
     """Compile what is checked and timed."""
     every = {
-        (scheme_of(spec), config, False, slab.rounded(rows))
+        (read_as(spec), config, False, slab.rounded(rows))
         for (spec, rows), shape in itertools.product(work, SHAPES)
         for config in configs(spec, rows, shape, wide)
     }

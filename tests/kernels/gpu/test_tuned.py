@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 import torch
 
 import whit
-from whit.kernels.gpu import few, kernel, many, slab, stream, tables, tiled, tuned
+from whit.kernels.gpu import few, halves, kernel, many, slab, stream, tables, tiled, tuned
 from whit.kernels.gpu.stream import Scheme
 from whit.layouts import BITS
 from whit.tensor import PackedWeight
@@ -110,7 +111,10 @@ def test_measured_cuts_for_few_rows_fit_the_multiprocessor(kind: str, rows: int,
 def test_measured_cuts_of_blocks_beside_each_other_fit_the_multiprocessor():
     specs = {"int4-128": "int4-g128", "int4-64": "int4-g64", "table-64": "nf4", "table-64-dq": "nf4-dq"}
     for (kind, rows, shape), cut in tables.HOPPER_SLAB.items():
-        scheme = scheme_of(specs[kind], shape[1])
+        scheme = scheme_of(specs[kind.removesuffix(halves.KIND)], shape[1])
+        if kind.endswith(halves.KIND):
+            scheme = replace(scheme, storage=replace(scheme.storage, scale=1))
+        assert tuned.kind(scheme) == kind
         config = tuned.best_slab(scheme, shape, rows, H100)
         assert config == (slab.Config(*cut) if cut else None)
         if config is not None:
@@ -137,9 +141,9 @@ def test_blocks_lie_beside_each_other_only_for_what_the_kernel_takes(monkeypatch
     monkeypatch.setattr(tuned, "SLAB", {9: {("int4-128", 8, shape): None, ("int4-128", 16, shape): cut}})
     kernel.plan.cache_clear()
     scheme = scheme_of("int4-g128", 4096)
-    assert kernel.plan(scheme, shape, 16, H100, False, True) == ("slab", slab.Config(*cut))
+    assert kernel.plan(scheme, shape, 16, H100, False, scheme) == ("slab", slab.Config(*cut))
     assert kernel.plan(scheme, shape, 16, H100, False)[0] != "slab"  # several weights at once
-    assert kernel.plan(scheme, shape, 16, H100, True, True)[0] != "slab"
+    assert kernel.plan(scheme, shape, 16, H100, True, scheme)[0] != "slab"
     assert tuned.best_slab(scheme, shape, 8, H100) is None
     assert tuned.best_slab(scheme, shape, 17, H100) is None
     assert tuned.best_slab(scheme, (1024, 4096), 9, H100) == slab.Config(64, 4, 1, 1, 4, 2)  # no more than has columns

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from whit.formats import parse_format
 from whit.kernels.base import QUANTIZED_INPUTS
-from whit.kernels.gpu import digits, few, many, nvrtc, slab, stream, tiled, tuned
+from whit.kernels.gpu import digits, few, halves, many, nvrtc, slab, stream, tiled, tuned
 from whit.kernels.gpu.dequantize import dequantize
 from whit.kernels.gpu.scales import storage
 from whit.tensor import PackedWeight
@@ -73,7 +73,8 @@ class Gpu:
         if ARRIVED in packed.tensors or streams(packed) is not None:
             return packed
         arrived = torch.zeros(-(-packed.shape[0] // 16), dtype=torch.int32, device=packed.device)
-        return PackedWeight(packed.layout, packed.format, packed.shape, {**packed.tensors, ARRIVED: arrived})
+        derived = {ARRIVED: arrived} | ({} if self.invariant else halves_for(packed))
+        return PackedWeight(packed.layout, packed.format, packed.shape, {**packed.tensors, **derived})
 
     def linear(self, x: Tensor, packed: PackedWeight, bias: Tensor | None) -> Tensor:
         if not torch.compiler.is_compiling():
@@ -92,6 +93,15 @@ def streams(packed: PackedWeight) -> str | None:
     return None if codes.is_contiguous() and codes.data_ptr() % 16 == 0 else "the codes do not begin at 16 bytes"
 
 
+def halves_for(packed: PackedWeight) -> dict[str, Tensor]:
+    """Its absmax in 16 bits, an eighteenth more memory, where a kernel on its device reads that; not in a recording."""
+    scheme, absmax = scheme_of(packed), packed.tensors.get("absmax")
+    if absmax is None or absmax.device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        return {}
+    major = torch.cuda.get_device_capability(absmax.device)[0]
+    return halves.halved(absmax) if tuned.reads_halves(scheme, packed.shape[1], major) else {}
+
+
 def product(x: Tensor, packed: PackedWeight, bias: Tensor | None, invariant: bool = False) -> Tensor:
     """x (..., columns) through the weight, by whichever kernel is fastest, or by rows alone where `invariant`."""
     columns = x.shape[-1]
@@ -100,9 +110,11 @@ def product(x: Tensor, packed: PackedWeight, bias: Tensor | None, invariant: boo
         scheme = scheme_of(packed)
         if rows == 1 and not invariant and (row := row_cut([packed], scheme, x)):
             return digits.multiply(aligned(x, 1), [packed], [bias], scheme, row)[0].reshape(*x.shape[:-1], -1)
-        way, cut = plan(scheme, (packed.shape[0], columns), rows, device_of(x), invariant, slab.aligned(packed))
+        short = halves.read_as(packed, scheme, x.dtype) if slab.aligned(packed) else None
+        way, cut = plan(scheme, (packed.shape[0], columns), rows, device_of(x), invariant, short)
         if cut is not None:
-            return _WAYS[way](aligned(x, rows), packed, bias, scheme, cut).reshape(*x.shape[:-1], -1)
+            read = short if way == "slab" else scheme
+            return _WAYS[way](aligned(x, rows), packed, bias, read, cut).reshape(*x.shape[:-1], -1)
     if rows and (side := narrow(packed, rows)):
         return _in_parts(aligned(x, rows), packed, bias, *side).reshape(*x.shape[:-1], -1)
     stored = storage(packed.format)
@@ -132,13 +144,18 @@ Cut: TypeAlias = few.Config | many.Config | slab.Config | stream.Config | tiled.
 
 @lru_cache(maxsize=4096)
 def plan(
-    scheme: stream.Scheme, shape: tuple[int, int], rows: int, where: tuned.Device, invariant: bool, alone: bool = False
+    scheme: stream.Scheme,
+    shape: tuple[int, int],
+    rows: int,
+    where: tuned.Device,
+    invariant: bool,
+    alone: stream.Scheme | None = None,
 ) -> tuple[str, Cut]:
     """The way for x (rows, columns) and a weight of `shape` (outs, columns), and how it is cut; None: dequantize.
 
-    `alone`: one weight whose tensors lie aligned, which is what slab.cu takes.
+    `alone`: one weight whose tensors lie aligned, which is what slab.cu takes, and how that reads it.
     """
-    if alone and not invariant and (slabs := tuned.best_slab(scheme, shape, rows, where)):
+    if alone and not invariant and (slabs := tuned.best_slab(alone, shape, rows, where)):
         return "slab", slabs
     best_many = tuned.best_invariant if invariant else tuned.best_many
     if most := best_many(scheme, shape, rows, where):
@@ -165,7 +182,7 @@ def products(x: Tensor, packed: Sequence[PackedWeight], biases: Sequence[Tensor 
         return [y.reshape(*x.shape[:-1], -1) for y in digits.multiply(aligned(x, 1), packed, biases, scheme, row)]
     shape = sum(weight.shape[0] for weight in packed), columns
     way, cut = plan(scheme, shape, rows, device_of(x), False)
-    if way not in _AT_ONCE or all(apart(weight, rows, device_of(x)) for weight in packed):
+    if way not in _AT_ONCE or all(apart(weight, rows, device_of(x), x.dtype) for weight in packed):
         return [product(x, weight, bias) for weight, bias in zip(packed, biases, strict=True)]
     return [y.reshape(*x.shape[:-1], -1) for y in _AT_ONCE[way](aligned(x, rows), packed, biases, scheme, cut)]
 
@@ -179,14 +196,15 @@ def row_cut(packed: Sequence[PackedWeight], scheme: stream.Scheme, x: Tensor) ->
     return digits.fit(scheme, config, shape[1], digits.tiles_of(packed), where[1])
 
 
-def apart(packed: PackedWeight, rows: int, where: tuned.Device) -> bool:
+def apart(packed: PackedWeight, rows: int, where: tuned.Device, dtype: torch.dtype = torch.bfloat16) -> bool:
     """Whether a weight is so large that for several rows a launch of its own is faster than a shared one.
 
     Measured by decoding 16 texts with a Llama-3-8B-shaped model on an H100 (results/decode_gpu.md).
     """
     if rows == 1 or packed.shape[0] < LARGE or not slab.aligned(packed):
         return False
-    return tuned.best_slab(scheme_of(packed), (packed.shape[0], packed.shape[1]), rows, where) is not None
+    read = halves.read_as(packed, scheme_of(packed), dtype)
+    return tuned.best_slab(read, (packed.shape[0], packed.shape[1]), rows, where) is not None
 
 
 def aligned(x: Tensor, rows: int) -> Tensor:
@@ -249,7 +267,10 @@ def multiply_many(
 def multiply_slab(
     x: Tensor, packed: PackedWeight, bias: Tensor | None, scheme: stream.Scheme, config: slab.Config
 ) -> Tensor:
-    """The same on Hopper for up to 16 rows and codes of 4 bits, where `slab.why_not` gives no reason."""
+    """The same on Hopper for up to 16 rows and codes of 4 bits, where `slab.why_not` gives no reason.
+
+    `scheme`: how the weight is read (`halves.read_as`).
+    """
     y = torch.empty(x.shape[0], packed.shape[0], dtype=x.dtype, device=x.device)
     slab.launch(x, packed, bias, y, scheme, config)
     return y

@@ -49,6 +49,7 @@ constexpr int ABSMAX = SCALE == 3 ? 4 : 0, SCALE_BOX = OUTS * (SCALE_ROW + ABSMA
 // (from 2^63 on it becomes infinite).
 constexpr bool INTEGERS = !CODEBOOK, PLACES_FOUR = INTEGERS && !HALF;
 constexpr float WHOLE = CODEBOOK ? 1.0f : HALF ? 16777216.0f : 590295810358705651712.0f;  // 2^24, 2^69: what undoes it
+constexpr bool HALVES = CODEBOOK && SCALE == 1;  // absmax in 16 bits, times one power of two (halves.py)
 constexpr u32 LARGER = 0x5F805F80u, LESS = 0x5D805D80u;  // 2^64, 2^60 in bfloat16
 DEVICE constexpr int lies_at(int pair) { return PLACES_FOUR ? pair % 2 * 4 : 0; }
 DEVICE constexpr u32 minus_of(int pair) { return both(0x8000u | OFFSET << lies_at(pair)); }
@@ -170,14 +171,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) slab(KERNEL_ARGUME
         ask_scales(p, r, box + STAGES, first, lane);
     }
     __syncthreads();  // nobody reads the stages any more
-    float *places = (float *)codes, *place = places + across * PLACE;
+    float *places = (float *)codes, *place = places + across * PLACE, whole = HALVES ? *p.scales.offset : WHOLE;
 #pragma unroll
     for (int m = 0; m < MT; m++)
 #pragma unroll
         for (int n = 0; n < RT; n++)
 #pragma unroll
             for (int e = 0; e < 4; e++)
-                place[(8 * n + 2 * (lane & 3) + (e & 1)) * PITCH + first + 16 * m + out_of(lane) + 8 * (e >> 1)] = WHOLE * sums[m][n][e];
+                place[(8 * n + 2 * (lane & 3) + (e & 1)) * PITCH + first + 16 * m + out_of(lane) + 8 * (e >> 1)] = whole * sums[m][n][e];
     __syncthreads();
     if (INBOX) cluster_began(began);
     finish(p, places, inbox, r, tid);

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from whit.kernels.gpu import maps, nvrtc, stream
+from whit.kernels.gpu import halves, maps, nvrtc, stream
 from whit.kernels.gpu.many import Mapped
 from whit.kernels.gpu.scales import NO_ZERO, Scales, scales, table
 from whit.tensor import PackedWeight
@@ -104,9 +104,10 @@ def params(
     """The kernel's argument; it borrows the tensors' memory."""
     (rows, columns), outs, stored = x.shape, y.shape[1], scheme.storage
     levels = table(stored.levels, x.dtype, x.device) if stored.levels else None
+    found = halves.scales(packed) if halves.reads_halves(scheme) else scales(packed, stored)
     return Params(
         codes_map=mapped(packed.tensors["codes"].data_ptr(), outs, columns // 2, config.outs, 128, 1),
-        x_map=mapped(x.data_ptr(), rows, columns, rounded(rows), 64, 2), scales=scales(packed, stored),
+        x_map=mapped(x.data_ptr(), rows, columns, rounded(rows), 64, 2), scales=found,
         table=None if levels is None else levels.data_ptr(), bias=None if bias is None else bias.data_ptr(),
         y=y.data_ptr(), outs=outs, columns=columns, rows=rows,
     )  # fmt: skip

@@ -11,7 +11,7 @@ from dataclasses import replace
 from functools import lru_cache
 from math import log2
 
-from whit.kernels.gpu import digits, few, many, slab, stream, tiled
+from whit.kernels.gpu import digits, few, halves, many, slab, stream, tiled
 from whit.kernels.gpu.stream import Config, Scheme, row_tiles
 from whit.kernels.gpu.tables import DIGITS, FEW, INVARIANT_MANY, MANY, ROUTES, SLAB, STREAM, TILED, Route, Shape
 
@@ -26,7 +26,8 @@ def kind(scheme: Scheme) -> str:
     """What decides the work per weight: the codes, how many of them share a scale, zero points."""
     stored = scheme.storage
     name = "table" if stored.levels else f"int{stored.bits}"
-    return f"{name}-{scheme.step}" + ("-zero" if stored.zero else "") + ("-dq" if stored.scale == 3 else "")
+    read = "-dq" if stored.scale == 3 else halves.KIND if halves.reads_halves(scheme) else ""
+    return f"{name}-{scheme.step}" + ("-zero" if stored.zero else "") + read
 
 
 def route(scheme: Scheme, shape: Shape, rows: int, device: Device) -> str:
@@ -90,6 +91,12 @@ def best_slab(scheme: Scheme, shape: Shape, rows: int, device: Device) -> slab.C
     splits = min(rescaled(config.outs, config.splits, near, shape), 8, shape[1] // (slab.SPAN * config.across))
     config = replace(config, splits=max(splits, 1))
     return config if config.fits(scheme, rows) else None
+
+
+def reads_halves(scheme: Scheme, columns: int, major: int) -> bool:
+    """Whether some product of such a weight reads its absmax in 16 bits on devices of that compute capability."""
+    known = {name for name, _, _ in SLAB.get(major, {})}
+    return f"{kind(scheme)}{halves.KIND}" in known and slab.why_not(scheme, columns) is None
 
 
 def best_many(scheme: Scheme, shape: Shape, rows: int, device: Device) -> many.Config | None:
