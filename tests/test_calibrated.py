@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 import whit
 from stopping import stop_and_go_on
 from whit import GPTQ, Calibration, Options, Recipe, Refine
+from whit.calibration.runner import Runner
 from whit.errors import NonFiniteError
 from whit.methods import Method
 from whit.methods.stack import energy
@@ -128,7 +129,7 @@ def test_blocks_read_ahead_are_the_same(architecture: str, text: Path, tmp_path:
     monkeypatch.setattr("whit.pipeline.feed.blocks.reads_ahead", lambda job: True)
     run(model, tmp_path / "ahead", text)
     assert result(tmp_path / "ahead") == result(tmp_path / "out")
-    assert [bool(names) for names in expected] == [True, False]  # the second block's; nothing is behind it
+    assert [bool(names) for names in expected] == [True]  # the second block's; nothing is behind it
     assert all(others.count(name) == 1 for name in expected[0])
 
 
@@ -271,3 +272,17 @@ def test_the_estimate_counts_what_a_refinement_does(text: Path, tmp_path: Path, 
     dynamic, static = (expected(GPTQ(), how) for how in ("int8", "int8-static"))
     once_more = 24 * 48 * (2 * weights + 2 * 4 * 48 * 64)  # for the ranges of inputs
     assert static.seconds - dynamic.seconds == pytest.approx(AROUND * once_more / 1e6, rel=1e-6)
+
+
+@pytest.mark.parametrize(("rule", "ran"), [("*.0.self_attn.*", []), ("*.2.mlp.*", [0, 1]), (None, [])])
+def test_blocks_behind_the_last_that_is_quantized_do_not_run(
+    rule: str | None, ran: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    found: list[int] = []
+    run = Runner.run
+    monkeypatch.setattr(Runner, "run", lambda runner, index: (found.append(index), run(runner, index))[1])
+    rules = [("*", "bf16"), *([(rule, "int4-g64")] if rule else [])]
+    few = whit.Calibration(samples=1, context=32)
+    account = whit.quantize("whit:model", tmp_path / "out", whit.Recipe("gptq", rules), calibration=few)
+    assert found == ran
+    assert any(entry.format for entry in account.parameters) == (rule is not None)

@@ -28,6 +28,7 @@ from whit.methods import Method, stand_in
 from whit.methods.base import Block, BlockMethod
 from whit.methods.lowrank import beside
 from whit.methods.together import Work
+from whit.model.graph import find_blocks
 from whit.pipeline.feed.base import Given
 from whit.pipeline.feed.codes import BlockCodes
 from whit.pipeline.feed.reading import BlockReader, reads_ahead
@@ -46,6 +47,9 @@ class BlockFeed:
     ) -> None:
         self._job, self._method, self._tokens, self._written = job, method, tokens, written
         self._read = BlockReader(job.source, reader, reads_ahead(job))
+        self._blocks = {name: number for number, name in enumerate(find_blocks(job.source.model).names)}
+        asking = {unit.name for unit in job.plan.units if any(item.format is not None for item in unit.items)}
+        self._last = max((number for name, number in self._blocks.items() if name in asking), default=-1)
         self._next = 0  # the block whose inputs the runner holds
         self._parameters: dict[str, nn.Parameter] = {}
         self._stats: BlockStats | None = None
@@ -56,15 +60,16 @@ class BlockFeed:
 
     @contextmanager
     def unit(self, unit: Unit) -> Iterator[None]:
-        if unit.name not in self._runner.names:
+        index = self._blocks.get(unit.name)
+        if index is None or index > self._last:  # the inputs of no linear in it matter
             yield
             return
-        index = self._runner.names.index(unit.name)
         while self._next < index:
             self._pass_over(self._next)
         items = [item for item in unit.items if item.format is not None]
         with self._runner.loaded(index) as self._parameters:
-            self._read.expect(self._runner.state_of(index + 1))
+            if index < self._last:
+                self._read.expect(self._runner.state_of(index + 1))
             self._stats = self._watch(index, items) if items else None
             if not items:
                 self._runner.run_exact(index)
@@ -76,7 +81,7 @@ class BlockFeed:
             if self._codes.of_blocks:
                 self._codes.refine(works, self._parameters, partial(self._block, index))
             yield
-            if index + 1 < len(self._runner.names):
+            if index < self._last:
                 self._runner.run(index)
         self._next, self._parameters, self._stats = index + 1, {}, None
         self._codes, self._basis, self._seen, self._inputs = BlockCodes(self._method), Basis(), {}, {}
