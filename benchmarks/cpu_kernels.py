@@ -1,10 +1,11 @@
 """Products with packed weights on the processor: python benchmarks/cpu_kernels.py [--peers DIR]
 
 Cold weights, all kernels of a case in turn; medians, ratio to torch's bfloat16 product, share of the limit of this
-machine. Writes results/cpu_kernels.json and results/cpu_kernels.md, or --name. About 15 minutes on two quiet cores;
-five with --shapes 1 --rounds 3. --formats takes any, such as q4_k and q6_k. --peers names the folder where `python
-benchmarks/peers/install.py DIR --peers kernels` put ONNX Runtime, OpenVINO, auto-round-lib, torchao and ggml; each runs
-in a process of its own (`peers/kernels.py`) and takes its turns in the same rounds. About twice the time then.
+machine, measured before and after: the faster counts. Writes results/cpu_kernels.json and results/cpu_kernels.md, or
+--name. About 15 minutes on two quiet cores; five with --shapes 1 --rounds 3. --formats takes any, such as q4_k and q6_k.
+--peers names the folder where `python benchmarks/peers/install.py DIR --peers kernels` put ONNX Runtime, OpenVINO,
+auto-round-lib, torchao and ggml; each runs in a process of its own (`peers/kernels.py`) and takes its turns in the same
+rounds. About twice the time then.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Sequence
+from dataclasses import astuple, replace
 from pathlib import Path
 
 import torch
@@ -22,6 +24,7 @@ from whit.evaluation.kernel_speed import (
     HEADER,
     ROWS,
     SHAPES,
+    Limits,
     Speed,
     Turn,
     copies_of,
@@ -86,6 +89,13 @@ def duels(speeds: Sequence[Speed]) -> list[tuple[str, ...]]:
     return lines
 
 
+def of_limits(speed: Speed, limits: Limits) -> Speed:
+    """The same with its share of other limits."""
+    flops = 2 * speed.rows * speed.shape[0] * speed.shape[1]
+    floor = max(speed.bytes / limits.read_bytes_per_second, flops / limits.matmul_flops)
+    return replace(speed, share_of_limit=floor / speed.seconds)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
@@ -113,12 +123,14 @@ def main() -> None:
     for peer in peers:
         peer.close()
     after = measure_limits()
+    fastest = Limits(*(max(pair) for pair in zip(astuple(limits), astuple(after), strict=True)))
+    speeds = [of_limits(speed, fastest) for speed in speeds]
     read = [limit.read_bytes_per_second / 1e9 for limit in (limits, after)]
     flops = [limit.matmul_flops / 1e12 for limit in (limits, after)]
     note = (
         f"\n{args.threads} threads, weights cold, activations bfloat16, medians of {args.rounds} interleaved rounds. "
         f"The machine read {read[0]:.1f} GB/s before and {read[1]:.1f} after, and multiplied {flops[0]:.2f} and "
-        f"{flops[1]:.2f} TFLOP/s in bfloat16; shares are of the first."
+        f"{flops[1]:.2f} TFLOP/s in bfloat16; shares are of the faster."
     )
     if peers:
         header = ("weight", "rows", "whit", "ms", "fastest peer", "ms", "whit is faster by")

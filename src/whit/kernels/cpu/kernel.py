@@ -24,7 +24,7 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 STREAMED_ROWS = {True: 16, False: 8}  # for 1 to 4 bits, and more: up to here streaming beats dequantizing
 # In bfloat16: from here on strips beat streaming, where levels are exact in bfloat16 and where they are to be rounded.
 STRIPS_FROM = {True: 5, False: 8}
-# And tiles by AMX, for 1 to 4 bits and for more: benchmarks/results/cpu_kernels_amx.md.
+# And tiles by AMX, for 1 to 4 bits and for more: benchmarks/results/cpu_ways_amx.md.
 TILES_FROM = {True: 5, False: 8}
 PANEL = 1 << 19  # weights dequantized at a time: 1 MiB of 16-bit floats, which stay in the second cache
 

@@ -42,7 +42,7 @@ int processor_has(int) { return 0; }
 #endif
 
 // Whether 32 products of bfloat16 take longer than twice 16 of float32: 2.1 cycles, whatever their width, and .55 each on
-// an Emerald Rapids (benchmarks/results/cpu_kernels_amx.md).
+// an Emerald Rapids (benchmarks/results/cpu_ways_amx.md).
 bool slow_pairs() {
 #if defined(WHIT_X86)
   unsigned a, b, c, d;

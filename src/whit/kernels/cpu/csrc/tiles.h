@@ -41,7 +41,7 @@ extern const TileKernels whit_tiles_int8_few;  // for weights of bytes, as they 
 // where x is small; bytes of two turns' sums.
 enum { LYING_FROM = 4, LYING_MOST = 1 << 20, LYING_STRIPS = 4, LYING_SUMS = 8192 };
 
-// Rows of x, by benchmarks/results/cpu_kernels_amx.md, and for bytes by cpu_int8_amx.md.
+// Rows of x, by benchmarks/results/cpu_ways_amx.md, and for bytes by cpu_int8_amx.md.
 enum { TILES_FROM = 5, TILES8_FROM = 16 };
 enum { AMX_BF16 = 1, AMX_INT8 = 2 };
 int whit_amx(void);  // which of these this process may use
