@@ -82,10 +82,12 @@ def page(result: dict[str, Any]) -> str:
         if (goal := goals.get(rows)) and cell["bf16"] / cell[name] < goal
     ]
     met = sum(cell["rows"] in goals for goals in GOALS.values() for cell in cells) - len(missed)
+    where = f"{result['machine'].get('gpu')}, torch {result['machine']['torch version']}"
     return (
-        f"{result['machine'].get('gpu')}, torch {result['machine']['torch version']}. Times bf16 (torch's product in "
-        "the same run), as they are dispatched, rows quantized included; in brackets the share of what the memory's "
-        f"rate or the tensor cores' allow. {sum(c[3] for c in checks)} checks of {len(checks)} passed.\n\n"
+        f"{where}, `python benchmarks/int8_gpu.py`.{result.get('note', '')} Times bf16 (torch's product in the same "
+        "run), as they are dispatched, rows quantized included (FP8's by this package, and multiplied by torch); in "
+        "brackets the share of what the memory's rate or the tensor cores' allow. "
+        f"{sum(c[3] for c in checks)} checks of {len(checks)} passed.\n\n"
         f"{table(cells)}\n\n{met} goals met; not met: {'; '.join(missed) or 'none'}.\n"
     )
 

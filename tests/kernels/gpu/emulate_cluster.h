@@ -99,11 +99,6 @@ template <class T> static void send(T *p, T v, u32 rank, u64 *barrier) {
     memcpy(place(p, rank), &v, sizeof v);
     b->bytes -= sizeof v, settled(b);
 }
-static void send_all(void *p, const void *from, u32 bytes, u32 rank, u64 *barrier) {
-    Barrier *b = (Barrier *)place(barrier, rank);
-    memcpy(place(p, rank), from, bytes);
-    b->bytes -= bytes, settled(b);
-}
 static void join(u32 *p, u32 v, u32 rank, u64 *barrier) { send(p, v | *(u32 *)place(p, rank), rank, barrier); }
 // Rows of a tile are 64 or 128 bytes; their units of 16 bytes lie in the swizzle of that width.
 static void copy_tile(void *to, const Map &map, int column, int row, u64 *barrier, u16 blocks) {
