@@ -188,10 +188,13 @@ def products(x: Tensor, packed: Sequence[PackedWeight], biases: Sequence[Tensor 
 
 
 def row_cut(packed: Sequence[PackedWeight], scheme: stream.Scheme, x: Tensor) -> digits.Cut | None:
-    """How one row of x and weights of a scheme go through digits.cu; None where another kernel takes them."""
+    """How one row of x and weights of a scheme go through digits.cu; None where another kernel takes them.
+
+    float16 has run on the CPU's stand-in only.
+    """
     where, shape = device_of(x), (sum(weight.shape[0] for weight in packed), x.shape[-1])
     config = tuned.best_digits(scheme, shape, where)
-    if config is None or not all(slab.aligned(weight) for weight in packed):
+    if config is None or x.dtype != torch.bfloat16 or not all(slab.aligned(weight) for weight in packed):
         return None
     return digits.fit(scheme, config, shape[1], digits.tiles_of(packed), where[1])
 
