@@ -53,17 +53,17 @@ Shape = tuple[int, int]
 Work = tuple[str, int]
 
 
-def read_as(spec: str) -> stream.Scheme:
-    """How the kernel reads a weight for bfloat16: absmax in 16 bits."""
+def read_as(spec: str, shape: Shape) -> stream.Scheme:
+    """How the kernel reads a weight for bfloat16: some have absmax in 16 bits."""
     scheme = scheme_of(spec)
-    if not tuned.reads_halves(scheme, slab.SPAN, 9):
+    if not tuned.reads_halves(scheme, shape, 9):
         return scheme
     return replace(scheme, storage=replace(scheme.storage, scale=halves.FLOATS["f16"]))
 
 
 def configs(spec: str, rows: int, shape: Shape, wide: bool) -> list[slab.Config]:
     """The cuts for a shape that fit a multiprocessor."""
-    scheme, kind = read_as(spec), tuned.kind(read_as(spec))
+    scheme, kind = read_as(spec, shape), tuned.kind(read_as(spec, shape))
     cuts = [slab.Config(*cut) for (name, _, at), cut in HOPPER_SLAB.items() if cut and (name, at) == (kind, shape)]
     every = itertools.product(cuts, (0, 1), (0, 1))
     known = (replace(cut, late=late, mixed=mixed) for cut, late, mixed in every if cut.splits > 1 or not mixed)
@@ -104,6 +104,8 @@ def check(
     found: dict[tuple[str, int, Shape, slab.Config], str] = {}
     for (spec, rows), shape in itertools.product(work, SHAPES):
         packed, bias = random_packed(spec, (RAGGED, shape[1]), generator), random_x(1, RAGGED, generator)[0]
+        if halves.reads_halves(read_as(spec, shape)):  # as a weight of that shape is
+            packed = replace(packed, tensors={**packed.tensors, **halves.halved(packed.tensors["absmax"])})
         inputs = ((rows, bias), (max(rows * 3 // 4, 1), None))
         for config, (count, each) in itertools.product(configs(spec, rows, shape, wide), inputs):
             key = spec, rows, shape, config
@@ -134,7 +136,7 @@ def timed(
     spec: str, shape: Shape, rows: int, usable: Sequence[slab.Config], generator: torch.Generator
 ) -> dict[str, Any]:
     """Seconds of torch's bf16 product, of what is dispatched today and of each cut."""
-    scheme, x = read_as(spec), random_x(rows, shape[1], generator)
+    scheme, x = read_as(spec, shape), random_x(rows, shape[1], generator)
     plain, weights = plain_seconds(shape, rows, generator), random_weights(spec, shape, generator)
     today = seconds_cold([partial(gpu_kernel.product, x, w, None) for w in weights], 5)
     ranking = ranked(usable, lambda w, config: gpu_kernel.multiply_slab(x, w, None, scheme, config), weights)
@@ -160,7 +162,7 @@ def show(found: dict[str, Any]) -> None:
 def prepare(kitchen: Kitchen, work: Sequence[Work], wide: bool, others: bool) -> None:
     """Compile what is checked and timed."""
     every = {
-        (read_as(spec), config, False, slab.rounded(rows))
+        (read_as(spec, shape), config, False, slab.rounded(rows))
         for (spec, rows), shape in itertools.product(work, SHAPES)
         for config in configs(spec, rows, shape, wide)
     }

@@ -58,6 +58,15 @@ def test_only_bfloat16_reads_them_and_only_where_they_are(random: Generator):
     assert halves.read_as(weight, scheme, torch.bfloat16) == scheme
 
 
+def test_only_weights_that_gain_by_them_have_halves():
+    nf4, shape = kernel.scheme_of(BITS.pack(whit.quantize_tensor(torch.ones(16, 256), "nf4"))), (28672, 8192)
+    assert tuned.reads_halves(nf4, shape, 9)
+    assert not tuned.reads_halves(nf4, (4096, 4096), 9)
+    assert not tuned.reads_halves(nf4, shape, 8)
+    integers = kernel.scheme_of(BITS.pack(whit.quantize_tensor(torch.ones(16, 256), "int4-g128")))
+    assert not tuned.reads_halves(integers, shape, 9)
+
+
 @pytest.mark.skipif(emulated.COMPILER is None, reason="no g++ here")
 @pytest.mark.parametrize(("rows", "shape", "config"), [(13, (72, 512), slab.Config(64, 2, 2, 1, 1, 1))])
 def test_product_with_halves_is_off_by_no_more_than_they_are(

@@ -99,7 +99,8 @@ def halves_for(packed: PackedWeight) -> dict[str, Tensor]:
     if absmax is None or absmax.device.type != "cuda" or torch.cuda.is_current_stream_capturing():
         return {}
     major = torch.cuda.get_device_capability(absmax.device)[0]
-    return halves.halved(absmax) if tuned.reads_halves(scheme, packed.shape[1], major) else {}
+    shape = packed.shape[0], packed.shape[1]
+    return halves.halved(absmax) if tuned.reads_halves(scheme, shape, major) else {}
 
 
 def product(x: Tensor, packed: PackedWeight, bias: Tensor | None, invariant: bool = False) -> Tensor:

@@ -93,10 +93,12 @@ def best_slab(scheme: Scheme, shape: Shape, rows: int, device: Device) -> slab.C
     return config if config.fits(scheme, rows) else None
 
 
-def reads_halves(scheme: Scheme, columns: int, major: int) -> bool:
-    """Whether some product of such a weight reads its absmax in 16 bits on devices of that compute capability."""
-    known = {name for name, _, _ in SLAB.get(major, {})}
-    return f"{kind(scheme)}{halves.KIND}" in known and slab.why_not(scheme, columns) is None
+def reads_halves(scheme: Scheme, shape: Shape, major: int) -> bool:
+    """Whether products of such a weight of `shape` read its absmax in 16 bits on devices of that compute capability."""
+    table, name = SLAB.get(major, {}), kind(scheme)
+    near = nearest({where for known, _, where in table if known == name}, shape)
+    known = {(other, where) for other, _, where in table}
+    return (name + halves.KIND, near) in known and slab.why_not(scheme, shape[1]) is None
 
 
 def best_many(scheme: Scheme, shape: Shape, rows: int, device: Device) -> many.Config | None:
