@@ -2,7 +2,7 @@
 
 Cold weights, all kernels of a case in turn; medians, ratio to torch's bfloat16 product, share of the limit of this
 machine, measured before and after: the faster counts. Writes results/cpu_kernels.json and results/cpu_kernels.md, or
---name. About 15 minutes on two quiet cores; five with --shapes 1 --rounds 3. --formats takes any, such as q4_k and q6_k.
+--name. About 15 minutes on two quiet cores; five with --shapes 1 --rounds 3. --formats takes any, as q4_k.
 --peers names the folder where `python benchmarks/peers/install.py DIR --peers kernels` put ONNX Runtime, OpenVINO,
 auto-round-lib, torchao and ggml; each runs in a process of its own (`peers/kernels.py`) and takes its turns in the same
 rounds. About twice the time then.
