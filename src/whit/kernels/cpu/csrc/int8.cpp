@@ -16,7 +16,7 @@
 
 namespace {
 
-// Rows of x that meet bytes as they lie: panels take longer to be turned than these to be multiplied.
+// Rows of x that meet bytes as they lie by VNNI: panels take longer to be turned than these to be multiplied.
 enum { BYTES_MOST = 8 };
 
 thread_local Scratch sums8, rows8;
@@ -178,7 +178,8 @@ int multiply(Product8& product, int64_t few, int isa, int threads) {
   const Kernels* floats = whit_kernels(w, WHIT_F32, isa);
   if (w.digit_bytes) isa = WHIT_SCALAR;  // what takes many rows otherwise than `kernels` reads whole bits
   few = runs_pow2(w) ? few : 0;
-  if (isa >= 2 && scales_once(w.bits) && x.groups > 1 && few > 2) few = 2;  // these come one by one: strips are faster
+  // Rows of whole bytes stream one by one: strips are faster, and bytes as they lie, but for AMD's prefetcher.
+  if (scales_once(w.bits) && few > 2 && (x.groups > 1 ? isa >= 2 : isa == 3 && w.groups == 1 && !w.zero)) few = 2;
   const bool streams = x.count <= few;
   void* room = sums8.get(whit_derived8(product, streams, *kernels));
   if (!room) return -3;

@@ -39,7 +39,7 @@ extern const TileKernels whit_tiles_int8_few;  // for weights of bytes, as they 
 
 // Rows of x from which they are, and bytes up to which x stays in the second cache; strips of the weight side by side,
 // where x is small; bytes of two turns' sums.
-enum { LYING_FROM = 4, LYING_MOST = 1 << 20, LYING_STRIPS = 4, LYING_SUMS = 8192 };
+enum { LYING_FROM = 5, LYING_MOST = 1 << 20, LYING_STRIPS = 4, LYING_SUMS = 8192 };
 
 // Rows of x, by benchmarks/results/cpu_ways_amx.md, and for bytes by cpu_int8_amx.md.
 enum { TILES_FROM = 5, TILES8_FROM = 16 };
