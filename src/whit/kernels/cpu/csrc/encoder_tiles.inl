@@ -162,11 +162,58 @@ static __attribute__((noinline)) void whole_tiles8(const Spot8& s, int64_t rows,
   }
 }
 
+// The same for two neighbouring panels, whose six strips of 16 rows meet M tiles of rows two at a time: each product then
+// loads one tile, where a panel's three strips load three for two. `strip` is the first of the two.
+template <class V, int M, Then THEN, bool SIGNED>
+static __attribute__((noinline)) void paired_tiles8(const Spot8& s, int64_t strip, int64_t rows, float* y,
+                                                    int64_t y_stride) {
+  const whit_linear8& w = s.w;
+  const auto of = [&](int64_t m, int64_t n) __attribute__((always_inline)) {
+    return Spot8{w, s.room, s.panel + (strip + n) / 3, (strip + n) % 3, s.m + TILE8 * m};
+  };
+  alignas(64) int32_t sums[2 * M * 256];
+  EACH(c, 2 * M) { zero_tile8<c>(); });
+  const uint8_t* codes = s.codes();
+  const int8_t *one = of(0, 0).levels(), *other = of(0, 1).levels();
+  for (int64_t c = 0; c < w.stride; c += 64) {
+    TILE_LOAD(6, one + c * WIDE8, 4 * WIDE8);
+    TILE_LOAD(4, codes + c, w.stride);
+    if constexpr (SIGNED) TILE_INT8_SIGNED(0, 4, 6);
+    else TILE_INT8_LEVELS(0, 4, 6);
+    TILE_LOAD(7, other + c * WIDE8, 4 * WIDE8);
+    if constexpr (SIGNED) TILE_INT8_SIGNED(1, 4, 7);
+    else TILE_INT8_LEVELS(1, 4, 7);
+    if constexpr (M > 1) {
+      TILE_LOAD(5, codes + TILE8 * w.stride + c, w.stride);
+      if constexpr (SIGNED) TILE_INT8_SIGNED(2, 5, 6);
+      else TILE_INT8_LEVELS(2, 5, 6);
+      if constexpr (SIGNED) TILE_INT8_SIGNED(3, 5, 7);
+      else TILE_INT8_LEVELS(3, 5, 7);
+    }
+  }
+  EACH(c, 2 * M) { store_tile8<c>(sums + 256 * c); });
+  for (int64_t i = 0; i < 2 * M; i++) {
+    const Spot8 own = of(i / 2, i % 2);
+    if (own.row() >= w.out) continue;
+    typename V::G total[TILE8];
+    EACH(m, TILE8) { total[m] = V::gzero(); });
+    add_group8<V, false>(own, 0, sums + 256 * i, total);
+    finish_tile8<V, THEN>(own, rows, total, y, y_stride);
+  }
+}
+
+// One panel, or two.
 template <class V, Then THEN, bool SIGNED>
-static void whole_by_tiles(const Spot8& s, int64_t rows, float* y, int64_t y_stride) {
-  Spot8 own = s;
-  for (; own.m + TILE8 < rows; own.m += 2 * TILE8) whole_tiles8<V, 2, THEN, SIGNED>(own, rows, y, y_stride);
-  if (own.m < rows) whole_tiles8<V, 1, THEN, SIGNED>(own, rows, y, y_stride);
+static void whole_by_tiles(const Spot8& s, int64_t panels, int64_t rows, float* y, int64_t y_stride) {
+  for (int64_t strip = 0; strip < (panels > 1 ? 6 : 1); strip += 2) {
+    Spot8 own = s;
+    for (; own.m + TILE8 < rows; own.m += 2 * TILE8)
+      if (panels > 1) paired_tiles8<V, 2, THEN, SIGNED>(own, strip, rows, y, y_stride);
+      else whole_tiles8<V, 2, THEN, SIGNED>(own, rows, y, y_stride);
+    if (own.m >= rows) continue;
+    if (panels > 1) paired_tiles8<V, 1, THEN, SIGNED>(own, strip, rows, y, y_stride);
+    else whole_tiles8<V, 1, THEN, SIGNED>(own, rows, y, y_stride);
+  }
 }
 
 template <class V, Then THEN>
@@ -174,10 +221,11 @@ static void linear_by_tiles(Crew& crew, const whit_linear8& w, const Room8& room
                             int64_t y_stride) {
   const int64_t depth = w.wide && w.group_size % 64 ? 32 : 64;
   const TileScope8 scope(depth);
-  phase8(crew, (w.out + WIDE8 - 1) / WIDE8, [&](int64_t panel) {
-    Spot8 s = {w, room, panel, 0, 0};
-    if (!w.wide && w.zero) return whole_by_tiles<V, THEN, true>(s, rows, y, y_stride);
-    if (!w.wide) return whole_by_tiles<V, THEN, false>(s, rows, y, y_stride);
+  const int64_t all = (w.out + WIDE8 - 1) / WIDE8, at_once = !w.wide && all % 2 == 0 && all >= 4 * crew.size ? 2 : 1;
+  phase8(crew, all / at_once, [&](int64_t task) {
+    Spot8 s = {w, room, task * at_once, 0, 0};
+    if (!w.wide && w.zero) return whole_by_tiles<V, THEN, true>(s, at_once, rows, y, y_stride);
+    if (!w.wide) return whole_by_tiles<V, THEN, false>(s, at_once, rows, y, y_stride);
     for (; s.part < 3 && s.row() < w.out; s.part++)
       for (s.m = 0; s.m < rows; s.m += TILE8) groups_tile8<V, THEN>(s, rows, depth, y, y_stride);
   });
