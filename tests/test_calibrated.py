@@ -286,3 +286,13 @@ def test_blocks_behind_the_last_that_is_quantized_do_not_run(
     account = whit.quantize("whit:model", tmp_path / "out", whit.Recipe("gptq", rules), calibration=few)
     assert found == ran
     assert any(entry.format for entry in account.parameters) == (rule is not None)
+
+
+def test_a_file_in_which_nothing_is_quantized_is_a_plain_model(tmp_path: Path):
+    few = whit.Calibration(samples=1, context=32)
+    whit.quantize("whit:model", tmp_path / "out", whit.Recipe("gptq", [("*", "bf16")]), calibration=few)
+    assert "quantization_config" not in json.loads((tmp_path / "out/config.json").read_text())
+    model, plain = (
+        AutoModelForCausalLM.from_pretrained(p) for p in (tmp_path / "out", whit.resolve_model("whit:model"))
+    )
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), plain.parameters(), strict=True))

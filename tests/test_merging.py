@@ -113,6 +113,11 @@ def test_bf16_is_pefts_own_merge_rounded_once(packed: Path, tmp_path: Path, opti
     assert found["model.layers.0.self_attn.q_proj.weight"].dtype == torch.bfloat16
 
 
+def test_the_format_bf16_is_the_route_bf16(plain: Path, trained: Path, tmp_path: Path):
+    job = prepare_merge(plain, trained, tmp_path / "out", Merge(format="bf16"), Options())
+    assert (job.exporter.name, job.recipe, job.calibration) == ("bf16", None, None)
+
+
 @pytest.mark.parametrize("architecture", ["gpt2", pytest.param("gpt_neox", marks=pytest.mark.slow)])
 def test_other_architectures_merge(architecture: str, tmp_path: Path):
     folder = save_tiny(tmp_path / "model", architecture)

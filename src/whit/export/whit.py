@@ -73,6 +73,8 @@ class Whit(FolderExport):
 
     def config(self, outcome: Outcome) -> dict[str, Any]:
         assert outcome.recipe is not None
+        if not outcome.formats:  # a plain checkpoint
+            return {}
         return {"quantization_config": quantization_config(outcome.recipe, outcome.formats, outcome.inputs)}
 
     def card(self, outcome: Outcome) -> str:

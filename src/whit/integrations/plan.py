@@ -76,7 +76,7 @@ def match_formats(model: nn.Module, formats: Mapping[str, str]) -> dict[Target, 
         name = next((n for n in _with_and_without_prefix(model, holder) if n in targets), None)
         if name is not None:
             plan[targets[name]] = parse_format(spec)
-    if not plan:
+    if formats and not plan:
         raise CheckpointError(
             f"config.json: none of the {len(formats)} quantized modules exists in {type(model).__name__}; "
             "load the class of model that was quantized"

@@ -61,6 +61,8 @@ def merge(
 
 def prepare_merge(model: str | Path, adapter: str | Path, out: str | Path, wanted: Merge, options: Options) -> Job:
     """Check and plan everything; of the weights only the adapter's are read."""
+    if wanted.format is not None and _parsed(wanted.format).bits == 16 and wanted.route in (None, "bf16"):
+        wanted = replace(wanted, route="bf16", format=None)
     folder, loaded = resolve_model(model, options.trust_remote_code), read_adapter(adapter)
     base = open_source(folder, options.trust_remote_code)
     packed = isinstance(base, Coded) and any(base.format(name) is not None for name in base.origins)

@@ -62,8 +62,8 @@ def estimate(job: Job) -> Estimate:
             )
         if job.recipe.transform is not None:  # it rounds by a stand-in with every scale that it tries
             seconds += job.recipe.transform.trials * _solving(job, stand_in(job.recipe.method), quantized)
-        if job.calibration is not None and job.recipe.needs_stats:
-            blocks = _blocks(job)
+        blocks = _blocks(job) if job.calibration is not None and job.recipe.needs_stats else []
+        if blocks:
             slowest = max(
                 job.recipe.all_methods, key=lambda method: (isinstance(method, BlockMethod), method.needs_exact)
             )
