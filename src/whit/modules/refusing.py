@@ -37,7 +37,7 @@ class PackedAway(Tensor):
             raise PackedWeightError(
                 "weight: is packed, and nothing can be added to it or multiplied by it (merging an adapter); "
                 "floats are needed for that; call dequantize() on the model and load the adapter onto the result, "
-                "or keep the adapter beside the packed weight"
+                "keep the adapter beside the packed weight, or write a merged model by whit merge"
             )
         return super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
 
