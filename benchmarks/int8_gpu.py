@@ -142,7 +142,7 @@ def main() -> None:
         part: [t for t in text.splitlines() if not t.startswith(("CHECK ", "CELL "))] for part, text in texts.items()
     }
     failed = [c for c in checks if not c[3]]
-    result = {"machine": machine(), "checks": checks, "cells": cells, "said": {k: v[-30:] for k, v in other.items()}}
+    result = {"machine": machine(), "checks": checks, "cells": cells}
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(result, indent=1) + "\n")
     args.out.with_suffix(".md").write_text("\n".join(map(page, [result, *others(args.out)])))
