@@ -26,6 +26,10 @@ def test_a_model_on_two_devices_is_refused():
         whit.compile(model, strict=True)
 
 
-def test_a_module_without_tensors_is_refused():
-    with pytest.raises(UnsupportedModelError, match="lies on no device"):
+def test_what_is_no_transformers_model_is_refused():
+    with pytest.raises(UnsupportedModelError, match="Identity is no transformers model"):
         whit.compile(torch.nn.Identity(), strict=True)
+    empty = torch.nn.Identity()
+    empty.config = None
+    with pytest.raises(UnsupportedModelError, match="lies on no device"):
+        whit.compile(empty, strict=True)
