@@ -1,215 +1,23 @@
-// Tokens, one after the other: one team of threads from the first to the last, each with its own rows of every matrix.
-//
-// Between products the team waits at a barrier; what is cheap (norms, the order in which kernels meet their inputs) each
-// member does for itself instead. A row is summed by one thread in one order, whatever the size of the team.
+// Tokens, one after the other, by one team of threads: what follows what in a token, and the memory that it takes.
 #include "decoder.h"
-
-#include "digits.h"
-#include "planes.h"
 
 #include <sched.h>
 
+#include "digits.h"
+#include "planes.h"
 #include "team.h"
 
 #if defined(__x86_64__) || defined(__i386__)
 #include <immintrin.h>
 #endif
 
+#include "decoder_team.inl"
+
+#include "decoder_products.inl"
+
 namespace {
 
-enum { SPINS = 2000, ALIGNED_ROWS = 8, LINE = 64 };
-
-// Waits by spinning for some microseconds and then by giving way: other programs may need the processor.
-struct Barrier {
-  std::atomic<int> arrived{0}, phase{0};
-  void wait(int members) {
-    if (members == 1) return;
-    const int now = phase.load(std::memory_order_relaxed);
-    if (arrived.fetch_add(1, std::memory_order_acq_rel) == members - 1) {
-      arrived.store(0, std::memory_order_relaxed);
-      phase.store(now + 1, std::memory_order_release);
-      return;
-    }
-    for (int spins = 0; phase.load(std::memory_order_acquire) == now; spins++) {
-      if (spins < SPINS) {
-#if defined(__x86_64__) || defined(__i386__)
-        _mm_pause();
-#endif
-      } else {
-        sched_yield();
-      }
-    }
-  }
-};
-
-struct Best {  // of one member's logits
-  float value;
-  int64_t token;
-  char padding[LINE - 16];
-};
-
-struct Run {
-  const whit_decoder* d;
-  const Steps* steps;
-  const int64_t* stops;
-  int64_t *tokens, position, count, stop_count, done;
-  char *x, *q, *k, *v, *mixed, *gate, *up, *y;  // what the team shares, of the model's type
-  void* logits;
-  char* banded;  // logits in the order of the head's bands
-  Best* best;
-  Barrier barrier;
-  std::atomic<int> failed{0};
-};
-
 thread_local Scratch shared_room, own_room;
-
-size_t element(const whit_decoder& d) { return d.type == WHIT_F32 ? 4 : 2; }
-
-// The inputs of a product in the order in which its kernel meets them; kept until another vector or order is asked for.
-struct Inputs {
-  const void* x = nullptr;
-  int64_t columns = 0, group_size = 0;
-  int inputs = 0, codes = 0, type = 0;
-  const void* kernels = nullptr;
-  Rows rows;
-  Product8 product;
-  Planes planes;
-  whit_rows8 rows8;
-  char *room, *lanes;
-};
-
-struct Member {
-  Run& run;
-  const whit_decoder& d;
-  const Steps& steps;
-  int rank, size;
-  Inputs inputs;
-  float *params, *scores, *sums;  // room of the kernels, and of attention
-  char* normed;
-
-  void wait() { run.barrier.wait(size); }
-  char* at(char* base, int64_t index) const { return base + index * (int64_t)element(d); }
-  void share(int64_t rows, int64_t step, int64_t& first, int64_t& last) const {
-    const int64_t each = (rows + step * size - 1) / (step * size) * step;
-    first = each * rank < rows ? each * rank : rows;
-    last = first + each < rows ? first + each : rows;
-  }
-};
-
-bool same(Inputs& now, const void* x, const whit_matrix& m, const void* kernels, int codes, int64_t group_size) {
-  if (now.x == x && now.columns == m.columns && now.inputs == m.inputs && now.kernels == kernels &&
-      now.codes == codes && now.group_size == group_size)
-    return true;
-  now.x = x, now.columns = m.columns, now.inputs = m.inputs, now.kernels = kernels;
-  now.codes = codes, now.group_size = group_size;
-  return false;
-}
-
-// bfloat16 as bytes, as whit_linear takes it on such processors; false where these inputs or weights are none for that.
-bool by_planes(Member& me, const whit_matrix& m, const void* x, void* y, int64_t first, int64_t last) {
-  const whit_weight& w = *m.packed;
-  const PlaneKernels* kernels = whit_plane_kernels(w, me.d.type, me.d.isa);
-  if (!kernels) return false;
-  Planes& p = me.inputs.planes;
-  if (!same(me.inputs, x, m, kernels, w.bits, w.group_size)) {
-    p = {}, p.w = &w;
-    if (!kernels->arrange(p, x, 1, me.inputs.room)) {
-      me.inputs.x = nullptr;
-      return false;
-    }
-  }
-  p.w = &w, p.bias = m.bias, p.y = y, p.type = me.d.type, p.shift = (int)-w.levels[0];
-  kernels->dot(p, 1, first, last, me.params);
-  return true;
-}
-
-// Floats as they are, through packed weights.
-void exact(Member& me, const whit_matrix& m, const void* x, void* y, int64_t first, int64_t last) {
-  if (by_planes(me, m, x, y, first, last)) return;
-  const whit_weight& w = *m.packed;
-  const Kernels& kernels = *whit_kernels(w, me.d.type, me.d.isa);
-  const int codes = w.bits <= 2 ? 16 : w.bits <= 4 ? 8 : 4;
-  const bool digits = takes_digits(kernels, w);
-  Rows& rows = me.inputs.rows;
-  if (same(me.inputs, x, m, &kernels, digits ? 0 : codes, 0)) {
-  } else if (digits) {
-    rows.x = me.inputs.room;
-    kernels.arrange_digits(x, w.columns, me.inputs.room);
-  } else {
-    rows.blocks = (w.columns + 16 * codes - 1) / (16 * codes), rows.sum_count = 16 * rows.blocks;
-    rows.x_bytes = rows.blocks * 16 * codes * (kernels.pairs ? 2 : 4);
-    rows.x = me.inputs.room, rows.sums = (float*)(me.inputs.room + rows.x_bytes);
-    kernels.arrange(x, me.d.type, w.columns, w.bits, me.inputs.room, (float*)(me.inputs.room + rows.x_bytes));
-  }
-  rows.w = &w, rows.m = 1, rows.bias = m.bias, rows.y = y, rows.type = me.d.type;
-  if (digits) return kernels.dot_digits(rows, first, last);
-  const bool done = by_tiles(w, kernels, first, last, [&](const whit_weight& part, int64_t from, int64_t to) {
-    rows.w = &part;
-    kernels.dot(rows, from, to, me.params);
-  });
-  if (!done) me.run.failed = 1;
-}
-
-// Inputs rounded to int8.
-void quantized(Member& me, const whit_matrix& m, const void* x, void* y, int64_t first, int64_t last) {
-  const whit_weight& w = *m.packed;
-  const Kernels8& kernels = *whit_kernels8(me.d.isa8);
-  Product8& p = me.inputs.product;
-  whit_rows8& q = me.inputs.rows8;
-  const bool known = same(me.inputs, x, m, &kernels, w.bits, w.group_size);
-  if (!known) {
-    q.count = 1, q.stride = (w.columns + STEP8 - 1) / STEP8 * STEP8, q.zero = nullptr;
-    q.groups = m.inputs == WHIT_PER_GROUP ? q.stride / GROUP8 : 1;
-    char* room = me.inputs.room;
-    q.codes = (const int8_t*)room, q.scale = (const float*)(room + q.stride);
-    q.sums = (const int32_t*)(q.scale + q.groups);
-    kernels.quantize(x, me.d.type, w.columns, q.stride, q.groups, (int8_t*)room, (float*)(room + q.stride),
-                     (int32_t*)(q.scale + q.groups));
-    me.inputs.lanes = (char*)(((uintptr_t)(q.sums + q.groups) + LINE - 1) & ~(uintptr_t)(LINE - 1));
-  }
-  const bool shifted = !known || p.shift != m.shift;
-  p.w = &w, p.x = &q, p.row_sums = nullptr, p.bias = m.bias, p.y = y, p.type = me.d.type;
-  p.shift = m.shift, p.unit = m.unit, p.has_table = m.table != nullptr;
-  if (m.table) memcpy(p.table, m.table, 16);
-  if (shifted) whit_derive8(p, true, kernels, me.inputs.lanes);
-  const bool done = by_tiles(w, *whit_kernels(w, WHIT_F32, me.d.isa8), first, last,
-                             [&](const whit_weight& part, int64_t from, int64_t to) {
-                               p.w = &part;
-                               kernels.few(p, from, to, me.params);
-                             });
-  if (!done) me.run.failed = 1;
-}
-
-void floating(Member& me, const whit_matrix& m, const void* x, void* y, int64_t first, int64_t last) {
-  if (!same(me.inputs, x, m, nullptr, 0, 0)) me.steps.floats(x, m.columns, me.d.type, (float*)me.inputs.room);
-  me.steps.dense(m, (const float*)me.inputs.room, first, last, y, me.d.type);
-}
-
-// This member's rows of y = m x. Results stay where they are until the team has met.
-void multiply(Member& me, const whit_matrix& m, const void* x, void* y, int64_t first, int64_t last) {
-  if (first >= last) return;
-  if (!m.packed) floating(me, m, x, y, first, last);
-  else if (m.inputs == WHIT_EXACT) exact(me, m, x, y, first, last);
-  else quantized(me, m, x, y, first, last);
-}
-
-void multiply(Member& me, const whit_matrix& m, const void* x, void* y) {
-  int64_t first, last;
-  me.share(m.rows, ALIGNED_ROWS, first, last);
-  multiply(me, m, x, y, first, last);
-}
-
-// This member's rows of y = m x, where the rows of m lie in bands: each band's product, then every row in its place.
-void multiply_bands(Member& me, const whit_matrix& m, const void* x, char* y, int64_t first, int64_t last) {
-  char* below = me.run.banded;
-  for (int64_t i = 0; i < m.band_count; i++) {
-    multiply(me, m.bands[i], x, below);
-    below = me.at(below, m.bands[i].rows);
-  }
-  me.wait();
-  for (int64_t row = first; row < last; row++)
-    memcpy(me.at(y, row), me.at(me.run.banded, m.places[row]), element(me.d));
-}
 
 const void* normalize(Member& me, const void* x, const void* weight) {
   me.steps.norm(x, weight, me.d.hidden, me.d.epsilon, me.d.type, (float*)me.inputs.room, me.normed);
