@@ -18,7 +18,8 @@ class CustomBuildHook(BuildHookInterface):
         builder = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(builder)
         try:
-            builder.build()
+            if not builder.is_current():  # pip runs this twice for an editable install with extras
+                builder.build()
         except (RuntimeError, OSError) as error:
             builder.LIBRARY.unlink(missing_ok=True)
             self.app.display_warning(f"whit is installed without its CPU kernels: {error}")

@@ -285,12 +285,15 @@ def test_a_library_of_other_sources_is_refused(tmp_path: Path, monkeypatch: pyte
     assert "not built" in str(load(tmp_path / "absent.so"))
     (tmp_path / "broken.so").write_bytes(b"no library")
     assert "build it again" in str(load(tmp_path / "broken.so"))
-    monkeypatch.setattr("whit.kernels.cpu.binding.source_hash", lambda: "0" * 16)
+    assert builder.is_current()
+    assert not any(builder.is_current(tmp_path / name) for name in ("absent.so", "broken.so"))
+    monkeypatch.setattr(builder, "source_hash", lambda: "0" * 16)
     assert "other sources" in str(load(builder.LIBRARY))
+    assert not builder.is_current()
 
 
 def test_without_a_compiler_the_reason_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(builder, "COMPILERS", ("no-such-compiler",))
+    monkeypatch.setattr(builder, "find_compiler", lambda: None)
     with pytest.raises(RuntimeError, match=r"no C\+\+ compiler"):
         builder.build(tmp_path / "library.so")
     assert "not built: no C++ compiler (c++, g++, clang++) is on the path" in str(load(tmp_path / "library.so"))

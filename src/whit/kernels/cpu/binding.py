@@ -11,11 +11,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 from typing import ClassVar
 
 import torch
-
-from whit.kernels.cpu.build import COMPILERS, LIBRARY, find_compiler, source_hash
 
 ABI = 10
 BUILD = "python -m whit.kernels.cpu.build"
@@ -77,21 +76,30 @@ class Library:
 @cache
 def library() -> Library | str:
     """The compiled kernels, or the reason why there are none."""
-    return load(LIBRARY)
+    return load(_builder().LIBRARY)
+
+
+def _builder() -> ModuleType:
+    """The module that builds the library, not imported with the package: Python warns where `-m` runs one that is."""
+    from whit.kernels.cpu import build
+
+    return build
 
 
 def load(path: Path) -> Library | str:
     """The kernels in the shared library at `path`, or the reason why they cannot be used."""
+    build = _builder()
     if not path.exists():
-        if find_compiler() is None:
-            return f"not built: no C++ compiler ({', '.join(COMPILERS)}) is on the path; install one, then {BUILD}"
+        if build.find_compiler() is None:
+            known = ", ".join(build.COMPILERS)
+            return f"not built: no C++ compiler ({known}) is on the path; install one, then {BUILD}"
         return f"not built; {BUILD} builds it"
     try:
         handle = ctypes.CDLL(str(path))
     except OSError as error:
         return f"{error}; build it again by {BUILD}"
     handle.whit_sources.restype = ctypes.c_char_p
-    if handle.whit_abi() != ABI or handle.whit_sources().decode() != source_hash():
+    if handle.whit_abi() != ABI or handle.whit_sources().decode() != build.source_hash():
         return f"built from other sources; build it again by {BUILD}"
     long, short = ctypes.c_int64, ctypes.c_int
     rest8 = (short, Pointer, short, ctypes.c_float, long, short, short)

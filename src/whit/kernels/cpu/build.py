@@ -1,12 +1,14 @@
 """Compiles csrc/ into one shared library beside this file: python -m whit.kernels.cpu.build
 
 Needs a C++17 compiler and nothing else. Every instruction set is a file of its own with its own flags; one that this
-compiler cannot build is left out. The package's build runs this too, and installs without the library where it fails.
+compiler cannot build is left out. The package's build runs this too, unless the library is there already, and installs
+without it where it fails.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import hashlib
 import platform
 import shutil
@@ -48,11 +50,21 @@ X86: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 
 
 def source_hash() -> str:
-    """What the sources are; a library built from others is not used."""
-    digest = hashlib.sha256()
+    """What the sources and their flags are; a library built from others is not used."""
+    digest = hashlib.sha256(repr((FLAGS, X86)).encode())
     for path in sorted(SOURCES.iterdir()):
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:16]
+
+
+def is_current(library: Path = LIBRARY) -> bool:
+    """Whether there is a library that this machine can load, built from the sources as they are."""
+    try:
+        handle = ctypes.CDLL(str(library))
+    except OSError:
+        return False
+    handle.whit_sources.restype = ctypes.c_char_p
+    return bool(handle.whit_sources().decode() == source_hash())
 
 
 def find_compiler() -> str | None:
