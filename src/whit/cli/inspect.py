@@ -40,39 +40,40 @@ def inspect(
     as_json: AsJson = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    folder = resolve_model(model)
+    place = resolve_model(model)
     if plots is not None:
-        draw(folder, plots)
-    if folder.is_file():
-        if verify and file_sha256(folder) not in load_account(folder).files.values():
-            raise CheckpointError(f"{folder}: changed since written; SHA-256 must be as in its account; copy it again")
-        facts = gguf_facts(folder)
-        print_json(facts) if as_json else show_plain(facts)
-        return
+        draw(place, plots)
+    if place.is_file():
+        inspect_gguf(place, verify, as_json)
+    else:
+        inspect_folder(place, verify, as_json, trust_remote_code)
+
+
+def inspect_gguf(file: Path, verify: bool, as_json: bool) -> None:
+    """What a .gguf file holds."""
+    if verify and file_sha256(file) not in load_account(file).files.values():
+        raise CheckpointError(f"{file}: changed since written; SHA-256 must be as in its account; copy it again")
+    facts = gguf_facts(file)
+    print_json(facts) if as_json else show_plain(facts)
+
+
+def inspect_folder(folder: Path, verify: bool, as_json: bool, trust_remote_code: bool) -> None:
+    """What a model folder holds: its account, if whit wrote it, or its own figures; and what is wrong with it."""
     graph = onnx_graph(folder)
+    is_ours = (folder / RECORD).is_file()
+    if verify and not is_ours:
+        raise CheckpointError(f"{folder}: no {RECORD} with checksums; --verify needs it; only whit's results have one")
     with closing(Checkpoint(folder) if graph is None else OnnxFile(graph)) as checkpoint:  # checks every header
-        if (folder / RECORD).is_file():
-            account = load_account(folder)
-            if verify:
-                verify_files(folder, account)
-            findings = findings_of(folder, checkpoint, trust_remote_code)
-            if as_json:
-                print_json({**account.to_json(), "findings": [asdict(finding) for finding in findings]})
-            else:
-                show_account(account, verify)
-                show_findings(findings)
-            return
-        if verify:
-            raise CheckpointError(
-                f"{folder}: no {RECORD} with checksums; --verify needs it; only whit's results have one"
-            )
-        facts = plain_facts(folder, checkpoint)
+        account = load_account(folder) if is_ours else None
+        if account is not None and verify:
+            verify_files(folder, account)
+        facts = plain_facts(folder, checkpoint) if account is None else account.to_json()
         findings = findings_of(folder, checkpoint, trust_remote_code)
-        if as_json:
-            print_json({**facts, "findings": [asdict(finding) for finding in findings]})
-        else:
-            show_plain(facts)
-            show_findings(findings)
+    if as_json:
+        print_json({**facts, "findings": [asdict(finding) for finding in findings]})
+        return
+    show_plain(facts) if account is None else show_account(account, verify)
+    show_findings(findings)
 
 
 def findings_of(folder: Path, checkpoint: Checkpoint | OnnxFile, trust_remote_code: bool = False) -> list[Finding]:
