@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from whit.spoken import duration, size, took
+from whit.spoken import by_reason, duration, size, took
 
 
 @pytest.mark.parametrize(
@@ -25,3 +25,11 @@ def test_what_was_measured(seconds: float, said: str):
 
 def test_sizes():
     assert [size(n) for n in (999, 1200, 1.2e9, 3e12)] == ["999 bytes", "1.20 kB", "1.20 GB", "3.00 TB"]
+
+
+def test_a_reason_is_said_once_for_all_modules():
+    blocks = [(f"layers.{i}.{name}", "is narrow") for i in range(3) for name in ("q", "k", "experts.0")]
+    found = by_reason([("head", "is wide"), *blocks, ("layers.0.up", "is wide")])
+    assert found == ["head and 1 other (2 modules): is wide", "layers.*.q and 2 others (9 modules): is narrow"]
+    assert by_reason([("layers.0.up", "is wide"), ("layers.7.up", "is wide")]) == ["layers.*.up (2 modules): is wide"]
+    assert by_reason([("layers.0.up", "is wide")]) == ["layers.0.up: is wide"]

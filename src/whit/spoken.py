@@ -1,6 +1,27 @@
-"""Figures as people read them."""
+"""Figures, and what holds for many modules, as people read them."""
 
 from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+
+def by_reason(found: Iterable[tuple[str, str]]) -> list[str]:
+    """A sentence for each reason in (module, reason): the modules that it holds for, and it."""
+    modules: dict[str, list[str]] = {}
+    for name, reason in found:
+        modules.setdefault(reason, []).append(name)
+    return [f"{_named(names)}: {reason}" for reason, names in modules.items()]
+
+
+def _named(names: list[str]) -> str:
+    """A module; of several the first, its block a star, how many others a block has, and how many there are in all."""
+    patterns = list(dict.fromkeys(re.sub(r"\.\d+(?=\.|$)", ".*", name) for name in names))
+    if len(names) == 1:
+        return names[0]
+    others = len(patterns) - 1
+    more = f" and {others} other{'s' if others > 1 else ''}" if others else ""
+    return f"{patterns[0]}{more} ({len(names)} modules)"
 
 
 def size(count: float) -> str:

@@ -7,8 +7,7 @@ and the like). `restore` is for runs that go on after a kill and for whoever rea
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeAlias
@@ -162,14 +161,3 @@ class Exporter(Protocol):
     def takes(self, name: str) -> bool:
         """Whether a small file of MODEL (tokenizer, licence) is copied beside the weights."""
         ...
-
-
-def grouped(found: Iterable[tuple[str, str]]) -> list[str]:
-    """One sentence for modules that differ only in a block's number."""
-    alike: dict[tuple[str, str], list[str]] = {}
-    for holder, reason in found:
-        alike.setdefault((re.sub(r"\.\d+\.", ".*.", holder), reason), []).append(holder)
-    return [
-        f"{names[0] if len(names) == 1 else f'{pattern} ({len(names)} modules)'}: {reason}"
-        for (pattern, reason), names in alike.items()
-    ]

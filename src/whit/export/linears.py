@@ -11,11 +11,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from whit.export.base import Outcome, Parameter, Value, grouped
+from whit.export.base import Outcome, Parameter, Value
 from whit.export.folder import FolderExport, short_name
 from whit.layouts import Layout
 from whit.model.names import stored_rows, stored_tensors
 from whit.model.targets import Target, find_targets
+from whit.spoken import by_reason
 from whit.tensor import Format, PackedWeight, QuantizedTensor, TensorSpec, matrix_shape
 
 CARD = """---
@@ -54,7 +55,7 @@ class LinearsExport(FolderExport):
         if not formats:
             return [f"nothing is quantized; {self.name} files hold quantized linears; add --format or a rule"]
         found = ((target.holder, reason) for target, format in formats.items() if (reason := self._why(target, format)))
-        return [*grouped(found), *self.conflicts(formats)]
+        return [*by_reason(found), *self.conflicts(formats)]
 
     def _why(self, target: Target, format: Format) -> str | None:
         if target.kind not in self.kinds:

@@ -26,6 +26,7 @@ from whit.model.targets import Target, find_targets, vocabulary_tables
 from whit.pipeline.sources import Coded, Source
 from whit.recipe import Recipe
 from whit.recipe.preflight import check_recipe
+from whit.spoken import by_reason
 from whit.tensor import Format, QuantizedTensor, TensorSpec
 
 SHARD_SIZE = 5_000_000_000  # bytes, as on the hub
@@ -152,7 +153,8 @@ def _misfits(model: PreTrainedModel, exporter: Exporter, formats: Mapping[Target
     banded = [target for target, format in formats.items() if bands_of(format) is not None]
     tables = vocabulary_tables(model) if banded else {}
     refused = {t: why for t in banded if (why := refuse_table(formats[t], t.shape, tables.get(t.holder)))}
-    return [*(f"{t.holder}: {formats[t]} for {why}" for t, why in refused.items()), *exporter.problems(formats)]
+    said = by_reason((t.holder, f"{formats[t]} for {why}") for t, why in refused.items())
+    return [*said, *exporter.problems(formats)]
 
 
 def plan_dense(source: Source, exporter: Exporter, shard_size: int = SHARD_SIZE) -> Plan:

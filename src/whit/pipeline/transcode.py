@@ -28,6 +28,7 @@ from whit.pipeline.job import Job, Options, open_source, prepare
 from whit.pipeline.plan import plan_quantization
 from whit.pipeline.sources import Coded
 from whit.recipe import Recipe
+from whit.spoken import by_reason
 from whit.tensor import Format, QuantizedTensor, tensor_param
 
 PLAIN_GGML = {4: "q4_0", 5: "q5_0", 8: "q8_0"}
@@ -73,7 +74,7 @@ def _routes(
 ) -> tuple[dict[Target, Format], frozenset[str], list[str]]:
     """The format of each target in the new file, the parameters whose codes are carried over, and what cannot be."""
     chosen: dict[Target, Format] = {}
-    exact, unsayable, lost = set(), dict[Target, Format](), []
+    exact, unsayable, lost = set(), dict[Target, Format](), list[tuple[str, str]]()
     for target in targets:
         stored, note = source.format(target.parameter), source.note(target.parameter)
         wanted = recipe.format_for(target.holder, target.kept_by_default) if recipe is not None else None
@@ -89,13 +90,13 @@ def _routes(
             if wanted is not None:
                 chosen[target] = wanted
         elif note is not None:
-            lost.append(f"{target.holder}: {note}; {HELP}")
+            lost.append((target.holder, f"{note}; {HELP}"))
         elif stored is not None and recipe is None:
             unsayable[target] = stored
         elif stored is not None or wanted is not None:
-            lost.append(f"{target.holder}: {stored or '16 bits'} to {wanted or '16 bits'}; {HELP}")
-    lost += [f"{problem}; {HELP}" for problem in exporter.problems(unsayable)] if unsayable else []
-    return chosen, frozenset(exact), lost
+            lost.append((target.holder, f"{stored or '16 bits'} to {wanted or '16 bits'}; {HELP}"))
+    refused = exporter.problems(unsayable) if unsayable else []
+    return chosen, frozenset(exact), [*by_reason(lost), *(f"{problem}; {HELP}" for problem in refused)]
 
 
 def with_inputs(

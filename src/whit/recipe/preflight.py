@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Callable, Mapping, Sequence
 
 from whit.errors import RecipeError
@@ -11,6 +10,7 @@ from whit.formats import lowrank, rotated
 from whit.methods.stack import can_stack
 from whit.model.targets import Target
 from whit.recipe import Recipe
+from whit.spoken import by_reason
 from whit.tensor import Format
 
 
@@ -40,7 +40,7 @@ def check_recipe(
     problems += _misfits(chosen)
     problems += _unreached(recipe, chosen)
     for refuse in (lowrank.refuse_shape, rotated.refuse_shape):
-        problems += [f"{t.holder}: {f} for {why}" for t, f in chosen.items() if (why := refuse(f, t.shape))]
+        problems += by_reason((t.holder, f"{f} for {why}") for t, f in chosen.items() if (why := refuse(f, t.shape)))
     if recipe.needs_stats:
         problems += _unstackable(chosen)
     if fits is not None:
@@ -62,20 +62,14 @@ def _unmatched(pattern: str, holders: Sequence[str]) -> str:
 
 
 def _misfits(formats: Mapping[Target, Format]) -> list[str]:
-    """Groups that do not divide in_features; modules that differ only in a block's number share a sentence."""
-    alike: dict[tuple[str, int, Format], list[str]] = {}
+    """Groups that do not divide in_features."""
+    wrong = []
     for target, format in formats.items():
-        if format.group_size and target.shape[-1] % format.group_size:
-            key = (re.sub(r"\.\d+\.", ".*.", target.holder), target.shape[-1], format)
-            alike.setdefault(key, []).append(target.holder)
-    problems = []
-    for (pattern, columns, format), names in alike.items():
-        where = names[0] if len(names) == 1 else f"{pattern} ({len(names)} modules)"
-        size = format.group_size
-        problems.append(
-            f"{where}: in_features {columns} is not divisible by group_size {size}; {_advice(columns, format)}"
-        )
-    return problems
+        columns, size = target.shape[-1], format.group_size
+        if size and columns % size:
+            said = f"in_features {columns} is not divisible by group_size {size}; {_advice(columns, format)}"
+            wrong.append((target.holder, said))
+    return by_reason(wrong)
 
 
 def _advice(columns: int, format: Format) -> str:

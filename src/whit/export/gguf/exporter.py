@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from whit.activations import Activations
 from whit.checkpoint.writer import Shard
 from whit.errors import UnsupportedModelError
-from whit.export.base import Importance, Outcome, Parameter, Value, grouped
+from whit.export.base import Importance, Outcome, Parameter, Value
 from whit.export.gguf.architectures import Architecture, architecture_of
 from whit.export.gguf.header import Info, gguf_shard
 from whit.export.gguf.header import Value as MetadataValue
@@ -30,6 +30,7 @@ from whit.formats.numeric import dtype_name
 from whit.layouts import GGML
 from whit.model.targets import Target
 from whit.recipe import Recipe
+from whit.spoken import by_reason
 from whit.tensor import Format, PackedWeight, QuantizedTensor, TensorSpec, matrix_shape
 
 DTYPES = {torch.float32: F32, torch.float16: 1, torch.bfloat16: 30}
@@ -90,7 +91,7 @@ class Gguf:
     def problems(self, formats: Mapping[Target, Format]) -> list[str]:
         reasons = ((target.holder, GGML.refuses(format, target.shape)) for target, format in formats.items())
         end = "a gguf file holds ggml's types; choose one, such as q4_k"
-        return grouped((holder, f"{reason}; {end}") for holder, reason in reasons if reason)
+        return by_reason((holder, f"{reason}; {end}") for holder, reason in reasons if reason)
 
     def weighed(self, by: Importance) -> None:
         """Under llama.cpp's own keys."""
