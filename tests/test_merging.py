@@ -312,6 +312,7 @@ def test_routes_that_cannot_be_gone_are_refused(plain: Path, packed: Path, train
         (plain, Merge("sidecar"), "is not quantized"),
         (plain, Merge("requantize"), "add --format"),
         (packed, Merge("bf16", "int4"), "drop one of them"),
+        (packed, Merge("bf16", export="gguf"), "not a gguf file"),
         (packed, Merge(source=packed), "must be the model in full precision"),
         (packed, Merge("sidecar", export="gptq"), "gptq"),
     ):

@@ -110,6 +110,7 @@ def test_rules_go_over_a_recipe_file_and_its_formats_may_not_be_given_twice(whit
         (("quantize", "{model}", "whit:model"), 1, "is a name of what ships with whit"),
         (("quantize", "{model}", "{out}", "--format", "int8", "--device", "tpu"), 1, "device tpu: unknown"),
         (("convert", "{model}", "{out}", "--export", "bf16", "--format", "int8"), 2, "bf16"),
+        (("convert", "{model}", "{out}"), 2, "name the kind of file"),
         (("convert", "{model}", "{out}", "--export", "whit"), 1, "whit file needs a format"),
         (("inspect", "{model}", "--verify"), 1, "no whit.json"),
     ],
@@ -142,7 +143,7 @@ def test_the_name_of_out_says_the_kind_of_file(whit, tmp_path: Path):
     status, _, notes = whit("quantize", "whit:model", tmp_path / "small.gguf", "--format", "q4_0")
     assert status == 0, notes
     assert (tmp_path / "small.gguf").read_bytes()[:4] == b"GGUF"
-    assert whit("convert", "whit:model", tmp_path / "floats.gguf", "--export", "gguf")[0] == 0
+    assert whit("convert", "whit:model", tmp_path / "floats.gguf")[0] == 0
     assert "lossless" in whit("convert", tmp_path / "floats.gguf", tmp_path / "plain", "--export", "bf16")[1]
 
 

@@ -11,7 +11,7 @@ from whit.cli.console import on_screen, say
 from whit.cli.options import EXPORT_HELP, FORMAT_HELP, RULE_HELP, AsJson, Restart, TrustRemoteCode
 from whit.cli.quantize import build_recipe
 from whit.cli.runs import run_and_show
-from whit.export import exporter_named
+from whit.export import exporter_named, kind_of
 from whit.export.dense import Dense
 from whit.pipeline.job import Options, prepare
 from whit.pipeline.transcode import prepare_transcode
@@ -22,7 +22,9 @@ def convert(
         str, typer.Argument(metavar="MODEL", help="Folder, .gguf file, hub id or whit:model; quantized or not.")
     ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The new folder; it appears when it is complete.")],
-    export: Annotated[str, typer.Option(metavar="NAME", help=EXPORT_HELP)],
+    export: Annotated[
+        str | None, typer.Option(metavar="NAME", help=f"{EXPORT_HELP} \\[default: gguf where OUT ends in .gguf]")
+    ] = None,
     format: Annotated[str | None, typer.Option(metavar="SPEC", help=FORMAT_HELP)] = None,
     rule: Annotated[list[str] | None, typer.Option(metavar="GLOB=SPEC", help=RULE_HELP)] = None,
     requantize: Annotated[
@@ -33,6 +35,9 @@ def convert(
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     options = Options(restart=restart, trust_remote_code=trust_remote_code)
+    export = export or kind_of(out)
+    if export is None:
+        raise typer.BadParameter("name the kind of file, such as bf16, gguf or gptq", param_hint="--export")
     if issubclass(exporter_named(export), Dense):
         if format is not None or rule:
             raise typer.BadParameter(f"{export} has one format only; drop --format and --rule", param_hint="--export")

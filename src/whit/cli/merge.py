@@ -12,10 +12,10 @@ from rich.table import Table
 from whit.cli.console import console, on_screen, print_json, say
 from whit.cli.options import (
     CALIBRATION_HELP,
-    EXPORT_HELP,
     FORMAT_HELP,
     AsJson,
     Device,
+    Export,
     Restart,
     Seed,
     TrustRemoteCode,
@@ -26,6 +26,7 @@ from whit.cli.runs import run_account
 from whit.cli.watching import Watching
 from whit.data import resolve_text
 from whit.evaluation.text import read_text
+from whit.export import kind_of
 from whit.merging import ROUTES, Measured, Merge, Text, measure_routes, prepare_merge
 from whit.pipeline.coverage import Account
 from whit.pipeline.job import Options
@@ -51,7 +52,7 @@ def merge(
         int | None, typer.Option(min=2, help="Tokens in each. \\[default: 2048, or the model's]")
     ] = None,
     seed: Seed = 0,
-    export: Annotated[str, typer.Option(metavar="NAME", help=EXPORT_HELP)] = "whit",
+    export: Export = None,
     text: Annotated[str, typer.Option(metavar="FILE", help="Text that the merge is measured on.")] = "whit:heldout",
     max_tokens: Annotated[int, typer.Option(min=2, help="Measure on its first N tokens.")] = 16384,
     measured: Annotated[bool, typer.Option("--measure/--no-measure", help="Run base, adapter and result.")] = True,
@@ -63,7 +64,7 @@ def merge(
     if measured:
         read_text(resolve_text(text))  # what is wrong with it is said before the work
     seen = build_calibration(calibration, samples, context, seed)
-    wanted = Merge(route, format, source, seen, export)
+    wanted = Merge(route, format, source, seen, export or kind_of(out) or "whit")
     options = Options(seed=seed, device=device, restart=restart, trust_remote_code=trust_remote_code)
     account = run_account(prepare_merge(model, adapter, out, wanted, options))
     found: tuple[Measured, ...] = ()

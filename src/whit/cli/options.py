@@ -30,6 +30,10 @@ DryRun: TypeAlias = Annotated[bool, typer.Option("--dry-run", help="Print the pl
 Restart: TypeAlias = Annotated[bool, typer.Option("--restart", help="Begin again, and replace an older result.")]
 AsJson: TypeAlias = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 TrustRemoteCode: TypeAlias = Annotated[bool, typer.Option("--trust-remote-code", help="Run the model's own code.")]
+Export: TypeAlias = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help=f"{EXPORT_HELP} \\[default: whit; gguf where OUT ends in .gguf]"),
+]
 InputMemory: TypeAlias = Annotated[
     str | None,
     typer.Option(

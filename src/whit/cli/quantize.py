@@ -27,12 +27,12 @@ from whit.cli.gate import MaxIncrease, MaxKL, build_gate, measure
 from whit.cli.options import (
     CALIBRATION_HELP,
     DEFAULT_FORMAT_HELP,
-    EXPORT_HELP,
     FORMAT_HELP,
     RULE_HELP,
     AsJson,
     Device,
     DryRun,
+    Export,
     InputMemory,
     Restart,
     Seed,
@@ -91,9 +91,7 @@ def quantize(
     imatrix: Annotated[Path | None, typer.Option(help="Weigh columns by llama.cpp's importance matrix.")] = None,
     input_memory: InputMemory = None,
     seed: Seed = 0,
-    export: Annotated[
-        str | None, typer.Option(metavar="NAME", help=f"{EXPORT_HELP} \\[default: whit; gguf where OUT ends in .gguf]")
-    ] = None,
+    export: Export = None,
     device: Device = "auto",
     threads: Threads = None,
     max_kl: MaxKL = None,

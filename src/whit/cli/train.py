@@ -12,11 +12,11 @@ import typer
 
 from whit.calibration import Calibration
 from whit.cli.options import (
-    EXPORT_HELP,
     FORMAT_HELP,
     RULE_HELP,
     AsJson,
     Device,
+    Export,
     InputMemory,
     Restart,
     Seed,
@@ -27,6 +27,7 @@ from whit.cli.options import (
 )
 from whit.cli.trained import Asked, is_quantized, train_as_asked
 from whit.cli.unused import refuse_unused, typed
+from whit.export import kind_of
 from whit.formats import parse_format
 from whit.methods import Blocks, parse_method
 from whit.pipeline.job import Options
@@ -82,7 +83,7 @@ def train(
     at_once: Annotated[int | None, typer.Option(min=1, help=AT_ONCE_HELP)] = None,
     input_memory: InputMemory = None,
     seed: Seed = 0,
-    export: Annotated[str, typer.Option(metavar="NAME", help=EXPORT_HELP)] = "whit",
+    export: Export = None,
     device: Device = "auto",
     threads: Threads = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print plan, time and memory; read no weights.")] = False,
@@ -114,8 +115,8 @@ def train(
     calibration = Calibration("whit:text" if text == OWN_TEXT else text, samples or usual, context, seed)
     asked = Asked(
         mode, rules, course, Words(text, windows or course.steps * course.batch, context),
-        Setting(options, export, calibration, folder, teacher), blocks, calibration, start, activations, as_json,
-        dry_run,
+        Setting(options, export or kind_of(out) or "whit", calibration, folder, teacher), blocks, calibration, start,
+        activations, as_json, dry_run,
     )  # fmt: skip
     train_as_asked(model, out, asked)
 

@@ -32,10 +32,10 @@ def exporter_named(name: str) -> type[Exporter]:
     raise RecipeError(f"export {name!r}: not known; {one_of(name, [exporter.name for exporter in EXPORTERS])}")
 
 
-def kind_of(out: str | Path) -> str:
-    """The kind of file that OUT's own name asks for, where none is named."""
+def kind_of(out: str | Path) -> str | None:
+    """The kind of file that OUT's own name asks for; None where it may be any folder."""
     name = Path(out).name
-    return next((kind.name for kind in EXPORTERS if kind.suffix and name.endswith(kind.suffix)), "whit")
+    return next((kind.name for kind in EXPORTERS if kind.suffix and name.endswith(kind.suffix)), None)
 
 
 __all__ = ["EXPORTERS", "Exporter", "Outcome", "Parameter", "Value", "exporter_named", "kind_of"]

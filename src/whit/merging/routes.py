@@ -86,6 +86,11 @@ def _check_route(route: str, wanted: Merge, packed: bool, model: str) -> None:
         raise RecipeError(f"route {route!r}: not known; it must be one of {', '.join(ROUTES)}; choose one")
     if wanted.format is not None and route != "requantize":
         raise RecipeError(f"route {route}: keeps the codes or has none; --format is for requantize; drop one of them")
+    if route == "bf16" and wanted.export not in ("whit", "bf16"):
+        raise RecipeError(
+            f"route bf16: writes a plain checkpoint, not a {wanted.export} file; drop --export, or the file's ending, "
+            "and convert what is written by whit convert"
+        )
     if not packed and route == "sidecar":
         raise RecipeError(f"{model}: is not quantized; a side-car goes beside codes; use --route bf16")
     if not packed and route == "requantize" and wanted.format is None:
