@@ -289,6 +289,14 @@ def test_contradictions_are_wrong_usage(run, tiny: Path, tmp_path: Path):
     assert run(tiny, tmp_path / "out", "--fit", "1GB", "--target-bpw", 3)[0] == 2
 
 
+def test_another_result_in_the_way_is_said_before_the_model_is_measured(run, tiny: Path, tmp_path, monkeypatch):
+    assert run(tiny, tmp_path / "out", "--format", "int8")[0] == 0
+    monkeypatch.setattr("whit.cli.budget.budgeted", lambda *_: pytest.fail("measured"))
+    status, said = run(tiny, tmp_path / "out", "--target-bpw", 4)
+    assert status == 1
+    assert "holds the result of another model" in said
+
+
 def test_a_dry_run_says_between_which_files_a_size_lies_and_measures_nothing(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ):

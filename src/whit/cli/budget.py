@@ -15,12 +15,14 @@ import typer
 from whit.allocation import LADDER, Budgeted, Measure, budgeted, foresee, ladder_of
 from whit.calibration import Calibration, CalibrationTokens
 from whit.checkpoint.files import write_whole
+from whit.checkpoint.work import is_done, recorded_fingerprint
 from whit.cli.console import console, on_screen, print_json, say
 from whit.cli.shown import parse_size, progress
 from whit.errors import OutputError, RecipeError
 from whit.formats import parse_format
 from whit.integrations.loading import load_tokenizer, maximum_context
 from whit.memory import Need, Planner, Situation, find_subject
+from whit.pipeline.coverage import load_account
 from whit.pipeline.job import Job
 from whit.recipe import Recipe, split_list, split_methods
 from whit.spoken import size
@@ -149,6 +151,13 @@ def _needs(planner: Planner, formats: tuple[str, ...]) -> list[Need]:
 def keep_all(method: str | None, rules: list[tuple[str, str]], transform: str | None) -> Recipe:
     """The recipe from which a budget starts: the user's own rules, all else undecided."""
     return Recipe(method, [KEEP, *rules], transform)
+
+
+def check_result(job: Job) -> None:
+    """OutputError where OUT holds what was not made for a size: said before the model is measured, for minutes."""
+    found = recorded_fingerprint(job.out)
+    budgeted_before = found is not None and load_account(job.out).budget is not None
+    is_done(job.out, str(found) if budgeted_before else job.fingerprint, job.options.restart)
 
 
 def choose(job: Job, request: Request, tokens: CalibrationTokens) -> Budgeted:

@@ -19,6 +19,7 @@ from whit.cli.budget import (
     TargetBpw,
     TargetSize,
     budget_recipe,
+    check_result,
     keep_all,
     save_recipe,
     show_outlook,
@@ -123,6 +124,8 @@ def quantize(
         if dry_run and save_recipe_to is None:
             show_outlook(undecided, request, as_json)
             return
+        if not dry_run:
+            check_result(undecided)
         chosen, found = budget_recipe(undecided, text, request)
         used = text if chosen.needs_text else None
         job = replace(prepare(model, out, chosen, options, used, export), budget=found)
