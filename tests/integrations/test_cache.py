@@ -126,6 +126,8 @@ def test_what_cannot_be_is_refused():
             steps(model, tokens, whit.QuantizedCache(model.config, format))
     with pytest.raises(FormatError, match="quantizes nothing"):
         whit.QuantizedCache(model.config, "bf16")
+    with pytest.raises(RecipeError, match=r"cache: config: is of type str; it must be the model's"):
+        whit.QuantizedCache("int8")
     with pytest.raises(RecipeError, match="recent tokens"):
         whit.QuantizedCache(model.config, "int8", -1)
     cache = whit.QuantizedCache(sliding(5).config)

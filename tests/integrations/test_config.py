@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 
@@ -112,9 +113,26 @@ def test_refuses_what_contradicts_itself():
     with pytest.raises(RecipeError, match="a Recipe has its own method"):
         whit.QuantizationConfig(whit.Recipe(), method="hqq")
     with pytest.raises(RecipeError, match=r"key 'bits' is not known; update whit"):
+        whit.QuantizationConfig.from_dict({"quant_method": "whit", "version": 1, "bits": 4})
+    with pytest.raises(RecipeError, match=r"option 'bits' does not exist; a format's name says it; write one"):
         whit.QuantizationConfig.from_dict({"quant_method": "whit", "bits": 4})
+    with pytest.raises(RecipeError, match=r"option 'skip_module' does not exist; did you mean skip_modules?"):
+        whit.QuantizationConfig("int8", skip_module=["lm_head"])
+    with pytest.raises(RecipeError, match=r"modules to skip: is of type int; they must be a list of names"):
+        whit.QuantizationConfig("int8", modules_to_not_convert=3)
     with pytest.raises(RecipeError, match="version 2"):
         whit.QuantizationConfig.from_dict({"quant_method": "whit", "version": 2})
+
+
+@pytest.mark.parametrize(("name", "said"), [("w4a16", "int4-g128?"), ("4bit", "nf4?"), ("gptq", "the method gptq?")])
+def test_names_of_other_programs_are_understood(name: str, said: str):
+    with pytest.raises(FormatError, match=f"is not a format; did you mean .*{re.escape(said)}"):
+        whit.QuantizationConfig(name)
+
+
+def test_a_dictionary_of_options_is_a_configuration():
+    options = {"quant_method": "whit", "format": "nf4", "double_quant": True}
+    assert whit.QuantizationConfig.from_dict(options).to_dict() == whit.QuantizationConfig("nf4-dq").to_dict()
 
 
 @pytest.mark.parametrize("wrong", [4, torch.int8])

@@ -109,7 +109,7 @@ def test_torch_compiles_it():
         (lambda: whit.quantize_model(net(), "int8"), "int8", {}, "Net: is quantized already"),
         (lambda: net().to("meta"), "int8", {}, "Net: embed.weight is not in memory"),
         (lambda: nn.Sequential(nn.ReLU()), "int8", {}, "no module that can be quantized"),
-        (net, "int4-g48", {}, r"body.0: in_features 64 is not divisible by group_size 48"),
+        (net, "int4-g48", {}, r"embed and 1 other \(2 modules\): in_features 64 is not divisible by group_size 48"),
         (net, "int8", {"method": "gptq"}, "needs calibration data"),
         (net, "int8", {"foo": 1}, "option 'foo' does not exist"),
         (net, whit.QuantizationConfig("int8"), {"method": "hqq"}, "option 'method': a QuantizationConfig has its own"),

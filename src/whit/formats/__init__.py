@@ -58,6 +58,16 @@ EXAMPLES = {
     "bf16": "keep in 16 bits",
 }  # fmt: skip
 
+# What others call it, and what it is here.
+ELSEWHERE = {
+    **dict.fromkeys(("4bit", "4-bit", "int4_weight_only", "normalfloat4"), "nf4"),
+    **dict.fromkeys(("8bit", "8-bit", "w8a16", "int8_weight_only"), "int8"),
+    **dict.fromkeys(("w4a16", "int4wo", "uint4"), "int4-g128"),
+    "gptq": "int4-g128 with the method gptq", "awq": "int4-g128 with the method awq",
+    "hqq": "int4-g64-asym-fz with the method hqq", "bitnet": "ternary", "1.58bit": "ternary",
+    **dict.fromkeys(("fp16", "float16", "f16", "bfloat16", "none"), "bf16"), "q4": "q4_k", "q8": "q8_0",
+}  # fmt: skip
+
 
 def parse_format(spec: str | Format) -> Format:
     """The format that a shorthand such as `int4-g128-asym` names; FormatError names the nearest right one."""
@@ -75,8 +85,8 @@ def parse_format(spec: str | Format) -> Format:
     for family in FORMATS:
         if (found := family.parse(text)) is not None:
             return found
-    near = difflib.get_close_matches(text, EXAMPLES, n=1, cutoff=0.3)
-    hint = f"did you mean {near[0]}?" if near else f"for example {', '.join(list(EXAMPLES)[:4])}."
+    known = ELSEWHERE.get(text) or next(iter(difflib.get_close_matches(text, EXAMPLES, n=1, cutoff=0.3)), None)
+    hint = f"did you mean {known}?" if known else f"for example {', '.join(list(EXAMPLES)[:4])}."
     raise FormatError(f"{spec!r} is not a format; {hint} `whit quantize --help` lists all")
 
 

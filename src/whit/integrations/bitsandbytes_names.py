@@ -13,6 +13,7 @@ from typing import Any, TypedDict
 import torch
 
 from whit.errors import RecipeError
+from whit.named import require
 
 FOUR_BIT = ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "bnb_4bit_quant_storage")
 ADVICE = {
@@ -53,6 +54,12 @@ class Named:
     fp32_cpu_offload: bool
 
 
+def listed(names: Sequence[str] | None) -> Sequence[str]:
+    """Names of modules, or a single one; RecipeError for anything else."""
+    require(names, str | Sequence | None, "QuantizationConfig: modules to skip", "they must be a list of names")
+    return [names] if isinstance(names, str) else names or ()
+
+
 def understand(options: Mapping[str, Any]) -> Named:
     """RecipeError for options that contradict each other, or that whit has nothing for."""
     four, eight = bool(options.get("load_in_4bit")), bool(options.get("load_in_8bit"))
@@ -74,7 +81,7 @@ def understand(options: Mapping[str, Any]) -> Named:
         double_quant=four and bool(options.get("bnb_4bit_use_double_quant")),
         compute_dtype=options.get("bnb_4bit_compute_dtype"),
         threshold=_threshold(options, four),
-        skipped=tuple(name for names in skips for name in ([names] if isinstance(names, str) else names or ())),
+        skipped=tuple(name for names in skips for name in listed(names)),
         fp32_cpu_offload=any(options.get(f"{by}enable_fp32_cpu_offload") for by in ("", "llm_int8_")),
     )
 

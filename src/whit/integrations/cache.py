@@ -11,11 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PretrainedConfig
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from whit.errors import FormatError, RecipeError, UnsupportedModelError
 from whit.formats import parse_format
 from whit.layouts import BITS
+from whit.named import require
 from whit.tensor import Format, PackedWeight, QuantizedTensor
 
 
@@ -209,6 +211,8 @@ class QuantizedCache(Cache):  # type: ignore[misc]
     """
 
     def __init__(self, config: Any = None, format: str | Format = "int8", recent: int = 0) -> None:
+        advice = 'it must be the model\'s; write QuantizedCache(model.config, "int8")'
+        require(config, PretrainedConfig | None, "cache: config", advice)
         chosen = parse_format(format)
         if recent < 0:
             raise RecipeError(f"cache: {recent} recent tokens; there cannot be fewer than none; use 0 or more")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any
@@ -15,7 +17,7 @@ from whit.errors import FormatError, RecipeError
 from whit.export.whit import QUANT_METHOD, quantization_config
 from whit.formats import parse_format
 from whit.formats.numeric import dtype_name
-from whit.integrations.bitsandbytes_names import BitsandbytesOptions, understand
+from whit.integrations.bitsandbytes_names import BitsandbytesOptions, listed, understand
 from whit.layouts import layout_named
 from whit.methods import Method
 from whit.recipe import Recipe
@@ -23,6 +25,7 @@ from whit.recipe.stored import KEYS as RECIPE_KEYS
 from whit.tensor import Format
 
 DEFAULT = "int4-g128"
+OF_A_FORMAT = ("bits", "w_bit", "nbits", "num_bits", "group_size", "q_group_size", "sym", "symmetric", "zero_point")
 KEYS = RECIPE_KEYS | {"quant_method", "layout", "formats", "inputs", "compute_dtype", "deterministic"}
 
 
@@ -62,7 +65,7 @@ class QuantizationConfig(QuantizationConfigMixin):  # type: ignore[misc]
         **named: Unpack[FurtherOptions],
     ) -> None:
         if unknown := sorted(set(named) - set(FurtherOptions.__annotations__)):
-            raise RecipeError(f"QuantizationConfig: option {unknown[0]!r} does not exist; correct it or leave it out")
+            raise RecipeError(f"QuantizationConfig: option {unknown[0]!r} does not exist; {_instead_of(unknown[0])}")
         other = understand(named)
         if format is not None and other.format is not None:
             raise RecipeError(f"QuantizationConfig: {format}, and an option means {other.format}; give one of the two")
@@ -77,7 +80,7 @@ class QuantizationConfig(QuantizationConfigMixin):  # type: ignore[misc]
             given = format
         if other.threshold is not None:
             given = _with_threshold(given, other.threshold)
-        skipped = (*_listed(modules_to_not_convert), *other.skipped)
+        skipped = (*listed(modules_to_not_convert), *other.skipped)
         kept = [(pattern, "bf16") for name in skipped for pattern in _patterns(name)]
         self.quant_method = QUANT_METHOD
         self.layout = "bits"
@@ -101,7 +104,13 @@ class QuantizationConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
     @classmethod
     def from_dict(cls, config_dict: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        """Raises RecipeError for keys or versions that this whit does not know, FormatError for a layout."""
+        """From what `to_dict` gives, or from options by name ({"quant_method": "whit", "format": "int4-g128"}).
+
+        Raises RecipeError for keys or versions that this whit does not know, FormatError for a layout.
+        """
+        if "version" not in config_dict:
+            options = {key: value for key, value in config_dict.items() if key != "quant_method"}
+            return (cls(**options), kwargs) if return_unused_kwargs else cls(**options)
         if unknown := sorted(set(config_dict) - KEYS):
             raise RecipeError(f"quantization_config: key {unknown[0]!r} is not known; update whit to read this model")
         recipe = {key: config_dict[key] for key in RECIPE_KEYS if key in config_dict}
@@ -116,14 +125,19 @@ class QuantizationConfig(QuantizationConfigMixin):  # type: ignore[misc]
         return (config, kwargs) if return_unused_kwargs else config
 
 
+def _instead_of(option: str) -> str:
+    """What to write where an option does not exist."""
+    if option in OF_A_FORMAT:
+        return "a format's name says it; write one, such as 'int4-g128' or 'int4-g64-asym'"
+    known = [*inspect.signature(QuantizationConfig).parameters, *FurtherOptions.__annotations__]
+    near = difflib.get_close_matches(option, known, n=1)
+    return f"did you mean {near[0]}?" if near else "leave it out"
+
+
 def _recipe(
     format: str | Format, method: str | Method | None, double_quant: bool, activations: str | Activations | None
 ) -> Recipe:
     return Recipe(method, [("*", _double(format) if double_quant else format)], activations=activations)
-
-
-def _listed(names: Sequence[str] | None) -> Sequence[str]:
-    return [names] if isinstance(names, str) else names or ()
 
 
 def _with_threshold(recipe: Recipe, threshold: float) -> Recipe:

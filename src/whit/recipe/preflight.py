@@ -28,7 +28,10 @@ def check_recipe(
     """
     problems = [_unmatched(pattern, holders) for pattern in recipe.unmatched(holders)]
     if recipe.needs_stats and not calibrated:
-        problems.append(f"{recipe.title}: needs calibration data; there is none; choose another method")
+        problems.append(
+            f"{recipe.title}: needs calibration data, and there is none while a model is loaded; use rtn, clip or hqq, "
+            "or write the model by whit.quantize"
+        )
     formats: dict[str, Format | None] = {}
     for parameter, targets in groups.items():
         named = [f for t in targets if (f := recipe.format_for(t.holder, t.kept_by_default)) is not None]
