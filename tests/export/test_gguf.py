@@ -173,7 +173,7 @@ def test_account_lies_beside_the_file_and_the_run_is_known_again(tmp_path: Path)
 
 def test_what_a_gguf_cannot_hold_is_said(tmp_path: Path):
     with pytest.raises(
-        RecipeError, match=r"q_proj .2 modules.: int4-g32 is not a type of ggml.*choose one, such as q4_k"
+        RecipeError, match=r"q_proj and 6 others .14 modules.: int4-g32 is not a type of ggml.*choose one, such as q4_k"
     ):
         whit.quantize(save(tmp_path / "a", "llama"), tmp_path / "m.gguf", whit.Recipe(rules=[("*", "int4-g32")]),
                       export="gguf")  # fmt: skip
