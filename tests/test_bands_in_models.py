@@ -260,7 +260,7 @@ def _all_picks(low, high):
 @pytest.mark.parametrize("model", [True], indirect=True, ids=["tied"])
 def test_what_cannot_have_bands_is_said(model: Path, text: Calibration, tmp_path: Path):
     for rules, what in (
-        ([("*", SPEC)], "q_proj: bands.* for no table"),
+        ([("*", SPEC)], "q_proj and 6 others .*: bands.* for no table"),
         ([("*", "int4-g32"), ("model.embed_tokens", "bands(int8-g32:600,int2-g32)")], "at least 601"),
     ):
         with pytest.raises(RecipeError, match=what):

@@ -10,6 +10,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
@@ -58,9 +60,10 @@ def ran(pieces: list[tuple[str, str, str]], folder: Path) -> list[tuple[int, str
     return [(int(status), *both) for status, both in zip(done.stdout.split(), texts, strict=True)]
 
 
-def test_the_commands_run(tmp_path: Path):
-    lines = [line for block in blocks("bash") for line in block.splitlines()]
-    assert len(lines) >= 9
+@pytest.mark.parametrize("number", range(len(blocks("bash"))))
+def test_the_commands_run(number: int, tmp_path: Path):
+    lines = blocks("bash")[number].splitlines()
+    assert len(lines) >= 3
     first = [sys.executable, "-m", *shlex.split(lines[0], comments=True)]  # one from the very start
     assert subprocess.run(first, cwd=tmp_path, capture_output=True, text=True, check=True).stdout.strip()
     found = ran([("bash", line, ".") for line in lines[1:]], tmp_path)
@@ -72,6 +75,7 @@ def test_the_commands_run(tmp_path: Path):
 def test_the_python_runs(tmp_path: Path):
     pieces = [("python", text, f"place{i}") for i, text in enumerate(blocks("python"))]
     assert len(pieces) >= 3
+    assert len(blocks("bash")) == 2
     for status, output, errors in ran(pieces, tmp_path):
         assert status == 0, errors
         assert output.strip()
