@@ -195,14 +195,13 @@ def test_all_that_does_not_fit_is_said_at_once(llama: Path, tmp_path: Path):
     lines = str(caught.value).splitlines()
     assert len(lines) == 1 + 3
     assert lines[0] == "rule 'lm_haed': matches no module of the model; it must match one; did you mean lm_head?"
-    assert (
-        "model.layers.0.mlp.down_proj: in_features 128 is not divisible by group_size 48; use 32, or add a rule for it"
-    ) in lines
+    narrow = "model.layers.0.mlp.down_proj: in_features 128 is not divisible by group_size 48"
+    assert f"{narrow}; use int4-g32, or add a rule for it" in lines
     assert (
         "model.layers.*.self_attn.q_proj and 5 others (12 modules): in_features 64 is not divisible by group_size 48; "
-        "use 32, or add a rule for it"
+        "use int4-g32, or add a rule for it"
     ) in lines
-    assert "model.layers.1.mlp.down_proj: in_features 128 is not divisible by group_size 96; use 64" in str(
+    assert "model.layers.1.mlp.down_proj: in_features 128 is not divisible by group_size 96; use int8-g64" in str(
         caught.value
     )
 

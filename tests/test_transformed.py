@@ -63,7 +63,7 @@ MANY = [("llama", m.name) for m in METHODS] + [("gpt2", "clip"), ("gpt2", "gptq"
 
 @pytest.mark.parametrize(("architecture", "method"), MANY)
 def test_every_method_after_awq(architecture: str, method: str, models, text: Path, tmp_path: Path):  # noqa: F811
-    chosen = parse_method({"name": "refine", "steps": 4} if method == "refine" else method)
+    chosen = parse_method({"name": method, "steps": 4} if method in ("refine", "blocks") else method)
     calibration, recipe = (
         Calibration(text, samples=8, context=32),
         Recipe(chosen, [("*", FORMATS[architecture])], "awq"),

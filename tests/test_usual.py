@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from whit.export import EXPORTERS, exporter_named
 from whit.pipeline import quantize
@@ -55,7 +56,7 @@ def test_rules_methods_and_side_cars_stay(model: Path, tmp_path: Path):
 
 
 def test_what_is_named_is_never_changed(model: Path, tmp_path: Path):
-    with pytest.raises(Exception, match="in_features 64 is not divisible by group_size 128; use 64"):
+    with pytest.raises(Exception, match="in_features 64 is not divisible by group_size 128; use int4-g64"):
         prepare(model, tmp_path / "out", Recipe(rules=[("*", "int4-g128")]), Options())
     assert Recipe() == Recipe(rules=[("*", "int4-g128")])  # as values they are one
 
@@ -63,3 +64,13 @@ def test_what_is_named_is_never_changed(model: Path, tmp_path: Path):
 def test_python_without_a_recipe(model: Path, tmp_path: Path):
     account = quantize(model, tmp_path / "out", export="bitsandbytes")
     assert {entry.format for entry in account.parameters if entry.format} == {"nf4"}
+
+
+def test_where_it_comes_to_nothing_that_is_said(tmp_path: Path):
+    sizes = {"hidden_size": 52, "intermediate_size": 99, "num_attention_heads": 2, "num_hidden_layers": 1}
+    LlamaForCausalLM(LlamaConfig(vocab_size=64, **sizes)).save_pretrained(tmp_path / "model")
+    job = prepare(tmp_path / "model", tmp_path / "out.gguf", Recipe(), Options(), export="gguf")
+    assert not job.plan.formats
+    assert job.notes[1] == "nothing is quantized: 52 columns are not a multiple of 256, which q4_k needs"
+    floats = Recipe(rules=[("*", "bf16")])
+    assert prepare(tmp_path / "model", tmp_path / "out.gguf", floats, Options(), export="gguf").notes == ()

@@ -81,3 +81,9 @@ def reason_of(error: BaseException, most: int = 300) -> str:
         return type(error).__name__
     said = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
     return said[:most].rstrip(".: ")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out: Python's, a GPU's, or, told by its words alone, torch's on a CPU."""
+    known = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"  # torch's; it is not imported
+    return known or any(words in str(error) for words in ("allocate memory", "tried to allocate"))

@@ -134,6 +134,24 @@ def test_an_interrupt_says_how_to_go_on(whit, model: Path, tmp_path: Path, monke
     assert notes.splitlines()[-1] == "whit: interrupted: run the same command again to go on from here"
 
 
+def test_memory_that_ran_out_is_one_sentence(whit, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def fails_with(error: Exception) -> tuple[int, str, str]:
+        def fail(*_: object) -> None:
+            raise error
+
+        monkeypatch.setattr("whit.cli.runs.run", fail)
+        return whit("quantize", model, tmp_path / "out", "--format", "int8")
+
+    torchs = RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: tried to allocate 256 bytes. Error")
+    ours = MemoryError("the CPU kernel could not run (-3)")
+    for error, said in ((torchs, "256 bytes more were asked for"), (ours, str(ours))):
+        status, _, notes = fails_with(error)
+        assert status == 1
+        assert notes.splitlines()[-1].startswith(f"whit: out of memory ({said}); `whit memory MODEL` says")
+    with pytest.raises(RuntimeError, match="another"):
+        fails_with(RuntimeError("another"))
+
+
 def test_the_version(whit):
     status, screen, _ = whit("--version")
     assert (status, screen) == (0, f"whit {version}\n")

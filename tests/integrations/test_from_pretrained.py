@@ -290,8 +290,8 @@ def test_everything_that_does_not_fit_is_said_at_once(llama: Path):
         load(llama, quantization_config=whit.QuantizationConfig("int4-g48", rules=[("*down_projs", "int8")]))
     message = str(caught.value)
     assert "rule '*down_projs': matches no module of the model" in message
-    assert "in_features 64 is not divisible by group_size 48; use 32" in message
-    assert "in_features 128 is not divisible by group_size 48; use 32" in message
+    assert "in_features 64 is not divisible by group_size 48; use int4-g32" in message
+    assert "in_features 128 is not divisible by group_size 48; use int4-g32" in message
 
 
 def test_what_is_broken_is_said_in_one_sentence(llama: Path):

@@ -5,6 +5,7 @@ What `--help` says of each command stands in `whit_command`, which can say it be
 
 from __future__ import annotations
 
+import re
 import sys
 from typing import Annotated
 
@@ -29,7 +30,7 @@ from whit.cli import (
 )
 from whit.cli.console import say_error
 from whit.cli.quiet import bars_on_terminals_alone, warnings_in_a_line
-from whit.errors import WhitError
+from whit.errors import WhitError, is_out_of_memory, reason_of
 from whit_command import COMMANDS, SUMMARY
 
 FUNCTIONS = (
@@ -71,6 +72,11 @@ def main() -> None:
     except WhitError as error:
         say_error(str(error))
         sys.exit(error.exit_status)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        say_error(out_of_memory(error))
+        sys.exit(1)
     except OSError as error:
         say_error(f"{error.filename or 'system'}: {error.strerror or error}; nothing was left half-written")
         sys.exit(1)
@@ -79,3 +85,13 @@ def main() -> None:
             raise
         say_error("interrupted: run the same command again to go on from here")
         sys.exit(INTERRUPTED)
+
+
+def out_of_memory(error: BaseException) -> str:
+    """What to do, and how much more was asked for where the error says so."""
+    found = re.search(r"allocate (\d[\d.]* ?\w+)", str(error))
+    said = f"{found[1]} more were asked for" if found else reason_of(error)
+    return (
+        f"out of memory ({said}); `whit memory MODEL` says what a model takes; make room, or ask for less (a smaller "
+        "--context, fewer --samples); the same command goes on from what is finished"
+    )

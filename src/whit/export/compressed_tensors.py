@@ -33,7 +33,10 @@ class CompressedTensors(LinearsExport):
     summary: ClassVar[str] = "compressed-tensors: integers of 2, 4, 8 bits, fp8"
     usage: ClassVar[str] = USAGE
     promised: ClassVar[Activations | None] = None  # where a recipe says nothing of activations
-    types: ClassVar[tuple[str, str]] = ("fp8", "int8 activations belong to int8 weights; write compressed-tensors-int8")
+    types: ClassVar[tuple[str, str]] = (
+        "fp8",
+        "they belong to int8 weights; use --export compressed-tensors-int8",
+    )
 
     def refuses(self, activations: Activations) -> str | None:
         if activations.threshold or activations.exact:

@@ -19,7 +19,14 @@ from whit.checkpoint.gguf import read_gguf
 from whit.checkpoint.hub import resolve_model
 from whit.checkpoint.reader import Checkpoint
 from whit.devices import find_device
-from whit.errors import CheckpointError, EvaluationError, UnsupportedModelError, WhitWarning, reason_of
+from whit.errors import (
+    CheckpointError,
+    EvaluationError,
+    UnsupportedModelError,
+    WhitWarning,
+    is_out_of_memory,
+    reason_of,
+)
 from whit.integrations.foreign import is_foreign, load_foreign
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -164,9 +171,11 @@ def _translated(name: str, action: Callable[[], T]) -> T:
         return action()
     except torch.OutOfMemoryError as error:
         raise CheckpointError(f"{name}: does not fit into the device's memory; use --device cpu") from error
-    except _FOREIGN_ERRORS as error:
+    except (*_FOREIGN_ERRORS, MemoryError) as error:
         said = str(error)
-        if "trust_remote_code" in said:
+        if is_out_of_memory(error):
+            message = "does not fit into memory; `whit memory` says what it takes; make room, or take it quantized"
+        elif "trust_remote_code" in said:
             message = "brings its own Python code, which runs only on demand; read it and pass --trust-remote-code"
         elif "ignore_mismatched_sizes" in said:  # its table of shapes goes to a log
             message = "a tensor has another shape than config.json says; both must agree; fetch them again together"

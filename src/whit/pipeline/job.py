@@ -168,6 +168,7 @@ def prepare(
         if isinstance(source, Coded) and any(map(source.coded, source.origins)):
             notes = (f"{model}: quantized already, and rounded again here; the original model would lose less", *notes)
         plan = plan_quantization(source, recipe, exporter, options.shard_size)
+        notes = (*notes, *_idle(recipe, plan))
     name = Path(model).resolve().name if Path(model).exists() else str(model)
     tokens = calibration_tokens(source, folder, recipe, options, calibration)
     return Job(name, source, plan, Path(out), recipe, options, exporter, tokens, notes)
@@ -181,6 +182,14 @@ def _fit(recipe: Recipe, kind: type[Exporter]) -> tuple[Recipe, tuple[str, ...]]
     changed = {str(old): str(new) for (_, old), (_, new) in changes if old != new}
     notes = tuple(f"{old}: {kind.name} files hold it as {new}; that is written" for old, new in changed.items())
     return recipe.with_rules(rules, recipe.mix), notes
+
+
+def _idle(recipe: Recipe, plan: Plan) -> tuple[str, ...]:
+    """A sentence where a recipe that should quantize comes to nothing in this model and kind of file."""
+    if plan.formats or not (recipe.mix or any(format.bits < 16 for _, format in recipe.rules)):
+        return ()
+    reasons = [str(i.reason) for i in plan.items if i.target is not None and not i.target.kept_by_default]
+    return (f"nothing is quantized: {reasons[0].removeprefix('kept: ') if reasons else 'there are no linears'}",)
 
 
 def calibration_tokens(

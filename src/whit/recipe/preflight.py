@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 from whit.errors import RecipeError
 from whit.formats import lowrank, rotated
@@ -12,6 +13,8 @@ from whit.model.targets import Target
 from whit.recipe import Recipe
 from whit.spoken import by_reason
 from whit.tensor import Format
+
+USUAL = (256, 128, 64, 32)  # group sizes
 
 
 def check_recipe(
@@ -79,7 +82,9 @@ def _advice(columns: int, format: Format) -> str:
     """Another group size, or another format where this one has no other."""
     fit, bits = _fitting_group(columns, format.group_size), max(int(format.bits), 2)
     if "group_size" in getattr(format, "__dataclass_fields__", {}):
-        return f"use {fit}, or add a rule for it" if fit > 1 else "use a format per channel, or add a rule for it"
+        grouped = 1 < fit < columns or fit in USUAL
+        other = str(replace(format, group_size=fit)) if grouped else "a format per channel"  # type: ignore[type-var]
+        return f"use {other}, or add a rule for it"
     other = f"int{bits}-g{fit}" if fit > 1 else f"int{bits}-channel"
     return f"{format} has no other; use {other}, or add a rule for it"
 
@@ -107,7 +112,7 @@ def _unreached(recipe: Recipe, formats: Mapping[Target, Format]) -> list[str]:
 
 def _fitting_group(columns: int, size: int) -> int:
     """The largest group size up to `size` that divides `columns`: a usual one, else multiples of 64, 32 or 8 first."""
-    if usual := [group for group in (256, 128, 64, 32) if group <= size and columns % group == 0]:
+    if usual := [group for group in USUAL if group <= size and columns % group == 0]:
         return usual[0]
     divisors = [d for d in range(size, 1, -1) if columns % d == 0]
     for multiple in (64, 32, 8, 1):
