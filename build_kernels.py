@@ -18,7 +18,7 @@ class CustomBuildHook(BuildHookInterface):
         builder = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(builder)
         try:
-            if not builder.is_current():  # pip runs this twice for an editable install with extras
+            if not builder.is_current():  # a checkout is installed more than once: with extras, again after a pull
                 builder.build()
         except (RuntimeError, OSError) as error:
             builder.LIBRARY.unlink(missing_ok=True)
