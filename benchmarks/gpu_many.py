@@ -68,6 +68,23 @@ CHECKS = {
           for rows, cut in ((60, Config(2, 8, 3, pair=2, lead=8)), (300, Config(2, 16, 2, pair=2, lead=6)),
                             (520, Config(2, 32, 2, pair=2, lead=4)), (60, Config(2, 8, 2, 3, 2, lead=8)))),
     ],
+    **{
+        part: [
+            *((spec, rows, cut)
+              for spec in specs
+              for rows, cut in ((9, Config(2, 2, 4, lead=6)), (60, Config(2, 8, 4, lead=8)),
+                                (60, Config(2, 8, 3, 4, min_blocks=2, lead=4, apart=1)),
+                                (30, Config(4, 4, 4, 8, lead=6, apart=1)), (300, Config(2, 16, 3, lead=6)),
+                                (520, Config(2, 32, 2, lead=6)))),
+            *((specs[0], rows, cut)
+              for rows, cut in ((60, Config(2, 8, 3, pair=2, lead=8)), (250, Config(2, 16, 3, 2, lead=6)),
+                                (520, Config(2, 32, 4, pair=2, lead=4, halve=1)), (60, Config(2, 8, 2, 3, 2, lead=8)))),
+        ]
+        for part, specs in {
+            "bytes": ("int8-g128", "int8-channel", "int8-g64", "int8-g32", "int8-g64-asym"),
+            "pairs": ("int2-g64", "int2-g128", "int2-channel", "int2-g64-asym"),
+        }.items()
+    },
 }  # fmt: skip
 
 
@@ -373,7 +390,7 @@ def main() -> None:
     given.out.mkdir(parents=True, exist_ok=True)
     result: dict[str, Any] = {"machine": machine()}
     for part in [*filter(None, given.checks.split(",")), *(["times"] if given.rows else [])]:
-        limit = min(30, budget.left) if part in CHECKS else budget.left
+        limit = min(80, budget.left) if part in CHECKS else budget.left
         if budget.left < 10:
             print(f"no time left for {part}")
             continue

@@ -28,6 +28,8 @@ CASES = [
     ("nf4-dq", BF16, 33, Config(1, 4, 2, 1, pair=2)),
     ("int4-g64", BF16, 50, Config(2, 8, 3, 3, pair=2, min_blocks=2, lead=4)),
     ("int4-g128", BF16, 40, Config(2, 8, 2, 3, lead=4, apart=1)),
+    ("int8-g128", BF16, 40, Config(2, 8, 2, 2, pair=2, lead=4)),
+    ("int2-g64", BF16, 24, Config(1, 4, 2, 1, lead=4)),
 ]
 MORE = [
     ("int4-g128", BF16, 16, Config(1, 2, 3, 1)),
@@ -41,6 +43,12 @@ MORE = [
     ("nf4", BF16, 200, Config(1, 4, 3, 1, pair=2, lead=2)),
     ("nf4-dq", F16, 70, Config(1, 4, 2, 4, lead=2, apart=1)),
     ("int4-g32", BF16, 100, Config(1, 4, 2, 1, lead=6)),
+    ("int8-channel", BF16, 70, Config(1, 4, 3, 3, lead=6, apart=1)),
+    ("int8-g64", F16, 20, Config(2, 4, 2, 1, lead=4)),
+    ("int8-g32-asym", BF16, 33, Config(1, 8, 2, 1, min_blocks=2, lead=4)),
+    ("int2-g128", F16, 17, Config(1, 4, 2, 2, lead=8)),
+    ("int2-g64-asym", BF16, 40, Config(2, 8, 2, 1, lead=4)),
+    ("int2-channel", BF16, 40, Config(1, 8, 2, 1, lead=4)),
 ]
 SLOW = [pytest.param(*case, marks=pytest.mark.slow) for case in MORE]
 

@@ -258,7 +258,7 @@ def multiply_many(
     x: Tensor, packed: Sequence[PackedWeight], biases: Sequence[Tensor | None], scheme: stream.Scheme,
     config: many.Config,
 ) -> list[Tensor]:  # fmt: skip
-    """The same on Hopper for codes of 4 bits, where `many.why_not` gives no reason: weights of one scheme at once."""
+    """The same on Hopper where `many.why_not` gives no reason: weights of one scheme at once."""
     sizes = [(x.shape[0], weight.shape[0]) for weight in packed]
     found = [
         many.Product(weight, bias, torch.empty(size, dtype=x.dtype, device=x.device))

@@ -1,13 +1,13 @@
-// y (rows, outs) = x (rows, columns) W (outs, columns)^T + bias for 9 rows and more, codes of 4 bits, on Hopper.
+// y (rows, outs) = x (rows, columns) W (outs, columns)^T + bias for 9 rows and more, codes of 2, 4 and 8 bits, on Hopper.
 //
 // Built at run time, one kernel per format and cut, after common.cuh. The host (many.py) also defines
 //   GROUP              columns that share a scale: 32, 64 or a multiple of 128; 0: the whole row
 //   WG, NT             tiles of 64 outs, and of 8 rows, of a block's tile
-//   STAGES, LEAD       steps of 256 columns of W, and pieces of 64 columns of x, in shared memory; LEAD is even
+//   STAGES, LEAD       steps of 128 bytes of W's rows, and pieces of 64 columns of x, in shared memory; LEAD is even
 //   SPLITS             blocks that share the columns of one tile, in a cluster
 //   APART              1: they are in no cluster, and meet in memory: for numbers that do not fill the device as clusters
 //   PAIR               blocks of a cluster that multiply neighbouring outs with the same rows and columns
-//   LATE               1: sums of 64 columns are scaled, not weights; for few rows, and groups of 64 or more
+//   LATE               1: sums of 64 columns are scaled, not weights; for few rows, 4 bits, and groups of 64 or more
 //   MIXED              1: tiles of the last turn are of half the height where that gives more blocks work
 //   MIN_BLOCKS         blocks per multiprocessor to leave registers for
 //   SPACED             1: pairs of levels lie 256 bytes apart, so that one permutation makes an address, where there is room
@@ -16,8 +16,8 @@
 // Four warps multiply 64 outs, whose weights they decode from shared memory into their registers, with all rows of the
 // tile: Hopper's product takes its left side from registers and x from shared memory. Codes and x both come as they lie
 // in memory, as tiles that one thread asks for, codes even before the kernel in front of this one has made x. A lane
-// needs neighbouring columns 2 t and 2 t + 1 of each eight (t: its number among the four that share a row), which are
-// byte t of a word of codes; all four read the word. While products of 64 columns run, the next 64 are decoded into
+// needs neighbouring columns 2 t and 2 t + 1 of each eight (t: its number among the four that share a row): of 4 bits,
+// byte t of a word of codes, which all four read. While products of 64 columns run, the next 64 are decoded into
 // other registers; where registers are few, 16 and 16. Where weights are scaled they are rounded once more (levels of a
 // codebook were before, too). Tiles of codes are 128 bytes wide: twice as many rows of 64 bytes take longer to copy.
 // Blocks that share the columns of a tile write their sums of what another finishes into its shared memory; each adds up
@@ -29,17 +29,18 @@
 #endif
 constexpr int BATCH = MIN_BLOCKS > 1 || WG > 2 ? 1 : 4;  // products of 16 columns that are asked for together
 constexpr int RING = BATCH > 1 ? 2 * BATCH : 4;          // sets of operands: those that are made, and those of products under way
-constexpr int BM = 64 * WG, BN = 8 * NT, BK = 256, CONSUMERS = 128 * WG, CLUSTER = (APART ? 1 : SPLITS) * PAIR;
+constexpr int BM = 64 * WG, BN = 8 * NT, BK = 1024 / BITS, PIECES = BK / 64, CONSUMERS = 128 * WG, CLUSTER = (APART ? 1 : SPLITS) * PAIR;
 constexpr int THREADS = CONSUMERS + (TRADED ? 128 : 32);
-constexpr int X_PIECE = BN * 128, W_ROW = BK / 2, W_BYTES = BM * W_ROW, TILES = STAGES * W_BYTES + LEAD * X_PIECE;
+constexpr int X_PIECE = BN * 128, W_ROW = 128, W_BYTES = BM * W_ROW, TILES = STAGES * W_BYTES + LEAD * X_PIECE;
 constexpr int SLOT = GROUP && GROUP < 128 ? GROUP : 128;  // columns for which a scale is held
 constexpr int SLOTS = BK / SLOT, TOGETHER = 8;          // of a step; tiles of rows that are multiplied with the same weights
 constexpr int PAIRS = NT / 2, OWN = (PAIRS + SPLITS - 1) / SPLITS;  // pairs of tiles of rows, and those a block finishes at most
 constexpr int HANDED = 2 * OWN * CONSUMERS * 16;        // bytes of sums that a block hands to another
 constexpr bool SCALE_PAIRS = SCALE == HALF;             // the scale is an operand's type
-constexpr bool DIRECT = SCALE_PAIRS && !HALF && !CODEBOOK && !ZERO && OFFSET == 8 && !LATE;  // codes are scaled where they lie
+constexpr bool AFTER = GROUP == 0 && !CODEBOOK && !LATE;  // a row's one scale is its sums'
+constexpr bool DIRECT = SCALE_PAIRS && !AFTER && !HALF && !CODEBOOK && !ZERO && OFFSET == 1 << (BITS - 1) && !LATE;  // scaled where they lie
 static_assert(!APART || PAIR == 1 && !MIXED, "blocks that know nothing of each other");
-static_assert(!LATE || SLOT >= 64, "64 columns have one scale");
+static_assert(!LATE || SLOT >= 64 && BITS == 4, "64 columns have one scale");
 static_assert(!MIXED || NT >= 16 && SPLITS == 1 && !LATE, "tall tiles, one after the other");
 enum { AMONG = 1 };  // barrier of the consumers
 
@@ -109,7 +110,7 @@ DEVICE void ask_codes(const Params &p, const Block &b, Walk &w, int asked) {
 }
 constexpr int BOXES = MIXED ? 2 : 1;  // of rows of x for a tile
 DEVICE void ask_x(const Params &p, const Block &b, Walk &w, int asked) {
-    int slot = asked % LEAD, column = (b.begin + w.step) * BK + (asked & 3) * 64;
+    int slot = asked % LEAD, column = (b.begin + w.step) * BK + asked % PIECES * 64;
     int boxes = w.tile.low ? 1 : BOXES;
     expect(b.ready + slot, boxes * (X_PIECE / BOXES));
 #pragma unroll
@@ -125,21 +126,21 @@ DEVICE void ask_x(const Params &p, const Block &b, Walk &w, int asked) {
         copy_tile(to, p.x, column, row, b.ready + slot);
 #endif
     }
-    if ((asked & 3) == 3) go_on(w, p, b);
+    if (asked % PIECES == PIECES - 1) go_on(w, p, b);
 }
 
 DEVICE void produce(const Params &p, const Block &b) {
-    int tiles = b.first < b.tiles ? (b.tiles - 1 - b.first) / b.stride + 1 : 0, steps = tiles * b.steps, pieces = 4 * steps;
+    int tiles = b.first < b.tiles ? (b.tiles - 1 - b.first) / b.stride + 1 : 0, steps = tiles * b.steps, pieces = PIECES * steps;
     Walk codes = {tile_of(p, b, b.first), b.first, 0}, x = codes;
     for (int i = 0; i < min(steps, STAGES); i++) ask_codes(p, b, codes, i);
     previous_done();
     for (int i = 0; i < min(pieces, LEAD); i++) ask_x(p, b, x, i);
     for (int i = 0; i < pieces; i++) {
-        bool more_x = i + LEAD < pieces, more_codes = i % 4 == 3 && i / 4 + STAGES < steps;
+        bool more_x = i + LEAD < pieces, more_codes = i % PIECES == PIECES - 1 && i / PIECES + STAGES < steps;
         if (!more_x && !more_codes) continue;
         await(b.empty + i % LEAD, i / LEAD & 1);
         if (more_x) ask_x(p, b, x, i + LEAD);
-        if (more_codes) ask_codes(p, b, codes, i / 4 + STAGES);
+        if (more_codes) ask_codes(p, b, codes, i / PIECES + STAGES);
     }
 }
 
@@ -163,11 +164,7 @@ DEVICE void consume(const Params &p, const Block &block, int tid) {
     b.begin = uniform(b.begin), b.steps = uniform(b.steps), b.first = uniform(b.first), b.tiles = uniform(b.tiles);
     int warp = uniform(tid >> 5);
     Places at = {{0, 0}, {0, 0}};
-    Lane w;
-    w.lane = tid & 31;
-    u32 g = w.lane >> 2, t = w.lane & 3;
-    w.codes = (warp * 16 + g) * W_ROW, w.unit = g;
-    w.byte = DIRECT ? t * 0x101 | 0x4040 : SPACED ? t << 4 | 0x5504 : t | 0x4440, w.own = w.lane * 4, w.table = shared_address(b.empty + LEAD);
+    Lane w = lane_of(tid & 31, warp, shared_address(b.empty + LEAD));
     Scaling r;
     Tile tile = enter(p, b, b.first, warp, w, r);
     for (int index = b.first; index < b.tiles; index += b.stride) {

@@ -1,4 +1,4 @@
-"""The fused product for 9 rows and more on Hopper, of codes of 4 bits (many.cu says how)."""
+"""The fused product for 9 rows and more on Hopper, of codes of 2, 4 and 8 bits (many.cu says how)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from whit.kernels.gpu.scales import FLOAT_ZERO, Scales, scales, table
 from whit.tensor import PackedWeight
 
 SOURCE = Path(__file__).with_name("many.cu")
-STEP = 256  # columns of a tile of codes
+STEP_BYTES = 128  # of a row of a tile of codes
+BITS = (2, 4, 8)  # that codes may have
 ROW_TILES = (2, 4, 8, 16, 32)
 LARGEST_SHARED = 227 << 10
 Cut: TypeAlias = tuple[int, ...]
@@ -87,7 +88,7 @@ class Config:
 
     def shared_bytes(self, levels: bool) -> int:
         """Dynamic shared memory: up to 1,024 bytes to where stages may begin, these, sums, barriers, the table."""
-        stages = self.stages * self.outs * STEP // 2 + self.pieces * self.rows * 128
+        stages = self.stages * self.outs * STEP_BYTES + self.pieces * self.rows * 128
         own = -(-self.row_tiles // 2 // self.split)  # pairs of tiles of rows
         stages += 16 if self.apart else (self.split - 1) * own * self.groups * 4096
         barriers = self.stages + self.stages % 2 + 2 * self.pieces
@@ -148,11 +149,16 @@ class Product:
 def why_not(scheme: stream.Scheme, columns: int) -> str | None:
     """Why the kernel cannot multiply such a weight, or None."""
     stored, group = scheme.storage, scheme.steps_per_group * scheme.step
-    if stored.bits != 4 or stored.zero == FLOAT_ZERO:
-        return "codes are not of 4 bits, or zero points are floats"
-    if columns % 32 or (group not in (32, 64) and group % 128):
+    if stored.bits not in BITS or stored.zero == FLOAT_ZERO:
+        return f"codes are of {stored.bits} bits, or zero points are floats"
+    if columns * stored.bits % 128 or (group not in (32, 64) and group % 128):
         return f"{columns} columns in groups of {group}"
     return None
+
+
+def step(scheme: stream.Scheme) -> int:
+    """Columns of a tile of codes."""
+    return STEP_BYTES * 8 // scheme.storage.bits
 
 
 @dataclass(frozen=True)
@@ -185,9 +191,10 @@ def params(
     """The kernel's argument; it borrows the tensors' memory."""
     (rows, columns), stored = x.shape, scheme.storage
     levels = table(stored.levels, x.dtype, x.device) if stored.levels else None
+    row_bytes = columns * stored.bits // 8
     parts = [
         Weight(
-            mapped(one.packed.tensors["codes"].data_ptr(), one.y.shape[1], columns // 2, config.outs, STEP // 2, 1),
+            mapped(one.packed.tensors["codes"].data_ptr(), one.y.shape[1], row_bytes, config.outs, STEP_BYTES, 1),
             scales(one.packed, stored),
             None if one.bias is None else one.bias.data_ptr(),
             one.y.data_ptr(),

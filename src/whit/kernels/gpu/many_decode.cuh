@@ -5,6 +5,10 @@ struct Lane {
     int lane, out[2];        // rows of W, within bounds
     int codes;               // where the first one's lie among a stage's codes
     u32 byte, unit;          // which of a word is its own (for `permute`); which of a row's units of 16 bytes lies first
+    u32 second;              // BITS 2: as `byte`, of a word's other eight columns
+    u32 mask;                // of its two codes among the bytes that `permute` gives
+    float up[2];             // DIRECT: what makes integers of those, but for 2^-20
+    u32 lay;                 // the same for both, but for 2^-6 or what MAGIC adds
     u32 table, own;          // where the table of pairs lies, and how far on its copy
 };
 struct Round {
@@ -43,52 +47,95 @@ DEVICE void look_up_scales(Round &round, const Weight &p) {
     for (int h = 0; h < 2; h++) round.scale[h] = p.scales.levels[round.code[h]] * round.scale[h] + *p.scales.offset;
 #endif
 }
+constexpr float RAISED = CODEBOOK || HALF || DIRECT ? 1.0f : 0x1p6f;  // what scales make up for
 DEVICE Slot slot_of(const Round &round, const Lane &w, int slot) {
     Slot s;
 #pragma unroll
     for (int h = 0; h < 2; h++) {
         int from = (w.lane & 28) | (slot & 3);
-        s.scale[h] = of_lane(round.scale[h], from), s.pair[h] = round_pair(s.scale[h], s.scale[h]);
+        s.scale[h] = of_lane(round.scale[h], from);
         if constexpr (DIRECT) {
             float down = s.scale[h] * (-OFFSET * 0x1p-20f);
-            s.pair[h] = round_pair(s.scale[h] * 0x1p113f, s.scale[h] * 0x1p109f), s.minus[h] = round_pair(down, down);
+            s.pair[h] = round_pair(s.scale[h] * w.up[0], s.scale[h] * w.up[1]), s.minus[h] = round_pair(down, down);
             continue;
         }
+        if constexpr (!AFTER) s.scale[h] *= RAISED;
+        s.pair[h] = round_pair(s.scale[h], s.scale[h]);
         float rest = s.scale[h] - widen(s.pair[h] & 0xFFFF);
         s.rest[h] = SCALE_PAIRS ? 0 : round_pair(rest, rest);
-        float zero = OFFSET + (ZERO ? of_lane(round.zero[h], from) : 0.0f);
-        s.minus[h] = round_pair(-(HALF ? 1024.0f : 128.0f) - zero, -(HALF ? 128.0f : 16.0f) - zero);
+        float zero = (OFFSET + (ZERO ? of_lane(round.zero[h], from) : 0.0f)) / RAISED, magic = HALF ? 1024.0f : 0.0f;
+        s.minus[h] = round_pair(-zero - magic * widen(w.lay & 0xFFFF), -zero - magic * widen(w.lay >> 16));
     }
     return s;
 }
 
-// What a lane loads of 32 columns of its two rows.
+// What a lane loads of 16 bytes of its two rows; of 8 bits only the words that hold its own.
+constexpr int PER_UNIT = 8 / BITS, AHEAD = BITS < 8 ? 1 : BATCH > 1 ? 4 : 2;  // times 16 columns in those; loads on their way
 struct Codes {
-    uint4 top, bottom;
+#if BITS == 8
+    u32 words[2][2];
+#else
+    uint4 rows[2];
+#endif
 };
 DEVICE Codes load_codes(const u8 *codes, const Lane &w, int unit) {
     const u8 *at = codes + ((w.unit ^ unit) << 4);
-    return {*(const uint4 *)at, *(const uint4 *)(at + 8 * W_ROW)};
+#if BITS == 8
+    auto word = [&](int byte) { return *(const u32 *)(at + byte); };
+    return {{{word(0), word(8)}, {word(8 * W_ROW), word(8 * W_ROW + 8)}}};
+#else
+    return {{*(const uint4 *)at, *(const uint4 *)(at + 8 * W_ROW)}};
+#endif
+}
+DEVICE u32 word_of(const Codes &codes, int h, int turn, int eight) {  // that holds those columns
+#if BITS == 8
+    return codes.words[h][eight];
+#else
+    const uint4 &row = codes.rows[h];
+    int word = BITS == 4 ? 2 * turn + eight : turn;
+    return word == 0 ? row.x : word == 1 ? row.y : word == 2 ? row.z : row.w;
+#endif
 }
 
-// Columns 2 t and 2 t + 1 of a word's eight. A bfloat16 with nothing but its lowest eight bits is 2^-133 times them: a
-// code in the lower four is 2^-133 of itself, in the upper four 2^-129, and one fused product scales both and moves them
-// by OFFSET, a power of two, exactly but for the last rounding: to 2^-20 of it all, which `finish` takes back. Otherwise
-// the byte gets under an exponent, its upper code three bits higher than the lower one, as eight times itself: a product
-// lays both where they belong, and what takes off the exponent divides too.
-DEVICE u32 operand(u32 word, const Slot &s, int h, const Lane &w) {
-    u32 byte = permute(word, SPACED ? w.own : 0, w.byte), pair;
-    if constexpr (DIRECT) return multiply_add(byte & 0x00F0000Fu, s.pair[h], s.minus[h]);
-    else if constexpr (CODEBOOK) pair = load_shared(w.table + (SPACED ? byte : byte * 128 + w.own));
-    else pair = multiply_add(under_exponent(byte * 0x8001u, 0x0078000F, MAGIC), HALF ? 0x30003C00u : 0x3E003F80u, s.minus[h]);
-    if constexpr (LATE) return pair;
+// Lane 4 g + t of a warp, which multiplies its rows g and g + 8.
+DEVICE Lane lane_of(int lane, int warp, u32 table) {
+    Lane w;
+    u32 g = lane >> 2, t = lane & 3;
+    w.lane = lane, w.unit = g, w.own = lane * 4, w.table = table;
+    w.codes = (warp * 16 + g) * W_ROW + (BITS == 8 ? t / 2 * 4 : 0);
+    u32 byte = BITS == 8 ? t % 2 * 2 : BITS == 4 ? t : t / 2;  // of the word, that holds the first of the two codes
+    u32 shift = BITS == 2 ? t % 2 * 4 : 0, up = BITS == 8 ? 0 : BITS;
+    w.byte = CODEBOOK ? (SPACED ? byte << 4 | 0x5504 : byte | 0x4440) : byte * 0x101 + (BITS == 8 ? 0x4140 : 0x4040);
+    w.second = w.byte + 0x202;
+    w.mask = (((1u << BITS) - 1) << shift) * (1 | 0x10000u << up);
+    w.up[0] = bits_float((127 + 113 - shift) << 23), w.up[1] = bits_float((127 + 113 - shift - up) << 23);
+    w.lay = HALF ? 0x3C003C00u - (shift << 10) * 0x10001u - (up << 26) : 0x7F007F00u - (shift << 7) * 0x10001u - (up << 23);
+    return w;
+}
+
+// Columns 2 t and 2 t + 1 of eight. A bfloat16 with nothing but its lowest eight bits is 2^-133 times them, so a code
+// that lies among them needs no exponent: one fused product scales two of them and moves them by OFFSET, a power of two,
+// exactly but for the last rounding: to 2^-20 of it all, which `finish` takes back. Where that product has no room for
+// scales, zero points or float16 an exact one comes first: of bfloat16 to 2^-6 of the integers, which scales make up for;
+// of float16 from under an exponent.
+DEVICE u32 operand(u32 word, int eight, const Slot &s, int h, const Lane &w) {
+    u32 selector = BITS == 2 && eight ? w.second : w.byte, pair;
+    if constexpr (CODEBOOK) {
+        u32 byte = permute(word, SPACED ? w.own : 0, selector);
+        pair = load_shared(w.table + (SPACED ? byte : byte * 128 + w.own));
+    } else {
+        u32 bits = permute(word, BITS == 8 && HALF ? MAGIC >> 8 & 0xFF : 0, selector);
+        if constexpr (BITS != 8) bits = HALF ? under_exponent(bits, w.mask, MAGIC) : bits & w.mask;
+        if constexpr (DIRECT) return multiply_add(bits, s.pair[h], s.minus[h]);
+        pair = multiply_add(bits, w.lay, s.minus[h]);
+    }
+    if constexpr (LATE || AFTER) return pair;
     else if constexpr (SCALE_PAIRS) return scale_by(pair, s.pair[h]);
     else return multiply_add(pair, s.pair[h], scale_by(pair, s.rest[h]));  // the rest's rounding is far below the sum's
 }
 
-// The operands of 16 columns, the first or the second of those that were loaded, for a product.
-DEVICE void decode_step(u32 (&a)[4], const Codes &codes, int second, const Slot &s, const Lane &w) {
-    const uint4 &top = codes.top, &bottom = codes.bottom;
-    a[0] = operand(second ? top.z : top.x, s, 0, w), a[1] = operand(second ? bottom.z : bottom.x, s, 1, w);
-    a[2] = operand(second ? top.w : top.y, s, 0, w), a[3] = operand(second ? bottom.w : bottom.y, s, 1, w);
+// The operands of 16 columns, the `turn`-th of those that were loaded, for a product.
+DEVICE void decode_step(u32 (&a)[4], const Codes &codes, int turn, const Slot &s, const Lane &w) {
+#pragma unroll
+    for (int i = 0; i < 4; i++) a[i] = operand(word_of(codes, i % 2, turn, i / 2), i / 2, s, i % 2, w);
 }

@@ -26,10 +26,12 @@ DEVICE constexpr int first_of(int share) { return (share * PAIRS + SPLITS - 1) /
 
 // A lane's sums are outs g and g + 8 of rows 2 t and 2 t + 1; turned, they are outs 2 t and 2 t + 1 of row g.
 DEVICE void finish(const Weight &p, const Tile &tile, int rows, const Sums &sums, const Lane &w, int warp_out, int share) {
-    constexpr float UP = DIRECT ? 0x1p20f : 1.0f;
-    float bias[2];
+    float bias[2], up[2];
 #pragma unroll
-    for (int h = 0; h < 2; h++) bias[h] = p.bias ? widen(p.bias[w.out[h]]) : 0.0f;
+    for (int h = 0; h < 2; h++) {
+        bias[h] = p.bias ? widen(p.bias[w.out[h]]) : 0.0f;
+        up[h] = DIRECT ? 0x1p20f : AFTER ? load_scale(p.scales, w.out[h], 0) * RAISED : 1.0f;
+    }
 #pragma unroll
     for (int n = 0; n < NT; n += 2) {
         if (SPLITS > 1 && !APART && owner(n / 2) != share || MIXED && n >= NT / 2 && tile.low) continue;
@@ -37,7 +39,7 @@ DEVICE void finish(const Weight &p, const Tile &tile, int rows, const Sums &sums
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             const float *d = sums.all[n + i / 2] + i % 2 * 2;
-            eights[i] = transpose(round_pair(d[0] * UP + bias[i % 2], d[1] * UP + bias[i % 2]));
+            eights[i] = transpose(round_pair(d[0] * up[i % 2] + bias[i % 2], d[1] * up[i % 2] + bias[i % 2]));
         }
         gather_eights(eights, w.lane);
         int row = tile.row + (n + (w.lane >> 1 & 1)) * 8 + (w.lane >> 2);

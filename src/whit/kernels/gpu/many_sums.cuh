@@ -102,11 +102,14 @@ DEVICE void add_up(Sums &sums, Scaling &r, const Weight &p, const Block &b, cons
 }
 #else
 template <bool LOW> DEVICE void add_up(Sums &sums, Scaling &r, const Weight &p, const Block &b, const Lane &w, Places &at) {
-    constexpr int UNITS_EACH = SLOT / 32;  // units of 32 columns that share a scale
+    constexpr int EACH = SLOT / 16;  // times 16 columns that share a scale
+    constexpr int TURNS = BK / 16, UNITS = TURNS / PER_UNIT;
     u32 a[RING][4];
     if (b.steps == 0) return;
     await(b.full + at.codes.slot, at.codes.phase);
-    Codes codes = load_codes(codes_at(b, at.codes, w), w, 0);
+    Codes codes[AHEAD];
+#pragma unroll
+    for (int i = 0; i < AHEAD; i++) codes[i] = load_codes(codes_at(b, at.codes, w), w, i);
     int before = 0;
 #pragma unroll 1
     for (int step = 0; step < b.steps; step++) {
@@ -115,14 +118,15 @@ template <bool LOW> DEVICE void add_up(Sums &sums, Scaling &r, const Weight &p, 
         Slot s;
         u64 right;
 #pragma unroll
-        for (int k = 0; k < 16; k++) {  // 16 columns each
-            int unit = k / 2, piece = k / 4, now = 2 * at.x.slot + (piece & 1);
-            if (k % 2 == 0 && unit % UNITS_EACH == 0) {
-                turn_scales(r, p, w, step * SLOTS + unit / UNITS_EACH);
-                s = slot_of(r.now, w, step * SLOTS + unit / UNITS_EACH);
+        for (int k = 0; k < TURNS; k++) {  // 16 columns each
+            int unit = k / PER_UNIT, piece = k / 4, now = 2 * at.x.slot + (piece & 1), load = unit + AHEAD;
+            if (k % EACH == 0) {
+                turn_scales(r, p, w, step * SLOTS + k / EACH);
+                s = slot_of(r.now, w, step * SLOTS + k / EACH);
             }
-            decode_step(a[k % RING], codes, k % 2, s, w);
-            if (k % 2 && unit < 7) codes = load_codes(codes_at(b, at.codes, w), w, unit + 1);
+            decode_step(a[k % RING], codes[unit % AHEAD], k % PER_UNIT, s, w);
+            bool loads = k % PER_UNIT == PER_UNIT - 1;
+            if (loads && load < UNITS) codes[unit % AHEAD] = load_codes(codes_at(b, at.codes, w), w, load);
             if (k % 4 == BATCH - 1) {
                 await(b.ready + now, at.x.phase);
                 right = describe_rows(rows_at(b, at.x, piece & 1));
@@ -140,10 +144,8 @@ template <bool LOW> DEVICE void add_up(Sums &sums, Scaling &r, const Weight &p, 
                 before = now;
             }
             if (k % 8 == 7) at.x = after<LEAD / 2>(at.x);
-            if (k == 15 && step + 1 < b.steps) {
-                await(b.full + next.slot, next.phase);
-                codes = load_codes(codes_at(b, next, w), w, 0);
-            }
+            if (loads && load == UNITS && step + 1 < b.steps) await(b.full + next.slot, next.phase);
+            if (loads && load >= UNITS) codes[unit % AHEAD] = load_codes(codes_at(b, next, w), w, load - UNITS);  // after the last: unused
         }
         at.codes = next;
     }

@@ -118,7 +118,7 @@ def best_many(scheme: Scheme, shape: Shape, rows: int, device: Device) -> many.C
     config = many.Config(*measured_cut)
     tiles = next(n for n in many.ROW_TILES if 8 * n >= min(rows, config.rows))
     split = 1 if config.split == 1 else rescaled(config.outs, config.split, near, shape)
-    split = min(split, 8, max(shape[1] // many.STEP, 1))
+    split = min(split, 8, max(shape[1] // many.step(scheme), 1))
     most = [replace(config, row_tiles=tiles, split=n, apart=config.apart if n > 1 else 0) for n in range(split, 0, -1)]
     return next(cut for cut in most if cut.fits(bool(scheme.storage.levels)))
 
@@ -136,7 +136,7 @@ def invariant_many(scheme: Scheme, shape: Shape, rows: int, device: Device) -> m
     Blocks share the columns of a tile where the tiles of one height would leave most multiprocessors without work.
     """
     split, blocks = 1, -(-shape[0] // many.Config(2).outs)
-    while split < 8 and 3 * split * blocks <= device[1] and 2 * split * many.STEP <= shape[1]:
+    while split < 8 and 3 * split * blocks <= device[1] and 2 * split * many.step(scheme) <= shape[1]:
         split *= 2
     highest = many.ROW_TILES[-1] if split == 1 else 16  # sums of taller tiles take long to lay down
     tiles = next((n for n in many.ROW_TILES if 8 * n >= rows), highest)
