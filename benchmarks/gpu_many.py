@@ -83,6 +83,7 @@ CHECKS = {
         for part, specs in {
             "bytes": ("int8-g128", "int8-channel", "int8-g64", "int8-g32", "int8-g64-asym"),
             "pairs": ("int2-g64", "int2-g128", "int2-channel", "int2-g64-asym"),
+            "odd": ("int3-g128", "int5-g128", "int6-g128", "int3-g128-asym"),
         }.items()
     },
 }  # fmt: skip

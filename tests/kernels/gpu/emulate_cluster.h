@@ -102,11 +102,11 @@ template <class T> static void send(T *p, T v, u32 rank, u64 *barrier) {
 static void join(u32 *p, u32 v, u32 rank, u64 *barrier) { send(p, v | *(u32 *)place(p, rank), rank, barrier); }
 // Rows of a tile are 64 or 128 bytes; their units of 16 bytes lie in the swizzle of that width.
 static void copy_tile(void *to, const Map &map, int column, int row, u64 *barrier, u16 blocks) {
-    int bytes = map.wide * map.size, far = bytes == 128 ? 0 : 1, mask = bytes / 16 - 1;
+    int bytes = map.wide * map.size, far = bytes == 128 ? 0 : 1, mask = bytes == 64 || bytes == 128 ? bytes / 16 - 1 : 0;
     for (int rank = 0; rank < cluster; rank++) {
         if (!(blocks >> rank & 1)) continue;
         u8 *tile = place(to, rank);
-        if (((u8 *)to - (u8 *)shared + 48) % (8 * bytes)) __builtin_trap();
+        if (((u8 *)to - (u8 *)shared + 48) % (mask ? 8 * bytes : 128)) __builtin_trap();
         for (u64 r = 0; r < map.tall; r++)
             for (int c = 0; c < bytes; c++) {
                 bool inside = row + r < map.rows && column + c / map.size < map.columns;

@@ -30,6 +30,7 @@ CASES = [
     ("int4-g128", BF16, 40, Config(2, 8, 2, 3, lead=4, apart=1)),
     ("int8-g128", BF16, 40, Config(2, 8, 2, 2, pair=2, lead=4)),
     ("int2-g64", BF16, 24, Config(1, 4, 2, 1, lead=4)),
+    ("int3-g128", BF16, 24, Config(1, 4, 2, 1, lead=4)),
 ]
 MORE = [
     ("int4-g128", BF16, 16, Config(1, 2, 3, 1)),
@@ -49,6 +50,11 @@ MORE = [
     ("int2-g128", F16, 17, Config(1, 4, 2, 2, lead=8)),
     ("int2-g64-asym", BF16, 40, Config(2, 8, 2, 1, lead=4)),
     ("int2-channel", BF16, 40, Config(1, 8, 2, 1, lead=4)),
+    ("int3-g128-asym", F16, 33, Config(1, 8, 2, 1, min_blocks=2, lead=4)),
+    ("int5-g128", BF16, 40, Config(2, 8, 2, 2, lead=4, apart=1)),
+    ("int5-channel-asym", BF16, 20, Config(1, 4, 3, 1, lead=4)),
+    ("int6-g128", BF16, 20, Config(2, 4, 2, 1, lead=4)),
+    ("int6-g128", F16, 40, Config(1, 8, 2, 1, lead=4)),
 ]
 SLOW = [pytest.param(*case, marks=pytest.mark.slow) for case in MORE]
 

@@ -1,9 +1,9 @@
-// y (rows, outs) = x (rows, columns) W (outs, columns)^T + bias for 9 rows and more, codes of 2, 4 and 8 bits, on Hopper.
+// y (rows, outs) = x (rows, columns) W (outs, columns)^T + bias for 9 rows and more, codes of 2 to 6 and 8 bits, on Hopper.
 //
 // Built at run time, one kernel per format and cut, after common.cuh. The host (many.py) also defines
 //   GROUP              columns that share a scale: 32, 64 or a multiple of 128; 0: the whole row
 //   WG, NT             tiles of 64 outs, and of 8 rows, of a block's tile
-//   STAGES, LEAD       steps of 128 bytes of W's rows, and pieces of 64 columns of x, in shared memory; LEAD is even
+//   STAGES, LEAD       steps of 128 bytes of W's rows (3, 6 bits: 96, 5: 80), and pieces of 64 columns of x, in shared memory; LEAD is even
 //   SPLITS             blocks that share the columns of one tile, in a cluster
 //   APART              1: they are in no cluster, and meet in memory: for numbers that do not fill the device as clusters
 //   PAIR               blocks of a cluster that multiply neighbouring outs with the same rows and columns
@@ -29,9 +29,9 @@
 #endif
 constexpr int BATCH = MIN_BLOCKS > 1 || WG > 2 ? 1 : 4;  // products of 16 columns that are asked for together
 constexpr int RING = BATCH > 1 ? 2 * BATCH : 4;          // sets of operands: those that are made, and those of products under way
-constexpr int BM = 64 * WG, BN = 8 * NT, BK = 1024 / BITS, PIECES = BK / 64, CONSUMERS = 128 * WG, CLUSTER = (APART ? 1 : SPLITS) * PAIR;
+constexpr int BM = 64 * WG, BN = 8 * NT, BK = BITS == 3 ? 256 : DENSE ? 1024 / BITS : 128, PIECES = BK / 64, CONSUMERS = 128 * WG, CLUSTER = (APART ? 1 : SPLITS) * PAIR;
 constexpr int THREADS = CONSUMERS + (TRADED ? 128 : 32);
-constexpr int X_PIECE = BN * 128, W_ROW = 128, W_BYTES = BM * W_ROW, TILES = STAGES * W_BYTES + LEAD * X_PIECE;
+constexpr int X_PIECE = BN * 128, W_ROW = BK * BITS / 8, W_BYTES = BM * W_ROW, TILES = STAGES * W_BYTES + LEAD * X_PIECE;
 constexpr int SLOT = GROUP && GROUP < 128 ? GROUP : 128;  // columns for which a scale is held
 constexpr int SLOTS = BK / SLOT, TOGETHER = 8;          // of a step; tiles of rows that are multiplied with the same weights
 constexpr int PAIRS = NT / 2, OWN = (PAIRS + SPLITS - 1) / SPLITS;  // pairs of tiles of rows, and those a block finishes at most

@@ -1,4 +1,4 @@
-"""The fused product for 9 rows and more on Hopper, of codes of 2, 4 and 8 bits (many.cu says how)."""
+"""The fused product for 9 rows and more on Hopper, of codes of 2 to 6 and 8 bits (many.cu says how)."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from whit.kernels.gpu.scales import FLOAT_ZERO, Scales, scales, table
 from whit.tensor import PackedWeight
 
 SOURCE = Path(__file__).with_name("many.cu")
-STEP_BYTES = 128  # of a row of a tile of codes
-BITS = (2, 4, 8)  # that codes may have
+STEPS = {2: 512, 3: 256, 4: 256, 5: 128, 6: 128, 8: 128}  # bits of a code: columns of a tile
+STEP_BYTES = 128  # of a row of a tile of codes, at most
 ROW_TILES = (2, 4, 8, 16, 32)
 LARGEST_SHARED = 227 << 10
 Cut: TypeAlias = tuple[int, ...]
@@ -149,7 +149,7 @@ class Product:
 def why_not(scheme: stream.Scheme, columns: int) -> str | None:
     """Why the kernel cannot multiply such a weight, or None."""
     stored, group = scheme.storage, scheme.steps_per_group * scheme.step
-    if stored.bits not in BITS or stored.zero == FLOAT_ZERO:
+    if stored.bits not in STEPS or stored.zero == FLOAT_ZERO:
         return f"codes are of {stored.bits} bits, or zero points are floats"
     if columns * stored.bits % 128 or (group not in (32, 64) and group % 128):
         return f"{columns} columns in groups of {group}"
@@ -158,7 +158,7 @@ def why_not(scheme: stream.Scheme, columns: int) -> str | None:
 
 def step(scheme: stream.Scheme) -> int:
     """Columns of a tile of codes."""
-    return STEP_BYTES * 8 // scheme.storage.bits
+    return STEPS[scheme.storage.bits]
 
 
 @dataclass(frozen=True)
@@ -191,10 +191,10 @@ def params(
     """The kernel's argument; it borrows the tensors' memory."""
     (rows, columns), stored = x.shape, scheme.storage
     levels = table(stored.levels, x.dtype, x.device) if stored.levels else None
-    row_bytes = columns * stored.bits // 8
+    row_bytes, wide = columns * stored.bits // 8, step(scheme) * stored.bits // 8
     parts = [
         Weight(
-            mapped(one.packed.tensors["codes"].data_ptr(), one.y.shape[1], row_bytes, config.outs, STEP_BYTES, 1),
+            mapped(one.packed.tensors["codes"].data_ptr(), one.y.shape[1], row_bytes, config.outs, wide, 1),
             scales(one.packed, stored),
             None if one.bias is None else one.bias.data_ptr(),
             one.y.data_ptr(),
