@@ -33,7 +33,10 @@ constexpr int MEMORY = 1 << 18;
 static std::vector<std::vector<u8>> memories;  // of the blocks that do not have their turn
 static int cluster;
 static int own() { return current / threads; }
-static u32 shared_address(const void *p) { return (u32)((const u8 *)p - (const u8 *)shared) + 48; }  // not at 1,024
+#ifndef BEGINS_AT
+#define BEGINS_AT 48  // shared memory, for kernels that look for a place at 1,024
+#endif
+static u32 shared_address(const void *p) { return (u32)((const u8 *)p - (const u8 *)shared) + BEGINS_AT; }
 static u8 *place(const void *p, int rank) {
     long at = (const u8 *)p - (const u8 *)shared;
     return rank == own() ? (u8 *)p : memories[rank].data() + at;
@@ -106,7 +109,7 @@ static void copy_tile(void *to, const Map &map, int column, int row, u64 *barrie
     for (int rank = 0; rank < cluster; rank++) {
         if (!(blocks >> rank & 1)) continue;
         u8 *tile = place(to, rank);
-        if (((u8 *)to - (u8 *)shared + 48) % (mask ? 8 * bytes : 128)) __builtin_trap();
+        if (((u8 *)to - (u8 *)shared + BEGINS_AT) % (mask ? 8 * bytes : 128)) __builtin_trap();
         for (u64 r = 0; r < map.tall; r++)
             for (int c = 0; c < bytes; c++) {
                 bool inside = row + r < map.rows && column + c / map.size < map.columns;

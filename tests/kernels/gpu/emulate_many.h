@@ -1,6 +1,6 @@
 // What many.cu needs beyond emulate_cluster.h: Hopper's product, whose left side lies in registers.
 static float of_lane(float v, int lane) { return bits_float(together(float_bits(v))[lane]); }
-static u32 load_shared(u32 at) { u32 v; memcpy(&v, (const u8 *)shared + at - 48, 4); return v; }
+static u32 load_shared(u32 at) { u32 v; memcpy(&v, (const u8 *)shared + at - BEGINS_AT, 4); return v; }
 static u32 multiply_add(u32 a, u32 b, u32 c) {
     return round_pair(widen(a & 0xFFFF) * widen(b & 0xFFFF) + widen(c & 0xFFFF), widen(a >> 16) * widen(b >> 16) + widen(c >> 16));
 }
@@ -11,6 +11,9 @@ static u32 transpose(u32 v) {  // lane 4 g + t holds columns 2 t and 2 t + 1 of 
     return at(2 * t, g) | at(2 * t + 1, g) << 16;
 }
 static int uniform(int v) { return v; }
+#define __align__(bytes)
+static void prefetch_map(const Map &) {}
+static void __trap() { __builtin_trap(); }
 #if defined WG && defined MIN_BLOCKS
 constexpr bool TRADED = WG == 2 && MIN_BLOCKS == 1;
 #endif
@@ -34,7 +37,7 @@ static void multiply_fresh(float (&d)[NT][4], u32 (&a)[4], u64 x, int step, int 
     while (w.turn == turn) yield();
     threadIdx.x = current % threads;
     const u8 *tile = (const u8 *)x;
-    if (((const u8 *)tile - (const u8 *)shared + 48) % 1024) __builtin_trap();
+    if (((const u8 *)tile - (const u8 *)shared + BEGINS_AT) % 1024) __builtin_trap();
     for (int n = 0; n < tiles; n++)
         for (int e = 0; e < 4; e++) {
             int out = lane / 4, row = n * 8 + lane % 4 * 2 + e % 2;

@@ -33,12 +33,15 @@ constexpr int BM = 64 * WG, BN = 8 * NT, BK = BITS == 3 ? 256 : DENSE ? 1024 / B
 constexpr int THREADS = CONSUMERS + (TRADED ? 128 : 32);
 constexpr int X_PIECE = BN * 128, W_ROW = BK * BITS / 8, W_BYTES = BM * W_ROW, TILES = STAGES * W_BYTES + LEAD * X_PIECE;
 constexpr int SLOT = GROUP && GROUP < 128 ? GROUP : 128;  // columns for which a scale is held
+constexpr int EARLY = MIN_BLOCKS > 1 ? STAGES : 2;     // steps of W that are asked for before x is known to be there
 constexpr int SLOTS = BK / SLOT, TOGETHER = 8;          // of a step; tiles of rows that are multiplied with the same weights
 constexpr int PAIRS = NT / 2, OWN = (PAIRS + SPLITS - 1) / SPLITS;  // pairs of tiles of rows, and those a block finishes at most
 constexpr int HANDED = 2 * OWN * CONSUMERS * 16;        // bytes of sums that a block hands to another
 constexpr bool SCALE_PAIRS = SCALE == HALF;             // the scale is an operand's type
 constexpr bool AFTER = GROUP == 0 && !CODEBOOK && !LATE;  // a row's one scale is its sums'
 constexpr bool DIRECT = SCALE_PAIRS && !AFTER && !HALF && !CODEBOOK && !ZERO && OFFSET == 1 << (BITS - 1) && !LATE;  // scaled where they lie
+constexpr int FRONT = 1024;                             // bytes before the tiles: a word for blocks apart, barriers
+static_assert(8 * (2 + STAGES + 2 * LEAD) <= FRONT, "room for barriers");
 static_assert(!APART || PAIR == 1 && !MIXED, "blocks that know nothing of each other");
 static_assert(!LATE || SLOT >= 64 && BITS == 4, "64 columns have one scale");
 static_assert(!MIXED || NT >= 16 && SPLITS == 1 && !LATE, "tall tiles, one after the other");
@@ -64,7 +67,7 @@ struct Tile {
     bool low;
 };
 struct Block {
-    u8 *stages, *rows, *sums;   // of W; of x; what other blocks have handed over
+    u8 *stages, *rows, *sums, *table;  // of W; of x; what other blocks have handed over; pairs of levels
     u64 *full, *ready, *empty;  // steps of W; pieces of x; pieces of both that are done
     int tiles, first, stride;  // tiles there are (or pairs of them), this block's first, and how far on the next is
     int whole;                 // tiles before those of half the height
@@ -132,9 +135,14 @@ DEVICE void ask_x(const Params &p, const Block &b, Walk &w, int asked) {
 DEVICE void produce(const Params &p, const Block &b) {
     int tiles = b.first < b.tiles ? (b.tiles - 1 - b.first) / b.stride + 1 : 0, steps = tiles * b.steps, pieces = PIECES * steps;
     Walk codes = {tile_of(p, b, b.first), b.first, 0}, x = codes;
-    for (int i = 0; i < min(steps, STAGES); i++) ask_codes(p, b, codes, i);
+    int asked = 0;
+    for (; asked < min(steps, EARLY); asked++) ask_codes(p, b, codes, asked);
     previous_done();
-    for (int i = 0; i < min(pieces, LEAD); i++) ask_x(p, b, x, i);
+    for (int i = 0; i < min(pieces, LEAD); i++) {  // turn about: all codes at once would be in the way of the first rows
+        ask_x(p, b, x, i);
+        if (i % PIECES == PIECES - 1 && asked < min(steps, STAGES)) ask_codes(p, b, codes, asked++);
+    }
+    for (; asked < min(steps, STAGES); asked++) ask_codes(p, b, codes, asked);
     for (int i = 0; i < pieces; i++) {
         bool more_x = i + LEAD < pieces, more_codes = i % PIECES == PIECES - 1 && i / PIECES + STAGES < steps;
         if (!more_x && !more_codes) continue;
@@ -156,6 +164,7 @@ DEVICE Tile enter(const Params &p, const Block &b, int index, int warp, Lane &w,
 #pragma unroll
     for (int h = 0; h < 2; h++) w.out[h] = min(tile.out + warp * 16 + (w.lane >> 2) + 8 * h, part.outs - 1);
     begin_scales(r, part, b, w);
+    if (AFTER) w.after[0] = load_scale(part.scales, w.out[0], 0), w.after[1] = load_scale(part.scales, w.out[1], 0);
     return tile;
 }
 
@@ -164,7 +173,7 @@ DEVICE void consume(const Params &p, const Block &block, int tid) {
     b.begin = uniform(b.begin), b.steps = uniform(b.steps), b.first = uniform(b.first), b.tiles = uniform(b.tiles);
     int warp = uniform(tid >> 5);
     Places at = {{0, 0}, {0, 0}};
-    Lane w = lane_of(tid & 31, warp, shared_address(b.empty + LEAD));
+    Lane w = lane_of(tid & 31, warp, shared_address(b.table));
     Scaling r;
     Tile tile = enter(p, b, b.first, warp, w, r);
     for (int index = b.first; index < b.tiles; index += b.stride) {
@@ -205,19 +214,20 @@ DEVICE void fill_pairs(uint4 *table, const u16 *levels, int tid) {
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) many(KERNEL_ARGUMENT Params p) {
-    extern __shared__ uint4 shared[];  // up to 1,024 bytes to where stages may begin, these, barriers, the table
+    extern __shared__ __align__(1024) uint4 shared[];  // 1,024 bytes with barriers, stages, sums, the table
     int tid = threadIdx.x, steps = (p.columns + BK - 1) / BK, most = (steps + SPLITS - 1) / SPLITS;
     Block b;
-    b.stages = (u8 *)shared + (-shared_address(shared) & 1023);
-    b.rows = b.stages + STAGES * W_BYTES, b.sums = b.stages + TILES;
-    b.full = (u64 *)(b.sums + (APART ? 16 : (SPLITS - 1) * HANDED));
-    b.ready = b.full + STAGES + STAGES % 2, b.empty = b.ready + LEAD;
+    if (shared_address(shared) & 1023) __trap();
+    b.stages = (u8 *)shared + FRONT, b.rows = b.stages + STAGES * W_BYTES;
+    b.sums = APART ? (u8 *)shared : b.stages + TILES, b.table = b.stages + TILES + (APART ? 0 : (SPLITS - 1) * HANDED);
+    b.full = (u64 *)shared + 2, b.ready = b.full + STAGES, b.empty = b.ready + LEAD;
     u32 rank = CLUSTER > 1 ? cluster_rank() : 0;
     b.side = PAIR > 1 ? rank % PAIR : 0, b.share = APART ? blockIdx.x % SPLITS : SPLITS > 1 ? rank / PAIR : 0;
     b.tiles = b.whole = (p.rows + BN - 1) / BN * all_tiles(p);
     b.first = blockIdx.x / (SPLITS * PAIR), b.stride = gridDim.x / (SPLITS * PAIR);
     if (MIXED && 2 * (b.tiles % b.stride) <= b.stride) b.whole -= b.tiles % b.stride, b.tiles += b.tiles - b.whole;
     b.begin = min((int)b.share * most, steps), b.steps = min(most, steps - b.begin);
+    if (tid == CONSUMERS) prefetch_map(p.part[0].codes), prefetch_map(p.x);
     if (tid == 0) {
         for (int i = 0; i < STAGES; i++) make_barrier(b.full + i, 1);
         for (int i = 0; i < LEAD; i++) make_barrier(b.ready + i, 1), make_barrier(b.empty + i, 4 * WG * PAIR);
@@ -230,7 +240,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) many(KERNEL_AR
     int warp = uniform(tid >> 5);
     if (warp < 4 * WG) {
         hold_registers();
-        if (CODEBOOK) fill_pairs((uint4 *)(b.empty + LEAD), p.table, tid), meet<AMONG, CONSUMERS>();
+        if (CODEBOOK) fill_pairs((uint4 *)b.table, p.table, tid), meet<AMONG, CONSUMERS>();
         consume(p, b, tid);
     } else {
         give_registers();

@@ -87,13 +87,12 @@ class Config:
         return min(tiles, max(processors * self.min_blocks // self.pair, 1)) * self.pair, 1, 1
 
     def shared_bytes(self, levels: bool) -> int:
-        """Dynamic shared memory: up to 1,024 bytes to where stages may begin, these, sums, barriers, the table."""
+        """Dynamic shared memory: 1,024 bytes with barriers, stages, what other blocks hand over, the table."""
         stages = self.stages * self.outs * STEP_BYTES + self.pieces * self.rows * 128
         own = -(-self.row_tiles // 2 // self.split)  # pairs of tiles of rows
-        stages += 16 if self.apart else (self.split - 1) * own * self.groups * 4096
-        barriers = self.stages + self.stages % 2 + 2 * self.pieces
+        handed = 0 if self.apart else (self.split - 1) * own * self.groups * 4096
         table = stream.TABLE_BYTES if levels else 0
-        least = 1024 + stages + 8 * barriers + table
+        least = 1024 + stages + handed + table
         return least + table if self._has_room(least + table) else least
 
     def _has_room(self, shared: int) -> bool:

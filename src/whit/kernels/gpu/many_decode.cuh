@@ -9,12 +9,17 @@ struct Lane {
     u32 mask;                // of its two codes among the bytes that `permute` gives
     float up[2];             // DIRECT: what makes integers of those, but for 2^-20
     u32 lay;                 // the same for both, but for 2^-6 or what MAGIC adds
+    float after[2];          // AFTER: those rows' scales
     u32 table, own;          // where the table of pairs lies, and how far on its copy
 };
 struct Round {
     float scale[2], zero[2];
+};
+struct Loaded {  // a round as it lies in memory: what waits for a load waits until its turn has come
+    u32 scale[2];
+    float zero[2];
 #if SCALE == 3
-    u32 code[2];             // of the scales' levels, looked up a round after they were loaded: no warp waits for them
+    u32 code[2];
 #endif
 };
 struct Slot {
@@ -28,24 +33,34 @@ struct Sums {
 #endif
 };
 
-DEVICE void load_round(Round &round, const Weight &p, const Lane &w, int slot) {
+DEVICE void load_round(Loaded &round, const Weight &p, const Lane &w, int slot) {
     int group = GROUP ? min((slot + (w.lane & 3)) * SLOT / (GROUP ? GROUP : 1), p.scales.groups - 1) : 0;
 #pragma unroll
     for (int h = 0; h < 2; h++) {
-#if SCALE == 3
         long long index = (long long)w.out[h] * p.scales.groups + group;
-        round.code[h] = p.scales.codes[index], round.scale[h] = ((const float *)p.scales.scale)[index >> 8];
+#if SCALE == 3
+        round.code[h] = p.scales.codes[index], round.scale[h] = ((const u32 *)p.scales.scale)[index >> 8];
+#elif SCALE == 2
+        round.scale[h] = ((const u32 *)p.scales.scale)[index];
 #else
-        round.scale[h] = load_scale(p.scales, w.out[h], group);
+        round.scale[h] = ((const u16 *)p.scales.scale)[index];
 #endif
         round.zero[h] = ZERO ? load_zero(p.scales, w.out[h], group) : 0.0f;
     }
 }
-DEVICE void look_up_scales(Round &round, const Weight &p) {
-#if SCALE == 3
+DEVICE Round round_of(const Loaded &loaded, const Weight &p) {
+    Round round;
 #pragma unroll
-    for (int h = 0; h < 2; h++) round.scale[h] = p.scales.levels[round.code[h]] * round.scale[h] + *p.scales.offset;
+    for (int h = 0; h < 2; h++) {
+        u32 bits = loaded.scale[h];
+#if SCALE == 3
+        round.scale[h] = p.scales.levels[loaded.code[h]] * bits_float(bits) + *p.scales.offset;
+#else
+        round.scale[h] = SCALE == 2 ? bits_float(bits) : SCALE == 0 ? bits_float(bits << 16) : widen_f16(bits);
 #endif
+        round.zero[h] = loaded.zero[h];
+    }
+    return round;
 }
 constexpr float RAISED = CODEBOOK || HALF || DIRECT ? 1.0f : 0x1p6f;  // what scales make up for
 DEVICE Slot slot_of(const Round &round, const Lane &w, int slot) {
@@ -69,12 +84,12 @@ DEVICE Slot slot_of(const Round &round, const Lane &w, int slot) {
     return s;
 }
 
-// What a lane loads at a time of its two rows: 16 bytes, of 8 bits only the words that hold its own codes. Rows of odd
-// numbers of bits, and of 6, lie 80 or 96 bytes apart, unpermuted: 20 or 24 bytes, as few words at a time as all lanes
-// get without waiting for each other.
-constexpr int PER_UNIT = BITS == 5 ? 2 : DENSE ? 8 / BITS : 12 / BITS;  // times 16 columns in those
-constexpr int AHEAD = BITS < 8 ? 1 : BATCH > 1 ? 4 : 2;                  // loads on their way
-constexpr int ROW_WORDS = BITS == 8 ? 2 : DENSE ? 4 : PER_UNIT * BITS / 2;  // of those that are loaded of a row
+// What a lane loads at a time of its two rows: 16 bytes; of 8 bits only the words of 32 bytes that hold its own codes.
+// Rows of odd numbers of bits, and of 6, lie 80 or 96 bytes apart, unpermuted: 20 or 24 bytes, as few words at a time as
+// all lanes get without waiting for each other.
+constexpr int PER_UNIT = BITS == 5 || BITS == 8 ? 2 : DENSE ? 8 / BITS : 12 / BITS;  // times 16 columns in those
+constexpr int AHEAD = BITS == 8 && BATCH > 1 ? 2 : 1;                            // loads on their way
+constexpr int ROW_WORDS = DENSE ? 4 : PER_UNIT * BITS / 2;                       // of those that are loaded of a row
 struct Codes {
     u32 words[2][ROW_WORDS];
 };
@@ -85,7 +100,8 @@ DEVICE Codes load_codes(const u8 *codes, const Lane &w, int unit) {
     for (int h = 0; h < 2; h++) {
         const u8 *row = at + h * 8 * W_ROW;
         if constexpr (BITS == 8) {
-            to.words[h][0] = *(const u32 *)row, to.words[h][1] = *(const u32 *)(row + 8);
+#pragma unroll
+            for (int i = 0; i < 4; i++) to.words[h][i] = *(const u32 *)(codes + ((w.unit ^ (2 * unit + i / 2)) << 4) + h * 8 * W_ROW + i % 2 * 8);
         } else if constexpr (DENSE) {
             uint4 v = *(const uint4 *)row;
             to.words[h][0] = v.x, to.words[h][1] = v.y, to.words[h][2] = v.z, to.words[h][3] = v.w;

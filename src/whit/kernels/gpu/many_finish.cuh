@@ -30,7 +30,7 @@ DEVICE void finish(const Weight &p, const Tile &tile, int rows, const Sums &sums
 #pragma unroll
     for (int h = 0; h < 2; h++) {
         bias[h] = p.bias ? widen(p.bias[w.out[h]]) : 0.0f;
-        up[h] = DIRECT ? 0x1p20f : AFTER ? load_scale(p.scales, w.out[h], 0) * RAISED : 1.0f;
+        up[h] = DIRECT ? 0x1p20f : AFTER ? w.after[h] * RAISED : 1.0f;
     }
 #pragma unroll
     for (int n = 0; n < NT; n += 2) {
@@ -63,16 +63,23 @@ DEVICE bool last_to_come(const Params &p, const Block &b, Sums &sums, int tile, 
     meet<AMONG, CONSUMERS>();
     if (*before != SPLITS - 1) return false;
     __threadfence();
+    constexpr int AT_ONCE = NT * SPLITS <= 32 ? NT : 32 / SPLITS;  // tiles of rows whose sums are on their way together
 #pragma unroll
-    for (int n = 0; n < NT; n++) {
-        float4 all = {};
+    for (int begin = 0; begin < NT; begin += AT_ONCE) {
+        float4 v[AT_ONCE][SPLITS];
 #pragma unroll
-        for (int r = 0; r < SPLITS; r++) {
-            float4 v = load_sums(first + (r * NT + n) * CONSUMERS);
-            all.x += v.x, all.y += v.y, all.z += v.z, all.w += v.w;
+        for (int i = 0; i < AT_ONCE; i++)
+#pragma unroll
+            for (int r = 0; r < SPLITS; r++)
+                if (begin + i < NT) v[i][r] = load_sums(first + (r * NT + begin + i) * CONSUMERS);
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; i++) {
+            if (begin + i >= NT) continue;
+            float *d = sums.all[begin + i];
+            d[0] = d[1] = d[2] = d[3] = 0;
+#pragma unroll
+            for (int r = 0; r < SPLITS; r++) d[0] += v[i][r].x, d[1] += v[i][r].y, d[2] += v[i][r].z, d[3] += v[i][r].w;
         }
-        float *d = sums.all[n];
-        d[0] = all.x, d[1] = all.y, d[2] = all.z, d[3] = all.w;
     }
     if (tid == 0) p.arrived[tile] = 0;
     return true;

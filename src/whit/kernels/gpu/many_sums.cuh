@@ -10,7 +10,8 @@ DEVICE void release(const Block &b, int slot, int lane) {  // by one branch, or 
 
 // The scales of a tile's steps, and the next ones on their way.
 struct Scaling {
-    Round now, next;
+    Round now;
+    Loaded next;
     int first;  // slot of the block's first step
 };
 DEVICE void begin_scales(Scaling &r, const Weight &p, const Block &b, const Lane &w) {
@@ -19,8 +20,7 @@ DEVICE void begin_scales(Scaling &r, const Weight &p, const Block &b, const Lane
 }
 DEVICE void turn_scales(Scaling &r, const Weight &p, const Lane &w, int slot) {  // of the block's columns
     if (slot % 4) return;
-    r.now = r.next;
-    look_up_scales(r.now, p);
+    r.now = round_of(r.next, p);
     load_round(r.next, p, w, r.first + slot + 4);
 }
 

@@ -6,6 +6,7 @@ struct alignas(64) Map {  // CUtensorMap
     u64 opaque[16];
 };
 #define KERNEL_ARGUMENT const __grid_constant__
+DEVICE void prefetch_map(const Map &map) { asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory"); }
 
 DEVICE u32 shared_address(const void *p, u32 rank) {  // the same place in another block of the cluster
     u32 at;
