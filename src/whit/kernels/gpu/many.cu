@@ -41,7 +41,7 @@ constexpr bool SCALE_PAIRS = SCALE == HALF;             // the scale is an opera
 constexpr bool AFTER = GROUP == 0 && !CODEBOOK && !LATE;  // a row's one scale is its sums'
 constexpr bool DIRECT = SCALE_PAIRS && !AFTER && !HALF && !CODEBOOK && !ZERO && OFFSET == 1 << (BITS - 1) && !LATE;  // scaled where they lie
 constexpr int FRONT = 1024;                             // bytes before the tiles: a word for blocks apart, barriers
-static_assert(8 * (2 + STAGES + 2 * LEAD) <= FRONT, "room for barriers");
+static_assert(8 * (2 + 2 * STAGES + 2 * LEAD) <= FRONT, "room for barriers");
 static_assert(!APART || PAIR == 1 && !MIXED, "blocks that know nothing of each other");
 static_assert(!LATE || SLOT >= 64 && BITS == 4, "64 columns have one scale");
 static_assert(!MIXED || NT >= 16 && SPLITS == 1 && !LATE, "tall tiles, one after the other");
@@ -68,7 +68,7 @@ struct Tile {
 };
 struct Block {
     u8 *stages, *rows, *sums, *table;  // of W; of x; what other blocks have handed over; pairs of levels
-    u64 *full, *ready, *empty;  // steps of W; pieces of x; pieces of both that are done
+    u64 *full, *spent, *ready, *empty;  // steps of W that have come, and that are decoded; pieces of x, and those done
     int tiles, first, stride;  // tiles there are (or pairs of them), this block's first, and how far on the next is
     int whole;                 // tiles before those of half the height
     int begin, steps;          // of the columns
@@ -144,11 +144,14 @@ DEVICE void produce(const Params &p, const Block &b) {
     }
     for (; asked < min(steps, STAGES); asked++) ask_codes(p, b, codes, asked);
     for (int i = 0; i < pieces; i++) {
-        bool more_x = i + LEAD < pieces, more_codes = i % PIECES == PIECES - 1 && i / PIECES + STAGES < steps;
-        if (!more_x && !more_codes) continue;
+        int step = i / PIECES;
+        if (i % PIECES == PIECES - 1 && step + STAGES < steps) {
+            await(b.spent + step % STAGES, step / STAGES & 1);
+            ask_codes(p, b, codes, step + STAGES);
+        }
+        if (i + LEAD >= pieces) continue;
         await(b.empty + i % LEAD, i / LEAD & 1);
-        if (more_x) ask_x(p, b, x, i + LEAD);
-        if (more_codes) ask_codes(p, b, codes, i / PIECES + STAGES);
+        ask_x(p, b, x, i + LEAD);
     }
 }
 
@@ -220,7 +223,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) many(KERNEL_AR
     if (shared_address(shared) & 1023) __trap();
     b.stages = (u8 *)shared + FRONT, b.rows = b.stages + STAGES * W_BYTES;
     b.sums = APART ? (u8 *)shared : b.stages + TILES, b.table = b.stages + TILES + (APART ? 0 : (SPLITS - 1) * HANDED);
-    b.full = (u64 *)shared + 2, b.ready = b.full + STAGES, b.empty = b.ready + LEAD;
+    b.full = (u64 *)shared + 2, b.spent = b.full + STAGES, b.ready = b.spent + STAGES, b.empty = b.ready + LEAD;
     u32 rank = CLUSTER > 1 ? cluster_rank() : 0;
     b.side = PAIR > 1 ? rank % PAIR : 0, b.share = APART ? blockIdx.x % SPLITS : SPLITS > 1 ? rank / PAIR : 0;
     b.tiles = b.whole = (p.rows + BN - 1) / BN * all_tiles(p);
@@ -229,7 +232,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) many(KERNEL_AR
     b.begin = min((int)b.share * most, steps), b.steps = min(most, steps - b.begin);
     if (tid == CONSUMERS) prefetch_map(p.part[0].codes), prefetch_map(p.x);
     if (tid == 0) {
-        for (int i = 0; i < STAGES; i++) make_barrier(b.full + i, 1);
+        for (int i = 0; i < STAGES; i++) make_barrier(b.full + i, 1), make_barrier(b.spent + i, 4 * WG);
         for (int i = 0; i < LEAD; i++) make_barrier(b.ready + i, 1), make_barrier(b.empty + i, 4 * WG * PAIR);
         publish_barriers();
     }

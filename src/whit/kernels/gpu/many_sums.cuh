@@ -8,6 +8,15 @@ DEVICE void release(const Block &b, int slot, int lane) {  // by one branch, or 
 #endif
 }
 
+// A step's codes are in registers: its place may be written again.
+DEVICE void release_codes(const Block &b, Codes &last, int slot, int lane) {
+#pragma unroll
+    for (int h = 0; h < 2; h++)
+#pragma unroll
+        for (int i = 0; i < ROW_WORDS; i++) last.words[h][i] = kept(last.words[h][i]);
+    if (lane == 0) arrive(b.spent + slot);
+}
+
 // The scales of a tile's steps, and the next ones on their way.
 struct Scaling {
     Round now;
@@ -35,7 +44,7 @@ template <int MOST> DEVICE Place after(const Place &at) {
 struct Places {
     Place codes, x;  // x: pairs of pieces
 };
-DEVICE const u8 *codes_at(const Block &b, const Place &at, const Lane &w) { return b.stages + at.slot * W_BYTES + w.codes; }
+DEVICE const u8 *codes_at(const Block &b, int slot, const Lane &w) { return b.stages + slot * W_BYTES + w.codes; }
 DEVICE const u8 *rows_at(const Block &b, const Place &at, int second) { return b.rows + (2 * at.slot + second) * X_PIECE; }
 
 // All steps of a tile, from `at` on, which moves on.
@@ -44,7 +53,8 @@ struct Pieces {
     u32 a[2][4][4];
     Slot s[2];
 };
-DEVICE void decode_piece(Pieces &v, int piece, Scaling &r, const Weight &p, const Lane &w, const u8 *codes, int step) {
+DEVICE void decode_piece(Pieces &v, int piece, Scaling &r, const Weight &p, const Block &b, const Lane &w, int place, int step) {
+    const u8 *codes = codes_at(b, place, w);
     constexpr int EACH = SLOT / 64;
     int slot = step * SLOTS + piece / EACH;
     if (piece % EACH == 0) turn_scales(r, p, w, slot);
@@ -54,6 +64,7 @@ DEVICE void decode_piece(Pieces &v, int piece, Scaling &r, const Weight &p, cons
         Codes loaded = load_codes(codes, w, 2 * piece + i);
 #pragma unroll
         for (int j = 0; j < 2; j++) decode_step(v.a[piece & 1][2 * i + j], loaded, j, v.s[piece & 1], w);
+        if (piece == 3 && i == 1) release_codes(b, loaded, place, w.lane);
     }
 }
 DEVICE void multiply_piece(float (&sums)[NT][4], u32 (&a)[4][4], const u8 *x) {
@@ -75,10 +86,10 @@ template <bool LAST> DEVICE void add_step(Sums &sums, Pieces &v, Scaling &r, con
         multiply_piece(sums.part, v.a[second], rows_at(b, at.x, second));
         Slot s = v.s[second];
         if (piece < 3) {
-            decode_piece(v, piece + 1, r, p, w, codes_at(b, at.codes, w), step);
+            decode_piece(v, piece + 1, r, p, b, w, at.codes.slot, step);
         } else if (!LAST) {
             await(b.full + next.slot, next.phase);
-            decode_piece(v, 0, r, p, w, codes_at(b, next, w), step + 1);
+            decode_piece(v, 0, r, p, b, w, next.slot, step + 1);
         }
         products_left<0>();
         settle(sums.part);
@@ -95,7 +106,7 @@ DEVICE void add_up(Sums &sums, Scaling &r, const Weight &p, const Block &b, cons
     Pieces v;
     if (b.steps == 0) return;
     await(b.full + at.codes.slot, at.codes.phase);
-    decode_piece(v, 0, r, p, w, codes_at(b, at.codes, w), 0);
+    decode_piece(v, 0, r, p, b, w, at.codes.slot, 0);
 #pragma unroll 1
     for (int step = 0; step < b.steps - 1; step++) add_step<false>(sums, v, r, p, b, w, at, step);
     add_step<true>(sums, v, r, p, b, w, at, b.steps - 1);
@@ -109,7 +120,7 @@ template <bool LOW> DEVICE void add_up(Sums &sums, Scaling &r, const Weight &p, 
     await(b.full + at.codes.slot, at.codes.phase);
     Codes codes[AHEAD];
 #pragma unroll
-    for (int i = 0; i < AHEAD; i++) codes[i] = load_codes(codes_at(b, at.codes, w), w, i);
+    for (int i = 0; i < AHEAD; i++) codes[i] = load_codes(codes_at(b, at.codes.slot, w), w, i);
     int before = 0;
 #pragma unroll 1
     for (int step = 0; step < b.steps; step++) {
@@ -125,8 +136,9 @@ template <bool LOW> DEVICE void add_up(Sums &sums, Scaling &r, const Weight &p, 
                 s = slot_of(r.now, w, step * SLOTS + k / EACH);
             }
             decode_step(a[k % RING], codes[unit % AHEAD], k % PER_UNIT, s, w);
+            if (k == TURNS - PER_UNIT) release_codes(b, codes[unit % AHEAD], at.codes.slot, w.lane);
             bool loads = k % PER_UNIT == PER_UNIT - 1;
-            if (loads && load < UNITS) codes[unit % AHEAD] = load_codes(codes_at(b, at.codes, w), w, load);
+            if (loads && load < UNITS) codes[unit % AHEAD] = load_codes(codes_at(b, at.codes.slot, w), w, load);
             if (k % 4 == BATCH - 1) {
                 await(b.ready + now, at.x.phase);
                 right = describe_rows(rows_at(b, at.x, piece & 1));
@@ -145,7 +157,7 @@ template <bool LOW> DEVICE void add_up(Sums &sums, Scaling &r, const Weight &p, 
             }
             if (k % 8 == 7) at.x = after<LEAD / 2>(at.x);
             if (loads && load == UNITS && step + 1 < b.steps) await(b.full + next.slot, next.phase);
-            if (loads && load >= UNITS) codes[unit % AHEAD] = load_codes(codes_at(b, next, w), w, load - UNITS);  // after the last: unused
+            if (loads && load >= UNITS) codes[unit % AHEAD] = load_codes(codes_at(b, next.slot, w), w, load - UNITS);  // after the last: unused
         }
         at.codes = next;
     }

@@ -18,7 +18,8 @@ SWIZZLES = {64: 2, 80: 0, 96: 0, 128: 3}  # by the bytes of a tile's row; 0: it 
 def tiles_of(address: int, rows: int, columns: int, tall: int, wide: int, size: int = 1) -> Map:
     """A map of a contiguous matrix of elements of `size` bytes for tiles of `tall` rows and `wide` columns.
 
-    What lies outside is 0. A tile's rows are 64 or 128 bytes, in the swizzle of that width, or 80 or 96 bytes, as they are.
+    What lies outside is 0. A tile's rows are 64 or 128 bytes, in the swizzle of that width, or 80 or 96 bytes, as they
+    are.
     """
     room = ctypes.create_string_buffer(192)
     at = -(-ctypes.addressof(room) // 64) * 64
