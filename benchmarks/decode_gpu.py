@@ -32,7 +32,7 @@ from whit.compiled import cuda, static
 from whit.formats import parse_format
 from whit.kernels import dequantize
 from whit.kernels.gpu import kernel as gpu_kernel
-from whit.kernels.gpu import nvrtc, stream, tables, tuned
+from whit.kernels.gpu import nvrtc, stream, tables, tables_many, tuned
 from whit.layouts import BITS
 from whit.modules import QuantizedLinear
 from whit.tensor import PackedWeight
@@ -343,14 +343,15 @@ def take_cuts(found: list[dict[str, Any]]) -> None:
 
 def take_many(path: Path) -> None:
     """Use what gpu_many.py found."""
-    tables.HOPPER_MANY.update(winners(json.loads(path.read_text())["times"] or ()))
+    tables_many.HOPPER_MANY.update(winners(json.loads(path.read_text())["times"] or ()))
     gpu_kernel.plan.cache_clear()
     right = few_rows_right((9, 16, 40))
     print(
-        f"{len(tables.HOPPER_MANY)} cuts for more rows, weights together: {'right' if right else 'WRONG'}", flush=True
+        f"{len(tables_many.HOPPER_MANY)} cuts for more rows, weights together: {'right' if right else 'WRONG'}",
+        flush=True,
     )
     if not right:
-        tables.HOPPER_MANY.clear()
+        tables_many.HOPPER_MANY.clear()
         gpu_kernel.plan.cache_clear()
 
 

@@ -1,7 +1,7 @@
 """The fused product for more rows on Hopper: checked against float64, then its cuts timed beside bfloat16.
 
     python benchmarks/gpu_many.py --seconds 140 --out FOLDER
-    python benchmarks/gpu_many.py --checks "" --taken --rows 64,256,1024,2048,4096
+    python benchmarks/gpu_many.py --checks "" --taken --rows 64,256,1024,2048,4096 --formats int8-g128,int3-g128
 
 Every part is a process of its own, so that one that faults or hangs is told and the others go on. A cut is timed only
 where its result was right in the same process. Where one is wrong the rows and outs that are wrong are said.
@@ -34,8 +34,9 @@ from gpu_harness import Budget, Kitchen, random_packed, random_weights, random_x
 from harness import machine
 
 SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336), (28672, 8192))
-TIMED = ("int4-g128", "nf4")
-TAKEN = (*TIMED, "nf4-dq")  # with --taken
+FORMATS = "int4-g128,nf4,nf4-dq,int8-g128,int8-channel,int2-g64,int3-g128,int5-g128,int6-g128"
+SAME_BITS = ("int4-g128", "nf4", "int8-g128", "int8-channel", "int3-g128")  # in tiles of all heights
+TOGETHER = ("int4-g128", "nf4", "int8-g128")
 LIMIT = 5e-3
 PROCESSORS = 132
 
@@ -89,10 +90,13 @@ CHECKS = {
 }  # fmt: skip
 
 
-def cuts(rows: int, outs: int, levels: bool) -> list[Config]:
+def cuts(rows: int, shape: tuple[int, int], spec: str) -> list[Config]:
     """The cuts that are tried: those whose blocks fill a good part of the device, or most of them do."""
-    high = (32, 2, 4) if levels else (32, 2, 6)
-    if rows <= 16:
+    scheme = scheme_of(spec, shape[1])
+    bits, levels = scheme.storage.bits, bool(scheme.storage.levels)
+    high = (32, 2, 4) if levels else (32, 2, 6) if bits <= 4 else (32, 4, 4)
+    more = 2 if bits > 4 else 1  # steps of as many columns
+    if rows <= 16 and bits == 4:
         kinds = ((1, 4, 2), (4, 2, 1)) if levels else ((1, 4, 2), (1, 3, 3), (4, 3, 1))
         found = [
             Config(groups, 2, stages, split, late=1, min_blocks=blocks)
@@ -100,9 +104,10 @@ def cuts(rows: int, outs: int, levels: bool) -> list[Config]:
             for split in (1, 2, 4, 8)
         ]
     elif rows <= 64:
+        tiles = next(n for n in many.ROW_TILES if 8 * n >= rows)
         found = [
-            Config(groups, 8, stages, split, 1, 0, blocks, lead, apart=apart)
-            for groups, stages, lead, blocks in ((2, 3, 8, 1), (2, 2, 4, 2), (4, 2, 6, 1))
+            Config(groups, tiles, stages, split, 1, 0, blocks, lead, apart=apart)
+            for groups, stages, lead, blocks in ((2, 3 * more, 8, 1), (2, 3, 8, 2), (2, 4, 6, 2), (4, 2 * more, 6, 1))
             for split, apart in ((1, 0), (2, 0), (3, 0), (4, 1), (8, 1))
         ]
     elif rows <= 256:
@@ -110,9 +115,8 @@ def cuts(rows: int, outs: int, levels: bool) -> list[Config]:
                  for split in (1, 2, 3)]  # fmt: skip
     else:
         found = [Config(2, high[0], high[1], 1, pair, lead=high[2], halve=halve) for pair in (1, 2) for halve in (0, 1)]
-    scheme = scheme_of("nf4" if levels else "int4-g128", 4096)
-    invariant = tuned.invariant_many(scheme, (outs, 4096), rows, (9, PROCESSORS))
-    return [*dict.fromkeys([*(c for c in found if is_sensible(c, rows, outs, levels)), invariant])]
+    invariant = tuned.invariant_many(scheme, shape, rows, (9, PROCESSORS))
+    return [*dict.fromkeys([*(c for c in found if is_sensible(c, rows, shape[0], levels)), invariant])]
 
 
 def is_sensible(config: Config, rows: int, outs: int, levels: bool) -> bool:
@@ -190,12 +194,12 @@ def check(part: str) -> list[dict[str, Any]]:
 def invariance(generator: torch.Generator) -> dict[str, bool]:
     """Whether a row's result is the same bits in tiles of all heights, and at every place in them."""
     shape, same = (1096, 4096), {}
-    for spec in TIMED:
+    for spec in SAME_BITS:
         scheme, packed = scheme_of(spec, shape[1]), random_packed(spec, shape, generator)
         x = random_x(256, shape[1], generator)
         every = [
             one(x, packed, None, scheme, Config(2, tiles, stages, lead=lead))
-            for tiles, stages, lead in ((2, 4, 8), (8, 3, 8), (16, 2, 6), (32, 2, 4))
+            for tiles, stages, lead in ((2, 4, 8), (4, 3, 6), (8, 3, 8), (16, 2, 6), (32, 2, 4))
         ]
         rolled = one(x.roll(13, 0).contiguous(), packed, None, scheme, Config(2, 32, 2, lead=4)).roll(-13, 0)
         same[spec] = all(torch.equal(every[0], each) for each in (*every, rolled))
@@ -206,8 +210,8 @@ def invariance(generator: torch.Generator) -> dict[str, bool]:
 def together(generator: torch.Generator) -> dict[str, float]:
     """Errors of three weights in one launch."""
     found = {}
-    tried = Config(1, 2, 4, 2, late=1, min_blocks=2), Config(2, 8, 3, pair=2, lead=8)
-    for spec, cut in itertools.product(TIMED, tried):
+    tried = Config(1, 2, 4, 2, min_blocks=2), Config(2, 8, 3, pair=2, lead=8)
+    for spec, cut in itertools.product(TOGETHER, tried):
         weights = [random_packed(spec, (outs, 4096), generator) for outs in (1096, 72, 512)]
         x, scheme = random_x(8 * cut.row_tiles - 3, 4096, generator), scheme_of(spec, 4096)
         ys = gpu_kernel.multiply_many(x, weights, [None] * 3, scheme, cut)
@@ -226,15 +230,17 @@ def taken(rows: int, shape: tuple[int, int], spec: str) -> list[Config]:
 best_many = tuned.best_many
 
 
-def measure(every_rows: list[int], seconds: float, into: Path, only_taken: bool) -> list[dict[str, Any]]:
+def measure(
+    every_rows: list[int], formats: list[str], seconds: float, into: Path, only_taken: bool
+) -> list[dict[str, Any]]:
     """Seconds of bfloat16 and of every cut, over rows, formats and shapes; what is found is kept on the way."""
     kitchen, budget, found = Kitchen(), Budget(seconds), []
     torch.cuda.init()
     generator = torch.Generator("cuda").manual_seed(0)
     tuned.best_many = lambda *_: None  # type: ignore[assignment]
     work = [
-        (rows, spec, shape, taken(rows, shape, spec) if only_taken else cuts(rows, shape[0], spec != "int4-g128"))
-        for rows, shape, spec in itertools.product(every_rows, SHAPES, TAKEN if only_taken else TIMED)
+        (rows, spec, shape, (taken if only_taken else cuts)(rows, shape, spec))
+        for rows, shape, spec in itertools.product(every_rows, SHAPES, formats)
     ]
     kitchen.prepare(
         (many.SOURCE, cut.macros(scheme_of(spec, shape[1]), False).items())
@@ -377,12 +383,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("gpu-results"))
     parser.add_argument("--checks", default=",".join(CHECKS))
     parser.add_argument("--rows", default="16,64,256,1024,4096,8,1", help="timed; empty: none")
+    parser.add_argument("--formats", default=FORMATS)
     parser.add_argument("--taken", action="store_true", help="time only the cuts that are dispatched")
     parser.add_argument("--part", help=argparse.SUPPRESS)
     parser.add_argument("--into", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.part == "times":
-        measure([int(rows) for rows in given.rows.split(",")], given.seconds, given.into, given.taken)
+        every_rows = [int(rows) for rows in given.rows.split(",")]
+        measure(every_rows, given.formats.split(","), given.seconds, given.into, given.taken)
         return
     if given.part:
         given.into.write_text(json.dumps(check(given.part), default=str))
@@ -396,6 +404,7 @@ def main() -> None:
             print(f"no time left for {part}")
             continue
         arguments = ["--part", part, "--seconds", f"{limit - 8:.0f}", "--rows", given.rows]
+        arguments += ["--formats", given.formats]
         arguments += ["--taken"] if given.taken else []
         result[part] = run(arguments, limit, given.out / f"part_{part}")
         (given.out / "gpu_many.json").write_text(json.dumps(result, indent=1, default=str) + "\n")

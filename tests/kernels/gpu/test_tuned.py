@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import whit
-from whit.kernels.gpu import few, halves, kernel, many, slab, stream, tables, tiled, tuned
+from whit.kernels.gpu import few, halves, kernel, many, slab, stream, tables, tables_many, tiled, tuned
 from whit.kernels.gpu.stream import Scheme
 from whit.layouts import BITS
 from whit.tensor import PackedWeight
@@ -74,18 +74,19 @@ def test_more_rows_take_a_cut_for_their_own_height_and_only_where_it_won(monkeyp
     assert tuned.best_many(scheme_of("int4-g128-asym-fz", 4096), shape, 64, H100) is None
 
 
-@pytest.mark.parametrize("spec", ["int4-g128", "nf4"])
+@pytest.mark.parametrize("spec", ["int4-g128", "nf4", "int8-g128", "int2-g64"])
 @pytest.mark.parametrize("shape", [(4096, 4096), (14336, 4096), (1024, 512), (16, 128)])
 def test_an_invariant_cut_sums_alike_whatever_the_rows(spec: str, shape: tuple[int, int]):
     scheme = scheme_of(spec, shape[1])
     cuts = [tuned.invariant_many(scheme, shape, rows, H100) for rows in (1, 16, 17, 64, 256, 5000)]
     assert {(cut.groups, cut.split, cut.pair, cut.late) for cut in cuts} == {(2, cuts[0].split, 1, 0)}
-    assert cuts[0].split == {4096: 2, 14336: 1, 1024: 2, 16: 1}[shape[0]]
+    small = {"int8-g128": 4, "int2-g64": 1}.get(spec, 2)  # 1024 outs: by how many tiles 512 columns are
+    assert cuts[0].split == {4096: 2, 14336: 1, 1024: small, 16: 1}[shape[0]]
     assert all(cut.shared_bytes(spec == "nf4") <= SHARED for cut in cuts)
 
 
 def test_measured_cuts_for_more_rows_fit_the_multiprocessor():
-    for (kind, rows, shape), cut in tables.HOPPER_MANY.items():
+    for (kind, rows, shape), cut in tables_many.HOPPER_MANY.items():
         scheme = scheme_of({"int4-128": "int4-g128", "table-64": "nf4"}[kind], shape[1])
         config = tuned.best_many(scheme, shape, rows, H100)
         assert (config is None) == (cut is None)

@@ -13,7 +13,8 @@ from math import log2
 
 from whit.kernels.gpu import digits, few, halves, many, slab, stream, tiled
 from whit.kernels.gpu.stream import Config, Scheme, row_tiles
-from whit.kernels.gpu.tables import DIGITS, FEW, INVARIANT_MANY, MANY, ROUTES, SLAB, STREAM, TILED, Route, Shape
+from whit.kernels.gpu.tables import DIGITS, FEW, ROUTES, SLAB, STREAM, TILED, Route, Shape
+from whit.kernels.gpu.tables_many import INVARIANT_MANY, MANY
 
 BYTES_AHEAD = 32  # that a thread loads of each row before it computes
 MOST_COLUMNS = 640  # of 64 rows of x, twice, that fit in shared memory beside a table of levels
@@ -142,6 +143,8 @@ def invariant_many(scheme: Scheme, shape: Shape, rows: int, device: Device) -> m
     tiles = next((n for n in many.ROW_TILES if 8 * n >= rows), highest)
     tiles = min(tiles, highest)
     stages, lead = (4, 16) if tiles <= 2 else (3, 8) if tiles <= 8 else (2, 6) if tiles <= 16 else (2, 4)
+    if scheme.storage.bits > 4:
+        stages *= 2  # of half as many columns
     return many.Config(2, tiles, stages, split, lead=lead)
 
 
