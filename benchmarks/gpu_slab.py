@@ -46,7 +46,10 @@ MOST_THREADS = {16: 768, 32: 512, 64: 384, 128: 256}  # of a multiprocessor, by 
 FILLED = (0.7, 1.2)  # blocks by the room for them
 WORK = "int4-g128:16,nf4:16,int4-g128:8,nf4:8,int4-g128:4,nf4:4,int4-g128:1,nf4:1,nf4-dq:16,nf4-dq:8,nf4-dq:1"
 # Other formats, with float16 as well, in these cuts: (outs, across, along, stages, splits, blocks, late, mixed).
-OTHERS = ("int4-g128", "nf4", "nf4-dq", "int4-g64", "int4-g128-f16", "int4-g32-f32", "fp4-g32")
+OTHERS = (
+    "int4-g128", "nf4", "nf4-dq", "int4-g64", "int4-g128-f16", "int4-g32-f32", "fp4-g32", "int4", "int8-g128", "int8",
+    "int8-g64", "int2-g64", "int2-g128", "int3-g128", "int3",
+)  # fmt: skip
 OTHER_CUTS = ((64, 4, 1, 1, 1, 1), (128, 2, 2, 1, 2, 1), (32, 8, 1, 1, 1, 1), (64, 4, 1, 2, 4, 1, 1, 1))
 LIMITS = {torch.bfloat16: 3e-3, torch.float16: 4e-4}  # of relative errors
 Shape = tuple[int, int]
@@ -63,7 +66,7 @@ def read_as(spec: str, shape: Shape) -> stream.Scheme:
 
 def configs(spec: str, rows: int, shape: Shape, wide: bool) -> list[slab.Config]:
     """The cuts for a shape that fit a multiprocessor."""
-    scheme, kind = read_as(spec, shape), tuned.kind(read_as(spec, shape))
+    scheme, kind = read_as(spec, shape), tuned.kind(slab.in_groups(read_as(spec, shape)))
     cuts = [slab.Config(*cut) for (name, _, at), cut in HOPPER_SLAB.items() if cut and (name, at) == (kind, shape)]
     every = itertools.product(cuts, (0, 1), (0, 1))
     known = (replace(cut, late=late, mixed=mixed) for cut, late, mixed in every if cut.splits > 1 or not mixed)

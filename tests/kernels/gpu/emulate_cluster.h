@@ -103,7 +103,7 @@ template <class T> static void send(T *p, T v, u32 rank, u64 *barrier) {
     b->bytes -= sizeof v, settled(b);
 }
 static void join(u32 *p, u32 v, u32 rank, u64 *barrier) { send(p, v | *(u32 *)place(p, rank), rank, barrier); }
-// Rows of a tile are 64 or 128 bytes; their units of 16 bytes lie in the swizzle of that width.
+// Rows of a tile are 64 or 128 bytes; their units of 16 bytes lie in the swizzle of that width. Others lie as they are.
 static void copy_tile(void *to, const Map &map, int column, int row, u64 *barrier, u16 blocks) {
     int bytes = map.wide * map.size, far = bytes == 128 ? 0 : 1, mask = bytes == 64 || bytes == 128 ? bytes / 16 - 1 : 0;
     for (int rank = 0; rank < cluster; rank++) {

@@ -110,12 +110,15 @@ def test_measured_cuts_for_few_rows_fit_the_multiprocessor(kind: str, rows: int,
 
 
 def test_measured_cuts_of_blocks_beside_each_other_fit_the_multiprocessor():
-    specs = {"int4-128": "int4-g128", "int4-64": "int4-g64", "table-64": "nf4", "table-64-dq": "nf4-dq"}
+    specs = {
+        "int4-128": "int4-g128", "int4-64": "int4-g64", "table-64": "nf4", "table-64-dq": "nf4-dq",
+        "int8-128": "int8-g128", "int3-128": "int3-g128", "int2-64": "int2-g64",
+    }  # fmt: skip
     for (kind, rows, shape), cut in tables.HOPPER_SLAB.items():
         scheme = scheme_of(specs[kind.removesuffix(halves.KIND)], shape[1])
         if kind.endswith(halves.KIND):
             scheme = replace(scheme, storage=replace(scheme.storage, scale=1))
-        assert tuned.kind(scheme) == kind
+        assert tuned.kind(slab.in_groups(scheme)) == kind
         config = tuned.best_slab(scheme, shape, rows, H100)
         assert config == (slab.Config(*cut) if cut else None)
         if config is not None:

@@ -1,7 +1,8 @@
-// y (rows, outs) = x (rows, columns) W (outs, columns)^T + bias for up to 16 rows, codes of 4 bits, on Hopper.
+// y (rows, outs) = x (rows, columns) W (outs, columns)^T + bias for up to 16 rows, codes of 2, 3, 4 and 8 bits, on Hopper.
 //
 // Built at run time, one kernel per format and cut, after common.cuh. The host (slab.py) also defines
 //   CHUNK              columns of a group that a thread holds, as codes.cuh says
+//   STEPS_PER_GROUP    1; 0: all columns of an out share its scale, which its sums are multiplied by at their end
 //   ROWS               8 or 16: rows rounded up
 //   OUTS               outs of a block's tile, at most 256
 //   ACROSS, ALONG      its warps: so many have columns of their own, and of each so many outs of their own
@@ -37,22 +38,24 @@ DEVICE void cluster_began(int) { asm volatile("barrier.cluster.wait.acquire;" ::
 DEVICE u32 word_of(u32 v, int lane) { return __shfl_sync(0xFFFFFFFFu, v, lane); }
 #endif
 
+DEVICE constexpr int min_of(int a, int b) { return a < b ? a : b; }
 constexpr int THREADS = 32 * ACROSS * ALONG, SPAN = 256, HEIGHT = OUTS / ALONG, MT = HEIGHT / 16, RT = ROWS / 8;
 constexpr int PAIR = 2;  // sixteens of outs whose products take turns, since each waits for its last
-constexpr int STEPS = SPAN / STEP, CODES = OUTS * 128, X = ROWS * SPAN * 2, X_BOX = ROWS * 128, SLOTS = ACROSS * STAGES;
-constexpr int SCALE_BYTES = SCALE == 3 ? 1 : SCALE == 2 ? 4 : 2, SCALE_ROW = STEPS * SCALE_BYTES;
+constexpr int STEPS = SPAN / STEP, X = ROWS * SPAN * 2, X_BOX = ROWS * 128, SLOTS = ACROSS * STAGES;
+constexpr int ROW_BYTES = SPAN * BITS / 8, WIDTH = min_of(ROW_BYTES, 128), TILES = ROW_BYTES / WIDTH;  // W's rows in tiles
+constexpr int TILE = OUTS * WIDTH, CODES = TILES * TILE;
+constexpr bool BY_ROW = STEPS_PER_GROUP == 0;
+constexpr int SCALE_BYTES = BY_ROW ? 0 : SCALE == 3 ? 1 : SCALE == 2 ? 4 : 2, SCALE_ROW = STEPS * SCALE_BYTES;
 constexpr int ABSMAX = SCALE == 3 ? 4 : 0, SCALE_BOX = OUTS * (SCALE_ROW + ABSMAX);
+constexpr int LEVELS = SCALE == 3 ? 256 : BY_ROW ? OUTS : 0;  // floats: of scales, or the scales themselves
 
 // Integers are operands as they lie: as the bits of a bfloat16 all that is below 256 is so many times its smallest number,
 // of a float16 all that is below 2,048. So nothing is put under an exponent, and in bfloat16 a code may stay where it is in
-// its byte: x of every second pair is a sixteenth, and all of x 2^64 times as large, so that no product is too small
-// (from 2^63 on it becomes infinite).
-constexpr bool INTEGERS = !CODEBOOK, PLACES_FOUR = INTEGERS && !HALF;
+// its byte: x opposite is divided by as much, and all of x 2^64 times as large, so that no product is too small (from 2^63
+// on it becomes infinite).
+constexpr bool INTEGERS = !CODEBOOK;
 constexpr float WHOLE = CODEBOOK ? 1.0f : HALF ? 16777216.0f : 590295810358705651712.0f;  // 2^24, 2^69: what undoes it
 constexpr bool HALVES = CODEBOOK && SCALE == 1;  // absmax in 16 bits, times one power of two (halves.py)
-constexpr u32 LARGER = 0x5F805F80u, LESS = 0x5D805D80u;  // 2^64, 2^60 in bfloat16
-DEVICE constexpr int lies_at(int pair) { return PLACES_FOUR ? pair % 2 * 4 : 0; }
-DEVICE constexpr u32 minus_of(int pair) { return both(0x8000u | OFFSET << lies_at(pair)); }
 constexpr int PITCH = OUTS + 4, PLACE = ROWS * PITCH;  // floats of a warp's column of sums
 constexpr int INBOX = SPLITS > 1 ? 1 : 0, STRIDE = MIXED ? ACROSS * SPLITS : ACROSS;  // boxes from one of a warp to its next
 constexpr int SHARE = (OUTS / 4 + SPLITS - 1) / SPLITS * 4;  // outs that a block of a cluster finishes
@@ -77,7 +80,9 @@ struct Ring {
 DEVICE void ask_codes(const Params &p, const Ring &r, int box) {
     int slot = box % STAGES * ACROSS;
     expect(r.full + slot, CODES + X);
-    copy_tile(r.codes + slot * CODES, p.codes, (r.column + box * STRIDE * SPAN) / 2, r.out, r.full + slot);
+#pragma unroll
+    for (int i = 0; i < TILES; i++)
+        copy_tile(r.codes + slot * CODES + i * TILE, p.codes, (r.column + box * STRIDE * SPAN) / 8 * BITS + i * WIDTH, r.out, r.full + slot);
 }
 DEVICE void ask_x(const Params &p, const Ring &r, int box) {
     int slot = box % STAGES * ACROSS;
@@ -87,7 +92,8 @@ DEVICE void ask_x(const Params &p, const Ring &r, int box) {
 }
 // A warp asks for the scales of its own outs.
 DEVICE void ask_scales(const Params &p, const Ring &r, int box, int first, int lane) {
-    constexpr int BYTES = SCALE_ROW > 16 ? 16 : SCALE_ROW, PARTS = SCALE_ROW / BYTES;
+#if STEPS_PER_GROUP
+    constexpr int BYTES = min_of(SCALE_ROW, 16), PARTS = SCALE_ROW / BYTES;
     if (box < r.count) {
         u8 *to = r.scales + box % STAGES * ACROSS * SCALE_BOX;
         int group = (r.column + box * STRIDE * SPAN) / STEP;
@@ -101,6 +107,18 @@ DEVICE void ask_scales(const Params &p, const Ring &r, int box, int first, int l
         }
     }
     end_copies();
+#endif
+}
+// The scales of whole rows: asked for with the codes, laid down when x has been asked for.
+constexpr int EACH = (OUTS + THREADS - 1) / THREADS;
+DEVICE void load_scales(float (&scales)[EACH], const Params &p, int out, int tid) {
+#pragma unroll
+    for (int i = 0; i < EACH; i++) scales[i] = load_scale(p.scales, min(out + tid + i * THREADS, p.outs - 1), 0);
+}
+DEVICE void lay_scales(float *to, const float (&scales)[EACH], int tid) {
+#pragma unroll
+    for (int i = 0; i < EACH; i++)
+        if (tid + i * THREADS < OUTS) to[tid + i * THREADS] = scales[i];
 }
 
 #include "slab_box.cuh"
@@ -111,7 +129,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) slab(KERNEL_ARGUME
     int tid = threadIdx.x, lane = tid & 31, across = (tid >> 5) % ACROSS, along = (tid >> 5) / ACROSS, first = along * HEIGHT;
     u8 *codes = (u8 *)(shared + TABLE) + (-shared_address(shared) & 1023), *x = codes + SLOTS * CODES;
     float *levels = (float *)(x + SLOTS * X);
-    u8 *scales = (u8 *)(levels + (SCALE == 3 ? 256 : 0));
+    u8 *scales = (u8 *)(levels + LEVELS);
     float *sent = (float *)(scales + SLOTS * SCALE_BOX);
     Inbox inbox = {sent, (u64 *)(sent + INBOX * SPLITS * ROWS * SHARE)};
     u64 *full = inbox.full + 2 * INBOX, *empty = full + SLOTS;
@@ -120,6 +138,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) slab(KERNEL_ARGUME
     Ring r = {codes + across * CODES, x + across * X, scales + across * SCALE_BOX, full + across, empty + across,
               (int)blockIdx.x / SPLITS * OUTS, (begin + across) * SPAN, max(mine - across + STRIDE - 1, 0) / STRIDE, rank};
     int own = max(min(OUTS - rank * SHARE, SHARE), 0), began = 0;
+    float of_rows[EACH];
     bool asks = lane == 0 && along == 0;
     int ahead = min(r.count, STAGES);
     if (!LATE) next_may_begin();
@@ -136,6 +155,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) slab(KERNEL_ARGUME
     if (INBOX) began = begin_cluster();
 #pragma unroll
     for (int i = 0; i < STAGES; i++) ask_scales(p, r, i, first, lane);
+    if (BY_ROW) load_scales(of_rows, p, r.out, tid);
     if (CODEBOOK) lay_pairs(shared, p.table, tid);
     if (SCALE == 3)
         for (int i = tid; i < 256; i += THREADS) levels[i] = p.scales.levels[i];
@@ -146,6 +166,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) slab(KERNEL_ARGUME
 #pragma unroll 1
         for (int i = 0; i < ahead; i++) ask_x(p, r, i);
     }
+    if (BY_ROW) lay_scales(levels, of_rows, tid);
     __syncthreads();
     table.lane = kept(table.lane + shared_place(shared) - BEGINS);  // a block of a cluster has addresses of its own
 
@@ -154,7 +175,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) slab(KERNEL_ARGUME
     for (int box = 0; box < r.count; box++) {
         int slot = box % STAGES * ACROSS, phase = box / STAGES & 1;
         if (LATE && box + STAGES >= r.count) next_may_begin();
-        copies_left<STAGES - 1>();
+        if (!BY_ROW) copies_left<STAGES - 1>();
         await(r.full + slot, phase);
         __syncwarp();
         Turn turn = {r.codes + slot * CODES, r.x + slot * X, r.scales + slot * SCALE_BOX};
@@ -175,10 +196,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) slab(KERNEL_ARGUME
 #pragma unroll
     for (int m = 0; m < MT; m++)
 #pragma unroll
-        for (int n = 0; n < RT; n++)
+        for (int e = 0; e < 4; e++) {
+            int row = first + 16 * m + out_of(lane) + 8 * (e >> 1);
+            float scale = BY_ROW ? whole * levels[row] : whole;
 #pragma unroll
-            for (int e = 0; e < 4; e++)
-                place[(8 * n + 2 * (lane & 3) + (e & 1)) * PITCH + first + 16 * m + out_of(lane) + 8 * (e >> 1)] = whole * sums[m][n][e];
+            for (int n = 0; n < RT; n++) place[(8 * n + 2 * (lane & 3) + (e & 1)) * PITCH + row] = scale * sums[m][n][e];
+        }
     __syncthreads();
     if (INBOX) cluster_began(began);
     finish(p, places, inbox, r, tid);

@@ -1,9 +1,12 @@
-"""The fused product for up to 16 rows of codes of 4 bits on Hopper: blocks beside each other (slab.cu says how)."""
+"""The fused product for up to 16 rows of codes of 2, 3, 4 and 8 bits on Hopper: blocks beside each other.
+
+slab.cu says how.
+"""
 
 from __future__ import annotations
 
 import ctypes
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -18,6 +21,9 @@ from whit.tensor import PackedWeight
 SOURCE = Path(__file__).with_name("slab.cu")
 MOST_ROWS = 16
 SPAN = 256  # columns of a box
+BITS = (2, 3, 4, 8)
+LARGEST_CHUNK = 32  # columns that a thread holds of a step
+LEAST_COPY = 4  # bytes that one instruction copies to shared memory
 LARGEST_SHARED = 227 << 10
 MULTIPROCESSOR = 228 << 10  # bytes of shared memory, of which each block takes 1,024 more than it asks for
 SCALE_BYTES = (2, 2, 4, 1)  # by the storage of a scale
@@ -47,9 +53,10 @@ class Config:
     def shared_bytes(self, scheme: stream.Scheme, rows: int) -> int:
         """Dynamic shared memory of a block, as slab.cu lays it out."""
         stored = scheme.storage
-        scale_row = SPAN // scheme.step * SCALE_BYTES[stored.scale] + 4 * (stored.scale == 3)
-        slot = self.outs * (SPAN // 2 + scale_row) + rounded(rows) * SPAN * 2 + 16
+        row = SPAN * stored.bits // 8 + scale_bytes(scheme) + 4 * (stored.scale == 3)
+        slot = self.outs * row + rounded(rows) * SPAN * 2 + 16
         levels = (stream.TABLE_BYTES if stored.levels else 0) + 1024 * (stored.scale == 3)
+        levels += 0 if in_groups(scheme).steps_per_group else 4 * self.outs
         share = -(-self.outs // 4 // self.splits) * 4  # as many outs of each block's sums lie in each of a cluster
         inbox = 4 * self.splits * rounded(rows) * share + 16 if self.splits > 1 else 0
         # shared memory begins at a multiple of 1,024
@@ -61,10 +68,11 @@ class Config:
 
     def macros(self, scheme: stream.Scheme, half: bool, rows: int) -> dict[str, int]:
         """What slab.cu is compiled with."""
+        read = in_groups(scheme)
         return scheme.storage.macros | {
-            "HALF": int(half), "CHUNK": scheme.chunk, "STEPS_PER_GROUP": 1, "ROWS": rounded(rows), "OUTS": self.outs,
-            "ACROSS": self.across, "ALONG": self.along, "STAGES": self.stages, "SPLITS": self.splits,
-            "LATE": self.late, "MIXED": self.mixed,
+            "HALF": int(half), "CHUNK": read.chunk, "STEPS_PER_GROUP": read.steps_per_group,
+            "ROWS": rounded(rows), "OUTS": self.outs, "ACROSS": self.across, "ALONG": self.along,
+            "STAGES": self.stages, "SPLITS": self.splits, "LATE": self.late, "MIXED": self.mixed,
             "BLOCKS": self.blocks, "BEGINS": 1024, "MIN_BLOCKS": self.blocks, "NT": 2, "WG": 1,
         }  # fmt: skip
 
@@ -84,11 +92,29 @@ def rounded(rows: int) -> int:
     return 8 if rows <= 8 else MOST_ROWS
 
 
+def in_groups(scheme: stream.Scheme) -> stream.Scheme:
+    """The scheme in steps that have a scale each, as far as registers for x go; whole rows in steps of 128 columns."""
+    chunk, steps = scheme.chunk, scheme.steps_per_group
+    while chunk > LARGEST_CHUNK and not steps:
+        chunk //= 2
+    if chunk < LARGEST_CHUNK and steps in (0, LARGEST_CHUNK // chunk):
+        chunk, steps = LARGEST_CHUNK, min(steps, 1)
+    return replace(scheme, chunk=chunk, steps_per_group=steps)
+
+
+def scale_bytes(scheme: stream.Scheme) -> int:
+    """Of an out's scales in a box."""
+    read = in_groups(scheme)
+    return SPAN // read.step * SCALE_BYTES[read.storage.scale] if read.steps_per_group else 0
+
+
 def why_not(scheme: stream.Scheme, columns: int) -> str | None:
     """Why the kernel cannot multiply such a weight, or None."""
-    stored = scheme.storage
-    if stored.bits != 4 or stored.zero != NO_ZERO or scheme.steps_per_group != 1:
-        return "codes are not of 4 bits, have zero points or groups of other than 32, 64 or 128"
+    stored, read = scheme.storage, in_groups(scheme)
+    if stored.bits not in BITS or stored.zero != NO_ZERO:
+        return f"codes are not of {BITS} bits, or have zero points"
+    if read.steps_per_group > 1 or read.chunk > LARGEST_CHUNK or 0 < scale_bytes(scheme) < LEAST_COPY:
+        return f"groups are of {scheme.step * scheme.steps_per_group}, of other than 32, 64 or 128 or with small scales"
     return f"{columns} columns are no multiple of {SPAN}" if columns % SPAN else None
 
 
@@ -104,9 +130,10 @@ def params(
     """The kernel's argument; it borrows the tensors' memory."""
     (rows, columns), outs, stored = x.shape, y.shape[1], scheme.storage
     levels = table(stored.levels, x.dtype, x.device) if stored.levels else None
+    width = min(SPAN * stored.bits // 8, 128)
     found = halves.scales(packed) if halves.reads_halves(scheme) else scales(packed, stored)
     return Params(
-        codes_map=mapped(packed.tensors["codes"].data_ptr(), outs, columns // 2, config.outs, 128, 1),
+        codes_map=mapped(packed.tensors["codes"].data_ptr(), outs, columns // 8 * stored.bits, config.outs, width, 1),
         x_map=mapped(x.data_ptr(), rows, columns, rounded(rows), 64, 2), scales=found,
         table=None if levels is None else levels.data_ptr(), bias=None if bias is None else bias.data_ptr(),
         y=y.data_ptr(), outs=outs, columns=columns, rows=rows,

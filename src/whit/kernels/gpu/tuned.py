@@ -80,7 +80,7 @@ def best_slab(scheme: Scheme, shape: Shape, rows: int, device: Device) -> slab.C
 
     A shape takes what the nearest one has that was measured for the same kind of weight, with about as many blocks.
     """
-    table, name = SLAB.get(device[0], {}), kind(scheme)
+    table, name = SLAB.get(device[0], {}), kind(slab.in_groups(scheme))
     near = nearest({where for known, _, where in table if known == name}, shape)
     if near is None or rows > slab.MOST_ROWS or slab.why_not(scheme, shape[1]) is not None:
         return None
