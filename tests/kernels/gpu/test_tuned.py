@@ -137,7 +137,8 @@ def test_only_large_weights_that_share_an_input_leave_the_shared_launch_for_seve
     assert apart("nf4", 14336, 16)
     assert not apart("int4-g128", 14336, 1)  # one row shares as fast
     assert not apart("int4-g128", 1024, 16)
-    assert not apart("int8", 14336, 16)
+    assert apart("int8", 14336, 16)
+    assert not apart("int8-g128-asym", 14336, 16)
 
 
 def test_blocks_lie_beside_each_other_only_for_what_the_kernel_takes(monkeypatch: pytest.MonkeyPatch):

@@ -271,7 +271,7 @@ def multiply_many(
 def multiply_slab(
     x: Tensor, packed: PackedWeight, bias: Tensor | None, scheme: stream.Scheme, config: slab.Config
 ) -> Tensor:
-    """The same on Hopper for up to 16 rows and codes of 4 bits, where `slab.why_not` gives no reason.
+    """The same on Hopper for up to 16 rows, where `slab.why_not` gives no reason.
 
     `scheme`: how the weight is read (`halves.read_as`).
     """

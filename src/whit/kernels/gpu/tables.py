@@ -250,8 +250,9 @@ HOPPER_DIGITS: dict[tuple[str, Shape], tuple[int, ...] | None] = {
 }
 DIGITS = {9: HOPPER_DIGITS}
 
-# Up to 16 rows of codes of 4 bits in blocks beside each other, H100 SXM (results/gpu_slab.md). Rows are the most that
-# an entry stands for, down to the next one. None: another way is faster. Columns: the fields of slab.Config.
+# Up to 16 rows of codes of 2, 3, 4 and 8 bits in blocks beside each other, H100 SXM (results/gpu_slab.md). Rows are
+# the most that an entry stands for, down to the next one. None: another way is faster. Columns: the fields of
+# slab.Config.
 HOPPER_SLAB: dict[Key, tuple[int, ...] | None] = {
     ("int4-128", 1, (4096, 4096)): (64, 8, 1, 1, 2, 1, 1, 1),  # 3.59x bfloat16
     ("int4-128", 1, (4096, 14336)): (128, 2, 2, 2, 7, 2),  # 3.45x bfloat16
@@ -269,6 +270,35 @@ HOPPER_SLAB: dict[Key, tuple[int, ...] | None] = {
     ("int4-128", 16, (4096, 14336)): (64, 4, 1, 2, 2, 1, 1, 1),  # 2.99x bfloat16
     ("int4-128", 16, (14336, 4096)): (128, 2, 2, 2, 2, 2, 1),  # 3.10x bfloat16
     ("int4-128", 16, (28672, 8192)): (256, 2, 4, 2, 1, 1),  # 3.42x bfloat16
+    # Groups of 128 and whole rows.
+    ("int8-128", 1, (4096, 4096)): (64, 1, 2, 3, 4, 3, 1),  # 2.16x bfloat16
+    ("int8-128", 1, (4096, 14336)): (64, 4, 2, 2, 2, 1, 1),  # 2.06x bfloat16
+    ("int8-128", 1, (14336, 4096)): (128, 2, 4, 3, 1, 1, 1),  # 1.98x bfloat16
+    ("int8-128", 1, (28672, 8192)): (128, 2, 4, 2, 1, 1, 1),  # 2.07x bfloat16
+    ("int8-128", 8, (4096, 4096)): (64, 1, 2, 3, 4, 3, 1),  # 2.20x bfloat16
+    ("int8-128", 8, (4096, 14336)): (64, 4, 2, 2, 2, 1, 1),  # 2.04x bfloat16
+    ("int8-128", 8, (14336, 4096)): (128, 2, 4, 3, 1, 1, 1),  # 1.97x bfloat16
+    ("int8-128", 8, (28672, 8192)): (128, 2, 4, 2, 1, 1, 1),  # 1.92x bfloat16
+    ("int8-128", 16, (4096, 4096)): (32, 2, 1, 2, 2, 3, 1),  # 1.95x bfloat16
+    ("int8-128", 16, (4096, 14336)): (64, 4, 2, 2, 2, 1, 1),  # 1.91x bfloat16
+    ("int8-128", 16, (14336, 4096)): (128, 2, 4, 2, 1, 1, 1),  # 1.88x bfloat16
+    ("int8-128", 16, (28672, 8192)): (128, 1, 4, 1, 4, 4, 1),  # 1.99x bfloat16
+    ("int3-128", 8, (4096, 4096)): None,
+    ("int3-128", 8, (4096, 14336)): None,
+    ("int3-128", 8, (14336, 4096)): None,
+    ("int3-128", 8, (28672, 8192)): None,
+    ("int3-128", 16, (4096, 4096)): (64, 4, 1, 1, 4, 3, 1),  # 2.59x bfloat16
+    ("int3-128", 16, (4096, 14336)): (64, 4, 2, 2, 2, 1, 1),  # 2.83x bfloat16
+    ("int3-128", 16, (14336, 4096)): (128, 2, 2, 2, 2, 2, 1),  # 3.05x bfloat16
+    ("int3-128", 16, (28672, 8192)): (128, 2, 2, 2, 1, 2, 1),  # 3.69x bfloat16
+    ("int2-64", 8, (4096, 4096)): None,
+    ("int2-64", 8, (4096, 14336)): None,
+    ("int2-64", 8, (14336, 4096)): None,
+    ("int2-64", 8, (28672, 8192)): None,
+    ("int2-64", 16, (4096, 4096)): (64, 8, 1, 1, 2, 1, 1),  # 3.58x bfloat16
+    ("int2-64", 16, (4096, 14336)): (64, 4, 1, 1, 7, 3, 1),  # 3.46x bfloat16
+    ("int2-64", 16, (14336, 4096)): (64, 4, 1, 1, 2, 3, 1),  # 3.58x bfloat16
+    ("int2-64", 16, (28672, 8192)): (64, 4, 1, 1, 1, 3, 1),  # 4.32x bfloat16
     ("table-64", 1, (4096, 4096)): None,  # 2.45x bfloat16
     ("table-64", 1, (4096, 14336)): (32, 8, 1, 2, 1, 1, 1),  # 2.94x bfloat16
     ("table-64", 1, (14336, 4096)): (64, 2, 2, 2, 1, 2, 1),  # 2.95x bfloat16
