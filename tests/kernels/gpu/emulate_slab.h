@@ -5,8 +5,8 @@ template <int BYTES> static void copy_small(void *to, const void *from) {
     if ((uintptr_t)from % BYTES || ((u8 *)to - (u8 *)shared) % BYTES) __builtin_trap();
     memcpy(to, from, BYTES);
 }
-static void multiply_from(float (&d)[4], float first, float second, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
-    d[0] = d[2] = first, d[1] = d[3] = second;
+static void multiply_from(float (&d)[4], const float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+    for (int i = 0; i < 4; i++) d[i] = c[i];
     multiply(d, a0, a1, a2, a3, b0, b1);
 }
 // Sums that are sent to another block of the cluster.

@@ -24,6 +24,7 @@ BF16, F16 = torch.bfloat16, torch.float16
 LIMIT = {BF16: 5e-3, F16: 1e-3}
 
 CASES = [
+    ("int4-g128-asym", BF16, 13, (200, 2048), Config(64, 2, 1, 1, 2)),
     ("int8-g128", BF16, 13, (200, 1280), Config(64, 2, 1, 1, 2)),
     ("int4-g128", BF16, 13, (200, 1280), Config(128, 2, 2, 1, 2)),
     ("nf4", BF16, 6, (200, 768), Config(64, 1, 1, 2, 1)),
@@ -37,6 +38,10 @@ MORE = [
     ("int8-g128-f16", F16, 16, (70, 1024), Config(64, 1, 2, 2, 2)),
     ("int2-g64", BF16, 13, (200, 1280), Config(64, 2, 2, 1, 2)),
     ("int2-g128", F16, 13, (70, 512), Config(64, 1, 2, 1, 1)),
+    ("int4-g64-asym", BF16, 16, (70, 1024), Config(64, 1, 2, 2, 2)),
+    ("int4-g32-asym", F16, 5, (70, 512), Config(64, 2, 2, 1, 1)),
+    ("int8-g128-asym", BF16, 7, (70, 1024), Config(64, 1, 1, 2, 2)),
+    ("int2-g64-asym", BF16, 7, (70, 1024), Config(64, 1, 1, 2, 2)),
     ("int2", BF16, 7, (70, 512), Config(64, 2, 2, 1, 1)),
     ("int3-g128", BF16, 13, (200, 1280), Config(64, 2, 2, 1, 2)),
     ("int3-g128", F16, 4, (70, 512), Config(32, 1, 1, 2, 1)),
@@ -89,7 +94,19 @@ def test_steps_are_groups_or_of_128_columns_where_whole_rows_share_a_scale(spec:
     assert slab.why_not(scheme, 512) is None
 
 
-@pytest.mark.parametrize("spec", ["int8-g256", "int3-g256", "int2-g256", "int8-asym", "int5-g128", "nf4-g128-dq"])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "int8-g256",
+        "int3-g256",
+        "int2-g256",
+        "int8-asym",
+        "int5-g128",
+        "int3-g128-asym",
+        "int4-g64-asym-fz",
+        "nf4-g128-dq",
+    ],
+)
 def test_groups_that_a_step_does_not_hold_zero_points_and_other_bits_are_refused(spec: str):
     scheme = stream.scheme(whit.parse_format(spec), 512)
     assert not isinstance(scheme, str)

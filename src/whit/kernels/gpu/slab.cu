@@ -46,7 +46,7 @@ constexpr int ROW_BYTES = SPAN * BITS / 8, WIDTH = min_of(ROW_BYTES, 128), TILES
 constexpr int TILE = OUTS * WIDTH, CODES = TILES * TILE;
 constexpr bool BY_ROW = STEPS_PER_GROUP == 0;
 constexpr int SCALE_BYTES = BY_ROW ? 0 : SCALE == 3 ? 1 : SCALE == 2 ? 4 : 2, SCALE_ROW = STEPS * SCALE_BYTES;
-constexpr int ABSMAX = SCALE == 3 ? 4 : 0, SCALE_BOX = OUTS * (SCALE_ROW + ABSMAX);
+constexpr int ABSMAX = SCALE == 3 ? 4 : 0, ZEROS = ZERO ? 4 : 0, SCALE_BOX = OUTS * (SCALE_ROW + ABSMAX + ZEROS);
 constexpr int LEVELS = SCALE == 3 ? 256 : BY_ROW ? OUTS : 0;  // floats: of scales, or the scales themselves
 
 // Integers are operands as they lie: as the bits of a bfloat16 all that is below 256 is so many times its smallest number,
@@ -90,7 +90,9 @@ DEVICE void ask_x(const Params &p, const Ring &r, int box) {
     for (int i = 0; i < SPAN / 64; i++)
         copy_tile(r.x + slot * X + i * X_BOX, p.x, r.column + box * STRIDE * SPAN + 64 * i, 0, r.full + slot);
 }
-// A warp asks for the scales of its own outs.
+// Where the word begins that the zero points of a box's groups are in.
+DEVICE long long zero_word(const Params &p, int out, int group) { return (long long)out * p.scales.zero_bytes + (group * BITS / 32) * 4; }
+// A warp asks for the scales of its own outs, and for their zero points.
 DEVICE void ask_scales(const Params &p, const Ring &r, int box, int first, int lane) {
 #if STEPS_PER_GROUP
     constexpr int BYTES = min_of(SCALE_ROW, 16), PARTS = SCALE_ROW / BYTES;
@@ -103,6 +105,7 @@ DEVICE void ask_scales(const Params &p, const Ring &r, int box, int first, int l
             long long index = (long long)min(r.out + row, p.outs - 1) * p.scales.groups + group;
             const u8 *from = (SCALE == 3 ? p.scales.codes : (const u8 *)p.scales.scale) + index * SCALE_BYTES;
             copy_small<BYTES>(to + row * SCALE_ROW + i % PARTS * BYTES, from + i % PARTS * BYTES);
+            if (ZEROS) copy_small<4>(to + OUTS * SCALE_ROW + row * 4, (const u8 *)p.scales.zero + zero_word(p, min(r.out + row, p.outs - 1), group));
             if (ABSMAX) copy_small<4>(to + OUTS * SCALE_ROW + row * 4, (const float *)p.scales.scale + (index >> 8));
         }
     }
@@ -178,7 +181,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) slab(KERNEL_ARGUME
         if (!BY_ROW) copies_left<STAGES - 1>();
         await(r.full + slot, phase);
         __syncwarp();
-        Turn turn = {r.codes + slot * CODES, r.x + slot * X, r.scales + slot * SCALE_BOX};
+        Turn turn = {r.codes + slot * CODES, r.x + slot * X, r.scales + slot * SCALE_BOX, (r.column + box * STRIDE * SPAN) / STEP * BITS};
         add_box(sums, turn, of_scales, table, first, lane);
         __syncwarp();
         if (box + STAGES < r.count) {

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from whit.kernels.gpu import halves, maps, nvrtc, stream
 from whit.kernels.gpu.many import Mapped
-from whit.kernels.gpu.scales import NO_ZERO, Scales, scales, table
+from whit.kernels.gpu.scales import NO_ZERO, PACKED_ZERO, Scales, scales, table
 from whit.tensor import PackedWeight
 
 SOURCE = Path(__file__).with_name("slab.cu")
@@ -53,7 +53,7 @@ class Config:
     def shared_bytes(self, scheme: stream.Scheme, rows: int) -> int:
         """Dynamic shared memory of a block, as slab.cu lays it out."""
         stored = scheme.storage
-        row = SPAN * stored.bits // 8 + scale_bytes(scheme) + 4 * (stored.scale == 3)
+        row = SPAN * stored.bits // 8 + scale_bytes(scheme) + 4 * (stored.scale == 3) + 4 * (stored.zero != NO_ZERO)
         slot = self.outs * row + rounded(rows) * SPAN * 2 + 16
         levels = (stream.TABLE_BYTES if stored.levels else 0) + 1024 * (stored.scale == 3)
         levels += 0 if in_groups(scheme).steps_per_group else 4 * self.outs
@@ -111,11 +111,19 @@ def scale_bytes(scheme: stream.Scheme) -> int:
 def why_not(scheme: stream.Scheme, columns: int) -> str | None:
     """Why the kernel cannot multiply such a weight, or None."""
     stored, read = scheme.storage, in_groups(scheme)
-    if stored.bits not in BITS or stored.zero != NO_ZERO:
-        return f"codes are not of {BITS} bits, or have zero points"
+    if stored.bits not in BITS or not zeros_fit(read, columns):
+        return f"codes are not of {BITS} bits, or zero points not packed in words of 32 bits"
     if read.steps_per_group > 1 or read.chunk > LARGEST_CHUNK or 0 < scale_bytes(scheme) < LEAST_COPY:
         return f"groups are of {scheme.step * scheme.steps_per_group}, of other than 32, 64 or 128 or with small scales"
     return f"{columns} columns are no multiple of {SPAN}" if columns % SPAN else None
+
+
+def zeros_fit(read: stream.Scheme, columns: int) -> bool:
+    """Whether there are no zero points, or those of a row fill whole words, and one word holds those of a box."""
+    if read.storage.zero == NO_ZERO:
+        return True
+    bits = SPAN // read.step * read.storage.bits
+    return read.storage.zero == PACKED_ZERO and 32 % bits == 0 and columns // read.step * read.storage.bits % 32 == 0
 
 
 def aligned(packed: PackedWeight) -> bool:

@@ -36,11 +36,12 @@ DEVICE constexpr int lies_at(int pair) {  // where it stays: whole in the lower 
     if (HALF || BITS == 8 || bit_of(pair) + BITS > 16) return 0;
     return DENSE ? bit_of(pair) & 7 : bit_of(pair) + BITS <= 8 ? bit_of(pair) : bit_of(pair) - (bit_of(pair) + BITS <= 14 ? 6 : 8);
 }
-DEVICE constexpr u32 minus_of(int pair) { return both(0x8000u | OFFSET << lies_at(pair)); }
+DEVICE constexpr u32 minus_of(int pair) { return both(ZERO ? 1u << lies_at(pair) : 0x8000u | OFFSET << lies_at(pair)); }
 DEVICE constexpr u32 larger_by(int pair) { return both(0x5F80u - (lies_at(pair) << 7)); }  // 2^64 / 2^lies_at in bfloat16
 DEVICE constexpr int first_pair(int unit) { return 4 * unit % PAIRS; }
 
-// x of a step for a lane, in the order of the operands, and the sums by column that products of codes begin from.
+// x of a step for a lane, in the order of the operands, and the sums by column that products of codes begin from: with
+// zero points, so many times less.
 struct Operand {
     uint4 x[UNITS][RT];
     float from[RT][2];
@@ -138,7 +139,12 @@ DEVICE void load_codes(u32 (&words)[WORDS], const u8 *row, int step, int out, in
 
 struct Turn {  // a box
     const u8 *codes, *x, *scales;
+    int zeros;  // the bit of a row of zero points that its own begin at
 };
+DEVICE float zero_at(const Turn &turn, int row, int step) {
+    u32 word = *(const u32 *)(turn.scales + OUTS * SCALE_ROW + row * 4) >> (turn.zeros + step * BITS & 31);
+    return bits_float(under_exponent(word, (1u << BITS) - 1, 0x4B000000u)) - (8388608.0f - OFFSET);
+}
 // The sums of a box: rows 2 t and 2 t + 1 of each eight with outs g and g + 8 of each sixteen.
 DEVICE void add_box(float (&sums)[MT][RT][4], const Turn &turn, const Levels &levels, const Table &table, int first, int lane) {
     int out = out_of(lane);
@@ -148,11 +154,14 @@ DEVICE void add_box(float (&sums)[MT][RT][4], const Turn &turn, const Levels &le
         load_x(o, turn.x, s, lane);
 #pragma unroll
         for (int m = 0; m < MT; m += PAIR) {
-            float part[PAIR][RT][4];
+            float part[PAIR][RT][4], zero[PAIR][2];
             u32 words[PAIR][2][WORDS];
             int row = first + 16 * m + out;
 #pragma unroll
-            for (int i = 0; i < 2 * min(PAIR, MT - m); i++) load_codes(words[i / 2][i % 2], turn.codes + (row + 8 * i) * WIDTH, s, out, lane);
+            for (int i = 0; i < 2 * min(PAIR, MT - m); i++) {
+                load_codes(words[i / 2][i % 2], turn.codes + (row + 8 * i) * WIDTH, s, out, lane);
+                zero[i / 2][i % 2] = ZERO ? -zero_at(turn, row + 8 * i, s) : 1.0f;
+            }
 #pragma unroll
             for (int u = 0; u < UNITS; u++) {
                 u32 top[PAIR][4], bottom[PAIR][4];
@@ -162,7 +171,8 @@ DEVICE void add_box(float (&sums)[MT][RT][4], const Turn &turn, const Levels &le
                 for (int i = 0; i < min(PAIR, MT - m); i++)
 #pragma unroll
                     for (int n = 0; n < RT; n++) {
-                        if (u == 0) multiply_from(part[i][n], o.from[n][0], o.from[n][1], top[i][0], bottom[i][0], top[i][1], bottom[i][1], o.x[u][n].x, o.x[u][n].y);
+                        const float from[4] = {zero[i][0] * o.from[n][0], zero[i][0] * o.from[n][1], zero[i][1] * o.from[n][0], zero[i][1] * o.from[n][1]};
+                        if (u == 0) multiply_from(part[i][n], from, top[i][0], bottom[i][0], top[i][1], bottom[i][1], o.x[u][n].x, o.x[u][n].y);
                         else multiply(part[i][n], top[i][0], bottom[i][0], top[i][1], bottom[i][1], o.x[u][n].x, o.x[u][n].y);
                     }
 #pragma unroll
