@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from whit.kernels.gpu import slab
+from whit.kernels.gpu.many import Product
 from whit.kernels.gpu.slab import Config
 from whit.kernels.gpu.stream import Scheme
 from whit.tensor import PackedWeight
@@ -24,13 +26,21 @@ def library(macros: tuple[tuple[str, int], ...]) -> ctypes.CDLL:
     return emulated.compiled(HEADERS, slab.SOURCE, DRIVER, macros)
 
 
+def linears(
+    x: Tensor, packed: Sequence[PackedWeight], bias: Tensor | None, scheme: Scheme, config: Config
+) -> list[Tensor]:
+    """As `kernel.multiply_slabs`."""
+    ys = [torch.full((len(x), weight.shape[0]), float("nan"), dtype=x.dtype) for weight in packed]
+    products = [Product(weight, bias, y) for weight, y in zip(packed, ys, strict=True)]
+    macros = config.macros(scheme, x.dtype == torch.float16, len(x), len(packed))
+    argument = slab.params(x, products, scheme, config, _map)
+    library(tuple(macros.items())).run(ctypes.byref(argument), config.grid(*(y.shape[1] for y in ys))[0])
+    return ys
+
+
 def linear(x: Tensor, packed: PackedWeight, bias: Tensor | None, scheme: Scheme, config: Config) -> Tensor:
     """As `kernel.multiply_slab`."""
-    y = torch.full((len(x), packed.shape[0]), float("nan"), dtype=x.dtype)
-    macros = config.macros(scheme, x.dtype == torch.float16, len(x))
-    argument = slab.params(x, packed, bias, y, scheme, config, _map)
-    library(tuple(macros.items())).run(ctypes.byref(argument), config.grid(packed.shape[0])[0])
-    return y
+    return linears(x, [packed], bias, scheme, config)[0]
 
 
 def _map(address: int, rows: int, columns: int, tall: int, wide: int, size: int) -> ctypes.Array[ctypes.c_uint64]:

@@ -78,6 +78,17 @@ def test_product_of_blocks_beside_each_other_equals_float64(
     assert ((found.double() - wanted).norm() / wanted.norm()).item() < LIMIT[dtype]
 
 
+def test_weights_that_share_an_input_share_a_launch(random: Generator):
+    weights = [
+        BITS.pack(whit.quantize_tensor(torch.randn(outs, 512, generator=random), "nf4")) for outs in (70, 64, 12)
+    ]
+    scheme, x = stream.scheme(weights[0].format, 512), torch.randn(5, 512, generator=random).to(BF16)
+    assert not isinstance(scheme, str)
+    found = emulated_slab.linears(x, weights, None, scheme, Config(64, 1, 1, 1, 2))
+    for y, weight in zip(found, weights, strict=True):
+        assert torch.equal(y, emulated_slab.linear(x, weight, None, scheme, Config(64, 1, 1, 1, 2)))
+
+
 @pytest.mark.parametrize(
     ("spec", "chunk", "steps"),
     [

@@ -259,25 +259,30 @@ def multiply_many(
     config: many.Config,
 ) -> list[Tensor]:  # fmt: skip
     """The same on Hopper where `many.why_not` gives no reason: weights of one scheme at once."""
-    sizes = [(x.shape[0], weight.shape[0]) for weight in packed]
-    found = [
-        many.Product(weight, bias, torch.empty(size, dtype=x.dtype, device=x.device))
-        for weight, bias, size in zip(packed, biases, sizes, strict=True)
-    ]
+    found = _products(x, packed, biases)
     many.launch(x, found, scheme, config, device_of(x)[1])
     return [one.y for one in found]
 
 
-def multiply_slab(
-    x: Tensor, packed: PackedWeight, bias: Tensor | None, scheme: stream.Scheme, config: slab.Config
-) -> Tensor:
-    """The same on Hopper for up to 16 rows, where `slab.why_not` gives no reason.
+def multiply_slabs(
+    x: Tensor, packed: Sequence[PackedWeight], biases: Sequence[Tensor | None], scheme: stream.Scheme,
+    config: slab.Config,
+) -> list[Tensor]:  # fmt: skip
+    """The same on Hopper for up to 16 rows, where `slab.why_not` gives no reason: weights of one scheme at once.
 
-    `scheme`: how the weight is read (`halves.read_as`).
+    `scheme`: how the weights are read (`halves.read_as`).
     """
-    y = torch.empty(x.shape[0], packed.shape[0], dtype=x.dtype, device=x.device)
-    slab.launch(x, packed, bias, y, scheme, config)
-    return y
+    found = _products(x, packed, biases)
+    slab.launch(x, found, scheme, config)
+    return [one.y for one in found]
+
+
+def _products(x: Tensor, packed: Sequence[PackedWeight], biases: Sequence[Tensor | None]) -> list[many.Product]:
+    sizes = [(x.shape[0], weight.shape[0]) for weight in packed]
+    return [
+        many.Product(weight, bias, torch.empty(size, dtype=x.dtype, device=x.device))
+        for weight, bias, size in zip(packed, biases, sizes, strict=True)
+    ]
 
 
 def multiply_few(
@@ -300,6 +305,13 @@ def _one_few(x: Tensor, packed: PackedWeight, bias: Tensor | None, scheme: strea
 
 def _one_many(x: Tensor, packed: PackedWeight, bias: Tensor | None, scheme: stream.Scheme, cut: many.Config) -> Tensor:
     return multiply_many(x, [packed], [bias], scheme, cut)[0]
+
+
+def multiply_slab(
+    x: Tensor, packed: PackedWeight, bias: Tensor | None, scheme: stream.Scheme, config: slab.Config
+) -> Tensor:
+    """`multiply_slabs` for one weight."""
+    return multiply_slabs(x, [packed], [bias], scheme, config)[0]
 
 
 def _operands(

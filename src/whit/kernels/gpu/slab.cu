@@ -10,6 +10,7 @@
 //   SPLITS             blocks of a cluster that share the columns of one tile
 //   MIXED              1: blocks of a cluster take turns along the columns; 0: each has columns in one piece
 //   LATE               1: the next product's blocks come when all codes of this one have been asked for; 0: at once
+//   WEIGHTS            that x is multiplied with, tiles of one behind those of another
 //   BLOCKS             per multiprocessor to leave registers for
 //
 // A block asks for its codes when it begins, as many as there is room for, and two or more blocks fit beside each other,
@@ -61,28 +62,35 @@ constexpr int INBOX = SPLITS > 1 ? 1 : 0, STRIDE = MIXED ? ACROSS * SPLITS : ACR
 constexpr int SHARE = (OUTS / 4 + SPLITS - 1) / SPLITS * 4;  // outs that a block of a cluster finishes
 static_assert(ACROSS * PLACE * 4 <= SLOTS * (CODES + X), "the sums take the place of the stages");
 
-struct Params {
-    Map codes, x;         // as (bytes, outs) and (columns, rows)
+struct Weight {
+    Map codes;            // as (bytes, outs)
     Scales scales;
-    const u16 *table, *bias;
+    const u16 *bias;
     u16 *y;
-    int outs, columns, rows;
+    int outs;
+};
+struct Params {
+    Map x;                // as (columns, rows)
+    Weight weights[WEIGHTS];
+    const u16 *table;
+    int columns, rows;
 };
 
 // What a warp shares with those of its columns.
 struct Ring {
+    const Weight *weight;
     u8 *codes, *x, *scales;  // of the first stage; the next one is ACROSS further
     u64 *full, *empty;
     int out, column, count;  // of the first box
     int rank;                // in the cluster
 };
 
-DEVICE void ask_codes(const Params &p, const Ring &r, int box) {
+DEVICE void ask_codes(const Ring &r, int box) {
     int slot = box % STAGES * ACROSS;
     expect(r.full + slot, CODES + X);
 #pragma unroll
     for (int i = 0; i < TILES; i++)
-        copy_tile(r.codes + slot * CODES + i * TILE, p.codes, (r.column + box * STRIDE * SPAN) / 8 * BITS + i * WIDTH, r.out, r.full + slot);
+        copy_tile(r.codes + slot * CODES + i * TILE, r.weight->codes, (r.column + box * STRIDE * SPAN) / 8 * BITS + i * WIDTH, r.out, r.full + slot);
 }
 DEVICE void ask_x(const Params &p, const Ring &r, int box) {
     int slot = box % STAGES * ACROSS;
@@ -91,9 +99,10 @@ DEVICE void ask_x(const Params &p, const Ring &r, int box) {
         copy_tile(r.x + slot * X + i * X_BOX, p.x, r.column + box * STRIDE * SPAN + 64 * i, 0, r.full + slot);
 }
 // Where the word begins that the zero points of a box's groups are in.
-DEVICE long long zero_word(const Params &p, int out, int group) { return (long long)out * p.scales.zero_bytes + (group * BITS / 32) * 4; }
+DEVICE long long zero_word(const Weight &w, int out, int group) { return (long long)out * w.scales.zero_bytes + (group * BITS / 32) * 4; }
 // A warp asks for the scales of its own outs, and for their zero points.
-DEVICE void ask_scales(const Params &p, const Ring &r, int box, int first, int lane) {
+DEVICE void ask_scales(const Ring &r, int box, int first, int lane) {
+    const Weight &w = *r.weight;
 #if STEPS_PER_GROUP
     constexpr int BYTES = min_of(SCALE_ROW, 16), PARTS = SCALE_ROW / BYTES;
     if (box < r.count) {
@@ -102,11 +111,11 @@ DEVICE void ask_scales(const Params &p, const Ring &r, int box, int first, int l
 #pragma unroll
         for (int i = lane; i < HEIGHT * PARTS; i += 32) {
             int row = first + i / PARTS;
-            long long index = (long long)min(r.out + row, p.outs - 1) * p.scales.groups + group;
-            const u8 *from = (SCALE == 3 ? p.scales.codes : (const u8 *)p.scales.scale) + index * SCALE_BYTES;
+            long long index = (long long)min(r.out + row, w.outs - 1) * w.scales.groups + group;
+            const u8 *from = (SCALE == 3 ? w.scales.codes : (const u8 *)w.scales.scale) + index * SCALE_BYTES;
             copy_small<BYTES>(to + row * SCALE_ROW + i % PARTS * BYTES, from + i % PARTS * BYTES);
-            if (ZEROS) copy_small<4>(to + OUTS * SCALE_ROW + row * 4, (const u8 *)p.scales.zero + zero_word(p, min(r.out + row, p.outs - 1), group));
-            if (ABSMAX) copy_small<4>(to + OUTS * SCALE_ROW + row * 4, (const float *)p.scales.scale + (index >> 8));
+            if (ZEROS) copy_small<4>(to + OUTS * SCALE_ROW + row * 4, (const u8 *)w.scales.zero + zero_word(w, min(r.out + row, w.outs - 1), group));
+            if (ABSMAX) copy_small<4>(to + OUTS * SCALE_ROW + row * 4, (const float *)w.scales.scale + (index >> 8));
         }
     }
     end_copies();
@@ -114,9 +123,9 @@ DEVICE void ask_scales(const Params &p, const Ring &r, int box, int first, int l
 }
 // The scales of whole rows: asked for with the codes, laid down when x has been asked for.
 constexpr int EACH = (OUTS + THREADS - 1) / THREADS;
-DEVICE void load_scales(float (&scales)[EACH], const Params &p, int out, int tid) {
+DEVICE void load_scales(float (&scales)[EACH], const Weight &w, int out, int tid) {
 #pragma unroll
-    for (int i = 0; i < EACH; i++) scales[i] = load_scale(p.scales, min(out + tid + i * THREADS, p.outs - 1), 0);
+    for (int i = 0; i < EACH; i++) scales[i] = load_scale(w.scales, min(out + tid + i * THREADS, w.outs - 1), 0);
 }
 DEVICE void lay_scales(float *to, const float (&scales)[EACH], int tid) {
 #pragma unroll
@@ -138,8 +147,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) slab(KERNEL_ARGUME
     u64 *full = inbox.full + 2 * INBOX, *empty = full + SLOTS;
     int rank = SPLITS > 1 ? (int)cluster_rank() : 0, boxes = p.columns / SPAN, share = (boxes + SPLITS - 1) / SPLITS;
     int begin = MIXED ? rank * ACROSS : rank * share, mine = MIXED ? boxes - begin : max(min(share, boxes - begin), 0);
-    Ring r = {codes + across * CODES, x + across * X, scales + across * SCALE_BOX, full + across, empty + across,
-              (int)blockIdx.x / SPLITS * OUTS, (begin + across) * SPAN, max(mine - across + STRIDE - 1, 0) / STRIDE, rank};
+    int tile = (int)blockIdx.x / SPLITS, which = 0;
+#pragma unroll
+    for (int i = 0; i + 1 < WEIGHTS; i++) {
+        int tiles = (p.weights[i].outs + OUTS - 1) / OUTS;
+        if (which == i && tile >= tiles) tile -= tiles, which++;
+    }
+    const Weight &w = p.weights[which];
+    Ring r = {&w, codes + across * CODES, x + across * X, scales + across * SCALE_BOX, full + across, empty + across,
+              tile * OUTS, (begin + across) * SPAN, max(mine - across + STRIDE - 1, 0) / STRIDE, rank};
     int own = max(min(OUTS - rank * SHARE, SHARE), 0), began = 0;
     float of_rows[EACH];
     bool asks = lane == 0 && along == 0;
@@ -152,17 +168,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) slab(KERNEL_ARGUME
         publish_barriers();
         if (INBOX && across == 0) expect(inbox.full, SPLITS * ROWS * own * 4);
 #pragma unroll 1
-        for (int i = 0; i < ahead; i++) ask_codes(p, r, i);
+        for (int i = 0; i < ahead; i++) ask_codes(r, i);
     }
     __syncwarp();
     if (INBOX) began = begin_cluster();
 #pragma unroll
-    for (int i = 0; i < STAGES; i++) ask_scales(p, r, i, first, lane);
-    if (BY_ROW) load_scales(of_rows, p, r.out, tid);
+    for (int i = 0; i < STAGES; i++) ask_scales(r, i, first, lane);
+    if (BY_ROW) load_scales(of_rows, w, r.out, tid);
     if (CODEBOOK) lay_pairs(shared, p.table, tid);
     if (SCALE == 3)
-        for (int i = tid; i < 256; i += THREADS) levels[i] = p.scales.levels[i];
-    Levels of_scales = {levels, SCALE == 3 ? *p.scales.offset : 0.0f};
+        for (int i = tid; i < 256; i += THREADS) levels[i] = w.scales.levels[i];
+    Levels of_scales = {levels, SCALE == 3 ? *w.scales.offset : 0.0f};
     Table table = {(const u8 *)shared, (u32)lane * 4};
     if (asks) {
         previous_done();
@@ -188,14 +204,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) slab(KERNEL_ARGUME
             if (lane == 0) arrive(r.empty + slot);
             if (asks) {
                 await(r.empty + slot, phase);
-                ask_codes(p, r, box + STAGES), ask_x(p, r, box + STAGES);
+                ask_codes(r, box + STAGES), ask_x(p, r, box + STAGES);
             }
             __syncwarp();
         }
-        ask_scales(p, r, box + STAGES, first, lane);
+        ask_scales(r, box + STAGES, first, lane);
     }
     __syncthreads();  // nobody reads the stages any more
-    float *places = (float *)codes, *place = places + across * PLACE, whole = HALVES ? *p.scales.offset : WHOLE;
+    float *places = (float *)codes, *place = places + across * PLACE, whole = HALVES ? *w.scales.offset : WHOLE;
 #pragma unroll
     for (int m = 0; m < MT; m++)
 #pragma unroll

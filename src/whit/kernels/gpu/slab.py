@@ -6,6 +6,7 @@ slab.cu says how.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -14,8 +15,8 @@ import torch
 from torch import Tensor
 
 from whit.kernels.gpu import halves, maps, nvrtc, stream
-from whit.kernels.gpu.many import Mapped
-from whit.kernels.gpu.scales import NO_ZERO, PACKED_ZERO, Scales, scales, table
+from whit.kernels.gpu.many import Mapped, Product, Weight
+from whit.kernels.gpu.scales import NO_ZERO, PACKED_ZERO, scales, table
 from whit.tensor import PackedWeight
 
 SOURCE = Path(__file__).with_name("slab.cu")
@@ -46,9 +47,9 @@ class Config:
     def threads(self) -> int:
         return 32 * self.across * self.along
 
-    def grid(self, outs: int) -> nvrtc.Dims:
-        """A cluster per tile."""
-        return -(-outs // self.outs) * self.splits, 1, 1
+    def grid(self, *outs: int) -> nvrtc.Dims:
+        """A cluster per tile of each weight."""
+        return sum(-(-each // self.outs) for each in outs) * self.splits, 1, 1
 
     def shared_bytes(self, scheme: stream.Scheme, rows: int) -> int:
         """Dynamic shared memory of a block, as slab.cu lays it out."""
@@ -66,25 +67,26 @@ class Config:
         """Whether so many blocks' shared memory is there."""
         return self.blocks * (self.shared_bytes(scheme, rows) + 1024) <= MULTIPROCESSOR
 
-    def macros(self, scheme: stream.Scheme, half: bool, rows: int) -> dict[str, int]:
+    def macros(self, scheme: stream.Scheme, half: bool, rows: int, weights: int = 1) -> dict[str, int]:
         """What slab.cu is compiled with."""
         read = in_groups(scheme)
         return scheme.storage.macros | {
             "HALF": int(half), "CHUNK": read.chunk, "STEPS_PER_GROUP": read.steps_per_group,
             "ROWS": rounded(rows), "OUTS": self.outs, "ACROSS": self.across, "ALONG": self.along,
             "STAGES": self.stages, "SPLITS": self.splits, "LATE": self.late, "MIXED": self.mixed,
+            "WEIGHTS": weights,
             "BLOCKS": self.blocks, "BEGINS": 1024, "MIN_BLOCKS": self.blocks, "NT": 2, "WG": 1,
         }  # fmt: skip
 
 
-class Params(ctypes.Structure):
-    """The kernel's argument, field by field as in slab.cu."""
-
-    _fields_ = (
-        ("codes_map", ctypes.c_uint64 * 16), ("x_map", ctypes.c_uint64 * 16), ("scales", Scales),
-        *((name, ctypes.c_void_p) for name in ("table", "bias", "y")),
-        *((name, ctypes.c_int) for name in ("outs", "columns", "rows")), ("rest", ctypes.c_int * 11),
+@lru_cache(maxsize=8)
+def several(weights: int) -> type[ctypes.Structure]:
+    """The type of the kernel's argument for that many weights, field by field as in slab.cu."""
+    fields = (
+        ("x_map", ctypes.c_uint64 * 16), ("weights", Weight * weights), ("table", ctypes.c_void_p),
+        ("columns", ctypes.c_int), ("rows", ctypes.c_int), ("rest", ctypes.c_int * 12),
     )  # fmt: skip
+    return type("Several", (ctypes.Structure,), {"_fields_": fields})
 
 
 def rounded(rows: int) -> int:
@@ -132,35 +134,36 @@ def aligned(packed: PackedWeight) -> bool:
 
 
 def params(
-    x: Tensor, packed: PackedWeight, bias: Tensor | None, y: Tensor, scheme: stream.Scheme, config: Config,
-    mapped: Mapped = maps.tiles_of,
-) -> Params:  # fmt: skip
+    x: Tensor, products: Sequence[Product], scheme: stream.Scheme, config: Config, mapped: Mapped = maps.tiles_of
+) -> ctypes.Structure:
     """The kernel's argument; it borrows the tensors' memory."""
-    (rows, columns), outs, stored = x.shape, y.shape[1], scheme.storage
+    (rows, columns), stored = x.shape, scheme.storage
     levels = table(stored.levels, x.dtype, x.device) if stored.levels else None
-    width = min(SPAN * stored.bits // 8, 128)
-    found = halves.scales(packed) if halves.reads_halves(scheme) else scales(packed, stored)
-    return Params(
-        codes_map=mapped(packed.tensors["codes"].data_ptr(), outs, columns // 8 * stored.bits, config.outs, width, 1),
-        x_map=mapped(x.data_ptr(), rows, columns, rounded(rows), 64, 2), scales=found,
-        table=None if levels is None else levels.data_ptr(), bias=None if bias is None else bias.data_ptr(),
-        y=y.data_ptr(), outs=outs, columns=columns, rows=rows,
+    width, found = min(SPAN * stored.bits // 8, 128), []
+    for one in products:
+        outs, packed = one.y.shape[1], one.packed
+        codes = mapped(packed.tensors["codes"].data_ptr(), outs, columns // 8 * stored.bits, config.outs, width, 1)
+        of_codes = halves.scales(packed) if halves.reads_halves(scheme) else scales(packed, stored)
+        bias = None if one.bias is None else one.bias.data_ptr()
+        found.append(Weight(codes, of_codes, bias, one.y.data_ptr(), outs))
+    kind = several(len(found))
+    return kind(
+        x_map=mapped(x.data_ptr(), rows, columns, rounded(rows), 64, 2), weights=(Weight * len(found))(*found),
+        table=None if levels is None else levels.data_ptr(), columns=columns, rows=rows,
     )  # fmt: skip
 
 
 @lru_cache(maxsize=512)
-def build(scheme: stream.Scheme, config: Config, half: bool, rows: int, device: int) -> nvrtc.Function:
+def build(scheme: stream.Scheme, config: Config, half: bool, rows: int, weights: int, device: int) -> nvrtc.Function:
     """The compiled kernel on a device."""
-    return nvrtc.build(SOURCE, config.macros(scheme, half, rows), "slab", device)
+    return nvrtc.build(SOURCE, config.macros(scheme, half, rows, weights), "slab", device)
 
 
-def launch(
-    x: Tensor, packed: PackedWeight, bias: Tensor | None, y: Tensor, scheme: stream.Scheme, config: Config
-) -> None:
-    """Fill y from contiguous x (rows, columns), which begins at 16 bytes."""
+def launch(x: Tensor, products: Sequence[Product], scheme: stream.Scheme, config: Config) -> None:
+    """Fill each y from contiguous x (rows, columns), which begins at 16 bytes; weights of one scheme."""
     rows = len(x)
-    function = build(scheme, config, x.dtype == torch.float16, rounded(rows), x.device.index)
+    function = build(scheme, config, x.dtype == torch.float16, rounded(rows), len(products), x.device.index)
     where = torch.cuda.current_stream(x.device).cuda_stream
-    grid, shared = config.grid(y.shape[1]), config.shared_bytes(scheme, rows)
-    argument = params(x, packed, bias, y, scheme, config)
+    grid, shared = config.grid(*(one.y.shape[1] for one in products)), config.shared_bytes(scheme, rows)
+    argument = params(x, products, scheme, config)
     function.launch_early(grid, config.threads, shared, argument, where, config.splits)

@@ -1,19 +1,19 @@
 // From the warps' sums to y, as slab.cu takes it: added over the block, then over the cluster, in one order.
 
-DEVICE void store4(const Params &p, int row, int out, const float4 &v) {
-    if (row >= p.rows || out >= p.outs) return;
+DEVICE void store4(const Weight &w, int rows, int row, int out, const float4 &v) {
+    if (row >= rows || out >= w.outs) return;
     float y[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
     for (int i = 0; i < 4; i++)
-        if (p.bias) y[i] += widen(p.bias[min(out + i, p.outs - 1)]);
-    u16 *to = p.y + (long long)row * p.outs + out;
-    if (p.outs % 4 == 0) {
+        if (w.bias) y[i] += widen(w.bias[min(out + i, w.outs - 1)]);
+    u16 *to = w.y + (long long)row * w.outs + out;
+    if (w.outs % 4 == 0) {
         *(uint2 *)to = make_uint2(round_pair(y[0], y[1]), round_pair(y[2], y[3]));
         return;
     }
 #pragma unroll
     for (int i = 0; i < 4; i++)
-        if (out + i < p.outs) to[i] = (u16)round_pair(y[i], y[i]);
+        if (out + i < w.outs) to[i] = (u16)round_pair(y[i], y[i]);
 }
 struct Inbox {
     float *sums;
@@ -31,7 +31,7 @@ DEVICE void finish(const Params &p, const float *places, const Inbox &inbox, con
         float4 sum = *(const float4 *)(places + row * PITCH + out);
 #pragma unroll
         for (int w = 1; w < ACROSS; w++) add(sum, *(const float4 *)(places + w * PLACE + row * PITCH + out));
-        if (SPLITS == 1) store4(p, row, r.out + out, sum);
+        if (SPLITS == 1) store4(*r.weight, p.rows, row, r.out + out, sum);
         else send(inbox.sums + (rank * ROWS + row) * SHARE + out % SHARE, sum, inbox.full, out / SHARE);
     }
 #if SPLITS > 1
@@ -44,7 +44,7 @@ DEVICE void finish(const Params &p, const float *places, const Inbox &inbox, con
         float4 sum = *(const float4 *)(inbox.sums + row * SHARE + out);
 #pragma unroll
         for (int k = 1; k < SPLITS; k++) add(sum, *(const float4 *)(inbox.sums + (k * ROWS + row) * SHARE + out));
-        store4(p, row, r.out + rank * SHARE + out, sum);
+        store4(*r.weight, p.rows, row, r.out + rank * SHARE + out, sum);
     }
 #endif
 }
