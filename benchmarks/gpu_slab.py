@@ -1,8 +1,9 @@
 """The kernel for up to 16 rows whose blocks lie beside each other: checked against float64, then its cuts timed.
 
-The cuts are those of tables.py, early and late, in both orders of columns; with --wide all that fill the device.
+The cuts are those of tables.py, early and late, in both orders of columns; with `--which dispatched` those that are
+dispatched, with `--which wide` all that fill the device.
 
-python benchmarks/gpu_slab.py --seconds 70 --out FOLDER
+python benchmarks/gpu_slab.py --which dispatched --seconds 70 --out FOLDER
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336), (28672, 8192))
 MULTIPROCESSORS = 132
 MOST_THREADS = {16: 768, 32: 512, 64: 384, 128: 256}  # of a multiprocessor, by outs of a warp: what registers allow
 FILLED = (0.7, 1.2)  # blocks by the room for them
-WORK = "int4-g128:16,nf4:16,int4-g128:8,nf4:8,int4-g128:4,nf4:4,int4-g128:1,nf4:1,nf4-dq:16,nf4-dq:8,nf4-dq:1"
+FORMATS = ("int4-g128", "nf4", "nf4-dq", "int8", "int8-g128", "int4-g128-asym", "int3-g128", "int2-g64")
+WORK = ",".join(f"{spec}:{rows}" for spec in FORMATS for rows in (16, 8, 4, 1))
 # Other formats, with float16 as well, in these cuts: (outs, across, along, stages, splits, blocks, late, mixed).
 OTHERS = (
     "int4-g128", "nf4", "nf4-dq", "int4-g64", "int4-g128-f16", "int4-g32-f32", "fp4-g32", "int4", "int8-g128", "int8",
@@ -64,13 +66,16 @@ def read_as(spec: str, shape: Shape) -> stream.Scheme:
     return replace(scheme, storage=replace(scheme.storage, scale=halves.FLOATS["f16"]))
 
 
-def configs(spec: str, rows: int, shape: Shape, wide: bool) -> list[slab.Config]:
-    """The cuts for a shape that fit a multiprocessor."""
+def configs(spec: str, rows: int, shape: Shape, which: str) -> list[slab.Config]:
+    """The cuts for a shape that fit a multiprocessor: `dispatched`, those `known` by the tables, or `wide`, all."""
+    if which == "dispatched":
+        best = tuned.best_slab(read_as(spec, shape), shape, rows, (9, MULTIPROCESSORS))
+        return [best] if best else []
     scheme, kind = read_as(spec, shape), tuned.kind(slab.in_groups(read_as(spec, shape)))
     cuts = [slab.Config(*cut) for (name, _, at), cut in HOPPER_SLAB.items() if cut and (name, at) == (kind, shape)]
     every = itertools.product(cuts, (0, 1), (0, 1))
     known = (replace(cut, late=late, mixed=mixed) for cut, late, mixed in every if cut.splits > 1 or not mixed)
-    found = filling(scheme, rows, shape) if wide else known
+    found = filling(scheme, rows, shape) if which == "wide" else known
     return [config for config in dict.fromkeys(found) if config.fits(scheme, rows)]
 
 
@@ -101,7 +106,7 @@ def wrong(packed: PackedWeight, config: slab.Config, x: torch.Tensor, bias: torc
 
 
 def check(
-    work: Sequence[Work], wide: bool, generator: torch.Generator
+    work: Sequence[Work], which: str, generator: torch.Generator
 ) -> dict[tuple[str, int, Shape, slab.Config], str]:
     """What is wrong with each cut: outs ragged, a bias, as many rows as each is built for, and fewer without a bias."""
     found: dict[tuple[str, int, Shape, slab.Config], str] = {}
@@ -110,7 +115,7 @@ def check(
         if halves.reads_halves(read_as(spec, shape)):  # as a weight of that shape is
             packed = replace(packed, tensors={**packed.tensors, **halves.halved(packed.tensors["absmax"])})
         inputs = ((rows, bias), (max(rows * 3 // 4, 1), None))
-        for config, (count, each) in itertools.product(configs(spec, rows, shape, wide), inputs):
+        for config, (count, each) in itertools.product(configs(spec, rows, shape, which), inputs):
             key = spec, rows, shape, config
             found[key] = found.get(key, "") or wrong(packed, config, random_x(count, shape[1], generator), each)
             if found[key]:
@@ -162,12 +167,12 @@ def show(found: dict[str, Any]) -> None:
     print(f"{found['spec']:10} {found['shape']!s:14} rows {found['rows']} {times} | {cuts}", flush=True)
 
 
-def prepare(kitchen: Kitchen, work: Sequence[Work], wide: bool, others: bool) -> None:
+def prepare(kitchen: Kitchen, work: Sequence[Work], which: str, others: bool) -> None:
     """Compile what is checked and timed."""
     every = {
         (read_as(spec, shape), config, False, slab.rounded(rows))
         for (spec, rows), shape in itertools.product(work, SHAPES)
-        for config in configs(spec, rows, shape, wide)
+        for config in configs(spec, rows, shape, which)
     }
     if others:
         cuts = itertools.product(OTHERS, OTHER_CUTS, (False, True))
@@ -180,7 +185,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=70)
     parser.add_argument("--out", type=Path, default=Path("gpu-results"))
     parser.add_argument("--others", action="store_true", help="check other formats and float16, too")
-    parser.add_argument("--wide", action="store_true", help="all cuts that fill the device, not those of the tables")
+    parser.add_argument("--which", choices=("known", "dispatched", "wide"), default="known", help="cuts")
     parser.add_argument("--work", default=WORK, help="FORMAT:ROWS,...")
     given = parser.parse_args()
     work = [(spec, int(rows)) for spec, rows in (each.split(":") for each in given.work.split(",") if each)]
@@ -188,9 +193,9 @@ def main() -> None:
     given.out.mkdir(parents=True, exist_ok=True)
     torch.cuda.init()
     generator = torch.Generator("cuda").manual_seed(0)
-    prepare(kitchen, work, given.wide, given.others)
+    prepare(kitchen, work, given.which, given.others)
     print(f"compiled {len(kitchen.done)}, {budget.left:.0f} s left", flush=True)
-    problems, others = check(work, given.wide, generator), check_others(generator) if given.others else {}
+    problems, others = check(work, given.which, generator), check_others(generator) if given.others else {}
     every = [*problems.values(), *others.values()]
     print(f"slab: {every.count('')} of {len(every)} right, {budget.left:.0f} s left", flush=True)
     checked = [(*key, each) for key, each in (*problems.items(), *others.items())]
@@ -201,8 +206,10 @@ def main() -> None:
             print(f"no time left for {spec} {rows} {shape}")
             continue
         usable = [
-            config for config in configs(spec, rows, shape, given.wide) if not problems[spec, rows, shape, config]
+            config for config in configs(spec, rows, shape, given.which) if not problems[spec, rows, shape, config]
         ]
+        if given.which == "dispatched" and not usable:
+            continue
         entries.append(timed(spec, shape, rows, usable, generator))
         show(entries[-1])
         (given.out / "gpu_slab.json").write_text(json.dumps(result, indent=1, default=str) + "\n")

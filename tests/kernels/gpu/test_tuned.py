@@ -112,7 +112,7 @@ def test_measured_cuts_for_few_rows_fit_the_multiprocessor(kind: str, rows: int,
 def test_measured_cuts_of_blocks_beside_each_other_fit_the_multiprocessor():
     specs = {
         "int4-128": "int4-g128", "int4-64": "int4-g64", "table-64": "nf4", "table-64-dq": "nf4-dq",
-        "int8-128": "int8-g128", "int3-128": "int3-g128", "int2-64": "int2-g64",
+        "int4-128-zero": "int4-g128-asym", "int8-128": "int8-g128", "int3-128": "int3-g128", "int2-64": "int2-g64",
     }  # fmt: skip
     for (kind, rows, shape), cut in tables.HOPPER_SLAB.items():
         scheme = scheme_of(specs[kind.removesuffix(halves.KIND)], shape[1])
@@ -155,6 +155,6 @@ def test_blocks_lie_beside_each_other_only_for_what_the_kernel_takes(monkeypatch
     assert tuned.best_slab(scheme, (28672, 4096), 9, H100) == slab.Config(64, 4, 1, 1, 1, 2)
     assert tuned.best_slab(scheme_of("int4-g128", 4224), (4096, 4224), 16, H100) is None
     assert tuned.best_slab(scheme, shape, 16, (8, 108)) is None
-    for other in ("int4-g128-asym", "nf4-dq", "int8"):
+    for other in ("int4-g128-asym", "nf4-dq", "int8", "int4-g128-asym-fz"):
         assert tuned.best_slab(scheme_of(other, 4096), shape, 16, H100) is None
     kernel.plan.cache_clear()

@@ -182,6 +182,9 @@ def products(x: Tensor, packed: Sequence[PackedWeight], biases: Sequence[Tensor 
     if rows == 1 and scheme.storage.bits < FULL and (row := row_cut(packed, scheme, x)):
         return [y.reshape(*x.shape[:-1], -1) for y in digits.multiply(aligned(x, 1), packed, biases, scheme, row)]
     shape = sum(weight.shape[0] for weight in packed), columns
+    short = read_alike(packed, scheme, x.dtype)
+    if short and (slabs := shared_cut(short, shape, rows, device_of(x))):
+        return [y.reshape(*x.shape[:-1], -1) for y in multiply_slabs(aligned(x, rows), packed, biases, short, slabs)]
     way, cut = plan(scheme, shape, rows, device_of(x), False)
     if way not in _AT_ONCE or all(apart(weight, rows, device_of(x), x.dtype) for weight in packed):
         return [product(x, weight, bias) for weight, bias in zip(packed, biases, strict=True)]
@@ -198,6 +201,18 @@ def row_cut(packed: Sequence[PackedWeight], scheme: stream.Scheme, x: Tensor) ->
     if config is None or x.dtype != torch.bfloat16 or not all(slab.aligned(weight) for weight in packed):
         return None
     return digits.fit(scheme, config, shape[1], digits.tiles_of(packed), where[1])
+
+
+@lru_cache(maxsize=1024)
+def shared_cut(scheme: stream.Scheme, shape: tuple[int, int], rows: int, where: tuned.Device) -> slab.Config | None:
+    """How slab.cu is cut for weights that share an input, `shape` with all their outs; None: other ways are faster."""
+    return tuned.best_slab(scheme, shape, rows, where, shared=True)
+
+
+def read_alike(packed: Sequence[PackedWeight], scheme: stream.Scheme, dtype: torch.dtype) -> stream.Scheme | None:
+    """How slab.cu reads weights of a scheme, if it can, and all of them alike."""
+    found = {halves.read_as(weight, scheme, dtype) if slab.aligned(weight) else None for weight in packed}
+    return found.pop() if len(found) == 1 else None
 
 
 def apart(packed: PackedWeight, rows: int, where: tuned.Device, dtype: torch.dtype = torch.bfloat16) -> bool:

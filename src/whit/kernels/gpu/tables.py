@@ -270,6 +270,17 @@ HOPPER_SLAB: dict[Key, tuple[int, ...] | None] = {
     ("int4-128", 16, (4096, 14336)): (64, 4, 1, 2, 2, 1, 1, 1),  # 2.99x bfloat16
     ("int4-128", 16, (14336, 4096)): (128, 2, 2, 2, 2, 2, 1),  # 3.10x bfloat16
     ("int4-128", 16, (28672, 8192)): (256, 2, 4, 2, 1, 1),  # 3.42x bfloat16
+    # With zero points. Where there are none, it was not measured.
+    ("int4-128-zero", 4, (4096, 4096)): None,
+    ("int4-128-zero", 4, (14336, 4096)): None,
+    ("int4-128-zero", 8, (4096, 4096)): (64, 8, 1, 1, 2, 1, 1),  # 3.12x bfloat16
+    ("int4-128-zero", 8, (4096, 14336)): None,
+    ("int4-128-zero", 8, (14336, 4096)): (128, 2, 2, 2, 2, 2, 1),  # 3.50x bfloat16
+    ("int4-128-zero", 8, (28672, 8192)): None,
+    ("int4-128-zero", 16, (4096, 4096)): (64, 4, 1, 1, 4, 3, 1),  # 2.58x bfloat16
+    ("int4-128-zero", 16, (4096, 14336)): (64, 4, 1, 2, 2, 1, 1, 1),  # 2.94x bfloat16
+    ("int4-128-zero", 16, (14336, 4096)): (128, 2, 2, 2, 2, 2, 1),  # 3.00x bfloat16
+    ("int4-128-zero", 16, (28672, 8192)): None,
     # Groups of 128 and whole rows.
     ("int8-128", 1, (4096, 4096)): (64, 1, 2, 3, 4, 3, 1),  # 2.16x bfloat16
     ("int8-128", 1, (4096, 14336)): (64, 4, 2, 2, 2, 1, 1),  # 2.06x bfloat16
@@ -347,3 +358,6 @@ HOPPER_SLAB: dict[Key, tuple[int, ...] | None] = {
     ("table-64-dq", 16, (28672, 8192)): (256, 2, 4, 2, 1, 1, 1),  # 3.05x bfloat16
 }
 SLAB = {9: HOPPER_SLAB}
+# The same for weights that share an input, by all their outs. None, and where there is nothing: other ways are faster.
+HOPPER_SHARED: dict[Key, tuple[int, ...] | None] = {}
+SHARED = {9: HOPPER_SHARED}

@@ -13,7 +13,7 @@ from math import log2
 
 from whit.kernels.gpu import digits, few, halves, many, slab, stream, tiled
 from whit.kernels.gpu.stream import Config, Scheme, row_tiles
-from whit.kernels.gpu.tables import DIGITS, FEW, ROUTES, SLAB, STREAM, TILED, Route, Shape
+from whit.kernels.gpu.tables import DIGITS, FEW, ROUTES, SHARED, SLAB, STREAM, TILED, Route, Shape
 from whit.kernels.gpu.tables_many import INVARIANT_MANY, MANY
 
 BYTES_AHEAD = 32  # that a thread loads of each row before it computes
@@ -75,17 +75,18 @@ def best_digits(scheme: Scheme, shape: Shape, device: Device) -> digits.Config |
     return digits.Config(*found) if found and digits.why_not(scheme, shape[1]) is None else None
 
 
-def best_slab(scheme: Scheme, shape: Shape, rows: int, device: Device) -> slab.Config | None:
+def best_slab(scheme: Scheme, shape: Shape, rows: int, device: Device, shared: bool = False) -> slab.Config | None:
     """The configuration of Hopper's kernel for up to 16 rows; None where another is faster, or it was not measured.
 
     A shape takes what the nearest one has that was measured for the same kind of weight, with about as many blocks.
+    `shared`: of several weights that share an input, with all their outs.
     """
-    table, name = SLAB.get(device[0], {}), kind(slab.in_groups(scheme))
+    table, name = (SHARED if shared else SLAB).get(device[0], {}), kind(slab.in_groups(scheme))
     near = nearest({where for known, _, where in table if known == name}, shape)
     if near is None or rows > slab.MOST_ROWS or slab.why_not(scheme, shape[1]) is not None:
         return None
-    most = min(most for known, most, where in table if (known, where) == (name, near) and most >= rows)
-    cut = table[name, most, near]
+    found = [most for known, most, where in table if (known, where) == (name, near) and most >= rows]
+    cut = table[name, min(found), near] if found else None
     if cut is None:
         return None
     config = slab.Config(*cut)
