@@ -81,6 +81,9 @@ static u32 add_pair(u32 a, u32 b) {
 static u32 scale_by(u32 a, u32 b) {
     return round_pair(widen(a & 0xFFFF) * widen(b & 0xFFFF), widen(a >> 16) * widen(b >> 16));
 }
+static u32 multiply_add(u32 a, u32 b, u32 c) {
+    return round_pair(widen(a & 0xFFFF) * widen(b & 0xFFFF) + widen(c & 0xFFFF), widen(a >> 16) * widen(b >> 16) + widen(c >> 16));
+}
 
 // mma.m16n8k16: lane 4 g + t holds A rows g and g + 8, columns 2 t, 2 t + 1 and those plus 8; B the same of column g.
 struct Warp { u32 a[32][4], b[32][2]; float d[32][4]; int count, turn; };
@@ -107,21 +110,20 @@ static void multiply(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 
     for (int e = 0; e < 4; e++) d[e] += w.d[lane][e];
 }
 
-// A value from the lane whose number differs in the bits of `flip`; all 32 come here.
-struct Exchange { float in[32], out[32]; int count, turn; };
-static std::vector<Exchange> exchanges;
-static float from_lane(float v, int flip) {
-    Exchange &e = exchanges[current / 32];
-    int lane = current % 32, turn = e.turn;
-    e.in[lane] = v;
-    if (++e.count == 32) {
-        for (int l = 0; l < 32; l++) e.out[l] = e.in[l ^ flip];
-        e.count = 0, e.turn++;
-    }
-    while (e.turn == turn) yield();
+// A warp's lanes lay down a value each, and go on when all have.
+struct Gathering { u32 v[2][32]; int count, turn; };
+static std::vector<Gathering> gatherings;
+static const u32 *together(u32 v) {
+    Gathering &w = gatherings[current / 32];
+    int turn = w.turn;
+    w.v[turn & 1][current % 32] = v;
+    if (++w.count == 32) w.count = 0, w.turn++;
+    while (w.turn == turn) yield();
     threadIdx.x = current % threads;
-    return e.out[lane];
+    return w.v[turn & 1];
 }
+static u32 word_of(u32 v, int lane) { return together(v)[lane]; }
+static float from_lane(float v, int flip) { return bits_float(together(float_bits(v))[current % 32 ^ flip]); }
 static float multiplied(float a, float b) { volatile float c = a * b; return c; }
 static float power_of_two(float v) { return std::exp2(v); }
 static float inverse_root(float v) { return 1 / std::sqrt(v); }
@@ -137,7 +139,7 @@ template <class Body> static void run_grid(dim3 grid, int block_threads, Body bo
                 blockIdx = {x, y, z};
                 memset(shared, 0xFF, sizeof shared);
                 fibers.assign(threads, Fiber{});
-                warps.assign(threads / 32, Warp{}), exchanges.assign(threads / 32, Exchange{});
+                warps.assign(threads / 32, Warp{}), gatherings.assign(threads / 32, Gathering{});
                 arrived_at_barrier = 0;
                 for (current = 0; current < threads; current++) {
                     Fiber &f = fibers[current];

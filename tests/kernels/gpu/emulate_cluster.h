@@ -11,18 +11,6 @@ static uint2 make_uint2(u32 x, u32 y) { return {x, y}; }
 template <class T> static T max(T a, T b) { return a < b ? b : a; }
 using std::fabs;
 
-// A warp's lanes lay down a value each, and go on when all have.
-struct Gathering { u32 v[2][32]; int count, turn; };
-static std::vector<Gathering> gatherings;
-static const u32 *together(u32 v) {
-    Gathering &w = gatherings[current / 32];
-    int turn = w.turn;
-    w.v[turn & 1][current % 32] = v;
-    if (++w.count == 32) w.count = 0, w.turn++;
-    while (w.turn == turn) yield();
-    threadIdx.x = current % threads;
-    return w.v[turn & 1];
-}
 static u32 exchange(u32 v, int mask) { return together(v)[current % 32 ^ mask]; }
 static void __syncwarp() { together(0); }
 
@@ -132,7 +120,7 @@ template <class Body> static void run_clusters(int blocks, int block_threads, in
         memories.assign(size, std::vector<u8>(MEMORY, 0xFF));
         fibers.assign(threads * size, Fiber{});
         gatherings.assign(threads * size / 32, Gathering{});
-        warps.assign(threads * size / 32, Warp{}), exchanges.assign(threads * size / 32, Exchange{});
+        warps.assign(threads * size / 32, Warp{});
         memset(meetings, 0, sizeof meetings);
         at_cluster = arrived_at_barrier = 0, left_turn.assign(threads * size, 0);
         for (current = 0; current < threads * size; current++) {

@@ -1,9 +1,6 @@
 // What many.cu needs beyond emulate_cluster.h: Hopper's product, whose left side lies in registers.
 static float of_lane(float v, int lane) { return bits_float(together(float_bits(v))[lane]); }
 static u32 load_shared(u32 at) { u32 v; memcpy(&v, (const u8 *)shared + at - BEGINS_AT, 4); return v; }
-static u32 multiply_add(u32 a, u32 b, u32 c) {
-    return round_pair(widen(a & 0xFFFF) * widen(b & 0xFFFF) + widen(c & 0xFFFF), widen(a >> 16) * widen(b >> 16) + widen(c >> 16));
-}
 static u32 transpose(u32 v) {  // lane 4 g + t holds columns 2 t and 2 t + 1 of row g
     const u32 *all = together(v);
     int g = current % 32 / 4, t = current % 4;

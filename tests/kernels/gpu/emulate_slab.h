@@ -25,4 +25,3 @@ static void cluster_began(int turn) {
     while (cluster_turn == turn) yield();
     threadIdx.x = current % threads;
 }
-static u32 word_of(u32 v, int lane) { return together(v)[lane]; }

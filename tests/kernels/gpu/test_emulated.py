@@ -12,7 +12,7 @@ from torch import Generator, Tensor
 
 import whit
 from whit.kernels import reference
-from whit.kernels.gpu import few, kernel, stream, tiled, tuned
+from whit.kernels.gpu import few, kernel, narrow, stream, tiled, tuned
 from whit.kernels.gpu.scales import storage
 from whit.kernels.gpu.stream import Config, Scheme
 from whit.layouts import BITS
@@ -98,8 +98,17 @@ def test_product_of_few_rows_equals_float64(
     assert error(found, wanted) < LIMIT[dtype]
 
 
-NARROW = [("int5-g64", BF16, 3), ("int3-g32", F16, 2)]
-MORE_NARROW = [("int6-g64-asym", BF16, 1), ("int1-g64", BF16, 4), ("int7-g32", BF16, 1)]
+NARROW = [("int5-g64", BF16, 3), ("int3-g32", F16, 2), ("int6-g32-asym", BF16, 9), ("int3-g32", BF16, 9)]
+MORE_NARROW = [
+    ("int6-g64-asym", BF16, 1),
+    ("int1-g64", BF16, 4),
+    ("int7-g32", BF16, 1),
+    ("int3-g64", F16, 16),
+    ("int1-g64", BF16, 7),
+    ("int5-g64", BF16, 8),
+    ("int6-g64", BF16, 16),
+    ("int7-g32", BF16, 9),
+]
 SLOW_NARROW = [pytest.param(*case, marks=pytest.mark.slow) for case in MORE_NARROW]
 
 
@@ -107,10 +116,19 @@ SLOW_NARROW = [pytest.param(*case, marks=pytest.mark.slow) for case in MORE_NARR
 def test_narrow_groups_of_odd_bits_lie_side_by_side(spec: str, dtype: torch.dtype, rows: int, random: Generator):
     weight, x = packed(spec, 40, 1024, random), torch.randn(rows, 1024, generator=random).to(dtype)
     assert isinstance(stream.scheme(weight.format, 1024), str)
-    assert kernel.narrow(weight, 4 * rows + 16) is None
-    side = kernel.narrow(weight, rows)
-    assert side is not None
-    (found,) = emulated.few_linears(x, [weight], None, *side)
+    scheme = narrow.scheme(weight.format, 1024)
+    assert scheme is not None
+    (found,) = emulated.few_linears(x, [weight], None, scheme, few.Config(8, 2, 2))
+    wanted = x.double() @ reference.dequantize(weight, torch.float32).double().T
+    assert error(found, wanted) < LIMIT[dtype]
+
+
+@pytest.mark.parametrize(("spec", "dtype", "rows", "splits"), [("int5-g64", BF16, 20, 1), ("int3-g32-asym", F16, 9, 2)])
+def test_more_rows_of_narrow_groups(spec: str, dtype: torch.dtype, rows: int, splits: int, random: Generator):
+    weight, x = packed(spec, 70, 1024, random), torch.randn(rows, 1024, generator=random).to(dtype)
+    scheme = narrow.scheme(weight.format, 1024)
+    assert scheme is not None
+    found = emulated.tiled_linear(x, weight, None, scheme, tiled.Config(1, 1, 4, 2, 3, splits))
     wanted = x.double() @ reference.dequantize(weight, torch.float32).double().T
     assert error(found, wanted) < LIMIT[dtype]
 

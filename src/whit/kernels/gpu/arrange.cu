@@ -17,6 +17,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) arrange(const Params p) {
     int row = blockIdx.z * ROWS + in_tile;
     if (unit >= units) return;
     uint4 held[4];
+    next_may_begin(), previous_done();
     const u16 *from = p.x + (long long)row * p.columns + unit / UNITS * STEP;
 #pragma unroll
     for (int t = 0; t < 4; t++)

@@ -4,6 +4,8 @@
 //   WIDE               pairs of levels lie 256 bytes apart, so that one permutation makes their address: where shared memory
 //                      begins, 1024 on Hopper (default 0: they lie 128 bytes apart)
 //   BEGINS             where shared memory begins, if pairs lie there, 128 bytes apart: then no address is added up (default 0)
+//   SPREAD             groups side by side in a step, where STEPS_PER_GROUP is 1 (default 1)
+//   BARE             1: codes become operands as bits of a bfloat16, without an exponent (`scale_bare`; default 0)
 //   PLACED             1: raw integers may lie some bits higher, and x be divided by as much (default 0)
 //
 // A sum over columns may run in any order as long as both operands agree: each thread loads whole words of its row and
@@ -17,6 +19,12 @@
 #ifndef PLACED
 #define PLACED 0
 #endif
+#ifndef SPREAD
+#define SPREAD 1
+#endif
+#ifndef BARE
+#define BARE 0
+#endif
 #ifndef BEGINS
 #define BEGINS 0
 #endif
@@ -26,19 +34,19 @@ constexpr int UNITS = CHUNK / 8;                 // eight columns: the operands 
 constexpr bool DENSE = 32 % BITS == 0;       // codes lie whole in a word
 constexpr int PERIOD = DENSE ? 32 / BITS : 32;  // codes after which the pattern repeats
 constexpr bool NATURAL = CODEBOOK || BITS == 8; // neighbours in an operand are neighbours in memory
-constexpr u32 MAGIC = HALF ? 0x64006400u : 0x43004300u;  // 1024, 128: integers to 7 bits are its lowest bits
+constexpr u32 MAGIC = BARE ? 0 : HALF ? 0x64006400u : 0x43004300u;  // 1024, 128: integers to 7 bits are its lowest bits
 constexpr u32 ONES = HALF ? 0x3C003C00u : 0x3F803F80u;
 constexpr int TABLE = CODEBOOK ? (WIDE ? 512 : 256) * 32 / 4 : 0;  // of uint4
 
 // By how much a code of a period is shifted to the right, and where it lies then: codes share a shift while they stay in
-// the seven bits below bfloat16's exponent.
+// the seven bits below bfloat16's exponent, or in eight where they have none.
 typedef unsigned long long u64_codes;  // four bits for each code of a period
 DEVICE constexpr u64_codes all_shifts() {
     u64_codes all = 0;
     for (int i = 0, shift = 0; i < (DENSE ? PERIOD / 2 : 16); i++) {
         int bit = BITS * i & 15;
         if (bit < BITS) shift = 0;  // the first that begins in its half word
-        if (!PLACED || bit - shift + BITS > 7) shift = bit;
+        if (!PLACED || bit - shift + BITS > (BARE ? 8 : 7)) shift = bit;
         all |= (u64_codes)shift << 4 * i;
     }
     return all;
@@ -149,11 +157,51 @@ template <bool RAW = false> DEVICE void decode(u32 (&pairs)[4], const u32 (&word
     }
 }
 
+#if BARE
+// A bfloat16 with nothing but its lowest eight bits is 2^-133 times them: one fused product scales a raw code and moves it
+// by its offset, a power of two, exactly but for the last rounding, to 2^-20 of it all.
+DEVICE void scale_bare(u32 (&pairs)[4], int unit, float scale) {
+    float down = scale * (-0x1p-20f * (ZERO ? 0.5f : OFFSET));
+    u32 scale_pair = round_pair(scale * 0x1p113f, scale * 0x1p113f), minus = round_pair(down, down);
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        u32 place = place_at(unit, i);
+        pairs[i] = multiply_add(pairs[i], scale_pair, place ? scale_by(minus, both(0x3F80u + (place << 7))) : minus);
+    }
+}
+#endif
+#ifdef SCALE
+// Codes that `decode` gave, scaled before they are multiplied and rounded once, as the dequantizing kernel does.
+constexpr bool SCALE_PAIRS = SCALE == HALF && ZERO != 2;  // the scale is an operand's type, the zero point exact in it
+DEVICE void scale_pairs(u32 (&pairs)[4], float scale, float zero) {
+    u32 scale_pair = round_pair(scale, scale), zero_pair = round_pair(-zero, -zero);
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        if constexpr (SCALE_PAIRS) {
+            if (ZERO) pairs[i] = add_pair(pairs[i], zero_pair);
+            pairs[i] = scale_by(pairs[i], scale_pair);
+        } else {
+            if (!ZERO) zero = 0;
+            pairs[i] = round_pair((widen(pairs[i] & 0xFFFF) - zero) * scale, (widen(pairs[i] >> 16) - zero) * scale);
+        }
+    }
+}
+#endif
+
 // Every thread writes its part of the table of pairs; `levels`: 16 operands.
 DEVICE void fill_table(uint4 *table, const u16 *levels, u32 threads) {
 #pragma unroll 1
     for (int i = threadIdx.x; i < 256 * 8; i += threads) {
         u32 pair = levels[i >> 3 & 15] | (u32)levels[i >> 7] << 16;
+        table[WIDE ? i + (i & ~7) : i] = make_uint4(pair, pair, pair, pair);
+    }
+}
+// The same where x waits for it: each lane reads one level, once, and no pair waits for memory.
+[[maybe_unused]] DEVICE void lay_table(uint4 *table, const u16 *levels, u32 threads) {
+    u32 level = levels[threadIdx.x & 15];
+#pragma unroll 4
+    for (int i = threadIdx.x; i < 256 * 8; i += threads) {
+        u32 pair = word_of(level, i >> 3 & 15) | word_of(level, i >> 7) << 16;
         table[WIDE ? i + (i & ~7) : i] = make_uint4(pair, pair, pair, pair);
     }
 }

@@ -72,6 +72,11 @@ DEVICE u32 add_pair(u32 a, u32 b) {  // as a * 1 + b, which compute capability 8
     asm("fma.rn." TYPE "x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(0x80008000u));
     return d;
 }
+[[maybe_unused]] DEVICE u32 multiply_add(u32 a, u32 b, u32 c) {
+    u32 d;
+    asm("fma.rn." TYPE "x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+    return d;
+}
 DEVICE u32 under_exponent(u32 bits, u32 mask, u32 exponent) {  // (bits & mask) | exponent, in one instruction
     u32 d;
     asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(d) : "r"(bits), "r"(mask), "r"(exponent));
@@ -101,6 +106,7 @@ DEVICE u32 round_pair(float low, float high) {
     return v;
 }
 [[maybe_unused]] DEVICE float from_lane(float v, int flip) { return __shfl_xor_sync(0xFFFFFFFFu, v, flip); }
+[[maybe_unused]] DEVICE u32 word_of(u32 v, int lane) { return __shfl_sync(0xFFFFFFFFu, v, lane); }
 [[maybe_unused]] DEVICE float power_of_two(float v) {
     float d;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(d) : "f"(v));

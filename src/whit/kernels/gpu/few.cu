@@ -23,34 +23,34 @@
 // a step are eight bytes (PAIRED), it asks for 16 of one of its rows and gets the other row's from its neighbour's
 // neighbour. Where x is too large for a block it is cut into slices of columns (blockIdx.y), and the last block to come to
 // a tile adds them.
-#define PLACED (!HALF && !ZERO && !CODEBOOK && BITS < 4)
+#define SCALED (SPREAD > 1 && ROWS * SPREAD > 8)  // codes themselves, before they are multiplied
+#define BARE (SCALED && !HALF && !CODEBOOK && BITS < 8 && ZERO % 3 == 0 && SCALE == 0)
+#define PLACED (BARE || !HALF && !ZERO && !CODEBOOK && BITS < 4 && !SCALED)
 #include "codes.cuh"
 #include "sums.cuh"
 
 constexpr int THREADS = 32 * WARPS;
-constexpr bool SUMMED = HAS_RAW || ZERO;  // needs sums of x
+constexpr bool SUMMED = !SCALED && (HAS_RAW || ZERO);  // needs sums of x
 constexpr float BIAS = PLACED ? 1.0f : HAS_RAW ? (HALF ? 1024.0f : 128.0f) + OFFSET : 0.0f;  // what is added to a code
 constexpr int LEVELS = SCALE == 3 ? 64 : 0;  // of uint4: the levels of quantized scales
 constexpr int PER_STEP = UNITS * ROWS * 4;   // of uint4: a step of x
-constexpr int V = ROWS * SPREAD, LANES = 4 / SPREAD;  // rows of the product; threads that share a group
+constexpr int SIDES = SCALED ? 1 : SPREAD;   // groups whose sums come apart
+constexpr int V = ROWS * SIDES, LANES = 4 / SIDES;  // rows of the product; threads that share a group
 constexpr bool PAIRED = WORDS == 2 && SPREAD == 1;
 constexpr int SCALE_BYTES = SCALE == 3 ? 1 : SCALE == 2 ? 4 : 2;
 constexpr int SCALE_WORDS = EVEN ? AHEAD * SPREAD * SCALE_BYTES / 4 : 1;  // of a round
-constexpr int KINDS = SPREAD > 1 ? 2 : 1;    // scales of a row of W and step that a thread needs: of columns 2 t, 2 t + 1
+constexpr int KINDS = SIDES > 1 ? 2 : 1;    // scales of a row of W and step that a thread needs: of columns 2 t, 2 t + 1
 constexpr int NT = ROWS > 8 ? ROWS / 8 : 1;  // tiles of 8 rows
-static_assert(SPREAD == 1 || (V <= 8 && STEPS_PER_GROUP == 1), "a group is a row of the product");
+static_assert(SPREAD == 1 || STEPS_PER_GROUP == 1, "a step holds whole groups");
 #include "few_x.cuh"
 
-struct Raw {  // a scale as it is stored
-    u32 bits;
-    float absmax;
-};
+#include "few_scales.cuh"
+
 struct Held {  // what a thread holds of W for one step: rows 8 apart
     u32 words[2][WORDS];
     Raw scale[2][KINDS];
     float zero[2][KINDS];
 };
-DEVICE int group_of(int lane, int kind) { return (2 * (lane & 3) + kind) % SPREAD; }  // of a step's
 struct Rows {  // where a thread's two rows of W lie, from the warp's first step on
     const u32 *codes[2];
     int out[2], part, tile;
@@ -60,66 +60,6 @@ struct Rows {  // where a thread's two rows of W lie, from the warp's first step
 struct Several {  // weights of the same format and columns, which share x
     Params part[PARTS];
 };
-
-DEVICE Raw load_raw(const Scales &p, int out, int group) {
-    long long index = (long long)out * p.groups + group;
-#if SCALE == 3
-    return {p.codes[index], ((const float *)p.scale)[index >> 8]};
-#elif SCALE == 2
-    return {0, ((const float *)p.scale)[index]};
-#else
-    return {((const u16 *)p.scale)[index], 0};
-#endif
-}
-DEVICE float scale_of(const Raw &raw, const float *levels, float offset) {
-#if SCALE == 3
-    return levels[raw.bits] * raw.absmax + offset;
-#elif SCALE == 2
-    return raw.absmax;
-#elif SCALE == 1
-    return widen_f16(raw.bits);
-#else
-    return bits_float(raw.bits << 16);
-#endif
-}
-
-struct Round {  // the scales of AHEAD steps of two rows of W, as they are stored
-    u32 bits[2][SCALE_WORDS];
-    float absmax[2];
-};
-DEVICE void load_round(Round &round, const Rows &rows, int group) {
-#pragma unroll
-    for (int h = 0; h < 2; h++) {
-        long long index = (long long)rows.out[h] * rows.scales.groups + group;
-        const u8 *from = (SCALE == 3 ? rows.scales.codes : (const u8 *)rows.scales.scale) + index * SCALE_BYTES;
-        if constexpr (SCALE_WORDS % 4 == 0) {
-#pragma unroll
-            for (int i = 0; i < SCALE_WORDS; i += 4) {
-                uint4 v = load16(from + 4 * i);
-                u32(&to)[SCALE_WORDS] = round.bits[h];
-                to[i] = v.x, to[i + 1] = v.y, to[i + 2] = v.z, to[i + 3] = v.w;
-            }
-        } else if constexpr (SCALE_WORDS == 2) {
-            uint2 v = load8(from);
-            round.bits[h][0] = v.x, round.bits[h][1] = v.y;
-        } else {
-            round.bits[h][0] = load4(from);
-        }
-        if (SCALE == 3) round.absmax[h] = ((const float *)rows.scales.scale)[index >> 8];
-    }
-}
-DEVICE Raw raw_at(const Round &round, int h, int j) {
-    if (SCALE == 2) return {0, bits_float(round.bits[h][j % SCALE_WORDS])};
-    constexpr int PER_WORD = 4 / SCALE_BYTES;
-    u32 word = round.bits[h][j / PER_WORD % SCALE_WORDS] >> (8 * SCALE_BYTES * (j % PER_WORD));
-    return {word & (SCALE == 3 ? 0xFFu : 0xFFFFu), round.absmax[h]};
-}
-DEVICE Raw raw_of(const Round &round, int h, int step, int kind, int lane) {
-    Raw first = raw_at(round, h, step * SPREAD + kind);
-    if (SPREAD < 4) return first;
-    Raw second = raw_at(round, h, step * SPREAD + 2 + kind);
-    return lane & 1 ? second : first;
-}
 
 DEVICE void load_held(Held &held, const Rows &rows, int begin, int step) {
     if constexpr (PAIRED) {
@@ -175,26 +115,8 @@ DEVICE void exchange(Held &held, int lane) {
     }
 }
 
-DEVICE void add_step(Sums &sums, Held &held, const Raw (&raw)[2][KINDS], const Shared &s, const Rows &rows, int step, int lane) {
-    if (PAIRED) exchange(held, lane);
-#if STEPS_PER_GROUP
-    float part[NT][4] = {};
-#else
-    float(&part)[NT][4] = sums.all;
-#endif
-    u32 x = s.x + step * (16 * PER_STEP);
-#pragma unroll
-    for (int unit = 0; unit < UNITS; unit++) {
-        u32 top[4], bottom[4];
-        decode<HAS_RAW>(top, held.words[0], unit, s.table);
-        decode<HAS_RAW>(bottom, held.words[1], unit, s.table);
-#pragma unroll
-        for (int n = 0; n < NT; n++) {
-            uint4 b = shared_if(s.has_x, x + (unit * ROWS + 8 * n) * 64);
-            multiply(part[n], top[0], bottom[0], top[1], bottom[1], b.x, b.y);
-            multiply(part[n], top[2], bottom[2], top[3], bottom[3], b.z, b.w);
-        }
-    }
+// The sums of a step get their scales, and what the operands had besides is taken off.
+DEVICE void scale_step(Sums &sums, float (&part)[NT][4], const Held &held, const Raw (&raw)[2][KINDS], const Shared &s, const Rows &rows, int step, int lane) {
 #pragma unroll
     for (int n = 0; n < NT; n++) {
         if (SUMMED) {
@@ -221,6 +143,40 @@ DEVICE void add_step(Sums &sums, Held &held, const Raw (&raw)[2][KINDS], const S
     }
 }
 
+// The operands of a unit of one row.
+DEVICE void operands(u32 (&pairs)[4], const Held &held, const Raw (&raw)[2][KINDS], int h, int unit, const Shared &s, const Rows &rows) {
+    decode<HAS_RAW && (!SCALED || BARE)>(pairs, held.words[h], unit, s.table);
+#if BARE
+    scale_bare(pairs, unit, scale_of(raw[h][0], s.levels, rows.offset));
+#elif SCALED
+    scale_pairs(pairs, scale_of(raw[h][0], s.levels, rows.offset), held.zero[h][0]);
+#endif
+}
+
+DEVICE void add_step(Sums &sums, Held &held, const Raw (&raw)[2][KINDS], const Shared &s, const Rows &rows, int step, int lane) {
+    if (PAIRED) exchange(held, lane);
+#if STEPS_PER_GROUP
+    float apart[NT][4] = {};
+    float(&part)[NT][4] = SCALED ? sums.all : apart;
+#else
+    float(&part)[NT][4] = sums.all;
+#endif
+    u32 x = s.x + step * (16 * PER_STEP);
+#pragma unroll
+    for (int unit = 0; unit < UNITS; unit++) {
+        u32 top[4], bottom[4];
+        operands(top, held, raw, 0, unit, s, rows);
+        operands(bottom, held, raw, 1, unit, s, rows);
+#pragma unroll
+        for (int n = 0; n < NT; n++) {
+            uint4 b = shared_if(s.has_x, x + (unit * ROWS + 8 * n) * 64);
+            multiply(part[n], top[0], bottom[0], top[1], bottom[1], b.x, b.y);
+            multiply(part[n], top[2], bottom[2], top[3], bottom[3], b.z, b.w);
+        }
+    }
+    if (!SCALED) scale_step(sums, part, held, raw, s, rows, step, lane);
+}
+
 // Where a row has one scale it comes last.
 DEVICE void scale_sums(Sums &sums, const Rows &rows) {
 #pragma unroll
@@ -241,7 +197,7 @@ DEVICE void join(float *block, u32 *ticket, const Sums &sums, const Params &p, i
 #pragma unroll
         for (int e = 0; e < 4; e++) {
             int row = 8 * n + 2 * (lane & 3) + (e & 1), out = (e >> 1) * 8 + (lane >> 2);
-            if (row < V) block[(warp * V + row) * 16 + out] = sums.all[n][e];
+            if (row < V) block[(warp * V + row) * 16 + out] = (BARE ? 0x1p20f : 1.0f) * sums.all[n][e];
         }
     __syncthreads();
 #pragma unroll 1
@@ -251,7 +207,7 @@ DEVICE void join(float *block, u32 *ticket, const Sums &sums, const Params &p, i
 #pragma unroll
         for (int w = 0; w < WARPS; w++)
 #pragma unroll
-            for (int group = 0; group < SPREAD; group++) sum += block[((w * ROWS + row) * SPREAD + group) * 16 + i % 16];
+            for (int group = 0; group < SIDES; group++) sum += block[((w * ROWS + row) * SIDES + group) * 16 + i % 16];
         if (out >= p.outs) continue;
         if (slices == 1) store(p, row, out, sum);
         else p.partial[((long long)slice * p.rows + row) * p.outs + out] = sum;
@@ -276,7 +232,7 @@ DEVICE void join(float *block, u32 *ticket, const Sums &sums, const Params &p, i
 }
 
 DEVICE void begin_tile(Held (&held)[AHEAD], Round &round, const Rows &rows, int begin, int steps) {
-    if (EVEN) load_round(round, rows, begin * SPREAD);
+    if (EVEN) load_round(round, rows.scales, rows.out, begin * SPREAD);
 #pragma unroll
     for (int j = 0; j < AHEAD; j++)
         if (EVEN || j < steps) load_held(held[j], rows, begin, j);
@@ -288,7 +244,7 @@ DEVICE void add_tile(Sums &sums, Held (&held)[AHEAD], Round &round, const Shared
     for (int first = 0; first < steps; first += AHEAD) {
         Round now = round;
         bool more = first + AHEAD < steps;
-        if (EVEN) load_round(round, rows, (begin + (more ? first + AHEAD : 0)) * SPREAD);  // without a branch
+        if (EVEN) load_round(round, rows.scales, rows.out, (begin + (more ? first + AHEAD : 0)) * SPREAD);  // without a branch
 #pragma unroll
         for (int j = 0; j < AHEAD; j++) {
             if (!EVEN && first + j >= steps) break;
@@ -319,16 +275,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) few(const Seve
     Round round;
     Rows rows = rows_of(p, blockIdx.x, begin, lane);
     begin_tile(held, round, rows, begin, steps);
-    if (CODEBOOK) fill_table(shared, p.part[0].table, THREADS);
+    if (CODEBOOK) lay_table(shared, p.part[0].table, THREADS);
     if (LEVELS)
         for (int i = tid; i < 4 * LEVELS; i += THREADS) ((float *)(shared + TABLE))[i] = p.part[0].scales.levels[i];
     next_may_begin(), previous_done();
     stage(xs, p.part[0], first_step, all_steps, tid);
     __syncthreads();
 
-    int row = (lane >> 2) / SPREAD;
+    int row = (lane >> 2) / SIDES;
     u32 first_x = shared_place(xs + min(row, ROWS - 1) * 4 + (lane & 3));
-    bool has_x = row < ROWS && (lane >> 2) % SPREAD == (lane & 3) / LANES;
+    bool has_x = row < ROWS && (lane >> 2) % SIDES == (lane & 3) / LANES;
     Shared s = {kept(first_x), x_sums, (const float *)(shared + TABLE), {(const u8 *)shared, kept((u32)lane * 4)}, has_x};
     if (SUMMED) {
         sum_steps(x_sums, s, xs, all_steps, tid);

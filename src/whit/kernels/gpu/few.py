@@ -12,14 +12,11 @@ import torch
 from torch import Tensor
 
 from whit.kernels.gpu import nvrtc, stream
-from whit.kernels.gpu.scales import storage
 from whit.kernels.gpu.stream import Operands, Scheme
-from whit.tensor import Format
 
 SOURCE = Path(__file__).with_name("few.cu")
 MOST_ROWS = 16
 MOST_SHARED = 226 << 10
-NARROW_STEP = 128  # columns of the smallest step of codes that do not fill a word in twos, fours or eights, or of 1 bit
 SHARED_BEGINS = 1024  # the address, on Hopper: what is before is the system's
 SCALE_BYTES = (2, 2, 4, 1)  # by the storage of a scale
 
@@ -39,18 +36,6 @@ class Config:
         return 32 * self.warps
 
 
-@lru_cache(maxsize=1024)
-def narrow(format: Format, columns: int) -> tuple[Scheme, Config] | None:
-    """How codes of 1, 3, 5, 6 or 7 bits are read whose groups are half or a quarter of what four threads hold at least,
-    which no other kernel takes: groups lie side by side. None where that is not so."""
-    stored, group = storage(format), format.group_size
-    if isinstance(stored, str) or stored.levels or stored.bits not in (1, 3, 5, 6, 7) or group not in (32, 64):
-        return None
-    if columns % NARROW_STEP:
-        return None
-    return Scheme(stored, group // 4, 1), Config(8, 2, 2, NARROW_STEP // group)
-
-
 def rounded(rows: int) -> int:
     """Rows that the kernel is built for: 1, 2, 4, 8 or 16."""
     return 1 << (rows - 1).bit_length()
@@ -67,25 +52,31 @@ class Case:
 
 
 def spread_of(scheme: Scheme, config: Config) -> Scheme:
-    """The scheme in whose steps `spread` groups lie side by side."""
-    return replace(scheme, chunk=scheme.chunk * config.spread)
+    """The scheme in whose steps `spread` times as many groups lie side by side."""
+    return replace(scheme, chunk=scheme.chunk * config.spread, spread=scheme.spread * config.spread)
+
+
+def scaled(wide: Scheme, rows: int) -> bool:
+    """Whether codes get their scales before they are multiplied: groups of a step and rows are more than eight."""
+    return wide.spread > 1 and rounded(rows) * wide.spread > 8
 
 
 def macros(scheme: Scheme, config: Config, case: Case) -> dict[str, int]:
     """What few.cu is compiled with."""
+    wide = spread_of(scheme, config)
     return scheme.storage.macros | {
-        "HALF": int(case.half), "CHUNK": scheme.chunk * config.spread, "STEPS_PER_GROUP": scheme.steps_per_group,
+        "HALF": int(case.half), "CHUNK": wide.chunk, "STEPS_PER_GROUP": scheme.steps_per_group,
         "ROWS": rounded(case.rows), "WARPS": config.warps, "AHEAD": config.ahead, "MIN_BLOCKS": config.min_blocks,
-        "PARTS": case.parts, "EVEN": int(case.even), "SPREAD": config.spread, "WIDE": SHARED_BEGINS * config.wide,
+        "PARTS": case.parts, "EVEN": int(case.even), "SPREAD": wide.spread, "WIDE": SHARED_BEGINS * config.wide,
     }  # fmt: skip
 
 
 def shared_bytes(scheme: Scheme, config: Config, rows: int, steps: int) -> int:
     """Dynamic shared memory of a block: table, levels of scales, `steps` of x and their sums, sums of two tiles."""
-    rows, step = rounded(rows), scheme.step * config.spread
+    rows, wide = rounded(rows), spread_of(scheme, config)
     table = (stream.TABLE_BYTES << config.wide if scheme.storage.levels else 0) + 1024 * (scheme.storage.scale == 3)
-    sums = rows * config.spread
-    return table + 2 * rows * steps * step + -(-steps * sums // 4) * 16 + 2 * config.warps * sums * 64 + 16
+    sums = rows * (1 if scaled(wide, rows) else wide.spread)
+    return table + 2 * rows * steps * wide.step + -(-steps * sums // 4) * 16 + 2 * config.warps * sums * 64 + 16
 
 
 @lru_cache(maxsize=4096)
@@ -99,7 +90,8 @@ def slices(scheme: Scheme, config: Config, rows: int, columns: int) -> int:
 
 def fits(scheme: Scheme, config: Config, rows: int) -> bool:
     """Whether the kernel can run it: few rows, and a step of x in shared memory."""
-    if config.spread > 1 and (rounded(rows) * config.spread > 8 or scheme.steps_per_group != 1):
+    wide = spread_of(scheme, config)
+    if wide.spread > 1 and (scheme.steps_per_group != 1 or (scheme.storage.levels and scaled(wide, rows))):
         return False
     return rows <= MOST_ROWS and shared_bytes(scheme, config, rows, 1) * config.min_blocks <= MOST_SHARED
 
@@ -124,8 +116,8 @@ def several(parts: int) -> type[ctypes.Structure]:
 
 def is_even(scheme: Scheme, config: Config, columns: int, cuts: int) -> bool:
     """Whether all warps have whole rounds of `ahead` steps, each step with a scale of its own."""
-    steps, round_steps = columns // (scheme.step * config.spread), config.warps * config.ahead
-    size = SCALE_BYTES[scheme.storage.scale] * config.ahead * config.spread
+    wide, round_steps = spread_of(scheme, config), config.warps * config.ahead
+    size, steps = SCALE_BYTES[scheme.storage.scale] * config.ahead * wide.spread, columns // wide.step
     return scheme.steps_per_group == 1 and not steps % (cuts * round_steps) and size in (4, 8, 16, 32)
 
 

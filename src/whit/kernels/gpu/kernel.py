@@ -12,7 +12,7 @@ from torch import Tensor
 
 from whit.formats import parse_format
 from whit.kernels.base import QUANTIZED_INPUTS
-from whit.kernels.gpu import digits, few, halves, many, nvrtc, slab, stream, tiled, tuned
+from whit.kernels.gpu import digits, few, halves, many, narrow, nvrtc, slab, stream, tiled, tuned
 from whit.kernels.gpu.dequantize import dequantize
 from whit.kernels.gpu.scales import storage
 from whit.tensor import PackedWeight
@@ -70,7 +70,7 @@ class Gpu:
         return fused if self.invariant else None
 
     def prepare(self, packed: PackedWeight) -> PackedWeight:
-        if ARRIVED in packed.tensors or streams(packed) is not None:
+        if ARRIVED in packed.tensors or (streams(packed) is not None and narrow_scheme(packed) is None):
             return packed
         arrived = torch.zeros(-(-packed.shape[0] // 16), dtype=torch.int32, device=packed.device)
         derived = {ARRIVED: arrived} | ({} if self.invariant else halves_for(packed))
@@ -95,12 +95,12 @@ def streams(packed: PackedWeight) -> str | None:
 
 def halves_for(packed: PackedWeight) -> dict[str, Tensor]:
     """Its absmax in 16 bits, an eighteenth more memory, where a kernel on its device reads that; not in a recording."""
-    scheme, absmax = scheme_of(packed), packed.tensors.get("absmax")
+    absmax = packed.tensors.get("absmax")
     if absmax is None or absmax.device.type != "cuda" or torch.cuda.is_current_stream_capturing():
         return {}
     major = torch.cuda.get_device_capability(absmax.device)[0]
     shape = packed.shape[0], packed.shape[1]
-    return halves.halved(absmax) if tuned.reads_halves(scheme, shape, major) else {}
+    return halves.halved(absmax) if tuned.reads_halves(scheme_of(packed), shape, major) else {}
 
 
 def product(x: Tensor, packed: PackedWeight, bias: Tensor | None, invariant: bool = False) -> Tensor:
@@ -116,28 +116,19 @@ def product(x: Tensor, packed: PackedWeight, bias: Tensor | None, invariant: boo
         if cut is not None:
             read = short if way == "slab" else scheme
             return _WAYS[way](aligned(x, rows), packed, bias, read, cut).reshape(*x.shape[:-1], -1)
-    if rows and (side := narrow(packed, rows)):
-        return _in_parts(aligned(x, rows), packed, bias, *side).reshape(*x.shape[:-1], -1)
+    side = narrow_scheme(packed) if rows else None
+    if side and (found := narrow.plan(side, (packed.shape[0], columns), rows, device_of(x)[1])):
+        return _WAYS[found[0]](aligned(x, rows), packed, bias, side, found[1]).reshape(*x.shape[:-1], -1)
     stored = storage(packed.format)
     assert not isinstance(stored, str)
     return torch.nn.functional.linear(x, dequantize(packed, x.dtype, stored), bias)
 
 
-def narrow(packed: PackedWeight, rows: int) -> tuple[stream.Scheme, few.Config] | None:
-    """How rows go through a weight whose groups no other kernel reads: where two launches are enough for them."""
-    found = few.narrow(packed.format, packed.shape[1])
+def narrow_scheme(packed: PackedWeight) -> stream.Scheme | None:
+    """How a weight is read whose groups are narrower than a step; None where they are not, or it lies unaligned."""
     codes = packed.tensors["codes"]
-    if found is None or rows > 2 * (8 // found[1].spread) or not codes.is_contiguous() or codes.data_ptr() % 16:
-        return None
-    return found
-
-
-def _in_parts(
-    x: Tensor, packed: PackedWeight, bias: Tensor | None, scheme: stream.Scheme, config: few.Config
-) -> Tensor:
-    """x (rows, columns) through a weight, as many rows at a time as groups side by side leave room for."""
-    most = 8 // config.spread
-    return torch.cat([_one_few(part, packed, bias, scheme, config) for part in torch.split(x, most)])
+    lies = codes.is_contiguous() and codes.data_ptr() % 16 == 0
+    return narrow.scheme(packed.format, packed.shape[1]) if lies else None
 
 
 Cut: TypeAlias = few.Config | many.Config | slab.Config | stream.Config | tiled.Config | None

@@ -35,8 +35,6 @@ DEVICE int begin_cluster() {
     return 0;
 }
 DEVICE void cluster_began(int) { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
-// The same word of another lane.
-DEVICE u32 word_of(u32 v, int lane) { return __shfl_sync(0xFFFFFFFFu, v, lane); }
 #endif
 
 DEVICE constexpr int min_of(int a, int b) { return a < b ? a : b; }
@@ -175,7 +173,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) slab(KERNEL_ARGUME
 #pragma unroll
     for (int i = 0; i < STAGES; i++) ask_scales(r, i, first, lane);
     if (BY_ROW) load_scales(of_rows, w, r.out, tid);
-    if (CODEBOOK) lay_pairs(shared, p.table, tid);
+    if (CODEBOOK) lay_table(shared, p.table, THREADS);
     if (SCALE == 3)
         for (int i = tid; i < 256; i += THREADS) levels[i] = w.scales.levels[i];
     Levels of_scales = {levels, SCALE == 3 ? *w.scales.offset : 0.0f};

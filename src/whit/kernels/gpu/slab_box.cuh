@@ -1,16 +1,5 @@
 // The products of a box, as slab.cu takes them: scales, x and codes as operands of mma.sync, and the sums.
 
-// Every thread lays down its part of the table of pairs, for a level that each lane reads once (`levels`: 16 operands):
-// fill_table, which reads two for each pair, waits for memory each time, and x is asked for after it.
-DEVICE void lay_pairs(uint4 *table, const u16 *levels, int tid) {
-    u32 level = levels[tid & 15];
-#pragma unroll 4
-    for (int i = tid; i < 256 * 8; i += THREADS) {
-        u32 pair = word_of(level, i >> 3 & 15) | word_of(level, i >> 7) << 16;
-        table[i] = make_uint4(pair, pair, pair, pair);
-    }
-}
-
 struct Levels {  // of scales
     const float *values;
     float offset;

@@ -46,11 +46,12 @@ class Config:
 
 @dataclass(frozen=True)
 class Scheme:
-    """What the kernel must know of a format at compile time."""
+    """What the kernel must know of a format at compile time. `spread`: groups side by side in a step."""
 
     storage: Storage
     chunk: int
     steps_per_group: int
+    spread: int = 1
 
     @property
     def step(self) -> int:

@@ -1,7 +1,7 @@
 // y (rows, outs) = x (rows, columns) W (outs, columns)^T + bias for more rows than stream.cu is for.
 //
 // Built at run time, one kernel per format and configuration, after common.cuh. The host (tiled.py) also defines
-//   CHUNK, STEPS_PER_GROUP    as codes.cuh says
+//   CHUNK, STEPS_PER_GROUP, SPREAD    as codes.cuh says
 //   MT, WG             tiles of 64 outs per four warps, and how many four warps
 //   NT                 tiles of 8 rows in a block
 //   AHEAD, STAGES      steps of W that a thread holds; steps of x in shared memory
@@ -22,7 +22,6 @@ constexpr int ROWS = 8 * NT;         // of a block
 constexpr int STAGE = STEP / 8 * ROWS;  // of uint4: a step of x
 constexpr int STRIDE = OUTS + 4;     // of a row of sums
 constexpr int BATCH = UNITS < 4 / MT ? UNITS : 4 / MT;  // units that are decoded, then multiplied
-constexpr bool SCALE_PAIRS = SCALE == HALF && ZERO != 2;  // the scale is an operand's type, the zero point exact in it
 #if WGMMA
 #include "hopper.cuh"
 #endif
@@ -38,8 +37,9 @@ DEVICE void load_held(Held &held, const Params &p, int step, int first_out, int 
         int out = min(first_out + (m >> 1) * 64 + (m & 1) * 8 + (lane >> 2), p.outs - 1);
         load_words(held.words[m >> 1][m & 1], p.codes + (long long)out * p.row_words + (step * 4 + (lane & 3)) * WORDS);
 #if STEPS_PER_GROUP
-        held.scale[m >> 1][m & 1] = load_scale(p.scales, out, step / STEPS_PER_GROUP);
-        held.zero[m >> 1][m & 1] = load_zero(p.scales, out, step / STEPS_PER_GROUP);
+        int group = step / STEPS_PER_GROUP * SPREAD + (lane & 3) * SPREAD / 4;
+        held.scale[m >> 1][m & 1] = load_scale(p.scales, out, group);
+        held.zero[m >> 1][m & 1] = load_zero(p.scales, out, group);
 #endif
     }
 }
@@ -47,19 +47,7 @@ DEVICE void load_held(Held &held, const Params &p, int step, int first_out, int 
 // The operands of a unit of one row, scaled where a group has its own scale.
 DEVICE void operands(u32 (&pairs)[4], const Held &held, int m, int h, int unit, const Table &table) {
     decode(pairs, held.words[m][h], unit, table);
-#if STEPS_PER_GROUP
-    float scale = held.scale[m][h], zero = held.zero[m][h];
-    u32 scale_pair = round_pair(scale, scale), zero_pair = round_pair(-zero, -zero);
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-        if constexpr (SCALE_PAIRS) {
-            if (ZERO) pairs[i] = add_pair(pairs[i], zero_pair);
-            pairs[i] = scale_by(pairs[i], scale_pair);
-        } else {
-            pairs[i] = round_pair((widen(pairs[i] & 0xFFFF) - zero) * scale, (widen(pairs[i] >> 16) - zero) * scale);
-        }
-    }
-#endif
+    if (STEPS_PER_GROUP) scale_pairs(pairs, held.scale[m][h], held.zero[m][h]);
 }
 
 // Steps of x pass through a ring of stages in shared memory. On Hopper one thread asks for them, once every warp has
@@ -200,6 +188,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) tiled(const Pa
     publish_barriers();
 #endif
     if (CODEBOOK) fill_table(shared + 8, p.table, THREADS);
+    next_may_begin(), previous_done();
     __syncthreads();
 #pragma unroll 1
     for (int step = 0; step < EARLY; step++) fetch(ring, step);

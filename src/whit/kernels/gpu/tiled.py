@@ -63,7 +63,7 @@ def macros(scheme: Scheme, config: Config, half: bool, wgmma: bool) -> dict[str,
     return scheme.storage.macros | {
         "HALF": int(half), "CHUNK": scheme.chunk, "STEPS_PER_GROUP": scheme.steps_per_group, "MT": config.tiles,
         "WG": config.warpgroups, "NT": config.row_tiles, "AHEAD": config.ahead, "STAGES": config.stages,
-        "MIN_BLOCKS": config.min_blocks, "WGMMA": int(wgmma),
+        "MIN_BLOCKS": config.min_blocks, "WGMMA": int(wgmma), "SPREAD": scheme.spread,
     }  # fmt: skip
 
 
@@ -137,6 +137,6 @@ def launch(operands: Operands, scheme: Scheme, config: Config, wgmma: bool) -> N
     lay = build_arrange(tuple(arrange_macros(scheme, config.row_tiles).items()), device)
     function = build(scheme, config.whole, x.dtype == torch.float16, wgmma, device)
     laid = ArrangeParams(x.data_ptr(), arranged.data_ptr(), rows, columns)
-    lay.launch(arrange_grid(x, config), ARRANGE_THREADS, 0, laid, where)
+    lay.launch_early(arrange_grid(x, config), ARRANGE_THREADS, 0, laid, where)
     cut, shared = grid(config, operands.y.shape[1], rows), shared_bytes(scheme, config)
-    function.launch(cut, config.threads, shared, params(operands, arranged, scheme, config), where)
+    function.launch_early(cut, config.threads, shared, params(operands, arranged, scheme, config), where)

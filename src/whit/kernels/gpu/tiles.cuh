@@ -93,8 +93,3 @@ DEVICE u32 load_shared(u32 at) {  // what was written before the first products
     asm("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(at));
     return v;
 }
-DEVICE u32 multiply_add(u32 a, u32 b, u32 c) {
-    u32 d;
-    asm("fma.rn." TYPE "x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
-    return d;
-}
