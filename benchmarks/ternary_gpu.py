@@ -1,7 +1,7 @@
-"""Ternary weights on Hopper, one row and four: python benchmarks/ternary_gpu.py [--seconds 110] [--out FOLDER]
+"""Ternary weights on Hopper: python benchmarks/ternary_gpu.py [--seconds 60] [--out FOLDER]
 
-Products against float64 first, then each cut beside torch's bf16 product and the kernel for all other runs: cold
-weights in CUDA graphs, medians.
+Modules first: products against float64, rows that do not depend on others, torch.compile, and the bytes that are saved.
+Then 1 to 64 rows beside torch's bf16 product and the kernels that read digits: cold weights in CUDA graphs, medians.
 """
 
 from __future__ import annotations
@@ -9,104 +9,113 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from runs_gpu import on_cpu, random_packed, scheme_of
-from whit.errors import KernelError
+from runs_gpu import random_packed as random_digits
 from whit.kernels import reference
-from whit.kernels.gpu import runs, ternary
-from whit.kernels.gpu.ternary import Config
+from whit.kernels.gpu import GpuRuns, GpuTernary
+from whit.layouts import BITS, WHOLE_BITS
+from whit.modules import QuantizedLinear
 from whit.tensor import PackedWeight
 
-from gpu_few import SHAPES, plain_seconds
-from gpu_harness import Budget, copies, random_x, relative_error, seconds_cold
+from gpu_harness import Budget, copies, plain_seconds, random_x, relative_error, seconds_cold
 from harness import RESULTS, machine, markdown
 
-CHECKED = (
-    ("ternary-g64", 1, (1000, 4096)), ("ternary-g64", 1, (1000, 8192)), ("ternary-g64", 4, (999, 1280)),
-    ("ternary-g128", 3, (77, 640)), ("ternary", 2, (160, 4096)), ("ternary-tensor-absmean", 1, (333, 1024)),
-    ("ternary-g64", 1, (4099, 14336)), ("ternary-g64-f32", 1, (160, 4096)),
-)  # fmt: skip
-SOME = (Config(4, 2), Config(7, 2, 1, 2), Config(15, 2), Config(13, 2, 1, 2))
-LIMIT = 2.5e-3
+CHECKED = tuple(itertools.product(
+    ("ternary-g64", "ternary-g128", "ternary-g256", "ternary-g64-f32", "ternary", "ternary-tensor-absmean"),
+    ((1000, 4096), (4099, 2048), (160, 14336)),
+))  # fmt: skip
+SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336), (28672, 8192))
+ROWS = (1, 2, 4, 8, 16, 32, 64)
+LIMIT = 4e-3
 
 
-def check(generator: torch.Generator) -> list[tuple[str, float, bool]]:
-    """What was multiplied, the relative error, and whether it comes out the same again."""
-    found = []
-    for spec, rows, shape in CHECKED:
-        packed, x = random_packed(spec, shape, generator), random_x(rows, shape[1], generator)
-        bias = random_x(1, shape[0], generator)[0]
-        wanted = x.double() @ reference.dequantize(on_cpu(packed), torch.float32).cuda().double().T + bias.double()
-        for cut in {ternary.best(packed, rows), *SOME} - {None}:
-            if ternary.shared_bytes(packed, cut, rows) > ternary.MOST_SHARED:
-                continue
-            first, again = (ternary.multiply(x, packed, bias, cut) for _ in range(2))
-            found.append((f"{spec} {shape} {rows} {cut}", relative_error(first, wanted), torch.equal(first, again)))
+def random_packed(spec: str, shape: tuple[int, int], generator: torch.Generator) -> PackedWeight:
+    """Random digits, with those of no column as a file has them."""
+    packed = random_digits(spec, shape, generator)
+    unpacked = BITS.unpack_codes(packed.tensors["codes"], shape[1], packed.format)
+    tensors = {**packed.tensors, "codes": BITS.pack_codes(unpacked, packed.format)}
+    return PackedWeight(packed.layout, packed.format, shape, tensors)
+
+
+def check(spec: str, shape: tuple[int, int], generator: torch.Generator) -> list[tuple[str, bool]]:
+    """What was looked at in a module, and whether it is as it must be."""
+    packed, found, name = random_packed(spec, shape, generator), [], "{} {}x{}".format(spec, *shape)
+    before = {key: tensor.clone() for key, tensor in packed.tensors.items()}
+    exact = reference.dequantize(packed, torch.float32).double()
+    bias = torch.nn.Parameter(random_x(1, shape[0], generator)[0], requires_grad=False)
+    module = QuantizedLinear(packed, bias, torch.bfloat16)
+    for rows in (1, 2, 4, 8, 16, 33, 64, 300):
+        x = random_x(rows, shape[1], generator)
+        y, wanted = module(x), x.double() @ exact.T + bias.double()
+        right = relative_error(y, wanted) < LIMIT and torch.equal(module(x), y) and module.ready(x)[0] == GpuTernary()
+        found.append((f"{name} {rows} rows", right))
+    found.append((f"{name} in whole bits", module.layout == WHOLE_BITS.name))
+    found.append((f"{name} compiled", compiled(module, generator)))
+    module.set_deterministic(True)
+    x = random_x(70, shape[1], generator)
+    found.append((f"{name} rows alone", all(torch.equal(module(x)[i : i + 1], module(x[i : i + 1])) for i in (0, 37))))
+    saved = module.state_dict()
+    found.append((f"{name} saved", all(torch.equal(saved[key], tensor) for key, tensor in before.items())))
     return found
 
 
-def cuts(packed: PackedWeight, rows: int) -> list[Config]:
-    """Those that have room."""
-    count = ternary.steps(packed.shape[1])
-    warps = {-(-count // each) for each in (1, 2, 3, 4)} & set(range(5, 17))
-    every = [Config(*cut) for cut in itertools.product(sorted(warps), (2, 3), (1, 2), (1, 2))]
-    return [c for c in every if ternary.shared_bytes(packed, c, rows) * c.min_blocks <= ternary.MOST_SHARED]
+def compiled(module: QuantizedLinear, generator: torch.Generator) -> bool:
+    """Whether torch.compile gives the same bits."""
+    torch._dynamo.reset()
+    x = random_x(1, module.in_features, generator)
+    return torch.equal(torch.compile(module, fullgraph=True)(x), module(x))
 
 
-def timed(shape: tuple[int, int], rows: int, generator: torch.Generator) -> dict[str, Any]:
-    """Seconds of bf16, of the other kernel, and of each cut."""
-    first, x = random_packed("ternary-g64", shape, generator), random_x(rows, shape[1], generator)
-    weights = [first, *(random_packed("ternary-g64", shape, generator) for _ in range(copies(first.nbytes) - 1))]
-    ranking = []
-    for cut in cuts(first, rows):
-        try:
-            calls = [lambda w=w, c=cut: ternary.multiply(x, w, None, c) for w in weights]
-            ranking.append((seconds_cold(calls, 5), astuple(cut)))
-        except KernelError as problem:
-            print(f"FAIL {shape} {rows} {cut}: {str(problem)[:200]}", flush=True)
-    other = [lambda w=w: runs.multiply_few(x, w, None, scheme_of(w), runs.best(shape, rows)) for w in weights]
-    plain = plain_seconds(shape, rows, generator)
-    cell = {"shape": shape, "rows": rows, "bytes": first.nbytes, "bf16": plain, "other": seconds_cold(other, 5)}
-    print(shape, rows, f"bf16 {plain * 1e6:.1f}", sorted(ranking)[:3], flush=True)
-    return cell | {"ranking": sorted(ranking)}
+def timed(spec: str, shape: tuple[int, int], generator: torch.Generator) -> list[dict[str, Any]]:
+    """Seconds of bf16, of codes in whole bits and of digits, by rows."""
+    first = random_packed(spec, shape, generator)
+    digits = [first, *(random_packed(spec, shape, generator) for _ in range(copies(first.nbytes) - 1))]
+    whole, cells = [GpuTernary().prepare(packed) for packed in digits], []
+    for rows in ROWS:
+        x = random_x(rows, shape[1], generator)
+        ours = seconds_cold([lambda w=w, x=x: GpuTernary().linear(x, w, None) for w in whole], 5)
+        other = seconds_cold([lambda w=w, x=x: GpuRuns().linear(x, w, None) for w in digits], 5)
+        plain, held = plain_seconds(shape, rows, generator), sum(whole[0].tensors[key].nbytes for key in first.tensors)
+        cells.append(
+            {"spec": spec, "shape": shape, "rows": rows, "bytes": held, "bf16": plain, "us": ours, "digits": other}
+        )
+        print(
+            spec, shape, rows, f"{plain * 1e6:.1f} {ours * 1e6:.1f} {plain / ours:.2f} {plain / other:.2f}", flush=True
+        )
+    return cells
 
 
 def table(cells: list[dict[str, Any]]) -> str:
     lines = []
     for cell in cells:
-        if cell["ranking"]:
-            best, cut = cell["ranking"][0]
-            plain, speed = cell["bf16"], cell["bytes"] / best / 1e9
-            times = f"{plain * 1e6:.1f}", f"{best * 1e6:.1f}", f"{plain / best:.2f}", f"{plain / cell['other']:.2f}"
-            lines.append(
-                ("{}x{}".format(*cell["shape"]), cell["rows"], *times, f"{speed:.0f}", ", ".join(map(str, cut)))
-            )
-    header = ("shape", "rows", "bf16, us", "us", "times bf16", "runs_few.cu", "GB/s", "warps, stages, blocks, side")
-    return markdown(header, lines)
+        plain, ours = cell["bf16"], cell["us"]
+        times = f"{plain * 1e6:.1f}", f"{ours * 1e6:.1f}", f"{plain / ours:.2f}", f"{plain / cell['digits']:.2f}"
+        speed = f"{cell['bytes'] / ours / 1e9:.0f}"
+        lines.append((cell["spec"], "{}x{}".format(*cell["shape"]), cell["rows"], *times, speed))
+    return markdown(("format", "shape", "rows", "bf16, us", "us", "times bf16", "from digits", "GB/s"), lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=110)
+    parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--out", type=Path, default=RESULTS)
     given = parser.parse_args()
     budget, generator = Budget(given.seconds), torch.Generator("cuda").manual_seed(0)
-    checks = check(generator)
-    good = sum(error < LIMIT and same for _, error, same in checks)
-    print(f"{good} of {len(checks)} right", *(c for c in checks if not (c[1] < LIMIT and c[2])), sep="\n", flush=True)
+    checks = [found for case in CHECKED for found in check(*case, generator)]
+    good = sum(right for _, right in checks)
+    print(f"{good} of {len(checks)} right", *(name for name, right in checks if not right), sep="\n", flush=True)
     cells: list[dict[str, Any]] = []
-    for shape, rows in itertools.product(SHAPES, (1, 4)):
-        if budget.left > 3:
-            cells.append(timed(shape, rows, generator))
+    for shape, spec in itertools.product(SHAPES, ("ternary-g64", "ternary")):
+        if budget.left > 4:
+            cells += timed(spec, shape, generator)
     given.out.mkdir(parents=True, exist_ok=True)
     result = {"machine": machine(), "checks": checks, "cells": cells}
     (given.out / "ternary_gpu.json").write_text(json.dumps(result, indent=1) + "\n")
-    text = f"{machine().get('gpu')}. {good} checks of {len(checks)} passed. ternary-g64.\n\n{table(cells)}\n"
+    text = f"{machine().get('gpu')}. {good} checks of {len(checks)} passed.\n\n{table(cells)}\n"
     (given.out / "ternary_gpu.md").write_text(text)
     print(text)
 

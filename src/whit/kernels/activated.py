@@ -15,7 +15,7 @@ from torch import Tensor
 
 from whit.kernels import float8, int8
 from whit.kernels.reference import dequantize
-from whit.layouts import LAYOUTS, layout_named
+from whit.layouts import HELD, layout_named
 from whit.tensor import Activated, Format, PackedWeight, in_bytes, product_dtype, rotation
 
 
@@ -29,7 +29,7 @@ class Activation8:
         how = packed.activations
         if how is None:
             return "activations are not quantized"
-        if not any(layout.name == packed.layout for layout in LAYOUTS) or len(packed.shape) != 2:
+        if not any(layout.name == packed.layout for layout in HELD) or len(packed.shape) != 2:
             return f"layout {packed.layout} of shape {tuple(packed.shape)}"
         if rotation(packed.format):
             return f"{packed.format} wants its inputs rotated first"

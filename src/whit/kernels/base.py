@@ -40,8 +40,9 @@ class Kernel(Protocol):
 
         A module asks once, at its first use, and holds the answer in place of its own tensors. So the answer is still
         a weight in its layout: under the layout's keys it has equal values, shapes and dtypes, though they may lie in
-        other memory or in another order of strides. Tensors under further keys are derived ones, small, and never
-        saved; a subclass of PackedWeight may carry more. What is prepared already comes back as it is.
+        other memory or in another order of strides; or it is one in layout `whole-bits`, from which the module takes
+        back what it had. Tensors under further keys are derived ones, small, and never saved; a subclass of
+        PackedWeight may carry more. What is prepared already comes back as it is.
         """
         ...
 

@@ -17,23 +17,24 @@ from whit.kernels.activated import Activation8
 from whit.kernels.bands import Banded
 from whit.kernels.base import Kernel
 from whit.kernels.cpu import Cpu, Cpu8
-from whit.kernels.gpu import Gpu, Gpu8, GpuFloat8, GpuRuns
+from whit.kernels.gpu import Gpu, Gpu8, GpuFloat8, GpuRuns, GpuTernary
 from whit.kernels.invariant import RowByRow
 from whit.kernels.reference import Reference
 from whit.kernels.rotated import Rotation
 from whit.kernels.side_car import SideCar
 from whit.tensor import PackedWeight
 
-PLAIN: tuple[Kernel, ...] = (Gpu(), GpuRuns(), Cpu())  # of inputs as they are
+PLAIN: tuple[Kernel, ...] = (Gpu(), GpuTernary(), GpuRuns(), Cpu())  # of inputs as they are
 EIGHT: tuple[Kernel, ...] = (Gpu8(), GpuFloat8(), Cpu8(), Activation8())  # of quantized inputs
 KERNELS: tuple[Kernel, ...] = (
-    *(SideCar(kernel) for kernel in PLAIN), Banded(PLAIN), *PLAIN, *EIGHT,
+    *(SideCar(kernel) for kernel in PLAIN), Banded((Gpu(), GpuRuns(), Cpu())), *PLAIN, *EIGHT,
     *(Rotation(kernel) for kernel in (*PLAIN, *EIGHT)), Reference(),
 )  # fmt: skip
 
 # Of weights that are `deterministic`. Streams of up to 4 rows on the CPU sum each in one order, a test says.
 INVARIANT: tuple[Kernel, ...] = (
-    Gpu(invariant=True), *(RowByRow(kernel, 4 if kernel == Cpu() else 1) for kernel in KERNELS),
+    Gpu(invariant=True), GpuTernary(invariant=True),
+    *(RowByRow(kernel, 4 if kernel == Cpu() else 1) for kernel in KERNELS),
 )  # fmt: skip
 
 Choice: TypeAlias = tuple[torch.dtype, str, int]

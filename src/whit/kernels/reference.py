@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from whit.kernels.base import QUANTIZED_INPUTS
-from whit.layouts import LAYOUTS, layout_named
+from whit.layouts import HELD, layout_named
 from whit.tensor import PackedWeight, matrix_shape
 
 CHUNK = 1 << 24  # weights dequantized at a time: bounds the float32 intermediates to a few of 64 MiB
@@ -39,7 +39,7 @@ class Reference:
     def supports(self, packed: PackedWeight, x: Tensor) -> str | None:
         if packed.activations is not None:
             return QUANTIZED_INPUTS
-        if not any(layout.name == packed.layout for layout in LAYOUTS):
+        if not any(layout.name == packed.layout for layout in HELD):
             return f"layout {packed.layout} is not known"
         return None if x.is_floating_point() else f"activations are {x.dtype}, not floats"
 

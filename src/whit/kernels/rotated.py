@@ -43,7 +43,7 @@ class Rotation:
         stored = in_its_basis(packed)
         assert stored is not None
         codes, how = self.kernel.prepare(stored), packed.activations
-        return Turned(packed.layout, packed.format, packed.shape, codes.tensors, activations=how, codes=codes)
+        return Turned(codes.layout, packed.format, packed.shape, codes.tensors, activations=how, codes=codes)
 
     def linear(self, x: Tensor, packed: PackedWeight, bias: Tensor | None) -> Tensor:
         codes = packed.codes if isinstance(packed, Turned) else in_its_basis(packed)

@@ -43,7 +43,7 @@ class SideCar:
         assert parts is not None
         codes = self.kernel.prepare(parts[0])
         tensors = {**codes.tensors, B: parts[1], A: parts[2]}
-        return Pair(packed.layout, packed.format, packed.shape, tensors, codes=codes)
+        return Pair(codes.layout, packed.format, packed.shape, tensors, codes=codes)
 
     def linear(self, x: Tensor, packed: PackedWeight, bias: Tensor | None) -> Tensor:
         parts = split(packed)

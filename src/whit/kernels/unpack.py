@@ -14,7 +14,9 @@ from whit.kernels.gpu import runs
 from whit.kernels.gpu.dequantize import dequantize as dequantize_gpu
 from whit.kernels.gpu.kernel import DTYPES, why_not
 from whit.kernels.gpu.scales import storage
+from whit.layouts import WHOLE_BITS
 from whit.layouts.stream import unpack_stream
+from whit.layouts.whole import integers, is_ternary
 from whit.tensor import PackedWeight, matrix_shape
 
 
@@ -26,6 +28,8 @@ def dequantize(packed: PackedWeight, dtype: torch.dtype = torch.float32) -> Tens
     if (bands := banded(packed)) is not None:
         place = places(unpack_stream(packed.tensors["codes"], packed.shape[0], packed.format.bits, 0))
         return torch.cat([dequantize(band, dtype) for band in bands])[place]
+    if packed.layout == WHOLE_BITS.name and is_ternary(packed.format):
+        packed = integers(packed)
     compiled = Cpu()
     if packed.device.type == "cpu" and not torch.compiler.is_compiling() and compiled.decodes(packed, dtype) is None:
         return compiled.dequantize(packed, dtype)

@@ -44,7 +44,7 @@ class Bits:
     def specs(self, format: Format, shape: tuple[int, ...]) -> Mapping[str, TensorSpec]:
         """Names, shapes and dtypes of the tensors that `pack` makes, in their order."""
         rows, columns = matrix_shape(shape)
-        specs = {"codes": _codes_spec(*codes_shape(format, rows, columns), format)}
+        specs = {"codes": self._codes_spec(*codes_shape(format, rows, columns), format)}
         for name, param in format.param_specs(rows, columns).items():
             if param.format is not None:
                 inner = self.specs(param.format, param.shape)
@@ -59,7 +59,7 @@ class Bits:
         """Codes to bytes, losslessly."""
         format = quantized.format
         rows, columns = matrix_shape(quantized.shape)
-        tensors = {"codes": _pack_codes(quantized.codes, format)}
+        tensors = {"codes": self.pack_codes(quantized.codes, format)}
         for name, param in format.param_specs(rows, columns).items():
             value = quantized.params[name]
             if isinstance(value, QuantizedTensor):
@@ -72,7 +72,7 @@ class Bits:
         """Bytes to codes: the inverse of `pack`."""
         format = packed.format
         columns = codes_shape(format, *matrix_shape(packed.shape))[1]
-        codes = _unpack_codes(packed.tensors["codes"], columns, format)
+        codes = self.unpack_codes(packed.tensors["codes"], columns, format)
         return QuantizedTensor(format, packed.shape, codes.to(format.code_dtype), self.params(packed))
 
     def params(self, packed: PackedWeight) -> Params:
@@ -100,13 +100,13 @@ class Bits:
             if isinstance(value, QuantizedTensor):
                 value = value.dequantize().reshape(total, -1)
             params[name] = value[index] if value.shape[0] == total else value
-        codes = _unpack_codes(packed.tensors["codes"][index], columns, format)
+        codes = self.unpack_codes(packed.tensors["codes"][index], columns, format)
         return format.decode(codes.to(format.code_dtype), params)
 
     def _banded_rows(self, packed: PackedWeight, parts: tuple[PackedWeight, ...], index: Tensor) -> Tensor:
         """Each row from every band, and of these the one in which it lies: no shape depends on the index."""
         first = 0
-        place = places(_unpack_codes(packed.tensors["codes"], packed.shape[0], packed.format))[index]
+        place = places(self.unpack_codes(packed.tensors["codes"], packed.shape[0], packed.format))[index]
         found = torch.zeros(len(index), packed.shape[1], device=index.device)
         for part in parts:
             count = part.shape[0]
@@ -116,23 +116,45 @@ class Bits:
             first += count
         return found
 
+    def pack_codes(self, codes: Tensor, format: Format) -> Tensor:
+        """Integers (rows, columns) to bytes."""
+        if (base := radix(format)) is None:
+            return pack_stream(codes, format.bits, format.code_min)
+        return pack_digits(codes, base, format.code_min)
 
-def _codes_spec(rows: int, columns: int, format: Format) -> TensorSpec:
-    if (base := radix(format)) is None:
+    def unpack_codes(self, stored: Tensor, columns: int, format: Format) -> Tensor:
+        """The inverse, of any rows."""
+        if (base := radix(format)) is None:
+            return unpack_stream(stored, columns, format.bits, format.code_min)
+        return unpack_digits(stored, columns, base, format.code_min)
+
+    def _codes_spec(self, rows: int, columns: int, format: Format) -> TensorSpec:
+        if (base := radix(format)) is None:
+            return _stream_spec(rows, columns, format.bits)
+        return TensorSpec((rows, -(-columns // digits_per_byte(base))), torch.uint8)
+
+
+@dataclass(frozen=True)
+class WholeBits(Bits):
+    """Layout `whole-bits`: for codes that are digits in `bits`, and here lie as signed integers of so many bits would.
+
+    No file is written so: a module holds it while a kernel multiplies by it.
+    """
+
+    name = "whole-bits"
+
+    def refuses(self, format: Format, shape: tuple[int, ...]) -> str | None:
+        """Formats whose codes lie in whole bits anyway."""
+        return None if radix(format) else f"{format}: codes are no digits"
+
+    def pack_codes(self, codes: Tensor, format: Format) -> Tensor:
+        return pack_stream(codes.to(torch.int8), format.bits, -(1 << format.bits - 1))
+
+    def unpack_codes(self, stored: Tensor, columns: int, format: Format) -> Tensor:
+        return unpack_stream(stored, columns, format.bits, -(1 << format.bits - 1))
+
+    def _codes_spec(self, rows: int, columns: int, format: Format) -> TensorSpec:
         return _stream_spec(rows, columns, format.bits)
-    return TensorSpec((rows, -(-columns // digits_per_byte(base))), torch.uint8)
-
-
-def _pack_codes(codes: Tensor, format: Format) -> Tensor:
-    if (base := radix(format)) is None:
-        return pack_stream(codes, format.bits, format.code_min)
-    return pack_digits(codes, base, format.code_min)
-
-
-def _unpack_codes(stored: Tensor, columns: int, format: Format) -> Tensor:
-    if (base := radix(format)) is None:
-        return unpack_stream(stored, columns, format.bits, format.code_min)
-    return unpack_digits(stored, columns, base, format.code_min)
 
 
 def _is_packed(param: ParamSpec) -> bool:

@@ -24,6 +24,7 @@ from whit.kernels import (
     select,
 )
 from whit.layouts import layout_named
+from whit.layouts.whole import as_stored
 from whit.tensor import Activated, Format, PackedWeight
 
 FLOATS = {1: torch.float8_e4m3fn, 2: torch.bfloat16, 4: torch.float32, 8: torch.float64}  # by bytes
@@ -55,7 +56,12 @@ class PackedModule(nn.Module):
 
     @property
     def packed(self) -> PackedWeight:
-        """The packed weight as it lies now."""
+        """The packed weight as a file has it."""
+        return as_stored(self._lying)
+
+    @property
+    def _lying(self) -> PackedWeight:
+        """The packed weight as it lies now, which is another layout where a kernel wants one."""
         tensors = {key: self._held(key) for key in self._keys}
         how, alone = self.activations, self.deterministic
         return PackedWeight(self.layout, self.format, self.weight_shape, tensors, activations=how, deterministic=alone)
@@ -63,7 +69,7 @@ class PackedModule(nn.Module):
     def set_deterministic(self, on: bool) -> None:
         """Whether a row of a product must be the same bits whatever rows are beside it."""
         self.deterministic = on
-        self._numbers = packed_numbers(self.packed)
+        self._numbers = packed_numbers(self._lying)
         self._ready.clear()
 
     def _held(self, key: str) -> Tensor:
@@ -82,6 +88,7 @@ class PackedModule(nn.Module):
         Scalars stay buffers. What a kernel would prepare is not held: other bytes lie there at the next call. Up to
         torch 2.11 it takes floats alone, so integers are given to it as floats of as many bytes; it moves bytes.
         """
+        self._put_back()
         for key in self._keys:
             tensor = self._buffers.get(key)
             if tensor is not None and tensor.dim():
@@ -102,23 +109,25 @@ class PackedModule(nn.Module):
     def ready(self, x: Tensor) -> tuple[Kernel, PackedWeight]:
         """The kernel that multiplies activations such as `x`, and the weight as this kernel prepared it, once."""
         if self._comes_and_goes:
-            return select(stored := self.packed, x), stored
+            return select(stored := self._lying, x), stored
         found = self._ready.get(key := choice_key(x))
         if found is not None and found[1].tensors[self._keys[0]] is self._held(self._keys[0]):
             return found
-        stored = self.packed
+        stored = self._lying
         kernel = select(stored, x)
         prepared = next((p for k, p in self._ready.values() if k is kernel and self._holds(p)), None)
         if prepared is None:
             with torch.inference_mode(False):  # what the module holds from now on must not be tied to such a mode
                 prepared = kernel.prepare(stored)
+            if prepared.layout != stored.layout and _is_offloaded(self):
+                return kernel, stored
             self._adopt(prepared)
         self._ready[key] = kernel, prepared
         return kernel, prepared
 
     def traced(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """The product with x (..., in_features) as one operator, which torch.compile takes without looking inside."""
-        tensors, names = packed_arguments(self.packed, self._numbers)
+        tensors, names = packed_arguments(self._lying, self._numbers)
         return packed_linear_op(x, tensors, bias, *names)  # type: ignore[no-any-return]
 
     def take(self, x: Tensor, kernel: Kernel, prepared: PackedWeight) -> None:
@@ -131,9 +140,16 @@ class PackedModule(nn.Module):
 
     def _adopt(self, prepared: PackedWeight) -> None:
         """Hold the prepared tensors in place of the stored ones, lest there be two copies."""
+        self.layout = prepared.layout
         for key in self._keys:
             self._buffers[key] = prepared.tensors[key]
         self._ready = {key: found for key, found in self._ready.items() if self._holds(found[1])}
+
+    def _put_back(self) -> None:
+        """Hold the tensors that a file has, whose shapes and values are asked for from outside."""
+        if (stored := as_stored(lying := self._lying)) is not lying:
+            self._adopt(stored)
+            self._ready.clear()
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight as floats, in the module's own dtype unless another is given."""
@@ -147,6 +163,7 @@ class PackedModule(nn.Module):
         return floats.reshape(*index.shape, -1)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedModule:
+        self._put_back()
         held = {id(self._stored(key)) for key in self._keys}
 
         def move_only(tensor: Tensor) -> Tensor:
@@ -157,11 +174,14 @@ class PackedModule(nn.Module):
         return super()._apply(move_only, recurse)  # type: ignore[no-any-return, no-untyped-call]
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._put_back()
         self._ready.clear()  # new values come into the same tensors
         super()._load_from_state_dict(*args, **kwargs)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        if (lying := self._lying).layout != (stored := as_stored(lying)).layout:
+            destination |= {prefix + key: tensor for key, tensor in stored.tensors.items()}
         for key in self._keys:  # as stored, whatever order of strides a kernel holds them in
             destination[prefix + key] = destination[prefix + key].contiguous()
 
@@ -179,18 +199,24 @@ def prepare(model: nn.Module, dtype: torch.dtype, rows: int = 1) -> None:
             module.ready(torch.empty(rows, module.in_features, dtype=dtype, device=module.weight.device))
 
 
+def _is_offloaded(module: nn.Module) -> bool:
+    """Whether accelerate brings the module's tensors, as they are stored, for every forward."""
+    hook = getattr(module, "_hf_hook", None)
+    return any(getattr(each, "offload", False) for each in getattr(hook, "hooks", (hook,)))
+
+
 @contextmanager
 def resident(module: PackedModule) -> Iterator[PackedWeight]:
     """The packed weight where it can be computed with, for a use that is not the module's own forward.
 
     accelerate keeps the tensors of an offloaded module elsewhere and brings them for its forward only.
     """
-    hook = getattr(module, "_hf_hook", None) if module.packed.device.type == "meta" else None
+    hook = getattr(module, "_hf_hook", None) if module._lying.device.type == "meta" else None
     if hook is None:
-        yield module.packed
+        yield module._lying
         return
     hook.pre_forward(module)
     try:
-        yield module.packed
+        yield module._lying
     finally:
         hook.post_forward(module, None)

@@ -11,7 +11,7 @@ from torch import Generator, Tensor
 import whit
 from whit.formats import parse_format
 from whit.kernels import reference
-from whit.kernels.gpu import runs, ternary
+from whit.kernels.gpu import runs
 from whit.kernels.gpu.runs import Config, Scheme
 from whit.layouts import BITS
 from whit.tensor import PackedWeight
@@ -104,28 +104,3 @@ def test_it_says_what_it_cannot_run(spec: str, columns: int, reason: str):
     found = runs.scheme(whit.parse_format(spec), columns)
     assert isinstance(found, str)
     assert reason in found
-
-
-TERNARY = [
-    ("ternary-g64", 1, 384, ternary.Config(2, 2)),
-    ("ternary-g64", 1, 8320, ternary.Config(14, 2, 1, 2)),
-    ("ternary-g128", 3, 1024, ternary.Config(4, 3, 1, 2)),
-    ("ternary", 2, 352, ternary.Config(1, 2)),
-    ("ternary-tensor-absmean", 1, 608, ternary.Config(2, 4)),
-]
-
-
-@pytest.mark.parametrize(("spec", "rows", "columns", "config"), TERNARY)
-def test_ternary_product_of_few_rows_equals_float64(
-    spec: str, rows: int, columns: int, config: ternary.Config, random: Generator
-):
-    packed = random_packed(spec, 69, columns, random)
-    assert ternary.why_not(packed) is None
-    x, bias = torch.randn(rows, columns, generator=random).to(BF16), torch.randn(69, generator=random).to(BF16)
-    exact = reference.dequantize(packed, torch.float32).double()
-    library = emulated.library(ternary.SOURCE, tuple(ternary.macros(packed, config, rows).items()))
-    for added in (bias, None):
-        y = torch.full((rows, 69), float("nan"), dtype=BF16)
-        library.run(ctypes.byref(ternary.params(x, packed, added, y)), 2, 1, 1)
-        wanted = x.double() @ exact.T + (0 if added is None else added.double())
-        assert (y.double() - wanted).norm() < 2.5e-3 * wanted.norm()

@@ -2,7 +2,7 @@
 //
 // Built at run time, one kernel per format and cut, after common.cuh. The host (digits.py) also defines
 //   PARTS              weights of one format and width that are multiplied by the same x
-//   STEPS_PER_GROUP    steps of 64 columns that share a scale: 1, 2 or 4
+//   STEPS_PER_GROUP    steps of 64 columns that share a scale: 1, 2 or 4; 0: the whole row does
 //   WARPS, EACH        so many warps have 512 columns each, EACH times; with one more, which copies
 //   SPLITS             blocks of a cluster that share the columns
 //   STAGES             tiles, of 16 outs and the warps' columns, that have room in shared memory
@@ -35,7 +35,8 @@ DEVICE int to_integer(float v) { return __float2int_rn(v); }
 constexpr int THREADS = 32 * (WARPS + 1), COLUMNS = 512 * WARPS, ALL = COLUMNS * EACH, OUTS = 16, STEPS = 4;  // steps of each side of a warp's columns
 constexpr int PAD = 16;                                // bytes between rows, which then lie in other banks
 constexpr int PRODUCTS = 4, WORDS = BITS;              // of a step; words of the 32 codes that a thread has of a row
-constexpr int CODES = COLUMNS * BITS / 8, GROUPS = COLUMNS / (64 * STEPS_PER_GROUP), SCALE_BYTES = SCALE == 2 ? 4 : 2;
+constexpr int TOGETHER = STEPS_PER_GROUP ? STEPS_PER_GROUP : STEPS;  // steps that are summed as integers
+constexpr int CODES = COLUMNS * BITS / 8, GROUPS = STEPS_PER_GROUP ? COLUMNS / (64 * TOGETHER) : 0, SCALE_BYTES = SCALE == 2 ? 4 : 2;
 constexpr int SCALES = (GROUPS * SCALE_BYTES + 15) / 16 * 16;  // bytes of a row that are copied: slices may begin 8 aside
 constexpr int CODE_ROW = CODES + PAD, SCALE_ROW = SCALES + PAD, TILE = OUTS * (CODE_ROW + SCALE_ROW);
 constexpr int DIGIT_ROW = STEPS * PRODUCTS * 2 + 4;    // words of a digit of a thread's columns
@@ -74,7 +75,7 @@ DEVICE Place place_of(const Params &p, int tile) {
 
 DEVICE u8 *slot_at(u8 *slots, int k) { return slots + k % STAGES * SLOT; }
 
-DEVICE int scales_aside(int column) { return column / (64 * STEPS_PER_GROUP) * SCALE_BYTES % 16; }
+DEVICE int scales_aside(int column) { return GROUPS ? column / (64 * TOGETHER) * SCALE_BYTES % 16 : 0; }
 
 // Where a lane's row of codes or of scales begins, of tile k of the block.
 struct Row {
@@ -87,7 +88,7 @@ DEVICE Row row_of(const Params &p, int first, int k, int rank) {
     const Part &part = p.part[at.part];
     long long out = min(at.tile * OUTS + row, part.outs - 1);
     if (threadIdx.x & 16) {
-        const u8 *from = part.scale + (out * p.columns + column) / (64 * STEPS_PER_GROUP) * SCALE_BYTES;
+        const u8 *from = part.scale + (out * p.columns + column) / (64 * TOGETHER) * SCALE_BYTES;
         return {from - scales_aside(column), SCALES, (u32)(OUTS * CODE_ROW + row * SCALE_ROW)};
     }
     return {part.codes + (out * p.columns + column) * BITS / 8, CODES, (u32)(row * CODE_ROW)};
@@ -103,7 +104,7 @@ DEVICE void copy_tiles(const Params &p, Shared &s, u8 *slots, int first, int cou
         if (lane == 0) expect(s.full + k % STAGES, OUTS * (CODES + SCALES));
         __syncwarp();
         Row row = row_of(p, first, k, rank);
-        copy_row(slot_at(slots, k) + row.place, row.from, row.bytes, s.full + k % STAGES);
+        if (row.bytes) copy_row(slot_at(slots, k) + row.place, row.from, row.bytes, s.full + k % STAGES);
     }
 }
 
@@ -138,24 +139,24 @@ DEVICE void load_codes(u32 (&to)[PRODUCTS][2], const u8 *from) {
 DEVICE void add_tile(float (&sums)[4], const Held &held, const Begin &begin, const u8 *slot, int aside, int warp, int lane) {
     int t = lane & 3, side = t >> 1, g = lane >> 2;
     const u8 *codes = slot + g * CODE_ROW + warp * (512 * BITS / 8) + side * (256 * BITS / 8) + (t & 1) * (4 * WORDS);
-    const u8 *scales = slot + OUTS * CODE_ROW + g * SCALE_ROW + aside + (warp * 8 + side * 4) / STEPS_PER_GROUP * SCALE_BYTES;
-    int d[STEPS / STEPS_PER_GROUP][4];
+    const u8 *scales = slot + OUTS * CODE_ROW + g * SCALE_ROW + aside + (warp * 8 + side * 4) / TOGETHER * SCALE_BYTES;
+    int d[STEPS / TOGETHER][4];
 #pragma unroll
     for (int step = 0; step < STEPS; step++) {
         u32 top[PRODUCTS][2], bottom[PRODUCTS][2];
         load_codes(top, codes + step * (8 * WORDS)), load_codes(bottom, codes + 8 * CODE_ROW + step * (8 * WORDS));
-        int(&to)[4] = d[step / STEPS_PER_GROUP];
+        int(&to)[4] = d[step / TOGETHER];
 #pragma unroll
-        for (int e = 0; e < 4; e++) to[e] = (step % STEPS_PER_GROUP ? to[e] : 0) + begin.first[step][e & 1];
+        for (int e = 0; e < 4; e++) to[e] = (step % TOGETHER ? to[e] : 0) + begin.first[step][e & 1];
 #pragma unroll
         for (int i = 0; i < PRODUCTS; i++)
             multiply_bytes(to, top[i][0], bottom[i][0], top[i][1], bottom[i][1], held.digits[step][i][0], held.digits[step][i][1]);
     }
 #pragma unroll
-    for (int group = 0; group < STEPS / STEPS_PER_GROUP; group++)
+    for (int group = 0; group < STEPS / TOGETHER; group++)
 #pragma unroll
         for (int h = 0; h < 2; h++) {
-            float scale = number_at(scales + h * 8 * SCALE_ROW, group);
+            float scale = GROUPS ? number_at(scales + h * 8 * SCALE_ROW, group) : 1.0f;
 #pragma unroll
             for (int e = 0; e < 2; e++) sums[2 * h + e] += scale * (bits_float((u32)d[group][2 * h + e]) - FIRST_FLOAT);
         }
@@ -177,6 +178,7 @@ DEVICE void store(const Params &p, int i, int first, float sum) {
     const Part &part = p.part[at.part];
     int out = at.tile * OUTS + i % OUTS;
     if (out >= part.outs) return;
+    if (!GROUPS) sum *= number_at(part.scale, out);
     if (part.bias) sum += widen(part.bias[out]);
     part.y[out] = (u16)round_pair(sum, sum);
 }

@@ -68,17 +68,20 @@ def several(parts: int) -> type[ctypes.Structure]:
     return type("Params", (ctypes.Structure,), {"_fields_": fields})
 
 
-def group_steps(scheme: Scheme) -> int:
-    """Steps of 64 columns that share a scale; 0 where these are not 1, 2 or 4."""
+def group_steps(scheme: Scheme) -> int | None:
+    """Steps of 64 columns that share a scale: 1, 2 or 4; 0 where the whole row does; None for other numbers."""
     steps, rest = divmod(scheme.steps_per_group * scheme.step, STEP)
-    return steps if not rest and steps in (1, 2, 4) else 0
+    return steps if not rest and steps in (0, 1, 2, 4) else None
 
 
 def why_not(scheme: Scheme, columns: int) -> str | None:
     """Why the kernel cannot multiply weights of this scheme, or None; they must lie aligned, too (`slab.aligned`)."""
     stored, steps = scheme.storage, group_steps(scheme)
-    if stored.bits not in (2, 3, 4) or stored.levels or stored.zero != NO_ZERO or stored.scale == NESTED or not steps:
-        return "codes are no integers of 2 to 4 bits, have zero points or groups of other than 64, 128 or 256"
+    plain = stored.bits in (2, 3, 4) and not stored.levels and stored.zero == NO_ZERO and stored.scale != NESTED
+    if not plain:
+        return "codes are no integers of 2 to 4 bits, or have zero points"
+    if steps is None or (steps == 0 and stored.bits > 2):
+        return "groups are of other than 64, 128 or 256 columns"
     return f"{columns} columns are no multiple of {SPAN}" if columns % SPAN else None
 
 
@@ -98,8 +101,9 @@ def fit(scheme: Scheme, config: Config, columns: int, tiles: int, multiprocessor
 
 
 def scale_bytes(scheme: Scheme, columns: int) -> int:
-    """Of the scales of so many columns of a row."""
-    return columns // (STEP * group_steps(scheme)) * SCALE_BYTES[scheme.storage.scale]
+    """Of the scales of so many columns of a row that are copied with its codes; 0 where it has one."""
+    steps = group_steps(scheme)
+    return columns // (STEP * steps) * SCALE_BYTES[scheme.storage.scale] if steps else 0
 
 
 def tiles_of(packed: Sequence[PackedWeight]) -> int:
@@ -110,7 +114,7 @@ def tiles_of(packed: Sequence[PackedWeight]) -> int:
 def macros(scheme: Scheme, cut: Cut, half: bool, parts: int = 1) -> dict[str, int]:
     """What digits.cu is compiled with."""
     return scheme.storage.macros | {
-        "HALF": int(half), "STEPS_PER_GROUP": group_steps(scheme), "WARPS": cut.warps, "EACH": cut.each,
+        "HALF": int(half), "STEPS_PER_GROUP": group_steps(scheme) or 0, "WARPS": cut.warps, "EACH": cut.each,
         "SPLITS": cut.splits, "STAGES": cut.stages, "MOST": cut.most, "PARTS": parts,
     }  # fmt: skip
 

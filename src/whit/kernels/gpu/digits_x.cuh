@@ -94,7 +94,7 @@ DEVICE void set_begin(Begin &begin, const Held &held) {
             u32 low = (OFFSET << shift_of(i, 0)) * 0x01010101u, high = (OFFSET << shift_of(i, 1)) * 0x01010101u;
             multiply_bytes(zero, low, low, high, high, held.digits[step][i][0], held.digits[step][i][1]);
         }
-        int first = step % STEPS_PER_GROUP ? 0 : FIRST;
+        int first = step % TOGETHER ? 0 : FIRST;
         begin.first[step][0] = first - zero[0], begin.first[step][1] = first - zero[1];
     }
 }

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from whit.kernels.base import QUANTIZED_INPUTS
-from whit.kernels.gpu import runs, ternary
+from whit.kernels.gpu import runs
 from whit.kernels.gpu.kernel import DTYPES, why_not
-from whit.kernels.gpu.tiled import has_wgmma
 from whit.layouts import BITS
 from whit.tensor import PackedWeight, matrix_shape
 
@@ -20,8 +19,7 @@ from whit.tensor import PackedWeight, matrix_shape
 class GpuRuns:
     """Weights whose scales belong to runs of columns, in bfloat16 and float16, on compute capability 8.0 and newer.
 
-    Up to 16 rows meet weights that are decoded in registers; up to 4 meet ternary ones on Hopper in a kernel of their
-    own. For more the matrix is dequantized for torch's product.
+    Up to 16 rows meet weights that are decoded in registers. For more the matrix is dequantized for torch's product.
     """
 
     name: ClassVar[str] = "gpu-runs"
@@ -49,17 +47,8 @@ class GpuRuns:
         flat = x.reshape(rows, columns).contiguous()
         flat = flat if flat.data_ptr() % 16 == 0 else flat.clone()
         bias = None if bias is None else bias.contiguous()
-        if cut := ternary_cut(flat, packed):
-            return ternary.multiply(flat, packed, bias, cut).reshape(*x.shape[:-1], outs)
         y = runs.multiply_few(flat, packed, bias, found, runs.best(packed.shape, rows))
         return y.reshape(*x.shape[:-1], outs)
-
-
-def ternary_cut(x: Tensor, packed: PackedWeight) -> ternary.Config | None:
-    """How ternary.cu takes x (rows, columns); None where it does not."""
-    if x.dtype != torch.bfloat16 or not has_wgmma(x.device) or ternary.why_not(packed) is not None:
-        return None
-    return ternary.best(packed, len(x))
 
 
 def why_not_decoded(packed: PackedWeight) -> str | None:
