@@ -22,3 +22,13 @@ def test_only_kernels_that_dequantize_need_room(monkeypatch: pytest.MonkeyPatch)
     assert activations("cuda") == largest * torch.bfloat16.itemsize
     monkeypatch.setattr("whit.memory.activations.select", lambda packed, x: Reference())
     assert activations("cpu") > largest * 4
+
+
+def test_ternary_weights_take_two_bits_on_a_gpu():
+    def weights(device: str, spec: str) -> int:
+        planner = Planner(find_subject("whit:model"), Situation(context=64, device=device))
+        return planner.need(planner.weights(spec)).weights_bytes
+
+    assert weights("cuda", "int2-g64") == weights("cpu", "int2-g64")
+    file, held = weights("cpu", "ternary-g64"), weights("cuda", "ternary-g64")
+    assert 1.05 < held / file < 1.25  # 1.85 bits become 2.25, beside what is not quantized

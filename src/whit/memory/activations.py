@@ -22,7 +22,8 @@ from torch import nn
 
 from whit.kernels import select
 from whit.kernels.reference import CHUNK, Reference
-from whit.layouts import BITS
+from whit.layouts import BITS, WHOLE_BITS
+from whit.layouts.whole import is_ternary
 from whit.methods import RTN
 from whit.model.targets import Target
 from whit.tensor import Format, matrix_shape
@@ -135,6 +136,18 @@ def workspace_bytes(formats: Mapping[Target, Format], tokens: int, dtype: torch.
         if size and _is_dequantized(format, columns[format], tokens, dtype)
     ]
     return max(needs, default=0)
+
+
+def turned_bytes(formats: Mapping[Target, Format], device: str) -> int:
+    """Bytes more than in the file that ternary matrices take where a Hopper GPU multiplies them (`GpuTernary`)."""
+    if device != "cuda":
+        return 0
+    linears = ((target.shape, format) for target, format in formats.items() if target.kind in ("linear", "conv1d"))
+    return sum(
+        WHOLE_BITS.specs(format, shape)["codes"].nbytes - BITS.specs(format, shape)["codes"].nbytes
+        for shape, format in linears
+        if is_ternary(format) and shape[-1] % 64 == 0
+    )
 
 
 def _is_dequantized(format: Format, columns: int, tokens: int, dtype: torch.dtype) -> bool:

@@ -18,7 +18,15 @@ from whit.errors import RecipeError
 from whit.export.dense import Dense, Float16, Float32
 from whit.export.whit import Whit
 from whit.formats import parse_format
-from whit.memory.activations import Widths, logits_bytes, prefill_bytes, training_bytes, widths, workspace_bytes
+from whit.memory.activations import (
+    Widths,
+    logits_bytes,
+    prefill_bytes,
+    training_bytes,
+    turned_bytes,
+    widths,
+    workspace_bytes,
+)
 from whit.memory.cache import DENSE, CacheLayer, cache_bytes, cache_layers, check_precision
 from whit.memory.subject import Subject
 from whit.memory.training import adapter_bytes, full_bytes
@@ -151,8 +159,9 @@ class Planner:
             activations = training_bytes(self.widths, tokens, s.batch, compute, bool(checkpointing))
         activations += self._workspace(weights, compute)
         overhead = OVERHEAD[s.device] + (0 if s.train is None else TRAINER[s.device])
+        held = weights.size_bytes + turned_bytes(weights.packed, s.device)
         return Need(
-            weights.format, weights.size_bytes, cache, activations, self._optimizer(compute), overhead,
+            weights.format, held, cache, activations, self._optimizer(compute), overhead,
             weights.bits_per_weight, checkpointing,
         )  # fmt: skip
 
