@@ -228,11 +228,8 @@ def time_all(seconds: float, cuts: bool) -> None:
     some = [
         torch.empty(rows, columns, dtype=torch.bfloat16, device="meta") for rows in ROWS for columns in (4096, 14336)
     ]
-    kinds = ((False, torch.int8), (True, torch.int8), (False, torch.float8_e4m3fn))
-    launches = (each for x in some for kind in kinds for each in int8_rows.quantize_launches(x, *kind))
-    wanted += [(int8_rows.QUANTIZE, each.items()) for each in launches]
-    marked = [rows for rows in ROWS if rows <= int8_rows.MOST_MARKED]
-    wanted += [(int8_rows.MARK, int8_rows.mark_macros(False, rows).items()) for rows in marked]
+    for x, kind in itertools.product(some, ((False, False), (True, False), (False, True))):
+        wanted += [(source, macros.items()) for source, macros in int8_rows.compiled(x, *kind)]
     kitchen.prepare(wanted)
     kitchen.pool.terminate()
     print(f"compiled in {time.monotonic() - start:.1f} s", flush=True)

@@ -41,7 +41,7 @@ def quantize(x: Tensor, threshold: float = 0.0, dtype: torch.dtype = torch.int8)
         kernel.run(ctypes.byref(argument), *grid[:2])
     macros = int8_rows.quantize_macros(x.shape[1], half, threshold > 0, dtype == torch.float8_e4m3fn, each)
     params = int8_rows.quantize_params(x, rows, marks, threshold)
-    driver, blocks = (CLUSTERS, int8_rows.TOGETHER) if each else (BLOCKS, min(len(x), 3))
+    driver, blocks = (CLUSTERS, int8_rows.TOGETHER) if each else (BLOCKS, min(len(x), 3) + (marks is not None))
     library(int8_rows.QUANTIZE, tuple(macros.items()), driver).run(ctypes.byref(params), blocks, 1)
     return rows
 

@@ -42,6 +42,20 @@ DEVICE void list_columns(const Params &p, const u32 (&marks)[CHUNKS], u32 *turns
             p.listed[++at] = (tid + k * THREADS) * 8 + count_bits((left & (0 - left)) - 1);
 }
 
+// Codes of a row's `chunks`; their sum, of those of this thread.
+DEVICE int write_codes(signed char *codes, const uint4 (&held)[CHUNKS], float factor, int chunks) {
+    int tid = threadIdx.x, sum = 0;
+#pragma unroll
+    for (int k = 0; k < CHUNKS; k++) {
+        int chunk = tid + k * THREADS;
+        uint2 words = FLOAT8 ? float8_of(held[k], factor) : codes_of(held[k], factor);
+        if (chunk >= chunks) continue;
+        sum = byte_sum(words.x, byte_sum(words.y, sum));
+        *(uint2 *)(codes + chunk * 8) = words;
+    }
+    return sum;
+}
+
 #if CLUSTER > 1
 static_assert(CLUSTER == 8 && OUTLIERS && !FLOAT8, "four lanes send to two blocks each");
 
@@ -116,19 +130,11 @@ extern "C" __global__ void __launch_bounds__(THREADS) int8_quantize(const Params
 #pragma unroll
     for (int e = 0; e < EACH; e++) {
         u32 most = 0;
-        int sum = 0, row = first + e;
+        int row = first + e;
         for (int i = 0; i < WARPS; i++) most = max(most, t.largest[e][i]);
-        float absmax = widen(most), factor = factor_of(absmax, LARGEST);
+        float absmax = widen(most);
         if (row < p.rows && tid == 0) p.scale[row] = divided(absmax, LARGEST);
-#pragma unroll
-        for (int k = 0; k < CHUNKS; k++) {
-            int chunk = tid + k * THREADS;
-            uint2 words = codes_of(held[e][k], factor);
-            if (chunk >= chunks || row >= p.rows) continue;
-            sum = byte_sum(words.x, byte_sum(words.y, sum));
-            *(uint2 *)(p.codes + (long long)row * p.columns + chunk * 8) = words;
-        }
-        sum = warp_sum(sum);
+        int sum = warp_sum(write_codes(p.codes + (long long)row * p.columns, held[e], factor_of(absmax, LARGEST), row < p.rows ? chunks : 0));
         if (lane == 0) t.sums[e][warp] = sum;
     }
     __syncthreads();
@@ -144,7 +150,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) int8_quantize(const Params
     extern __shared__ uint4 shared[];
     u32 *turns = (u32 *)shared, *largest = turns + WARPS;
     int *sums = (int *)(largest + WARPS);
-    int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, chunks = p.columns / 8;
+    int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, chunks = p.columns / 8, near = min(lane, WARPS - 1);
+    int blocks = gridDim.x - (p.marks ? 1 : 0);  // the last only lists, for which no row waits then
     if (tid == 0) let_next_begin();
     await_earlier();
     u32 marks[CHUNKS] = {};
@@ -153,10 +160,10 @@ extern "C" __global__ void __launch_bounds__(THREADS) int8_quantize(const Params
 #pragma unroll
         for (int k = 0; k < CHUNKS; k++)
             if (tid + k * THREADS < chunks) marks[k] = fresh(p.marks + tid + k * THREADS);
-        if (blockIdx.x == 0) list_columns(p, marks, turns);
+        if (blockIdx.x == blocks) return list_columns(p, marks, turns);
     }
 #endif
-    for (int row = p.rows - 1 - blockIdx.x; row >= 0; row -= gridDim.x) {  // what was marked last is still near
+    for (int row = p.rows - 1 - blockIdx.x; row >= 0; row -= blocks) {  // what was marked last is still near
         const u16 *from = p.x + (long long)row * p.columns;
         uint4 held[CHUNKS];
         u32 most = 0;
@@ -180,25 +187,15 @@ extern "C" __global__ void __launch_bounds__(THREADS) int8_quantize(const Params
         most = warp_max(larger_of(most));
         if (lane == 0) largest[warp] = most;
         __syncthreads();
-        for (int i = 0; i < WARPS; i++) most = max(most, largest[i]);
-        float absmax = widen(most), factor = factor_of(absmax, LARGEST);
-        int sum = 0;
-#pragma unroll
-        for (int k = 0; k < CHUNKS; k++) {
-            uint2 words = FLOAT8 ? float8_of(held[k], factor) : codes_of(held[k], factor);
-            if (tid + k * THREADS >= chunks) continue;
-            sum = byte_sum(words.x, byte_sum(words.y, sum));
-            *(uint2 *)(p.codes + (long long)row * p.columns + (tid + k * THREADS) * 8) = words;
-        }
-        sum = warp_sum(sum);
+        float absmax = widen(warp_max(largest[near]));
+        if (tid == 0) p.scale[row] = divided(absmax, LARGEST);
+        int sum = warp_sum(write_codes(p.codes + (long long)row * p.columns, held, factor_of(absmax, LARGEST), chunks));
         if (lane == 0) sums[warp] = sum;
         __syncthreads();
-        if (tid == 0) {
-            for (int i = 1; i < WARPS; i++) sum += sums[i];
-            p.scale[row] = divided(absmax, LARGEST);
-            if (!FLOAT8) p.offset[row] = 128 * sum;
-        }
-        __syncthreads();
+        if (FLOAT8 || warp) continue;
+        sum = warp_sum(lane < WARPS ? sums[lane] : 0);
+        if (lane == 0) p.offset[row] = 128 * sum;
+        __syncwarp();
     }
 }
 #endif

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -121,7 +122,7 @@ def fill_rows(params: QuantizeParams, macros: dict[str, int], device: torch.devi
     function = build(QUANTIZE, tuple(macros.items()), device.index)
     where = torch.cuda.current_stream(device).cuda_stream
     most = 16 * torch.cuda.get_device_properties(device).multi_processor_count
-    blocks = macros["CLUSTER"] if macros["EACH"] else min(params.rows, most)
+    blocks = macros["CLUSTER"] if macros["EACH"] else min(params.rows, most) + bool(params.marks)
     function.launch_early((blocks, 1, 1), macros["THREADS"], quantize_bytes(macros), params, where, macros["CLUSTER"])
 
 
@@ -137,6 +138,14 @@ def quantize(x: Tensor, threshold: float = 0.0, dtype: torch.dtype = torch.int8)
     macros = quantize_macros(x.shape[1], half, threshold > 0, float8, each)
     fill_rows(quantize_params(x, rows, marks, threshold), macros, x.device)
     return rows
+
+
+def compiled(x: Tensor, outliers: bool, float8: bool) -> list[tuple[Path, dict[str, int]]]:
+    """The sources, and their macros, that `quantize` builds for x (rows, columns)."""
+    (rows, columns), half = x.shape, x.dtype == torch.float16
+    each = rows_each(rows, columns) if outliers else 0
+    marks = [(MARK, mark_macros(half, rows, slices(rows) > 1))] if outliers and rows > 1 and not each else []
+    return [*marks, (QUANTIZE, quantize_macros(columns, half, outliers, float8, each))]
 
 
 def mark_macros(half: bool, rows: int, joined: bool) -> dict[str, int]:
