@@ -76,5 +76,7 @@ def multiply_thin(rows: Rows, weight: Weight, dtype: torch.dtype, config: Thin) 
     return y
 
 
-def _map(address: int, rows: int, columns: int, tall: int) -> ctypes.Array[ctypes.c_uint64]:
-    return (ctypes.c_uint64 * 16)(address, rows, columns, tall, 128, 1)
+def _map(
+    address: int, rows: int, columns: int, tall: int, wide: int = 128, size: int = 1
+) -> ctypes.Array[ctypes.c_uint64]:
+    return (ctypes.c_uint64 * 16)(address, rows, columns, tall, wide, size)

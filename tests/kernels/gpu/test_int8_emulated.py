@@ -73,7 +73,9 @@ def test_outlier_columns_are_listed_and_count_in_no_scale(rows: int, outliers: i
 CUTS = [
     (Config(1, 64, 3, 4), 5, 70, 784),  # blocks share the columns; an uneven share
     (Config(1, 32, 2, 1), 70, 70, 144),  # ragged rows and outs, one tile after the other
-    pytest.param(Config(2, 32, 2), 129, 40, 272, marks=pytest.mark.slow),
+    (Config(2, 32, 2), 129, 40, 272),  # outs by way of shared memory
+    pytest.param(Config(2, 128, 2), 150, 168, 272, marks=pytest.mark.slow),
+    pytest.param(Config(2, 256, 4), 129, 264, 144, marks=pytest.mark.slow),  # and a part at a time
     (Config(1, 64, 3, 1, 2), 140, 72, 272),  # pairs, of which one has no rows
 ]
 
@@ -97,7 +99,7 @@ def test_the_product_is_the_references_bit_for_bit(
 
 @pytest.mark.parametrize(
     ("outliers", "config", "rows", "outs", "columns"),
-    [(19, *CUTS[1]), *(pytest.param(n, *CUTS[i], marks=pytest.mark.slow) for n, i in ((19, 0), (3, 3)))],
+    [(19, *CUTS[1]), *(pytest.param(n, *CUTS[i], marks=pytest.mark.slow) for n, i in ((19, 0), (5, 2), (3, 5)))],
 )
 def test_however_many_outliers_there_are_none_is_dropped(
     outliers: int, config: Config, rows: int, outs: int, columns: int, random: Generator
@@ -114,6 +116,7 @@ def test_however_many_outliers_there_are_none_is_dropped(
     ("config", "rows", "columns"),
     [
         (Thin(64, 2, 2, 2, 1), 16, 784), (Thin(64, 3, 1, 3, 0), 1, 400), (Thin(128, 2, 4, 2), 33, 1168),
+        (Thin(64, 4, 2, 3, 99, 1, 2), 64, 1168),
         pytest.param(Thin(256, 3, 8, 2, 3, 1), 64, 2064, marks=pytest.mark.slow),
     ],
 )  # fmt: skip
@@ -161,7 +164,9 @@ def test_rows_with_zero_points(random: Generator):
 
 
 @pytest.mark.parametrize("rows", [1, 16, 64, 65, 256, 1024, 4096])
-@pytest.mark.parametrize(("outs", "columns"), [(4096, 4096), (14336, 4096), (4096, 14336), (576, 1536), (16, 16)])
+@pytest.mark.parametrize(
+    ("outs", "columns"), [(4096, 4096), (14336, 4096), (4096, 14336), (8192, 14336), (4100, 4096), (16, 16)]
+)
 def test_every_way_fits_a_multiprocessor(rows: int, outs: int, columns: int):
     for outliers, device in itertools.product((False, True), ("NVIDIA H100 80GB HBM3", "NVIDIA H200")):
         config = int8_ways.way(outs, columns, rows, outliers, 132, device)
@@ -171,5 +176,6 @@ def test_every_way_fits_a_multiprocessor(rows: int, outs: int, columns: int):
             assert config.fits(rows)
         else:
             assert config.shared_bytes(outliers=True, shifted=True) <= int8.LARGEST_SHARED
+            assert outs % 8 == 0 or not config.through
             assert config.grid(outs, rows, 132)[0] % (config.split * config.pair) == 0
             assert config.split == 1 or config.rows * config.outs % (8 * 128 * config.groups * config.split) == 0

@@ -25,7 +25,8 @@ BYTES = {"BITS": 8, "CODEBOOK": 0, "OFFSET": 0, "SCALE": 2, "ZERO": 0}  # common
 STEP = 128  # columns of a tile, one byte each
 AT_ONCE = 16  # outlier columns in shared memory, as in int8_warp.cuh
 LARGEST_SHARED = 227 << 10
-Mapped: TypeAlias = Callable[[int, int, int, int], "ctypes.Array[ctypes.c_uint64]"]
+Mapped: TypeAlias = Callable[..., "ctypes.Array[ctypes.c_uint64]"]  # as `tiles_of`
+NO_MAP = (ctypes.c_uint64 * 16)()
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,21 @@ class Config:
     def threads(self) -> int:
         return 128 * (self.groups + 1)
 
+    @property
+    def through(self) -> bool:
+        """Whether outs leave through shared memory, for which a row of y is a multiple of 16 bytes."""
+        return self.groups == 2 and self.split == 1
+
+    @property
+    def across(self) -> int:
+        """Outs of a box of 64 rows, which is what leaves at a time; narrow where the stages leave little room."""
+        return 64 if self.outs % 64 == 0 and self.stages * (self.rows + self.outs) <= 3 * 384 else 32
+
+    @property
+    def boxes(self) -> int:
+        """Such boxes of four warps in shared memory: all of a tile, or one while another leaves."""
+        return self.outs // self.across if self.stages * (self.rows + self.outs) <= 3 * 384 else 2
+
     def tiles(self, outs: int, rows: int) -> int:
         """Tiles of a product, or pairs of them."""
         return -(-rows // (self.rows * self.pair)) * -(-outs // self.outs)
@@ -61,14 +77,16 @@ class Config:
         """Dynamic shared memory: up to 1,024 bytes to where stages may begin, these, barriers, and what lies aside."""
         aside = 4 * (2 * self.outs + 2 * self.rows)
         aside += 4 * (self.outs + self.rows) if shifted else 0
-        aside += 8 + 4 * AT_ONCE * (self.outs + self.rows) if outliers else 0
-        return 1024 + self.stages * (self.rows + self.outs) * STEP + 16 * self.stages + aside
+        aside += 8 + (2 if self.split == 1 else 4) * AT_ONCE * (self.outs + self.rows) if outliers else 0
+        outs = 128 * self.groups * self.boxes * self.across if self.through else 0
+        return 1024 + self.stages * (self.rows + self.outs) * STEP + outs + 16 * self.stages + aside
 
     def macros(self, half: bool, outliers: bool, shifted: bool) -> dict[str, int]:
         """What int8_product.cu is compiled with."""
         return BYTES | {
             "HALF": int(half), "WG": self.groups, "BN": self.outs, "STAGES": self.stages, "SPLITS": self.split,
-            "PAIR": self.pair, "OUTLIERS": int(outliers), "SHIFTED": int(shifted),
+            "PAIR": self.pair, "ACROSS": self.across, "BOXES": self.boxes, "OUTLIERS": int(outliers),
+            "SHIFTED": int(shifted),
         }  # fmt: skip
 
 
@@ -76,7 +94,7 @@ class ProductParams(ctypes.Structure):
     """The argument of int8_product.cu, field by field."""
 
     _fields_ = (
-        ("x_map", ctypes.c_uint64 * 16), ("weight_map", ctypes.c_uint64 * 16),
+        *((name, ctypes.c_uint64 * 16) for name in ("x_map", "weight_map", "y_map")),
         *((name, ctypes.c_void_p) for name in (
             "codes", "floats", "scale", "offset", "zero", "row_scale", "sums", "bias", "listed", "y",
         )),
@@ -122,6 +140,7 @@ def product_params(
     return ProductParams(
         mapped(rows.codes.data_ptr(), count, columns, config.rows),
         mapped(weight.codes.data_ptr(), outs, columns, config.outs // config.pair),
+        mapped(y.data_ptr(), count, outs, 64, config.across, 2) if config.through else NO_MAP,
         **{name: None if tensor is None else tensor.data_ptr() for name, tensor in pointers.items()},
         outs=outs, columns=columns, rows=count,
     )  # fmt: skip
@@ -142,6 +161,6 @@ def build(source: Path, macros: tuple[tuple[str, int], ...], device: int) -> nvr
     return nvrtc.build(source, dict(macros), source.stem, device)
 
 
-def tiles_of(address: int, rows: int, columns: int, tall: int) -> maps.Map:
-    """A map of a contiguous matrix of bytes for tiles of `tall` rows and STEP columns."""
-    return maps.tiles_of(address, rows, columns, tall, STEP)
+def tiles_of(address: int, rows: int, columns: int, tall: int, wide: int = STEP, size: int = 1) -> maps.Map:
+    """A map of a contiguous matrix of elements of `size` bytes for tiles of `tall` rows and `wide` columns."""
+    return maps.tiles_of(address, rows, columns, tall, wide, size)

@@ -24,6 +24,10 @@ DEVICE bool more_outliers(const Params &p, Aside &a, const Tile &tile, int &from
 }
 
 #if SPLITS == 1
+DEVICE u32 pair_of(const Aside &a, const float (&y)[4], int half, int n) {
+    return round_pair(y[2 * half] + a.bias[n], y[2 * half + 1] + a.bias[n + 1]);
+}
+
 // Four lanes hold two outs each of four neighbouring eights; afterwards each holds a whole eight.
 DEVICE void gather_eights(u32 (&v)[4], int lane) {
     bool odd = lane & 1, high = lane & 2;
@@ -31,6 +35,49 @@ DEVICE void gather_eights(u32 (&v)[4], int lane) {
     (odd ? v[0] : v[1]) = a, (odd ? v[2] : v[3]) = b;
     u32 c = exchange(high ? v[0] : v[2], 2), d = exchange(high ? v[1] : v[3], 2);
     (high ? v[0] : v[2]) = c, (high ? v[1] : v[3]) = d;
+}
+
+// Directly to memory, a whole eight of a row at a time.
+DEVICE void store_outs(const Params &p, const Aside &a, const Tile &tile, const float (&y)[BN / 8][4], int m, int lane) {
+#pragma unroll
+    for (int h = 0; h < 2; h++)
+#pragma unroll
+        for (int j = 0; j < BN / 8; j += 4) {
+            u32 pairs[4];
+#pragma unroll
+            for (int i = 0; i < 4; i++) pairs[i] = pair_of(a, y[j + i], h, (j + i) * 8 + 2 * (lane & 3));
+            gather_eights(pairs, lane);
+            int row = tile.row + m + h * 8;
+            if (row < p.rows) store8(p.y + (long long)row * p.outs, tile.out + (j + (lane & 3)) * 8, p.outs, pairs);
+        }
+}
+
+DEVICE void meet_group(int group) { group ? meet<SECOND, 128>() : meet<FIRST, 128>(); }
+
+// By way of shared memory: all blocks end their tiles at the same time, and their outs at once would wait for memory.
+DEVICE void send_outs(const Params &p, const Block &b, const Tile &tile, const float (&y)[BN / 8][4], int tid) {
+    constexpr int UNITS = ACROSS / 8, TURN = UNITS * AT_ONCE;  // eights of a box, and of those that are laid down at a time
+    int lane = tid & 31, group = tid >> 7, row = (tid >> 5 & 3) * 16 + (lane >> 3 & 1) * 8 + (lane & 7), first = tile.row + group * 64;
+    u8 *own = b.y + group * (BOXES * BOX);
+#pragma unroll
+    for (int from = 0; from < BN / 8; from += TURN) {
+        if (tid % 128 == 0) await_boxes<BOXES / AT_ONCE - 1>();
+        meet_group(group);
+#pragma unroll
+        for (int j = from; j < from + TURN; j += 2) {
+            u32 pairs[4];
+#pragma unroll
+            for (int i = 0; i < 4; i++) pairs[i] = pair_of(*b.aside, y[j + i / 2], i % 2, (j + i / 2) * 8 + 2 * (lane & 3));
+            int unit = j + (lane >> 4), within = unit % UNITS ^ (ACROSS == 64 ? row & 7 : row >> 1 & 3);  // the copies' swizzle
+            lay_matrices(own + unit / UNITS % BOXES * BOX + row * (ACROSS * 2) + within * 16, pairs);
+        }
+        publish_tiles();
+        meet_group(group);
+        if (tid % 128) continue;
+        for (int j = from; j < from + TURN; j += UNITS)
+            if (tile.out + j * 8 < p.outs && first < p.rows) send_box(p.boxes, tile.out + j * 8, first, own + j / UNITS % BOXES * BOX);
+        end_boxes();
+    }
 }
 
 DEVICE void finish(const Params &p, const Block &b, const Tile &tile, const int (&sums)[BN / 8][4], int tid) {
@@ -54,20 +101,8 @@ DEVICE void finish(const Params &p, const Block &b, const Tile &tile, const int 
         }
     } while (more_outliers(p, a, tile, from, tid));
 #endif
-#pragma unroll
-    for (int h = 0; h < 2; h++)
-#pragma unroll
-        for (int j = 0; j < BN / 8; j += 4) {
-            u32 pairs[4];
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                int at = (j + i) * 8 + n;
-                pairs[i] = round_pair(y[j + i][2 * h] + a.bias[at], y[j + i][2 * h + 1] + a.bias[at + 1]);
-            }
-            gather_eights(pairs, lane);
-            int row = tile.row + m + h * 8;
-            if (row < p.rows) store8(p.y + (long long)row * p.outs, tile.out + (j + (lane & 3)) * 8, p.outs, pairs);
-        }
+    if constexpr (THROUGH) send_outs(p, b, tile, y, tid);
+    else store_outs(p, a, tile, y, m, lane);
     announce<FREE, CONSUMERS + HELPERS>();
 }
 #else

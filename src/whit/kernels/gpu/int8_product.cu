@@ -5,6 +5,7 @@
 //   STAGES             steps of 128 columns in shared memory
 //   SPLITS             blocks of a cluster that share the columns of one tile
 //   PAIR               2: the two blocks of a cluster multiply neighbouring rows with the same weights; otherwise 1
+//   ACROSS, BOXES      outs of a box of 64 rows, and such boxes of four warps that leave through shared memory
 //   OUTLIERS, SHIFTED  columns in 16 bits; zero points of the rows
 //
 // Why it is fast. The weights are read as they lie in the file, as unsigned codes + 128, and wgmma multiplies signed by
@@ -21,12 +22,15 @@
 constexpr int BM = 64 * WG, BK = 128, CONSUMERS = 128 * WG, HELPERS = 96, THREADS = CONSUMERS + 32 + HELPERS, CLUSTER = SPLITS * PAIR;
 constexpr int X_BYTES = BM * BK, W_BYTES = BN * BK, STAGE = X_BYTES + W_BYTES, PITCH = BN + 8;
 constexpr int AT_A_TIME = 4;  // loads of outliers that a thread has under way
+constexpr bool THROUGH = WG == 2 && SPLITS == 1;  // outs leave through shared memory, beside the next tile's products
+constexpr int BOX = 64 * ACROSS * 2, Y_BYTES = THROUGH ? WG * BOXES * BOX : 0;  // of a box of 64 rows and ACROSS outs
+constexpr int AT_ONCE = BOXES * ACROSS == BN ? BOXES : 1;  // boxes of a group that are sent together
 constexpr bool TAKE = OUTLIERS && SPLITS == 1;  // one of the helpers' warps is there for the outliers
 constexpr int GROUP = 16 / PAIR;  // tiles of rows that are multiplied with the same weights, one after the other
-enum { READY = 1, FREE, AMONG };  // barriers
+enum { READY = 1, FREE, AMONG, FIRST, SECOND };  // barriers
 
 struct Params {
-    Map x, weight;         // the codes as (columns, rows) and (columns, outs)
+    Map x, weight, boxes;  // the codes as (columns, rows) and (columns, outs); y as (outs, rows), where THROUGH
     const u8 *codes;       // the weight's again
     const u16 *floats;     // (rows, columns), what was quantized
     const float *scale;    // of the rows
@@ -61,7 +65,7 @@ struct Tile {
 };
 
 struct Block {
-    u8 *stages;
+    u8 *stages, *y;
     u64 *full, *empty;
     Aside *aside;
     int tiles, first, stride;  // tiles there are (pairs of them), this block's first, and how far on the next is
@@ -193,6 +197,7 @@ DEVICE void consume(const Params &p, const Block &b, int tid) {
         lay_down(b, sums, tid);
 #endif
     }
+    if (THROUGH && tid % 128 == 0) await_boxes<0>();
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) int8_product(KERNEL_ARGUMENT Params p) {
@@ -200,7 +205,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) int8_product(KERNEL_ARG
     int tid = threadIdx.x, warp = tid >> 5, steps = (p.columns + BK - 1) / BK, share = (steps + SPLITS - 1) / SPLITS;
     Block b;
     b.stages = (u8 *)shared + (-shared_address(shared) & 1023);
-    b.full = (u64 *)(b.stages + STAGES * STAGE), b.empty = b.full + STAGES, b.aside = (Aside *)(b.empty + STAGES);
+    b.y = b.stages + STAGES * STAGE, b.full = (u64 *)(b.y + Y_BYTES), b.empty = b.full + STAGES, b.aside = (Aside *)(b.empty + STAGES);
     b.rank = CLUSTER > 1 ? cluster_rank() : 0;
     b.tiles = (p.rows + BM * PAIR - 1) / (BM * PAIR) * ((p.outs + BN - 1) / BN);
     b.first = blockIdx.x / CLUSTER, b.stride = gridDim.x / CLUSTER;

@@ -4,6 +4,7 @@
 //   BN                 rows that there is room for: 8, 16, 32 or 64
 //   OUTS, STAGES       outs of a block's tile; steps of 128 columns of W in shared memory
 //   LEAD               steps of x there, at most as many
+//   PACE               steps of W under way at a time
 //   SPLITS             blocks of a cluster that share the columns of one tile
 //   BLOCKS             per multiprocessor to leave registers for
 //   OUTLIERS           1: columns in 16 bits
@@ -26,6 +27,7 @@ constexpr int W_BYTES = OUTS * BK, X_BYTES = BN * BK, TILES = STAGES * W_BYTES +
 constexpr int LAID = BN * OUTS * 4;  // bytes of the sums that a block adds up, which take the place of the stages
 constexpr int ROOM = ((TILES > LAID ? TILES : LAID) + 1023) / 1024 * 1024;
 static_assert(SHARE % 16 == 0, "a warp's sums go to one block");
+static_assert(0 < PACE && PACE <= STAGES, "a step that is awaited lies there");
 static_assert(2 <= LEAD && LEAD <= STAGES, "a step is done when the next is under way, and frees one of W and one of x");
 constexpr int READERS = CONSUMERS + (OUTLIERS ? 32 : 0);  // of the stages
 enum { AMONG = 1, TOGETHER };  // barriers
@@ -74,18 +76,24 @@ DEVICE void ask_rows(const Params &p, const Block &b, int step) {
     copy_tile(b.rows + slot * X_BYTES, p.x, (b.begin + step) * BK, 0, b.ready + slot);
 }
 
-DEVICE void produce(const Params &p, const Block &b) {
+// W is asked for as fast as it comes and no faster: where a whole prefetch is under way at once, the few rows that are
+// quantized meanwhile wait behind it.
+DEVICE void produce_weight(const Params &p, const Block &b) {
     int ahead = min(b.steps, STAGES), late = max(b.steps - p.late, 0);
-    for (int step = 0; step < ahead; step++) ask_weight(p, b, step);
     if (late <= ahead) let_next_begin();
+    for (int step = 0; step < b.steps; step++) {
+        int slot = step % STAGES, before = step - PACE;
+        if (step >= STAGES) await(b.empty + slot, (step / STAGES - 1) & 1);
+        if (before >= 0) await(b.full + before % STAGES, before / STAGES & 1);
+        if (step == late && late > ahead) let_next_begin();
+        ask_weight(p, b, step);
+    }
+}
+DEVICE void produce_rows(const Params &p, const Block &b) {
     await_earlier();
-    for (int step = 0; step < min(b.steps, LEAD); step++) ask_rows(p, b, step);
-    for (int step = 0; step + LEAD < b.steps; step++) {
-        await(b.empty + step % STAGES, step / STAGES & 1);
-        ask_rows(p, b, step + LEAD);
-        if (step + STAGES >= b.steps) continue;
-        if (step + STAGES == late && late > ahead) let_next_begin();
-        ask_weight(p, b, step + STAGES);
+    for (int step = 0; step < b.steps; step++) {
+        if (step >= LEAD) await(b.empty + (step - LEAD) % STAGES, (step - LEAD) / STAGES & 1);
+        ask_rows(p, b, step);
     }
 }
 
@@ -99,67 +107,22 @@ DEVICE void leave_stages() {
 }
 
 #if OUTLIERS
-DEVICE float weight_of(u32 code, float scale) {  // rounded as if it had been dequantized
-    float w = multiplied((float)code - 128, scale);
-    return widen(round_pair(w, w) & 0xFFFF);
-}
-
-// What the first outlier columns need of W, which a warp takes out of each step and lays where it will be used.
-DEVICE void take_outliers(const Params &p, const Block &b, int lane) {
-    float scale[OUTS / 32];
-#pragma unroll
-    for (int q = 0; q < OUTS / 32; q++) scale[q] = p.row_scale[min(b.out + q * 32 + lane, p.outs - 1)];
-    await_earlier();
-    int count = fresh(p.listed), column = fresh(p.listed + 1 + lane % OUTLIERS_AT_ONCE);
-    if (lane >= min(count, OUTLIERS_AT_ONCE)) column = -1;
-    if (lane == 0) b.aside->count = count;
-    if (lane == 0 && SPLITS > 1) expect(b.sent, LAID + min(count, OUTLIERS_AT_ONCE) * SHARE * 4);
-#pragma unroll 1
-    for (int step = 0; step < b.steps; step++) {
-        int slot = step % STAGES;
-        await(b.full + slot, step / STAGES & 1);
-        const u8 *stage = b.stages + slot * W_BYTES;
-        for (u32 left = lanes_with(column >= 0 && column / BK == b.begin + step); left; left &= left - 1) {
-            int i = count_bits((left & (0 - left)) - 1), at = from_lane_number(column, i) % BK;
-#pragma unroll
-            for (int q = 0; q < OUTS / 32; q++) {
-                int n = q * 32 + lane;
-                float w = weight_of(stage[n * BK + (((at >> 4) ^ (n & 7)) << 4 | (at & 15))], scale[q]);
-                u32 *to = (u32 *)&b.aside->weight[i][n % SHARE];
-                if (SPLITS > 1) send(to, float_bits(w), n / SHARE, b.sent);
-                else *to = float_bits(w);
-            }
-        }
-        __syncwarp();
-        if (lane == 0) arrive(b.empty + slot);
-    }
-    if (SPLITS == 1) announce<AMONG, READERS>();
-}
-
-// What they need of x.
-DEVICE void fetch_rows(const Params &p, const Block &b, int tid, int threads) {
-    int here = min(fresh(p.listed), OUTLIERS_AT_ONCE);
-    for (int i = tid; i < here * BN; i += threads)
-        if (i % BN < p.rows) b.aside->x[i / BN][i % BN] = widen(fresh(p.floats + (long long)(i % BN) * p.columns + fresh(p.listed + 1 + i / BN)));
-}
-
-// Further outlier columns [from, from + OUTLIERS_AT_ONCE), of which there are `here`.
-DEVICE void fetch_more(const Params &p, const Block &b, int from, int here, int tid) {
-    for (int i = tid; i < here * (BN + SHARE); i += THREADS) {
-        int m = i % (BN + SHARE), k = i / (BN + SHARE), out = b.own + m - BN, column = fresh(p.listed + 1 + from + k);
-        if (m >= BN) b.aside->weight[k][m - BN] = out < p.outs ? weight_of(p.codes[(long long)out * p.columns + column], p.row_scale[out]) : 0;
-        else if (m < p.rows) b.aside->x[k][m] = widen(fresh(p.floats + (long long)m * p.columns + column));
-    }
-}
+#include "int8_thin_outliers.cuh"
 #endif
 
 DEVICE void assist(const Params &p, const Block &b, int tid) {
-    constexpr int REST = OUTLIERS ? HELPERS - 32 : HELPERS;
+    constexpr int REST = OUTLIERS ? HELPERS - 64 : HELPERS - 32;
     Aside &a = *b.aside;
-    await_begun();
 #if OUTLIERS
-    if (tid >= REST) return take_outliers(p, b, tid - REST);
+    if (tid >= REST && tid < REST + 32) {
+        await_begun();
+        return take_outliers(p, b, tid - REST);
+    }
 #endif
+    if (tid == HELPERS - 32) produce_rows(p, b);
+    __syncwarp();
+    await_begun();
+    if (tid >= HELPERS - 32) return;
     for (int n = tid; n < SHARE; n += REST) {
         int out = min(b.own + n, p.outs - 1);
         a.row_scale[n] = p.row_scale[out], a.bias[n] = p.bias ? widen(p.bias[out]) : 0;
@@ -289,7 +252,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) int8_thin(KERNEL_A
     else {
         if (tid >= CONSUMERS + 32) assist(p, b, tid - CONSUMERS - 32);
         else {
-            if (tid == CONSUMERS) produce(p, b);
+            if (tid == CONSUMERS) produce_weight(p, b);
             __syncwarp();
             await_begun();
         }

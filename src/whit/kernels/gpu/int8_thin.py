@@ -22,7 +22,7 @@ MOST_THIN = 64  # rows
 class Thin:
     """How the work is cut for up to 64 rows; int8_thin.cu explains the names.
 
-    The next kernel may begin when `late` steps are still to be asked for.
+    The next kernel may begin when `late` steps are still to be asked for; at most `pace` are under way.
     """
 
     outs: int = 128
@@ -31,6 +31,7 @@ class Thin:
     lead: int = 4
     late: int = 99
     blocks: int = 2
+    pace: int = 99
 
     @property
     def threads(self) -> int:
@@ -55,7 +56,7 @@ class Thin:
         """What int8_thin.cu is compiled with."""
         return BYTES | {
             "HALF": int(half), "BN": room_for(rows), "OUTS": self.outs, "STAGES": self.stages, "SPLITS": self.split,
-            "LEAD": self.lead, "BLOCKS": self.blocks, "OUTLIERS": int(outliers),
+            "LEAD": self.lead, "PACE": min(self.pace, self.stages), "BLOCKS": self.blocks, "OUTLIERS": int(outliers),
         }  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from functools import lru_cache
 from typing import TypeAlias
 
 from whit.kernels.gpu import int8_row
-from whit.kernels.gpu.int8 import STEP, Config
+from whit.kernels.gpu.int8 import LARGEST_SHARED, STEP, Config
 from whit.kernels.gpu.int8_row import OneRow
 from whit.kernels.gpu.int8_thin import Thin
 from whit.kernels.gpu.tables import Shape
@@ -21,46 +21,47 @@ from whit.kernels.gpu.tuned import nearest
 Way: TypeAlias = OneRow | Thin | Config
 ROWS = (1, 16, 64, 256, 1024, 4096)
 FEWEST, MANY = Config(1, 128, 8, 2), Config(2, 256, 4)  # for few rows, and many
+EVEN = Config(1, 128, 8)  # for many where a row of y does not begin at 16 bytes
 
-# With outliers or without, up to how many rows, (outs, columns). Times without bf16's are of results/int8_waits.md.
+# With outliers or without, up to how many rows, (outs, columns).
 Ways: TypeAlias = dict[tuple[bool, int, Shape], Way]
 H100: Ways = {
     (False, 1, (4096, 4096)): OneRow(4, 2),  # 7.5 us, bf16 15.7
-    (False, 16, (4096, 4096)): Thin(64, 11, 2, 8, 99),  # 8.7 us
-    (False, 64, (4096, 4096)): Thin(64, 8, 2, 5, 99),  # 10.5 us, bf16 14.9
+    (False, 16, (4096, 4096)): Thin(64, 11, 2, 8, 99, 2, 3),  # 7.8 us, bf16 15.9
+    (False, 64, (4096, 4096)): Thin(64, 16, 2, 5, 99, 1, 3),  # 9.0 us, bf16 14.6
     (False, 256, (4096, 4096)): Config(1, 128, 8),  # 13.8 us, bf16 19.1
-    (False, 1024, (4096, 4096)): Config(2, 256, 4),  # 30.3 us, bf16 45.6
-    (False, 4096, (4096, 4096)): Config(2, 256, 4, 1, 2),  # 111 us
-    (False, 1, (14336, 4096)): Thin(64, 11, 1, 10, 99),  # 21.9 us, bf16 42.3
-    (False, 16, (14336, 4096)): Thin(64, 11, 1, 8, 8),  # 23.1 us, bf16 44.2
+    (False, 1024, (4096, 4096)): Config(2, 256, 4),  # 30.4 us, bf16 45.8
+    (False, 4096, (4096, 4096)): Config(2, 256, 4),  # 108.1 us, bf16 175.9
+    (False, 1, (14336, 4096)): Thin(64, 11, 1, 10, 99, 2, 5),  # 21.0 us, bf16 42.3
+    (False, 16, (14336, 4096)): Thin(64, 11, 1, 8, 8, 2, 4),  # 21.5 us, bf16 42.8
     (False, 64, (14336, 4096)): Config(1, 128, 8),  # 24.7 us, bf16 44.7
     (False, 256, (14336, 4096)): Config(2, 256, 4),  # 33.8 us, bf16 50.2
-    (False, 1024, (14336, 4096)): Config(2, 256, 4, 1, 2),  # 100.9 us, bf16 155.2
-    (False, 4096, (14336, 4096)): Config(2, 256, 4, 1, 2),  # 346 us
+    (False, 1024, (14336, 4096)): Config(2, 256, 4, 1, 2),  # 99.4 us, bf16 156.6
+    (False, 4096, (14336, 4096)): Config(2, 256, 4, 1, 2),  # 334.7 us, bf16 611.4
     (False, 1, (4096, 14336)): OneRow(6, 2),  # 24.4 us, bf16 44.5
-    (False, 16, (4096, 14336)): Thin(128, 5, 4, 4, 0),  # 24.4 us
-    (False, 64, (4096, 14336)): Config(1, 32, 12),  # 26.7 us, bf16 46.7
+    (False, 16, (4096, 14336)): Thin(128, 5, 4, 4, 0, 2, 3),  # 23.7 us, bf16 45.0
+    (False, 64, (4096, 14336)): Thin(64, 16, 2, 5, 99, 1, 4),  # 24.9 us, bf16 46.8
     (False, 256, (4096, 14336)): Config(2, 128, 6, 2),  # 39.9 us, bf16 56.8
-    (False, 1024, (4096, 14336)): Config(2, 256, 4, 1, 2),  # 89 us
-    (False, 4096, (4096, 14336)): Config(2, 256, 4, 1, 2),  # 362 us
+    (False, 1024, (4096, 14336)): Config(2, 256, 4, 1, 2),  # 88.7 us, bf16 149.8
+    (False, 4096, (4096, 14336)): Config(2, 256, 4, 1, 2),  # 350.2 us, bf16 593.6
     (True, 1, (4096, 4096)): OneRow(6, 2),  # 8.3 us, bf16 15.7
-    (True, 16, (4096, 4096)): Thin(128, 5, 4, 5, 8),  # 9.0 us
-    (True, 64, (4096, 4096)): Config(1, 32, 17),  # 12.5 us, bf16 14.9
+    (True, 16, (4096, 4096)): Thin(64, 16, 2, 8, 99, 1, 3),  # 8.4 us, bf16 15.9
+    (True, 64, (4096, 4096)): Thin(64, 16, 2, 5, 99, 1, 2),  # 10.8 us, bf16 14.6
     (True, 256, (4096, 4096)): Config(1, 128, 8),  # 17.7 us, bf16 19.1
-    (True, 1024, (4096, 4096)): Config(2, 256, 4),  # 35.9 us, bf16 45.6
-    (True, 4096, (4096, 4096)): Config(2, 256, 4),  # 126.6 us, bf16 175.1
-    (True, 1, (14336, 4096)): Thin(64, 11, 1, 10, 99),  # 22.1 us, bf16 42.3
-    (True, 16, (14336, 4096)): Thin(64, 11, 1, 8, 8),  # 25.4 us, bf16 44.2
+    (True, 1024, (4096, 4096)): Config(2, 256, 4),  # 36.0 us, bf16 45.8
+    (True, 4096, (4096, 4096)): Config(2, 256, 4),  # 125.0 us, bf16 175.9
+    (True, 1, (14336, 4096)): Thin(64, 11, 1, 10, 99, 2, 5),  # 21.8 us, bf16 42.3
+    (True, 16, (14336, 4096)): Thin(64, 11, 1, 8, 8, 2, 4),  # 22.5 us, bf16 42.8
     (True, 64, (14336, 4096)): Config(1, 128, 8),  # 26.8 us, bf16 44.7
     (True, 256, (14336, 4096)): Config(2, 256, 4),  # 37.8 us, bf16 50.2
-    (True, 1024, (14336, 4096)): Config(2, 256, 4, 1, 2),  # 108.8 us, bf16 155.2
-    (True, 4096, (14336, 4096)): Config(2, 256, 4, 1, 2),  # 368 us
-    (True, 1, (4096, 14336)): Thin(64, 12, 2, 10, 0),  # 25.5 us, bf16 44.5
-    (True, 16, (4096, 14336)): Thin(128, 5, 4, 4, 0),  # 27.0 us
-    (True, 64, (4096, 14336)): Config(1, 32, 12),  # 29.4 us, bf16 46.7
-    (True, 256, (4096, 14336)): Config(2, 128, 6),  # 49.9 us, bf16 56.8
-    (True, 1024, (4096, 14336)): Config(2, 256, 4, 1, 2),  # 102 us
-    (True, 4096, (4096, 14336)): Config(2, 256, 4, 1, 2),  # 400 us
+    (True, 1024, (14336, 4096)): Config(2, 256, 4, 1, 2),  # 107.3 us, bf16 156.6
+    (True, 4096, (14336, 4096)): Config(2, 256, 4, 1, 2),  # 356.6 us, bf16 611.4
+    (True, 1, (4096, 14336)): Thin(64, 12, 2, 10, 0, 2, 5),  # 23.7 us, bf16 44.0
+    (True, 16, (4096, 14336)): Thin(64, 11, 2, 8, 0, 2, 5),  # 25.4 us, bf16 45.0
+    (True, 64, (4096, 14336)): Thin(64, 16, 2, 5, 99, 1, 4),  # 28.0 us, bf16 46.8
+    (True, 256, (4096, 14336)): Config(1, 128, 8),  # 51.4 us, bf16 59.3
+    (True, 1024, (4096, 14336)): Config(2, 256, 4, 1, 2),  # 101.4 us, bf16 149.8
+    (True, 4096, (4096, 14336)): Config(2, 256, 4, 1, 2),  # 395.0 us, bf16 593.6
 }
 H200: Ways = {
     (False, 1, (4096, 4096)): OneRow(4, 2),  # 6.5 us, bf16 12.7
@@ -110,8 +111,6 @@ def way(outs: int, columns: int, rows: int, outliers: bool, processors: int, dev
     found = MANY if near is None else ways[outliers, of, near]
     if isinstance(found, OneRow) and not int8_row.fits(rows, columns):
         found = FEWEST
-    if isinstance(found, Thin):
-        return found
     return fitted(found, outs, columns, rows, processors) if isinstance(found, Config) else found
 
 
@@ -120,4 +119,8 @@ def fitted(config: Config, outs: int, columns: int, rows: int, processors: int) 
     split = config.split
     while split > 1 and (split * config.tiles(outs, rows) > processors or split * 4 * STEP > columns):
         split //= 2
-    return replace(config, split=split)
+    found = replace(config, split=split)
+    found = EVEN if found.through and outs % 8 else found
+    while found.shared_bytes(outliers=True, shifted=True) > LARGEST_SHARED:  # outs that leave through it need room
+        found = replace(found, stages=found.stages - 1)
+    return found
