@@ -11,7 +11,7 @@ from torch import Generator, Tensor
 import whit
 from whit.formats import parse_format
 from whit.kernels import reference
-from whit.kernels.gpu import runs
+from whit.kernels.gpu import runs, runs_row
 from whit.kernels.gpu.runs import Config, Scheme
 from whit.layouts import BITS
 from whit.tensor import PackedWeight
@@ -104,3 +104,44 @@ def test_it_says_what_it_cannot_run(spec: str, columns: int, reason: str):
     found = runs.scheme(whit.parse_format(spec), columns)
     assert isinstance(found, str)
     assert reason in found
+
+
+ROW = [("q4_k", BF16, 1, 512, runs_row.Config(2, 2)), ("q6_k", BF16, 2, 768, runs_row.Config(2, 1))]
+MORE_ROW = [
+    ("iq4_xs", F16, 1, 512, runs_row.Config(2, 1)), ("q8_0", BF16, 3, 288, runs_row.Config(2, 1)),
+    ("q5_k", BF16, 8, 512, runs_row.Config(2, 2)), ("q3_k", F16, 4, 512, runs_row.Config(1, 2)),
+    ("q2_k", BF16, 1, 512, runs_row.Config(1, 2)), ("q4_0", BF16, 7, 160, runs_row.Config(2, 2)),
+    ("q5_1", BF16, 1, 160, runs_row.Config(2, 2)), ("mxfp4", BF16, 1, 160, runs_row.Config(2, 2)),
+    ("q4_1", F16, 1, 160, runs_row.Config(1, 2)), ("iq4_nl", BF16, 5, 96, runs_row.Config(1, 1)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("spec", "dtype", "rows", "columns", "config"),
+    [*ROW, *(pytest.param(*case, marks=pytest.mark.slow) for case in MORE_ROW)],
+)
+def test_product_of_a_few_rows_with_scales_applied_to_sums_equals_float64(
+    spec: str, dtype: torch.dtype, rows: int, columns: int, config: runs_row.Config, random: Generator
+):
+    packed = random_packed(spec, 69, columns, random)  # five tiles for two blocks, the last not whole
+    assert runs_row.why_not(packed) is None
+    x, bias = torch.randn(rows, columns, generator=random).to(dtype), torch.randn(69, generator=random).to(dtype)
+    exact = reference.dequantize(packed, torch.float32).double()
+    library = emulated.library(runs_row.SOURCE, tuple(runs_row.macros(packed, config, dtype == F16, rows).items()))
+    for added in (bias, None):
+        y = torch.full((rows, 69), float("nan"), dtype=dtype)
+        library.run(ctypes.byref(runs_row.params(x, packed, added, y)), 2, 1, 1)
+        wanted = x.double() @ exact.T + (0 if added is None else added.double())
+        assert (y.double() - wanted).norm() < {BF16: 2.5e-3, F16: 4e-4}[dtype] * wanted.norm()
+
+
+@pytest.mark.parametrize(("spec", "shape"), [("q4_k", (14336, 4096)), ("q6_k", (4096, 14336)), ("q8_0", (4096, 4096))])
+def test_what_is_dispatched_has_room(spec: str, shape: tuple[int, int]):
+    specs = BITS.specs(parse_format(spec), shape)
+    tensors = {name: torch.empty(want.shape, dtype=want.dtype, device="meta") for name, want in specs.items()}
+    packed = PackedWeight(BITS.name, parse_format(spec), shape, tensors)
+    assert runs_row.best(packed, 1) is not None
+    for rows in range(1, 17):
+        cut = runs_row.best(packed, rows)
+        assert cut is None or cut.blocks * runs_row.shared_bytes(packed, cut, rows) <= runs_row.MOST_SHARED
+    assert runs_row.best(packed, 9) is None

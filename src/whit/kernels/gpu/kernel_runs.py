@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from whit.kernels.base import QUANTIZED_INPUTS
-from whit.kernels.gpu import runs
+from whit.kernels.gpu import runs, runs_row
 from whit.kernels.gpu.kernel import DTYPES, why_not
+from whit.kernels.gpu.tiled import has_wgmma
 from whit.layouts import BITS
 from whit.tensor import PackedWeight, matrix_shape
 
@@ -19,7 +20,8 @@ from whit.tensor import PackedWeight, matrix_shape
 class GpuRuns:
     """Weights whose scales belong to runs of columns, in bfloat16 and float16, on compute capability 8.0 and newer.
 
-    Up to 16 rows meet weights that are decoded in registers. For more the matrix is dequantized for torch's product.
+    Up to 16 rows meet weights that are decoded in registers; up to 8 meet ggml's types on Hopper in a kernel of their
+    own. For more the matrix is dequantized for torch's product.
     """
 
     name: ClassVar[str] = "gpu-runs"
@@ -47,8 +49,17 @@ class GpuRuns:
         flat = x.reshape(rows, columns).contiguous()
         flat = flat if flat.data_ptr() % 16 == 0 else flat.clone()
         bias = None if bias is None else bias.contiguous()
+        if (cut := row_cut(flat, packed)) is not None:
+            return runs_row.multiply(flat, packed, bias, cut).reshape(*x.shape[:-1], outs)
         y = runs.multiply_few(flat, packed, bias, found, runs.best(packed.shape, rows))
         return y.reshape(*x.shape[:-1], outs)
+
+
+def row_cut(x: Tensor, packed: PackedWeight) -> runs_row.Config | None:
+    """How runs_row.cu takes x (rows, columns); None where it does not."""
+    if not has_wgmma(x.device) or runs_row.why_not(packed) is not None:
+        return None  # its shared memory is Hopper's
+    return runs_row.best(packed, len(x))
 
 
 def why_not_decoded(packed: PackedWeight) -> str | None:
