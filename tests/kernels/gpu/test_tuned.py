@@ -97,6 +97,21 @@ def test_measured_cuts_for_more_rows_fit_the_multiprocessor():
             assert config.split == 1 or config.pair == 1
 
 
+@pytest.mark.parametrize("spec", ["int4-g128", "nf4", "nf4-dq"])
+@pytest.mark.parametrize("shape", [(1024, 4096), (512, 4096), (2048, 8192), (4096, 4096), (520, 512)])
+def test_more_rows_of_few_outs_fill_the_device(spec: str, shape: tuple[int, int]):
+    scheme = stream.scheme(whit.parse_format(spec), shape[1])
+    assert not isinstance(scheme, str)
+    for rows in (512, 1024, 2048, 4096):
+        cut = tuned.best_many(scheme, shape, rows, H100)
+        assert cut is not None
+        assert cut.fits(bool(scheme.storage.levels))
+        assert cut.split <= shape[1] // many.step(scheme)
+        if shape[1] > 512:
+            assert cut.grid([shape[0]], rows, H100[1])[0] >= 64
+        assert cut.split == 1 or cut.tiles([shape[0]], rows) * cut.split <= H100[1]
+
+
 @pytest.mark.parametrize(("kind", "rows", "shape"), tables.HOPPER_FEW)
 def test_measured_cuts_for_few_rows_fit_the_multiprocessor(kind: str, rows: int, shape: tuple[int, int]):
     specs = ("int4-g128", "nf4", "nf4-dq", "int8", "int4-g64-asym", "int3-g128", "int2-g64")

@@ -81,10 +81,14 @@ class Config:
 
     def grid(self, outs: Sequence[int], rows: int, processors: int) -> nvrtc.Dims:
         """Blocks for weights of these `outs`: a cluster per tile, or as many as run at a time, which stay."""
-        tiles = -(-rows // self.rows) * sum(-(-n // (self.outs * self.pair)) for n in outs)
+        tiles = self.tiles(outs, rows) // self.pair
         if self.split > 1:
             return tiles * self.split * self.pair, 1, 1
         return min(tiles, max(processors * self.min_blocks // self.pair, 1)) * self.pair, 1, 1
+
+    def tiles(self, outs: Sequence[int], rows: int) -> int:
+        """Tiles of y, a block's each, of weights of these `outs`."""
+        return -(-rows // self.rows) * sum(-(-n // (self.outs * self.pair)) for n in outs) * self.pair
 
     def shared_bytes(self, levels: bool) -> int:
         """Dynamic shared memory: 1,024 bytes with barriers, stages, what other blocks hand over, the table."""

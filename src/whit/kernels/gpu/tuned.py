@@ -18,6 +18,7 @@ from whit.kernels.gpu.tables_many import INVARIANT_MANY, MANY
 
 BYTES_AHEAD = 32  # that a thread loads of each row before it computes
 MOST_COLUMNS = 640  # of 64 rows of x, twice, that fit in shared memory beside a table of levels
+HEIGHTS = {8: (3, 8), 16: (3, 6), 32: (2, 4)}  # row tiles of many.cu, with stages and pieces of x that have room
 ROW_CLASSES = (16, 32, 64, 128, 256, 1024)  # rows for which a configuration of the tiled kernel is measured
 Device = tuple[int, int]  # the compute capability's major and the number of multiprocessors
 DEFAULT_ROUTE: Route = ((16, "stream"), (128, "tiled"))
@@ -117,12 +118,34 @@ def best_many(scheme: Scheme, shape: Shape, rows: int, device: Device) -> many.C
     measured_cut = table[name, next((most for most in known if most >= rows), known[-1]), near]
     if measured_cut is None:
         return None
-    config = many.Config(*measured_cut)
+    config, levels = many.Config(*measured_cut), bool(scheme.storage.levels)
+    if found := filling(config, scheme, shape, rows, near[0], device[1]):
+        return found
     tiles = next(n for n in many.ROW_TILES if 8 * n >= min(rows, config.rows))
     split = 1 if config.split == 1 else rescaled(config.outs, config.split, near, shape)
     split = min(split, 8, max(shape[1] // many.step(scheme), 1))
     most = [replace(config, row_tiles=tiles, split=n, apart=config.apart if n > 1 else 0) for n in range(split, 0, -1)]
-    return next(cut for cut in most if cut.fits(bool(scheme.storage.levels)))
+    return next(cut for cut in most if cut.fits(levels))
+
+
+def filling(config: many.Config, scheme: Scheme, shape: Shape, rows: int, known: int, room: int) -> many.Config | None:
+    """A cut for weights whose tiles, cut as was measured for `known` outs, would leave half of the device without work.
+
+    Lower tiles, of which two blocks or more share the columns, are the fastest for 512 to 2,048 rows of 512 to 2,048
+    outs (results/gpu_many.md). `room`: blocks that run at a time. None: the measured cut fills the device.
+    """
+    (outs, columns), levels = shape, bool(scheme.storage.levels)
+    if rows <= 64 or 2 * config.tiles([outs], rows) > room or (config.split > 1 and outs >= known):
+        return None
+    most = min(columns // many.step(scheme), 8)
+    for tiles, (stages, lead) in HEIGHTS.items():
+        cut = many.Config(2, tiles, stages, lead=lead)
+        count = cut.tiles([outs], rows)
+        shared = replace(cut, split=max(min(max(room // (2 * count), 2), most), 1))
+        if 2 * count <= room and shared.fits(levels):
+            return shared
+    alone = (many.Config(2, tiles, stages, lead=lead) for tiles, (stages, lead) in HEIGHTS.items())
+    return next((cut for cut in alone if cut.tiles([outs], rows) <= room), None)
 
 
 def best_invariant(scheme: Scheme, shape: Shape, rows: int, device: Device) -> many.Config | None:
