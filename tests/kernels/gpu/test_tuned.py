@@ -142,6 +142,20 @@ def test_measured_cuts_of_blocks_beside_each_other_fit_the_multiprocessor():
             assert config.splits * config.across * slab.SPAN <= shape[1]
 
 
+def test_weights_that_share_an_input_have_cuts_of_their_own(monkeypatch: pytest.MonkeyPatch):
+    cut, shape = (64, 4, 1, 1, 2, 2), (6144, 4096)
+    monkeypatch.setattr(tuned, "SHARED", {9: {("int4-128", 8, shape): None, ("int4-128", 16, shape): cut}})
+    monkeypatch.setattr(tuned, "SLAB", {})
+    kernel.shared_cut.cache_clear()
+    scheme = scheme_of("int4-g128", 4096)
+    assert kernel.shared_cut(scheme, shape, 9, H100) == slab.Config(*cut)
+    assert kernel.shared_cut(scheme, shape, 8, H100) is None
+    assert kernel.shared_cut(scheme, shape, 17, H100) is None
+    assert kernel.shared_cut(scheme_of("nf4", 4096), shape, 9, H100) is None
+    assert tuned.best_slab(scheme, shape, 9, H100) is None
+    kernel.shared_cut.cache_clear()
+
+
 def test_only_large_weights_that_share_an_input_leave_the_shared_launch_for_several_rows():
     def apart(spec: str, outs: int, rows: int) -> bool:
         format, shape = whit.parse_format(spec), (outs, 4096)
