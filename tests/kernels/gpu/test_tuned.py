@@ -71,6 +71,10 @@ def test_more_rows_take_a_cut_for_their_own_height_and_only_where_it_won(monkeyp
     assert tuned.best_many(scheme, (14336, 4096), 64, H100) == many.Config(2, 8, 4, 1, lead=8)
     assert tuned.best_many(scheme, shape, 64, (8, 108)) is None
     assert tuned.best_many(scheme_of("int8", 4096), shape, 64, H100) is None
+    monkeypatch.setattr(tuned, "MANY", {9: {("int8-64", 64, shape): won}})
+    assert tuned.best_many(scheme_of("int8", 4096), shape, 64, H100) == many.Config(*won)
+    assert tuned.best_many(scheme_of("int8-g128", 4096), shape, 30, H100) == many.Config(2, 4, 4, 4, lead=8)
+    assert tuned.best_many(scheme_of("int8-g32", 4096), shape, 64, H100) is None
     assert tuned.best_many(scheme_of("int4-g128-asym-fz", 4096), shape, 64, H100) is None
 
 
@@ -86,8 +90,10 @@ def test_an_invariant_cut_sums_alike_whatever_the_rows(spec: str, shape: tuple[i
 
 
 def test_measured_cuts_for_more_rows_fit_the_multiprocessor():
+    specs = {"table-64": "nf4", "int8-64": "int8-g128", "int2-64": "int2-g64"}
     for (kind, rows, shape), cut in tables_many.HOPPER_MANY.items():
-        scheme = scheme_of({"int4-128": "int4-g128", "table-64": "nf4"}[kind], shape[1])
+        scheme = scheme_of(specs.get(kind) or kind.replace("-", "-g"), shape[1])
+        assert tuned.kind(scheme) == kind
         config = tuned.best_many(scheme, shape, rows, H100)
         assert (config is None) == (cut is None)
         if config is not None:

@@ -33,7 +33,6 @@ constexpr int BM = 64 * WG, BN = 8 * NT, BK = BITS == 3 ? 256 : DENSE ? 1024 / B
 constexpr int THREADS = CONSUMERS + (TRADED ? 128 : 32);
 constexpr int X_PIECE = BN * 128, W_ROW = BK * BITS / 8, W_BYTES = BM * W_ROW, TILES = STAGES * W_BYTES + LEAD * X_PIECE;
 constexpr int SLOT = GROUP && GROUP < 128 ? GROUP : 128;  // columns for which a scale is held
-constexpr int EARLY = MIN_BLOCKS > 1 ? STAGES : 2;     // steps of W that are asked for before x is known to be there
 constexpr int SLOTS = BK / SLOT, TOGETHER = 8;          // of a step; tiles of rows that are multiplied with the same weights
 constexpr int PAIRS = NT / 2, OWN = (PAIRS + SPLITS - 1) / SPLITS;  // pairs of tiles of rows, and those a block finishes at most
 constexpr int HANDED = 2 * OWN * CONSUMERS * 16;        // bytes of sums that a block hands to another
@@ -135,8 +134,8 @@ DEVICE void ask_x(const Params &p, const Block &b, Walk &w, int asked) {
 DEVICE void produce(const Params &p, const Block &b) {
     int tiles = b.first < b.tiles ? (b.tiles - 1 - b.first) / b.stride + 1 : 0, steps = tiles * b.steps, pieces = PIECES * steps;
     Walk codes = {tile_of(p, b, b.first), b.first, 0}, x = codes;
-    int asked = 0;
-    for (; asked < min(steps, EARLY); asked++) ask_codes(p, b, codes, asked);
+    int asked = 0, early = min(MIN_BLOCKS > 1 ? STAGES : steps <= 8 ? 4 : 2, min(STAGES, steps));
+    for (; asked < early; asked++) ask_codes(p, b, codes, asked);
     previous_done();
     for (int i = 0; i < min(pieces, LEAD); i++) {  // turn about: all codes at once would be in the way of the first rows
         ask_x(p, b, x, i);

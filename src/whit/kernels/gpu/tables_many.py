@@ -5,7 +5,7 @@ The keys are those of tables.py: (kind of weight, how many rows, (outs, columns)
 
 from __future__ import annotations
 
-from whit.kernels.gpu.tables import Key
+from whit.kernels.gpu.tables import Key, Shape
 
 # NVIDIA H100 (results/gpu_many.md). Rows are the most that an entry stands for, down to the next one; the last stands
 # for more, too. None: another way is faster. Columns: the fields of many.Config.
@@ -67,6 +67,63 @@ HOPPER_MANY: dict[Key, tuple[int, ...] | None] = {
     ("int4-128", 4096, (28672, 8192)): (2, 32, 2, 1, 2, 0, 1, 6),  # 1.01x bfloat16
     ("table-64", 4096, (28672, 8192)): (2, 32, 2, 1, 2, 0, 1, 4, 1),  # 0.96x bfloat16
 }
+
+# Codes of 8 bits: in groups of 64 and 128 columns, and with a scale for each row.
+_EIGHT: dict[tuple[int, Shape], tuple[int, ...] | None] = {
+    (8, (4096, 4096)): None,
+    (8, (4096, 14336)): None,
+    (8, (14336, 4096)): None,
+    (8, (28672, 8192)): None,
+    (16, (4096, 4096)): (2, 2, 6, 4, 1, 0, 1, 16, 0, 1),  # 1.67x bfloat16
+    (16, (4096, 14336)): (2, 2, 6, 4, 1, 0, 1, 16, 0, 1),  # 1.74x bfloat16
+    (16, (14336, 4096)): (2, 2, 6, 1, 1, 0, 1, 16),  # 1.82x bfloat16
+    (16, (28672, 8192)): (4, 2, 5, 1, 1, 0, 1, 12),  # 1.84x bfloat16
+    (64, (4096, 4096)): (2, 8, 5, 4, 1, 0, 1, 8, 0, 1),  # 1.25x bfloat16
+    (64, (4096, 14336)): (2, 8, 5, 4, 1, 0, 1, 8, 0, 1),  # 1.61x bfloat16
+    (64, (14336, 4096)): (2, 8, 5, 1, 1, 0, 1, 8),  # 1.75x bfloat16
+    (64, (28672, 8192)): (4, 8, 4, 1, 1, 0, 1, 10),  # 1.89x bfloat16
+    (256, (4096, 4096)): (2, 16, 4, 2, 1, 0, 1, 6),  # 1.05x bfloat16
+    (256, (4096, 14336)): (2, 16, 4, 2, 1, 0, 1, 6),  # 1.13x bfloat16
+    (256, (14336, 4096)): (2, 32, 3, 1, 1, 0, 1, 4),  # 1.09x bfloat16
+    (256, (28672, 8192)): (2, 32, 5, 1, 1, 0, 1, 4),  # 1.10x bfloat16
+    (1024, (4096, 4096)): (2, 32, 3, 1, 1, 0, 1, 4),  # 0.97x bfloat16
+    (1024, (4096, 14336)): (2, 32, 4, 1, 2, 0, 1, 4),  # 0.99x bfloat16
+    (1024, (14336, 4096)): (2, 32, 4, 1, 2, 0, 1, 4, 1),  # 0.95x bfloat16
+    (1024, (28672, 8192)): (2, 32, 4, 1, 2, 0, 1, 4),  # 1.00x bfloat16
+    (4096, (4096, 4096)): (2, 32, 4, 1, 2, 0, 1, 4),  # 0.97x bfloat16
+    (4096, (4096, 14336)): (2, 32, 4, 1, 2, 0, 1, 4),  # 0.99x bfloat16
+    (4096, (14336, 4096)): (2, 32, 4, 1, 2, 0, 1, 4),  # 0.97x bfloat16
+    (4096, (28672, 8192)): (2, 32, 4, 1, 2, 0, 1, 4),  # 1.05x bfloat16
+}
+# Codes of 2, 3, 5 and 6 bits; times bfloat16 of int3-g128.
+_OTHERS: dict[tuple[int, Shape], tuple[int, ...] | None] = {
+    (8, (4096, 4096)): None,
+    (8, (4096, 14336)): None,
+    (8, (14336, 4096)): None,
+    (8, (28672, 8192)): None,
+    (16, (4096, 4096)): (2, 2, 6, 4, 1, 0, 1, 16, 0, 1),  # 2.06x bfloat16
+    (16, (4096, 14336)): (2, 2, 6, 4, 1, 0, 1, 16, 0, 1),  # 2.46x bfloat16
+    (16, (14336, 4096)): (2, 2, 6, 1, 1, 0, 1, 16),  # 2.34x bfloat16
+    (16, (28672, 8192)): (4, 2, 5, 1, 1, 0, 1, 12),  # 2.77x bfloat16
+    (64, (4096, 4096)): (2, 8, 4, 4, 1, 0, 1, 8, 0, 1),  # 1.43x bfloat16
+    (64, (4096, 14336)): (2, 8, 4, 4, 1, 0, 1, 8, 0, 1),  # 2.04x bfloat16
+    (64, (14336, 4096)): (2, 8, 4, 1, 1, 0, 1, 8),  # 1.97x bfloat16
+    (64, (28672, 8192)): (4, 8, 3, 1, 1, 0, 1, 10),  # 2.31x bfloat16
+    (256, (4096, 4096)): (2, 16, 3, 2, 1, 0, 1, 8),  # 1.07x bfloat16
+    (256, (4096, 14336)): (2, 16, 3, 2, 1, 0, 1, 8),  # 1.23x bfloat16
+    (256, (14336, 4096)): (2, 32, 3, 1, 1, 0, 1, 4),  # 1.16x bfloat16
+    (256, (28672, 8192)): (2, 32, 3, 1, 1, 0, 1, 4),  # 1.16x bfloat16
+    (1024, (4096, 4096)): (2, 32, 3, 1, 1, 0, 1, 4),  # 1.02x bfloat16
+    (1024, (4096, 14336)): (2, 32, 3, 1, 2, 0, 1, 4),  # 1.01x bfloat16
+    (1024, (14336, 4096)): (2, 32, 3, 1, 2, 0, 1, 4, 1),  # 0.98x bfloat16
+    (1024, (28672, 8192)): (2, 32, 3, 1, 2, 0, 1, 4, 1),  # 1.03x bfloat16
+    (4096, (4096, 4096)): (2, 32, 3, 1, 2, 0, 1, 4),  # 1.00x bfloat16
+    (4096, (4096, 14336)): (2, 32, 3, 1, 2, 0, 1, 4),  # 1.02x bfloat16
+    (4096, (14336, 4096)): (2, 32, 3, 1, 2, 0, 1, 4),  # 0.99x bfloat16
+    (4096, (28672, 8192)): (2, 32, 3, 1, 2, 0, 1, 4, 1),  # 0.97 to 1.0x bfloat16
+}
+ALIKE = {"int8-64": _EIGHT, "int2-64": _OTHERS, "int3-128": _OTHERS, "int5-128": _OTHERS, "int6-128": _OTHERS}
+HOPPER_MANY |= {(kind, *key): cut for kind, cuts in ALIKE.items() for key, cut in cuts.items()}
 MANY = {9: HOPPER_MANY}
 # The kinds of weight whose batch-invariant products it is faster for, over all rows.
 INVARIANT_MANY: dict[int, frozenset[str]] = {9: frozenset({"int4-128", "table-64"})}
