@@ -36,7 +36,7 @@ def multiply(x, packed, biases, cut, scheme):
         ("int4-g128", (99,), 1024, torch.bfloat16, 1, 1), ("int4-g64", (130, 40), 1024, torch.float16, 2, 1),
         ("int3-g128", (90, 20), 1024, torch.bfloat16, 1, 1), ("int3-g128", (33,), 2048, torch.float16, 2, 1),
         ("int4-g128", (20,), 1024, torch.bfloat16, 1, 2),
-        ("int2-channel", (70, 16), 1024, torch.bfloat16, 1, 2), ("int2-channel", (33,), 2048, torch.float16, 2, 1),
+        ("int2-channel", (70, 16), 1024, torch.bfloat16, 1, 2), ("int3-channel", (33,), 2048, torch.float16, 2, 1),
     ],
 )  # fmt: skip
 def test_one_row_is_that_of_float64(spec, outs, columns, dtype, each, splits, random):

@@ -123,6 +123,19 @@ def test_narrow_groups_of_odd_bits_lie_side_by_side(spec: str, dtype: torch.dtyp
     assert error(found, wanted) < LIMIT[dtype]
 
 
+@pytest.mark.parametrize(
+    ("spec", "rows", "spread"), [("int2-g64", 9, 4), ("int4-g64-asym", 17, 2), ("int2-g64", 70, 2)]
+)
+def test_groups_side_by_side_in_tiles(spec: str, rows: int, spread: int, random: Generator):
+    weight, x = packed(spec, 70, 1024, random), torch.randn(rows, 1024, generator=random).to(BF16)
+    scheme = tiled.widened(scheme_of(weight), rows, 1024)
+    assert scheme.spread == spread
+    assert tiled.widened(scheme_of(weight), rows, scheme.step + 64).spread == 1
+    found = emulated.tiled_linear(x, weight, None, scheme, tiled.Config(1, 1, 2, 2, 3, 3))
+    wanted = x.double() @ reference.dequantize(weight, torch.float32).double().T
+    assert error(found, wanted) < LIMIT[BF16]
+
+
 @pytest.mark.parametrize(("spec", "dtype", "rows", "splits"), [("int5-g64", BF16, 20, 1), ("int3-g32-asym", F16, 9, 2)])
 def test_more_rows_of_narrow_groups(spec: str, dtype: torch.dtype, rows: int, splits: int, random: Generator):
     weight, x = packed(spec, 70, 1024, random), torch.randn(rows, 1024, generator=random).to(dtype)

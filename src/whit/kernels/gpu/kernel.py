@@ -114,14 +114,19 @@ def product(x: Tensor, packed: PackedWeight, bias: Tensor | None, invariant: boo
         short = halves.read_as(packed, scheme, x.dtype) if slab.aligned(packed) else None
         way, cut = plan(scheme, (packed.shape[0], columns), rows, device_of(x), invariant, short)
         if cut is not None:
-            read = short if way == "slab" else scheme
+            read = short if way == "slab" else widened(scheme, rows, columns, x) if way == "tiled" else scheme
             return _WAYS[way](aligned(x, rows), packed, bias, read, cut).reshape(*x.shape[:-1], -1)
     side = narrow_scheme(packed) if rows else None
-    if side and (found := narrow.plan(side, (packed.shape[0], columns), rows, device_of(x)[1])):
+    if side and (found := narrow.plan(side, (packed.shape[0], columns), rows, device_of(x))):
         return _WAYS[found[0]](aligned(x, rows), packed, bias, side, found[1]).reshape(*x.shape[:-1], -1)
     stored = storage(packed.format)
     assert not isinstance(stored, str)
     return torch.nn.functional.linear(x, dequantize(packed, x.dtype, stored), bias)
+
+
+def widened(scheme: stream.Scheme, rows: int, columns: int, x: Tensor) -> stream.Scheme:
+    """How tiled.cu reads a weight on the device of x: it was measured on Hopper with groups side by side."""
+    return tiled.widened(scheme, rows, columns) if device_of(x)[0] == tuned.HOPPER else scheme
 
 
 def narrow_scheme(packed: PackedWeight) -> stream.Scheme | None:
@@ -158,7 +163,8 @@ def plan(
     if way == "stream":
         return way, stream.fitted(tuned.best(scheme, shape, rows, where, invariant), scheme, shape[1])
     if way == "tiled":
-        return way, tiled.fitted(tuned.best_tiled(scheme, shape, rows, where), scheme, shape[1])
+        wide = tiled.widened(scheme, rows, shape[1]) if where[0] == tuned.HOPPER else scheme
+        return way, tiled.fitted(tuned.best_tiled(wide, shape, rows, where), wide, shape[1])
     return way, None
 
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-from whit.kernels.gpu import few, tiled
+from whit.kernels.gpu import few, tiled, tuned
 from whit.kernels.gpu.scales import storage
 from whit.kernels.gpu.stream import Scheme
 from whit.tensor import Format
 
 STEP = 128  # columns of a step of codes that do not fill a word in twos, fours or eights, or of 1 bit
-ROWS = 64  # up to which no other way was measured to be faster
-LEAST_STEPS = 8  # of a split: with fewer the sums cost more than the columns
+ROWS = 256  # up to which tiles are faster than dequantizing on Hopper
 
 
 @lru_cache(maxsize=1024)
@@ -25,30 +24,19 @@ def scheme(format: Format, columns: int) -> Scheme | None:
 
 @lru_cache(maxsize=1024)
 def plan(
-    scheme: Scheme, shape: tuple[int, int], rows: int, multiprocessors: int
+    scheme: Scheme, shape: tuple[int, int], rows: int, device: tuned.Device
 ) -> tuple[str, few.Config | tiled.Config] | None:
     """The way for x (rows, columns) and a weight of `shape` (outs, columns), and its cut; None: dequantize.
 
     By what was fastest on an H100 (results/gpu_narrow.md).
     """
-    outs, columns = shape
     if not few.scaled(scheme, rows):
         return "few", few.Config(8, 2, 2)
     cut = few.Config(16, 2 if scheme.spread == 4 else 1, 1)
-    if rows <= few.MOST_ROWS and few.slices(scheme, cut, rows, columns) == 1:
+    if rows <= few.MOST_ROWS and few.slices(scheme, cut, rows, shape[1]) == 1:
         return "few", cut
     if rows <= 8:
         return "few", few.Config(8, 2, 2)
-    return None if rows > ROWS else ("tiled", _tiled(outs, columns // STEP, rows, multiprocessors))
-
-
-def _tiled(outs: int, steps: int, rows: int, multiprocessors: int) -> tiled.Config:
-    """Two blocks to a multiprocessor, and splits of the columns to fill them."""
-    row_tiles, room = 2 if rows <= 16 else 4 if rows <= 32 else 8, 2 * multiprocessors
-    if rows <= 32:
-        splits = min(room // -(-outs // 128), steps // LEAST_STEPS)
-        return tiled.Config(1, 2, row_tiles, 2, 3, max(splits, 1), 2)
-    blocks = -(-outs // 64)
-    if blocks > room:
-        return tiled.Config(1, 4, row_tiles, 2, 4, 1, 1)
-    return tiled.Config(1, 1, row_tiles, 2, 4, max(min(room // blocks, steps // LEAST_STEPS), 1), 2)
+    if rows > ROWS or device[0] != tuned.HOPPER:
+        return None
+    return "tiled", tiled.fitted(tuned.hopper_tiled(scheme, shape, rows, device[1]), scheme, shape[1])

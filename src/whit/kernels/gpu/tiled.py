@@ -18,6 +18,8 @@ ARRANGE = Path(__file__).with_name("arrange.cu")
 ARRANGE_THREADS = 128
 BARRIER_BYTES = 128
 ROW_TILES = (2, 4, 8, 16, 32)
+MOST_TILES = 16  # of rows, where a cut was not measured
+STAGE_COLUMNS = 2048  # of x, for a tile of 8 rows, that fit in the shared memory
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,18 @@ def shared_bytes(scheme: Scheme, config: Config) -> int:
 def grid(config: Config, outs: int, rows: int) -> tuple[int, int, int]:
     """Blocks along outs, splits of the columns, and rows."""
     return -(-outs // config.outs), config.splits, -(-rows // config.rows)
+
+
+def widened(scheme: Scheme, rows: int, columns: int) -> Scheme:
+    """The scheme in whose steps groups lie side by side until a thread holds 16 bytes of a row, which cost no more
+    instructions than fewer; stages of x for so many rows still have room."""
+    row_tiles = next((n for n in ROW_TILES if 8 * n >= rows), MOST_TILES)
+    most_step = STAGE_COLUMNS // min(row_tiles, MOST_TILES)
+    while scheme.steps_per_group == 1 and scheme.spread < 4 and 2 * scheme.chunk <= min(128 // scheme.storage.bits, 64):
+        if 32 % scheme.storage.bits or 2 * scheme.step > most_step or columns % (2 * scheme.step):
+            break
+        scheme = replace(scheme, chunk=2 * scheme.chunk, spread=2 * scheme.spread)
+    return scheme
 
 
 def fitted(config: Config, scheme: Scheme, columns: int) -> Config:

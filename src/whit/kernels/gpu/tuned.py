@@ -20,6 +20,8 @@ BYTES_AHEAD = 32  # that a thread loads of each row before it computes
 MOST_COLUMNS = 640  # of 64 rows of x, twice, that fit in shared memory beside a table of levels
 HEIGHTS = {8: (3, 8), 16: (3, 6), 32: (2, 4)}  # row tiles of many.cu, with stages and pieces of x that have room
 ROW_CLASSES = (16, 32, 64, 128, 256, 1024)  # rows for which a configuration of the tiled kernel is measured
+HOPPER = 9  # of a compute capability, the major
+SPLIT_COLUMNS = 1024  # of a split of tiled.cu: with fewer its sums cost more than its columns
 Device = tuple[int, int]  # the compute capability's major and the number of multiprocessors
 DEFAULT_ROUTE: Route = ((16, "stream"), (128, "tiled"))
 
@@ -182,6 +184,8 @@ def best_tiled(scheme: Scheme, shape: Shape, rows: int, device: Device) -> tiled
     """The tiled kernel's configuration."""
     table, of = TILED.get(device[0], {}), row_class(rows)
     near = nearest(measured(table, kind(scheme), of), shape)
+    if near is None and device[0] == HOPPER:
+        return hopper_tiled(scheme, shape, rows, device[1])
     if near is None:
         return default_tiled(scheme, shape, rows, device)
     config = tiled.Config(*table[kind(scheme), of, near])
@@ -222,9 +226,25 @@ def default(scheme: Scheme, shape: Shape, tiles: int, multiprocessors: int) -> C
     return stream.Config(1, 4, 2, depth, splits, 2 if tiles <= 2 else 1)
 
 
+def hopper_tiled(scheme: Scheme, shape: Shape, rows: int, multiprocessors: int) -> tiled.Config:
+    """By what was fastest on an H100 for integers of 2, 3, 5, 6 and 8 bits: up to 32 rows two small blocks to a
+    multiprocessor, beyond one of 128 outs; splits to fill it, of no fewer than 1,024 columns."""
+    (outs, columns), most = shape, min(tiled.STAGE_COLUMNS // scheme.step, tiled.MOST_TILES)
+    tiles = next(n for n in tiled.ROW_TILES if 8 * n >= rows or n >= most)
+    few_columns = max(columns // SPLIT_COLUMNS, 1)
+    if -(-outs // 64) > 2 * multiprocessors and tiles <= 8:
+        return tiled.Config(1, 4, tiles, 2, 4 if scheme.step <= 128 else 3)
+    turns = 2 if scheme.step < 256 and tiles <= 8 else 1
+    wanted = turns * multiprocessors // (-(-outs // 128) * -(-rows // (8 * tiles)))
+    if tiles <= 4 or (turns == 2 and wanted > few_columns):
+        splits = min(4 * multiprocessors // -(-outs // 64), few_columns)
+        return tiled.Config(1, 1, tiles, 2, 4, max(splits, 1), 2)
+    return tiled.Config(1, 2, tiles, 2, 4 if tiles <= 8 else 3, max(min(wanted, few_columns), 1))
+
+
 def default_tiled(scheme: Scheme, shape: Shape, rows: int, device: Device) -> tiled.Config:
     """Blocks of 128 outs and up to 128 rows, two to a multiprocessor where they are small, and splits to fill them."""
-    most = min(2048 // scheme.step, 16)  # whose stages fit in the shared memory
+    most = min(tiled.STAGE_COLUMNS // scheme.step, tiled.MOST_TILES)
     tiles = next(n for n in tiled.ROW_TILES if 8 * n >= rows or n >= most)
     config = tiled.Config(1, 2, tiles, 2, 4 if tiles <= 8 else 3, 1, 2 if tiles <= 4 else 1)
     blocks = -(-shape[0] // config.outs) * -(-rows // config.rows)
