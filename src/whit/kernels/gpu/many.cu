@@ -36,7 +36,6 @@ constexpr int SLOT = GROUP && GROUP < 128 ? GROUP : 128;  // columns for which a
 constexpr int SLOTS = BK / SLOT, TOGETHER = 8;          // of a step; tiles of rows that are multiplied with the same weights
 constexpr int PAIRS = NT / 2, OWN = (PAIRS + SPLITS - 1) / SPLITS;  // pairs of tiles of rows, and those a block finishes at most
 constexpr int HANDED = 2 * OWN * CONSUMERS * 16;        // bytes of sums that a block hands to another
-constexpr bool SCALE_PAIRS = SCALE == HALF;             // the scale is an operand's type
 constexpr bool AFTER = GROUP == 0 && !CODEBOOK && !LATE;  // a row's one scale is its sums'
 constexpr bool DIRECT = SCALE_PAIRS && !AFTER && !HALF && !CODEBOOK && !ZERO && OFFSET == 1 << (BITS - 1) && !LATE;  // scaled where they lie
 constexpr int FRONT = 1024;                             // bytes before the tiles: a word for blocks apart, barriers
