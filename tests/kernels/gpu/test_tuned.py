@@ -90,7 +90,7 @@ def test_an_invariant_cut_sums_alike_whatever_the_rows(spec: str, shape: tuple[i
 
 
 def test_measured_cuts_for_more_rows_fit_the_multiprocessor():
-    specs = {"table-64": "nf4", "int8-64": "int8-g128", "int2-64": "int2-g64"}
+    specs = {"table-64": "nf4", "int8-64": "int8-g128", "int8-64-zero": "int8-g64-asym"}
     for (kind, rows, shape), cut in tables_many.HOPPER_MANY.items():
         scheme = scheme_of(specs.get(kind) or kind.replace("-", "-g"), shape[1])
         assert tuned.kind(scheme) == kind
