@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import whit
-from whit.kernels.gpu import few, halves, kernel, many, slab, stream, tables, tables_many, tiled, tuned
+from whit.kernels.gpu import few, halves, kernel, many, narrow, slab, stream, tables, tables_many, tiled, tuned
 from whit.kernels.gpu.stream import Scheme
 from whit.layouts import BITS
 from whit.tensor import PackedWeight
@@ -193,3 +193,16 @@ def test_blocks_lie_beside_each_other_only_for_what_the_kernel_takes(monkeypatch
     for other in ("int4-g128-asym", "nf4-dq", "int8", "int4-g128-asym-fz"):
         assert tuned.best_slab(scheme_of(other, 4096), shape, 16, H100) is None
     kernel.plan.cache_clear()
+
+
+@pytest.mark.parametrize("spec", ["int2-g64", "int3-g32", "int5-g64", "int8-g64", "int8-channel", "nf4", "int4-g32"])
+def test_tiles_on_hopper_have_room_and_no_empty_splits(spec):
+    for outs, columns in ((64, 128), (1024, 4096), (4096, 14336), (28672, 8192)):
+        for rows in (9, 17, 33, 64, 100, 256, 5000):
+            format = whit.parse_format(spec)
+            found = narrow.scheme(format, columns) or tiled.widened(stream.scheme(format, columns), rows, columns)
+            cut = tiled.fitted(tuned.hopper_tiled(found, (outs, columns), rows, H100[1]), found, columns)
+            assert tiled.shared_bytes(found, cut) * cut.min_blocks <= SHARED
+            per_split = -(-(columns // found.step) // cut.splits)
+            assert 0 < columns // found.step - (cut.splits - 1) * per_split <= per_split
+            assert cut.rows >= min(rows, 64)
