@@ -12,6 +12,7 @@
 // which arrange.cu has laid out for them: on Hopper one instruction for 16 columns, running while other warps
 // decode. Weights are scaled before they are multiplied and rounded once, as the dequantizing kernel does, except that
 // levels of a codebook are rounded before the scale too. Splits of the columns are added in a fixed order.
+#define BARE (STEPS_PER_GROUP && !HALF && !CODEBOOK && BITS < 8 && ZERO % 3 == 0 && SCALE == 0)
 #include "codes.cuh"
 #include "sums.cuh"
 
@@ -46,8 +47,12 @@ DEVICE void load_held(Held &held, const Params &p, int step, int first_out, int 
 
 // The operands of a unit of one row, scaled where a group has its own scale.
 DEVICE void operands(u32 (&pairs)[4], const Held &held, int m, int h, int unit, const Table &table) {
-    decode(pairs, held.words[m][h], unit, table);
-    if (STEPS_PER_GROUP) scale_pairs(pairs, held.scale[m][h], held.zero[m][h]);
+    decode<BARE>(pairs, held.words[m][h], unit, table);
+#if BARE
+    scale_bare(pairs, unit, held.scale[m][h]);
+#elif STEPS_PER_GROUP
+    scale_pairs(pairs, held.scale[m][h], held.zero[m][h]);
+#endif
 }
 
 // Steps of x pass through a ring of stages in shared memory. On Hopper one thread asks for them, once every warp has
@@ -157,7 +162,7 @@ DEVICE void write_sums(const Sums &sums, float *block, const Params &p, int firs
         for (int e = 0; e < 4; e++) {
             int out = m * 64 + (e >> 1) * 8 + (lane >> 2);
 #if STEPS_PER_GROUP
-            float scale = 1;
+            float scale = BARE ? 0x1p20f : 1.0f;
 #else
             float scale = load_scale(p.scales, min(first_out + out, p.outs - 1), 0);
 #endif
