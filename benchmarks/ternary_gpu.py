@@ -95,7 +95,7 @@ def table(cells: list[dict[str, Any]]) -> str:
         plain, ours = cell["bf16"], cell["us"]
         times = f"{plain * 1e6:.1f}", f"{ours * 1e6:.1f}", f"{plain / ours:.2f}", f"{plain / cell['digits']:.2f}"
         speed = f"{cell['bytes'] / ours / 1e9:.0f}"
-        lines.append((cell["spec"], "{}x{}".format(*cell["shape"]), cell["rows"], *times, speed))
+        lines.append((cell["spec"], "{}x{}".format(*cell["shape"]), str(cell["rows"]), *times, speed))
     return markdown(("format", "shape", "rows", "bf16, us", "us", "times bf16", "from digits", "GB/s"), lines)
 
 
