@@ -1,14 +1,15 @@
-"""k-quants, ternary and binary on a GPU: python benchmarks/runs_gpu.py [--seconds 40] [--out results/runs_gpu.json]
+"""ggml's types and binary on a GPU: python benchmarks/runs_gpu.py [--seconds 90] [--out results/runs_gpu.json]
 
-First checks against the reference on the CPU: dequantizing bit for bit, products of 1 to 32 rows against float64 of the
-same 16-bit weights. Then times beside torch's bf16 product: cold weights in CUDA graphs, medians, for each cut; for
-more rows dequantizing with torch's product, and what the reference takes today.
+First checks against the reference on the CPU: dequantizing bit for bit, products against float64. Then times beside
+torch's bf16 product: cold weights in CUDA graphs, medians, for each way there is: runs_row.cu, runs_rows.cu,
+runs_few.cu, and dequantizing with torch's product behind it. The table has the way that is dispatched.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,8 @@ from torch import Tensor
 from whit.errors import KernelError
 from whit.formats import parse_format
 from whit.kernels import reference
-from whit.kernels.gpu import runs
-from whit.kernels.gpu.runs import Config, Scheme
+from whit.kernels.gpu import kernel_runs, runs, runs_row, runs_rows
+from whit.kernels.gpu.runs import Scheme
 from whit.layouts import BITS
 from whit.tensor import PackedWeight
 
@@ -30,10 +31,17 @@ SPECS = (
     "q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "q4_0", "q5_1", "q8_0", "iq4_xs", "iq4_nl", "mxfp4", "tq2_0", "ternary-g64",
     "ternary", "ternary-tensor-absmean", "binary-g64", "binary",
 )  # fmt: skip
-TIMED = ("q4_k", "q6_k", "q2_k", "q3_k", "q5_k", "ternary-g64", "binary-g64", "q8_0", "iq4_xs")
+TIMED = ("q4_k", "q6_k", "q5_k", "q8_0", "q4_0", "iq4_xs", "q3_k", "q2_k", "binary-g64")
+GGML = tuple(spec for spec in SPECS if "ary" not in spec)
 SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336))
-ROWS = (1, 4, 16, 32)
-CUTS = (Config(8, 1, 3), Config(8, 2, 2), Config(8, 1, 4), Config(4, 1, 6), Config(16, 1, 2), Config(4, 2, 4))
+ROWS = (1, 2, 4, 8, 16, 32, 64)
+ROW_CUTS = {
+    1: [(16, 1, 2, 2), (8, 2, 3, 3), (8, 4, 2, 2), (16, 2, 1, 1)], 2: [(16, 1, 2, 2), (8, 4, 2, 2)], 4: [(16, 1, 1, 1)],
+    8: [(16, 1, 1, 1)],
+}  # fmt: skip
+ROWS_CUTS = ((16, 1), (16, 2))
+CHECKED_ROWS = (1, 3, 8)
+Way = tuple[str, Callable[[Tensor, PackedWeight], Tensor]]
 
 
 def random_packed(spec: str, shape: tuple[int, int], generator: torch.Generator) -> PackedWeight:
@@ -65,39 +73,81 @@ def on_cpu(packed: PackedWeight) -> PackedWeight:
 
 def check(spec: str, generator: torch.Generator) -> list[tuple[str, float, float]]:
     """Labels, errors, and what they may be."""
-    shape, found = (1016, 1280), []
-    packed = random_packed(spec, shape, generator)
-    scheme, there = scheme_of(packed), on_cpu(packed)
-    for dtype in (torch.bfloat16, torch.float16):
-        wanted = reference.dequantize(there, dtype)
-        same = torch.equal(runs.dequantize(packed, dtype, scheme).cpu(), wanted)
-        found.append((f"{spec} {dtype} dequantized", 0.0 if same else 1.0, 0.0))
-        bias, exact = torch.randn(shape[0], device="cuda").to(dtype), wanted.double().cuda()
-        for rows in (1, 3, 8, 16, 27):
-            x = torch.randn(rows, shape[1], device="cuda", generator=generator).to(dtype)
-            y = runs.multiply_few(x, packed, bias, scheme, CUTS[rows % len(CUTS)])
-            error = relative_error(y, x.double() @ exact.T + bias.double())
-            found.append((f"{spec} {dtype}, {rows} rows", error, 2.5e-3 if dtype == torch.bfloat16 else 4e-4))
+    packed = random_packed(spec, (1016, 1280), generator)
+    dtypes = (torch.bfloat16, torch.float16)
+    return [
+        (f"{spec} {dtype} {name}", *rest) for dtype in dtypes for name, *rest in check_dtype(packed, dtype, generator)
+    ]
+
+
+def check_dtype(packed: PackedWeight, dtype: torch.dtype, generator: torch.Generator) -> list[tuple[str, float, float]]:
+    """The same for activations of one type."""
+    scheme, there, bf16 = scheme_of(packed), on_cpu(packed), dtype == torch.bfloat16
+    rounded, few = reference.dequantize(there, dtype), runs.best(packed.shape, 7)
+    exact = reference.dequantize(there, torch.float32).double().cuda()
+    same = torch.equal(runs.dequantize(packed, dtype, scheme).cpu(), rounded)
+    found, most = [("dequantized", 0.0 if same else 1.0, 0.0)], 2.5e-3 if bf16 else 4e-4
+    bias = torch.randn(packed.shape[0], device="cuda").to(dtype)
+
+    def add(name: str, rows: int, product: Callable[[Tensor], Tensor], weight: Tensor, most: float) -> None:
+        x = torch.randn(rows, packed.shape[1], device="cuda", generator=generator).to(dtype)
+        y = product(x)
+        error = relative_error(y, x.double() @ weight.T + bias.double())
+        found.append((f"{name}, {rows} rows", error if torch.equal(product(x), y) else float("inf"), most))
+
+    add("few", 7, lambda x: runs.multiply_few(x, packed, bias, scheme, few), rounded.double().cuda(), most)
+    if str(packed.format) in GGML:
+        cut, several = runs_row.Config(*ROW_CUTS[8][0]), runs_rows.Config(*ROWS_CUTS[0])
+        for rows in CHECKED_ROWS:
+            add("row", rows, lambda x: runs_row.multiply(x, packed, bias, cut), exact, most)
+        for rows in (7, 16, 27) if bf16 else ():  # weights are rounded, too
+            add("rows", rows, lambda x: runs_rows.multiply(x, packed, bias, several), exact, 2.8e-3)
+    return found
+
+
+def ways(packed: PackedWeight, rows: int) -> list[Way]:
+    """What can multiply so many rows of bfloat16, by names."""
+    scheme, found = scheme_of(packed), list[Way]()
+    if str(packed.format) in GGML:
+        for cut in (runs_row.Config(*c) for c in ROW_CUTS.get(rows, ())):
+            if runs_row.shared_bytes(packed, cut, rows) * cut.blocks <= runs_row.MOST_SHARED:
+                found.append((f"row {cut}", lambda x, w, c=cut: runs_row.multiply(x, w, None, c)))
+        for several in (runs_rows.Config(*c) for c in (ROWS_CUTS if rows >= 8 else ())):
+            if runs_rows.slices(packed, several, rows):
+                found.append((f"rows {several}", lambda x, w, c=several: runs_rows.multiply(x, w, None, c)))
+    if rows <= runs.MOST_ROWS:
+        few = runs.best(packed.shape, rows)
+        found.append((f"few {few}", lambda x, w: runs.multiply_few(x, w, None, scheme, few)))
+    else:
+        found.append(("dequantized", lambda x, w: torch.nn.functional.linear(x, runs.dequantize(w, x.dtype, scheme))))
     return found
 
 
 def time_cells(spec: str, shape: tuple[int, int], dense: list[Tensor], generator: torch.Generator) -> dict[str, Any]:
     first = random_packed(spec, shape, generator)
     weights = [first, *(random_packed(spec, shape, generator) for _ in range(copies(first.nbytes) - 1))]
-    scheme = scheme_of(first)
     cell: dict[str, Any] = {"spec": spec, "shape": shape, "bytes": first.nbytes, "rows": {}}
     for rows in ROWS:
-        x, cuts = torch.randn(rows, shape[1], device="cuda", generator=generator).bfloat16(), {}
-        for config in CUTS:
+        x, times = torch.randn(rows, shape[1], device="cuda", generator=generator).bfloat16(), {}
+        for name, way in ways(first, rows):
+            some = weights if rows <= 16 else weights[: max(len(weights) // 2, 2)]
             try:
-                cuts[str(config)] = seconds_cold(
-                    [lambda x=x, w=w, c=config: runs.multiply_few(x, w, None, scheme, c) for w in weights]
-                )
+                times[name] = seconds_cold([lambda x=x, w=w, way=way: way(x, w) for w in some])
             except KernelError as error:
-                print(f"{config}: {error}", flush=True)
+                print(f"{spec} {shape} {rows} {name}: {error}", flush=True)
+        taken = seconds_cold([lambda x=x, w=w: kernel_runs.GpuRuns().linear(x, w, None) for w in weights])
         bf16 = seconds_cold([lambda x=x, w=w: torch.nn.functional.linear(x, w) for w in dense])
-        cell["rows"][rows] = {"bf16": bf16, "cuts": cuts}
+        cell["rows"][rows] = {"bf16": bf16, "taken": taken, "ways": times}
+        print(
+            spec,
+            shape,
+            rows,
+            f"{bf16 * 1e6:.2f}, {taken * 1e6:.2f}",
+            {k: f"{v * 1e6:.2f}" for k, v in times.items()},
+            flush=True,
+        )
     some = weights[: max(len(weights) // 4, 2)]
+    scheme = scheme_of(first)
     cell["dequantize"] = seconds_cold([lambda w=w: runs.dequantize(w, torch.bfloat16, scheme) for w in some])
     return cell
 
@@ -105,16 +155,26 @@ def time_cells(spec: str, shape: tuple[int, int], dense: list[Tensor], generator
 def compile_all(kitchen: Kitchen) -> None:
     wanted = []
     for spec in SPECS:
-        scheme = runs.scheme(parse_format(spec), 1280)
+        shape = (16, 1280)
+        packed = PackedWeight(BITS.name, parse_format(spec), shape, {})
+        scheme = runs.scheme(packed.format, 1280)
         assert not isinstance(scheme, str)
         wanted += [(runs.DEQUANTIZE, (scheme.macros | {"HALF": half}).items()) for half in (0, 1)]
-        for half in (False, True):
-            wanted += [
-                (runs.FEW, runs.few_macros(scheme, CUTS[rows % len(CUTS)], half, rows).items())
-                for rows in (1, 3, 8, 16, 27)
-            ]
+        wanted += [
+            (runs.FEW, runs.few_macros(scheme, runs.best((1016, 1280), 7), half, 7).items()) for half in (False, True)
+        ]
         if spec in TIMED:
-            wanted += [(runs.FEW, runs.few_macros(scheme, c, False, rows).items()) for c in CUTS for rows in ROWS]
+            few = {(runs.best(shape, rows), rows) for shape in SHAPES for rows in ROWS if rows <= runs.MOST_ROWS}
+            wanted += [(runs.FEW, runs.few_macros(scheme, c, False, rows).items()) for c, rows in few]
+        if spec not in GGML:
+            continue
+        row = {(rows, half, ROW_CUTS[8][0]) for rows in CHECKED_ROWS for half in (False, True)}
+        rows_too = {(rows, ROWS_CUTS[0]) for rows in (8, 16, 32)}
+        if spec in TIMED:
+            row |= {(rows, False, cut) for rows, cuts in ROW_CUTS.items() for cut in cuts}
+            rows_too |= {(rows, cut) for rows in (8, 16, 32) for cut in ROWS_CUTS}
+        wanted += [(runs_row.SOURCE, runs_row.macros(packed, runs_row.Config(*c), h, r).items()) for r, h, c in row]
+        wanted += [(runs_rows.SOURCE, runs_rows.macros(packed, runs_rows.Config(*c), r).items()) for r, c in rows_too]
     kitchen.prepare(wanted)
 
 
@@ -122,7 +182,7 @@ def table(cells: list[dict[str, Any]]) -> str:
     """Times bf16 at each number of rows, and GB/s of packed bytes at one row."""
     lines = []
     for cell in cells:
-        best = {rows: min(each["cuts"].values()) for rows, each in cell["rows"].items()}
+        best = {rows: each["taken"] for rows, each in cell["rows"].items()}
         speeds = [f"{each['bf16'] / best[rows]:.2f}" for rows, each in cell["rows"].items()]
         written = 2 * cell["shape"][0] * cell["shape"][1] + cell["bytes"]
         lines.append((
@@ -134,7 +194,7 @@ def table(cells: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seconds", type=float, default=40)
+    parser.add_argument("--seconds", type=float, default=90)
     parser.add_argument("--out", type=Path, default=RESULTS / "runs_gpu.json")
     args = parser.parse_args()
     budget, kitchen = Budget(args.seconds), Kitchen()

@@ -1,7 +1,7 @@
 // y (rows, outs) = x (rows, columns) W (outs, columns)^T + bias for up to 8 rows and ggml's types, as fast as W can be read.
 //
-// Built at run time after common.cuh. The host (runs_row.py) defines what runs.cuh and codes.cuh explain (CHUNK is 32)
-// and
+// Built at run time after common.cuh. The host (runs_row.py) defines what runs_tile.cuh and codes.cuh explain (CHUNK
+// is 32) and
 //   ROWS               1, 2, 4 or 8: rows rounded up
 //   WARPS              of a block; they share the columns of a tile of 16 outs
 //   AHEAD              steps of W that a warp has under way
@@ -14,96 +14,19 @@
 // the minimum off. Blocks stay and take tile after tile; the scales of a tile are one stretch of memory for each of their
 // fields, copied two tiles ahead; its first codes are asked for before the warps add up the tile in front of it.
 #include "codes.cuh"
+#include "runs_tile.cuh"
 
-constexpr int THREADS = 32 * WARPS, OUTS = 16;
-constexpr int EACH = RUN == 16 ? 2 : 1;              // runs of a chunk
 constexpr int V = ROWS * EACH, NT = (V + 1) / 2;     // sums of a chunk and a row of W; products that make them
 constexpr int PER_STEP = UNITS * V * 4;              // of uint4: a step of x
 constexpr bool SUMMED = HAS_RAW || LESS;             // needs sums of x
 constexpr float BIAS = HAS_RAW ? (HALF ? 1024.0f : 128.0f) + OFFSET : 0.0f;  // what is added to a level
-constexpr int FIELDS = 4;                            // d, dmin or m, integers of d, integers of dmin
 
-struct Params {
-    const u8 *codes, *field[FIELDS];
-    const u16 *levels, *x, *bias;  // levels: 16 operands; bias: or null
-    u16 *y;
-    int pitch[FIELDS];             // bytes of a row of W; 0: there is no such field
-    int outs, columns, rows, row_bytes;
-};
 struct Shared {
     const uint4 *x;      // a lane's, of the first step
     int stride;          // 0 where a lane has none, and reads zeros
     const float *sums;   // of x: [chunk][row and run]
     Table table;
 };
-struct Held {
-    u32 words[2][WORDS];  // rows 8 apart
-};
-struct Run {
-    float scale[EACH], off[EACH];  // off: what is taken off for each unit of x
-};
-
-DEVICE int slot_bytes(const Params &p) { return OUTS * (p.pitch[0] + p.pitch[1] + p.pitch[2] + p.pitch[3]) + 16; }
-
-// The scales of a tile, 16 bytes at a time where the weight does not end before.
-DEVICE void copy_scales(u8 *slot, const Params &p, int tile) {
-#pragma unroll
-    for (int f = 0; f < FIELDS; f++) {
-        int bytes = OUTS * p.pitch[f];
-        const u8 *from = p.field[f] + (long long)tile * bytes;
-        if ((tile + 1) * OUTS <= p.outs) {
-#pragma unroll 1
-            for (int i = threadIdx.x * 16; i < bytes; i += THREADS * 16) copy_behind(slot + i, from + i);
-        } else {
-            int left = (p.outs - tile * OUTS) * p.pitch[f];
-#pragma unroll 1
-            for (int i = threadIdx.x; i < left; i += THREADS) slot[i] = from[i];
-        }
-        slot += bytes;
-    }
-}
-
-DEVICE float number_of(const u8 *row, int index) {
-#if NUMBER == 4
-    u32 e = row[index];
-    return bits_float(e < 2 ? 0x00200000u << e : (e - 1) << 23);
-#else
-    return widen_f16(((const u16 *)row)[index]);
-#endif
-}
-// The integers of a chunk's runs, side by side.
-DEVICE u32 integers_of(const u8 *row, int chunk) {
-    constexpr int BITS_EACH = EACH * PART;
-    if constexpr (BITS_EACH == 16) return ((const u16 *)row)[chunk];
-    if constexpr (BITS_EACH == 8) return row[chunk];
-    int bit = chunk * BITS_EACH;
-    return (row[bit >> 3] | (u32)row[(bit >> 3) + 1] << 8) >> (bit & 7);
-}
-DEVICE float integer_at(u32 all, int i, float bias) {
-    return bits_float(under_exponent(all >> i * PART, (1u << PART) - 1, 0x4B000000u)) - (8388608.0f + bias);
-}
-DEVICE Run run_of(const u8 *slot, const Params &p, int row, int chunk) {
-    Run run;
-    const u8 *field[FIELDS];
-#pragma unroll
-    for (int f = 0; f < FIELDS; f++) field[f] = slot + row * p.pitch[f], slot += OUTS * p.pitch[f];
-#if SUBS
-    int super = chunk * CHUNK / (SUBS * RUN);
-    float d = number_of(field[0], super), dmin = LESS ? number_of(field[1], super) : 0.0f;
-    u32 scales = integers_of(field[2], chunk), mins = LESS ? integers_of(field[3], chunk) : 0;
-#pragma unroll
-    for (int i = 0; i < EACH; i++) {
-        run.scale[i] = multiplied(d, integer_at(scales, i, SCALE_BIAS));
-        run.off[i] = run.scale[i] * BIAS + (LESS ? multiplied(dmin, integer_at(mins, i, 0)) : 0.0f);
-    }
-#else
-    int index = chunk * CHUNK / RUN;
-    run.scale[0] = number_of(field[0], index);
-    run.off[0] = run.scale[0] * BIAS - (LESS ? number_of(field[1], index) : 0.0f);
-#endif
-    return run;
-}
-
 // x in the order of the operands: [step][unit][row and run][lane & 3]; columns of another run are zero.
 DEVICE void stage(uint4 *xs, const Params &p, int steps) {
     constexpr bool MIXED = !NATURAL && !DENSE;  // pairs of columns lie in both runs
@@ -139,20 +62,6 @@ DEVICE void sum_runs(float *sums, const uint4 *xs, int steps) {
     }
 }
 
-DEVICE void load_held(Held &held, const Params &p, int tile, int chunk, int lane) {
-    chunk = min(chunk, p.columns / CHUNK - 1);
-#pragma unroll
-    for (int h = 0; h < 2; h++) {
-        int out = min(tile * OUTS + h * 8 + (lane >> 2), p.outs - 1);
-        load_words(held.words[h], (const u32 *)(p.codes + (long long)out * p.row_bytes + chunk * (4 * WORDS)));
-    }
-}
-DEVICE void begin_tile(Held (&held)[AHEAD], const Params &p, int tile, int steps, int warp, int lane) {
-#pragma unroll
-    for (int j = 0; j < AHEAD; j++)
-        if (warp + j * WARPS < steps) load_held(held[j], p, tile, (warp + j * WARPS) * 4 + (lane & 3), lane);
-}
-
 DEVICE void add_step(float (&sums)[ROWS][2], const Held &held, const Shared &s, const Params &p, const u8 *slot, int step, int lane) {
     float part[NT][4] = {};
     const uint4 *x = s.x + step * s.stride;
@@ -176,7 +85,7 @@ DEVICE void add_step(float (&sums)[ROWS][2], const Held &held, const Shared &s, 
         for (int v = 0; v < V; v++) {
             float &to = sums[v / EACH][h];
             to += run.scale[v % EACH] * part[v / 2][2 * h + v % 2];
-            if (SUMMED) to -= run.off[v % EACH] * s.sums[chunk * V + v];
+            if (SUMMED) to -= (run.scale[v % EACH] * BIAS + run.less[v % EACH]) * s.sums[chunk * V + v];
         }
     }
 }
@@ -228,7 +137,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, ROOM) runs_row(const Param
     u8 *slots = (u8 *)(block + 2 * WARPS * ROWS * OUTS);
     Held held[AHEAD];
     int tile = blockIdx.x, turn = 0;
-    begin_tile(held, p, tile, steps, warp, lane);
+    begin_tile(held, p, tile, 0, steps);
     copy_scales(slots, p, tile), end_copies();
     if (tile + apart < tiles) copy_scales(slots + slot_bytes(p), p, tile + apart);
     end_copies();
@@ -249,7 +158,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, ROOM) runs_row(const Param
         u8 *slot = slots + turn * slot_bytes(p);
         float *mine = block + turn * WARPS * ROWS * OUTS;
         add_tile(sums, held, s, p, slot, tile, steps);
-        if (tile + apart < tiles) begin_tile(held, p, tile + apart, steps, warp, lane);
+        if (tile + apart < tiles) begin_tile(held, p, tile + apart, 0, steps);
         lay_sums(mine, sums, lane, warp);
         copies_left<0>();
         __syncthreads();  // sums and the next tile's scales are there, and this one's are done with

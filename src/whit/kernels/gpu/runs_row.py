@@ -35,13 +35,14 @@ class Config:
 
 
 class Params(ctypes.Structure):
-    """The argument of the kernel, field by field as in runs_row.cu."""
+    """The argument of the kernel, field by field as in runs_tile.cuh."""
 
     _fields_ = (
         ("codes", ctypes.c_void_p), ("field", ctypes.c_void_p * 4),
         *((name, ctypes.c_void_p) for name in ("levels", "x", "bias", "y")),
         ("pitch", ctypes.c_int * 4),
-        *((name, ctypes.c_int) for name in ("outs", "columns", "rows", "row_bytes")),
+        *((name, ctypes.c_int) for name in ("outs", "columns", "rows", "row_bytes", "slice_steps")),
+        *((name, ctypes.c_void_p) for name in ("partial", "arrived")),
     )  # fmt: skip
 
 
@@ -110,8 +111,9 @@ def params(x: Tensor, packed: PackedWeight, bias: Tensor | None, y: Tensor) -> P
     scales = (ctypes.c_void_p * 4)(*(None if t is None else t.data_ptr() for t in fields(packed)))
     codes = packed.tensors["codes"]
     return Params(
-        codes.data_ptr(), scales, *pointers, (ctypes.c_int * 4)(*pitches(packed)), *packed.shape, len(x), codes.shape[1]
-    )
+        codes.data_ptr(), scales, *pointers, (ctypes.c_int * 4)(*pitches(packed)), *packed.shape, len(x),
+        codes.shape[1], steps(packed.shape[1]),
+    )  # fmt: skip
 
 
 def best(packed: PackedWeight, rows: int) -> Config | None:
