@@ -151,14 +151,14 @@ def test_product_of_several_rows_with_weights_in_two_bfloat16s_equals_float64(
 ):
     packed, config = random_packed(spec, 69, columns, random), runs_rows.Config(*cut)
     x, bias = torch.randn(rows, columns, generator=random).to(BF16), torch.randn(69, generator=random).to(BF16)
-    exact = reference.dequantize(packed, torch.float32).double()
+    exact = reference.dequantize(packed, BF16).double()  # each weight is rounded once
     library = emulated.library(runs_rows.SOURCE, tuple(runs_rows.macros(packed, config, rows).items()))
     for added in (bias, None):
         y = torch.full((rows, 69), float("nan"), dtype=BF16)
         room = torch.full((slices, rows, 69), float("nan")), torch.zeros(5, dtype=torch.int32)
         library.run(ctypes.byref(runs_rows.params(x, packed, added, y, room)), 2, slices, 1)
         wanted = x.double() @ exact.T + (0 if added is None else added.double())
-        assert (y.double() - wanted).norm() < 2.8e-3 * wanted.norm()  # weights are rounded, and y
+        assert (y.double() - wanted).norm() < 2.5e-3 * wanted.norm()
         assert not room[1].any()
 
 

@@ -69,8 +69,8 @@ def _build(macros: tuple[tuple[str, int], ...], device: int) -> nvrtc.Function:
 def multiply(x: Tensor, packed: PackedWeight, bias: Tensor | None, config: Config) -> Tensor:
     """Contiguous x (rows, columns) of bfloat16, 32 rows at a time, through a weight that `runs_row.why_not` allows."""
     y = torch.empty(len(x), packed.shape[0], dtype=x.dtype, device=x.device)
-    for some, to in zip(x.split(TOGETHER), y.split(TOGETHER), strict=True):
-        launch(some, packed, bias, to, config)
+    for first in range(0, len(x), TOGETHER):
+        launch(x[first : first + TOGETHER], packed, bias, y[first : first + TOGETHER], config)
     return y
 
 
