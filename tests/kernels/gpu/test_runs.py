@@ -171,4 +171,9 @@ def test_what_is_dispatched_has_room(spec: str, shape: tuple[int, int]):
     for rows in range(1, 17):
         cut = runs_row.best(packed, rows)
         assert cut is None or cut.blocks * runs_row.shared_bytes(packed, cut, rows) <= runs_row.MOST_SHARED
-    assert runs_row.best(packed, 9) is None
+    for rows in range(1, 80):
+        cuts = runs_rows.best(packed, rows)
+        if cuts is not None:
+            steps = -(-runs_row.steps(shape[1]) // runs_rows.slices(packed, cuts, rows))
+            assert runs_rows.shared_bytes(packed, cuts, rows, steps) <= runs_row.MOST_SHARED
+    assert runs_row.best(packed, 5) is runs_rows.best(packed, 33) is None

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from whit.kernels.base import QUANTIZED_INPUTS
-from whit.kernels.gpu import runs, runs_row
+from whit.kernels.gpu import runs, runs_row, runs_rows
 from whit.kernels.gpu.kernel import DTYPES, why_not
 from whit.kernels.gpu.tiled import has_wgmma
 from whit.layouts import BITS
@@ -20,7 +20,7 @@ from whit.tensor import PackedWeight, matrix_shape
 class GpuRuns:
     """Weights whose scales belong to runs of columns, in bfloat16 and float16, on compute capability 8.0 and newer.
 
-    Up to 16 rows meet weights that are decoded in registers; up to 8 meet ggml's types on Hopper in a kernel of their
+    Up to 16 rows meet weights that are decoded in registers; up to 32 meet ggml's types on Hopper in kernels of their
     own. For more the matrix is dequantized for torch's product.
     """
 
@@ -44,15 +44,26 @@ class GpuRuns:
         found = runs.scheme(packed.format, columns)
         assert not isinstance(found, str), found
         rows = x.numel() // columns
-        if not 0 < rows <= runs.MOST_ROWS:
+        flat = x.reshape(rows, columns)
+        if rows == 0 or (y := decoded(flat, packed, bias, found)) is None:
             return torch.nn.functional.linear(x, runs.dequantize(packed, x.dtype, found), bias)
-        flat = x.reshape(rows, columns).contiguous()
-        flat = flat if flat.data_ptr() % 16 == 0 else flat.clone()
-        bias = None if bias is None else bias.contiguous()
-        if (cut := row_cut(flat, packed)) is not None:
-            return runs_row.multiply(flat, packed, bias, cut).reshape(*x.shape[:-1], outs)
-        y = runs.multiply_few(flat, packed, bias, found, runs.best(packed.shape, rows))
         return y.reshape(*x.shape[:-1], outs)
+
+
+def decoded(x: Tensor, packed: PackedWeight, bias: Tensor | None, found: runs.Scheme) -> Tensor | None:
+    """The product (rows, outs) of x (rows, columns) with codes that are decoded on the way; None for too many rows."""
+    rows = len(x)
+    several = rows_cut(x, packed)
+    if several is None and rows > runs.MOST_ROWS:
+        return None
+    x = x.contiguous()
+    x = x if x.data_ptr() % 16 == 0 else x.clone()
+    bias = None if bias is None else bias.contiguous()
+    if (one := row_cut(x, packed)) is not None:
+        return runs_row.multiply(x, packed, bias, one)
+    if several is not None:
+        return runs_rows.multiply(x, packed, bias, several)
+    return runs.multiply_few(x, packed, bias, found, runs.best(packed.shape, rows))
 
 
 def row_cut(x: Tensor, packed: PackedWeight) -> runs_row.Config | None:
@@ -60,6 +71,13 @@ def row_cut(x: Tensor, packed: PackedWeight) -> runs_row.Config | None:
     if not has_wgmma(x.device) or runs_row.why_not(packed) is not None:
         return None  # its shared memory is Hopper's
     return runs_row.best(packed, len(x))
+
+
+def rows_cut(x: Tensor, packed: PackedWeight) -> runs_rows.Config | None:
+    """How runs_rows.cu takes x (rows, columns); None where it does not."""
+    if x.dtype != torch.bfloat16 or not has_wgmma(x.device) or runs_row.why_not(packed) is not None:
+        return None
+    return runs_rows.best(packed, len(x))
 
 
 def why_not_decoded(packed: PackedWeight) -> str | None:

@@ -120,7 +120,7 @@ def best(packed: PackedWeight, rows: int) -> Config | None:
     """How the product is cut, by what was fastest on an H100; None where runs_few.cu is faster or x has no room."""
     (outs, columns), bits = packed.shape, kind_of(packed).bits
     halves = kind_of(packed).sub_size < CHUNK  # x lies twice, and a product is as large for half the rows
-    if rows > (MOST_ROWS // 2 if halves else MOST_ROWS):
+    if rows > (2 if halves else 4):
         return None
     if rows > 2:
         cuts = [Config(16, 1)]

@@ -9,13 +9,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from whit.kernels.gpu import nvrtc, runs_row
+from whit.kernels.gpu import nvrtc, runs, runs_row
 from whit.kernels.gpu.runs_row import MOST_SHARED, Params, kind_of, pitches, steps
 from whit.tensor import PackedWeight
 
 SOURCE = Path(__file__).with_name("runs_rows.cu")
 TOGETHER = 32  # rows of a launch
-MOST_ROWS = 64
+LEAST_ROWS, MOST_ROWS, LEAST_SIZE = 5, 32, 1 << 25  # where it is faster than others; of weights
 
 
 @dataclass(frozen=True)
@@ -40,11 +40,17 @@ def shared_bytes(packed: PackedWeight, config: Config, rows: int, slice_steps: i
 def slices(packed: PackedWeight, config: Config, rows: int) -> int:
     """Into how many slices of columns x is cut, so that one has room; 0: none has. No slice is empty."""
     count = steps(packed.shape[1])
-    for each in range(count, 0, -1):
-        if shared_bytes(packed, config, rows, each) <= MOST_SHARED:
-            even = -(-count // -(-count // each))
-            return -(-count // even)
-    return 0
+    each = (MOST_SHARED - shared_bytes(packed, config, rows, 0)) // (256 * rounded(rows))
+    return 0 if each < 1 else -(-count // -(-count // -(-count // each)))
+
+
+def best(packed: PackedWeight, rows: int) -> Config | None:
+    """How the product is cut, by what was fastest on an H100; None where another way is faster."""
+    (outs, columns), wide = packed.shape, packed.shape[0] >= 2 * packed.shape[1]
+    if not LEAST_ROWS <= rows <= MOST_ROWS or (rows <= runs.MOST_ROWS and not wide) or outs * columns < LEAST_SIZE:
+        return None
+    cut = Config()
+    return cut if slices(packed, cut, rows) else None
 
 
 def macros(packed: PackedWeight, config: Config, rows: int) -> dict[str, int]:
