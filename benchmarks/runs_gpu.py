@@ -41,6 +41,13 @@ ROW_CUTS = {
 }  # fmt: skip
 ROWS_CUTS = ((16, 1), (16, 2))
 CHECKED_ROWS = (1, 3, 8)
+HEAD = """# ggml's types and binary on a GPU
+
+{gpu}, `python benchmarks/runs_gpu.py`, bfloat16. {passed}: products with float64,
+dequantizing bit for bit. Times torch's bf16 product with cold weights in CUDA graphs, medians, of what is
+dispatched: up to 4 rows runs_row.cu (2 where runs are 16 columns: q2_k, q3_k, q6_k), up to 16 runs_few.cu, or
+runs_rows.cu where a weight has twice as many outs as columns, up to 32 runs_rows.cu from 33 million weights on;
+else the matrix is dequantized for torch's product. Every way's times are in the .json."""
 Way = tuple[str, Callable[[Tensor, PackedWeight], Tensor]]
 
 
@@ -214,7 +221,7 @@ def main() -> None:
             if budget.left > 3:
                 cells.append(time_cells(spec, shape, dense, seed))
     passed = f"{len(checks) - len(failed)} checks of {len(checks)} passed"
-    text = f"{machine().get('gpu')}. {passed}. Times bf16.\n\n{table(cells)}\n"
+    text = f"{HEAD.format(gpu=machine().get('gpu'), passed=passed)}\n\n{table(cells)}\n"
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps({"machine": machine(), "checks": checks, "cells": cells}, indent=1) + "\n")
     args.out.with_suffix(".md").write_text(text)
