@@ -148,6 +148,13 @@ def test_measured_cuts_of_blocks_beside_each_other_fit_the_multiprocessor():
             assert config.splits * config.across * slab.SPAN <= shape[1]
 
 
+def test_measured_cuts_of_weights_that_share_an_input_fit_the_multiprocessor():
+    for (kind, rows, shape), cut in tables.HOPPER_SHARED.items():
+        scheme = scheme_of({"int4-128": "int4-g128", "table-64-dq": "nf4-dq"}[kind], shape[1])
+        assert tuned.kind(slab.in_groups(scheme)) == kind
+        assert tuned.best_slab(scheme, shape, rows, H100, shared=True) == (slab.Config(*cut) if cut else None)
+
+
 def test_weights_that_share_an_input_have_cuts_of_their_own(monkeypatch: pytest.MonkeyPatch):
     cut, shape = (64, 4, 1, 1, 2, 2), (6144, 4096)
     monkeypatch.setattr(tuned, "SHARED", {9: {("int4-128", 8, shape): None, ("int4-128", 16, shape): cut}})

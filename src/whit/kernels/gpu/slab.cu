@@ -10,6 +10,7 @@
 //   SPLITS             blocks of a cluster that share the columns of one tile
 //   MIXED              1: blocks of a cluster take turns along the columns; 0: each has columns in one piece
 //   LATE               1: the next product's blocks come when all codes of this one have been asked for; 0: at once
+//   DEEP               1: sums of four sixteens of outs take turns, two steps at a time; 0: of two, and of integers one step
 //   WEIGHTS            that x is multiplied with, tiles of one behind those of another
 //   BLOCKS             per multiprocessor to leave registers for
 //
@@ -39,7 +40,7 @@ DEVICE void cluster_began(int) { asm volatile("barrier.cluster.wait.acquire;" ::
 
 DEVICE constexpr int min_of(int a, int b) { return a < b ? a : b; }
 constexpr int THREADS = 32 * ACROSS * ALONG, SPAN = 256, HEIGHT = OUTS / ALONG, MT = HEIGHT / 16, RT = ROWS / 8;
-constexpr int PAIR = 2;  // sixteens of outs whose products take turns, since each waits for its last
+constexpr int PAIR = DEEP ? 4 : 2;  // sixteens of outs whose products take turns, since each waits for its last
 constexpr int STEPS = SPAN / STEP, X = ROWS * SPAN * 2, X_BOX = ROWS * 128, SLOTS = ACROSS * STAGES;
 constexpr int ROW_BYTES = SPAN * BITS / 8, WIDTH = min_of(ROW_BYTES, 128), TILES = ROW_BYTES / WIDTH;  // W's rows in tiles
 constexpr int TILE = OUTS * WIDTH, CODES = TILES * TILE;

@@ -42,6 +42,7 @@ class Config:
     blocks: int = 2
     late: int = 0
     mixed: int = 0
+    deep: int = 0
 
     @property
     def threads(self) -> int:
@@ -74,7 +75,7 @@ class Config:
             "HALF": int(half), "CHUNK": read.chunk, "STEPS_PER_GROUP": read.steps_per_group,
             "ROWS": rounded(rows), "OUTS": self.outs, "ACROSS": self.across, "ALONG": self.along,
             "STAGES": self.stages, "SPLITS": self.splits, "LATE": self.late, "MIXED": self.mixed,
-            "WEIGHTS": weights,
+            "WEIGHTS": weights, "DEEP": self.deep,
             "BLOCKS": self.blocks, "BEGINS": 1024, "MIN_BLOCKS": self.blocks, "NT": 2, "WG": 1,
         }  # fmt: skip
 

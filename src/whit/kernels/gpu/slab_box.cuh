@@ -134,7 +134,7 @@ DEVICE float zero_at(const Turn &turn, int row, int step) {
     u32 word = *(const u32 *)(turn.scales + OUTS * SCALE_ROW + row * 4) >> (turn.zeros + step * BITS & 31);
     return bits_float(under_exponent(word, (1u << BITS) - 1, 0x4B000000u)) - (8388608.0f - OFFSET);
 }
-constexpr int AT_ONCE = CODEBOOK ? 2 : 1;  // steps: what a level is looked up by is read while others are looked up
+constexpr int AT_ONCE = CODEBOOK || DEEP ? 2 : 1;  // steps: what a level is looked up by is read while others are looked up
 // The sums of a box: rows 2 t and 2 t + 1 of each eight with outs g and g + 8 of each sixteen.
 DEVICE void add_box(float (&sums)[MT][RT][4], const Turn &turn, const Levels &levels, const Table &table, int first, int lane) {
     int out = out_of(lane);
