@@ -103,7 +103,7 @@ def test_measured_cuts_for_more_rows_fit_the_multiprocessor():
             assert config.split == 1 or config.pair == 1
 
 
-@pytest.mark.parametrize("spec", ["int4-g128", "nf4", "nf4-dq"])
+@pytest.mark.parametrize("spec", ["int4-g128", "nf4", "nf4-dq", "int8-g128", "int3-g128"])
 @pytest.mark.parametrize("shape", [(1024, 4096), (512, 4096), (2048, 8192), (4096, 4096), (520, 512)])
 def test_more_rows_of_few_outs_fill_the_device(spec: str, shape: tuple[int, int]):
     scheme = stream.scheme(whit.parse_format(spec), shape[1])
