@@ -116,7 +116,7 @@ def test_files_that_cannot_say_it_refuse(model: Path, tmp_path: Path):
 
 def test_exporters_refuse_what_their_files_cannot_mean(model: Path, tmp_path: Path):
     for export, format, how, said in (
-        ("compressed-tensors", "int8", "int8", "write compressed-tensors-int8"),
+        ("compressed-tensors", "int8", "int8", "use --export compressed-tensors-int8"),
         ("compressed-tensors-int8", "int8", "int8-outliers", "no outlier columns"),
         ("bitsandbytes", "int8-absmax", "int8-asym", "use int8 or int8-outliers"),
     ):
