@@ -13,8 +13,7 @@ import whit
 from whit.formats import parse_format
 from whit.kernels import Gpu, dequantize, packed_linear, reference
 from whit.kernels.gpu import dequantize as unpacking
-from whit.kernels.gpu import kernel as gpu_kernel
-from whit.kernels.gpu import stream, tiled
+from whit.kernels.gpu import launches, stream, tiled
 from whit.kernels.gpu.scales import storage
 from whit.kernels.gpu.stream import Config, Scheme
 from whit.layouts import BITS
@@ -98,7 +97,7 @@ def check_streams(report: Report, spec: str, shape: tuple[int, int]) -> None:
 
         def run(x: Tensor = x, fitted: Config = fitted, wanted: Tensor = wanted) -> str | None:
             def once() -> Tensor:
-                return gpu_kernel.multiply(x.cuda(), there, bias.to(x.dtype).cuda(), scheme, fitted)
+                return launches.multiply(x.cuda(), there, bias.to(x.dtype).cuda(), scheme, fitted)
 
             first = once()
             if not torch.equal(first, once()):
@@ -124,7 +123,7 @@ def check_tiled(report: Report, spec: str, shape: tuple[int, int]) -> None:
             x: Tensor = x, fitted: tiled.Config = fitted, wanted: Tensor = wanted, wgmma: bool = wgmma
         ) -> str | None:
             def once() -> Tensor:
-                return gpu_kernel.multiply_tiled(x.cuda(), there, bias.to(x.dtype).cuda(), scheme, fitted, wgmma)
+                return launches.multiply_tiled(x.cuda(), there, bias.to(x.dtype).cuda(), scheme, fitted, wgmma)
 
             first = once()
             if not torch.equal(first, once()):

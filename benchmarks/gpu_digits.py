@@ -18,8 +18,7 @@ import torch
 
 from whit.errors import KernelError
 from whit.kernels import dequantize
-from whit.kernels.gpu import digits, tuned
-from whit.kernels.gpu import kernel as gpu_kernel
+from whit.kernels.gpu import digits, launches, tuned
 from whit.kernels.gpu.digits import Config, Cut
 from whit.kernels.gpu.stream import Scheme
 from whit.tensor import PackedWeight
@@ -91,7 +90,7 @@ def timed(work: Work, multiprocessors: int, generator: torch.Generator) -> dict[
     few = tuned.best_few(scheme, shape, 1, (9, multiprocessors))
     assert few is not None
     none = [None] * len(outs)
-    other = [lambda w=w: gpu_kernel.multiply_few(x, w, none, scheme, few) for w in every]
+    other = [lambda w=w: launches.multiply_few(x, w, none, scheme, few) for w in every]
     cell = {"work": work, "bytes": nbytes, "bf16": plain_seconds(shape, 1, generator), "few": seconds_cold(other, 5)}
     ranking = []
     for cut, config in configs(spec, outs, columns, multiprocessors).items():

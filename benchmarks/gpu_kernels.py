@@ -23,7 +23,7 @@ from torch import Tensor
 from whit.formats import parse_format
 from whit.kernels import Gpu, dequantize
 from whit.kernels.gpu import kernel as gpu_kernel
-from whit.kernels.gpu import stream, tiled, tuned
+from whit.kernels.gpu import launches, stream, tiled, tuned
 from whit.tensor import PackedWeight
 
 from gpu_check import check
@@ -102,8 +102,8 @@ def our_seconds(
 
 def through_tiles(x: Tensor, packed: PackedWeight) -> Tensor:
     scheme = gpu_kernel.scheme_of(packed)
-    config = tuned.best_tiled(scheme, (packed.shape[0], packed.shape[1]), x.shape[0], gpu_kernel.device_of(x))
-    return gpu_kernel.multiply_tiled(x, packed, None, scheme, tiled.fitted(config, scheme, packed.shape[1]))
+    config = tuned.best_tiled(scheme, (packed.shape[0], packed.shape[1]), x.shape[0], launches.device_of(x))
+    return launches.multiply_tiled(x, packed, None, scheme, tiled.fitted(config, scheme, packed.shape[1]))
 
 
 def calls(kernel: Gpu, x: Tensor, weights: Sequence[Any]) -> list[Callable[[], Tensor]]:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from whit.kernels.gpu import kernel, narrow, scales
+from whit.kernels.gpu import kernel, launches, narrow, scales
 from whit.kernels.gpu.dequantize import dequantize
 
 from gpu_harness import (
@@ -64,7 +64,7 @@ def timed(spec: str, shape: tuple[int, int], generator: torch.Generator) -> list
         other = seconds_cold(
             [lambda w=w, x=x: torch.nn.functional.linear(x, dequantize(w, x.dtype, stored)) for w in weights], 3
         )
-        plan, plain = narrow.plan(scheme, shape, rows, kernel.device_of(x)), plain_seconds(shape, rows, generator)
+        plan, plain = narrow.plan(scheme, shape, rows, launches.device_of(x)), plain_seconds(shape, rows, generator)
         cell = {"spec": spec, "shape": shape, "rows": rows, "bytes": first.nbytes, "bf16": plain, "us": ours}
         cells.append(cell | {"dequantized": other, "way": plan[0] if plan else "dequantize"})
         print(

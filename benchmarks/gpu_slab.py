@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from whit.errors import KernelError
-from whit.kernels.gpu import halves, slab, stream, tuned
+from whit.kernels.gpu import halves, launches, slab, stream, tuned
 from whit.kernels.gpu import kernel as gpu_kernel
 from whit.kernels.gpu.tables import HOPPER_SLAB
 from whit.tensor import PackedWeight
@@ -96,7 +96,7 @@ def wrong(packed: PackedWeight, config: slab.Config, x: torch.Tensor, bias: torc
     """What is wrong with three products, or nothing."""
     try:
         scheme = halves.read_as(packed, scheme_of(str(packed.format)), x.dtype)
-        ys = [gpu_kernel.multiply_slab(x, packed, bias, scheme, config) for _ in range(3)]
+        ys = [launches.multiply_slab(x, packed, bias, scheme, config) for _ in range(3)]
     except KernelError as problem:
         return f"FAIL {str(problem)[:150]}"
     error = relative_error(ys[0], right_product(x, packed, bias))
@@ -147,7 +147,7 @@ def timed(
     scheme, x = read_as(spec, shape), random_x(rows, shape[1], generator)
     plain, weights = plain_seconds(shape, rows, generator), random_weights(spec, shape, generator)
     today = seconds_cold([partial(gpu_kernel.product, x, w, None) for w in weights], 5)
-    ranking = ranked(usable, lambda w, config: gpu_kernel.multiply_slab(x, w, None, scheme, config), weights)
+    ranking = ranked(usable, lambda w, config: launches.multiply_slab(x, w, None, scheme, config), weights)
     found = {"spec": spec, "shape": shape, "rows": rows, "bytes": nbytes(weights[0]), "plain": plain, "today": today}
     return found | {"ranking": [(seconds, astuple(config)) for seconds, config in ranking]}
 
@@ -155,7 +155,7 @@ def timed(
 def nbytes(packed: PackedWeight) -> int:
     """Bytes of the weight that are read: of absmax and its halves only these."""
     unread = "absmax" if halves.HALVES in packed.tensors else ""
-    return sum(tensor.nbytes for name, tensor in packed.tensors.items() if name not in (unread, gpu_kernel.ARRIVED))
+    return sum(tensor.nbytes for name, tensor in packed.tensors.items() if name not in (unread, launches.ARRIVED))
 
 
 def show(found: dict[str, Any]) -> None:

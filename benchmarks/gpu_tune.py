@@ -12,8 +12,7 @@ from torch import Tensor
 from whit.errors import KernelError
 from whit.formats import parse_format
 from whit.kernels import dequantize
-from whit.kernels.gpu import kernel as gpu_kernel
-from whit.kernels.gpu import stream, tuned
+from whit.kernels.gpu import launches, stream, tuned
 from whit.kernels.gpu.stream import Config, Scheme
 from whit.tensor import PackedWeight
 
@@ -89,11 +88,11 @@ def search(
             function = stream.build(scheme, fitted.whole, False, stream.row_tiles(rows), 0)
             if function.resources()["local_bytes"]:
                 return
-            error = relative_error(gpu_kernel.multiply(x, weights[0], None, scheme, fitted), wanted)
+            error = relative_error(launches.multiply(x, weights[0], None, scheme, fitted), wanted)
             if error > 5e-3:
                 problems.append(f"{fitted}: relative error {error:.1e}")
                 return
-            calls = [lambda w=w: gpu_kernel.multiply(x, w, None, scheme, fitted) for w in weights]
+            calls = [lambda w=w: launches.multiply(x, w, None, scheme, fitted) for w in weights]
             timed[fitted] = seconds_cold(calls, 3)
         except (KernelError, RuntimeError) as error:
             problems.append(f"{fitted}: {str(error)[:200]}")

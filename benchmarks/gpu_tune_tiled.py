@@ -11,7 +11,7 @@ import torch
 from whit.errors import KernelError
 from whit.formats import parse_format
 from whit.kernels.gpu import kernel as gpu_kernel
-from whit.kernels.gpu import stream, tables, tiled, tuned
+from whit.kernels.gpu import launches, stream, tables, tiled, tuned
 from whit.kernels.gpu.stream import Scheme
 
 from gpu_harness import Budget, Kitchen, random_weights, random_x, relative_error, seconds_cold
@@ -93,11 +93,11 @@ def search(
         try:
             if tiled.build(scheme, fitted.whole, False, True, 0).resources()["local_bytes"] > 64:
                 return
-            error = relative_error(gpu_kernel.multiply_tiled(x, weights[0], None, scheme, fitted), wanted)
+            error = relative_error(launches.multiply_tiled(x, weights[0], None, scheme, fitted), wanted)
             if error > 5e-3:
                 problems.append(f"{fitted}: relative error {error:.1e}")
                 return
-            calls = [lambda w=w: gpu_kernel.multiply_tiled(x, w, None, scheme, fitted) for w in weights]
+            calls = [lambda w=w: launches.multiply_tiled(x, w, None, scheme, fitted) for w in weights]
             timed[fitted] = seconds_cold(calls, 3)
         except (KernelError, RuntimeError) as error:
             problems.append(f"{fitted}: {str(error)[:200]}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TypeAlias
@@ -14,11 +14,11 @@ from whit.formats import parse_format
 from whit.kernels.base import QUANTIZED_INPUTS
 from whit.kernels.gpu import digits, few, halves, many, narrow, nvrtc, slab, stream, tiled, tuned
 from whit.kernels.gpu.dequantize import dequantize
+from whit.kernels.gpu.launches import ARRIVED, AT_ONCE, WAYS, device_of, multiply_slabs
 from whit.kernels.gpu.scales import storage
 from whit.tensor import PackedWeight
 
 OLDEST = (8, 0)
-ARRIVED = "arrived"  # the derived tensor: zeros in which blocks count themselves
 DTYPES = (torch.bfloat16, torch.float16)
 FULL = 4  # bits from which on a token's products all go through few.cu: among digits.cu's, which leave it little of the
 # first cache, it is slower than those are faster (results/decode_gpu.md)
@@ -115,10 +115,10 @@ def product(x: Tensor, packed: PackedWeight, bias: Tensor | None, invariant: boo
         way, cut = plan(scheme, (packed.shape[0], columns), rows, device_of(x), invariant, short)
         if cut is not None:
             read = short if way == "slab" else widened(scheme, rows, columns, x) if way == "tiled" else scheme
-            return _WAYS[way](aligned(x, rows), packed, bias, read, cut).reshape(*x.shape[:-1], -1)
+            return WAYS[way](aligned(x, rows), packed, bias, read, cut).reshape(*x.shape[:-1], -1)
     side = narrow_scheme(packed) if rows else None
     if side and (found := narrow.plan(side, (packed.shape[0], columns), rows, device_of(x))):
-        return _WAYS[found[0]](aligned(x, rows), packed, bias, side, found[1]).reshape(*x.shape[:-1], -1)
+        return WAYS[found[0]](aligned(x, rows), packed, bias, side, found[1]).reshape(*x.shape[:-1], -1)
     stored = storage(packed.format)
     assert not isinstance(stored, str)
     return torch.nn.functional.linear(x, dequantize(packed, x.dtype, stored), bias)
@@ -183,9 +183,9 @@ def products(x: Tensor, packed: Sequence[PackedWeight], biases: Sequence[Tensor 
     if short and (slabs := shared_cut(short, shape, rows, device_of(x))):
         return [y.reshape(*x.shape[:-1], -1) for y in multiply_slabs(aligned(x, rows), packed, biases, short, slabs)]
     way, cut = plan(scheme, shape, rows, device_of(x), False)
-    if way not in _AT_ONCE or all(apart(weight, rows, device_of(x), x.dtype) for weight in packed):
+    if way not in AT_ONCE or all(apart(weight, rows, device_of(x), x.dtype) for weight in packed):
         return [product(x, weight, bias) for weight, bias in zip(packed, biases, strict=True)]
-    return [y.reshape(*x.shape[:-1], -1) for y in _AT_ONCE[way](aligned(x, rows), packed, biases, scheme, cut)]
+    return [y.reshape(*x.shape[:-1], -1) for y in AT_ONCE[way](aligned(x, rows), packed, biases, scheme, cut)]
 
 
 def row_cut(packed: Sequence[PackedWeight], scheme: stream.Scheme, x: Tensor) -> digits.Cut | None:
@@ -234,116 +234,6 @@ def scheme_of(packed: PackedWeight) -> stream.Scheme:
     scheme = stream.scheme(packed.format, packed.shape[1])
     assert not isinstance(scheme, str)
     return scheme
-
-
-def device_of(x: Tensor) -> tuned.Device:
-    """What configurations depend on."""
-    return _device_of(x.device)
-
-
-@lru_cache(maxsize=32)
-def _device_of(device: torch.device) -> tuned.Device:
-    found = torch.cuda.get_device_properties(device)
-    return found.major, found.multi_processor_count
-
-
-def multiply(
-    x: Tensor, packed: PackedWeight, bias: Tensor | None, scheme: stream.Scheme, config: stream.Config
-) -> Tensor:
-    """The fused product of contiguous x (rows, columns) with a given configuration, which must be `fitted`."""
-    operands = _operands(x, packed, bias, config.splits, stream.grid(config, packed.shape[0], x.shape[0]))
-    stream.launch(operands, scheme, config)
-    return operands.y
-
-
-def multiply_tiled(
-    x: Tensor, packed: PackedWeight, bias: Tensor | None, scheme: stream.Scheme, config: tiled.Config,
-    wgmma: bool | None = None,
-) -> Tensor:  # fmt: skip
-    """The same for more rows; `wgmma`: with Hopper's instruction, None where the device has it."""
-    operands = _operands(x, packed, bias, config.splits, tiled.grid(config, packed.shape[0], x.shape[0]))
-    tiled.launch(operands, scheme, config, tiled.has_wgmma(x.device) if wgmma is None else wgmma)
-    return operands.y
-
-
-def multiply_many(
-    x: Tensor, packed: Sequence[PackedWeight], biases: Sequence[Tensor | None], scheme: stream.Scheme,
-    config: many.Config,
-) -> list[Tensor]:  # fmt: skip
-    """The same on Hopper where `many.why_not` gives no reason: weights of one scheme at once."""
-    found = _products(x, packed, biases)
-    many.launch(x, found, scheme, config, device_of(x)[1])
-    return [one.y for one in found]
-
-
-def multiply_slabs(
-    x: Tensor, packed: Sequence[PackedWeight], biases: Sequence[Tensor | None], scheme: stream.Scheme,
-    config: slab.Config,
-) -> list[Tensor]:  # fmt: skip
-    """The same on Hopper for up to 16 rows, where `slab.why_not` gives no reason: weights of one scheme at once.
-
-    `scheme`: how the weights are read (`halves.read_as`).
-    """
-    found = _products(x, packed, biases)
-    slab.launch(x, found, scheme, config)
-    return [one.y for one in found]
-
-
-def _products(x: Tensor, packed: Sequence[PackedWeight], biases: Sequence[Tensor | None]) -> list[many.Product]:
-    sizes = [(x.shape[0], weight.shape[0]) for weight in packed]
-    return [
-        many.Product(weight, bias, torch.empty(size, dtype=x.dtype, device=x.device))
-        for weight, bias, size in zip(packed, biases, sizes, strict=True)
-    ]
-
-
-def multiply_few(
-    x: Tensor, packed: Sequence[PackedWeight], biases: Sequence[Tensor | None], scheme: stream.Scheme,
-    config: few.Config,
-) -> list[Tensor]:  # fmt: skip
-    """x (rows, columns) through weights of one scheme, up to 16 rows, where `few.fits`; in one launch."""
-    cuts = few.slices(scheme, config, *x.shape)
-    operands = [
-        _operands(x, weight, bias, cuts, (-(-weight.shape[0] // 16), cuts, 1))
-        for weight, bias in zip(packed, biases, strict=True)
-    ]
-    few.launch(operands, scheme, config, cuts, device_of(x)[1])
-    return [each.y for each in operands]
-
-
-def _one_few(x: Tensor, packed: PackedWeight, bias: Tensor | None, scheme: stream.Scheme, cut: few.Config) -> Tensor:
-    return multiply_few(x, [packed], [bias], scheme, cut)[0]
-
-
-def _one_many(x: Tensor, packed: PackedWeight, bias: Tensor | None, scheme: stream.Scheme, cut: many.Config) -> Tensor:
-    return multiply_many(x, [packed], [bias], scheme, cut)[0]
-
-
-def multiply_slab(
-    x: Tensor, packed: PackedWeight, bias: Tensor | None, scheme: stream.Scheme, config: slab.Config
-) -> Tensor:
-    """`multiply_slabs` for one weight."""
-    return multiply_slabs(x, [packed], [bias], scheme, config)[0]
-
-
-def _operands(
-    x: Tensor, packed: PackedWeight, bias: Tensor | None, splits: int, cut: tuple[int, int, int]
-) -> stream.Operands:
-    rows, outs = x.shape[0], packed.shape[0]
-    y = torch.empty(rows, outs, dtype=x.dtype, device=x.device)
-    partial = arrived = None
-    if splits > 1:
-        partial = torch.empty(splits, rows, outs, dtype=torch.float32, device=x.device)
-        arrived = packed.tensors.get(ARRIVED)
-        if arrived is None or len(arrived) < cut[0] * cut[2]:
-            arrived = torch.zeros(cut[0] * cut[2], dtype=torch.int32, device=x.device)
-    return stream.Operands(x, y, bias, packed, partial, arrived)
-
-
-_WAYS: dict[str, Callable[..., Tensor]] = {
-    "few": _one_few, "many": _one_many, "slab": multiply_slab, "stream": multiply, "tiled": multiply_tiled,
-}  # fmt: skip
-_AT_ONCE: dict[str, Callable[..., list[Tensor]]] = {"few": multiply_few, "many": multiply_many}
 
 
 def linear_op(x: Tensor, tensors: list[Tensor], bias: Tensor | None, keys: str, spec: str, invariant: bool) -> Tensor:

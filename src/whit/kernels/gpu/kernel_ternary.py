@@ -9,8 +9,9 @@ from torch import Tensor
 
 from whit.kernels.base import QUANTIZED_INPUTS
 from whit.kernels.gpu import stream
-from whit.kernels.gpu.kernel import ARRIVED, DTYPES, Gpu, why_not
+from whit.kernels.gpu.kernel import DTYPES, Gpu, why_not
 from whit.kernels.gpu.kernel_runs import GpuRuns
+from whit.kernels.gpu.launches import ARRIVED
 from whit.kernels.gpu.tiled import has_wgmma
 from whit.layouts import BITS, WHOLE_BITS
 from whit.layouts.whole import as_whole, integers, integers_of, is_ternary
