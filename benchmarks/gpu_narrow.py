@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ from gpu_harness import (
     right_product,
     seconds_cold,
 )
-from harness import RESULTS, machine, markdown
+from harness import RESULTS, markdown, save_checked, say_checks
 
 CHECKED = (
     "int1-g32", "int1-g64", "int3-g32", "int3-g64", "int3-g64-asym", "int5-g32", "int5-g64", "int5-g32-asym",
@@ -97,18 +96,12 @@ def main() -> None:
     given = parser.parse_args()
     budget, generator = Budget(given.seconds), torch.Generator("cuda").manual_seed(0)
     checks = [found for spec in CHECKED for found in check(spec, generator)]
-    good = sum(right for _, right in checks)
-    print(f"{good} of {len(checks)} right", *(name for name, right in checks if not right), sep="\n", flush=True)
+    say_checks(checks)
     cells: list[dict[str, Any]] = []
     for shape, spec in itertools.product(SHAPES, SPECS):
         if budget.left > 4:
             cells += timed(spec, shape, generator)
-    given.out.mkdir(parents=True, exist_ok=True)
-    result = {"machine": machine(), "checks": checks, "cells": cells}
-    (given.out / "gpu_narrow.json").write_text(json.dumps(result, indent=1) + "\n")
-    text = f"{machine().get('gpu')}. {good} checks of {len(checks)} passed.\n\n{table(cells)}\n"
-    (given.out / "gpu_narrow.md").write_text(text)
-    print(text)
+    save_checked("gpu_narrow", checks, cells, table(cells), given.out)
 
 
 if __name__ == "__main__":

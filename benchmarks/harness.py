@@ -89,11 +89,11 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
-def save(name: str, result: Mapping[str, Any], table: str) -> None:
-    """Write results/NAME.json and results/NAME.md, and show the table."""
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
-    (RESULTS / f"{name}.md").write_text(table + "\n")
+def save(name: str, result: Mapping[str, Any], table: str, folder: Path = RESULTS) -> None:
+    """Write NAME.json and NAME.md into the folder, and show the table."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+    (folder / f"{name}.md").write_text(table + "\n")
     print(table)
 
 
@@ -101,3 +101,18 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table in Markdown, numbers to the right."""
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" + "---:|" * (len(header) - 1)]
     return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
+
+
+def say_checks(checks: Sequence[tuple[str, bool]]) -> None:
+    """Print how many were right, and the names of those that were not."""
+    good = sum(right for _, right in checks)
+    print(f"{good} of {len(checks)} right", *(name for name, right in checks if not right), sep="\n", flush=True)
+
+
+def save_checked(
+    name: str, checks: Sequence[tuple[str, bool]], cells: Sequence[Mapping[str, Any]], table: str, folder: Path
+) -> None:
+    """`save` under a line on the GPU and on how many checks were right."""
+    good = sum(right for _, right in checks)
+    text = f"{machine().get('gpu')}. {good} checks of {len(checks)} passed.\n\n{table}"
+    save(name, {"machine": machine(), "checks": checks, "cells": cells}, text, folder)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from whit.modules import QuantizedLinear
 from whit.tensor import PackedWeight
 
 from gpu_harness import Budget, copies, plain_seconds, random_x, relative_error, seconds_cold
-from harness import RESULTS, machine, markdown
+from harness import RESULTS, markdown, save_checked, say_checks
 
 CHECKED = (
     ("ternary-g64", (1000, 4096)), ("ternary-g64", (160, 14336)), ("ternary-g128", (4099, 2048)),
@@ -109,18 +108,12 @@ def main() -> None:
     for case in CHECKED:
         checks += check(*case, generator)
         print(*case, f"{budget.left:.0f} s left", flush=True)
-    good = sum(right for _, right in checks)
-    print(f"{good} of {len(checks)} right", *(name for name, right in checks if not right), sep="\n", flush=True)
+    say_checks(checks)
     cells: list[dict[str, Any]] = []
     for shape, spec in itertools.product(SHAPES, ("ternary-g64", "ternary")):
         if budget.left > 4:
             cells += timed(spec, shape, generator)
-    given.out.mkdir(parents=True, exist_ok=True)
-    result = {"machine": machine(), "checks": checks, "cells": cells}
-    (given.out / "ternary_gpu.json").write_text(json.dumps(result, indent=1) + "\n")
-    text = f"{machine().get('gpu')}. {good} checks of {len(checks)} passed.\n\n{table(cells)}\n"
-    (given.out / "ternary_gpu.md").write_text(text)
-    print(text)
+    save_checked("ternary_gpu", checks, cells, table(cells), given.out)
 
 
 if __name__ == "__main__":
