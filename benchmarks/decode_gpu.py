@@ -205,8 +205,7 @@ def timed(
 
         def many(decoder: static.Decoder = decoder) -> None:
             for _ in range(STEPS):
-                decoder.step()
-                decoder.choose()
+                decoder.follow()
 
         with torch.no_grad():
             decoder.prefill(tokens, None, None)
@@ -238,8 +237,7 @@ def token_only(spec: str, options: dict[str, Any], device: str) -> dict[str, Any
 
         def many() -> None:
             for _ in range(STEPS):
-                decoder.step()
-                decoder.choose()
+                decoder.follow()
 
         token = seconds(many, device) / STEPS
     print(spec, f"{token * 1e3:.3f} ms a token", flush=True)

@@ -174,8 +174,9 @@ def greedy(decoder: Decoder, tokens: Tensor, stops: Tensor, config: Any) -> Tens
     while count < room:
         for _ in range(min(ASK_EVERY, room - count)):
             if count:
-                decoder.step()
-            decoder.choose()
+                decoder.follow()
+            else:
+                decoder.choose()
             count += 1
         if len(stops) and bool(decoder.ended.all()):
             break

@@ -1,26 +1,38 @@
-"""A step of Llama, Mistral, Qwen2 and Qwen3 with one launch for all that lies between two products.
+"""A step of Llama, Mistral, Qwen2 and Qwen3 with one launch, or none, for all that lies between two products.
 
-Weights, rotary embedding and products are the model's own modules; norms, attention and gates are whit's kernels. Where
-a model is of another kind, or its logits differ from its own forward's in a trial, the step is the model's forward.
+Weights, rotary embedding and products are the model's own modules; norms, attention and gates are whit's kernels. One
+row through packed weights that few.cu takes has its norm, its gate and its sum with the residual there. Where a model
+is of another kind, or its logits differ from its own forward's in a trial, the step is the model's forward.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from whit.compiled.static import PlainStep, State, Step
-from whit.kernels.gpu import Gpu, decoding
+from whit.kernels.gpu import Gpu, decoding, few
 from whit.kernels.gpu.kernel import products as gpu_products
+from whit.kernels.gpu.kernel import row_through
 from whit.kernels.gpu.kernel import why_not as no_kernels
 from whit.modules import QuantizedLinear
+from whit.tensor import PackedWeight
 
 MODELS = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 ROTARY = ("default", "linear", "llama3", "yarn")  # whose angles depend on nothing but the position
 MOST_ERROR = 0.1  # of the logits in the trial: rounding gives a tenth of it, another model's structure ten times
+
+
+@dataclass
+class Residual:
+    """What runs through the blocks: `total` (rows, columns), and what is still to be added to it, if anything is."""
+
+    total: Tensor
+    added: Tensor | None = None
 
 
 class FusedStep:
@@ -30,29 +42,55 @@ class FusedStep:
         self.model, self.run = model, run
         self.room: decoding.Workspace | None = None
         self.angles: tuple[Tensor, Tensor] | None = None
+        cuda = model.device.type == "cuda"
+        self.multiprocessors = torch.cuda.get_device_properties(model.device).multi_processor_count if cuda else 0
 
     def __call__(self, state: State) -> None:
         base, room = self.model.model, self._room(state)
-        hidden = base.embed_tokens(state.tokens)[:, 0]
-        rotary = (*self._angles(state, hidden), state.positions)
-        added = None
+        residual = Residual(base.embed_tokens(state.tokens)[:, 0])
+        rotary = (*self._angles(state, residual.total), state.positions)
         for layer, cache in zip(base.layers, state.cache.layers, strict=True):
-            attention, x = layer.self_attn, self._norm(layer.input_layernorm, hidden, added)
-            q, k, v = products(x, (attention.q_proj, attention.k_proj, attention.v_proj))
+            attention, mlp = layer.self_attn, layer.mlp
+            heads = attention.q_proj, attention.k_proj, attention.v_proj
+            q, k, v = self._normed_products(layer.input_layernorm, residual, heads)
             if hasattr(attention, "q_norm"):
                 q, k = self._norm_heads(attention.q_norm, q), self._norm_heads(attention.k_norm, k)
             held = cache.keys, cache.values
             y = decoding.attend((q, k, v), rotary, held, room, attention.scaling, self.run)
-            x = self._norm(layer.post_attention_layernorm, hidden, product(y, attention.o_proj))
-            gates, ups = products(x, (layer.mlp.gate_proj, layer.mlp.up_proj))
-            added = product(decoding.gate(gates, ups, self.run), layer.mlp.down_proj)
-        state.logits.copy_(self.model.lm_head(self._norm(base.norm, hidden, added)))
+            add_product(residual, y, attention.o_proj)
+            y = self._gated(layer.post_attention_layernorm, residual, mlp)
+            add_product(residual, y, mlp.down_proj)
+        state.logits.copy_(self._head(self._norm(base.norm, residual)))
 
-    def _norm(self, module: Any, hidden: Tensor, added: Tensor | None) -> Tensor:
-        return decoding.norm(hidden, added, module.weight, module.variance_epsilon, self.run)
+    def _head(self, x: Tensor) -> Tensor:
+        """The logits of x, a model's own linear for one row by a kernel that reads it faster than torch's."""
+        head = self.model.lm_head
+        plain = type(head) is nn.Linear and head.bias is None and not has_hooks(head)
+        if self.multiprocessors and plain and decoding.dense_takes(x, head.weight):
+            return decoding.dense(x, head.weight, self.multiprocessors, self.run)
+        return head(x)  # type: ignore[no-any-return]
+
+    def _normed_products(self, module: Any, residual: Residual, linears: Sequence[Any]) -> list[Tensor]:
+        """The residual's norm through linears."""
+        ends = few.Ends(module.weight, module.variance_epsilon)
+        found = None if residual.added is not None else through(residual.total, linears, ends)
+        return found or products(self._norm(module, residual), linears)
+
+    def _gated(self, module: Any, residual: Residual, mlp: Any) -> Tensor:
+        """silu(gate) * up of the residual's norm."""
+        linears, ends = (mlp.gate_proj, mlp.up_proj), few.Ends(module.weight, module.variance_epsilon, gated=True)
+        if residual.added is None and (found := through(residual.total, linears, ends)):
+            return found[0]
+        gates, ups = products(self._norm(module, residual), linears)
+        return decoding.gate(gates, ups, self.run)
+
+    def _norm(self, module: Any, residual: Residual) -> Tensor:
+        """The norm of a residual, which has then got what was to be added."""
+        added, residual.added = residual.added, None
+        return decoding.norm(residual.total, added, module.weight, module.variance_epsilon, self.run)
 
     def _norm_heads(self, module: Any, x: Tensor) -> Tensor:
-        return self._norm(module, x.view(-1, len(module.weight)), None).view_as(x)
+        return self._norm(module, Residual(x.view(-1, len(module.weight)))).view_as(x)
 
     def _angles(self, state: State, like: Tensor) -> tuple[Tensor, Tensor]:
         """Cosine and sine (length, size) of all positions of the cache."""
@@ -71,17 +109,37 @@ class FusedStep:
         return self.room
 
 
-def products(x: Tensor, linears: Sequence[Any]) -> list[Tensor]:
-    """x (rows, columns) through linears that share it, packed ones of one format in one launch where that can be."""
+def packed_weights(x: Tensor, linears: Sequence[Any]) -> list[PackedWeight] | None:
+    """The weights of linears that all are packed, and whose products with x are the GPU kernels' own; else None."""
     packed = [
         linear for linear in linears if type(linear) is QuantizedLinear and linear.compute_dtype in (None, x.dtype)
     ]
     if len(packed) < len(linears):
-        return [linear(x) for linear in linears]
+        return None
     ready = [linear.ready(x) for linear in packed]
     if any(kernel != Gpu() for kernel, _ in ready) or any(b is not None and b.dtype != x.dtype for b in biases(packed)):
-        return [linear(x) for linear in linears]
-    return gpu_products(x, [weight for _, weight in ready], biases(packed))
+        return None
+    return [weight for _, weight in ready]
+
+
+def products(x: Tensor, linears: Sequence[Any]) -> list[Tensor]:
+    """x (rows, columns) through linears that share it, packed ones of one format in one launch where that can be."""
+    weights = packed_weights(x, linears)
+    return [linear(x) for linear in linears] if weights is None else gpu_products(x, weights, biases(linears))
+
+
+def through(x: Tensor, linears: Sequence[Any], ends: few.Ends, y: Tensor | None = None) -> list[Tensor] | None:
+    """One row x through linears, with what `ends` say, in one launch; None where that cannot be."""
+    weights = packed_weights(x, linears) if len(x) == 1 else None
+    if weights is None or (ends.norm is not None and ends.norm.dtype != x.dtype):
+        return None
+    return row_through(x, weights, biases(linears), ends, y)
+
+
+def add_product(residual: Residual, x: Tensor, linear: Any) -> None:
+    """residual += x through a linear, or as what is to be added."""
+    if residual.added is not None or through(x, (linear,), few.Ends(onto=True), residual.total) is None:
+        residual.added = product(x, linear)
 
 
 def product(x: Tensor, linear: Any) -> Tensor:
@@ -93,6 +151,10 @@ def product(x: Tensor, linear: Any) -> Tensor:
 def biases(linears: Sequence[Any]) -> list[Tensor | None]:
     """Of each linear (out,), None where it has none."""
     return [linear.bias for linear in linears]
+
+
+def has_hooks(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def why_not(model: Any) -> str | None:
@@ -108,7 +170,7 @@ def why_not(model: Any) -> str | None:
     size = model.model.layers[0].self_attn.head_dim
     if size not in (16, 32, 64, 128, 256) or config.hidden_size % 8 or config.intermediate_size % 8:
         return f"heads of {size} columns"
-    hooked = (m for layer in model.model.layers for m in layer.modules() if m._forward_hooks or m._forward_pre_hooks)
+    hooked = (m for layer in model.model.layers for m in layer.modules() if has_hooks(m))
     return next((f"{type(m).__name__} has hooks" for m in hooked), None)
 
 

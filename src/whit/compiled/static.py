@@ -13,6 +13,9 @@ import torch
 from torch import Tensor
 from transformers import StaticCache
 
+from whit.kernels.gpu import decoding
+from whit.kernels.gpu.kernel import why_not as no_kernels
+
 Replay: TypeAlias = Callable[[], object]
 Capture: TypeAlias = Callable[[Replay], Replay]
 
@@ -77,7 +80,7 @@ def uncaptured(work: Replay) -> Replay:
 
 
 class Decoder:
-    """A state, its prefill, and its step and greedy choice as they were captured.
+    """A state, its prefill, and its step and greedy choice as they were captured, alone and as one (`follow`).
 
     `chosen` (batch, length) int64 collects what `greedy` chooses, one column per call; where a sequence has ended
     (`ended`, (batch,) bool) that is `padding`.
@@ -87,20 +90,21 @@ class Decoder:
         self.model, self.state, self._step = model, state, step
         device = state.tokens.device
         self.chosen = torch.zeros(state.batch, state.length, dtype=torch.int64, device=device)
-        self.column = torch.zeros(1, dtype=torch.int64, device=device)
+        self.column = torch.zeros(state.batch, dtype=torch.int64, device=device)
         self.ended = torch.zeros(state.batch, dtype=torch.bool, device=device)
         self.stops = torch.full((8,), -1, dtype=torch.int64, device=device)
         self.padding = torch.zeros(1, dtype=torch.int64, device=device)
+        self._in_one_launch = no_kernels(device) is None and decoding.choose_takes(state.logits)
         self._warm_up()
         self.step: Replay = capture(self._advance)
         self.choose: Replay = capture(self._choose)
+        self.follow: Replay = capture(self._follow)
 
     def _warm_up(self) -> None:
         state = self.state
         self.prefill(torch.zeros_like(state.tokens), None, None)
         for _ in range(2):
-            self._advance()
-            self._choose()
+            self._follow()
         if state.tokens.is_cuda:
             torch.cuda.synchronize(state.tokens.device)
 
@@ -127,12 +131,19 @@ class Decoder:
         self._step(self.state)
         self.state.slot.add_(1)
 
+    def _follow(self) -> None:
+        self._advance()
+        self._choose()
+
     def _choose(self) -> None:
         """The likeliest token of each sequence becomes the next step's input and a column of `chosen`."""
+        if self._in_one_launch:
+            ends, to = (self.stops, self.padding, self.ended), (self.chosen, self.column, self.state.tokens)
+            return decoding.choose(self.state.logits, ends, to)
         best = self.state.logits.float().argmax(-1)
         best = torch.where(self.ended, self.padding, best)
         self.ended |= (best[:, None] == self.stops).any(-1)
-        self.chosen.index_copy_(1, self.column, best[:, None])
+        self.chosen.index_copy_(1, self.column[:1], best[:, None])
         self.column.add_(1)
         self.state.tokens.copy_(best[:, None])
 

@@ -113,12 +113,30 @@ def few_linears(
         arrived = torch.zeros(-(-weight.shape[0] // 16), dtype=torch.int32)
         operands.append(Operands(x, y, bias, weight, partial, arrived))
     assert few.fits(scheme, config, x.shape[0])
-    macros = few.macros(scheme, config, few.case_of(operands, scheme, config, cuts))
-    blocks = few.grid(config, [weight.shape[0] for weight in packed], cuts, 3 * cuts)
-    params = few.params(operands, few.spread_of(scheme, config), cuts)
-    library(few.SOURCE, tuple(macros.items())).run(ctypes.byref(params), *blocks)
+    few_launch(operands, scheme, config, cuts, 3 * cuts)
     assert not any(each.arrived.any() for each in operands)
     return [each.y for each in operands]
+
+
+def few_row(
+    x: Tensor, packed: list[PackedWeight], scheme: Scheme, config: few.Config, ends: few.Ends, y: Tensor
+) -> Tensor:
+    """One row through weights with what `ends` say; y (outs) of each weight one after the other, filled."""
+    ys = [y] * 2 if ends.gated else y.split([weight.shape[0] for weight in packed], 1)
+    operands = [Operands(x, room, None, weight, None, None) for room, weight in zip(ys, packed, strict=True)]
+    few_launch(operands, scheme, config, 1, 3, ends)
+    return y
+
+
+def few_launch(
+    operands: Sequence[Operands], scheme: Scheme, config: few.Config, cuts: int, multiprocessors: int,
+    ends: few.Ends = few.PLAIN,
+) -> None:  # fmt: skip
+    """`few.launch` on the CPU."""
+    macros = few.macros(scheme, config, few.case_of(operands, scheme, config, cuts, ends))
+    blocks = few.grid(config, [each.y.shape[1] for each in operands], cuts, multiprocessors, ends.gated)
+    params = few.params(operands, few.spread_of(scheme, config), cuts, ends)
+    library(few.SOURCE, tuple(macros.items())).run(ctypes.byref(params), *blocks)
 
 
 CLUSTERS = 'extern "C" void run(const Params *p, int x) {{ run_clusters(x, THREADS, CLUSTER, [&] {{ {}(*p); }}); }}'

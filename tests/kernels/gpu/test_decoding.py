@@ -8,9 +8,12 @@ import pytest
 import torch
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
+import whit
 from whit.compiled import fused
 from whit.compiled.static import PlainStep, State
-from whit.kernels.gpu import decoding
+from whit.kernels.gpu import Gpu, decoding, few, launches
+from whit.layouts import BITS
+from whit.modules import QuantizedLinear
 
 import emulated
 from tiny_models import tiny_model
@@ -40,6 +43,27 @@ def test_gate_is_silu_times_up_bit_for_bit(random):
     gates, ups = torch.randn(3, 344, generator=random).to(BF16), torch.randn(3, 344, generator=random).to(BF16)
     found = decoding.gate(gates, ups, emulated.run_decoding)
     assert torch.equal(found, torch.nn.functional.silu(gates) * ups)
+
+
+@pytest.mark.parametrize(("dtype", "columns", "outs"), [(BF16, 4096, 37), (F16, 768, 8), (F16, 256, 1)])
+def test_one_row_through_a_weight_of_floats_is_that_of_float64(dtype, columns, outs, random):
+    x = torch.randn(1, columns, generator=random).to(dtype)
+    weight = torch.randn(outs, columns, generator=random).to(dtype)
+    found = decoding.dense(x, weight, 1, emulated.run_decoding)
+    assert error(found, x.double() @ weight.double().T) < LIMIT[dtype]
+
+
+def test_the_likeliest_token_is_the_first_of_equal_ones_and_padding_after_an_end(random):
+    logits = torch.randn(4, 8200, generator=random).to(BF16)
+    logits[0, 8199] = logits[1, 4000] = logits[1, 4001] = logits[2, 17] = logits[3, 5] = 9.0
+    stops = torch.tensor([17, 3, -1, -1, -1, -1, -1, -1])
+    ended, padding = torch.tensor([False, False, False, True]), torch.tensor([2])
+    chosen, column, tokens = torch.zeros(4, 6, dtype=torch.int64), torch.full((4,), 3), torch.zeros(4, 1).long()
+    decoding.choose(logits, (stops, padding, ended), (chosen, column, tokens), emulated.run_decoding)
+    assert tokens[:, 0].tolist() == chosen[:, 3].tolist() == [8199, 4000, 17, 2]
+    assert chosen.count_nonzero() == 4
+    assert ended.tolist() == [False, False, True, True]
+    assert column.tolist() == [4] * 4
 
 
 @pytest.mark.parametrize(
@@ -79,6 +103,32 @@ def test_attention_is_that_of_float64_over_the_cache(dtype, group, size, slot, s
     weights = scores.masked_fill(~seen[:, None, None], -torch.inf).softmax(-1)
     assert error(found, (weights @ values.double()).reshape(batch, -1)) < LIMIT[dtype]
     assert not room.arrived.any()
+
+
+def test_a_step_of_packed_weights_has_norms_gates_and_sums_in_the_launches_of_its_products(monkeypatch):
+    model = tiny_model("llama", dtype=BF16)
+    for layer in model.model.layers:
+        for part, linears in ((layer.self_attn, "qkvo"), (layer.mlp, ("gate", "up", "down"))):
+            for name in linears:
+                weight = BITS.pack(whit.quantize_tensor(getattr(part, f"{name}_proj").weight.detach(), "int4-g32"))
+                setattr(part, f"{name}_proj", QuantizedLinear(weight, None, BF16))
+    count, few_launch = [], emulated.few_launch
+
+    def launch(*given):
+        count.append(given)
+        few_launch(*given[:4], 2, *given[5:])
+
+    with torch.no_grad():
+        state = State(model, 1, 12)
+        wanted = fused.trial(model, state, PlainStep(model))
+        step = fused.FusedStep(model, emulated.run_decoding)
+        monkeypatch.setattr(QuantizedLinear, "ready", lambda linear, x: (Gpu(), linear.packed))
+        monkeypatch.setattr(launches, "_device_of", lambda device: (9, 132))
+        monkeypatch.setattr(few, "launch", launch)
+        monkeypatch.setattr(model, "forward", lambda **_: None)  # the prompt of the trial is in the cache already
+        found = fused.trial(model, state, step)
+    assert len(count) == 4 * len(model.model.layers)
+    assert error(found, wanted) < 2e-2
 
 
 SLOWER = [pytest.param(name, marks=pytest.mark.slow) for name in ("qwen2", "qwen3")]

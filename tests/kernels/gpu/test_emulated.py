@@ -98,6 +98,35 @@ def test_product_of_few_rows_equals_float64(
     assert error(found, wanted) < LIMIT[dtype]
 
 
+ENDS = [("int4-g128", BF16, few.Config(4, 2, 1)), ("nf4-dq", BF16, few.Config(2, 4, 1, 2, 1))]
+MORE_ENDS = [
+    ("int4-g64-asym", F16, few.Config(2, 1, 1)),
+    ("nf4", F16, few.Config(3, 3, 1)),
+    ("int8-channel", BF16, few.Config(2, 2, 1)),
+]
+SLOW_ENDS = [pytest.param(*case, marks=pytest.mark.slow) for case in MORE_ENDS]
+
+
+@pytest.mark.parametrize(("spec", "dtype", "config"), [*ENDS, *SLOW_ENDS])
+def test_a_row_is_normed_gated_and_added_to_in_the_launch_of_its_product(
+    spec: str, dtype: torch.dtype, config: few.Config, random: Generator
+):
+    weights = [packed(spec, 70, 768, random) for _ in range(2)]
+    gate, up = (reference.dequantize(weight, torch.float32).double().T for weight in weights)
+    scheme, x = scheme_of(weights[0]), (3 * torch.randn(1, 768, generator=random)).to(dtype)
+    norm, y = torch.rand(768, generator=random).to(dtype), torch.randn(1, 70, generator=random).to(dtype)
+    root = (x.double().square().mean() + 1e-5).sqrt()
+    normed = (norm * (x.double() / root).to(dtype)).double()
+    nothing = torch.full((1, 140), float("nan"), dtype=dtype)
+    found = emulated.few_row(x, weights, scheme, config, few.Ends(norm, 1e-5), nothing)
+    assert error(found, normed @ torch.cat((gate, up), 1)) < LIMIT[dtype]
+    wanted = torch.nn.functional.silu(normed @ gate) * (normed @ up)
+    found = emulated.few_row(x, weights, scheme, config, few.Ends(norm, 1e-5, gated=True), nothing[:, :70].clone())
+    assert error(found, wanted) < 2 * LIMIT[dtype]
+    wanted = y.double() + x.double() @ gate
+    assert error(emulated.few_row(x, weights[:1], scheme, config, few.Ends(onto=True), y), wanted) < LIMIT[dtype]
+
+
 NARROW = [("int5-g64", BF16, 3), ("int3-g32", F16, 2), ("int6-g32-asym", BF16, 9), ("int3-g32", BF16, 9)]
 MORE_NARROW = [
     ("int6-g64-asym", BF16, 1),

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import whit
-from whit.kernels.gpu import kernel, launches, nvrtc
+from whit.kernels.gpu import few, kernel, launches, nvrtc
 from whit.layouts import BITS
 from whit.tensor import PackedWeight
 
@@ -76,3 +76,21 @@ def test_weights_that_share_an_input_share_a_launch(spec: str, launched: list[tu
         ys = kernel.products(torch.ones(rows, 1024, dtype=torch.bfloat16), weights, [None] * 3)
         assert [y.shape for y in ys] == [(rows, 256), (rows, 64), (rows, 64)]
         assert len(launched) == 1, rows
+
+
+def test_one_row_has_its_norm_its_gate_and_its_sum_in_the_launch_of_a_product(
+    launched: list[tuple[str, tuple[int, ...]]],
+):
+    gate, up = (packed_as("int4-g128", (256, 1024)) for _ in range(2))
+    x, norm = torch.ones(1, 1024, dtype=torch.bfloat16), torch.ones(1024, dtype=torch.bfloat16)
+    assert [y.shape for y in kernel.row_through(x, [gate, up], [None] * 2, few.Ends(norm, 1e-5)) or ()] == [
+        (1, 256)
+    ] * 2
+    (y,) = kernel.row_through(x, [gate, up], [None] * 2, few.Ends(norm, 1e-5, gated=True)) or ()
+    assert y.shape == (1, 256)
+    (z,) = kernel.row_through(x, [up], [None], few.Ends(onto=True), y) or ()
+    assert z is y
+    assert [name for name, _ in launched] == ["few"] * 3
+    other = packed_as("int3-g128", (256, 1024))
+    assert kernel.row_through(x, [other], [None], few.Ends(norm, 1e-5)) is None
+    assert len(launched) == 3

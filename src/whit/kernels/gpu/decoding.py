@@ -1,7 +1,7 @@
 """What lies between the products of a decoder when it makes one token: norms, attention over a static cache, gates.
 
 Each is one launch, in bfloat16 or float16, and rounds where the modules of transformers do (normalize.cu, attend.cu,
-gate.cu).
+gate.cu). Around the blocks lie the head of one row in 16 bits (dense.cu) and the choice of a token (choose.cu).
 """
 
 from __future__ import annotations
@@ -21,8 +21,12 @@ from whit.errors import KernelError
 from whit.kernels.gpu import nvrtc
 
 HERE = Path(__file__).parent
-NORM, GATE, ATTEND, ATTEND_SHORT = (HERE / f"{name}.cu" for name in ("normalize", "gate", "attend", "attend_short"))
-GATE_THREADS = 256
+NORM, GATE, ATTEND, ATTEND_SHORT, DENSE, CHOOSE = (
+    HERE / f"{name}.cu" for name in ("normalize", "gate", "attend", "attend_short", "dense", "choose")
+)
+GATE_THREADS, CHOOSE_THREADS = 256, 1024
+DENSE_THREADS, DENSE_BLOCKS = 256, 2  # of a block; blocks of a multiprocessor
+LEAST_DENSE = 1 << 15  # outs of a weight that dense.cu reads faster than torch does
 ATTEND_THREADS = 128
 CHUNK = 64  # places of the cache per block
 SHORT_WARPS, SHORT_BLOCKS, MOST_ROUNDS = 8, 128, 8  # of attend_short.cu: warps of a block, blocks, places of a lane
@@ -44,6 +48,21 @@ class GateParams(ctypes.Structure):
     """The argument of gate.cu."""
 
     _fields_ = (*((name, ctypes.c_void_p) for name in ("gate", "up", "y")), ("units", ctypes.c_int))
+
+
+class DenseParams(ctypes.Structure):
+    """The argument of dense.cu."""
+
+    _fields_ = (*((name, ctypes.c_void_p) for name in ("x", "w", "y")), ("outs", ctypes.c_int))
+
+
+class ChooseParams(ctypes.Structure):
+    """The argument of choose.cu."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("logits", "stops", "padding", "ended", "chosen", "column", "tokens")),
+        ("vocabulary", ctypes.c_int), ("length", ctypes.c_int),
+    )  # fmt: skip
 
 
 class AttendParams(ctypes.Structure):
@@ -116,6 +135,44 @@ def gate(gates: Tensor, ups: Tensor, run: Run = launch) -> Tensor:
     params = GateParams(gates.data_ptr(), ups.data_ptr(), y.data_ptr(), units)
     run(GATE, macros, (-(-units // GATE_THREADS), 1, 1), GATE_THREADS, 0, params, gates.device)
     return y
+
+
+def dense_takes(x: Tensor, weight: Tensor) -> bool:
+    """Whether dense.cu is for x (rows, columns) and a weight (outs, columns): one row, and many outs."""
+    like = x.dtype == weight.dtype and x.dtype in (torch.bfloat16, torch.float16)
+    lies = weight.is_contiguous() and weight.data_ptr() % 16 == 0 and x.data_ptr() % 16 == 0
+    return like and lies and len(x) == 1 and x.shape[1] % 256 == 0 and len(weight) >= LEAST_DENSE
+
+
+def dense(x: Tensor, weight: Tensor, multiprocessors: int, run: Run = launch) -> Tensor:
+    """x (1, columns) times a weight (outs, columns) of its own type, where `dense_takes`; gives (1, outs)."""
+    y = torch.empty(1, len(weight), dtype=x.dtype, device=x.device)
+    macros = (("HALF", half(x)), ("COLUMNS", x.shape[1]), ("THREADS", DENSE_THREADS))
+    params = DenseParams(x.data_ptr(), weight.data_ptr(), y.data_ptr(), len(weight))
+    blocks = (multiprocessors * DENSE_BLOCKS, 1, 1)
+    run(DENSE, macros, blocks, DENSE_THREADS, 2 * x.shape[1], params, x.device)
+    return y
+
+
+def choose_takes(logits: Tensor) -> bool:
+    """Whether choose.cu is for logits (batch, vocabulary)."""
+    return logits.dtype in (torch.bfloat16, torch.float16) and logits.shape[1] % 8 == 0
+
+
+def choose(
+    logits: Tensor, ends: tuple[Tensor, Tensor, Tensor], to: tuple[Tensor, Tensor, Tensor], run: Run = launch
+) -> None:
+    """The likeliest token of each row of logits (batch, vocabulary, a multiple of 8), put where the next step is.
+
+    ends: the tokens that end a sequence (8,), the one that follows an end (1,), int64, and which sequences have ended
+    (batch,) bool; to: chosen (batch, length), the column to fill (batch,), which becomes the next one, and tokens
+    (batch, 1), int64.
+    """
+    (stops, padding, ended), (chosen, column, tokens) = ends, to
+    macros = (("HALF", half(logits)), ("THREADS", CHOOSE_THREADS))
+    borrowed = (logits, stops, padding, ended, chosen, column, tokens)
+    params = ChooseParams(*(t.data_ptr() for t in borrowed), logits.shape[1], chosen.shape[1])
+    run(CHOOSE, macros, (len(logits), 1, 1), CHOOSE_THREADS, 256, params, logits.device)
 
 
 @dataclass(frozen=True)

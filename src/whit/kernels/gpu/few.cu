@@ -10,6 +10,10 @@
 //   MIN_BLOCKS         blocks per multiprocessor to leave registers for
 //   WIDE               as codes.cuh says
 //   SPREAD             groups side by side in a step; up to 8 rows times groups
+//   NORMED             columns of x of one row, of which every block makes the RMS norm for itself; 0: x is as it is. Where
+//                      eight neighbouring columns are an operand's: codes of 4 and 8 bits
+//   GATED              1: two weights, of gates and ups, whose tiles have eight outs of each; y = silu(gate) * up, one row
+//   ONTO               1: the result of one row is added to what y has
 //
 // What bounds a stream of codes is instructions, so there are few per code. Blocks stay and take tile after tile: x, in
 // the order of the operands, and the table of a codebook are laid into shared memory once. Integers are multiplied with
@@ -42,6 +46,7 @@ constexpr int SCALE_WORDS = EVEN ? AHEAD * SPREAD * SCALE_BYTES / 4 : 1;  // of 
 constexpr int KINDS = SIDES > 1 ? 2 : 1;    // scales of a row of W and step that a thread needs: of columns 2 t, 2 t + 1
 constexpr int NT = ROWS > 8 ? ROWS / 8 : 1;  // tiles of 8 rows
 static_assert(SPREAD == 1 || STEPS_PER_GROUP == 1, "a step holds whole groups");
+#include "few_ends.cuh"
 #include "few_x.cuh"
 
 #include "few_scales.cuh"
@@ -54,11 +59,8 @@ struct Held {  // what a thread holds of W for one step: rows 8 apart
 struct Rows {  // where a thread's two rows of W lie, from the warp's first step on
     const u32 *codes[2];
     int out[2], part, tile;
-    Scales scales;
-    float offset;  // SCALE 3
-};
-struct Several {  // weights of the same format and columns, which share x
-    Params part[PARTS];
+    Scales scales[GATED + 1];
+    float offset[GATED + 1];  // SCALE 3
 };
 
 DEVICE void load_held(Held &held, const Rows &rows, int begin, int step) {
@@ -73,29 +75,36 @@ DEVICE void load_held(Held &held, const Rows &rows, int begin, int step) {
 #pragma unroll
         for (int kind = 0; kind < KINDS; kind++) {
             int group = (begin + step) / STEPS_PER_GROUP * SPREAD + group_of(threadIdx.x, kind);
-            if (!EVEN) held.scale[h][kind] = load_raw(rows.scales, rows.out[h], group);
-            if (ZERO) held.zero[h][kind] = load_zero(rows.scales, rows.out[h], group);
+            if (!EVEN) held.scale[h][kind] = load_raw(rows.scales[GATED * h], rows.out[h], group);
+            if (ZERO) held.zero[h][kind] = load_zero(rows.scales[GATED * h], rows.out[h], group);
         }
 #endif
     }
 }
 
-DEVICE int tiles_of(const Params &p) { return (p.outs + 15) / 16; }
+DEVICE int tiles_of(const Params &p) { return (p.outs + TILE_OUTS - 1) / TILE_OUTS; }
 
 DEVICE Rows rows_of(const Several &all, int tile, int begin, int lane) {
     Rows rows;
     rows.part = 0;
+    if (!GATED) {
 #pragma unroll
-    for (int i = 0; i < PARTS - 1; i++)
-        if (rows.part == i && tile >= tiles_of(all.part[i])) tile -= tiles_of(all.part[i]), rows.part++;
-    const Params &p = all.part[rows.part];
-    rows.scales = p.scales, rows.tile = tile, rows.offset = SCALE == 3 ? *p.scales.offset : 0.0f;
+        for (int i = 0; i < PARTS - 1; i++)
+            if (rows.part == i && tile >= tiles_of(all.part[i])) tile -= tiles_of(all.part[i]), rows.part++;
+    }
+    rows.tile = tile;
 #pragma unroll
     for (int h = 0; h < 2; h++) {
-        rows.out[h] = min(tile * 16 + h * 8 + (lane >> 2), p.outs - 1);
+        const Params &p = all.part[GATED ? h : rows.part];
+        if (h <= GATED) rows.scales[h] = p.scales, rows.offset[h] = SCALE == 3 ? *p.scales.offset : 0.0f;
+        rows.out[h] = min(tile * TILE_OUTS + (GATED ? 0 : h * 8) + (lane >> 2), p.outs - 1);
         rows.codes[h] = p.codes + (long long)rows.out[h] * p.row_words + (begin * 4 + (lane & 3)) * WORDS;
     }
-    if (PAIRED) rows.codes[0] = p.codes + (long long)rows.out[lane >> 1 & 1] * p.row_words + begin * 4 * WORDS + (lane & 1) * 4;
+    if (PAIRED) {
+        const u32 *first = all.part[rows.part].codes, *second = all.part[GATED ? 1 : rows.part].codes;
+        int lower = lane >> 1 & 1, words = all.part[rows.part].row_words;
+        rows.codes[0] = (lower ? second : first) + (long long)rows.out[lower] * words + begin * 4 * WORDS + (lane & 1) * 4;
+    }
     return rows;
 }
 
@@ -137,7 +146,7 @@ DEVICE void scale_step(Sums &sums, float (&part)[NT][4], const Held &held, const
         for (int h = 0; h < 2; h++) {
 #pragma unroll
             for (int e = 0; e < 2; e++)
-                sums.all[n][2 * h + e] += scale_of(raw[h][e % KINDS], s.levels, rows.offset) * part[n][2 * h + e];
+                sums.all[n][2 * h + e] += scale_of(raw[h][e % KINDS], s.levels, rows.offset[GATED * h]) * part[n][2 * h + e];
         }
 #endif
     }
@@ -147,9 +156,9 @@ DEVICE void scale_step(Sums &sums, float (&part)[NT][4], const Held &held, const
 DEVICE void operands(u32 (&pairs)[4], const Held &held, const Raw (&raw)[2][KINDS], int h, int unit, const Shared &s, const Rows &rows) {
     decode<HAS_RAW && (!SCALED || BARE)>(pairs, held.words[h], unit, s.table);
 #if BARE
-    scale_bare(pairs, unit, scale_of(raw[h][0], s.levels, rows.offset));
+    scale_bare(pairs, unit, scale_of(raw[h][0], s.levels, rows.offset[GATED * h]));
 #elif SCALED
-    scale_pairs(pairs, scale_of(raw[h][0], s.levels, rows.offset), held.zero[h][0]);
+    scale_pairs(pairs, scale_of(raw[h][0], s.levels, rows.offset[GATED * h]), held.zero[h][0]);
 #endif
 }
 
@@ -181,7 +190,7 @@ DEVICE void add_step(Sums &sums, Held &held, const Raw (&raw)[2][KINDS], const S
 DEVICE void scale_sums(Sums &sums, const Rows &rows) {
 #pragma unroll
     for (int h = 0; h < 2; h++) {
-        float scale = load_scale(rows.scales, rows.out[h], 0);
+        float scale = load_scale(rows.scales[GATED * h], rows.out[h], 0);
 #pragma unroll
         for (int n = 0; n < NT; n++)
 #pragma unroll
@@ -189,8 +198,17 @@ DEVICE void scale_sums(Sums &sums, const Rows &rows) {
     }
 }
 
+DEVICE float joined(const float *block, int row, int out) {
+    float sum = 0;
+#pragma unroll
+    for (int w = 0; w < WARPS; w++)
+#pragma unroll
+        for (int group = 0; group < SIDES; group++) sum += block[((w * ROWS + row) * SIDES + group) * 16 + out];
+    return sum;
+}
+
 // The warps' sums of a tile, [warp][row][group][out], become outs of y, or of a slice.
-DEVICE void join(float *block, u32 *ticket, const Sums &sums, const Params &p, int tile, int tid) {
+DEVICE void join(float *block, u32 *ticket, const Sums &sums, const Several &all, const Params &p, int tile, u32 old, int tid) {
     int lane = tid & 31, warp = tid >> 5, slices = gridDim.y, slice = blockIdx.y;
 #pragma unroll
     for (int n = 0; n < NT; n++)
@@ -201,18 +219,14 @@ DEVICE void join(float *block, u32 *ticket, const Sums &sums, const Params &p, i
         }
     __syncthreads();
 #pragma unroll 1
-    for (int i = tid; i < 16 * p.rows; i += THREADS) {
-        int out = tile * 16 + i % 16, row = i / 16;
-        float sum = 0;
-#pragma unroll
-        for (int w = 0; w < WARPS; w++)
-#pragma unroll
-            for (int group = 0; group < SIDES; group++) sum += block[((w * ROWS + row) * SIDES + group) * 16 + i % 16];
+    for (int i = tid; i < TILE_OUTS * p.rows; i += THREADS) {
+        int in_tile = i % TILE_OUTS, out = tile * TILE_OUTS + in_tile, row = i / TILE_OUTS;
+        float sum = joined(block, row, in_tile), up = GATED ? joined(block, row, in_tile + 8) : 0;
         if (out >= p.outs) continue;
-        if (slices == 1) store(p, row, out, sum);
+        if (slices == 1) put(all, p, row, out, sum, up, old);
         else p.partial[((long long)slice * p.rows + row) * p.outs + out] = sum;
     }
-    if (slices == 1) return;
+    if (NORMED || GATED || ONTO || slices == 1) return;
     __threadfence();
     __syncthreads();
     if (tid == 0) *ticket = atomicAdd(p.arrived + tile, 1u);
@@ -269,7 +283,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) few(const Seve
     float *x_sums = (float *)(xs + in_slice * PER_STEP), *blocks = x_sums + (SUMMED ? (in_slice * V + 3) / 4 * 4 : 0);
     u32 *ticket = (u32 *)(blocks + 2 * WARPS * V * 16);
 #pragma unroll
-    for (int i = 0; i < PARTS; i++) tiles += tiles_of(p.part[i]);
+    for (int i = 0; i < (GATED ? 1 : PARTS); i++) tiles += tiles_of(p.part[i]);
 
     Held held[AHEAD];
     Round round;
@@ -278,15 +292,23 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) few(const Seve
     if (CODEBOOK) lay_table(shared, p.part[0].table, THREADS);
     if (LEVELS)
         for (int i = tid; i < 4 * LEVELS; i += THREADS) ((float *)(shared + TABLE))[i] = p.part[0].scales.levels[i];
+#if NORMED
+    uint4 weights[ROW_HELD];
+    load_weights(weights, p.norm);
     next_may_begin(), previous_done();
-    stage(xs, p.part[0], first_step, all_steps, tid);
+    stage_norm(xs, x_sums, p, weights, blocks, tid);
+#else
+    next_may_begin(), previous_done();
+    if (STRAIGHT) stage_row(xs, x_sums, p.part[0], first_step, all_steps, tid);
+    else stage(xs, p.part[0], first_step, all_steps, tid);
+#endif
     __syncthreads();
 
     int row = (lane >> 2) / SIDES;
     u32 first_x = shared_place(xs + min(row, ROWS - 1) * 4 + (lane & 3));
     bool has_x = row < ROWS && (lane >> 2) % SIDES == (lane & 3) / LANES;
     Shared s = {kept(first_x), x_sums, (const float *)(shared + TABLE), {(const u8 *)shared, kept((u32)lane * 4)}, has_x};
-    if (SUMMED) {
+    if (SUMMED && !STRAIGHT) {
         sum_steps(x_sums, s, xs, all_steps, tid);
         __syncthreads();
     }
@@ -295,6 +317,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) few(const Seve
 #pragma unroll 1
     for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x, turn ^= 1) {
         Sums sums = {};
+        u32 old = old_of(p.part[0], tile, tid);
         add_tile(sums, held, round, s, rows, begin, steps, lane);
         if (!STEPS_PER_GROUP) scale_sums(sums, rows);
         int part = rows.part, in_part = rows.tile;
@@ -302,6 +325,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) few(const Seve
             rows = rows_of(p, tile + gridDim.x, begin, lane);
             begin_tile(held, round, rows, begin, steps);
         }
-        join(blocks + turn * WARPS * V * 16, ticket, sums, p.part[part], in_part, tid);
+        join(blocks + turn * WARPS * V * 16, ticket, sums, p, p.part[part], in_part, old, tid);
     }
 }

@@ -16,6 +16,7 @@ from whit.kernels.gpu.stream import Operands, Scheme
 
 SOURCE = Path(__file__).with_name("few.cu")
 MOST_ROWS = 16
+STRAIGHT = (4, 8)  # bits of codes whose operands are eight neighbouring columns of x
 MOST_SHARED = 226 << 10
 SHARED_BEGINS = 1024  # the address, on Hopper: what is before is the system's
 SCALE_BYTES = (2, 2, 4, 1)  # by the storage of a scale
@@ -42,13 +43,34 @@ def rounded(rows: int) -> int:
 
 
 @dataclass(frozen=True)
+class Ends:
+    """What the kernel does for the one row of a token besides a product, in place of launches of its own.
+
+    norm (columns,): x is multiplied as its RMS norm times this, with `epsilon`; gated: the two weights are gate and up,
+    and both have y = silu(gate) * up; onto: the one weight's result is added to what y has.
+    """
+
+    norm: Tensor | None = None
+    epsilon: float = 0.0
+    gated: bool = False
+    onto: bool = False
+
+
+PLAIN = Ends()
+
+
+@dataclass(frozen=True)
 class Case:
-    """What else few.cu is compiled for: float16, up to `rows` rows (rounded), `parts` weights, even cuts."""
+    """What else few.cu is compiled for: float16, up to `rows` rows (rounded), `parts` weights, even cuts; `Ends`, with
+    the columns of x where it is normed."""
 
     half: bool
     rows: int
     parts: int = 1
     even: bool = False
+    normed: int = 0
+    gated: bool = False
+    onto: bool = False
 
 
 def spread_of(scheme: Scheme, config: Config) -> Scheme:
@@ -68,6 +90,7 @@ def macros(scheme: Scheme, config: Config, case: Case) -> dict[str, int]:
         "HALF": int(case.half), "CHUNK": wide.chunk, "STEPS_PER_GROUP": scheme.steps_per_group,
         "ROWS": rounded(case.rows), "WARPS": config.warps, "AHEAD": config.ahead, "MIN_BLOCKS": config.min_blocks,
         "PARTS": case.parts, "EVEN": int(case.even), "SPREAD": wide.spread, "WIDE": SHARED_BEGINS * config.wide,
+        "NORMED": case.normed, "GATED": int(case.gated), "ONTO": int(case.onto),
     }  # fmt: skip
 
 
@@ -96,22 +119,33 @@ def fits(scheme: Scheme, config: Config, rows: int) -> bool:
     return rows <= MOST_ROWS and shared_bytes(scheme, config, rows, 1) * config.min_blocks <= MOST_SHARED
 
 
-def grid(config: Config, outs: Sequence[int], cuts: int, multiprocessors: int) -> tuple[int, int, int]:
+def takes(scheme: Scheme, config: Config, columns: int) -> bool:
+    """Whether the kernel does what `Ends` say with one row: x lies whole, eight columns of it side by side."""
+    return scheme.storage.bits in STRAIGHT and slices(scheme, config, 1, columns) == 1
+
+
+def grid(
+    config: Config, outs: Sequence[int], cuts: int, multiprocessors: int, gated: bool = False
+) -> tuple[int, int, int]:
     """Blocks for weights of these `outs` in `cuts` slices: as many as stay at a time."""
-    tiles = sum(-(-n // 16) for n in outs)
+    tiles = -(-outs[0] // 8) if gated else sum(-(-n // 16) for n in outs)
     return min(tiles, max(multiprocessors * config.min_blocks // cuts, 1)), cuts, 1
 
 
-def params(operands: Sequence[Operands], scheme: Scheme, cuts: int) -> ctypes.Structure:
+def params(operands: Sequence[Operands], scheme: Scheme, cuts: int, ends: Ends = PLAIN) -> ctypes.Structure:
     """The kernel's argument for weights that share x; `partial` and `arrived` are needed where there are cuts."""
     parts = [stream.params(each, scheme, cuts) for each in operands]
-    return several(len(parts))((stream.Params * len(parts))(*parts))
+    array = (stream.Params * len(parts))(*parts)
+    if ends.norm is None:
+        return several(len(parts))(array)
+    return several(len(parts), normed=True)(array, ends.norm.data_ptr(), ends.epsilon)
 
 
 @lru_cache(maxsize=8)
-def several(parts: int) -> type[ctypes.Structure]:
+def several(parts: int, normed: bool = False) -> type[ctypes.Structure]:
     """The type of the kernel's argument for that many weights."""
-    return type("Several", (ctypes.Structure,), {"_fields_": [("part", stream.Params * parts)]})
+    norm = [("norm", ctypes.c_void_p), ("epsilon", ctypes.c_float)] if normed else []
+    return type("Several", (ctypes.Structure,), {"_fields_": [("part", stream.Params * parts), *norm]})
 
 
 def is_even(scheme: Scheme, config: Config, columns: int, cuts: int) -> bool:
@@ -127,11 +161,12 @@ def case_for(scheme: Scheme, config: Config, rows: int, columns: int, half: bool
     return Case(half, rounded(rows), parts, even)
 
 
-def case_of(operands: Sequence[Operands], scheme: Scheme, config: Config, cuts: int) -> Case:
+def case_of(operands: Sequence[Operands], scheme: Scheme, config: Config, cuts: int, ends: Ends = PLAIN) -> Case:
     """How few.cu is compiled for these."""
     x = operands[0].x
     even = is_even(scheme, config, x.shape[1], cuts) and all(scales_of(each).data_ptr() % 16 == 0 for each in operands)
-    return Case(x.dtype == torch.float16, rounded(x.shape[0]), len(operands), even)
+    half, normed = x.dtype == torch.float16, 0 if ends.norm is None else x.shape[1]
+    return Case(half, rounded(x.shape[0]), len(operands), even, normed, ends.gated, ends.onto)
 
 
 def scales_of(operands: Operands) -> Tensor:
@@ -146,13 +181,16 @@ def build(scheme: Scheme, config: Config, case: Case, device: int) -> nvrtc.Func
     return nvrtc.build(SOURCE, macros(scheme, config, case), "few", device)
 
 
-def launch(operands: Sequence[Operands], scheme: Scheme, config: Config, cuts: int, multiprocessors: int) -> None:
-    """Fill y of each; they have the same x, in `cuts` slices (`slices`)."""
+def launch(
+    operands: Sequence[Operands], scheme: Scheme, config: Config, cuts: int, multiprocessors: int, ends: Ends = PLAIN
+) -> None:
+    """Fill y of each; they have the same x, in `cuts` slices (`slices`), one where there are `ends` (`takes`)."""
     x = operands[0].x
     rows, columns = x.shape
-    function = build(scheme, config, case_of(operands, scheme, config, cuts), x.device.index)
-    blocks = grid(config, [each.y.shape[1] for each in operands], cuts, multiprocessors)
+    case = case_of(operands, scheme, config, cuts, ends)
+    function = build(scheme, config, case, x.device.index)
+    blocks = grid(config, [each.y.shape[1] for each in operands], cuts, multiprocessors, ends.gated)
     wide = spread_of(scheme, config)
     shared = shared_bytes(scheme, config, rows, -(-(columns // wide.step) // cuts))
     where = torch.cuda.current_stream(x.device).cuda_stream
-    function.launch_early(blocks, config.threads, shared, params(operands, wide, cuts), where)
+    function.launch_early(blocks, config.threads, shared, params(operands, wide, cuts, ends), where)

@@ -33,9 +33,10 @@ struct Round {  // the scales of AHEAD steps of two rows of W, as they are store
     u32 bits[2][SCALE_WORDS];
     float absmax[2];
 };
-DEVICE void load_round(Round &round, const Scales &scales, const int (&outs)[2], int group) {
+DEVICE void load_round(Round &round, const Scales (&of)[GATED + 1], const int (&outs)[2], int group) {
 #pragma unroll
     for (int h = 0; h < 2; h++) {
+        const Scales &scales = of[GATED * h];
         long long index = (long long)outs[h] * scales.groups + group;
         const u8 *from = (SCALE == 3 ? scales.codes : (const u8 *)scales.scale) + index * SCALE_BYTES;
         if constexpr (SCALE_WORDS % 4 == 0) {

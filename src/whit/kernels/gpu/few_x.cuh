@@ -31,6 +31,45 @@ DEVICE void stage(uint4 *xs, const Params &p, int first_step, int steps, int tid
     }
 }
 
+// One row whose operands are eight neighbouring columns each is laid down and summed in one pass.
+constexpr bool STRAIGHT = ROWS == 1 && !PLACED && (NATURAL || PERIOD == 8);
+constexpr int SHARERS = 4 * UNITS, PER_SUM = SHARERS / SPREAD;  // operands of a row and step, of one group
+DEVICE void lay(uint4 *xs, float *sums, const uint4 &v, int unit, int units) {
+    int in = unit % SHARERS, chunk = in / UNITS, t = PAIRED ? (chunk & 1) * 2 + chunk / 2 : chunk;
+    uint4 turned = {permute(v.x, v.z, 0x5410), permute(v.x, v.z, 0x7632), permute(v.y, v.w, 0x5410), permute(v.y, v.w, 0x7632)};
+    if (unit < units) xs[(unit / SHARERS * UNITS + in % UNITS) * 4 + t] = NATURAL ? v : turned;
+    if (!SUMMED) return;
+    u32 pairs[4] = {v.x, v.y, v.z, v.w};
+    float sum = 0;
+#pragma unroll
+    for (int i = 0; i < 4; i++) sum += widen(pairs[i] & 0xFFFF) + widen(pairs[i] >> 16);
+#pragma unroll
+    for (int flip = PER_SUM / 2; flip; flip /= 2) sum += from_lane(sum, flip);
+    if (unit < units && unit % PER_SUM == 0) sums[unit / PER_SUM] = sum;
+}
+DEVICE void stage_row(uint4 *xs, float *sums, const Params &p, int first_step, int steps, int tid) {
+    const uint4 *from = (const uint4 *)p.x + first_step * SHARERS;
+    int units = steps * SHARERS;
+#pragma unroll 1
+    for (int first = tid; first - tid < units; first += BATCH * THREADS) {
+        uint4 held[BATCH];
+#pragma unroll
+        for (int i = 0; i < BATCH; i++) held[i] = from[min(first + i * THREADS, units - 1)];
+#pragma unroll
+        for (int i = 0; i < BATCH; i++)
+            if (first - tid + i * THREADS < units) lay(xs, sums, held[i], first + i * THREADS, units);
+    }
+}
+#if NORMED
+static_assert(STRAIGHT, "an operand is of eight neighbouring columns");
+DEVICE void stage_norm(uint4 *xs, float *sums, const Several &p, const uint4 (&weights)[ROW_HELD], float *room, int tid) {
+    uint4 held[ROW_HELD];
+    norm_row(held, (uint4 *)p.part[0].x, nullptr, weights, p.epsilon, room);
+#pragma unroll
+    for (int h = 0; h < ROW_HELD; h++) lay(xs, sums, held[h], h * THREADS + tid, ROW_UNITS);
+}
+#endif
+
 struct Shared {
     u32 x;               // where the lane's row and columns of the warp's first step lie
     const float *sums;   // of x, from the warp's first step on
@@ -67,7 +106,6 @@ DEVICE void sum_steps(float *sums, const Shared &s, const uint4 *, int steps, in
     }
 }
 #else
-constexpr u32 SHARERS = 4 * UNITS, PER_SUM = SHARERS / SPREAD;  // uint4 of a row and step, of one group
 DEVICE void sum_steps(float *sums, const Shared &, const uint4 *xs, int steps, int tid) {
     u32 count = steps * SHARERS * ROWS;
     for (u32 first = tid / 32 * 32; first < count; first += THREADS) {

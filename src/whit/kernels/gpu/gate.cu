@@ -1,15 +1,11 @@
 // y = round(silu(gate)) * up, rounded, elementwise, eight at a time. Built after common.cuh. Macro: THREADS.
+#include "gate.cuh"
 
 struct Params {
     const uint4 *gate, *up;
     uint4 *y;
     int units;
 };
-
-DEVICE u32 gated(u32 gate, u32 up) {
-    float low = widen(gate & 0xFFFF), high = widen(gate >> 16);
-    return scale_by(round_pair(low * logistic(low), high * logistic(high)), up);
-}
 
 extern "C" __global__ void __launch_bounds__(THREADS) gate(const Params p) {
     next_may_begin(), previous_done();

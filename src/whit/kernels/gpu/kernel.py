@@ -14,7 +14,7 @@ from whit.formats import parse_format
 from whit.kernels.base import QUANTIZED_INPUTS
 from whit.kernels.gpu import digits, few, halves, many, narrow, nvrtc, slab, stream, tiled, tuned
 from whit.kernels.gpu.dequantize import dequantize
-from whit.kernels.gpu.launches import ARRIVED, AT_ONCE, WAYS, device_of, multiply_slabs
+from whit.kernels.gpu.launches import ARRIVED, AT_ONCE, WAYS, device_of, multiply_row, multiply_slabs
 from whit.kernels.gpu.scales import storage
 from whit.tensor import PackedWeight
 
@@ -186,6 +186,26 @@ def products(x: Tensor, packed: Sequence[PackedWeight], biases: Sequence[Tensor 
     if way not in AT_ONCE or all(apart(weight, rows, device_of(x), x.dtype) for weight in packed):
         return [product(x, weight, bias) for weight, bias in zip(packed, biases, strict=True)]
     return [y.reshape(*x.shape[:-1], -1) for y in AT_ONCE[way](aligned(x, rows), packed, biases, scheme, cut)]
+
+
+def row_through(
+    x: Tensor, packed: Sequence[PackedWeight], biases: Sequence[Tensor | None], ends: few.Ends, y: Tensor | None = None
+) -> list[Tensor] | None:
+    """x (1, columns) through weights that share it, as `multiply_row` has it; None where few.cu does not take them."""
+    columns = x.shape[-1]
+    found = {stream.scheme(weight.format, columns) for weight in packed}
+    scheme = found.pop()
+    if found or isinstance(scheme, str) or any(streams(weight) is not None for weight in packed):
+        return None
+    if scheme.storage.bits < FULL and row_cut(packed, scheme, x):
+        return None
+    shape, short = (sum(weight.shape[0] for weight in packed), columns), read_alike(packed, scheme, x.dtype)
+    if short and shared_cut(short, shape, 1, device_of(x)):
+        return None
+    cut = plan(scheme, shape, 1, device_of(x), False)[1]
+    if not isinstance(cut, few.Config) or not few.takes(scheme, cut, columns) or x.data_ptr() % 16:
+        return None
+    return multiply_row(x, packed, biases, scheme, cut, ends, y)
 
 
 def row_cut(packed: Sequence[PackedWeight], scheme: stream.Scheme, x: Tensor) -> digits.Cut | None:

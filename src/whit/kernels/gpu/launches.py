@@ -89,6 +89,24 @@ def multiply_few(
     return [each.y for each in operands]
 
 
+def multiply_row(
+    x: Tensor, packed: Sequence[PackedWeight], biases: Sequence[Tensor | None], scheme: stream.Scheme,
+    config: few.Config, ends: few.Ends, y: Tensor | None = None,
+) -> list[Tensor]:  # fmt: skip
+    """x (1, columns) through weights of one scheme in one launch, with what `ends` say, where `few.takes` it.
+
+    Gate and up give one result; `y` (1, outs): what a result is added to, which is returned.
+    """
+    ys = [torch.empty(1, weight.shape[0], dtype=x.dtype, device=x.device) if y is None else y for weight in packed]
+    ys = [ys[0]] * len(ys) if ends.gated else ys
+    operands = [
+        stream.Operands(x, room, bias, weight, None, None)
+        for room, weight, bias in zip(ys, packed, biases, strict=True)
+    ]
+    few.launch(operands, scheme, config, 1, device_of(x)[1], ends)
+    return ys[:1] if ends.gated else ys
+
+
 def _one_few(x: Tensor, packed: PackedWeight, bias: Tensor | None, scheme: stream.Scheme, cut: few.Config) -> Tensor:
     return multiply_few(x, [packed], [bias], scheme, cut)[0]
 

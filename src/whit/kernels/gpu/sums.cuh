@@ -12,9 +12,12 @@ struct Params {
     int outs, columns, rows, row_words, split_steps;
 };
 
-DEVICE void store(const Params &p, int row, int out, float value) {
+DEVICE u32 rounded(const Params &p, int out, float value) {  // twice
     if (p.bias) value += widen(p.bias[out]);
-    p.y[(long long)row * p.outs + out] = (u16)round_pair(value, value);
+    return round_pair(value, value);
+}
+DEVICE void store(const Params &p, int row, int out, float value) {
+    p.y[(long long)row * p.outs + out] = (u16)rounded(p, out, value);
 }
 
 // What the splits have for some of a block's results, many on their way at a time: one after the other they would take
