@@ -31,13 +31,13 @@ from gpu_many import winners
 from whit.compiled import cuda, static
 from whit.formats import parse_format
 from whit.kernels import dequantize
+from whit.kernels.gpu import decoding, few, nvrtc, stream, tables, tables_many, tuned
 from whit.kernels.gpu import kernel as gpu_kernel
-from whit.kernels.gpu import nvrtc, stream, tables, tables_many, tuned
 from whit.layouts import BITS
 from whit.modules import QuantizedLinear
 from whit.tensor import PackedWeight
 
-from gpu_harness import early_works
+from gpu_harness import early_works, relative_error
 from harness import machine
 
 LLAMA = {
@@ -313,7 +313,26 @@ def few_rows_right(some_rows: tuple[int, ...] = (1, 5)) -> bool:
                 if not error < 5e-3:
                     print(f"few rows WRONG: {spec} {shape} {rows}: {error:.1e}", flush=True)
                     right = False
+        if not ends_right(x[:1], packed):
+            print(f"norm, gate or sum WRONG: {spec} {shape}", flush=True)
+            right = False
     return right
+
+
+def ends_right(x: Tensor, packed: PackedWeight) -> bool:
+    """Whether one row's product with its norm and gate, and with its sum, is what launches of their own give."""
+    weight = torch.rand(x.shape[1], device=x.device).bfloat16()
+    normed = decoding.norm(x.clone(), None, weight, 1e-5)
+    gates, ups = gpu_kernel.products(normed, [packed, packed], [None, None])
+    (product,) = gpu_kernel.products(x, [packed], [None])
+    before = torch.randn_like(product)
+    ends = few.Ends(weight, 1e-5, gated=True)
+    gated = gpu_kernel.row_through(x, [packed, packed], [None, None], ends)
+    summed = gpu_kernel.row_through(x, [packed], [None], few.Ends(onto=True), before.clone())
+    if gated is None or summed is None:
+        return False
+    pairs = ((gated[0], decoding.gate(gates, ups)), (summed[0], before + product))
+    return all(relative_error(found, wanted) < 5e-3 for found, wanted in pairs)
 
 
 def quantizing(device: str) -> dict[str, Any]:

@@ -49,7 +49,8 @@ def test_gate_is_silu_times_up_bit_for_bit(random):
 def test_one_row_through_a_weight_of_floats_is_that_of_float64(dtype, columns, outs, random):
     x = torch.randn(1, columns, generator=random).to(dtype)
     weight = torch.randn(outs, columns, generator=random).to(dtype)
-    found = decoding.dense(x, weight, 1, emulated.run_decoding)
+    found = torch.full((1, outs), float("nan"), dtype=dtype)
+    decoding.dense(x, weight, found, 1, emulated.run_decoding)
     assert error(found, x.double() @ weight.double().T) < LIMIT[dtype]
 
 

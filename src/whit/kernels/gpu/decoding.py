@@ -144,14 +144,12 @@ def dense_takes(x: Tensor, weight: Tensor) -> bool:
     return like and lies and len(x) == 1 and x.shape[1] % 256 == 0 and len(weight) >= LEAST_DENSE
 
 
-def dense(x: Tensor, weight: Tensor, multiprocessors: int, run: Run = launch) -> Tensor:
-    """x (1, columns) times a weight (outs, columns) of its own type, where `dense_takes`; gives (1, outs)."""
-    y = torch.empty(1, len(weight), dtype=x.dtype, device=x.device)
+def dense(x: Tensor, weight: Tensor, y: Tensor, multiprocessors: int, run: Run = launch) -> None:
+    """y (1, outs) = x (1, columns) times a weight (outs, columns) of its own type, where `dense_takes`."""
     macros = (("HALF", half(x)), ("COLUMNS", x.shape[1]), ("THREADS", DENSE_THREADS))
     params = DenseParams(x.data_ptr(), weight.data_ptr(), y.data_ptr(), len(weight))
     blocks = (multiprocessors * DENSE_BLOCKS, 1, 1)
     run(DENSE, macros, blocks, DENSE_THREADS, 2 * x.shape[1], params, x.device)
-    return y
 
 
 def choose_takes(logits: Tensor) -> bool:
