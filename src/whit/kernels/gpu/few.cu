@@ -102,8 +102,8 @@ DEVICE Rows rows_of(const Several &all, int tile, int begin, int lane) {
     }
     if (PAIRED) {
         const u32 *first = all.part[rows.part].codes, *second = all.part[GATED ? 1 : rows.part].codes;
-        int lower = lane >> 1 & 1, words = all.part[rows.part].row_words;
-        rows.codes[0] = (lower ? second : first) + (long long)rows.out[lower] * words + begin * 4 * WORDS + (lane & 1) * 4;
+        int lower = lane >> 1 & 1, out = lower ? rows.out[1] : rows.out[0], words = all.part[rows.part].row_words;
+        rows.codes[0] = (lower ? second : first) + (long long)out * words + begin * 4 * WORDS + (lane & 1) * 4;
     }
     return rows;
 }
