@@ -12,7 +12,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PreTrainedTokenizerFast,
+)
 
 import whit
 from stopping import stop_and_go_on
@@ -28,7 +34,7 @@ from whit.pipeline.estimate import AROUND, Estimate, estimate
 from whit.pipeline.feed import BlockReader
 from whit.pipeline.job import open_source, prepare
 
-from tiny_models import ARCHITECTURES, save_tiny, tiny_config, tiny_model
+from tiny_models import ARCHITECTURES, DECODER, save_tiny, tiny_config, tiny_model
 
 RULES = [("*", "int4-g32")]
 
@@ -66,6 +72,28 @@ def run(model: Path, out: Path, text: Path, recipe: Recipe | None = None, **opti
 
 def result(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.name != "whit.json"}
+
+
+@pytest.mark.parametrize("recipe", [Recipe(GPTQ(), RULES), Recipe("awq", RULES), Recipe("refine", RULES)])
+def test_the_language_model_of_one_that_sees_is_calibrated(recipe: Recipe, text: Path, tmp_path: Path):
+    """Two lists of blocks: those that run on text are calibrated, the others are quantized without data, and said."""
+    words = {**DECODER, "model_type": "llama"}
+    sight = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
+             "image_size": 16, "patch_size": 8, "model_type": "clip_vision_model"}  # fmt: skip
+    config = LlavaConfig(text_config=words, vision_config=sight, image_token_index=5)
+    torch.manual_seed(0)
+    LlavaForConditionalGeneration(config).save_pretrained(tmp_path / "model")
+    account = run(tmp_path / "model", tmp_path / "out", text, recipe)
+    entries = [entry for entry in account.parameters if entry.status == "quantized"]
+    spoken = [entry for entry in entries if "language_model.layers" in entry.name]
+    assert len(spoken) == 14
+    assert all(entry.proxy_loss is not None and entry.reason is None for entry in spoken)
+    seen = [entry for entry in entries if entry not in spoken]
+    said = "by clip: calibration reaches the linears of blocks alone" if recipe.method.needs_stats else None
+    assert all(entry.reason == said and entry.proxy_loss is None for entry in seen)
+    assert sum("vision_tower" in entry.name for entry in seen) == 12
+    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path / "out")
+    assert torch.isfinite(loaded(input_ids=torch.arange(6, 20)[None]).logits).all()
 
 
 @pytest.mark.parametrize("architecture", [name for name in ARCHITECTURES if name != "t5"])

@@ -29,6 +29,8 @@ SAMPLED, EVERY = 512, 16  # tokens of a linear's input that are kept at most, an
 
 MIRRORED = 512  # rows of a triangle mirrored at a time
 
+MATMULS = (torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__)
+
 Place = tuple[str, int]  # a parameter and the matrix in it: 0, or an expert
 Gram = Callable[[Tensor, Tensor], bool]  # adds x^T x to the lower triangle of sums; False: not for such x
 
@@ -72,6 +74,7 @@ class Products(TorchFunctionMode):
     def __init__(self, parameters: Mapping[str, Tensor]) -> None:
         super().__init__()
         self._names = {p.untyped_storage().data_ptr(): name for name, p in parameters.items()}
+        self._turned = {name: p.stride()[::-1] for name, p in parameters.items() if p.dim() == 2}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -79,7 +82,14 @@ class Products(TorchFunctionMode):
             self._product(*_arguments(args, kwargs, ("input", "weight")))
         elif func is torch.addmm:  # Conv1D
             self._product(*_arguments(args[1:], kwargs, ("mat1", "mat2")))
+        elif func in MATMULS and isinstance(args[-1], Tensor) and self._is_turned(args[-1]):  # Falcon's linears
+            self._product(*args)
         return func(*args, **kwargs)
+
+    def _is_turned(self, right: Tensor) -> bool:
+        """Whether x is multiplied by a parameter's transpose, as a linear does."""
+        name = self._names.get(right.untyped_storage().data_ptr(), "")
+        return self._turned.get(name) == right.stride()
 
     def _product(self, x: Tensor, weight: Tensor) -> None:
         name = self._names.get(weight.untyped_storage().data_ptr())

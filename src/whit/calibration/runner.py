@@ -15,14 +15,16 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 from transformers import PreTrainedModel
 
 from whit.calibration.storage import Storage, at_once
 from whit.calibration.stubs import Stop, hidden_of, replaced, split, until_stopped
 from whit.errors import UnsupportedModelError
-from whit.model.graph import find_blocks
+from whit.model.graph import find_blocks, text_part
 
 Read = Callable[[str], Tensor]
+UNKNOWN = object()  # what a block gives beside hidden states: attention weights, mostly, which nobody asks for
 
 
 class Runner:
@@ -38,13 +40,14 @@ class Runner:
     ) -> None:
         with init_empty_weights(include_buffers=False):  # buffers that no checkpoint holds are computed
             self.model = type(model)(model.config).eval()
-        self.model.config.use_cache = False
-        self.model.config._experts_implementation = "eager"  # one product per expert, which can be watched
+        for config in (self.model.config, self.model.config.get_text_config()):
+            config.use_cache = False
+            config._experts_implementation = "eager"  # one product per expert, which can be watched
         blocks = find_blocks(self.model)
         self.names, self.blocks = blocks.names, blocks.modules
         self.device = device
         self._calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-        self._wrapped = False
+        self._beside: tuple[Any, ...] | None = None
         self._read = read
         self.inputs, *others = self._embed(tokens, storage, 1 + twice)
         self.exact = others[0] if twice else None
@@ -79,7 +82,7 @@ class Runner:
         entering = hidden.to(self.device)
 
         def skip(*args: Any, **kwargs: Any) -> Any:
-            return (entering,) if self._wrapped else entering
+            return self._handed_on(entering)
 
         with replaced(self.blocks[:index], skip):
             if index == len(self.blocks):
@@ -123,7 +126,7 @@ class Runner:
 
     def _embed(self, tokens: Tensor, storage: Storage, copies: int) -> list[Tensor]:
         """The first block's inputs (samples, context, hidden), so many times."""
-        base = self.model.base_model
+        base = text_part(self.model)
         inside = tuple(f"{name}." for name in self.names)
         prefix = next((f"{name}." for name, module in self.model.named_modules() if name and module is base), "")
         names = [f"{prefix}{name}" for name in _state(base)]
@@ -141,17 +144,17 @@ class Runner:
     def _note_calls(self, base: nn.Module, row: Tensor) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
         """The arguments of every block beside the hidden states."""
         calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-        self._wrapped = self._returns_tuple(base, row)
+        self._beside = self._given_beside(base, row)
 
         def note(*args: Any, **kwargs: Any) -> Any:
             hidden, args, kwargs = split(args, kwargs)
             calls.append((args, kwargs))
             if len(calls) == len(self.blocks):
                 raise Stop
-            return (hidden,) if self._wrapped else hidden
+            return self._handed_on(hidden)
 
         with replaced(self.blocks, note):
-            until_stopped(base, row.to(self.device))
+            self._run_noted(base, row, calls)
         if len(calls) != len(self.blocks):
             raise UnsupportedModelError(
                 f"{type(self.model).__name__}: {len(calls)} of {len(self.blocks)} blocks run on a text; "
@@ -159,8 +162,28 @@ class Runner:
             )
         return calls
 
-    def _returns_tuple(self, base: nn.Module, row: Tensor) -> bool:
-        """What the model expects of a block: hidden states, or a tuple that holds only them."""
+    def _run_noted(self, base: nn.Module, row: Tensor, calls: list[Any]) -> None:
+        """Run the model over blocks that note their calls; UnsupportedModelError where one needs what another gave
+        beside hidden states."""
+        failed = False
+        try:
+            until_stopped(base, row.to(self.device))
+        except Exception:  # the model's own code, at what is not there
+            failed = bool(self._beside)
+            if not failed:
+                raise
+        if failed or any(part is UNKNOWN for part in pytree.tree_leaves(calls)):
+            raise UnsupportedModelError(
+                f"{type(self.blocks[0]).__name__}: hands more than hidden states to the next block; "
+                "calibration carries only those; choose a method that needs no data, such as hqq"
+            )
+
+    def _handed_on(self, hidden: Tensor) -> Any:
+        """Hidden states as the model expects them of a block."""
+        return hidden if self._beside is None else (hidden, *self._beside)
+
+    def _given_beside(self, base: nn.Module, row: Tensor) -> tuple[Any, ...] | None:
+        """What a block returns behind its hidden states, UNKNOWN in the place of values; None where it is no tuple."""
         call: list[Any] = []
 
         def note(*args: Any, **kwargs: Any) -> Any:
@@ -171,12 +194,7 @@ class Runner:
             until_stopped(base, row.to(self.device))
         with self.loaded(0):
             output = self.blocks[0](*call[0][0], **call[0][1])
-        if isinstance(output, tuple) and len([part for part in output if part is not None]) > 1:
-            raise UnsupportedModelError(
-                f"{type(self.blocks[0]).__name__}: hands more than hidden states to the next block; "
-                "calibration carries only those; choose a method that needs no data, such as hqq"
-            )
-        return isinstance(output, tuple)
+        return tuple(part if part is None else UNKNOWN for part in output[1:]) if isinstance(output, tuple) else None
 
     def _first_input(self, base: nn.Module, row: Tensor) -> Tensor:
         found: list[Tensor] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -92,8 +93,9 @@ class PackedSource:
             specs |= packed_specs(target, format, self.inputs.get(target.holder))
         wrong = [k for k, s in specs.items() if k not in self.checkpoint or self.checkpoint.entries[k].spec != s]
         parameters = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
+        optional = self.model._keys_to_ignore_on_load_missing or ()
         for name in state.keys() - self.origins.keys() - self.tied.keys():
-            if name in parameters:
+            if name in parameters and not any(re.search(pattern, name) for pattern in optional):
                 wrong.append(name)
             else:
                 self.dropped[name] = NOT_STORED

@@ -13,7 +13,7 @@ from whit.formats import parse_format
 from whit.formats.ggml.mixes import MIXES, Place, Role, mixed_type
 from whit.formats.lowrank import side_car, without_side_car
 from whit.formats.rotated import without_rotation
-from whit.model.targets import Target
+from whit.model.targets import Target, input_table
 from whit.recipe import Recipe
 from whit.tensor import Format, rotation
 
@@ -62,7 +62,7 @@ def settle(
 
 
 def _input_embedding(model: PreTrainedModel) -> str:
-    found = model.get_input_embeddings()
+    found = input_table(model)
     return next((name for name, module in model.named_modules() if module is found), "")
 
 

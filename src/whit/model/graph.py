@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from whit.errors import UnsupportedModelError
@@ -97,7 +97,7 @@ class Folding:
 
 def find_foldings(model: PreTrainedModel) -> dict[str, tuple[Folding, ...]]:
     """The foldings of every block; UnsupportedModelError where the architecture has no table."""
-    config, blocks = model.config, find_blocks(model)
+    config, blocks = model.config.get_text_config(), find_blocks(model)
     table = GROUPS.get(config.model_type, {})
     if config.model_type == "opt" and not config.do_layer_norm_before:
         table = OPT_POST_NORM
@@ -118,6 +118,7 @@ def find_foldings(model: PreTrainedModel) -> dict[str, tuple[Folding, ...]]:
 
 def _foldings(model: PreTrainedModel, prefix: str, block: nn.Module, table: dict[str, str]) -> Iterator[Folding]:
     modules, parameters = dict(block.named_modules()), dict(block.named_parameters())
+    config = model.config.get_text_config()
 
     def parameter(name: str) -> str | None:
         """Of a module its weight; experts are parameters themselves."""
@@ -139,23 +140,23 @@ def _foldings(model: PreTrainedModel, prefix: str, block: nn.Module, table: dict
                 f"{prefix}.{weight}",
                 f"{prefix}.{source}.bias" if f"{source}.bias" in parameters else None,
                 tuple(f"{prefix}.{name}" for name in consumers),
-                _channels(model, layout, rows, columns),
+                _channels(config, layout, rows, columns),
                 is_norm,
-                float(is_norm and model.config.model_type in ADD_ONE),
+                float(is_norm and config.model_type in ADD_ONE),
                 frozenset(f"{prefix}.{name}" for name in transposed),
             )
 
 
-def _channels(model: PreTrainedModel, layout: str, rows: int, columns: int) -> Tensor:
+def _channels(config: PretrainedConfig, layout: str, rows: int, columns: int) -> Tensor:
     """The source's channel of each input column of its consumers."""
     if not layout:
         return torch.arange(rows - columns, rows)
-    heads: int = model.config.num_attention_heads
+    heads: int = config.num_attention_heads
     within = torch.arange(columns // heads)
     if layout == "packed":
         first = (torch.arange(heads) + 1) * (rows // heads) - len(within)  # values come last in each head
         return (first[:, None] + within).flatten()
-    value_heads: int = getattr(model.config, "num_key_value_heads", None) or heads
+    value_heads: int = getattr(config, "num_key_value_heads", None) or heads
     first = rows + (torch.arange(heads) // (heads // value_heads) - value_heads) * len(within)
     return (first[:, None] + within).flatten()
 
@@ -168,14 +169,33 @@ class Blocks:
     modules: tuple[nn.Module, ...]
 
 
+def text_part(model: PreTrainedModel) -> nn.Module:
+    """What runs on tokens alone: where images or sounds come in beside them, the language model."""
+    config = model.config
+    beside = config.get_text_config() is not config and not getattr(config, "is_encoder_decoder", False)
+    part: nn.Module = model.get_decoder() if beside else model.base_model
+    return part
+
+
 def find_blocks(model: PreTrainedModel) -> Blocks:
-    """The one list of blocks that holds the linears; UnsupportedModelError where there is none or more than one."""
+    """The one list of blocks, of those that run on text, that holds linears.
+
+    UnsupportedModelError where there is none or more than one.
+    """
     holders = [target.holder for target in find_targets(model) if not target.kept_by_default]
     lists: dict[str, nn.ModuleList] = {}
     for name, module in model.named_modules():
         outermost = not any(name.startswith(f"{other}.") for other in lists)
         if isinstance(module, nn.ModuleList) and outermost and any(h.startswith(f"{name}.") for h in holders):
             lists[name] = module
+    part = text_part(model)
+    if (takes := getattr(part, "main_input_name", "input_ids")) != "input_ids" and len(lists) == 1:
+        raise UnsupportedModelError(
+            f"{type(model).__name__}: runs on {takes}; calibration runs a model on text; choose a method that needs no "
+            "data, such as hqq"
+        )
+    text = {id(module) for module in part.modules()}
+    lists = {name: blocks for name, blocks in lists.items() if id(blocks) in text}
     if len(lists) != 1:
         found = "none" if not lists else f"{len(lists)} ({', '.join(lists)})"
         raise UnsupportedModelError(

@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 Kind = Literal["linear", "conv1d", "embedding", "experts"]
 HEADS = ("lm_head", "classifier", "score", "qa_outputs", "embed_out")
+SAME = ("FalconLinear",)  # whose own forward is nn.Linear's, in other words
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def _gates(model: nn.Module) -> set[int]:
 
 def _is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
     """A linear that is only ever called: one with a forward of its own, or torch's attention, uses its weight."""
-    forward_is_plain = type(module).forward is nn.Linear.forward
+    forward_is_plain = type(module).forward is nn.Linear.forward or type(module).__name__ in SAME
     return (
         isinstance(module, nn.Linear) and forward_is_plain and not isinstance(module, NonDynamicallyQuantizableLinear)
     )
@@ -88,14 +89,27 @@ def _heads(model: nn.Module) -> set[int]:
     return {id(module) for head in heads if isinstance(head, nn.Module) for module in head.modules()}
 
 
+def input_table(model: PreTrainedModel) -> nn.Module | None:
+    """The embedding of tokens; None where a model has none, or several (CLIP)."""
+    try:
+        found: nn.Module | None = model.get_input_embeddings()
+        return found
+    except NotImplementedError:
+        return None
+
+
 def vocabulary_tables(model: PreTrainedModel) -> dict[str, int]:
     """Modules whose matrix has a row for each token, the input embedding and the head over the vocabulary, and the
     number of tokens."""
-    tables = (model.get_input_embeddings(), model.get_output_embeddings())
+    tables = (input_table(model), model.get_output_embeddings())
     count = getattr(model.config.get_text_config(), "vocab_size", None)
     if not isinstance(count, int):
         return {}
-    return {name: count for name, module in model.named_modules() if any(module is table for table in tables)}
+    return {
+        name: count
+        for name, module in model.named_modules()
+        if any(module is table for table in tables if table is not None)
+    }
 
 
 def tied_weights(model: nn.Module) -> dict[str, str]:

@@ -32,6 +32,7 @@ class TiedEmbedding(nn.Embedding):
     """An embedding that shares the packed matrix of another module; made by `tie_embedding`."""
 
     _source: tuple[PackedModule]
+    _is_hf_initialized = True  # for transformers: no numbers are to be drawn
 
     @property
     def source(self) -> PackedModule:

@@ -22,7 +22,6 @@ class QuantizedExperts(PackedModule):
     def __init__(self, packed: PackedWeight, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.hold(packed, dtype)
-        self._is_hf_initialized = True  # transformers would draw normal numbers into what it takes for a tensor
 
     @property
     def shape(self) -> torch.Size:

@@ -55,6 +55,22 @@ class PackedModule(nn.Module):
         self.register_buffer("weight", empty, persistent=False)
 
     @property
+    def _is_hf_initialized(self) -> bool:
+        """What transformers asks before it draws the numbers of a fresh module: only a bias that no file has is one.
+
+        It would draw some for the empty `weight`, and how large by its shape: SigLIP's rule divides by its columns.
+        """
+        return all(
+            getattr(parameter, "_is_hf_initialized", False)
+            for parameter in self._parameters.values()
+            if parameter is not None
+        )
+
+    @_is_hf_initialized.setter
+    def _is_hf_initialized(self, done: bool) -> None:
+        """transformers notes that it has asked."""
+
+    @property
     def packed(self) -> PackedWeight:
         """The packed weight as a file has it."""
         return as_stored(self._lying)
