@@ -18,6 +18,9 @@ from whit.tensor import PackedWeight
 class QuantizedEmbedding(PackedModule, nn.Embedding):
     """Made from an existing embedding by `pack_embedding`."""
 
+    def _has_all(self) -> bool:
+        return original_class(self) is nn.Embedding  # others compute a scale of their own: Gemma's
+
     def forward(self, input: Tensor) -> Tensor:
         return self.rows(input).to(self.weight.dtype)
 
@@ -32,7 +35,6 @@ class TiedEmbedding(nn.Embedding):
     """An embedding that shares the packed matrix of another module; made by `tie_embedding`."""
 
     _source: tuple[PackedModule]
-    _is_hf_initialized = True  # for transformers: no numbers are to be drawn
 
     @property
     def source(self) -> PackedModule:

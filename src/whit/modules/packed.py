@@ -56,19 +56,20 @@ class PackedModule(nn.Module):
 
     @property
     def _is_hf_initialized(self) -> bool:
-        """What transformers asks before it draws the numbers of a fresh module: only a bias that no file has is one.
+        """What transformers asks before it draws the numbers of a fresh module.
 
         It would draw some for the empty `weight`, and how large by its shape: SigLIP's rule divides by its columns.
         """
-        return all(
-            getattr(parameter, "_is_hf_initialized", False)
-            for parameter in self._parameters.values()
-            if parameter is not None
-        )
+        return self._has_all()
 
     @_is_hf_initialized.setter
     def _is_hf_initialized(self, done: bool) -> None:
         """transformers notes that it has asked."""
+
+    def _has_all(self) -> bool:
+        """Whether nothing beside the packed tensors is to be made: a bias, say, that no file has."""
+        own = (parameter for parameter in self._parameters.values() if parameter is not None)
+        return all(getattr(parameter, "_is_hf_initialized", False) for parameter in own)
 
     @property
     def packed(self) -> PackedWeight:
