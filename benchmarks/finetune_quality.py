@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 import whit
-from whit.checkpoint.work import work_path
+from whit.checkpoint.places import work_path
 from whit.training.ranks import Ranks
 from whit.tuning import prepare_tuning
 from whit.tuning.base import make_base

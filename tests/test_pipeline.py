@@ -413,8 +413,37 @@ def test_side_files_travel_and_code_and_pickles_do_not(tmp_path: Path):
     assert "import whit" in (tmp_path / "out/README.md").read_text().split("```")[0]
     (tmp_path / "secret").write_text("password")
     (snapshot / "stolen.txt").symlink_to(tmp_path / "secret")
+    begun: list[str] = []
     with pytest.raises(CheckpointError, match="outside of the model"):
-        quantize(snapshot, tmp_path / "out2", INT4)
+        quantize(snapshot, tmp_path / "out2", INT4, options=Options(progress=lambda name, *_: begun.append(name)))
+    assert not begun  # it was found out when all was done
+
+
+def test_links_into_the_hubs_cache_are_followed(tmp_path: Path):
+    """Folders that huggingface_hub filled with links to its cache."""
+    folder, blobs = save_tiny(tmp_path / "model", "llama"), tmp_path / "hub/models--org--name/blobs"
+    blobs.mkdir(parents=True)
+    (blobs / "0123").write_text("words")
+    (folder / "vocab.txt").symlink_to(blobs / "0123")
+    quantize(folder, tmp_path / "out", INT4)
+    assert (tmp_path / "out/vocab.txt").read_text() == "words"
+
+
+def test_parts_of_sentence_transformers_and_no_index_of_other_weights(tmp_path: Path):
+    folder = save_tiny(tmp_path / "model", "bert")
+    parts = [{"path": ""}, {"path": "1_Pooling"}, {"path": "2_Dense"}, {"path": "3_Normalize"}, {"path": "../other"}]
+    (folder / "modules.json").write_text(json.dumps(parts))
+    for name in ("1_Pooling/config.json", "2_Dense/config.json", "2_Dense/model.safetensors", "onnx/config.json"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("{}")
+    (folder / "pytorch_model.bin.index.json").write_text("{}")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/secret.json").write_text("{}")
+    quantize(folder, tmp_path / "out", INT4)
+    names = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    assert names >= {"modules.json", "1_Pooling/config.json", "2_Dense/config.json", "2_Dense/model.safetensors"}
+    assert not names & {"onnx/config.json", "pytorch_model.bin.index.json"}
+    assert not any("secret" in name for name in names)
 
 
 def test_verify_names_the_file_that_changed(llama: Path, tmp_path: Path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import random as randomness
 import resource
@@ -18,7 +19,7 @@ import torch
 
 from forking import die_at_step, in_child
 from whit import RTN, Options, Recipe
-from whit.errors import OutputError
+from whit.errors import OutputError, WhitWarning
 from whit.pipeline import quantize
 from whit.tensor import Format, LayerStats, QuantizedTensor
 
@@ -169,7 +170,7 @@ def test_what_wrote_nothing_yet_stands_in_no_ones_way(
 ):
     out = tmp_path / "out"
     with monkeypatch.context() as full:
-        full.setattr("whit.checkpoint.work.shutil.disk_usage", lambda _: SimpleNamespace(free=0))
+        full.setattr("whit.checkpoint.places.shutil.disk_usage", lambda _: SimpleNamespace(free=0))
         with pytest.raises(OutputError, match="are needed and 0 are free"):
             quantize(model, out, Recipe(rules=[("*", "int8")]), options=OPTIONS)
     assert (tmp_path / ".out.partial/journal.jsonl").exists()
@@ -235,3 +236,71 @@ def test_too_little_space_is_said_before_the_work(model: Path, tmp_path: Path, m
     with pytest.raises(OutputError, match=r"bytes are needed and 1,000 are free"):
         quantize(model, tmp_path / "out", Recipe(RTN(), RULES), options=OPTIONS)
     assert not (tmp_path / "out").exists()
+
+
+def locking_like(monkeypatch: pytest.MonkeyPatch, folders: int, files: int = 0) -> None:
+    """flock as a file system has it that answers so, 0 as ours does."""
+    lock = fcntl.flock
+
+    def flock(descriptor: int, how: int) -> None:
+        is_folder = os.path.isdir(f"/proc/self/fd/{descriptor}")
+        if number := folders if is_folder else files:
+            raise OSError(number, os.strerror(number))
+        lock(descriptor, how)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+
+
+def test_nfs_locks_files_alone(
+    model: Path, undisturbed: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """It was said there that another run is writing, to every run."""
+    locking_like(monkeypatch, errno.EBADF)
+    out, errors = tmp_path / "out", []
+
+    def progress(*_: object) -> None:
+        for restart in (False, True):
+            with pytest.raises(OutputError, match="another run is writing it") as caught:
+                quantize(model, out, Recipe(RTN(), RULES), options=Options(restart=restart))
+            errors.append(caught.value)
+
+    quantize(model, out, Recipe(RTN(), RULES), options=Options(shard_size=OPTIONS.shard_size, progress=progress))
+    assert errors
+    assert result(out) == undisturbed
+
+
+def test_a_file_system_without_locks_is_said(
+    model: Path, undisturbed: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    locking_like(monkeypatch, errno.ENOSYS, errno.ENOSYS)
+    with pytest.warns(WhitWarning, match="its file system has no locks"):
+        quantize(model, tmp_path / "out", Recipe(RTN(), RULES), options=OPTIONS)
+    assert result(tmp_path / "out") == undisturbed
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_link_to_a_folder_is_filled(there: bool, model: Path, undisturbed: dict[str, bytes], tmp_path: Path):
+    """A folder cannot be renamed to a link: that was found out when all was done."""
+    large, link = tmp_path / "disk/large", tmp_path / "out"
+    large.parent.mkdir()
+    if there:
+        large.mkdir()
+    link.symlink_to("disk/large")
+    account = quantize(model, link, Recipe(RTN(), RULES), options=OPTIONS)
+    assert result(large) == undisturbed
+    assert quantize(model, link, Recipe(RTN(), RULES), options=OPTIONS) == account
+    quantize(model, link, Recipe(rules=[("*", "int8")]), options=Options(restart=True))
+    assert link.is_symlink()
+    assert result(large) != undisturbed
+    assert sorted(path.name for path in (*tmp_path.iterdir(), *large.parent.iterdir())) == ["disk", "large", "out"]
+
+
+def test_a_place_that_is_mounted_is_refused_before_the_work(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """A container's volume: nothing can be renamed to it."""
+    (tmp_path / "out").mkdir()
+    monkeypatch.setattr(Path, "is_mount", lambda path: path.name == "out")
+    with pytest.raises(OutputError, match="name one inside it"):
+        quantize(model, tmp_path / "out", Recipe(RTN(), RULES), options=OPTIONS)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]

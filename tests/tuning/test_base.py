@@ -16,8 +16,8 @@ from test_finetune import TUNING, Watcher, adapter, data, model  # noqa: F401
 
 import whit
 from forking import in_child
+from whit.checkpoint.places import work_path
 from whit.checkpoint.reader import Checkpoint
-from whit.checkpoint.work import work_path
 from whit.errors import TrainingError
 from whit.training.ranks import Ranks
 from whit.tuning import base as based

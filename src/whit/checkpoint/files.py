@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -16,20 +17,49 @@ from whit.checkpoint.reader import INDEX
 from whit.errors import CheckpointError
 
 SUFFIXES = {".json", ".txt", ".model", ".jinja"}
+PARTS = "modules.json"  # of sentence-transformers: what follows the transformer, each with a folder of its own
 REPLACED = {"config.json", "whit.json", INDEX}  # the result has its own
 # What other programs say of a quantized source's own codes and graph: untrue of what is made of it.
 OF_SOURCE = {"quantize_config.json", "quant_config.json", "quantization_config.json", "genai_config.json"}
 
 
 def side_files(folder: Path, code: bool = False) -> Iterator[tuple[str, Path]]:
-    """(name, path) of what is copied from a model folder; Python files only where `code` says so."""
+    """(name, path) of what is copied from a model folder; Python files only where `code` says so.
+
+    CheckpointError for one that cannot be read, or is a link that leads elsewhere.
+    """
     wanted = SUFFIXES | ({".py"} if code else set())
-    places = (folder, folder / "additional_chat_templates")
-    for path in sorted(path for place in places if place.is_dir() for path in place.iterdir()):
+    for path in _files(folder):
         is_licence = path.name.upper().startswith(("LICENSE", "LICENCE", "NOTICE"))
-        if path.is_file() and path.name not in REPLACED | OF_SOURCE and (path.suffix in wanted or is_licence):
-            _check_link(folder, path)
-            yield str(path.relative_to(folder)), path
+        is_own = path.name in REPLACED | OF_SOURCE or path.name.endswith(".index.json")  # of weights in another form
+        if not is_own and (path.suffix in wanted or is_licence):
+            yield _checked(folder, path)
+    for place in (folder / "additional_chat_templates", *_parts(folder)):
+        for path in _files(place):
+            if path.suffix in wanted | {".safetensors"}:
+                yield _checked(folder, path)
+
+
+def _files(place: Path) -> list[Path]:
+    return sorted(path for path in place.iterdir() if path.is_file()) if place.is_dir() else []
+
+
+def _parts(folder: Path) -> list[Path]:
+    """Folders of what sentence-transformers runs behind the model: how it pools, a dense layer."""
+    try:
+        listed = json.loads((folder / PARTS).read_text(encoding="utf-8"))
+        names = [str(part["path"]) for part in listed]
+    except (OSError, ValueError, TypeError, KeyError):
+        return []
+    return [folder / name for name in names if name and Path(name).name == name]
+
+
+def _checked(folder: Path, path: Path) -> tuple[str, Path]:
+    """Name and path of a file that may be copied."""
+    _check_link(folder, path)
+    if not os.access(path, os.R_OK):
+        raise CheckpointError(f"{path}: cannot be read; it goes with the weights; change its permissions")
+    return str(path.relative_to(folder)), path
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -68,12 +98,12 @@ def _number(error: SafetensorError) -> int | None:
 
 
 def _check_link(folder: Path, path: Path) -> None:
-    """A link may lead to another file of the model or, as in the hub's cache, to its blobs; never elsewhere."""
-    target = path.resolve()
-    allowed = [folder.resolve()]
-    if folder.resolve().parent.name == "snapshots":
-        allowed.append(folder.resolve().parent.parent / "blobs")
-    if not any(target.is_relative_to(place) for place in allowed):
+    """A link may lead to another file of the model or to blobs of the hub's cache; never elsewhere."""
+    target, home = path.resolve(), folder.resolve()
+    in_cache = target.parent.name == "blobs" and target.parents[1].name.startswith("models--")
+    if home.parent.name == "snapshots":
+        in_cache = in_cache or target.is_relative_to(home.parent.parent / "blobs")
+    if not (in_cache or target.is_relative_to(home)):
         raise CheckpointError(
             f"{path}: links to {target}, outside of the model; it must be a file of its own; replace it"
         )

@@ -3,7 +3,7 @@
 `.{OUT}.partial/journal.jsonl` has the run's fingerprint in its first line and then one line per finished unit, each
 written after the unit's bytes are on the disk. A torn last line counts as not written.
 
-OUT is a folder, or one file (GGUF) with its account beside it, `OUT.whit.json`.
+OUT is a folder, or one file (GGUF) with its account beside it, `OUT.whit.json` (`places`).
 """
 
 from __future__ import annotations
@@ -13,16 +13,18 @@ import fcntl
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from whit.checkpoint.files import write_whole
-from whit.errors import OutputError
+from whit.checkpoint.places import RECORD, beside, followed, make_folder, record_of, replaced_folder, work_path
+from whit.errors import OutputError, WhitWarning
 
 JOURNAL = "journal.jsonl"
-RECORD = "whit.json"
+HELD = (errno.EWOULDBLOCK, errno.EACCES)  # what flock says where another process holds a lock
 
 
 class WorkFolder:
@@ -32,13 +34,15 @@ class WorkFolder:
     """
 
     def __init__(self, out: Path, fingerprint: str, restart: bool = False) -> None:
-        self.out = out
+        self.out = followed(out)
         self.path = work_path(out)
         self.fingerprint = fingerprint
         self.finished: dict[str, Any] = {}
-        make_folder(self.path, out)
+        make_folder(self.path, self.out)
+        self._is_locked = True
         self._lock = self._take_lock()
         if restart:
+            os.close(self._journal_file())  # where that is locked in place of the folder, by whom
             for item in self.path.iterdir():
                 shutil.rmtree(item) if item.is_dir() else item.unlink()
         self.complete = not (self.path / JOURNAL).exists() and recorded_fingerprint(self.path) == fingerprint
@@ -49,10 +53,10 @@ class WorkFolder:
             self.path.mkdir(exist_ok=True)
             descriptor = os.open(self.path, os.O_RDONLY)
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+                self._is_locked = self._locks(descriptor)
+            except OutputError:
                 os.close(descriptor)
-                raise OutputError(f"{self.out}: another run is writing it; one at a time must; wait for it") from None
+                raise
             try:  # the run that held the lock may have renamed the folder meanwhile
                 if os.path.samestat(os.fstat(descriptor), self.path.stat()):
                     return descriptor
@@ -60,9 +64,31 @@ class WorkFolder:
                 pass
             os.close(descriptor)
 
+    def _locks(self, descriptor: int) -> bool:
+        """Lock a folder or a file; False where the file system cannot. OutputError where another run holds it."""
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in HELD:
+                raise OutputError(f"{self.out}: another run is writing it; one at a time must; wait for it") from None
+            return False
+        return True
+
+    def _journal_file(self) -> int:
+        """The journal, open, and locked where the folder cannot be: NFS locks only files that are open for writing."""
+        descriptor = os.open(self.path / JOURNAL, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            if not (self._is_locked or self._locks(descriptor)):
+                said = f"{self.out}: its file system has no locks; see to it that no other run writes it meanwhile"
+                warnings.warn(said, WhitWarning, stacklevel=4)
+        except OutputError:
+            os.close(descriptor)
+            os.close(self._lock)
+            raise
+        return descriptor
+
     def _open_journal(self) -> int:
-        path = self.path / JOURNAL
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        path, descriptor = self.path / JOURNAL, self._journal_file()
         content = path.read_bytes()
         whole = content[: content.rfind(b"\n") + 1]
         lines = [json.loads(line) for line in whole.splitlines()]
@@ -123,26 +149,6 @@ class WorkFolder:
         self._lock = self._journal = -1
 
 
-def work_path(out: Path) -> Path:
-    """Where a result lies until it is complete."""
-    return out.parent / f".{out.name}.partial"
-
-
-def replaced_folder(out: Path) -> Path:
-    """Where an older result lies for the moment in which its successor takes its place."""
-    return out.parent / f".{out.name}.old"
-
-
-def beside(file: Path) -> Path:
-    """Where the account of a result that is one file lies."""
-    return file.with_name(f"{file.name}.{RECORD}")
-
-
-def record_of(out: Path) -> Path:
-    """Where the account of a result lies."""
-    return beside(out) if out.is_file() else out / RECORD
-
-
 def _sync_folder(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY)
     os.fsync(descriptor)
@@ -154,47 +160,6 @@ def _append(descriptor: int, line: dict[str, Any]) -> None:
     while rest:  # a disk that fills up takes a part, and says so when it is asked again
         rest = rest[os.write(descriptor, rest) :]
     os.fsync(descriptor)
-
-
-def make_folder(folder: Path, out: Path) -> None:
-    """Make a folder of OUT's, and those above it; OutputError where that cannot be."""
-    check_place(out)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:  # of a file system that says otherwise than its permissions
-        raise _no_place(out, error.strerror or str(error)) from None
-
-
-def check_place(out: Path) -> None:
-    """OutputError where nothing can be written at OUT: the nearest that exists above it is no folder, or is closed."""
-    folder = next(parent for parent in out.absolute().parents if parent.exists())
-    if not folder.is_dir():
-        raise _no_place(out, f"{folder} is a file")
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise _no_place(out, f"{folder} cannot be written")
-
-
-def _no_place(out: Path, reason: str) -> OutputError:
-    return OutputError(f"{out}: cannot be made ({reason}); it must lie where you can write; choose another place")
-
-
-def check_out(out: Path, model: Path, suffix: str = "", what: str = "MODEL") -> None:
-    """OutputError where OUT has no name, is MODEL (or `what` is read beside it), lies inside it, or holds it, is a file
-    that does not end with `suffix`, or lies where nothing can be written."""
-    if out.name in ("", ".."):
-        raise OutputError(f"OUT {str(out)!r}: is no name; it must be a new folder's, or a new file's; give it one")
-    ours, theirs = out.resolve(), model.resolve()
-    if ours == theirs or theirs in ours.parents:
-        raise OutputError(
-            f"{out}: lies inside {what} {model}; it must lie elsewhere, as {what} is never written; choose another"
-        )
-    if str(out).startswith("whit:"):
-        raise OutputError(f"{out}: is a name of what ships with whit; OUT must be a new folder; choose another name")
-    if ours in theirs.parents:
-        raise OutputError(f"{out}: holds {what} {model}; it must lie elsewhere; choose another folder")
-    if out.exists() and not out.is_dir() and not (suffix and out.name.endswith(suffix)):
-        raise OutputError(f"{out}: is a file; it must be a new folder; choose another name")
-    check_place(out)
 
 
 def is_done(out: Path, fingerprint: str, restart: bool) -> bool:
@@ -221,18 +186,6 @@ def recorded_fingerprint(out: Path) -> str | None:
         return str(json.loads(record_of(out).read_text())["source"]["fingerprint"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
-
-
-def check_space(folder: Path, needed: int) -> None:
-    """OutputError where the disk under `folder` has fewer than `needed` bytes free."""
-    place = folder
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
-    if needed > free:
-        raise OutputError(
-            f"{folder}: {needed:,} bytes are needed and {free:,} are free; the disk must hold the result; make room"
-        )
 
 
 @contextmanager

@@ -16,8 +16,8 @@ from rich.table import Table
 from whit.checkpoint.header import NAMES, count_parameters
 from whit.checkpoint.hub import resolve_model
 from whit.checkpoint.onnx import OnnxFile, onnx_graph
+from whit.checkpoint.places import RECORD
 from whit.checkpoint.reader import Checkpoint, read_json
-from whit.checkpoint.work import RECORD
 from whit.checkpoint.writer import file_sha256
 from whit.cli.console import on_screen, print_json, say
 from whit.cli.inspect_gguf import gguf_facts

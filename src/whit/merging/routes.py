@@ -14,8 +14,8 @@ from pathlib import Path
 
 from whit.calibration import Calibration
 from whit.checkpoint.hub import resolve_model
+from whit.checkpoint.places import RECORD, check_out
 from whit.checkpoint.reader import read_json
-from whit.checkpoint.work import RECORD, check_out
 from whit.checkpoint.writer import file_sha256
 from whit.errors import CheckpointError, RecipeError
 from whit.export import exporter_named

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from whit.checkpoint.files import write_whole
+from whit.checkpoint.places import record_of
 from whit.checkpoint.reader import read_json
-from whit.checkpoint.work import record_of
 from whit.errors import CheckpointError
 
 Status = Literal["quantized", "kept", "tied", "dropped"]

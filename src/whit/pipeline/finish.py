@@ -12,7 +12,8 @@ import transformers
 
 import whit
 from whit.checkpoint.files import side_files
-from whit.checkpoint.work import RECORD, WorkFolder, record_of
+from whit.checkpoint.places import RECORD, record_of
+from whit.checkpoint.work import WorkFolder
 from whit.checkpoint.writer import file_sha256
 from whit.errors import CheckpointError
 from whit.export.base import Outcome

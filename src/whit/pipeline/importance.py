@@ -14,7 +14,7 @@ from whit.calibration.runner import Runner
 from whit.calibration.storage import Storage
 from whit.checkpoint.files import write_whole
 from whit.checkpoint.hub import resolve_model
-from whit.checkpoint.work import check_place
+from whit.checkpoint.places import check_place
 from whit.errors import OutputError, RecipeError
 from whit.export.base import Importance
 from whit.export.gguf.architectures import architecture_of

@@ -18,8 +18,8 @@ from whit.calibration import Calibration, CalibrationTokens
 from whit.calibration.storage import INPUT_MEMORY
 from whit.checkpoint.hub import resolve_model
 from whit.checkpoint.onnx import onnx_graph
+from whit.checkpoint.places import check_out
 from whit.checkpoint.reader import Checkpoint, read_json
-from whit.checkpoint.work import check_out
 from whit.devices import find_device
 from whit.errors import RecipeError
 from whit.export import Exporter, exporter_named

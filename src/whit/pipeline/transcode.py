@@ -15,7 +15,7 @@ import torch
 
 from whit.activations import Activations
 from whit.checkpoint.hub import resolve_model
-from whit.checkpoint.work import check_out
+from whit.checkpoint.places import check_out
 from whit.errors import CheckpointError, FormatError, RecipeError
 from whit.export import Exporter, exporter_named
 from whit.formats import parse_format

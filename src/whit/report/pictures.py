@@ -15,8 +15,8 @@ from torch import Tensor, nn
 import whit
 from whit.calibration import Calibration
 from whit.checkpoint.files import write_whole
+from whit.checkpoint.places import check_place, make_folder
 from whit.checkpoint.reader import read_json
-from whit.checkpoint.work import check_place, make_folder
 from whit.errors import CheckpointError, WhitError
 from whit.integrations.loading import load_causal_lm, load_tokenizer, maximum_context, model_files
 from whit.memory import Planner, Situation, find_subject

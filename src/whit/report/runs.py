@@ -12,7 +12,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,13 +19,14 @@ from typing import Any
 
 import whit
 from whit.calibration import Calibration
-from whit.checkpoint.work import make_folder
+from whit.checkpoint.places import make_folder
 from whit.checkpoint.writer import file_sha256
 from whit.data import resolve_model, resolve_text
 from whit.errors import EvaluationError
 from whit.evaluation import EvaluationOptions
 from whit.evaluation.memory import available_bytes
 from whit.evaluation.text import read_text
+from whit.process import command_of
 from whit.report.candidates import Entrant
 from whit.report.kept import contents, keep, key, recall
 from whit.report.machine import machine
@@ -201,10 +201,8 @@ def _speeds(
 
 def in_process(step: str, order: Order) -> dict[str, Any]:
     """One step of work in a process of its own; a crash is an `error` too."""
-    command = [sys.executable, "-m", "whit.report.work", step]
-    with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
+    command, pipe = command_of("whit.report.work", step), subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True) as process:
         out, errors = process.communicate(order.to_json())
     lines = out.strip().splitlines()
     if process.returncode == 0 and lines:

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 
 from whit.calibration import CalibrationTokens
+from whit.checkpoint.places import work_path
 from whit.checkpoint.reader import Checkpoint
-from whit.checkpoint.work import work_path
 from whit.errors import TrainingError
 from whit.export.packed import PackedSource
 from whit.formats.lowrank import A, B, side_car

@@ -13,7 +13,7 @@ import torch
 
 import whit
 from whit.checkpoint.hub import resolve_model
-from whit.checkpoint.work import check_out
+from whit.checkpoint.places import check_out
 from whit.devices import find_device
 from whit.errors import TrainingError
 from whit.integrations.loading import load_config, load_tokenizer, maximum_context

@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
+from whit.checkpoint.places import RECORD
 from whit.checkpoint.reader import read_json
-from whit.checkpoint.work import JOURNAL, RECORD, WorkFolder, disk_errors, is_done
+from whit.checkpoint.work import JOURNAL, WorkFolder, disk_errors, is_done
 from whit.errors import WhitError
 from whit.integrations.config import QuantizationConfig
 from whit.integrations.loading import load_causal_lm
