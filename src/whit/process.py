@@ -1,4 +1,4 @@
-"""What this process holds in memory."""
+"""What this process holds in memory, and others like it."""
 
 from __future__ import annotations
 
@@ -21,3 +21,12 @@ def peak_memory() -> int:
         return known
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def command_of(module: str, *words: str) -> list[str]:
+    """What starts a module of whit in a process of its own, which imports what this one does.
+
+    `python -m` would look into the current folder first, where a user may have a torch.py or an evaluate.py.
+    """
+    start = f"import runpy, sys; sys.path[:] = {sys.path!r}; runpy.run_module({module!r}, run_name='__main__')"
+    return [sys.executable, "-c", start, *words]

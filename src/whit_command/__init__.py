@@ -44,8 +44,11 @@ def main() -> None:
     elif asked == ["--help"]:
         overview()()
     else:
-        from whit.cli import main as run
-
+        try:
+            from whit.cli import main as run
+        except KeyboardInterrupt:  # while torch is imported, for seconds
+            print("whit: interrupted", file=sys.stderr)
+            sys.exit(130)
         run()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,18 @@ def test_the_same_bytes_as_the_library(specs: dict[str, TensorSpec], tmp_path_fa
     writer.close()
     assert (folder / "model.safetensors").read_bytes() == save(tensors, metadata={"format": "pt"})
     assert (folder / "model.safetensors").stat().st_size == shards[0].size
+
+
+def test_systems_without_linuxs_own_calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """macOS has neither; every run ended with an AttributeError there."""
+    for name in ("posix_fallocate", "fdatasync"):
+        monkeypatch.delattr(os, name)
+    tensors = {"a": torch.ones(3)}
+    with Writer(tmp_path, plan_shards(specs_of(tensors).items(), 100)) as writer:
+        assert isinstance(writer, Writer)
+        writer.write("a", tensors["a"])
+        writer.sync()
+    assert torch.equal(load_file(tmp_path / "model.safetensors")["a"], tensors["a"])
 
 
 def test_several_shards_and_their_index(tmp_path: Path):

@@ -41,6 +41,21 @@ def test_neither_torch_nor_transformers_is_imported_for_them():
     assert subprocess.check_output([sys.executable, "-c", code], text=True) == "[]\n"
 
 
+def test_an_interrupt_while_torch_is_imported_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys):
+    class Interrupts:
+        def find_spec(self, name: str, *_: object) -> None:
+            if name == "whit.cli":
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "argv", ["whit", "doctor"])
+    monkeypatch.delitem(sys.modules, "whit.cli")
+    monkeypatch.setattr(sys, "meta_path", [Interrupts(), *sys.meta_path])
+    with pytest.raises(SystemExit) as ended:
+        whit_command.main()
+    assert ended.value.code == 130
+    assert capsys.readouterr().err == "whit: interrupted\n"
+
+
 @pytest.mark.slow
 def test_what_importing_the_package_leaves_for_later():
     """Libraries that only some uses need: each takes a tenth of a second or more."""

@@ -179,7 +179,9 @@ def test_what_is_wrong_with_model_or_text_leaves_nothing_behind(model: str, text
     assert not (tmp_path / "out").exists()
 
 
-def test_a_step_runs_in_a_process_of_its_own(tmp_path: Path):
+def test_a_step_runs_in_a_process_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "torch.py").write_text("raise ImportError('a file of the user, in the folder that whit is run from')")
+    monkeypatch.chdir(tmp_path)
     order = Order(MODEL, parse_entrants("int8")[1], str(tmp_path / "int8"), SETTINGS.evaluation, None, Calibration())
     made = in_process("make", order)
     assert made["seconds"] > 0

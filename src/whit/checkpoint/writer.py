@@ -109,7 +109,7 @@ class Writer(Written):
     def __init__(self, folder: Path, shards: tuple[Shard, ...]) -> None:
         super().__init__(folder, shards)
         for descriptor, shard in zip(self._descriptors, shards, strict=True):
-            os.posix_fallocate(descriptor, 0, shard.size)
+            _allocate(descriptor, shard.size)
             _write_bytes(descriptor, memoryview(shard.header), 0)
 
     def write(self, name: str, tensor: Tensor) -> None:
@@ -133,7 +133,15 @@ class Writer(Written):
     def sync(self) -> None:
         """Return once everything written is on the disk."""
         for descriptor in self._descriptors:
-            os.fdatasync(descriptor)
+            getattr(os, "fdatasync", os.fsync)(descriptor)  # macOS has none
+
+
+def _allocate(descriptor: int, size: int) -> None:
+    """Give a file its full size; on macOS its room on the disk is not taken with it."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(descriptor, 0, size)
+    else:
+        os.ftruncate(descriptor, size)
 
 
 def _write_bytes(descriptor: int, view: memoryview, offset: int) -> None:

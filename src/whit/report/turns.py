@@ -10,11 +10,11 @@ from __future__ import annotations
 import json
 import statistics
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from whit.process import command_of
 from whit.report.speed import Spread
 from whit.report.work import Order
 
@@ -28,7 +28,7 @@ class Loaded:
     def __init__(self, order: Order) -> None:
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed with the process)
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "whit.report.timed"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            command_of("whit.report.timed"), stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             stderr=self._errors, text=True, bufsize=1,
         )  # fmt: skip
         self._send(order.to_json())

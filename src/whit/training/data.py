@@ -218,9 +218,9 @@ def _kind(value: Any) -> str:
 def _fitted(data: Dataset, path: Path, context: int, too_long: TooLong) -> Dataset:
     long = [e for e in data.examples if len(e.tokens) > context]
     if long and too_long == "refuse":
-        lines = ", ".join(str(e.line) for e in long[:NAMED])
+        named = ", ".join(str(e.line) for e in long[:NAMED])
         raise TrainingError(
-            f"{path}: {len(long)} examples are longer than {context} tokens (lines {lines}"
+            f"{path}: {len(long)} examples are longer than {context} tokens (lines {named}"
             f"{', ...' if len(long) > NAMED else ''}); all must fit; use a longer --context, or --too-long cut"
         )
     kept = []
@@ -235,5 +235,6 @@ def _fitted(data: Dataset, path: Path, context: int, too_long: TooLong) -> Datas
         raise TrainingError(
             f"{path}: no example has a response within {context} tokens; one must; use a longer --context"
         )
-    cut = sum(e.line in {x.line for x in long} for e in kept) if too_long == "cut" else 0
+    lines = {example.line for example in long}
+    cut = sum(example.line in lines for example in kept) if too_long == "cut" else 0
     return replace(data, examples=tuple(kept), cut=cut, dropped=len(data.examples) - len(kept))
