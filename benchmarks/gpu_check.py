@@ -97,7 +97,7 @@ def check_streams(report: Report, spec: str, shape: tuple[int, int]) -> None:
 
         def run(x: Tensor = x, fitted: Config = fitted, wanted: Tensor = wanted) -> str | None:
             def once() -> Tensor:
-                return launches.multiply(x.cuda(), there, bias.to(x.dtype).cuda(), scheme, fitted)
+                return launches.by_stream(x.cuda(), [there], [bias.to(x.dtype).cuda()], scheme, fitted).start()[0]
 
             first = once()
             if not torch.equal(first, once()):

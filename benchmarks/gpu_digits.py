@@ -58,7 +58,7 @@ def weights(spec: str, outs: Sequence[int], columns: int, generator: torch.Gener
 
 
 def multiply(x: torch.Tensor, packed: Sequence[PackedWeight], scheme: Scheme, cut: Cut) -> list[torch.Tensor]:
-    return digits.multiply(x, packed, [None] * len(packed), scheme, cut)
+    return launches.by_digits(x, packed, [None] * len(packed), scheme, cut).start()
 
 
 def check(work: Work, multiprocessors: int, generator: torch.Generator) -> list[dict[str, Any]]:
@@ -90,7 +90,7 @@ def timed(work: Work, multiprocessors: int, generator: torch.Generator) -> dict[
     few = tuned.best_few(scheme, shape, 1, (9, multiprocessors))
     assert few is not None
     none = [None] * len(outs)
-    other = [lambda w=w: launches.multiply_few(x, w, none, scheme, few) for w in every]
+    other = [lambda w=w: launches.by_few(x, w, none, scheme, few).start() for w in every]
     cell = {"work": work, "bytes": nbytes, "bf16": plain_seconds(shape, 1, generator), "few": seconds_cold(other, 5)}
     ranking = []
     for cut, config in configs(spec, outs, columns, multiprocessors).items():

@@ -92,7 +92,7 @@ def check(work: Sequence[Work], generator: torch.Generator) -> list[dict[str, An
         for config in configs(spec, rows):
             x = random_x(rows, 4096, generator)
             try:
-                ys = [launches.multiply_few(x, [packed], [None], scheme, config)[0] for _ in range(3)]
+                ys = [launches.by_few(x, [packed], [None], scheme, config).start()[0] for _ in range(3)]
             except KernelError as problem:
                 print(f"FAIL {spec} {rows} {config}: {str(problem)[:200]}", flush=True)
                 continue
@@ -121,11 +121,11 @@ def timed(spec: str, shape: tuple[int, int], rows: int, generator: torch.Generat
             case = few.case_for(scheme, config, rows, shape[1])
             if few.build(scheme, config, case, 0).resources()["local_bytes"] > MOST_SPILLED:
                 continue
-            error = relative_error(launches.multiply_few(x, weights[:1], [None], scheme, config)[0], right)
+            error = relative_error(launches.by_few(x, weights[:1], [None], scheme, config).start()[0], right)
             if not error < LIMIT:
                 print(f"WRONG {spec} {shape} {rows} {config}: {error:.1e}", flush=True)
                 continue
-            calls = [lambda w=w, c=config: launches.multiply_few(x, [w], [None], scheme, c) for w in weights]
+            calls = [lambda w=w, c=config: launches.by_few(x, [w], [None], scheme, c).start() for w in weights]
             ranking.append((seconds_cold(calls, 5), astuple(config)))
         except (KernelError, RuntimeError) as problem:
             print(f"FAIL {spec} {shape} {rows} {config}: {str(problem)[:200]}", flush=True)

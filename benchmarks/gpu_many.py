@@ -136,7 +136,7 @@ def scheme_of(spec: str, columns: int) -> stream.Scheme:
 
 
 def one(x: Tensor, packed: PackedWeight, bias: Tensor | None, scheme: stream.Scheme, cut: Config) -> Tensor:
-    return launches.multiply_many(x, [packed], [bias], scheme, cut)[0]
+    return launches.by_many(x, [packed], [bias], scheme, cut).start()[0]
 
 
 def wanted(x: Tensor, packed: PackedWeight) -> Tensor:
@@ -214,7 +214,7 @@ def together(generator: torch.Generator) -> dict[str, float]:
     for spec, cut in itertools.product(TOGETHER, tried):
         weights = [random_packed(spec, (outs, 4096), generator) for outs in (1096, 72, 512)]
         x, scheme = random_x(8 * cut.row_tiles - 3, 4096, generator), scheme_of(spec, 4096)
-        ys = launches.multiply_many(x, weights, [None] * 3, scheme, cut)
+        ys = launches.by_many(x, weights, [None] * 3, scheme, cut).start()
         errors = [relative_error(y, wanted(x, weight)) for y, weight in zip(ys, weights, strict=True)]
         found[f"{spec} {astuple(cut)}"] = max(errors)
         print(f"together {spec} {astuple(cut)}: {errors}", flush=True)

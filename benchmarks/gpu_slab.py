@@ -96,7 +96,7 @@ def wrong(packed: PackedWeight, config: slab.Config, x: torch.Tensor, bias: torc
     """What is wrong with three products, or nothing."""
     try:
         scheme = halves.read_as(packed, scheme_of(str(packed.format)), x.dtype)
-        ys = [launches.multiply_slab(x, packed, bias, scheme, config) for _ in range(3)]
+        ys = [launches.by_slab(x, [packed], [bias], scheme, config).start()[0] for _ in range(3)]
     except KernelError as problem:
         return f"FAIL {str(problem)[:150]}"
     error = relative_error(ys[0], right_product(x, packed, bias))
@@ -147,7 +147,7 @@ def timed(
     scheme, x = read_as(spec, shape), random_x(rows, shape[1], generator)
     plain, weights = plain_seconds(shape, rows, generator), random_weights(spec, shape, generator)
     today = seconds_cold([partial(gpu_kernel.product, x, w, None) for w in weights], 5)
-    ranking = ranked(usable, lambda w, config: launches.multiply_slab(x, w, None, scheme, config), weights)
+    ranking = ranked(usable, lambda w, config: launches.by_slab(x, [w], [None], scheme, config).start(), weights)
     found = {"spec": spec, "shape": shape, "rows": rows, "bytes": nbytes(weights[0]), "plain": plain, "today": today}
     return found | {"ranking": [(seconds, astuple(config)) for seconds, config in ranking]}
 

@@ -88,11 +88,11 @@ def search(
             function = stream.build(scheme, fitted.whole, False, stream.row_tiles(rows), 0)
             if function.resources()["local_bytes"]:
                 return
-            error = relative_error(launches.multiply(x, weights[0], None, scheme, fitted), wanted)
+            error = relative_error(launches.by_stream(x, weights[:1], [None], scheme, fitted).start()[0], wanted)
             if error > 5e-3:
                 problems.append(f"{fitted}: relative error {error:.1e}")
                 return
-            calls = [lambda w=w: launches.multiply(x, w, None, scheme, fitted) for w in weights]
+            calls = [lambda w=w: launches.by_stream(x, [w], [None], scheme, fitted).start() for w in weights]
             timed[fitted] = seconds_cold(calls, 3)
         except (KernelError, RuntimeError) as error:
             problems.append(f"{fitted}: {str(error)[:200]}")

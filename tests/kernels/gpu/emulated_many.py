@@ -28,7 +28,7 @@ def library(macros: tuple[tuple[str, int], ...]) -> ctypes.CDLL:
 def linears(
     x: Tensor, packed: Sequence[PackedWeight], bias: Tensor | None, scheme: Scheme, config: Config, processors: int = 4
 ) -> list[Tensor]:
-    """As `launches.multiply_many`, on so many multiprocessors."""
+    """As `launches.by_many`, on so many multiprocessors."""
     ys = [torch.full((len(x), weight.shape[0]), float("nan"), dtype=x.dtype) for weight in packed]
     products = [Product(weight, bias, y) for weight, y in zip(packed, ys, strict=True)]
     kernel = library(tuple(config.macros(scheme, x.dtype == torch.float16, len(packed)).items()))

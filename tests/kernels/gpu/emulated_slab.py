@@ -29,7 +29,7 @@ def library(macros: tuple[tuple[str, int], ...]) -> ctypes.CDLL:
 def linears(
     x: Tensor, packed: Sequence[PackedWeight], bias: Tensor | None, scheme: Scheme, config: Config
 ) -> list[Tensor]:
-    """As `launches.multiply_slabs`."""
+    """As `launches.by_slab`."""
     ys = [torch.full((len(x), weight.shape[0]), float("nan"), dtype=x.dtype) for weight in packed]
     products = [Product(weight, bias, y) for weight, y in zip(packed, ys, strict=True)]
     macros = config.macros(scheme, x.dtype == torch.float16, len(x), len(packed))
@@ -39,7 +39,7 @@ def linears(
 
 
 def linear(x: Tensor, packed: PackedWeight, bias: Tensor | None, scheme: Scheme, config: Config) -> Tensor:
-    """As `launches.multiply_slab`."""
+    """As `launches.by_slab`."""
     return linears(x, [packed], bias, scheme, config)[0]
 
 

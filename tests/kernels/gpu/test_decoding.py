@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_
 import whit
 from whit.compiled import fused
 from whit.compiled.static import PlainStep, State
-from whit.kernels.gpu import Gpu, decoding, few, launches
+from whit.kernels.gpu import Gpu, decoding, few, launches, nvrtc
 from whit.layouts import BITS
 from whit.modules import QuantizedLinear
 
@@ -117,7 +118,7 @@ def test_a_step_of_packed_weights_has_norms_gates_and_sums_in_the_launches_of_it
 
     def launch(*given):
         count.append(given)
-        few_launch(*given[:4], 2, *given[5:])
+        return SimpleNamespace(start=lambda stream: few_launch(*given[:4], 2, *given[5:]))
 
     with torch.no_grad():
         state = State(model, 1, 12)
@@ -126,6 +127,7 @@ def test_a_step_of_packed_weights_has_norms_gates_and_sums_in_the_launches_of_it
         monkeypatch.setattr(QuantizedLinear, "ready", lambda linear, x: (Gpu(), linear.packed))
         monkeypatch.setattr(launches, "_device_of", lambda device: (9, 132))
         monkeypatch.setattr(few, "launch", launch)
+        monkeypatch.setattr(nvrtc, "stream_on", lambda device: 0)
         monkeypatch.setattr(model, "forward", lambda **_: None)  # the prompt of the trial is in the cache already
         found = fused.trial(model, state, step)
     assert len(count) == 4 * len(model.model.layers)

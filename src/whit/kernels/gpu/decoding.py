@@ -97,7 +97,7 @@ def launch(
     source: Path, macros: Macros, grid: Grid, threads: int, shared: int, params: ctypes.Structure, device: torch.device
 ) -> None:
     """Enqueue a kernel on torch's current stream, in clusters where its macros say so."""
-    where = torch.cuda.current_stream(device).cuda_stream
+    where = nvrtc.stream_on(device.index)
     cluster = dict(macros).get("CLUSTER", 1)
     build(source, macros, device.index).launch_early(grid, threads, shared, params, where, cluster)
 

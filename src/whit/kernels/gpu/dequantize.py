@@ -67,5 +67,5 @@ def dequantize(packed: PackedWeight, dtype: torch.dtype, stored: Storage) -> Ten
     function = build(macros(packed, stored, dtype == torch.float16), out.device.index)
     shared = 4 * len(stored.levels)
     blocks = -(-out.shape[0] // argument.rows_per_block)
-    function.launch((blocks, 1, 1), THREADS, shared, argument, torch.cuda.current_stream(out.device).cuda_stream)
+    function.launch((blocks, 1, 1), THREADS, shared, argument, nvrtc.stream_on(out.device.index))
     return out

@@ -143,15 +143,13 @@ def _build(scheme: Scheme, cut: Cut, half: bool, parts: int, device: int) -> nvr
     return nvrtc.build(SOURCE, macros(scheme, cut, half, parts), "digits", device)
 
 
-def multiply(
-    x: Tensor, packed: Sequence[PackedWeight], biases: Sequence[Tensor | None], scheme: Scheme, cut: Cut
-) -> list[Tensor]:
-    """Contiguous x (1, columns), which begins at 16 bytes, through weights of one scheme in one launch."""
-    ys = [torch.empty(1, weight.shape[0], dtype=x.dtype, device=x.device) for weight in packed]
+def launch(
+    x: Tensor, packed: Sequence[PackedWeight], biases: Sequence[Tensor | None], ys: Sequence[Tensor], scheme: Scheme,
+    cut: Cut,
+) -> nvrtc.Launch:  # fmt: skip
+    """What fills ys (1, outs) from contiguous x (1, columns), which begins at 16 bytes; weights of one scheme."""
     function = _build(scheme, cut, x.dtype == torch.float16, len(packed), x.device.index)
-    where = torch.cuda.current_stream(x.device).cuda_stream
     shared = cut.held + cut.stages * slot_bytes(scheme, cut)
     grid = cut.clusters * cut.splits, 1, 1
     argument = params(x, packed, biases, ys)
-    function.launch_early(grid, 32 * (cut.warps + 1), shared, argument, where, cut.splits)
-    return ys
+    return function.cut(grid, 32 * (cut.warps + 1), shared, argument, cut.splits)

@@ -183,8 +183,8 @@ def build(scheme: Scheme, config: Config, case: Case, device: int) -> nvrtc.Func
 
 def launch(
     operands: Sequence[Operands], scheme: Scheme, config: Config, cuts: int, multiprocessors: int, ends: Ends = PLAIN
-) -> None:
-    """Fill y of each; they have the same x, in `cuts` slices (`slices`), one where there are `ends` (`takes`)."""
+) -> nvrtc.Launch:
+    """What fills y of each; they have the same x, in `cuts` slices (`slices`), one where there are `ends` (`takes`)."""
     x = operands[0].x
     rows, columns = x.shape
     case = case_of(operands, scheme, config, cuts, ends)
@@ -192,5 +192,4 @@ def launch(
     blocks = grid(config, [each.y.shape[1] for each in operands], cuts, multiprocessors, ends.gated)
     wide = spread_of(scheme, config)
     shared = shared_bytes(scheme, config, rows, -(-(columns // wide.step) // cuts))
-    where = torch.cuda.current_stream(x.device).cuda_stream
-    function.launch_early(blocks, config.threads, shared, params(operands, wide, cuts, ends), where)
+    return function.cut(blocks, config.threads, shared, params(operands, wide, cuts, ends))

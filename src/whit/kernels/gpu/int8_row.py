@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from whit.kernels.gpu import nvrtc
 from whit.kernels.gpu.int8 import BYTES, HERE, Weight, build
 from whit.kernels.gpu.int8_rows import rounded
 
@@ -69,5 +70,5 @@ def multiply_row(x: Tensor, weight: Weight, y: Tensor, threshold: float, config:
     outliers, columns, device = threshold > 0, x.shape[1], x.device.index
     function = build(ROW, tuple(config.macros(x.dtype == torch.float16, outliers, columns).items()), device)
     blocks = config.blocks(y.shape[1], torch.cuda.get_device_properties(device).multi_processor_count)
-    shared, where = shared_bytes(columns, outliers), torch.cuda.current_stream(x.device).cuda_stream
+    shared, where = shared_bytes(columns, outliers), nvrtc.stream_on(x.device.index)
     function.launch_early((blocks, 1, 1), THREADS, shared, row_params(x, weight, y, threshold), where)

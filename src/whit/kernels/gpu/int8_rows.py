@@ -109,7 +109,7 @@ def empty_rows(x: Tensor, outliers: bool, dtype: torch.dtype = torch.int8) -> Ro
 
 def marked(x: Tensor, threshold: float) -> Tensor:
     """A bit for each column of x (rows, columns) in which some |x| reaches the threshold."""
-    (marks, joined), where = marks_for(x), torch.cuda.current_stream(x.device).cuda_stream
+    (marks, joined), where = marks_for(x), nvrtc.stream_on(x.device.index)
     grid, params = mark_launch(x, marks, threshold)
     macros = mark_macros(x.dtype == torch.float16, len(x), joined)
     function = build(MARK, tuple(macros.items()), x.device.index)
@@ -120,7 +120,7 @@ def marked(x: Tensor, threshold: float) -> Tensor:
 def fill_rows(params: QuantizeParams, macros: dict[str, int], device: torch.device) -> None:
     """Launch int8_quantize.cu."""
     function = build(QUANTIZE, tuple(macros.items()), device.index)
-    where = torch.cuda.current_stream(device).cuda_stream
+    where = nvrtc.stream_on(device.index)
     most = 16 * torch.cuda.get_device_properties(device).multi_processor_count
     blocks = macros["CLUSTER"] if macros["EACH"] else min(params.rows, most) + bool(params.marks)
     function.launch_early((blocks, 1, 1), macros["THREADS"], quantize_bytes(macros), params, where, macros["CLUSTER"])

@@ -95,5 +95,5 @@ def multiply_thin(rows: Rows, weight: Weight, y: Tensor, config: Thin) -> None:
     outliers, device = rows.listed is not None, y.device.index
     function = build(THIN, tuple(config.macros(y.dtype == torch.float16, outliers, len(y)).items()), device)
     params, shared = thin_params(rows, weight, y, config), config.shared_bytes(len(y), outliers)
-    where = torch.cuda.current_stream(y.device).cuda_stream
+    where = nvrtc.stream_on(y.device.index)
     function.launch_early(config.grid(y.shape[1]), config.threads, shared, params, where, config.split)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -13,8 +13,9 @@ from torch import Tensor
 from whit.formats import parse_format
 from whit.kernels.base import QUANTIZED_INPUTS
 from whit.kernels.gpu import digits, few, halves, many, narrow, nvrtc, slab, stream, tiled, tuned
+from whit.kernels.gpu.again import Prepared
 from whit.kernels.gpu.dequantize import dequantize
-from whit.kernels.gpu.launches import ARRIVED, AT_ONCE, WAYS, device_of, multiply_row, multiply_slabs
+from whit.kernels.gpu.launches import ARRIVED, AT_ONCE, WAYS, Call, by_slab, device_of, multiply_tiled, row_by_few
 from whit.kernels.gpu.scales import storage
 from whit.tensor import PackedWeight
 
@@ -74,7 +75,7 @@ class Gpu:
             return packed
         arrived = torch.zeros(-(-packed.shape[0] // 16), dtype=torch.int32, device=packed.device)
         derived = {ARRIVED: arrived} | ({} if self.invariant else halves_for(packed))
-        return PackedWeight(packed.layout, packed.format, packed.shape, {**packed.tensors, **derived})
+        return Prepared(packed.layout, packed.format, packed.shape, {**packed.tensors, **derived})
 
     def linear(self, x: Tensor, packed: PackedWeight, bias: Tensor | None) -> Tensor:
         if not torch.compiler.is_compiling():
@@ -105,23 +106,39 @@ def halves_for(packed: PackedWeight) -> dict[str, Tensor]:
 
 def product(x: Tensor, packed: PackedWeight, bias: Tensor | None, invariant: bool = False) -> Tensor:
     """x (..., columns) through the weight, by whichever kernel is fastest, or by rows alone where `invariant`."""
-    columns = x.shape[-1]
-    rows = x.numel() // max(columns, 1)
-    if rows and streams(packed) is None:
+    rows = x.numel() // max(x.shape[-1], 1)
+    if rows and isinstance(packed, Prepared) and (again := packed.again(x, bias, invariant)) is not None:
+        return again
+    chosen = chosen_for(x, rows, packed, invariant) if rows else None
+    if chosen is None:
+        stored = storage(packed.format)
+        assert not isinstance(stored, str)
+        return torch.nn.functional.linear(x, dequantize(packed, x.dtype, stored), bias)
+    way, read, cut = chosen
+    if way == "tiled":
+        return multiply_tiled(aligned(x, rows), packed, bias, read, cut).reshape(*x.shape[:-1], -1)
+    call = WAYS[way](aligned(x, rows), [packed], [bias], read, cut)
+    if isinstance(packed, Prepared):
+        packed.keep(call, bias, invariant)
+    return call.start()[0].reshape(*x.shape[:-1], -1)
+
+
+def chosen_for(x: Tensor, rows: int, packed: PackedWeight, invariant: bool) -> tuple[str, stream.Scheme, Any] | None:
+    """The way of a product, how it reads the weight and its cut; None: the weight is dequantized."""
+    columns, where = x.shape[-1], device_of(x)
+    if streams(packed) is None:
         scheme = scheme_of(packed)
         if rows == 1 and not invariant and (row := row_cut([packed], scheme, x)):
-            return digits.multiply(aligned(x, 1), [packed], [bias], scheme, row)[0].reshape(*x.shape[:-1], -1)
+            return "digits", scheme, row
         short = halves.read_as(packed, scheme, x.dtype) if slab.aligned(packed) else None
-        way, cut = plan(scheme, (packed.shape[0], columns), rows, device_of(x), invariant, short)
+        way, cut = plan(scheme, (packed.shape[0], columns), rows, where, invariant, short)
         if cut is not None:
             read = short if way == "slab" else widened(scheme, rows, columns, x) if way == "tiled" else scheme
-            return WAYS[way](aligned(x, rows), packed, bias, read, cut).reshape(*x.shape[:-1], -1)
-    side = narrow_scheme(packed) if rows else None
-    if side and (found := narrow.plan(side, (packed.shape[0], columns), rows, device_of(x))):
-        return WAYS[found[0]](aligned(x, rows), packed, bias, side, found[1]).reshape(*x.shape[:-1], -1)
-    stored = storage(packed.format)
-    assert not isinstance(stored, str)
-    return torch.nn.functional.linear(x, dequantize(packed, x.dtype, stored), bias)
+            assert read is not None
+            return way, read, cut
+    side = narrow_scheme(packed)
+    found = narrow.plan(side, (packed.shape[0], columns), rows, where) if side else None
+    return (found[0], side, found[1]) if side and found else None
 
 
 def widened(scheme: stream.Scheme, rows: int, columns: int, x: Tensor) -> stream.Scheme:
@@ -177,21 +194,26 @@ def products(x: Tensor, packed: Sequence[PackedWeight], biases: Sequence[Tensor 
     if found or isinstance(scheme, str) or not rows or any(streams(weight) is not None for weight in packed):
         return [product(x, weight, bias) for weight, bias in zip(packed, biases, strict=True)]
     if rows == 1 and scheme.storage.bits < FULL and (row := row_cut(packed, scheme, x)):
-        return [y.reshape(*x.shape[:-1], -1) for y in digits.multiply(aligned(x, 1), packed, biases, scheme, row)]
+        return filled(WAYS["digits"](aligned(x, 1), packed, biases, scheme, row), x)
     shape = sum(weight.shape[0] for weight in packed), columns
     short = read_alike(packed, scheme, x.dtype)
     if short and (slabs := shared_cut(short, shape, rows, device_of(x))):
-        return [y.reshape(*x.shape[:-1], -1) for y in multiply_slabs(aligned(x, rows), packed, biases, short, slabs)]
+        return filled(by_slab(aligned(x, rows), packed, biases, short, slabs), x)
     way, cut = plan(scheme, shape, rows, device_of(x), False)
     if way not in AT_ONCE or all(apart(weight, rows, device_of(x), x.dtype) for weight in packed):
         return [product(x, weight, bias) for weight, bias in zip(packed, biases, strict=True)]
-    return [y.reshape(*x.shape[:-1], -1) for y in AT_ONCE[way](aligned(x, rows), packed, biases, scheme, cut)]
+    return filled(WAYS[way](aligned(x, rows), packed, biases, scheme, cut), x)
+
+
+def filled(call: Call, x: Tensor) -> list[Tensor]:
+    """What a call for the rows of x (..., columns) will have filled: (..., outs) each."""
+    return [y.reshape(*x.shape[:-1], -1) for y in call.start()]
 
 
 def row_through(
     x: Tensor, packed: Sequence[PackedWeight], biases: Sequence[Tensor | None], ends: few.Ends, y: Tensor | None = None
 ) -> list[Tensor] | None:
-    """x (1, columns) through weights that share it, as `multiply_row` has it; None where few.cu does not take them."""
+    """x (1, columns) through weights that share it, as `row_by_few` has it; None where few.cu does not take them."""
     columns = x.shape[-1]
     found = {stream.scheme(weight.format, columns) for weight in packed}
     scheme = found.pop()
@@ -205,7 +227,7 @@ def row_through(
     cut = plan(scheme, shape, 1, device_of(x), False)[1]
     if not isinstance(cut, few.Config) or not few.takes(scheme, cut, columns) or x.data_ptr() % 16:
         return None
-    return multiply_row(x, packed, biases, scheme, cut, ends, y)
+    return row_by_few(x, packed, biases, scheme, cut, ends, y).start()
 
 
 def row_cut(packed: Sequence[PackedWeight], scheme: stream.Scheme, x: Tensor) -> digits.Cut | None:

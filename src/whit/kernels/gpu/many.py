@@ -221,11 +221,13 @@ def build(scheme: stream.Scheme, config: Config, half: bool, parts: int, device:
     return nvrtc.build(SOURCE, config.macros(scheme, half, parts), "many", device)
 
 
-def launch(x: Tensor, products: Sequence[Product], scheme: stream.Scheme, config: Config, multiprocessors: int) -> None:
-    """Fill y of each from contiguous x (rows, columns), which begins at 16 bytes."""
+def launch(
+    x: Tensor, products: Sequence[Product], scheme: stream.Scheme, config: Config, multiprocessors: int,
+    room: Meeting,
+) -> nvrtc.Launch:  # fmt: skip
+    """What fills y of each from contiguous x (rows, columns), which begins at 16 bytes; `room` is `meeting`'s."""
     function = build(scheme, config, x.dtype == torch.float16, len(products), x.device.index)
     grid = config.grid([one.y.shape[1] for one in products], len(x), multiprocessors)
-    room = meeting(x, products, config)
     argument = params(x, products, scheme, config, room=room)
-    where, shared = torch.cuda.current_stream(x.device).cuda_stream, config.shared_bytes(bool(scheme.storage.levels))
-    function.launch_early(grid, config.threads, shared, argument, where, config.cluster)
+    shared = config.shared_bytes(bool(scheme.storage.levels))
+    return function.cut(grid, config.threads, shared, argument, config.cluster)

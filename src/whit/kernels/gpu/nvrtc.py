@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,12 @@ def compiler() -> ctypes.CDLL:
 def driver() -> ctypes.CDLL:
     """The CUDA driver's library."""
     return ctypes.CDLL("libcuda.so.1")
+
+
+def stream_on(device: int) -> int:
+    """The address of torch's current stream on a device, without the object that torch makes of it."""
+    address: int = torch._C._cuda_getCurrentRawStream(device)
+    return address
 
 
 def missing() -> str | None:
@@ -116,6 +123,25 @@ class LaunchConfig(ctypes.Structure):
     )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Launch:
+    """A kernel, its cut, and its argument, which borrows the memory that it points to."""
+
+    function: Function
+    config: LaunchConfig
+    attributes: ctypes.Array[Attribute]  # that `config` points to
+    params: ctypes.Structure
+
+    def start(self, stream: int, params: Any = None) -> None:
+        """Enqueue it on a stream (its address), with another argument of the same size perhaps."""
+        config = LaunchConfig.from_buffer_copy(self.config)  # other threads may start it on other streams
+        config.stream = stream
+        argument = (ctypes.c_void_p * 1)(ctypes.addressof(self.params if params is None else params))
+        checked(
+            driver().cuLaunchKernelEx(ctypes.byref(config), self.function.handle, argument, None), self.function.name
+        )
+
+
 class Function:
     """A kernel loaded into the current device's context; it keeps its module for as long as the process lives."""
 
@@ -130,25 +156,29 @@ class Function:
         self, grid: Dims, threads: int, shared: int, params: ctypes.Structure, stream: int, cluster: int = 1
     ) -> None:
         """Enqueue it on a stream (its address); `shared` bytes of dynamic shared memory, blocks in such clusters."""
-        self._launch(LaunchConfig(*grid, threads, 1, 1, shared, stream), params, {CLUSTER: (cluster, 1, 1)})
+        self.cut(grid, threads, shared, params, cluster, early=False).start(stream)
 
     def launch_early(
         self, grid: Dims, threads: int, shared: int, params: ctypes.Structure, stream: int, cluster: int = 1
     ) -> None:
         """The same at once, for a kernel that waits for the one before it by itself (common.cuh), from Hopper on."""
-        wanted = {CLUSTER: (cluster, 1, 1)} | ({EARLY: (1,)} if self.early else {})
-        self._launch(LaunchConfig(*grid, threads, 1, 1, shared, stream), params, wanted)
+        self.cut(grid, threads, shared, params, cluster).start(stream)
 
-    def _launch(self, config: LaunchConfig, params: ctypes.Structure, wanted: Mapping[int, tuple[int, ...]]) -> None:
-        self._reserve(config.shared)
+    def cut(
+        self, grid: Dims, threads: int, shared: int, params: ctypes.Structure, cluster: int = 1, early: bool = True
+    ) -> Launch:
+        """What `launch_early`, or `launch`, enqueues; it may be enqueued again while what `params` points to lives."""
+        self._reserve(shared)
+        wanted: dict[int, tuple[int, ...]] = {}
+        if cluster > 1:  # which older devices do not know
+            wanted[CLUSTER] = (cluster, 1, 1)
+        if early and self.early:
+            wanted[EARLY] = (1,)
         attributes = (Attribute * len(wanted))()
-        for number, value in wanted.items():
-            if value != (1, 1, 1):  # no cluster, which older devices do not know either
-                attributes[config.count].id, attributes[config.count].value[: len(value)] = number, value
-                config.count += 1
-        config.attributes = ctypes.addressof(attributes)
-        pointers = (ctypes.c_void_p * 1)(ctypes.addressof(params))
-        checked(driver().cuLaunchKernelEx(ctypes.byref(config), self.handle, pointers, None), self.name)
+        for attribute, (number, value) in zip(attributes, wanted.items(), strict=True):
+            attribute.id, attribute.value[: len(value)] = number, value
+        config = LaunchConfig(*grid, threads, 1, 1, shared, None, ctypes.addressof(attributes), len(wanted))
+        return Launch(self, config, attributes, params)
 
     def _reserve(self, shared: int) -> None:
         if shared > self.shared:

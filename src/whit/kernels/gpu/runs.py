@@ -175,7 +175,7 @@ def multiply_few(x: Tensor, packed: PackedWeight, bias: Tensor | None, found: Sc
     """Contiguous x (rows, columns), up to 32 rows that begin at 16 bytes, through the weight."""
     y = torch.empty(len(x), packed.shape[0], dtype=x.dtype, device=x.device)
     function = _build(FEW, tuple(few_macros(found, config, x.dtype == torch.float16, len(x)).items()), x.device.index)
-    shared, where = few_shared_bytes(found, config, len(x)), torch.cuda.current_stream(x.device).cuda_stream
+    shared, where = few_shared_bytes(found, config, len(x)), nvrtc.stream_on(x.device.index)
     params = few_params(x, packed, bias, y, found)
     function.launch((-(-packed.shape[0] // 16), 1, 1), 32 * config.warps, shared, params, where)
     return y
@@ -188,7 +188,7 @@ def dequantize(packed: PackedWeight, dtype: torch.dtype, found: Scheme) -> Tenso
     function = _build(DEQUANTIZE, tuple(macros.items()), device)
     most = BLOCKS_EACH * torch.cuda.get_device_properties(device).multi_processor_count
     blocks = min(-(-out.numel() // (8 * THREADS)), most)
-    where = torch.cuda.current_stream(out.device).cuda_stream
+    where = nvrtc.stream_on(out.device.index)
     argument = DequantizeParams(weight_params(packed, found), out.data_ptr())
     function.launch((blocks, 1, 1), THREADS, tables_bytes(found), argument, where)
     return out

@@ -142,7 +142,7 @@ def multiply(x: Tensor, packed: PackedWeight, bias: Tensor | None, config: Confi
     function = _build(tuple(macros(packed, config, x.dtype == torch.float16, len(x)).items()), x.device.index)
     most = config.blocks * torch.cuda.get_device_properties(x.device).multi_processor_count
     grid = min(-(-packed.shape[0] // 16), most)
-    where = torch.cuda.current_stream(x.device).cuda_stream
+    where = nvrtc.stream_on(x.device.index)
     shared = shared_bytes(packed, config, len(x))
     function.launch_early((grid, 1, 1), 32 * config.warps, shared, params(x, packed, bias, y), where)
     return y

@@ -88,7 +88,7 @@ def launch(x: Tensor, packed: PackedWeight, bias: Tensor | None, y: Tensor, conf
     arrived = torch.zeros(tiles if cuts > 1 else 0, dtype=torch.int32, device=x.device)
     function = _build(tuple(macros(packed, config, rows).items()), x.device.index)
     blocks = min(tiles, torch.cuda.get_device_properties(x.device).multi_processor_count // cuts)
-    where = torch.cuda.current_stream(x.device).cuda_stream
+    where = nvrtc.stream_on(x.device.index)
     argument = params(x, packed, bias, y, (partial, arrived))
     shared = shared_bytes(packed, config, rows, argument.slice_steps)
     function.launch_early((max(blocks, 1), cuts, 1), 32 * config.warps, shared, argument, where)

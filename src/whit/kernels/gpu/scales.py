@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import torch
 from torch import Tensor
@@ -82,13 +82,13 @@ def scales(packed: PackedWeight, stored: Storage) -> Scales:
     )
 
 
-@lru_cache(maxsize=16)
+@cache
 def nested_table(device: torch.device) -> Tensor:
     """The 256 levels of quantized scales on the device."""
     return torch.tensor(dynamic_levels(), dtype=torch.float32, device=device)
 
 
-@lru_cache(maxsize=64)
+@cache  # launches that weights keep point to it
 def table(levels: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """The levels of a codebook on the device."""
     return torch.tensor(levels, dtype=dtype, device=device)

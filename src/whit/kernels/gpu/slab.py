@@ -160,11 +160,10 @@ def build(scheme: stream.Scheme, config: Config, half: bool, rows: int, weights:
     return nvrtc.build(SOURCE, config.macros(scheme, half, rows, weights), "slab", device)
 
 
-def launch(x: Tensor, products: Sequence[Product], scheme: stream.Scheme, config: Config) -> None:
-    """Fill each y from contiguous x (rows, columns), which begins at 16 bytes; weights of one scheme."""
+def launch(x: Tensor, products: Sequence[Product], scheme: stream.Scheme, config: Config) -> nvrtc.Launch:
+    """What fills each y from contiguous x (rows, columns), which begins at 16 bytes; weights of one scheme."""
     rows = len(x)
     function = build(scheme, config, x.dtype == torch.float16, rounded(rows), len(products), x.device.index)
-    where = torch.cuda.current_stream(x.device).cuda_stream
     grid, shared = config.grid(*(one.y.shape[1] for one in products)), config.shared_bytes(scheme, rows)
     argument = params(x, products, scheme, config)
-    function.launch_early(grid, config.threads, shared, argument, where, config.splits)
+    return function.cut(grid, config.threads, shared, argument, config.splits)

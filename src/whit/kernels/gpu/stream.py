@@ -167,11 +167,11 @@ def build(scheme: Scheme, config: Config, half: bool, tiles: int, device: int) -
     return nvrtc.build(SOURCE, macros(scheme, config, half, 8 * tiles), "stream", device)
 
 
-def launch(operands: Operands, scheme: Scheme, config: Config) -> None:
-    """Fill operands.y. `partial` and `arrived` (zeros) are needed where config.splits > 1."""
+def launch(operands: Operands, scheme: Scheme, config: Config) -> nvrtc.Launch:
+    """What fills operands.y. `partial` and `arrived` (zeros) are needed where config.splits > 1."""
     x = operands.x
     rows = x.shape[0]
     function = build(scheme, config.whole, x.dtype == torch.float16, row_tiles(rows), x.device.index)
     argument = params(operands, scheme, config.splits)
     cut, shared = grid(config, operands.y.shape[1], rows), shared_bytes(scheme, config, rows)
-    function.launch(cut, config.threads, shared, argument, torch.cuda.current_stream(x.device).cuda_stream)
+    return function.cut(cut, config.threads, shared, argument, early=False)

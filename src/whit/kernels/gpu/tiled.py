@@ -146,7 +146,7 @@ def launch(operands: Operands, scheme: Scheme, config: Config, wgmma: bool) -> N
     """Fill operands.y. `partial` and `arrived` (zeros) are needed where config.splits > 1."""
     x = operands.x
     (rows, columns), device = x.shape, x.device.index
-    where = torch.cuda.current_stream(x.device).cuda_stream
+    where = nvrtc.stream_on(x.device.index)
     arranged = arranged_like(x, config)
     lay = build_arrange(tuple(arrange_macros(scheme, config.row_tiles).items()), device)
     function = build(scheme, config.whole, x.dtype == torch.float16, wgmma, device)
