@@ -5,12 +5,15 @@ machine, measured before and after: the faster counts. Writes results/cpu_kernel
 --name. About 15 minutes on two quiet cores; five with --shapes 1 --rounds 3. --formats takes any, as q4_k.
 --peers names the folder where `python benchmarks/peers/install.py DIR --peers kernels` put ONNX Runtime, OpenVINO,
 auto-round-lib, torchao and ggml; each runs in a process of its own (`peers/kernels.py`) and takes its turns in the same
-rounds. About twice the time then.
+rounds. About twice the time then. OMP_WAIT_POLICY is not heeded: OpenMP's default is to wait awake for a while, as
+threads of ONNX Runtime, OpenVINO and ggml do.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import astuple, replace
@@ -22,6 +25,7 @@ from peers.kernels import PEERS, Peer
 from whit.evaluation.kernel_speed import (
     FORMATS,
     HEADER,
+    READING,
     ROWS,
     SHAPES,
     Limits,
@@ -38,7 +42,7 @@ from whit.kernels.cpu import library
 import harness
 
 PAUSE = 0.01  # seconds after a peer's turn, in which its threads stop spinning
-NO_PEERS = ("torch bf16", "reference")
+NO_PEERS = ("torch bf16", "reference", READING)
 
 
 def turns_of(
@@ -149,4 +153,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    if os.environ.pop("OMP_WAIT_POLICY", None):  # OpenMP has read it already
+        os.execv(sys.executable, [sys.executable, *sys.argv])
     main()

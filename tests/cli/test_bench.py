@@ -27,7 +27,9 @@ def test_json_has_every_kernel_and_consistent_ratios(monkeypatch: pytest.MonkeyP
     for case in cases:
         rows = [row for row in found["rows"] if (row["format"], row["rows"]) == case]
         plain = next(row["seconds"] for row in rows if row["kernel"] == "torch bf16")
-        assert {"torch bf16", "cpu"} <= {row["kernel"] for row in rows}
+        kernels = {row["kernel"] for row in rows}
+        assert {"torch bf16", "cpu"} <= kernels
+        assert (kernel_speed.READING in kernels) == (case[1] == 1), "one row is bound by memory"
         for row in rows:
             assert row["shape"] == [64, 512]
             assert row["ratio_to_bf16"] == pytest.approx(plain / row["seconds"])

@@ -2,7 +2,8 @@
 
 Weights are cold: every call takes the next of enough copies to fill COLD bytes, twice the last cache or more, so that
 none comes from a cache. All candidates of a case take turns within each round, so that they see the same noise. The
-limit of a case is the longer of the time to read the packed bytes once and the time of its products in bfloat16.
+limit of a case is the longer of the time to read the packed bytes once and the time of its products in bfloat16. One
+row is measured beside a plain reading of as many bytes (READING), as memory is not equally fast all the time.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from whit.arrays import quantize_tensor
 from whit.formats import parse_format
 from whit.kernels.base import Kernel
 from whit.kernels.cpu import Cpu, Cpu8, library
+from whit.kernels.cpu.binding import Library
 from whit.kernels.cpu.memory import in_huge_pages
 from whit.kernels.reference import Reference
 from whit.layouts import BITS
@@ -39,6 +41,7 @@ CACHE = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")  # such as "32768
 COLD = max(320 << 20, 2 * int(CACHE.read_text().strip().rstrip("K")) << 10 if CACHE.exists() else 0)
 READ = 512 << 20
 AHEAD = (0, 8192, 16384)  # bytes asked for in advance; the fastest way of reading is the limit
+READING = "as many bytes read"  # by as many threads, and nothing done with them: what memory gives in the same turns
 TURN = 0.2  # seconds after which the next kernel has its turn
 
 Call = Callable[[Tensor], object]
@@ -109,6 +112,8 @@ def measure(
         rounded = replace(packed, activations=how)
         if how.fits(packed.format) and Cpu8().supports(rounded, x) is None:
             candidates[f"cpu, {inputs} inputs"] = _ours(Cpu8(), rounded)
+    if rows == 1 and not isinstance(compiled := library(), str):
+        candidates[READING] = _reading(packed.nbytes, compiled)
     if peers:
         candidates |= _peers(weight, format)
     turns = {name: (turn_of(calls, x), size) for name, (calls, size) in candidates.items()} | dict(others)
@@ -166,6 +171,14 @@ def _ours(kernel: Kernel, packed: PackedWeight) -> tuple[list[Call], int]:
         tensors = {key: tensor.clone() for key, tensor in packed.tensors.items()}
         copies.append(kernel.prepare(replace(packed, tensors=tensors)))
     return [lambda x, w=w: kernel.linear(x, w, None) for w in copies], packed.nbytes  # type: ignore[misc]
+
+
+def _reading(size: int, compiled: Library) -> tuple[list[Call], int]:
+    threads, count = torch.get_num_threads(), copies_of(size)
+    area = in_huge_pages(torch.ones(count * size, dtype=torch.uint8))
+    ahead = min(AHEAD, key=lambda ahead: compiled.read(area.data_ptr(), len(area), compiled.parallel, ahead, threads))
+    starts = [area[i * size :].data_ptr() & ~63 for i in range(count)]
+    return [lambda x, at=at: compiled.read(at, size, compiled.parallel, ahead, threads) for at in starts], size  # type: ignore[misc]
 
 
 def _peers(weight: Tensor, format: str) -> dict[str, tuple[list[Call], int]]:

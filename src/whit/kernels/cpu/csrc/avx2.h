@@ -21,6 +21,7 @@ struct Avx2 {
   static constexpr int LOOK_BITS = 4;  // up to so many bits are looked up
   // Whether consecutive levels of 2 and 3 bits, or of 5 to 8, may be moved up to where they cost less.
   static constexpr bool LIFTS = false, LIFTS_MANY = false;
+  static constexpr bool SUPERS = false;  // whether it has a way of its own for what superblocks share
   static constexpr bool COUNTS = true;   // whether converting a small code beats looking it up
 
   // byte = 27 high + low: three digits by a table of 27, two by one of 9.

@@ -101,6 +101,7 @@ struct Bytes2 : Avx2 {
   static ALWAYS_INLINE void gsum4(const G (&g)[4], float* to) {
     for (int r = 0; r < 4; r++) to[r] = gsum(g[r]);
   }
+  template <int>
   static ALWAYS_INLINE G grepeat(const float* p, int shift) {  // lane i has p[i >> shift]
     const __m256i lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
     return _mm256_permutevar8x32_ps(_mm256_loadu_ps(p), _mm256_srl_epi32(lanes, _mm_cvtsi32_si128(shift)));

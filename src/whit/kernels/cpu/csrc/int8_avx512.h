@@ -7,7 +7,7 @@ struct Vnni512 : Avx512 {
   using I = __m512i;
   using G = __m512;
   static constexpr int LANES = 16, TALL = 8;
-  static constexpr bool EXACT = true, OWN_PARTS = true, TILES = false;
+  static constexpr bool EXACT = true, OWN_PARTS = true, TILES = false, SUPERS = true;
   struct Bits { __m512i from, shift, mask; };
 
   static ALWAYS_INLINE Bits bits(int bits) {
@@ -123,8 +123,48 @@ struct Vnni512 : Avx512 {
     __m256 half = _mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1));
     _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
   }
+  template <int MOST>  // how many numbers are needed: up to four are found in each quarter of a register
   static ALWAYS_INLINE G grepeat(const float* p, int shift) {  // lane i has p[i >> shift]
-    return _mm512_permutexvar_ps(_mm512_srl_epi32(lanes(), _mm_cvtsi32_si128(shift)), _mm512_loadu_ps(p));
+    const __m512i at = _mm512_srl_epi32(lanes(), _mm_cvtsi32_si128(shift));
+    if constexpr (MOST <= 4) return _mm512_permutevar_ps(_mm512_broadcast_f32x4(_mm_loadu_ps(p)), at);
+    return _mm512_permutexvar_ps(at, _mm512_loadu_ps(p));
+  }
+  // super_params_of: integers become bytes, 64 at a time, and what superblocks share stays in a register.
+  template <int SUBS, bool BIASED, class Put>
+  static ALWAYS_INLINE void supers(const whit_weight& w, const void* outer, const uint8_t* inner, float bias, int64_t row,
+                                   const Put& put) {
+    enum { EACH = 16 / SUBS };  // superblocks in 16 groups
+    static const Bits all[] = {bits(1), bits(2), bits(3), bits(4), bits(5), bits(6), bits(7), bits(8)};
+    const Bits own = all[w.sub_bits - 1];
+    const __m512i in_super = _mm512_srli_epi32(lanes(), SUBS == 8 ? 3 : 4);
+    const __m512 less = _mm512_set1_ps(bias);
+    const int64_t count = w.groups / SUBS, run = 8 * w.sub_bits;
+    int64_t left = (w.groups * w.sub_bits + 7) / 8, super = 0;
+    for (const uint8_t* p = inner + row * left; left > 0; p += run, left -= run, super += 4 * EACH) {
+      const __mmask64 there = (__mmask64)-1 >> (64 - (left < run ? left : run));
+      const __m512i packed = _mm512_permutexvar_epi8(own.from, _mm512_maskz_loadu_epi8(there, p));
+      const __m512i codes = _mm512_and_si512(_mm512_multishift_epi64_epi8(own.shift, packed), own.mask);
+      const int64_t some = count - super < 4 * EACH ? count - super : 4 * EACH;
+      const __m512 outers = some_of(outer, row * count + super, (__mmask16)((1 << some) - 1), w.scale_type);
+      auto sixteen = [&](int k) __attribute__((always_inline)) {
+        const __m512i four = _mm512_maskz_permutexvar_epi8(0x1111111111111111, lane_from(16 * k), codes);
+        __m512 number = _mm512_cvtepi32_ps(four);
+        if (BIASED) number = _mm512_sub_ps(number, less);
+        const __m512i at = _mm512_add_epi32(in_super, _mm512_set1_epi32(EACH * k));
+        put((super + EACH * k) * SUBS, _mm512_mul_ps(_mm512_permutexvar_ps(at, outers), number));
+      };
+      sixteen(0);
+      if (some > EACH) sixteen(1);
+      if (some > 2 * EACH) sixteen(2);
+      if (some > 3 * EACH) sixteen(3);
+    }
+  }
+  static ALWAYS_INLINE __m512i lane_from(int first) { return _mm512_add_epi32(lanes(), _mm512_set1_epi32(first)); }
+  static ALWAYS_INLINE __m512 some_of(const void* p, int64_t first, __mmask16 mask, int type) {
+    if (type == WHIT_F32) return _mm512_maskz_loadu_ps(mask, (const float*)p + first);
+    const __m256i v = _mm256_maskz_loadu_epi16(mask, (const uint16_t*)p + first);
+    if (type == WHIT_F16) return _mm512_cvtph_ps(v);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(v), 16));
   }
   static ALWAYS_INLINE void transpose(B (&v)[16]) { transpose16(v); }
   // Of |x|, by their bits, in which NaN and infinities are beyond all numbers.

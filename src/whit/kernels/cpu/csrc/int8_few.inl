@@ -74,16 +74,18 @@ static ALWAYS_INLINE void ask(const uint8_t* codes, int64_t ahead) {
   else if (ahead) __builtin_prefetch(codes + ahead, 0, 2);
 }
 
-// The sums of lanes with what the shifts and zero points of the levels take from them.
-template <class V>
-static ALWAYS_INLINE typename V::G shifted8(const Product8& p, int64_t m, typename V::G total, const float* scale,
+// y, sums of lanes, with what the shifts, zero points and offsets of the levels take from it; without OFFSETS those are
+// taken already.
+template <class V, bool OFFSETS = true>
+static ALWAYS_INLINE typename V::G shifted8(const Product8& p, int64_t m, typename V::G y, const float* scale,
                                             const float* zero) {
   const whit_weight& w = *p.w;
   const float* sums = p.group_sums + m * p.sum_stride;
   const typename V::G shift = V::gset1(-p.unit * (float)p.shift), minus = V::gset1(-1.0f);
-  typename V::G y = V::gmul(total, V::gset1(p.unit));
-  for (int64_t g = 0; g < w.groups && w.offsets; g += V::LANES)
-    y = V::gfma(V::gmul(V::gload(zero + g), minus), V::gload(sums + g), y);
+  if constexpr (OFFSETS)
+    for (int64_t g = 0; g < w.groups && w.offsets; g += V::LANES)
+      y = V::gfma(V::gmul(V::gload(zero + g), minus), V::gload(sums + g), y);
+  if (!p.shift && (w.offsets || !w.zero)) return y;
   for (int64_t g = 0; g < w.groups; g += V::LANES) {
     typename V::G by = w.zero && !w.offsets ? V::gfma(V::gload(zero + g), minus, shift) : shift;
     y = V::gfma(V::gmul(V::gload(scale + g), by), V::gload(sums + g), y);
@@ -176,17 +178,30 @@ static ALWAYS_INLINE void lane_sums8(const Product8& p, const Parts8<V, BITS, TA
       typename V::B level[S::PARTS];
       parts(from, level);
       const float* scales = own_scale + r * apart;
-      typename V::G own = WIDE ? V::gset1(*scales) : V::grepeat(scales, shift);
+      typename V::G own;
+      if constexpr (WIDE) own = V::gset1(*scales);
+      else own = V::template grepeat<S::COLUMNS / GROUP8>(scales, shift);
       EACH(m, M) {
         typename V::I dot = V::izero();
         EACH(i, S::PARTS) { dot = V::template dot<SMALL>(dot, level[i], x[m][i]); });
         const float* of_x = by + m * p.lane_stride;
-        const typename V::G each = ONCE ? V::grepeat(of_x, 3) : V::gload(of_x);
+        const typename V::G each = ONCE ? V::template grepeat<2>(of_x, 3) : V::gload(of_x);
         sums[r][m] = V::gfma(V::gmul(V::to_g(dot), each), own, sums[r][m]);
       });
     });
   }
   EACH(r, R) { EACH(m, M) { total[r][m] = sums[r][m]; }); });
+}
+
+template <class V, int R>
+static ALWAYS_INLINE void finish_rows8(const Product8& p, int64_t m, int64_t row, const typename V::G (&sums)[R]) {
+  if constexpr (R == 4) {
+    float y[4];
+    V::gsum4(sums, y);
+    EACH(r, 4) { finish8(p, m, row + r, y[r]); });
+  } else {
+    EACH(r, R) { finish8(p, m, row + r, V::gsum(sums[r])); });
+  }
 }
 
 // R rows of the weight past M of x: what is read of x serves all of them, and the sums at the end overlap. Several rows
@@ -204,14 +219,11 @@ static ALWAYS_INLINE void few_rows(const Product8& p, const Parts8<V, BITS, TABL
   else lane_sums8<V, BITS, TABLE, R, M, false>(p, parts, row, m0, scale, apart, total);
   EACH(m, M) {
     typename V::G sums[R];
-    EACH(r, R) { sums[r] = shifted8<V>(p, m0 + m, total[r][m], scale + r * apart, zero + r * apart); });
-    if constexpr (R == 4) {
-      float y[4];
-      V::gsum4(sums, y);
-      EACH(r, 4) { finish8(p, m0 + m, row + r, y[r]); });
-    } else {
-      EACH(r, R) { finish8(p, m0 + m, row + r, V::gsum(sums[r])); });
-    }
+    EACH(r, R) {
+      const typename V::G y = V::gmul(total[r][m], V::gset1(p.unit));
+      sums[r] = shifted8<V>(p, m0 + m, y, scale + r * apart, zero + r * apart);
+    });
+    finish_rows8<V, R>(p, m0 + m, row, sums);
   });
 }
 
@@ -223,8 +235,12 @@ static int64_t rows_within(const whit_weight& w) {
   return left < 0 ? 0 : left / w.row_bytes + 1;
 }
 
+#include "int8_supers.inl"
+
 template <class V, int BITS, bool TABLE, bool GROUPED>
 static void few_of(const Product8& p, int64_t first, int64_t last, float* scratch) {
+  if constexpr (V::SUPERS && GROUPED && BITS >= 4 && BITS < 8)
+    if (p.w->subs) return supers_of<V, BITS, TABLE>(p, first, last, scratch);
   const Parts8<V, BITS, TABLE> parts(p);
   const int64_t count = p.x->count;
   int64_t row = first, m;

@@ -81,6 +81,7 @@ struct Plain8 : Scalar {
   static ALWAYS_INLINE void gsum4(const G (&g)[4], float* to) {
     for (int r = 0; r < 4; r++) to[r] = gsum(g[r]);
   }
+  template <int>
   static ALWAYS_INLINE G grepeat(const float* p, int shift) {  // lane i has p[i >> shift]
     G g;
     for (int j = 0; j < 8; j++) g[j] = p[j >> shift];

@@ -84,7 +84,12 @@ static ALWAYS_INLINE void super_params_of(const whit_weight& w, const void* oute
 template <class V, class Put>
 static ALWAYS_INLINE void super_params(const whit_weight& w, const void* outer, const uint8_t* inner, int bias,
                                        int64_t row, const Put& put) {
-  if (w.subs == 8) {
+  if constexpr (V::SUPERS) {
+    if (w.subs == 8 && bias) V::template supers<8, true>(w, outer, inner, (float)bias, row, put);
+    else if (w.subs == 8) V::template supers<8, false>(w, outer, inner, 0, row, put);
+    else if (bias) V::template supers<16, true>(w, outer, inner, (float)bias, row, put);
+    else V::template supers<16, false>(w, outer, inner, 0, row, put);
+  } else if (w.subs == 8) {
     if (bias) super_params_of<V, 8, true>(w, outer, inner, (float)bias, row, put);
     else super_params_of<V, 8, false>(w, outer, inner, 0, row, put);
   } else {

@@ -155,7 +155,7 @@ static ALWAYS_INLINE void lane_sums(const Planes& p, const Parts8<Vnni512, BITS,
       __m512i level[S::PARTS];
       parts(from, level);
       const float* scales = own_scale + r * apart;
-      const __m512 own = WIDE ? _mm512_set1_ps(*scales) : Vnni512::grepeat(scales, shift);
+      const __m512 own = WIDE ? _mm512_set1_ps(*scales) : Vnni512::grepeat<S::COLUMNS / UNIT>(scales, shift);
       EACH(m, M) {
         __m512i dot = _mm512_setzero_si512();
         EACH(k, PLANES) {

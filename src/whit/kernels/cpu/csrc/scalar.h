@@ -23,6 +23,7 @@ struct Scalar {
   static constexpr int LOOK_BITS = 4;  // up to so many bits are looked up
   // Whether consecutive levels of 2 and 3 bits, or of 5 to 8, may be moved up to where they cost less.
   static constexpr bool LIFTS = false, LIFTS_MANY = false;
+  static constexpr bool SUPERS = false;  // whether it has a way of its own for what superblocks share
   static constexpr bool COUNTS = true;   // whether converting a small code beats looking it up
 
   static void digits(const uint8_t* from, int64_t bytes, uint8_t* to) { digits_by_table(from, bytes, to); }
