@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -417,6 +418,13 @@ def test_side_files_travel_and_code_and_pickles_do_not(tmp_path: Path):
     with pytest.raises(CheckpointError, match="outside of the model"):
         quantize(snapshot, tmp_path / "out2", INT4, options=Options(progress=lambda name, *_: begun.append(name)))
     assert not begun  # it was found out when all was done
+
+
+def test_names_that_are_no_text(tmp_path: Path):
+    """Bytes of a file system; the model card could not be written, when all was done."""
+    folder = save_tiny(tmp_path / os.fsdecode(b"m\xff"), "llama")
+    quantize(folder, tmp_path / os.fsdecode(b"o\xfe"), INT4)
+    assert "# m?, quantized by whit" in (tmp_path / os.fsdecode(b"o\xfe") / "README.md").read_text()
 
 
 def test_links_into_the_hubs_cache_are_followed(tmp_path: Path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -152,6 +153,14 @@ def test_a_tensor_that_the_index_does_not_list(tmp_path: Path):
         Checkpoint(tmp_path)
 
 
+def test_two_models_in_one_folder(tmp_path: Path):
+    """transformers loads model.safetensors then, and the index was read here: two models under one name."""
+    sharded(tmp_path)
+    save_file({"a": torch.zeros(2), "b": torch.zeros(2)}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"both model.safetensors and .*; remove the other"):
+        Checkpoint(tmp_path)
+
+
 def test_a_tensor_in_two_shards(tmp_path: Path):
     sharded(tmp_path)
     save_file({"a": torch.ones(2), "b": torch.ones(2)}, tmp_path / "model-00001-of-00002.safetensors")
@@ -247,6 +256,8 @@ def test_a_hub_id_is_downloaded_without_pickles_or_code(tmp_path: Path, monkeypa
     assert plain - small == {"*.safetensors"}
     assert name == "org/name"
     assert "*.safetensors" in plain
+    for file in ("LICENSE", "LICENCE.md", "NOTICE", "1_Pooling/config.json"):  # they go with what is made of the model
+        assert any(fnmatch(file, pattern) for pattern in small), file
     assert not {"*.bin", "*.pt", "*.py"} & plain
     assert trusted - plain == {"*.py"}
 

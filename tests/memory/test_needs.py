@@ -89,7 +89,9 @@ def test_a_gguf_file_is_counted_as_it_runs(tmp_path: Path):
     whit.quantize("whit:model", tmp_path / "m.gguf", whit.Recipe(rules=[("*", "q8_0")]), export="gguf")
     subject = find_subject(str(tmp_path / "m.gguf"))
     assert subject.parameters == find_subject("whit:model").parameters
-    assert "runs it dequantized" in subject.notes[0]
+    row = Planner(subject, Situation(context=64)).rows(())[0]
+    assert (row.format, row.weights_bytes) == ("as stored", (tmp_path / "m.gguf").stat().st_size)
+    assert not subject.notes  # it said that the file runs dequantized, as it once did
 
 
 def test_what_is_no_model_is_refused(tmp_path: Path):

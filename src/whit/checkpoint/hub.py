@@ -18,7 +18,7 @@ from huggingface_hub.errors import (
 from whit.data import resolve_model as shipped_model
 from whit.errors import CheckpointError, reason_of
 
-SMALL = ["*.json", "*.txt", "*.model", "*.jinja"]
+SMALL = ["*.json", "*.txt", "*.model", "*.jinja", "LICEN[CS]E*", "NOTICE*"]
 COPIES = ["original/*", "consolidated*"]  # the same weights once more, as their makers' own programs read them
 FILES = (".gguf", ".safetensors", ".bin", ".pt", ".pth", ".onnx")  # no hub id ends so
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")

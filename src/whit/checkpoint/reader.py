@@ -101,6 +101,11 @@ def find_shards(folder: Path) -> tuple[Path, ...]:
             f"{folder}: no such folder; it must hold config.json and safetensors files; check the path"
         )
     if (folder / INDEX).is_file():
+        if (folder / SINGLE).is_file() and SINGLE not in _weight_map(folder).values():
+            raise CheckpointError(
+                f"{folder}: both {SINGLE} and {INDEX}, which lists other files; one of them must be the model, and "
+                "transformers takes the first; remove the other"
+            )
         return _indexed_shards(folder)
     if (folder / SINGLE).is_file():
         return (folder / SINGLE,)

@@ -77,7 +77,7 @@ class FolderExport:
         return plan_shards((item for p in parameters for item in self.specs(p).items()), limit)
 
     def files(self, outcome: Outcome) -> Mapping[str, bytes]:
-        card = self.card(outcome).encode()
+        card = self.card(outcome).encode(errors="replace")  # a folder's name may be no text
         return {"config.json": to_json({**outcome.config, **self.config(outcome)}), "README.md": card}
 
     def takes(self, name: str) -> bool:

@@ -149,10 +149,10 @@ def _of_folder(name: str, folder: Path, trust_remote_code: bool) -> Subject:
 
 
 def _of_gguf(name: str, file: Path) -> Subject:
-    """By the file's header. As it lies no command runs it, so that there is no row for that."""
+    """By the file's header; as it lies, it runs from its own codes."""
     model = open_source(file).model
-    note = f"{name}: whit runs it dequantized; quantize it, or convert it with --export whit, for its size in memory"
-    return _sized(Subject(name, ConfigSource(model, torch.float32), 0, None, (note,)))
+    dtype = getattr(model.config, "dtype", None) or torch.float32
+    return _sized(Subject(name, ConfigSource(model, dtype), 0, file.stat().st_size))
 
 
 def _sized(subject: Subject) -> Subject:
