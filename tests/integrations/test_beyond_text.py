@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 import whit
 from whit import GPTQ, Calibration, Recipe
 from whit.errors import UnsupportedModelError
+from whit.evaluation import EvaluationOptions, evaluate
 from whit.pipeline import dequantize
 
 from tiny_models import DECODER, ENCODER
@@ -34,6 +35,14 @@ MODELS = {
     "gemma3": (hf.Gemma3ForConditionalGeneration, lambda: hf.Gemma3Config(
         text_config={**DECODER, "head_dim": 16}, vision_config=SIGHT, mm_tokens_per_image=4, image_token_index=5),
         {"input_ids": IDS}),
+    "llava": (hf.LlavaForConditionalGeneration, lambda: hf.LlavaConfig(
+        text_config={**DECODER, "model_type": "llama"}, vision_config={**SIGHT, "model_type": "clip_vision_model"},
+        image_token_index=5), {"input_ids": IDS}),
+    "qwen2_5_vl": (hf.Qwen2_5_VLForConditionalGeneration, lambda: hf.Qwen2_5_VLConfig(
+        text_config={**DECODER, "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3],
+                                                    "rope_theta": 10000.0}},
+        vision_config={"depth": 2, "hidden_size": 64, "intermediate_size": 128, "num_heads": 4, "out_hidden_size": 64,
+                       "patch_size": 8}, image_token_id=5), {"input_ids": IDS}),
     "clip": (hf.CLIPModel, lambda: hf.CLIPConfig(text_config=TEXT, vision_config=SIGHT),
              {"input_ids": IDS, "pixel_values": IMAGE}),
     "wav2vec2": (hf.Wav2Vec2ForCTC, lambda: hf.Wav2Vec2Config(**SOUND), {"input_values": torch.ones(1, 4000)}),
@@ -94,6 +103,21 @@ def test_what_blocks_return_beside_hidden_states_is_no_hindrance(saved: Path, na
     assert len(calibrated) >= 8
     assert all(entry.proxy_loss is not None and entry.reason is None for entry in calibrated)
     assert torch.isfinite(outputs(tmp_path / "out", name)).all()
+
+
+@pytest.mark.parametrize(("saved", "name"), [(n, n) for n in ("gemma3", "llava", "qwen2_5_vl")], indirect=["saved"])
+@pytest.mark.parametrize("export", ["whit", "gptq"])
+def test_what_sees_is_measured_on_text(saved: Path, name: str, export: str, tmp_path: Path):
+    """It was said that LLaVA and Qwen 2.5 VL are no causal language models."""
+    whit.quantize(saved, tmp_path / "out", "int8-g32", export=export)
+    if export != "whit":  # as another program would have written it
+        (tmp_path / "out/whit.json").unlink()
+    (tmp_path / "text.txt").write_text(" ".join(f"w{i % 110 + 10}" for i in range(100)))
+    options = EvaluationOptions(baseline=str(saved), text=str(tmp_path / "text.txt"), context=32, dtype="float32")
+    found = evaluate(str(tmp_path / "out"), options)
+    assert found.baseline.kl_mean < 1e-3
+    plain = MODELS[name][0](MODELS[name][1]())
+    assert round(8 * found.size_bytes / found.bits_per_weight) == sum(p.numel() for p in plain.parameters())
 
 
 @pytest.mark.parametrize("saved", ["vit", "wav2vec2"], indirect=True)

@@ -95,11 +95,12 @@ def _elements(file: Path) -> int:
 
 def _from_architecture(config: Any) -> int:
     """Parameters of an empty model of this configuration; tied ones count once."""
-    from transformers import AutoModelForCausalLM
+    import transformers
 
     plain = copy.deepcopy(config)
     if hasattr(plain, "quantization_config"):
         del plain.quantization_config
+    named = getattr(transformers, next(iter(getattr(plain, "architectures", None) or ()), ""), None)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(plain)
+        model = transformers.AutoModelForCausalLM.from_config(plain) if named is None else named(plain)
     return sum(parameter.numel() for parameter in model.parameters())

@@ -45,13 +45,11 @@ def load_causal_lm(
     Raises CheckpointError for a folder or id that cannot be read or lacks tensors, UnsupportedModelError for a model
     that is no causal language model, EvaluationError for a device or dtype that is not there.
     """
-    from transformers import AutoModelForCausalLM
-
     placement = _placement(device)
     if dtype not in DTYPES:
         raise EvaluationError(f"dtype {dtype}: unknown; use one of {', '.join(DTYPES)}")
     config = load_config(name, trust_remote_code=trust_remote_code)
-    _require_causal(name, config)
+    auto_class = _require_causal(name, config)
     source, options = _source(name, trust_remote_code, weights=True)
     file = options.get("gguf_file")
     if file is not None or is_foreign(Path(source)):
@@ -70,7 +68,7 @@ def load_causal_lm(
         placement["quantization_config"] = quantization
     model, info = _translated(
         name,
-        lambda: AutoModelForCausalLM.from_pretrained(
+        lambda: auto_class.from_pretrained(
             source,
             dtype=dtype if dtype == "auto" else getattr(torch, dtype),
             trust_remote_code=trust_remote_code,
@@ -143,21 +141,29 @@ def _placement(device: str) -> dict[str, Any]:
     return {"device_map": "auto" if device == "auto" else {"": device}}
 
 
-def _require_causal(name: str, config: Any) -> None:
-    """BERT and T5 load as "causal" models with a warning, or not at all; the figures would mean nothing."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+def _require_causal(name: str, config: Any) -> Any:
+    """The auto class that loads it; one that sees is a causal model where it is given text alone.
+
+    BERT and T5 load as "causal" models with a warning, or not at all; the figures would mean nothing.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.models.auto import modeling_auto as auto
 
     if "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
-        return
-    mapped = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
+        return AutoModelForCausalLM
+    mapped = auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
+    sees = auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(config.model_type)
     architectures = getattr(config, "architectures", None) or ([mapped] if mapped else [])
-    known = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
-    fits = mapped is not None and any(a in known or a.endswith("ForConditionalGeneration") for a in architectures)
-    if not fits or getattr(config, "is_encoder_decoder", False):
-        said = ", ".join(architectures) or config.model_type
-        raise UnsupportedModelError(
-            f"{name}: {said} is not a causal language model; next-token figures need one; name a decoder model"
-        )
+    known = set(auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+    if not getattr(config, "is_encoder_decoder", False):
+        if sees in architectures and mapped not in architectures:
+            return AutoModelForImageTextToText
+        if mapped is not None and any(a in known or a.endswith("ForConditionalGeneration") for a in architectures):
+            return AutoModelForCausalLM
+    said = ", ".join(architectures) or config.model_type
+    raise UnsupportedModelError(
+        f"{name}: {said} is not a causal language model; next-token figures need one; name a decoder model"
+    )
 
 
 def _has_tokenizer(folder: Path) -> bool:

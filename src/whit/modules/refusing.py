@@ -25,6 +25,8 @@ _REFUSED = frozenset(
 class PackedAway(Tensor):
     """An empty tensor (out_features, 0) with the dtype and device in which a module stands for floats."""
 
+    _is_hf_initialized = True  # where a model of transformers draws the numbers of its parts itself (Mamba 2)
+
     @classmethod
     def __torch_function__(
         cls,
