@@ -120,7 +120,7 @@ def test_more_rows_of_few_outs_fill_the_device(spec: str, shape: tuple[int, int]
 
 @pytest.mark.parametrize(("kind", "rows", "shape"), tables.HOPPER_FEW)
 def test_measured_cuts_for_few_rows_fit_the_multiprocessor(kind: str, rows: int, shape: tuple[int, int]):
-    specs = ("int4-g128", "nf4", "nf4-dq", "int8", "int4-g64-asym", "int3-g128", "int2-g64")
+    specs = ("int4-g128", "int4-g128-asym", "nf4", "nf4-dq", "int8", "int4-g64-asym", "int3-g128", "int2-g64")
     scheme = next(found for spec in specs if tuned.kind(found := scheme_of(spec, shape[1])) == kind)
     config = few.Config(*tables.HOPPER_FEW[kind, rows, shape])
     cuts = few.slices(scheme, config, rows, shape[1])

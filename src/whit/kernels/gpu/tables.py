@@ -160,6 +160,10 @@ HOPPER_FEW: dict[Key, tuple[int, ...]] = {
     ("int4-128", 1, (14336, 4096)): (8, 2, 3),  # 2407 GB/s, 3.38x bfloat16
     ("int4-128", 1, (4096, 14336)): (8, 4, 2),  # among a token's other kernels 2.5 microseconds faster than (16, 2, 1)
     ("int4-128", 1, (28672, 8192)): (16, 2, 1),  # 2795 GB/s, 3.73x bfloat16
+    ("int4-128-zero", 1, (4096, 4096)): (8, 2, 2),  # with the next three a block of a token 6.5 microseconds faster
+    ("int4-128-zero", 1, (6144, 4096)): (8, 2, 3),
+    ("int4-128-zero", 1, (28672, 4096)): (8, 2, 3),
+    ("int4-128-zero", 1, (4096, 14336)): (8, 4, 2),
     ("int4-64-zero", 1, (4096, 4096)): (8, 2, 2, 2),  # 1605 GB/s, 2.75x bfloat16
     ("int4-64-zero", 1, (14336, 4096)): (8, 2, 2, 2),  # 2115 GB/s, 2.84x bfloat16
     ("int4-64-zero", 1, (4096, 14336)): (8, 2, 2, 2),  # 2154 GB/s, 2.99x bfloat16
@@ -172,6 +176,7 @@ HOPPER_FEW: dict[Key, tuple[int, ...]] = {
     ("table-64", 1, (14336, 4096)): (8, 2, 2, 2, 1),  # 2205 GB/s, 2.84x bfloat16
     ("table-64", 1, (4096, 14336)): (8, 2, 2, 2),  # 2332 GB/s, 3.10x bfloat16
     ("table-64", 1, (28672, 8192)): (8, 2, 2, 2),  # 2712 GB/s, 3.32x bfloat16
+    ("table-64", 1, (6144, 4096)): (8, 2, 3, 2),  # 1 microsecond a block of a token faster than (8, 2, 2, 2, 1)
     ("table-64-dq", 1, (4096, 4096)): (8, 2, 2, 2, 1),  # 1664 GB/s, 2.98x bfloat16
     ("table-64-dq", 1, (14336, 4096)): (8, 2, 2, 2, 1),  # 2159 GB/s, 3.03x bfloat16
     ("table-64-dq", 1, (6144, 4096)): (8, 2, 3, 2),  # 1 microsecond a block faster than (8, 2, 2, 2, 1)
