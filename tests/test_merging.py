@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
+from math import prod
 from pathlib import Path
 
 import peft
@@ -24,6 +26,7 @@ from whit.merging.measure import DROPPED, ROUNDED, load_with_adapter, round_in_p
 from whit.merging.routes import prepare_merge
 from whit.methods.regrid import regrid, share_in_params
 from whit.methods.stack import energy
+from whit.pipeline.estimate import estimate
 from whit.pipeline.job import Options, open_source
 from whit.tensor import LayerStats, QuantizedTensor
 from whit.training.peft_file import read_adapter
@@ -170,6 +173,16 @@ def test_inputs_are_rounded_after_a_merge_as_before_or_it_is_said(plain: Path, t
     assert after["quantization_config"]["inputs"] == before["quantization_config"]["inputs"]
     beside = prepare_merge(tmp_path / "w8a8", trained, tmp_path / "beside", Merge("sidecar"), Options())
     assert beside.notes == ("activations int8 are left behind: the new file has int8-channel+r4",)
+
+
+def test_new_codes_on_old_scales_take_longer_than_gptq(packed, trained, tmp_path, text, monkeypatch):
+    """They were counted as GPTQ's: 29 s were said for what took 130."""
+    monkeypatch.setattr("whit.pipeline.estimate._trial", lambda *_: (0.0, 1e-3))
+    job = prepare_merge(packed, trained, tmp_path / "out", Merge(calibration=text), Options())
+    items = [item for item in job.plan.items if item.name in job.regridded]
+    more = estimate(job).seconds - estimate(replace(job, regridded=frozenset())).seconds
+    weights = sum(prod(item.spec.shape) for item in items)
+    assert 10 * 1e-3 * weights < more < 12 * 1e-3 * weights
 
 
 def test_a_stopped_merge_ends_with_the_same_bytes_on_other_threads(packed, trained, tmp_path, text):

@@ -26,13 +26,14 @@ from whit.methods.feedback import damped, factored
 from whit.methods.gptq import GPTQ
 from whit.methods.scales import refit_scales
 from whit.methods.stack import energy
-from whit.tensor import LayerStats, Params, QuantizedTensor
+from whit.tensor import Format, LayerStats, Params, QuantizedTensor
 
 DAMP = 0.01
 ROWS = 8192  # solved at a time; fixed, so that results do not depend on the machine
 SWEEPS = 4
 TURNS = 2
 WHOLE = 1 - 1e-6
+WALK = 0.6  # of what GPTQ takes for a matrix, whose params it searches first
 CONSTANTS = ("zero_point", "offset")  # params that add the same to all columns of a group
 
 
@@ -45,6 +46,13 @@ class Regridded:
     share: float
     lossless: bool
     scales: str
+
+
+def effort(format: Format) -> float:
+    """How many times what GPTQ takes a matrix takes: two searches, scales that move where they can, GPTQ itself."""
+    fixed = not format.continuous or format.vector_size > 1 or getattr(format, "double_quant", False)
+    turns = 0 if fixed else TURNS
+    return 1 + WALK * (1 + (2 + turns) * SWEEPS)
 
 
 def regrid(target: Tensor, present: QuantizedTensor, stats: LayerStats | None) -> Regridded:

@@ -6,10 +6,10 @@ and in products with the calibration tokens (running the blocks, summing x x^T, 
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from dataclasses import dataclass
-from math import prod
 
 import torch
 
@@ -18,6 +18,7 @@ from whit.layouts import BITS
 from whit.methods import Method, stand_in
 from whit.methods.base import BlockMethod
 from whit.methods.lowrank import beside
+from whit.methods.regrid import effort
 from whit.model.graph import find_blocks
 from whit.pipeline.job import Job
 from whit.pipeline.plan import Item
@@ -51,7 +52,7 @@ class Estimate:
 def estimate(job: Job) -> Estimate:
     """Time the method on random weights and scale up; reads none of the model's."""
     quantized = [item for item in job.plan.items if item.format is not None]
-    largest = max((prod(_shape(item)) for item in quantized), default=0)
+    largest = max((math.prod(_shape(item)) for item in quantized), default=0)
     seconds = sum(item.spec.nbytes for item in job.plan.items) / READ_RATE
     seconds += job.plan.size_bytes / WRITE_RATE
     memory, inputs = peak_memory() + WORKING_BYTES * largest, 0
@@ -71,20 +72,21 @@ def estimate(job: Job) -> Estimate:
             inputs = _inputs(job, slowest)
             memory += _holding(job, slowest, blocks) + (inputs if inputs <= job.options.input_memory else 0)
             if job.recipe.transform is not None:  # a block waits in its new basis, in float32
-                memory += max(sum(4 * prod(item.spec.shape) for item in unit.items) for unit in job.plan.units)
+                memory += max(sum(4 * math.prod(item.spec.shape) for item in unit.items) for unit in job.plan.units)
     return Estimate(seconds, memory, job.plan.size_bytes, inputs)
 
 
 def _solving(job: Job, method: Method, quantized: list[Item]) -> float:
     """Seconds for the method on all matrices, each for itself."""
-    weights: Counter[tuple[Format, int]] = Counter()
+    weights: Counter[tuple[Format, int]] = Counter()  # more of them where each takes longer
     matrices: Counter[tuple[Format, int]] = Counter()
     for item in quantized:
         assert item.format is not None
         columns = _shape(item)[-1]
-        for form, rows in parts_of(item.format, prod(_shape(item)[:-1])):
-            weights[form, columns] += rows * columns
-            matrices[form, columns] += prod(_shape(item)[:-2])
+        times = math.ceil(effort(item.format)) if item.name in job.regridded else 1
+        for form, rows in parts_of(item.format, math.prod(_shape(item)[:-1])):
+            weights[form, columns] += times * rows * columns
+            matrices[form, columns] += times * math.prod(_shape(item)[:-2])
     rate = _rate(torch.float64, job.device) if method.needs_stats else 1.0
     total = 0.0
     for (form, columns), count in weights.items():
@@ -114,7 +116,7 @@ def _running(job: Job, method: Method, blocks: list[list[Item]]) -> float:
     seconds = AROUND * passes(job, method) * tokens * forward / _rate(_dtype(job), job.device)
     # Of linears that share an input one is summed: about half of all. The account wants two products with the sum.
     squares = sum(_shape(item)[-1] ** 2 * tokens for block in blocks for item in block)
-    account = sum(4 * prod(_shape(item)) * _shape(item)[-1] for block in blocks for item in block)
+    account = sum(4 * math.prod(_shape(item)) * _shape(item)[-1] for block in blocks for item in block)
     return seconds + ((1 + method.needs_exact) * squares + account) / _rate(torch.float32, job.device)
 
 
@@ -140,7 +142,7 @@ def _holding(job: Job, method: Method, blocks: list[list[Item]]) -> int:
     context = job.calibration.context
     twice, itemsize = 1 + method.needs_exact, _dtype(job).itemsize
     columns = [_shape(item)[-1] for block in blocks for item in block]
-    largest = max((sum(prod(_shape(item)) for item in block) for block in blocks), default=0)
+    largest = max((sum(math.prod(_shape(item)) for item in block) for block in blocks), default=0)
     statistics = max((sum(_shape(item)[-1] ** 2 for item in block) for block in blocks), default=0) * 4 // 2
     memory = LOADED + itemsize * largest + twice * statistics + SQUARES * max(columns, default=0) ** 2
     if isinstance(method, BlockMethod):
@@ -168,7 +170,7 @@ def active_weights(job: Job, item: Item) -> float:
     """Weights that a token meets: of a stack of experts only the chosen ones."""
     config = job.source.model.config.get_text_config()
     chosen = getattr(config, "num_experts_per_tok", None) if len(_shape(item)) == 3 else None
-    return prod(_shape(item)) * (min(chosen / _shape(item)[0], 1.0) if chosen else 1.0)
+    return math.prod(_shape(item)) * (min(chosen / _shape(item)[0], 1.0) if chosen else 1.0)
 
 
 def _hidden(job: Job) -> int:
