@@ -14,6 +14,7 @@ from whit.export.readers.base import Foreign, Packed, Reader, sentences
 from whit.export.readers.bitnet import read_bitnet
 from whit.export.readers.bitsandbytes import read_bitsandbytes
 from whit.export.readers.compressed_tensors import read_compressed_tensors
+from whit.export.readers.fp8 import read_fp8
 from whit.export.readers.gptq import read_gptq
 from whit.export.readers.hqq import read_hqq
 from whit.export.readers.inputs import inputs_of
@@ -28,6 +29,7 @@ READERS: tuple[tuple[str, Reader], ...] = (
     ("mlx", read_mlx),
     ("hqq", read_hqq),
     ("bitnet", read_bitnet),
+    ("fp8", read_fp8),
 )
 
 
