@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, LlavaConfig, LlavaForConditionalGeneration
 
 from whit.export import EXPORTERS, exporter_named
 from whit.pipeline import quantize
@@ -14,7 +14,7 @@ from whit.pipeline.job import Options, prepare
 from whit.pipeline.usual import with_usual
 from whit.recipe import Recipe
 
-from tiny_models import save_tiny
+from tiny_models import DECODER, save_tiny
 
 TAKEN = {
     "gguf": "q4_k_m",
@@ -59,6 +59,27 @@ def test_what_is_named_is_never_changed(model: Path, tmp_path: Path):
     with pytest.raises(Exception, match="in_features 64 is not divisible by group_size 128; use int4-g64"):
         prepare(model, tmp_path / "out", Recipe(rules=[("*", "int4-g128")]), Options())
     assert Recipe() == Recipe(rules=[("*", "int4-g128")])  # as values they are one
+
+
+def test_what_no_group_divides_is_kept_and_said(tmp_path: Path):
+    """Gemma 3's part that sees has rows of 4304; the usual command on it was refused."""
+    words = {**DECODER, "model_type": "llama"}
+    sight = {"hidden_size": 64, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 2,
+             "image_size": 16, "patch_size": 8, "model_type": "siglip_vision_model"}  # fmt: skip
+    config = LlavaConfig(text_config=words, vision_config=sight, image_token_index=5)
+    LlavaForConditionalGeneration(config).save_pretrained(tmp_path / "model")
+    for kind in ("whit", "gptq", "compressed-tensors"):
+        job = prepare(tmp_path / "model", tmp_path / "out", Recipe(), Options(), export=kind)
+        assert job.notes[0].startswith("no format is named: int4-g64 is taken, since 64 columns")
+        assert job.notes[1].endswith("encoder.layers.*.mlp.fc2 is kept: no usual group divides its 80 columns")
+        kept = [i.name for i in job.plan.items if i.reason == "a rule keeps it"]
+        assert len(kept) == 3
+        assert all(name.endswith("mlp.fc2.weight") for name in kept)
+    own = Recipe().with_rules([*Recipe().rules, ("*.0.mlp.fc2", "int8-channel")])
+    job = prepare(tmp_path / "model", tmp_path / "out", own, Options())
+    assert sum(i.reason == "a rule keeps it" for i in job.plan.items) == 2
+    with pytest.raises(Exception, match="in_features 80 is not divisible by group_size 64"):
+        prepare(tmp_path / "model", tmp_path / "out", Recipe(rules=[("*", "int4-g64")]), Options())
 
 
 def test_python_without_a_recipe(model: Path, tmp_path: Path):
