@@ -56,6 +56,18 @@ class BlockStats:
         return tuple(i for i, s in enumerate(found) if len(found) > 1 and s.token_count < EXPERT_TOKENS)
 
 
+def _unseen(name: str, parameter: Tensor) -> CalibrationError:
+    """What to say of a parameter without statistics: some token reaches a stack of experts, whatever the text."""
+    if parameter.dim() == 3:
+        return CalibrationError(
+            f"{name}: is multiplied in another way than linears are (gpt-oss, Llama 4); calibration watches linears; "
+            "keep it with a rule, or choose a method that needs no data, such as hqq"
+        )
+    return CalibrationError(
+        f"{name}: no token reached it; all that is quantized must be used; use another text, or keep it with a rule"
+    )
+
+
 def _sum(found: tuple[LayerStats, ...]) -> LayerStats:
     """The statistics of all tokens that any of these experts saw."""
     sizes = [s.magnitude for s in found if s.magnitude is not None]
@@ -146,10 +158,7 @@ class Watch(Products):
             experts = len(parameter) if parameter.dim() == 3 else 1
             leaders = [self.leaders.get((name, i), (name, i)) for i in range(experts)]
             if not any(self.tokens[place] for place in leaders):
-                raise CalibrationError(
-                    f"{name}: no token reached it; all that is quantized must be used; "
-                    "use another text, or keep it with a rule"
-                )
+                raise _unseen(name, parameter)
             columns = next(len(self.hessians[place]) for place in leaders if place in self.hessians)
             empty = torch.zeros(1, 1, device=parameter.device).expand(columns, columns)
             stats[name] = tuple(
