@@ -150,7 +150,7 @@ def multiply(rows: Rows, weight: Weight, y: Tensor, config: Config) -> None:
     """Fill y (rows, outs) with quantized rows through the weight."""
     outliers, shifted, device = rows.listed is not None, rows.zero is not None, y.device.index
     function = build(PRODUCT, tuple(config.macros(y.dtype == torch.float16, outliers, shifted).items()), device)
-    grid = config.grid(y.shape[1], len(y), torch.cuda.get_device_properties(device).multi_processor_count)
+    grid = config.grid(y.shape[1], len(y), nvrtc.processors(device))
     shared, where = config.shared_bytes(outliers, shifted), nvrtc.stream_on(y.device.index)
     params = product_params(rows, weight, y, config)
     function.launch_early(grid, config.threads, shared, params, where, config.split * config.pair)

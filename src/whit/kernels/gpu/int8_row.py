@@ -69,6 +69,6 @@ def multiply_row(x: Tensor, weight: Weight, y: Tensor, threshold: float, config:
     """
     outliers, columns, device = threshold > 0, x.shape[1], x.device.index
     function = build(ROW, tuple(config.macros(x.dtype == torch.float16, outliers, columns).items()), device)
-    blocks = config.blocks(y.shape[1], torch.cuda.get_device_properties(device).multi_processor_count)
+    blocks = config.blocks(y.shape[1], nvrtc.processors(device))
     shared, where = shared_bytes(columns, outliers), nvrtc.stream_on(x.device.index)
     function.launch_early((blocks, 1, 1), THREADS, shared, row_params(x, weight, y, threshold), where)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -121,7 +122,7 @@ def fill_rows(params: QuantizeParams, macros: dict[str, int], device: torch.devi
     """Launch int8_quantize.cu."""
     function = build(QUANTIZE, tuple(macros.items()), device.index)
     where = nvrtc.stream_on(device.index)
-    most = 16 * torch.cuda.get_device_properties(device).multi_processor_count
+    most = 16 * nvrtc.processors(device.index)
     blocks = macros["CLUSTER"] if macros["EACH"] else min(params.rows, most) + bool(params.marks)
     function.launch_early((blocks, 1, 1), macros["THREADS"], quantize_bytes(macros), params, where, macros["CLUSTER"])
 
@@ -153,6 +154,7 @@ def mark_macros(half: bool, rows: int, joined: bool) -> dict[str, int]:
     return BYTES | {"HALF": int(half), "JOINED": int(joined), "WIDTH": mark_width(rows)}
 
 
+@lru_cache(maxsize=64)
 def rounded(threshold: float, dtype: torch.dtype) -> float:
     """A threshold as torch compares it with floats of that type."""
     return torch.tensor(threshold, dtype=dtype).item()

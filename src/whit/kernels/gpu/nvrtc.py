@@ -54,6 +54,13 @@ def stream_on(device: int) -> int:
     return address
 
 
+@lru_cache(maxsize=32)
+def processors(device: int) -> int:
+    """The multiprocessors of a device."""
+    count: int = torch.cuda.get_device_properties(device).multi_processor_count
+    return count
+
+
 def missing() -> str | None:
     """Why nothing can be compiled here, or None."""
     try:
