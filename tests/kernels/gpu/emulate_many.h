@@ -14,8 +14,8 @@ static void __trap() { __builtin_trap(); }
 #if defined WG && defined MIN_BLOCKS
 constexpr bool TRADED = WG == 2 && MIN_BLOCKS == 1;
 #endif
-static void hold_registers() {}
-static void give_registers() {}
+template <int COUNT> static void hold_registers() {}
+template <int COUNT> static void give_registers() {}
 static float4 load_sums(const float4 *p) { return *p; }
 static float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 static u64 describe_rows(const void *tile) { return (u64)tile; }

@@ -17,23 +17,10 @@ from whit.layouts import BITS
 from whit.tensor import PackedWeight
 
 import emulated
+from emulated_runs import random_packed
 
 pytestmark = pytest.mark.skipif(emulated.COMPILER is None, reason="no g++ here")
 BF16, F16 = torch.bfloat16, torch.float16
-
-
-def random_packed(spec: str, outs: int, columns: int, random: Generator) -> PackedWeight:
-    """Random bytes for codes and integers, small positive numbers for the rest: every code and sub-scale occurs."""
-    format = parse_format(spec)
-    tensors: dict[str, Tensor] = {}
-    for name, want in BITS.specs(format, (outs, columns)).items():
-        if want.dtype == torch.uint8:
-            most = 243 if name == "codes" and spec.startswith("ternary") else 256
-            low, most = (110, 130) if name == "exponent" else (0, most)
-            tensors[name] = torch.randint(low, most, want.shape, dtype=torch.uint8, generator=random)
-        else:
-            tensors[name] = (torch.rand(want.shape, generator=random) * 0.02 + 0.01).to(want.dtype)
-    return PackedWeight(BITS.name, format, (outs, columns), tensors)
 
 
 def scheme_of(packed: PackedWeight) -> Scheme:

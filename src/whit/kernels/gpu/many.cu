@@ -12,6 +12,7 @@
 //   MIN_BLOCKS         blocks per multiprocessor to leave registers for
 //   SPACED             1: pairs of levels lie 256 bytes apart, so that one permutation makes an address, where there is room
 //   PARTS              weights of one format and width that are multiplied by the same x
+//   RUN                columns of a run of one of ggml's types (many_runs.cuh); 0: scales are common.cuh's
 //
 // Four warps multiply 64 outs, whose weights they decode from shared memory into their registers, with all rows of the
 // tile: Hopper's product takes its left side from registers and x from shared memory. Codes and x both come as they lie
@@ -23,6 +24,9 @@
 // Blocks that share the columns of a tile write their sums of what another finishes into its shared memory; each adds up
 // what it finishes itself, always in the same order. Blocks apart lay their sums in memory, and the last to come adds up.
 #define CHUNK 32
+#ifndef RUN
+#define RUN 0
+#endif
 #include "codes.cuh"
 #ifndef EMULATED
 #include "tiles.cuh"
@@ -30,14 +34,25 @@
 constexpr int BATCH = MIN_BLOCKS > 1 || WG > 2 ? 1 : 4;  // products of 16 columns that are asked for together
 constexpr int RING = BATCH > 1 ? 2 * BATCH : 4;          // sets of operands: those that are made, and those of products under way
 constexpr int BM = 64 * WG, BN = 8 * NT, BK = BITS == 3 ? 256 : DENSE ? 1024 / BITS : 128, PIECES = BK / 64, CONSUMERS = 128 * WG, CLUSTER = (APART ? 1 : SPLITS) * PAIR;
-constexpr int THREADS = CONSUMERS + (TRADED ? 128 : 32);
-constexpr int X_PIECE = BN * 128, W_ROW = BK * BITS / 8, W_BYTES = BM * W_ROW, TILES = STAGES * W_BYTES + LEAD * X_PIECE;
-constexpr int SLOT = GROUP && GROUP < 128 ? GROUP : 128;  // columns for which a scale is held
+constexpr int THREADS = CONSUMERS + (TRADED || RUN ? 128 : 32);
+constexpr int SLOT = RUN ? (RUN < 32 ? RUN : 32) : GROUP && GROUP < 128 ? GROUP : 128;  // columns for which a scale is held
 constexpr int SLOTS = BK / SLOT, TOGETHER = 8;          // of a step; tiles of rows that are multiplied with the same weights
 constexpr int PAIRS = NT / 2, OWN = (PAIRS + SPLITS - 1) / SPLITS;  // pairs of tiles of rows, and those a block finishes at most
 constexpr int HANDED = 2 * OWN * CONSUMERS * 16;        // bytes of sums that a block hands to another
+#if RUN
+constexpr bool AFTER = false, DIRECT = false;
+constexpr int FACTORS = LESS ? 8 : 4, MADE = SLOTS * BM * FACTORS, PARTS_MADE = BM / 32;  // bytes of a run's, of a step's; by a warp each
+struct Scales {
+    const u8 *field[4];   // d, dmin or m, the integers of each
+    int pitch[4];         // bytes of a row of W; 0: there is none
+};
+#else
+constexpr int MADE = 0, PARTS_MADE = 0;
 constexpr bool AFTER = GROUP == 0 && !CODEBOOK && !LATE;  // a row's one scale is its sums'
 constexpr bool DIRECT = SCALE_PAIRS && !AFTER && !HALF && !CODEBOOK && !ZERO && OFFSET == 1 << (BITS - 1) && !LATE;  // scaled where they lie
+#endif
+constexpr int X_PIECE = BN * 128, W_ROW = BK * BITS / 8, W_BYTES = BM * W_ROW;
+constexpr int TILES = STAGES * (W_BYTES + MADE) + LEAD * X_PIECE;
 constexpr int FRONT = 1024;                             // bytes before the tiles: a word for blocks apart, barriers
 static_assert(8 * (2 + 2 * STAGES + 2 * LEAD) <= FRONT, "room for barriers");
 static_assert(!APART || PAIR == 1 && !MIXED, "blocks that know nothing of each other");
@@ -65,7 +80,8 @@ struct Tile {
     bool low;
 };
 struct Block {
-    u8 *stages, *rows, *sums, *table;  // of W; of x; what other blocks have handed over; pairs of levels
+    u8 *stages, *rows, *made;  // of W; of x; RUN: factors of a stage's runs
+    u8 *sums, *table;          // what other blocks have handed over; pairs of levels
     u64 *full, *spent, *ready, *empty;  // steps of W that have come, and that are decoded; pieces of x, and those done
     int tiles, first, stride;  // tiles there are (or pairs of them), this block's first, and how far on the next is
     int whole;                 // tiles before those of half the height
@@ -165,7 +181,9 @@ DEVICE Tile enter(const Params &p, const Block &b, int index, int warp, Lane &w,
 #pragma unroll
     for (int h = 0; h < 2; h++) w.out[h] = min(tile.out + warp * 16 + (w.lane >> 2) + 8 * h, part.outs - 1);
     begin_scales(r, part, b, w);
+#if !RUN
     if (AFTER) w.after[0] = load_scale(part.scales, w.out[0], 0), w.after[1] = load_scale(part.scales, w.out[1], 0);
+#endif
     return tile;
 }
 
@@ -219,7 +237,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) many(KERNEL_AR
     int tid = threadIdx.x, steps = (p.columns + BK - 1) / BK, most = (steps + SPLITS - 1) / SPLITS;
     Block b;
     if (shared_address(shared) & 1023) __trap();
-    b.stages = (u8 *)shared + FRONT, b.rows = b.stages + STAGES * W_BYTES;
+    b.stages = (u8 *)shared + FRONT, b.rows = b.stages + STAGES * W_BYTES, b.made = b.rows + LEAD * X_PIECE;
     b.sums = APART ? (u8 *)shared : b.stages + TILES, b.table = b.stages + TILES + (APART ? 0 : (SPLITS - 1) * HANDED);
     b.full = (u64 *)shared + 2, b.spent = b.full + STAGES, b.ready = b.spent + STAGES, b.empty = b.ready + LEAD;
     u32 rank = CLUSTER > 1 ? cluster_rank() : 0;
@@ -230,7 +248,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) many(KERNEL_AR
     b.begin = min((int)b.share * most, steps), b.steps = min(most, steps - b.begin);
     if (tid == CONSUMERS) prefetch_map(p.part[0].codes), prefetch_map(p.x);
     if (tid == 0) {
-        for (int i = 0; i < STAGES; i++) make_barrier(b.full + i, 1), make_barrier(b.spent + i, 4 * WG);
+        for (int i = 0; i < STAGES; i++) make_barrier(b.full + i, 1 + PARTS_MADE), make_barrier(b.spent + i, 4 * WG);
         for (int i = 0; i < LEAD; i++) make_barrier(b.ready + i, 1), make_barrier(b.empty + i, 4 * WG * PAIR);
         publish_barriers();
     }
@@ -240,12 +258,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) many(KERNEL_AR
 
     int warp = uniform(tid >> 5);
     if (warp < 4 * WG) {
-        hold_registers();
+        hold_registers<RUN ? 224 : 232>();
         if (CODEBOOK) fill_pairs((uint4 *)b.table, p.table, tid), meet<AMONG, CONSUMERS>();
         consume(p, b, tid);
     } else {
-        give_registers();
+        give_registers<RUN ? 56 : 40>();
         if (tid == CONSUMERS) produce(p, b);
+#if RUN
+        if (warp > 4 * WG) make(p, b, warp - 4 * WG - 1, tid & 31);
+#endif
         __syncwarp();
         if (SPLITS > 1 && !APART) cluster_barrier();  // sums are handed over
     }

@@ -61,6 +61,11 @@ class Config:
         return 8 * self.row_tiles
 
     @property
+    def stage_bytes(self) -> int:
+        """Of a step of codes, and what is beside it."""
+        return self.outs * STEP_BYTES
+
+    @property
     def box(self) -> int:
         """Rows of x that are copied at once."""
         return self.rows // self.pair // (1 + self.halve)
@@ -92,7 +97,7 @@ class Config:
 
     def shared_bytes(self, levels: bool) -> int:
         """Dynamic shared memory: 1,024 bytes with barriers, stages, what other blocks hand over, the table."""
-        stages = self.stages * self.outs * STEP_BYTES + self.pieces * self.rows * 128
+        stages = self.stages * self.stage_bytes + self.pieces * self.rows * 128
         own = -(-self.row_tiles // 2 // self.split)  # pairs of tiles of rows
         handed = 0 if self.apart else (self.split - 1) * own * self.groups * 4096
         table = stream.TABLE_BYTES if levels else 0
@@ -112,11 +117,15 @@ class Config:
 
     def macros(self, scheme: stream.Scheme, half: bool, parts: int = 1) -> dict[str, int]:
         """What many.cu is compiled with for so many weights."""
-        return scheme.storage.macros | {
-            "HALF": int(half), "GROUP": scheme.steps_per_group * scheme.step, "WG": self.groups, "NT": self.row_tiles,
-            "STAGES": self.stages, "LEAD": self.pieces, "SPLITS": self.split, "PAIR": self.pair, "LATE": self.late,
-            "MIN_BLOCKS": self.min_blocks, "MIXED": self.halve, "APART": self.apart,
-            "SPACED": int(self.spaced(bool(scheme.storage.levels))), "PARTS": parts,
+        group = scheme.steps_per_group * scheme.step
+        return scheme.storage.macros | self.cut_macros(bool(scheme.storage.levels), half, parts) | {"GROUP": group}
+
+    def cut_macros(self, levels: bool, half: bool, parts: int) -> dict[str, int]:
+        """Those of them that do not depend on the format, but for its having `levels`."""
+        return {
+            "HALF": int(half), "WG": self.groups, "NT": self.row_tiles, "STAGES": self.stages, "LEAD": self.pieces,
+            "SPLITS": self.split, "PAIR": self.pair, "LATE": self.late, "MIN_BLOCKS": self.min_blocks,
+            "MIXED": self.halve, "APART": self.apart, "SPACED": int(self.spaced(levels)), "PARTS": parts,
         }  # fmt: skip
 
 
@@ -130,10 +139,10 @@ class Weight(ctypes.Structure):
 
 
 @lru_cache(maxsize=8)
-def several(parts: int) -> type[ctypes.Structure]:
+def several(parts: int, weight: type[ctypes.Structure] = Weight) -> type[ctypes.Structure]:
     """The type of the kernel's argument for that many weights, field by field."""
     fields = (
-        ("x_map", ctypes.c_uint64 * 16), ("part", Weight * parts),
+        ("x_map", ctypes.c_uint64 * 16), ("part", weight * parts),
         *((name, ctypes.c_void_p) for name in ("table", "partial", "arrived")),
         ("columns", ctypes.c_int), ("rows", ctypes.c_int), ("rest", ctypes.c_int * 8),
     )  # fmt: skip

@@ -11,20 +11,8 @@ struct Lane {
     u32 lay;                 // the same for both, but for 2^-6 or what MAGIC adds
     float after[2];          // AFTER: those rows' scales
     u32 table, own;          // where the table of pairs lies, and how far on its copy
-};
-struct Round {
-    float scale[2], zero[2];
-};
-struct Loaded {  // a round as it lies in memory: what waits for a load waits until its turn has come
-    u32 scale[2];
-    float zero[2];
-#if SCALE == 3
-    u32 code[2];
-#endif
-};
-struct Slot {
-    float scale[2];
-    u32 pair[2], rest[2], minus[2];  // as operands; scale = pair + rest where it is no operand itself
+    int row;                 // the first one's, in the tile
+    u32 minus;               // RUN: what is taken off all codes
 };
 struct Sums {
     float all[NT][4];
@@ -33,56 +21,12 @@ struct Sums {
 #endif
 };
 
-DEVICE void load_round(Loaded &round, const Weight &p, const Lane &w, int slot) {
-    int group = GROUP ? min((slot + (w.lane & 3)) * SLOT / (GROUP ? GROUP : 1), p.scales.groups - 1) : 0;
-#pragma unroll
-    for (int h = 0; h < 2; h++) {
-        long long index = (long long)w.out[h] * p.scales.groups + group;
-#if SCALE == 3
-        round.code[h] = p.scales.codes[index], round.scale[h] = ((const u32 *)p.scales.scale)[index >> 8];
-#elif SCALE == 2
-        round.scale[h] = ((const u32 *)p.scales.scale)[index];
-#else
-        round.scale[h] = ((const u16 *)p.scales.scale)[index];
-#endif
-        round.zero[h] = ZERO ? load_zero(p.scales, w.out[h], group) : 0.0f;
-    }
-}
-DEVICE Round round_of(const Loaded &loaded, const Weight &p) {
-    Round round;
-#pragma unroll
-    for (int h = 0; h < 2; h++) {
-        u32 bits = loaded.scale[h];
-#if SCALE == 3
-        round.scale[h] = p.scales.levels[loaded.code[h]] * bits_float(bits) + *p.scales.offset;
-#else
-        round.scale[h] = SCALE == 2 ? bits_float(bits) : SCALE == 0 ? bits_float(bits << 16) : widen_f16(bits);
-#endif
-        round.zero[h] = loaded.zero[h];
-    }
-    return round;
-}
 constexpr float RAISED = CODEBOOK || HALF || DIRECT ? 1.0f : 0x1p6f;  // what scales make up for
-DEVICE Slot slot_of(const Round &round, const Lane &w, int slot) {
-    Slot s;
-#pragma unroll
-    for (int h = 0; h < 2; h++) {
-        int from = (w.lane & 28) | (slot & 3);
-        s.scale[h] = of_lane(round.scale[h], from);
-        if constexpr (DIRECT) {
-            float down = s.scale[h] * (-OFFSET * 0x1p-20f);
-            s.pair[h] = round_pair(s.scale[h] * w.up[0], s.scale[h] * w.up[1]), s.minus[h] = round_pair(down, down);
-            continue;
-        }
-        if constexpr (!AFTER) s.scale[h] *= RAISED;
-        s.pair[h] = round_pair(s.scale[h], s.scale[h]);
-        float rest = s.scale[h] - widen(s.pair[h] & 0xFFFF);
-        s.rest[h] = SCALE_PAIRS ? 0 : round_pair(rest, rest);
-        float zero = (OFFSET + (ZERO ? of_lane(round.zero[h], from) : 0.0f)) / RAISED, magic = HALF ? 1024.0f : 0.0f;
-        s.minus[h] = round_pair(-zero - magic * widen(w.lay & 0xFFFF), -zero - magic * widen(w.lay >> 16));
-    }
-    return s;
-}
+#if RUN
+#include "many_runs.cuh"
+#else
+#include "many_scales.cuh"
+#endif
 
 // What a lane loads at a time of its two rows: 16 bytes; of 8 bits only the words of 32 bytes that hold its own codes.
 // Rows of odd numbers of bits, and of 6, lie 80 or 96 bytes apart, unpermuted: 20 or 24 bytes, as few words at a time as
@@ -146,6 +90,8 @@ DEVICE Lane lane_of(int lane, int warp, u32 table) {
     w.up[0] = bits_float((127 + 113 - at.low) << 23), w.up[1] = bits_float((127 + 113 - at.high) << 23);
     constexpr u32 ONE = HALF ? 15 : 254, EXPONENT = HALF ? 10 : 7;
     w.lay = (ONE - at.low) << EXPONENT | (ONE - at.high) << (16 + EXPONENT);
+    constexpr float MOVED = OFFSET / RAISED, UNDER = HALF ? 1024.0f : 0.0f;
+    w.row = warp * 16 + g, w.minus = round_pair(-MOVED - UNDER * widen(w.lay & 0xFFFF), -MOVED - UNDER * widen(w.lay >> 16));
     return w;
 }
 
@@ -179,8 +125,7 @@ DEVICE u32 operand(u32 bits, const Slot &s, int h, const Lane &w) {
         pair = multiply_add(bits, w.lay, s.minus[h]);
     }
     if constexpr (LATE || AFTER) return pair;
-    else if constexpr (SCALE_PAIRS) return scale_by(pair, s.pair[h]);
-    else return multiply_add(pair, s.pair[h], scale_by(pair, s.rest[h]));  // the rest's rounding is far below the sum's
+    else return scaled(pair, s, h);
 }
 
 // The operands of 16 columns, the `turn`-th of those that were loaded, for a product.

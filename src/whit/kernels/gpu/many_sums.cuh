@@ -17,22 +17,6 @@ DEVICE void release_codes(const Block &b, Codes &last, int slot, int lane) {
     if (lane == 0) arrive(b.spent + slot);
 }
 
-// The scales of a tile's steps, and the next ones on their way.
-struct Scaling {
-    Round now;
-    Loaded next;
-    int first;  // slot of the block's first step
-};
-DEVICE void begin_scales(Scaling &r, const Weight &p, const Block &b, const Lane &w) {
-    r.first = b.begin * SLOTS;
-    load_round(r.next, p, w, r.first);
-}
-DEVICE void turn_scales(Scaling &r, const Weight &p, const Lane &w, int slot) {  // of the block's columns
-    if (slot % 4) return;
-    r.now = round_of(r.next, p);
-    load_round(r.next, p, w, r.first + slot + 4);
-}
-
 // Where a step lies among `MOST`, and the phase of its barrier.
 struct Place {
     int slot, phase;
@@ -115,12 +99,16 @@ DEVICE void add_up(Sums &sums, Scaling &r, const Weight &p, const Block &b, cons
 template <bool LOW> DEVICE void add_up(Sums &sums, Scaling &r, const Weight &p, const Block &b, const Lane &w, Places &at) {
     constexpr int EACH = SLOT / 16;  // times 16 columns that share a scale
     constexpr int TURNS = BK / 16, UNITS = TURNS / PER_UNIT;
+    constexpr int READ = TURNS - (RUN && 2 * EACH < PER_UNIT ? 2 * EACH : PER_UNIT);  // then a step's last codes, and scales, are
     u32 a[RING][4];
     if (b.steps == 0) return;
     await(b.full + at.codes.slot, at.codes.phase);
     Codes codes[AHEAD];
 #pragma unroll
     for (int i = 0; i < AHEAD; i++) codes[i] = load_codes(codes_at(b, at.codes.slot, w), w, i);
+#if RUN
+    ask_slot(r, b, w, at.codes.slot, 0);
+#endif
     int before = 0;
 #pragma unroll 1
     for (int step = 0; step < b.steps; step++) {
@@ -131,12 +119,12 @@ template <bool LOW> DEVICE void add_up(Sums &sums, Scaling &r, const Weight &p, 
 #pragma unroll
         for (int k = 0; k < TURNS; k++) {  // 16 columns each
             int unit = k / PER_UNIT, piece = k / 4, now = 2 * at.x.slot + (piece & 1), load = unit + AHEAD;
-            if (k % EACH == 0) {
-                turn_scales(r, p, w, step * SLOTS + k / EACH);
-                s = slot_of(r.now, w, step * SLOTS + k / EACH);
-            }
+            if (k % EACH == 0) s = take_slot(r, p, b, w, at.codes.slot, step, k / EACH);
             decode_step(a[k % RING], codes[unit % AHEAD], k % PER_UNIT, s, w);
-            if (k == TURNS - PER_UNIT) release_codes(b, codes[unit % AHEAD], at.codes.slot, w.lane);
+#if RUN
+            if (k == READ) hold_slot(r);
+#endif
+            if (k == READ) release_codes(b, codes[unit % AHEAD], at.codes.slot, w.lane);
             bool loads = k % PER_UNIT == PER_UNIT - 1;
             if (loads && load < UNITS) codes[unit % AHEAD] = load_codes(codes_at(b, at.codes.slot, w), w, load);
             if (k % 4 == BATCH - 1) {
@@ -157,6 +145,9 @@ template <bool LOW> DEVICE void add_up(Sums &sums, Scaling &r, const Weight &p, 
             }
             if (k % 8 == 7) at.x = after<LEAD / 2>(at.x);
             if (loads && load == UNITS && step + 1 < b.steps) await(b.full + next.slot, next.phase);
+#if RUN
+            if (k == TURNS - 1) ask_slot(r, b, w, next.slot, 0);
+#endif
             if (loads && load >= UNITS) codes[unit % AHEAD] = load_codes(codes_at(b, next.slot, w), w, load - UNITS);  // after the last: unused
         }
         at.codes = next;

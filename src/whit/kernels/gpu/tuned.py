@@ -6,19 +6,17 @@ takes the configuration of the nearest one that was measured, with as many block
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import lru_cache
-from math import log2
 
-from whit.kernels.gpu import digits, few, halves, many, slab, stream, tiled
+from whit.kernels.gpu import digits, few, halves, many, many_cuts, slab, stream, tiled
+from whit.kernels.gpu.near import measured, nearest, rescaled
 from whit.kernels.gpu.stream import Config, Scheme, row_tiles
 from whit.kernels.gpu.tables import DIGITS, FEW, ROUTES, SHARED, SLAB, STREAM, TILED, Route, Shape
 from whit.kernels.gpu.tables_many import INVARIANT_MANY, MANY
 
 BYTES_AHEAD = 32  # that a thread loads of each row before it computes
 MOST_COLUMNS = 640  # of 64 rows of x, twice, that fit in shared memory beside a table of levels
-HEIGHTS = {8: (3, 8), 16: (3, 6), 32: (2, 4)}  # row tiles of many.cu, with stages and pieces of x that have room
 ROW_CLASSES = (16, 32, 64, 128, 256, 1024)  # rows for which a configuration of the tiled kernel is measured
 HOPPER = 9  # of a compute capability, the major
 SPLIT_COLUMNS = 1024  # of a split of tiled.cu: with fewer its sums cost more than its columns
@@ -107,47 +105,12 @@ def reads_halves(scheme: Scheme, shape: Shape, major: int) -> bool:
 
 
 def best_many(scheme: Scheme, shape: Shape, rows: int, device: Device) -> many.Config | None:
-    """The configuration of Hopper's kernel for more rows; None where another is faster, or it was not measured.
-
-    A shape takes what the nearest one has that was measured for the same kind of weight, with blocks for its own rows
-    and as many of them.
-    """
-    table, name = MANY.get(device[0], {}), kind(scheme).removesuffix("-dq")
-    near = nearest({where for known, _, where in table if known == name}, shape)
-    if near is None or many.why_not(scheme, shape[1]) is not None:
+    """The configuration of Hopper's kernel for more rows; None where another is faster, or it was not measured."""
+    if many.why_not(scheme, shape[1]) is not None:
         return None
-    known = sorted(most for other, most, where in table if (other, where) == (name, near))
-    measured_cut = table[name, next((most for most in known if most >= rows), known[-1]), near]
-    if measured_cut is None:
-        return None
-    config, levels = many.Config(*measured_cut), bool(scheme.storage.levels)
-    if found := filling(config, scheme, shape, rows, near[0], device[1]):
-        return found
-    tiles = next(n for n in many.ROW_TILES if 8 * n >= min(rows, config.rows))
-    split = 1 if config.split == 1 else rescaled(config.outs, config.split, near, shape)
-    split = min(split, 8, max(shape[1] // many.step(scheme), 1))
-    most = [replace(config, row_tiles=tiles, split=n, apart=config.apart if n > 1 else 0) for n in range(split, 0, -1)]
-    return next(cut for cut in most if cut.fits(levels))
-
-
-def filling(config: many.Config, scheme: Scheme, shape: Shape, rows: int, known: int, room: int) -> many.Config | None:
-    """A cut for weights whose tiles, cut as was measured for `known` outs, would leave half of the device without work.
-
-    Lower tiles, of which two blocks or more share the columns, are the fastest for 512 to 2,048 rows of 512 to 2,048
-    outs (results/gpu_many.md). `room`: blocks that run at a time. None: the measured cut fills the device.
-    """
-    (outs, columns), levels = shape, bool(scheme.storage.levels)
-    if rows <= 64 or 2 * config.tiles([outs], rows) > room or (config.split > 1 and outs >= known):
-        return None
-    most = min(columns // many.step(scheme), 8)
-    for tiles, (stages, lead) in HEIGHTS.items():
-        cut = many.Config(2, tiles, stages, lead=lead)
-        count = cut.tiles([outs], rows)
-        shared = replace(cut, split=max(min(max(room // (2 * count), 2), most), 1))
-        if 2 * count <= room and shared.fits(levels):
-            return shared
-    alone = (many.Config(2, tiles, stages, lead=lead) for tiles, (stages, lead) in HEIGHTS.items())
-    return next((cut for cut in alone if cut.tiles([outs], rows) <= room), None)
+    name = kind(scheme).removesuffix("-dq")
+    weight = many_cuts.Weight(name, many.step(scheme), bool(scheme.storage.levels), lambda cut: many.Config(*cut))
+    return many_cuts.best(weight, MANY.get(device[0], {}), shape, rows, device[1])
 
 
 def best_invariant(scheme: Scheme, shape: Shape, rows: int, device: Device) -> many.Config | None:
@@ -195,22 +158,6 @@ def best_tiled(scheme: Scheme, shape: Shape, rows: int, device: Device) -> tiled
 def row_class(rows: int) -> int:
     """The rows that were measured for these."""
     return next((most for most in ROW_CLASSES if rows <= most), ROW_CLASSES[-1])
-
-
-def measured(table: Mapping[tuple[str, int, Shape], object], kind: str, rows: int) -> list[Shape]:
-    """The shapes in the table for a kind of weight and rows."""
-    return [where for name, n, where in table if (name, n) == (kind, rows)]
-
-
-def nearest(shapes: Iterable[Shape], shape: Shape) -> Shape | None:
-    """The one of the shapes that is nearest to this one; None without any."""
-    return min(shapes, key=lambda s: abs(log2(s[0] / shape[0])) + abs(log2(s[1] / shape[1])), default=None)
-
-
-def rescaled(outs: int, splits: int, known: Shape, shape: Shape) -> int:
-    """Splits for as many blocks of `outs` as the measured shape had."""
-    blocks = -(-known[0] // outs) * splits
-    return max(round(blocks / -(-shape[0] // outs)), 1)
 
 
 def default(scheme: Scheme, shape: Shape, tiles: int, multiprocessors: int) -> Config:
