@@ -54,6 +54,8 @@ static u32 load4(const void *p) { if ((uintptr_t)p % 4) __builtin_trap(); u32 v;
 static void copy_behind(void *to, const void *from) { *(uint4 *)to = load16(from); }
 static void end_copies() {}
 static u32 kept(u32 v) { return v; }
+static u32 both_low(u32 v) { return (v & 0xFFFF) * 0x10001; }
+static u32 both_high(u32 v) { return (v >> 16) * 0x10001; }
 static const u32 SHARED_BEGINS = 1024;
 static u32 shared_place(const void *p) { return (u32)((const char *)p - (const char *)shared) + SHARED_BEGINS; }
 static u32 shared_word(u32 at) { u32 v; memcpy(&v, (const char *)shared + at - SHARED_BEGINS, 4); return v; }
@@ -127,6 +129,7 @@ static float from_lane(float v, int flip) { return bits_float(together(float_bit
 static float multiplied(float a, float b) { volatile float c = a * b; return c; }
 static float power_of_two(float v) { return std::exp2(v); }
 static float inverse_root(float v) { return 1 / std::sqrt(v); }
+static float near_inverse(float v) { return 1 / v; }
 static float logistic(float v) { return 1 / (1 + std::exp(-v)); }
 
 template <class Body> static void run_grid(dim3 grid, int block_threads, Body body) {

@@ -11,9 +11,6 @@ static int uniform(int v) { return v; }
 #define __align__(bytes)
 static void prefetch_map(const Map &) {}
 static void __trap() { __builtin_trap(); }
-#if defined WG && defined MIN_BLOCKS
-constexpr bool TRADED = WG == 2 && MIN_BLOCKS == 1;
-#endif
 template <int COUNT> static void hold_registers() {}
 template <int COUNT> static void give_registers() {}
 static float4 load_sums(const float4 *p) { return *p; }

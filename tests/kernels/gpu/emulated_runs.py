@@ -6,6 +6,7 @@ import ctypes
 from functools import lru_cache
 
 import torch
+from emulated_many import DRIVER, HEADERS, map_of
 from torch import Generator, Tensor
 
 from whit.formats import parse_format
@@ -15,7 +16,6 @@ from whit.layouts import BITS
 from whit.tensor import PackedWeight
 
 import emulated
-from emulated_many import DRIVER, HEADERS, map_of
 
 
 def random_packed(spec: str, outs: int, columns: int, random: Generator) -> PackedWeight:
@@ -37,9 +37,7 @@ def _library(macros: tuple[tuple[str, int], ...]) -> ctypes.CDLL:
     return emulated.compiled(HEADERS, many.SOURCE, DRIVER, (*macros, ("BEGINS_AT", 1024)))
 
 
-def many_linear(
-    x: Tensor, packed: PackedWeight, bias: Tensor | None, cut: many.Cut, processors: int = 4
-) -> Tensor:
+def many_linear(x: Tensor, packed: PackedWeight, bias: Tensor | None, cut: many.Cut, processors: int = 4) -> Tensor:
     """As `runs_many.multiply`, on so many multiprocessors."""
     config = runs_many.cut_for(kind_of(packed), cut)
     one = many.Product(packed, bias, torch.full((len(x), packed.shape[0]), float("nan"), dtype=x.dtype))

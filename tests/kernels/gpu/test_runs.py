@@ -6,6 +6,7 @@ import ctypes
 
 import pytest
 import torch
+from emulated_runs import random_packed
 from torch import Generator, Tensor
 
 import whit
@@ -17,7 +18,6 @@ from whit.layouts import BITS
 from whit.tensor import PackedWeight
 
 import emulated
-from emulated_runs import random_packed
 
 pytestmark = pytest.mark.skipif(emulated.COMPILER is None, reason="no g++ here")
 BF16, F16 = torch.bfloat16, torch.float16

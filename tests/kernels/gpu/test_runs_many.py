@@ -8,17 +8,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from emulated_runs import many_linear, random_packed
 from torch import Generator
 
-from whit.formats import parse_format
 from whit.kernels import reference
 from whit.kernels.gpu import many, runs_many
-from whit.kernels.gpu.runs_row import kind_of
-from whit.layouts import BITS
-from whit.tensor import PackedWeight
 
 import emulated
-from emulated_runs import many_linear, random_packed
 
 pytestmark = pytest.mark.skipif(emulated.COMPILER is None, reason="no g++ here")
 BF16, F16 = torch.bfloat16, torch.float16

@@ -113,7 +113,22 @@ DEVICE u32 round_pair(float low, float high) {
     return d;
 }
 [[maybe_unused]] DEVICE float inverse_root(float v) { return rsqrtf(v); }
+[[maybe_unused]] DEVICE float near_inverse(float v) {
+    float d;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(d) : "f"(v));
+    return d;
+}
 [[maybe_unused]] DEVICE float logistic(float v) { return 1.0f / (1.0f + expf(-v)); }
+[[maybe_unused]] DEVICE u32 both_low(u32 v) {  // its lower half twice, which an operation can take as it lies
+    u32 d;
+    asm("{.reg .b16 l, h; mov.b32 {l, h}, %1; mov.b32 %0, {l, l};}" : "=r"(d) : "r"(v));
+    return d;
+}
+[[maybe_unused]] DEVICE u32 both_high(u32 v) {
+    u32 d;
+    asm("{.reg .b16 l, h; mov.b32 {l, h}, %1; mov.b32 %0, {h, h};}" : "=r"(d) : "r"(v));
+    return d;
+}
 DEVICE float widen(u32 low) {
 #if HALF
     float f;

@@ -15,8 +15,8 @@ from whit.kernels.gpu import int8_row
 from whit.kernels.gpu.int8 import LARGEST_SHARED, STEP, Config
 from whit.kernels.gpu.int8_row import OneRow
 from whit.kernels.gpu.int8_thin import Thin
+from whit.kernels.gpu.near import nearest
 from whit.kernels.gpu.tables import Shape
-from whit.kernels.gpu.tuned import nearest
 
 Way: TypeAlias = OneRow | Thin | Config
 ROWS = (1, 16, 64, 256, 1024, 4096)

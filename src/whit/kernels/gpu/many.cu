@@ -34,6 +34,10 @@
 constexpr int BATCH = MIN_BLOCKS > 1 || WG > 2 ? 1 : 4;  // products of 16 columns that are asked for together
 constexpr int RING = BATCH > 1 ? 2 * BATCH : 4;          // sets of operands: those that are made, and those of products under way
 constexpr int BM = 64 * WG, BN = 8 * NT, BK = BITS == 3 ? 256 : DENSE ? 1024 / BITS : 128, PIECES = BK / 64, CONSUMERS = 128 * WG, CLUSTER = (APART ? 1 : SPLITS) * PAIR;
+// With two times four warps and many sums there are too few registers for all: the other four warps give theirs, but for
+// what they make factors of runs with.
+constexpr bool TRADED = WG == 2 && (MIN_BLOCKS == 1 || RUN && MIN_BLOCKS == 2);
+constexpr int HELD = MIN_BLOCKS == 2 ? 96 : RUN ? 224 : 232, LEFT_OVER = MIN_BLOCKS == 2 ? 48 : RUN ? 56 : 40;
 constexpr int THREADS = CONSUMERS + (TRADED || RUN ? 128 : 32);
 constexpr int SLOT = RUN ? (RUN < 32 ? RUN : 32) : GROUP && GROUP < 128 ? GROUP : 128;  // columns for which a scale is held
 constexpr int SLOTS = BK / SLOT, TOGETHER = 8;          // of a step; tiles of rows that are multiplied with the same weights
@@ -258,11 +262,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) many(KERNEL_AR
 
     int warp = uniform(tid >> 5);
     if (warp < 4 * WG) {
-        hold_registers<RUN ? 224 : 232>();
+        if constexpr (TRADED) hold_registers<HELD>();
         if (CODEBOOK) fill_pairs((uint4 *)b.table, p.table, tid), meet<AMONG, CONSUMERS>();
         consume(p, b, tid);
     } else {
-        give_registers<RUN ? 56 : 40>();
+        if constexpr (TRADED) give_registers<LEFT_OVER>();
         if (tid == CONSUMERS) produce(p, b);
 #if RUN
         if (warp > 4 * WG) make(p, b, warp - 4 * WG - 1, tid & 31);

@@ -25,7 +25,7 @@ class Weight:
 def best(
     weight: Weight, table: Mapping[Key, many.Cut | None], shape: Shape, rows: int, multiprocessors: int
 ) -> many.Config | None:
-    """The cut for x (rows, columns) and a weight of `shape` (outs, columns); None: another way is faster, or unmeasured.
+    """The cut for x (rows, columns) and a weight of `shape` (outs, columns); None: not measured, or another is faster.
 
     A shape takes what the nearest one has that was measured for the same kind of weight, with blocks for its own rows
     and as many of them.
@@ -47,9 +47,7 @@ def best(
     return next(cut for cut in most if cut.fits(weight.levels))
 
 
-def filling(
-    config: many.Config, weight: Weight, shape: Shape, rows: int, known: int, room: int
-) -> many.Config | None:
+def filling(config: many.Config, weight: Weight, shape: Shape, rows: int, known: int, room: int) -> many.Config | None:
     """A cut for weights whose tiles, cut as was measured for `known` outs, would leave half of the device without work.
 
     Lower tiles, of which two blocks or more share the columns, are the fastest for 512 to 2,048 rows of 512 to 2,048

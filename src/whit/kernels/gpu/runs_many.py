@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import ctypes
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from whit.formats.ggml.kinds import Kind
-from whit.kernels.gpu import many, maps, nvrtc, runs_row
+from whit.kernels.gpu import many, many_cuts, maps, nvrtc, runs_row, tuned
 from whit.kernels.gpu.launches import device_of
 from whit.kernels.gpu.runs_row import fields, kind_of, pitches
 from whit.kernels.gpu.scales import table
+from whit.kernels.gpu.tables import Shape
+from whit.kernels.gpu.tables_runs import RUNS_MANY
 from whit.tensor import PackedWeight
 
 
@@ -62,10 +64,22 @@ def cut_for(kind: Kind, cut: many.Cut) -> Config:
     step = many.STEPS[kind.bits]
     factors = 8 if kind.offset else 4
     made, wide = step // min(kind.sub_size, 32) * factors, step * kind.bits // 8
-    return Config(*many.Config(*cut).values, made, wide)
+    return replace(Config(*cut), made=made, wide=wide)
 
 
-def macros(kind: Kind, config: Config, half: bool) -> dict[str, int]:
+@lru_cache(maxsize=4096)
+def best(kind: Kind, shape: Shape, rows: int, device: tuned.Device) -> many.Config | None:
+    """How x (rows, columns) and a weight of `shape` that `why_not` allows are cut; None where another way is faster."""
+    weight = many_cuts.Weight(name_of(kind), many.STEPS[kind.bits], bool(kind.levels), lambda cut: cut_for(kind, cut))
+    return many_cuts.best(weight, RUNS_MANY.get(device[0], {}), shape, rows, device[1])
+
+
+def name_of(kind: Kind) -> str:
+    """What decides the work per weight: the codes, whether runs are short, and minima."""
+    return f"runs{kind.bits}"
+
+
+def macros(kind: Kind, config: many.Config, half: bool) -> dict[str, int]:
     """What many.cu is compiled with."""
     return config.cut_macros(bool(kind.levels), half, 1) | {
         "BITS": kind.bits, "CODEBOOK": int(bool(kind.levels)), "OFFSET": -kind.low, "ZERO": 0, "GROUP": kind.sub_size,
@@ -75,15 +89,21 @@ def macros(kind: Kind, config: Config, half: bool) -> dict[str, int]:
 
 
 def params(
-    x: Tensor, one: many.Product, config: Config, mapped: many.Mapped = maps.tiles_of,
+    x: Tensor, one: many.Product, config: many.Config, mapped: many.Mapped = maps.tiles_of,
     room: many.Meeting = many.NOWHERE,
 ) -> ctypes.Structure:  # fmt: skip
     """The kernel's argument; it borrows the tensors' memory."""
-    (rows, columns), (outs, _), kind, codes = x.shape, one.packed.shape, kind_of(one.packed), one.packed.tensors["codes"]
+    (rows, columns), (outs, _), kind, codes = (
+        x.shape,
+        one.packed.shape,
+        kind_of(one.packed),
+        one.packed.tensors["codes"],
+    )
+    wide = many.STEPS[kind.bits] * kind.bits // 8
     levels = table(tuple(map(float, kind.levels)), x.dtype, x.device) if kind.levels else None
     pointers = (ctypes.c_void_p * 4)(*(None if t is None else t.data_ptr() for t in fields(one.packed)))
     weight = Weight(
-        mapped(codes.data_ptr(), outs, codes.shape[1], config.outs, config.wide, 1),
+        mapped(codes.data_ptr(), outs, codes.shape[1], config.outs, wide, 1),
         Scales(pointers, (ctypes.c_int * 4)(*pitches(one.packed))),
         None if one.bias is None else one.bias.data_ptr(), one.y.data_ptr(), outs,
     )  # fmt: skip
@@ -98,7 +118,7 @@ def _build(macros: tuple[tuple[str, int], ...], device: int) -> nvrtc.Function:
     return nvrtc.build(many.SOURCE, dict(macros), "many", device)
 
 
-def multiply(x: Tensor, packed: PackedWeight, bias: Tensor | None, config: Config) -> Tensor:
+def multiply(x: Tensor, packed: PackedWeight, bias: Tensor | None, config: many.Config) -> Tensor:
     """Contiguous x (rows, columns), which begins at 16 bytes, through a weight that `why_not` allows."""
     kind, levels = kind_of(packed), bool(kind_of(packed).levels)
     one = many.Product(packed, bias, torch.empty(len(x), packed.shape[0], dtype=x.dtype, device=x.device))

@@ -12,15 +12,21 @@
 // the last block to come to a tile adds the slices, in their order. Scales are copied a tile ahead.
 #include "codes.cuh"
 #include "runs_tile.cuh"
-#include "runs_zero.cuh"
 
 constexpr int NT = ROWS / 8, PER_STEP = UNITS * ROWS * 4;  // tiles of 8 rows; of uint4: a step of x
+constexpr float MOST_ZERO = 64;                            // of scales: below 256 integers are exact
 constexpr bool MIXED = EACH == 2 && !NATURAL && !DENSE;    // pairs of columns lie in both runs
 
 struct Factors {  // of a run, or of two whose columns lie side by side in pairs
     u32 high, low;   // of the scale
     u32 zero, rest;  // LESS: minus what is taken off a raw level, and minus what is left of the minimum then
 };
+// Minimum: the nearest integer of scales is taken off the levels, where nothing is rounded.
+DEVICE float nearest_zero(float scale, float less) {
+    float root = inverse_root(scale * scale), steps = less * scale * root * root;
+    steps = steps < MOST_ZERO ? steps > -MOST_ZERO ? steps : -MOST_ZERO : MOST_ZERO;  // also where the scale is 0
+    return steps + 12582912.0f - 12582912.0f;
+}
 DEVICE Factors factors_of(const Run &run, int first, int second) {
     Factors f = {};
     float a = run.scale[first], b = run.scale[second];

@@ -71,14 +71,9 @@ template <bool LOW> DEVICE void multiply_step(float (&d)[NT][4], u32 (&a)[4], u6
 #endif
 }
 
-// With two times four warps and many sums there are too few registers for all: the other four warps give theirs.
-constexpr bool TRADED = WG == 2 && MIN_BLOCKS == 1;
-template <int COUNT> DEVICE void hold_registers() {
-    if constexpr (TRADED) asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT));
-}
-template <int COUNT> DEVICE void give_registers() {
-    if constexpr (TRADED) asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT));
-}
+// A warp's registers from now on: those that it does not need are for others of the block.
+template <int COUNT> DEVICE void hold_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT)); }
+template <int COUNT> DEVICE void give_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT)); }
 
 DEVICE u32 transpose(u32 v) {  // eight rows of a warp's lanes become eight columns
     u32 d;
