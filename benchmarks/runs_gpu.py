@@ -1,8 +1,8 @@
 """ggml's types and binary on a GPU: python benchmarks/runs_gpu.py [--seconds 90] [--out results/runs_gpu.json]
 
 First checks against the reference on the CPU: dequantizing bit for bit, products against float64. Then times beside
-torch's bf16 product: cold weights in CUDA graphs, medians, for each way there is: runs_row.cu, runs_rows.cu,
-runs_few.cu, and dequantizing with torch's product behind it. The table has the way that is dispatched.
+torch's bf16 product: cold weights in CUDA graphs, medians, for each way there is: runs_row.cu, many.cu, runs_few.cu,
+and dequantizing with torch's product behind it. The table has the way that is dispatched.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from torch import Tensor
 
 from whit.errors import KernelError
 from whit.formats import parse_format
+from whit.formats.ggml.kinds import KINDS
 from whit.kernels import reference
-from whit.kernels.gpu import kernel_runs, runs, runs_row, runs_rows
+from whit.kernels.gpu import kernel_runs, many, runs, runs_many, runs_row
 from whit.kernels.gpu.runs import Scheme
 from whit.layouts import BITS
 from whit.tensor import PackedWeight
@@ -34,20 +35,25 @@ SPECS = (
 TIMED = ("q4_k", "q6_k", "q5_k", "q8_0", "q4_0", "iq4_xs", "q3_k", "q2_k", "binary-g64")
 GGML = tuple(spec for spec in SPECS if "ary" not in spec)
 SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336))
-ROWS = (1, 2, 4, 8, 16, 32, 64)
+ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 1024, 4096)
+REPLAYS = 5
+FEWER = 256  # rows above which fewer types are timed, over fewer weights
+TIMED_MORE = ("q4_k", "q6_k", "q8_0")
 ROW_CUTS = {
     1: [(16, 1, 2, 2), (8, 2, 3, 3), (8, 4, 2, 2), (16, 2, 1, 1)], 2: [(16, 1, 2, 2), (8, 4, 2, 2)], 4: [(16, 1, 1, 1)],
     8: [(16, 1, 1, 1)],
 }  # fmt: skip
-ROWS_CUTS = ((16, 1), (16, 2))
 CHECKED_ROWS = (1, 3, 8)
+CHECKED_MORE = (7, 27, 60, 250, 600)
+CHECKED = (1016, 1536)
+H100 = (9, 132)
 HEAD = """# ggml's types and binary on a GPU
 
 {gpu}, `python benchmarks/runs_gpu.py`, bfloat16. {passed}: products with float64,
 dequantizing bit for bit. Times torch's bf16 product with cold weights in CUDA graphs, medians, of what is
-dispatched: up to 4 rows runs_row.cu (2 where runs are 16 columns: q2_k, q3_k, q6_k), up to 16 runs_few.cu, or
-runs_rows.cu where a weight has twice as many outs as columns, up to 32 runs_rows.cu from 33 million weights on;
-else the matrix is dequantized for torch's product. Every way's times are in the .json."""
+dispatched: up to 4 rows runs_row.cu (2 where runs are 16 columns: q2_k, q3_k, q6_k), for more many.cu where the table
+of measured cuts has it, up to 16 else runs_few.cu; for other rows the matrix is dequantized for torch's product. Every
+way's times are in the .json."""
 Way = tuple[str, Callable[[Tensor, PackedWeight], Tensor]]
 
 
@@ -80,7 +86,7 @@ def on_cpu(packed: PackedWeight) -> PackedWeight:
 
 def check(spec: str, generator: torch.Generator) -> list[tuple[str, float, float]]:
     """Labels, errors, and what they may be."""
-    packed = random_packed(spec, (1016, 1280), generator)
+    packed = random_packed(spec, CHECKED, generator)
     dtypes = (torch.bfloat16, torch.float16)
     return [
         (f"{spec} {dtype} {name}", *rest) for dtype in dtypes for name, *rest in check_dtype(packed, dtype, generator)
@@ -104,12 +110,23 @@ def check_dtype(packed: PackedWeight, dtype: torch.dtype, generator: torch.Gener
 
     add("few", 7, lambda x: runs.multiply_few(x, packed, bias, scheme, few), rounded.double().cuda(), most)
     if str(packed.format) in GGML:
-        cut, several = runs_row.Config(*ROW_CUTS[8][0]), runs_rows.Config(*ROWS_CUTS[0])
+        cut = runs_row.Config(*ROW_CUTS[8][0])
         for rows in CHECKED_ROWS:
             add("row", rows, lambda x: runs_row.multiply(x, packed, bias, cut), exact, most)
-        for rows in (7, 16, 27) if bf16 else ():  # weights are rounded
-            add("rows", rows, lambda x: runs_rows.multiply(x, packed, bias, several), rounded.double().cuda(), most)
+        for rows in CHECKED_MORE:  # weights are rounded
+            if more := many_cut(packed, rows):
+                add(
+                    "many",
+                    rows,
+                    lambda x, c=more: runs_many.multiply(x, packed, bias, c),
+                    rounded.double().cuda(),
+                    most,
+                )
     return found
+
+
+def many_cut(packed: PackedWeight, rows: int) -> many.Config | None:
+    return runs_many.best(runs_row.kind_of(packed), packed.shape, rows, H100)
 
 
 def ways(packed: PackedWeight, rows: int) -> list[Way]:
@@ -119,9 +136,8 @@ def ways(packed: PackedWeight, rows: int) -> list[Way]:
         for cut in (runs_row.Config(*c) for c in ROW_CUTS.get(rows, ())):
             if runs_row.shared_bytes(packed, cut, rows) * cut.blocks <= runs_row.MOST_SHARED:
                 found.append((f"row {cut}", lambda x, w, c=cut: runs_row.multiply(x, w, None, c)))
-        for several in (runs_rows.Config(*c) for c in (ROWS_CUTS if rows >= 8 else ())):
-            if runs_rows.slices(packed, several, rows):
-                found.append((f"rows {several}", lambda x, w, c=several: runs_rows.multiply(x, w, None, c)))
+        if more := many_cut(packed, rows):
+            found.append((f"many {more.values}", lambda x, w: runs_many.multiply(x, w, None, more)))
     if rows <= runs.MOST_ROWS:
         few = runs.best(packed.shape, rows)
         found.append((f"few {few}", lambda x, w: runs.multiply_few(x, w, None, scheme, few)))
@@ -130,45 +146,59 @@ def ways(packed: PackedWeight, rows: int) -> list[Way]:
     return found
 
 
-def time_cells(spec: str, shape: tuple[int, int], dense: list[Tensor], generator: torch.Generator) -> dict[str, Any]:
+def time_cells(spec: str, shape: tuple[int, int], bf16: dict[int, float], generator: torch.Generator) -> dict[str, Any]:
+    """Every way's times of a type and shape, beside `bf16`'s."""
     first = random_packed(spec, shape, generator)
     weights = [first, *(random_packed(spec, shape, generator) for _ in range(copies(first.nbytes) - 1))]
+    weights = [kernel_runs.GpuRuns().prepare(weight) for weight in weights]
     cell: dict[str, Any] = {"spec": spec, "shape": shape, "bytes": first.nbytes, "rows": {}}
     for rows in ROWS:
+        if rows > FEWER and spec not in TIMED_MORE:
+            continue
         x, times = torch.randn(rows, shape[1], device="cuda", generator=generator).bfloat16(), {}
-        for name, way in ways(first, rows):
-            some = weights if rows <= 16 else weights[: max(len(weights) // 2, 2)]
+        some = weights if rows <= 16 else weights[: max(len(weights) // 2, 2) if rows <= FEWER else 4]
+        for name, way in ways(weights[0], rows):
             try:
-                times[name] = seconds_cold([lambda x=x, w=w, way=way: way(x, w) for w in some])
+                times[name] = seconds_cold([lambda x=x, w=w, way=way: way(x, w) for w in some], REPLAYS)
             except KernelError as error:
                 print(f"{spec} {shape} {rows} {name}: {error}", flush=True)
-        taken = seconds_cold([lambda x=x, w=w: kernel_runs.GpuRuns().linear(x, w, None) for w in weights])
-        bf16 = seconds_cold([lambda x=x, w=w: torch.nn.functional.linear(x, w) for w in dense])
-        cell["rows"][rows] = {"bf16": bf16, "taken": taken, "ways": times}
-        print(
-            spec,
-            shape,
-            rows,
-            f"{bf16 * 1e6:.2f}, {taken * 1e6:.2f}",
-            {k: f"{v * 1e6:.2f}" for k, v in times.items()},
-            flush=True,
-        )
-    some = weights[: max(len(weights) // 4, 2)]
+        taken = seconds_cold([lambda x=x, w=w: kernel_runs.GpuRuns().linear(x, w, None) for w in some], REPLAYS)
+        cell["rows"][rows] = {"bf16": bf16[rows], "taken": taken, "ways": times}
+    print(spec, shape, {n: f"{each['bf16'] / each['taken']:.2f}" for n, each in cell["rows"].items()}, flush=True)
     scheme = scheme_of(first)
+    some = weights[: max(len(weights) // 4, 2)]
     cell["dequantize"] = seconds_cold([lambda w=w: runs.dequantize(w, torch.bfloat16, scheme) for w in some])
     return cell
+
+
+def plain_times(shape: tuple[int, int], generator: torch.Generator) -> dict[int, float]:
+    """Seconds of torch's bf16 product, by rows."""
+    count = copies(2 * shape[0] * shape[1])
+    dense = [torch.randn(shape, device="cuda", generator=generator).bfloat16() for _ in range(count)]
+    found = {}
+    for rows in ROWS:
+        x = torch.randn(rows, shape[1], device="cuda", generator=generator).bfloat16()
+        some = dense if rows <= FEWER else dense[:4]
+        found[rows] = seconds_cold([lambda x=x, w=w: torch.nn.functional.linear(x, w) for w in some])
+    return found
+
+
+def many_cases(spec: str) -> set[tuple[many.Config, bool]]:
+    """Cuts of many.cu that are checked, in both types, and those that are timed."""
+    kind = KINDS[spec]
+    checked = {runs_many.best(kind, CHECKED, rows, H100) for rows in CHECKED_MORE}
+    timed = {runs_many.best(kind, shape, rows, H100) for shape in SHAPES for rows in ROWS} if spec in TIMED else set()
+    return {(cut, half) for half in (False, True) for cut in (checked if half else checked | timed) if cut}
 
 
 def compile_all(kitchen: Kitchen) -> None:
     wanted = []
     for spec in SPECS:
-        shape = (16, 1280)
-        packed = PackedWeight(BITS.name, parse_format(spec), shape, {})
-        scheme = runs.scheme(packed.format, 1280)
-        assert not isinstance(scheme, str)
+        packed = PackedWeight(BITS.name, parse_format(spec), (16, CHECKED[1]), {})
+        scheme = scheme_of(packed)
         wanted += [(runs.DEQUANTIZE, (scheme.macros | {"HALF": half}).items()) for half in (0, 1)]
         wanted += [
-            (runs.FEW, runs.few_macros(scheme, runs.best((1016, 1280), 7), half, 7).items()) for half in (False, True)
+            (runs.FEW, runs.few_macros(scheme, runs.best(CHECKED, 7), half, 7).items()) for half in (False, True)
         ]
         if spec in TIMED:
             few = {(runs.best(shape, rows), rows) for shape in SHAPES for rows in ROWS if rows <= runs.MOST_ROWS}
@@ -176,12 +206,10 @@ def compile_all(kitchen: Kitchen) -> None:
         if spec not in GGML:
             continue
         row = {(rows, half, ROW_CUTS[8][0]) for rows in CHECKED_ROWS for half in (False, True)}
-        rows_too = {(rows, ROWS_CUTS[0]) for rows in (8, 16, 32)}
         if spec in TIMED:
             row |= {(rows, False, cut) for rows, cuts in ROW_CUTS.items() for cut in cuts}
-            rows_too |= {(rows, cut) for rows in (8, 16, 32) for cut in ROWS_CUTS}
         wanted += [(runs_row.SOURCE, runs_row.macros(packed, runs_row.Config(*c), h, r).items()) for r, h, c in row]
-        wanted += [(runs_rows.SOURCE, runs_rows.macros(packed, runs_rows.Config(*c), r).items()) for r, c in rows_too]
+        wanted += [(many.SOURCE, runs_many.macros(KINDS[spec], *case).items()) for case in many_cases(spec)]
     kitchen.prepare(wanted)
 
 
@@ -189,11 +217,11 @@ def table(cells: list[dict[str, Any]]) -> str:
     """Times bf16 at each number of rows, and GB/s of packed bytes at one row."""
     lines = []
     for cell in cells:
-        best = {rows: each["taken"] for rows, each in cell["rows"].items()}
-        speeds = [f"{each['bf16'] / best[rows]:.2f}" for rows, each in cell["rows"].items()]
+        rows = cell["rows"]
+        speeds = [f"{rows[n]['bf16'] / rows[n]['taken']:.2f}" if n in rows else "" for n in ROWS]
         written = 2 * cell["shape"][0] * cell["shape"][1] + cell["bytes"]
         lines.append((
-            cell["spec"], "{}x{}".format(*cell["shape"]), *speeds, f"{cell['bytes'] / best[1] / 1e9:.0f}",
+            cell["spec"], "{}x{}".format(*cell["shape"]), *speeds, f"{cell['bytes'] / rows[1]['taken'] / 1e9:.0f}",
             f"{written / cell['dequantize'] / 1e9:.0f}",
         ))  # fmt: skip
     return markdown(("format", "shape", *(f"rows {n}" for n in ROWS), "GB/s, one row", "GB/s, dequantized"), lines)
@@ -214,12 +242,10 @@ def main() -> None:
     print(f"{len(checks) - len(failed)} checks of {len(checks)} passed, {budget.left:.1f} s left", *failed, sep="\n")
     cells: list[dict[str, Any]] = []
     for shape in SHAPES:
-        dense = [
-            torch.randn(shape, device="cuda", generator=seed).bfloat16() for _ in range(copies(2 * shape[0] * shape[1]))
-        ]
+        bf16 = plain_times(shape, seed)
         for spec in TIMED:
             if budget.left > 3:
-                cells.append(time_cells(spec, shape, dense, seed))
+                cells.append(time_cells(spec, shape, bf16, seed))
     passed = f"{len(checks) - len(failed)} checks of {len(checks)} passed"
     text = f"{HEAD.format(gpu=machine().get('gpu'), passed=passed)}\n\n{table(cells)}\n"
     args.out.parent.mkdir(parents=True, exist_ok=True)

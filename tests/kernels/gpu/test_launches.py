@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import ctypes
 import pickle
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from emulated_runs import random_packed
 
 import whit
-from whit.kernels.gpu import again, few, kernel, launches, nvrtc
+from whit.kernels.gpu import again, few, kernel, kernel_runs, launches, nvrtc
 from whit.kernels.gpu.again import place
 from whit.layouts import BITS
 from whit.modules import QuantizedLinear
@@ -80,6 +82,24 @@ def test_every_format_and_number_of_rows_is_a_launch_that_a_multiprocessor_has_r
         launched.clear()
         y = kernel.product(torch.ones(rows, 1024, dtype=torch.bfloat16), packed, None)
         assert y.shape == (rows, 256)
+        assert launched, f"{rows} rows"
+        for name, (*grid, threads, shared) in launched:
+            assert min(grid) > 0, name
+            assert 0 < threads <= 1024, name
+            assert shared <= 227 << 10, name
+
+
+@pytest.mark.parametrize("spec", ["q4_k", "q6_k", "q5_k", "q8_0", "q4_0", "iq4_xs", "q3_k", "q2_k", "mxfp4"])
+def test_ggmls_types_are_launches_that_a_multiprocessor_has_room_for(
+    spec: str, launched: Written_down
+):
+    packed = random_packed(spec, 512, 2048, torch.Generator().manual_seed(0))
+    arrived = torch.zeros(32, dtype=torch.int32)
+    packed = replace(packed, tensors={**packed.tensors, launches.ARRIVED: arrived})
+    for rows in (1, 2, 5, 8, 16, 17, 32, 64, 128, 300, 1024, 4096):
+        launched.clear()
+        y = kernel_runs.GpuRuns().linear(torch.ones(rows, 2048, dtype=torch.bfloat16), packed, None)
+        assert y.shape == (rows, 512)
         assert launched, f"{rows} rows"
         for name, (*grid, threads, shared) in launched:
             assert min(grid) > 0, name

@@ -11,6 +11,7 @@ import torch
 from emulated_runs import many_linear, random_packed
 from torch import Generator
 
+from whit.formats.ggml.kinds import KINDS
 from whit.kernels import reference
 from whit.kernels.gpu import many, runs_many
 
@@ -72,3 +73,15 @@ def test_runs_without_scales_and_very_small_ones_are_exact(spec: str, random: Ge
     wanted = x.double() @ exact.T
     assert (found - wanted).norm() < LIMIT[BF16] * wanted.norm()
     assert torch.equal(found[:, (exact == 0).all(1)], wanted[:, (exact == 0).all(1)])
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_what_is_dispatched_has_room(name: str):
+    kind = KINDS[name]
+    for outs, columns in ((4096, 4096), (14336, 4096), (4096, 14336), (1024, 4096), (512, 1024), (49152, 8192)):
+        for rows in (1, 5, 8, 16, 17, 32, 64, 65, 128, 256, 512, 1024, 2048, 5000):
+            cut = runs_many.best(kind, (outs, columns), rows, (9, 132))
+            assert cut is not None or rows < 9 or rows > 2048
+            assert cut is None or cut.fits(bool(kind.levels))
+            assert cut is None or cut.split * cut.pair <= 8
+    assert runs_many.best(kind, (4096, 4096), 64, (8, 108)) is None

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from whit.kernels.base import QUANTIZED_INPUTS
-from whit.kernels.gpu import runs, runs_row, runs_rows
+from whit.kernels.gpu import many, runs, runs_many, runs_row
 from whit.kernels.gpu.kernel import DTYPES, why_not
+from whit.kernels.gpu.launches import ARRIVED, device_of
 from whit.kernels.gpu.tiled import has_wgmma
 from whit.layouts import BITS
 from whit.tensor import PackedWeight, matrix_shape
@@ -20,8 +21,8 @@ from whit.tensor import PackedWeight, matrix_shape
 class GpuRuns:
     """Weights whose scales belong to runs of columns, in bfloat16 and float16, on compute capability 8.0 and newer.
 
-    Up to 16 rows meet weights that are decoded in registers; up to 32 meet ggml's types on Hopper in kernels of their
-    own. For more the matrix is dequantized for torch's product.
+    Up to 16 rows meet weights that are decoded in registers; on Hopper all rows meet ggml's types so, where that was
+    faster. For others the matrix is dequantized for torch's product.
     """
 
     name: ClassVar[str] = "gpu-runs"
@@ -37,7 +38,12 @@ class GpuRuns:
         return why_not_decoded(packed)
 
     def prepare(self, packed: PackedWeight) -> PackedWeight:
-        return packed
+        if ARRIVED in packed.tensors or packed.device.type != "cuda" or runs_row.why_not(packed) is not None:
+            return packed
+        if torch.cuda.is_current_stream_capturing():
+            return packed  # what a graph's recording makes is the graph's
+        arrived = torch.zeros(-(-packed.shape[0] // 16), dtype=torch.int32, device=packed.device)
+        return replace(packed, tensors={**packed.tensors, ARRIVED: arrived})
 
     def linear(self, x: Tensor, packed: PackedWeight, bias: Tensor | None) -> Tensor:
         outs, columns = packed.shape
@@ -52,17 +58,17 @@ class GpuRuns:
 
 def decoded(x: Tensor, packed: PackedWeight, bias: Tensor | None, found: runs.Scheme) -> Tensor | None:
     """The product (rows, outs) of x (rows, columns) with codes that are decoded on the way; None for too many rows."""
-    rows = len(x)
-    several = rows_cut(x, packed)
-    if several is None and rows > runs.MOST_ROWS:
+    rows, one = len(x), row_cut(x, packed)
+    more = None if one else many_cut(x, packed)
+    if one is None and more is None and rows > runs.MOST_ROWS:
         return None
     x = x.contiguous()
     x = x if x.data_ptr() % 16 == 0 else x.clone()
     bias = None if bias is None else bias.contiguous()
-    if (one := row_cut(x, packed)) is not None:
+    if one is not None:
         return runs_row.multiply(x, packed, bias, one)
-    if several is not None:
-        return runs_rows.multiply(x, packed, bias, several)
+    if more is not None:
+        return runs_many.multiply(x, packed, bias, more)
     return runs.multiply_few(x, packed, bias, found, runs.best(packed.shape, rows))
 
 
@@ -73,11 +79,12 @@ def row_cut(x: Tensor, packed: PackedWeight) -> runs_row.Config | None:
     return runs_row.best(packed, len(x))
 
 
-def rows_cut(x: Tensor, packed: PackedWeight) -> runs_rows.Config | None:
-    """How runs_rows.cu takes x (rows, columns); None where it does not."""
-    if x.dtype != torch.bfloat16 or not has_wgmma(x.device) or runs_row.why_not(packed) is not None:
+def many_cut(x: Tensor, packed: PackedWeight) -> many.Config | None:
+    """How many.cu takes x (rows, columns); None where it does not."""
+    if not has_wgmma(x.device) or runs_many.why_not(packed) is not None:
         return None
-    return runs_rows.best(packed, len(x))
+    shape = packed.shape[0], packed.shape[1]
+    return runs_many.best(runs_row.kind_of(packed), shape, len(x), device_of(x))
 
 
 def why_not_decoded(packed: PackedWeight) -> str | None:

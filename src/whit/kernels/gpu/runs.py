@@ -17,6 +17,7 @@ from torch import Tensor
 from whit.formats.ggml.format import Ggml
 from whit.formats.signs import Signs
 from whit.kernels.gpu import nvrtc
+from whit.kernels.gpu.launches import device_of
 from whit.kernels.gpu.scales import FLOATS, table
 from whit.tensor import Format, PackedWeight, matrix_shape, radix
 
@@ -186,7 +187,7 @@ def dequantize(packed: PackedWeight, dtype: torch.dtype, found: Scheme) -> Tenso
     out = torch.empty(matrix_shape(packed.shape), dtype=dtype, device=packed.device)
     macros, device = found.macros | {"HALF": int(dtype == torch.float16)}, out.device.index
     function = _build(DEQUANTIZE, tuple(macros.items()), device)
-    most = BLOCKS_EACH * torch.cuda.get_device_properties(device).multi_processor_count
+    most = BLOCKS_EACH * device_of(out)[1]
     blocks = min(-(-out.numel() // (8 * THREADS)), most)
     where = nvrtc.stream_on(out.device.index)
     argument = DequantizeParams(weight_params(packed, found), out.data_ptr())

@@ -1,4 +1,4 @@
-"""ggml's types through many.cu, for 17 rows and more on Hopper (many_runs.cuh says how their scales are applied)."""
+"""ggml's types through many.cu, for 5 rows and more on Hopper (many_runs.cuh says how their scales are applied)."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from whit.kernels.gpu.scales import table
 from whit.kernels.gpu.tables import Shape
 from whit.kernels.gpu.tables_runs import RUNS_MANY
 from whit.tensor import PackedWeight
+
+LEAST_ROWS = 5  # fewer are faster in runs_row.cu or runs_few.cu
 
 
 @dataclass(frozen=True)
@@ -70,13 +72,12 @@ def cut_for(kind: Kind, cut: many.Cut) -> Config:
 @lru_cache(maxsize=4096)
 def best(kind: Kind, shape: Shape, rows: int, device: tuned.Device) -> many.Config | None:
     """How x (rows, columns) and a weight of `shape` that `why_not` allows are cut; None where another way is faster."""
-    weight = many_cuts.Weight(name_of(kind), many.STEPS[kind.bits], bool(kind.levels), lambda cut: cut_for(kind, cut))
+    if rows < LEAST_ROWS:
+        return None
+    weight = many_cuts.Weight(
+        f"runs{kind.bits}", many.STEPS[kind.bits], bool(kind.levels), lambda cut: cut_for(kind, cut)
+    )
     return many_cuts.best(weight, RUNS_MANY.get(device[0], {}), shape, rows, device[1])
-
-
-def name_of(kind: Kind) -> str:
-    """What decides the work per weight: the codes, whether runs are short, and minima."""
-    return f"runs{kind.bits}"
 
 
 def macros(kind: Kind, config: many.Config, half: bool) -> dict[str, int]:
@@ -125,6 +126,6 @@ def multiply(x: Tensor, packed: PackedWeight, bias: Tensor | None, config: many.
     function = _build(tuple(macros(kind, config, x.dtype == torch.float16).items()), x.device.index)
     grid = config.grid([packed.shape[0]], len(x), device_of(x)[1])
     room = many.meeting(x, [one], config)
-    argument, where = params(x, one, config, room=room), torch.cuda.current_stream(x.device).cuda_stream
+    argument, where = params(x, one, config, room=room), nvrtc.stream_on(x.device.index)
     function.launch_early(grid, config.threads, config.shared_bytes(levels), argument, where, config.cluster)
     return one.y

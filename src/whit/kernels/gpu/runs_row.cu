@@ -137,7 +137,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, ROOM) runs_row(const Param
     u8 *slots = (u8 *)(block + 2 * WARPS * ROWS * OUTS);
     Held held[AHEAD];
     int tile = blockIdx.x, turn = 0;
-    begin_tile(held, p, tile, 0, steps);
+    begin_tile(held, p, tile, steps);
     copy_scales(slots, p, tile), end_copies();
     if (tile + apart < tiles) copy_scales(slots + slot_bytes(p), p, tile + apart);
     end_copies();
@@ -158,7 +158,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, ROOM) runs_row(const Param
         u8 *slot = slots + turn * slot_bytes(p);
         float *mine = block + turn * WARPS * ROWS * OUTS;
         add_tile(sums, held, s, p, slot, tile, steps);
-        if (tile + apart < tiles) begin_tile(held, p, tile + apart, 0, steps);
+        if (tile + apart < tiles) begin_tile(held, p, tile + apart, steps);
         lay_sums(mine, sums, lane, warp);
         copies_left<0>();
         __syncthreads();  // sums and the next tile's scales are there, and this one's are done with

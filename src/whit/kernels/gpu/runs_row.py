@@ -13,6 +13,7 @@ from torch import Tensor
 from whit.formats.ggml.format import Ggml
 from whit.formats.ggml.kinds import Kind
 from whit.kernels.gpu import nvrtc
+from whit.kernels.gpu.launches import device_of
 from whit.kernels.gpu.scales import table
 from whit.tensor import PackedWeight
 
@@ -41,8 +42,7 @@ class Params(ctypes.Structure):
         ("codes", ctypes.c_void_p), ("field", ctypes.c_void_p * 4),
         *((name, ctypes.c_void_p) for name in ("levels", "x", "bias", "y")),
         ("pitch", ctypes.c_int * 4),
-        *((name, ctypes.c_int) for name in ("outs", "columns", "rows", "row_bytes", "slice_steps")),
-        *((name, ctypes.c_void_p) for name in ("partial", "arrived")),
+        *((name, ctypes.c_int) for name in ("outs", "columns", "rows", "row_bytes")),
     )  # fmt: skip
 
 
@@ -112,7 +112,7 @@ def params(x: Tensor, packed: PackedWeight, bias: Tensor | None, y: Tensor) -> P
     codes = packed.tensors["codes"]
     return Params(
         codes.data_ptr(), scales, *pointers, (ctypes.c_int * 4)(*pitches(packed)), *packed.shape, len(x),
-        codes.shape[1], steps(packed.shape[1]),
+        codes.shape[1],
     )  # fmt: skip
 
 
@@ -140,7 +140,7 @@ def multiply(x: Tensor, packed: PackedWeight, bias: Tensor | None, config: Confi
     """Contiguous x (rows, columns), up to 8 rows that begin at 16 bytes, through a weight that `why_not` allows."""
     y = torch.empty(len(x), packed.shape[0], dtype=x.dtype, device=x.device)
     function = _build(tuple(macros(packed, config, x.dtype == torch.float16, len(x)).items()), x.device.index)
-    most = config.blocks * torch.cuda.get_device_properties(x.device).multi_processor_count
+    most = config.blocks * device_of(x)[1]
     grid = min(-(-packed.shape[0] // 16), most)
     where = nvrtc.stream_on(x.device.index)
     shared = shared_bytes(packed, config, len(x))

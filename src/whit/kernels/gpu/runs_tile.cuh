@@ -1,4 +1,4 @@
-// A tile of 16 outs of one of ggml's types: what runs_row.cu and runs_rows.cu share. The host defines
+// A tile of 16 outs of one of ggml's types in runs_row.cu: its scales and its codes. The host defines
 //   RUN, SUBS          columns of a run (16 or 32, or a multiple); runs of a superblock, 0: there are none
 //   PART, SCALE_BIAS   bits of a run's integers, and what was added to those of d
 //   NUMBER             what d is: 1 float16, 4: a byte, the power of two that is twice d
@@ -14,9 +14,6 @@ struct Params {
     u16 *y;
     int pitch[FIELDS];             // bytes of a row of W; 0: there is no such field
     int outs, columns, rows, row_bytes;
-    int slice_steps;               // of a block; runs_row.cu: all
-    float *partial;                // [slice][row][out], where there are several
-    u32 *arrived;
 };
 struct Held {
     u32 words[2][WORDS];  // rows 8 apart
@@ -94,9 +91,9 @@ DEVICE void load_held(Held &held, const Params &p, int tile, int chunk, int lane
         load_words(held.words[h], (const u32 *)(p.codes + (long long)out * p.row_bytes + chunk * (4 * WORDS)));
     }
 }
-DEVICE void begin_tile(Held (&held)[AHEAD], const Params &p, int tile, int begin, int steps) {
+DEVICE void begin_tile(Held (&held)[AHEAD], const Params &p, int tile, int steps) {
     int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
 #pragma unroll
     for (int j = 0; j < AHEAD; j++)
-        if (warp + j * WARPS < steps) load_held(held[j], p, tile, (begin + warp + j * WARPS) * 4 + (lane & 3), lane);
+        if (warp + j * WARPS < steps) load_held(held[j], p, tile, (warp + j * WARPS) * 4 + (lane & 3), lane);
 }
