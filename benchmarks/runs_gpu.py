@@ -39,12 +39,10 @@ ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 1024, 4096)
 REPLAYS = 5
 FEWER = 256  # rows above which fewer types are timed, over fewer weights
 TIMED_MORE = ("q4_k", "q6_k", "q8_0")
-ROW_CUTS = {
-    1: [(16, 1, 2, 2), (8, 2, 3, 3), (8, 4, 2, 2), (16, 2, 1, 1)], 2: [(16, 1, 2, 2), (8, 4, 2, 2)], 4: [(16, 1, 1, 1)],
-    8: [(16, 1, 1, 1)],
-}  # fmt: skip
+ROW_CUT = runs_row.Config(16, 1)  # what is checked
 CHECKED_ROWS = (1, 3, 8)
-CHECKED_MORE = (7, 27, 60, 250, 600)
+CHECKED_MORE, CHECKED_HALF = (7, 27, 60, 250, 600), (60,)
+FEW = (4, 8, 16)  # rows at which ggml's types are timed in runs_few.cu
 CHECKED = (1016, 1536)
 H100 = (9, 132)
 HEAD = """# ggml's types and binary on a GPU
@@ -110,10 +108,9 @@ def check_dtype(packed: PackedWeight, dtype: torch.dtype, generator: torch.Gener
 
     add("few", 7, lambda x: runs.multiply_few(x, packed, bias, scheme, few), rounded.double().cuda(), most)
     if str(packed.format) in GGML:
-        cut = runs_row.Config(*ROW_CUTS[8][0])
-        for rows in CHECKED_ROWS:
-            add("row", rows, lambda x: runs_row.multiply(x, packed, bias, cut), exact, most)
-        for rows in CHECKED_MORE:  # weights are rounded
+        for rows in CHECKED_ROWS if bf16 else CHECKED_ROWS[:1]:
+            add("row", rows, lambda x: runs_row.multiply(x, packed, bias, ROW_CUT), exact, most)
+        for rows in CHECKED_MORE if bf16 else CHECKED_HALF:  # weights are rounded
             if more := many_cut(packed, rows):
                 add(
                     "many",
@@ -133,15 +130,14 @@ def ways(packed: PackedWeight, rows: int) -> list[Way]:
     """What can multiply so many rows of bfloat16, by names."""
     scheme, found = scheme_of(packed), list[Way]()
     if str(packed.format) in GGML:
-        for cut in (runs_row.Config(*c) for c in ROW_CUTS.get(rows, ())):
-            if runs_row.shared_bytes(packed, cut, rows) * cut.blocks <= runs_row.MOST_SHARED:
-                found.append((f"row {cut}", lambda x, w, c=cut: runs_row.multiply(x, w, None, c)))
+        if cut := runs_row.best(packed, rows):
+            found.append((f"row {cut}", lambda x, w: runs_row.multiply(x, w, None, cut)))
         if more := many_cut(packed, rows):
             found.append((f"many {more.values}", lambda x, w: runs_many.multiply(x, w, None, more)))
-    if rows <= runs.MOST_ROWS:
+    if rows in FEW or str(packed.format) not in GGML and rows <= runs.MOST_ROWS:
         few = runs.best(packed.shape, rows)
         found.append((f"few {few}", lambda x, w: runs.multiply_few(x, w, None, scheme, few)))
-    else:
+    if rows > runs.MOST_ROWS:
         found.append(("dequantized", lambda x, w: torch.nn.functional.linear(x, runs.dequantize(w, x.dtype, scheme))))
     return found
 
@@ -185,10 +181,23 @@ def plain_times(shape: tuple[int, int], generator: torch.Generator) -> dict[int,
 
 def many_cases(spec: str) -> set[tuple[many.Config, bool]]:
     """Cuts of many.cu that are checked, in both types, and those that are timed."""
-    kind = KINDS[spec]
-    checked = {runs_many.best(kind, CHECKED, rows, H100) for rows in CHECKED_MORE}
-    timed = {runs_many.best(kind, shape, rows, H100) for shape in SHAPES for rows in ROWS} if spec in TIMED else set()
-    return {(cut, half) for half in (False, True) for cut in (checked if half else checked | timed) if cut}
+    kind, rows = KINDS[spec], [n for n in ROWS if n <= FEWER or spec in TIMED_MORE]
+    found = {(runs_many.best(kind, CHECKED, n, H100), False) for n in CHECKED_MORE}
+    found |= {(runs_many.best(kind, CHECKED, n, H100), True) for n in CHECKED_HALF}
+    if spec in TIMED:
+        found |= {(runs_many.best(kind, shape, n, H100), False) for shape in SHAPES for n in rows}
+    return {(cut, half) for cut, half in found if cut}
+
+
+def row_cases(spec: str) -> set[tuple[int, bool, runs_row.Config]]:
+    """The same of runs_row.cu: rows, whether in float16, cut."""
+    found = {(rows, False, ROW_CUT) for rows in CHECKED_ROWS} | {(CHECKED_ROWS[0], True, ROW_CUT)}
+    for shape in SHAPES if spec in TIMED else ():
+        specs = BITS.specs(parse_format(spec), shape)
+        tensors = {name: torch.empty(want.shape, dtype=want.dtype, device="meta") for name, want in specs.items()}
+        packed = PackedWeight(BITS.name, parse_format(spec), shape, tensors)
+        found |= {(rows, False, cut) for rows in ROWS if (cut := runs_row.best(packed, rows))}
+    return found
 
 
 def compile_all(kitchen: Kitchen) -> None:
@@ -201,14 +210,12 @@ def compile_all(kitchen: Kitchen) -> None:
             (runs.FEW, runs.few_macros(scheme, runs.best(CHECKED, 7), half, 7).items()) for half in (False, True)
         ]
         if spec in TIMED:
-            few = {(runs.best(shape, rows), rows) for shape in SHAPES for rows in ROWS if rows <= runs.MOST_ROWS}
+            most = FEW if spec in GGML else (rows for rows in ROWS if rows <= runs.MOST_ROWS)
+            few = {(runs.best(shape, rows), rows) for rows in most for shape in SHAPES}
             wanted += [(runs.FEW, runs.few_macros(scheme, c, False, rows).items()) for c, rows in few]
         if spec not in GGML:
             continue
-        row = {(rows, half, ROW_CUTS[8][0]) for rows in CHECKED_ROWS for half in (False, True)}
-        if spec in TIMED:
-            row |= {(rows, False, cut) for rows, cuts in ROW_CUTS.items() for cut in cuts}
-        wanted += [(runs_row.SOURCE, runs_row.macros(packed, runs_row.Config(*c), h, r).items()) for r, h, c in row]
+        wanted += [(runs_row.SOURCE, runs_row.macros(packed, c, h, n).items()) for n, h, c in row_cases(spec)]
         wanted += [(many.SOURCE, runs_many.macros(KINDS[spec], *case).items()) for case in many_cases(spec)]
     kitchen.prepare(wanted)
 
