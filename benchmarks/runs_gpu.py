@@ -134,7 +134,7 @@ def ways(packed: PackedWeight, rows: int) -> list[Way]:
             found.append((f"row {cut}", lambda x, w: runs_row.multiply(x, w, None, cut)))
         if more := many_cut(packed, rows):
             found.append((f"many {more.values}", lambda x, w: runs_many.multiply(x, w, None, more)))
-    if rows in FEW or str(packed.format) not in GGML and rows <= runs.MOST_ROWS:
+    if rows in FEW or (str(packed.format) not in GGML and rows <= runs.MOST_ROWS):
         few = runs.best(packed.shape, rows)
         found.append((f"few {few}", lambda x, w: runs.multiply_few(x, w, None, scheme, few)))
     if rows > runs.MOST_ROWS:
