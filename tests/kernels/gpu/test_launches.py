@@ -90,9 +90,7 @@ def test_every_format_and_number_of_rows_is_a_launch_that_a_multiprocessor_has_r
 
 
 @pytest.mark.parametrize("spec", ["q4_k", "q6_k", "q5_k", "q8_0", "q4_0", "iq4_xs", "q3_k", "q2_k", "mxfp4"])
-def test_ggmls_types_are_launches_that_a_multiprocessor_has_room_for(
-    spec: str, launched: Written_down
-):
+def test_ggmls_types_are_launches_that_a_multiprocessor_has_room_for(spec: str, launched: Written_down):
     packed = random_packed(spec, 512, 2048, torch.Generator().manual_seed(0))
     arrived = torch.zeros(32, dtype=torch.int32)
     packed = replace(packed, tensors={**packed.tensors, launches.ARRIVED: arrived})
