@@ -130,6 +130,10 @@ def test_size_by_account_by_shards_and_by_architecture(tiny, make_model, tmp_pat
     LlamaForCausalLM.from_pretrained(tiny).save_pretrained(shards, max_shard_size="20KB")
     assert len(weight_files(shards)) > 1
     assert measure_size(shards, load_config(str(shards))).parameters == plain.parameters
+    beside = tmp_path / "beside"
+    shutil.copytree(tiny, beside)
+    shutil.copy(tiny / "model.safetensors", beside / "model.fp16.safetensors")  # the same once more, and not loaded
+    assert measure_size(beside, load_config(str(beside))) == plain
     packed = load_config(str(tiny))
     packed.quantization_config = {"quant_method": "gptq"}
     assert measure_size(tiny, packed).parameters == plain.parameters
@@ -141,5 +145,5 @@ def test_size_by_account_by_shards_and_by_architecture(tiny, make_model, tmp_pat
     with pytest.raises(CheckpointError, match="lacks size_bytes"):
         measure_size(account, packed)
     weight_files(shards)[0].unlink()
-    with pytest.raises(CheckpointError, match="every shard must be"):
+    with pytest.raises(CheckpointError, match="all must be there; download them"):
         measure_size(shards, packed)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from whit.checkpoint.reader import INDEX
+from whit.checkpoint.reader import find_shards
 from whit.errors import CheckpointError
 
 
@@ -50,27 +50,15 @@ def measure_size(path: Path, config: Any) -> Size:
 
 
 def weight_files(path: Path) -> list[Path]:
-    """The files that hold the weights, in name order: those of the index, else all of the first kind that is there."""
+    """The files that hold the weights: those that a model folder is loaded from, not what else lies in it."""
     if path.is_file():
         return [path]
-    if (path / INDEX).is_file():
-        return _indexed(path, INDEX)
-    for pattern in ("model*.safetensors", "*.safetensors", "*.gguf", "*.onnx*"):
+    if any(path.glob("*.safetensors")):
+        return list(find_shards(path))
+    for pattern in ("*.gguf", "*.onnx*"):
         if found := sorted(path.glob(pattern)):
             return found
     raise CheckpointError(f"{path}: no weight file (*.safetensors); a model folder must hold one; check the path")
-
-
-def _indexed(path: Path, index: str) -> list[Path]:
-    try:
-        names = sorted(set(json.loads((path / index).read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path / index}: no weight_map can be read from it; fetch or write it again") from error
-    files = [path / Path(name).name for name in names]
-    for file in files:
-        if not file.is_file():
-            raise CheckpointError(f"{file}: named by {index} and not there; every shard must be; fetch it again")
-    return files
 
 
 def _from_account(account: Path) -> int | None:
