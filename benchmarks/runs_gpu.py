@@ -106,16 +106,16 @@ def check_dtype(packed: PackedWeight, dtype: torch.dtype, generator: torch.Gener
         error = relative_error(y, x.double() @ weight.T + bias.double())
         found.append((f"{name}, {rows} rows", error if torch.equal(product(x), y) else float("inf"), most))
 
-    add("few", 7, lambda x: runs.multiply_few(x, packed, bias, scheme, few), rounded.double().cuda(), most)
+    add("few", 7, lambda x: runs.call(x, packed, bias, scheme, few).start()[0], rounded.double().cuda(), most)
     if str(packed.format) in GGML:
         for rows in CHECKED_ROWS if bf16 else CHECKED_ROWS[:1]:
-            add("row", rows, lambda x: runs_row.multiply(x, packed, bias, ROW_CUT), exact, most)
+            add("row", rows, lambda x: runs_row.call(x, packed, bias, ROW_CUT).start()[0], exact, most)
         for rows in CHECKED_MORE if bf16 else CHECKED_HALF:  # weights are rounded
             if more := many_cut(packed, rows):
                 add(
                     "many",
                     rows,
-                    lambda x, c=more: runs_many.multiply(x, packed, bias, c),
+                    lambda x, c=more: runs_many.call(x, packed, bias, c).start()[0],
                     rounded.double().cuda(),
                     most,
                 )
@@ -131,12 +131,12 @@ def ways(packed: PackedWeight, rows: int) -> list[Way]:
     scheme, found = scheme_of(packed), list[Way]()
     if str(packed.format) in GGML:
         if cut := runs_row.best(packed, rows):
-            found.append((f"row {cut}", lambda x, w: runs_row.multiply(x, w, None, cut)))
+            found.append((f"row {cut}", lambda x, w: runs_row.call(x, w, None, cut).start()[0]))
         if more := many_cut(packed, rows):
-            found.append((f"many {more.values}", lambda x, w: runs_many.multiply(x, w, None, more)))
+            found.append((f"many {more.values}", lambda x, w: runs_many.call(x, w, None, more).start()[0]))
     if rows in FEW or (str(packed.format) not in GGML and rows <= runs.MOST_ROWS):
         few = runs.best(packed.shape, rows)
-        found.append((f"few {few}", lambda x, w: runs.multiply_few(x, w, None, scheme, few)))
+        found.append((f"few {few}", lambda x, w: runs.call(x, w, None, scheme, few).start()[0]))
     if rows > runs.MOST_ROWS:
         found.append(("dequantized", lambda x, w: torch.nn.functional.linear(x, runs.dequantize(w, x.dtype, scheme))))
     return found

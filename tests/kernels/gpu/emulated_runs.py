@@ -38,7 +38,7 @@ def _library(macros: tuple[tuple[str, int], ...]) -> ctypes.CDLL:
 
 
 def many_linear(x: Tensor, packed: PackedWeight, bias: Tensor | None, cut: many.Cut, processors: int = 4) -> Tensor:
-    """As `runs_many.multiply`, on so many multiprocessors."""
+    """As `runs_many.call`, on so many multiprocessors."""
     config = runs_many.cut_for(kind_of(packed), cut)
     one = many.Product(packed, bias, torch.full((len(x), packed.shape[0]), float("nan"), dtype=x.dtype))
     kernel = _library(tuple(runs_many.macros(kind_of(packed), config, x.dtype == torch.float16).items()))

@@ -203,3 +203,21 @@ def test_a_module_keeps_launches_no_longer_than_its_tensors(launched: Written_do
     assert not linear.float()._ready
     copied = pickle.loads(pickle.dumps(linear))
     assert not copied._ready
+
+
+@pytest.mark.parametrize("rows", [1, 16, 64])
+def test_weights_of_runs_keep_their_launches_too(
+    rows: int, launched: Written_down, arguments: list[Any], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(kernel_runs, "has_wgmma", lambda device: True)
+    runs = kernel_runs.GpuRuns()
+    packed = runs.prepare(BITS.pack(whit.quantize_tensor(torch.randn(256, 2048), "q4_k")))
+    x, other = torch.ones(2, rows, 2048, dtype=torch.bfloat16)
+    runs.linear(x, packed, None)
+    assert len(packed.kept) == 1
+    y = runs.linear(other, packed, None)
+    assert launched[0] == launched[1]
+    kind, words, _ = arguments[1]
+    assert (y.shape, words[place(kind, "y")]) == ((rows, 256), y.data_ptr())
+    assert other.data_ptr() in words
+    assert x.data_ptr() not in words

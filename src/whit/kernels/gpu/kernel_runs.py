@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -10,8 +10,9 @@ from torch import Tensor
 
 from whit.kernels.base import QUANTIZED_INPUTS
 from whit.kernels.gpu import many, runs, runs_many, runs_row
+from whit.kernels.gpu.again import Prepared
 from whit.kernels.gpu.kernel import DTYPES, why_not
-from whit.kernels.gpu.launches import ARRIVED, device_of
+from whit.kernels.gpu.launches import ARRIVED, Call, device_of
 from whit.kernels.gpu.tiled import has_wgmma
 from whit.layouts import BITS
 from whit.tensor import PackedWeight, matrix_shape
@@ -38,38 +39,42 @@ class GpuRuns:
         return why_not_decoded(packed)
 
     def prepare(self, packed: PackedWeight) -> PackedWeight:
-        if ARRIVED in packed.tensors or packed.device.type != "cuda" or runs_row.why_not(packed) is not None:
-            return packed
-        if torch.cuda.is_current_stream_capturing():
+        if isinstance(packed, Prepared) or (packed.device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
             return packed  # what a graph's recording makes is the graph's
         arrived = torch.zeros(-(-packed.shape[0] // 16), dtype=torch.int32, device=packed.device)
-        return replace(packed, tensors={**packed.tensors, ARRIVED: arrived})
+        derived = {} if runs_row.why_not(packed) is not None else {ARRIVED: arrived}
+        tensors = {**packed.tensors, **derived}
+        return Prepared(packed.layout, packed.format, packed.shape, tensors, deterministic=packed.deterministic)
 
     def linear(self, x: Tensor, packed: PackedWeight, bias: Tensor | None) -> Tensor:
         outs, columns = packed.shape
         found = runs.scheme(packed.format, columns)
         assert not isinstance(found, str), found
         rows = x.numel() // columns
-        flat = x.reshape(rows, columns)
-        if rows == 0 or (y := decoded(flat, packed, bias, found)) is None:
+        bias = None if bias is None else bias.contiguous()
+        if rows and isinstance(packed, Prepared) and (again := packed.again(x, bias, False)) is not None:
+            return again
+        call = decoded(x.reshape(rows, columns), packed, bias, found) if rows else None
+        if call is None:
             return torch.nn.functional.linear(x, runs.dequantize(packed, x.dtype, found), bias)
-        return y.reshape(*x.shape[:-1], outs)
+        if isinstance(packed, Prepared):
+            packed.keep(call, bias, False)
+        return call.start()[0].reshape(*x.shape[:-1], outs)
 
 
-def decoded(x: Tensor, packed: PackedWeight, bias: Tensor | None, found: runs.Scheme) -> Tensor | None:
-    """The product (rows, outs) of x (rows, columns) with codes that are decoded on the way; None for too many rows."""
+def decoded(x: Tensor, packed: PackedWeight, bias: Tensor | None, found: runs.Scheme) -> Call | None:
+    """The product of x (rows, columns) with codes that are decoded on the way; None for too many rows."""
     rows, one = len(x), row_cut(x, packed)
     more = None if one else many_cut(x, packed)
     if one is None and more is None and rows > runs.MOST_ROWS:
         return None
     x = x.contiguous()
     x = x if x.data_ptr() % 16 == 0 else x.clone()
-    bias = None if bias is None else bias.contiguous()
     if one is not None:
-        return runs_row.multiply(x, packed, bias, one)
+        return runs_row.call(x, packed, bias, one)
     if more is not None:
-        return runs_many.multiply(x, packed, bias, more)
-    return runs.multiply_few(x, packed, bias, found, runs.best(packed.shape, rows))
+        return runs_many.call(x, packed, bias, more)
+    return runs.call(x, packed, bias, found, runs.best(packed.shape, rows))
 
 
 def row_cut(x: Tensor, packed: PackedWeight) -> runs_row.Config | None:

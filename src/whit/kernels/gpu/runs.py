@@ -17,7 +17,7 @@ from torch import Tensor
 from whit.formats.ggml.format import Ggml
 from whit.formats.signs import Signs
 from whit.kernels.gpu import nvrtc
-from whit.kernels.gpu.launches import device_of
+from whit.kernels.gpu.launches import Call, device_of
 from whit.kernels.gpu.scales import FLOATS, table
 from whit.tensor import Format, PackedWeight, matrix_shape, radix
 
@@ -172,14 +172,13 @@ def _build(source: Path, macros: tuple[tuple[str, int], ...], device: int) -> nv
     return nvrtc.build(source, dict(macros), source.stem, device)
 
 
-def multiply_few(x: Tensor, packed: PackedWeight, bias: Tensor | None, found: Scheme, config: Config) -> Tensor:
+def call(x: Tensor, packed: PackedWeight, bias: Tensor | None, found: Scheme, config: Config) -> Call:
     """Contiguous x (rows, columns), up to 32 rows that begin at 16 bytes, through the weight."""
     y = torch.empty(len(x), packed.shape[0], dtype=x.dtype, device=x.device)
     function = _build(FEW, tuple(few_macros(found, config, x.dtype == torch.float16, len(x)).items()), x.device.index)
-    shared, where = few_shared_bytes(found, config, len(x)), nvrtc.stream_on(x.device.index)
-    params = few_params(x, packed, bias, y, found)
-    function.launch((-(-packed.shape[0] // 16), 1, 1), 32 * config.warps, shared, params, where)
-    return y
+    shared, params = few_shared_bytes(found, config, len(x)), few_params(x, packed, bias, y, found)
+    grid = -(-packed.shape[0] // 16), 1, 1
+    return Call(function.cut(grid, 32 * config.warps, shared, params, early=False), x, [y])
 
 
 def dequantize(packed: PackedWeight, dtype: torch.dtype, found: Scheme) -> Tensor:

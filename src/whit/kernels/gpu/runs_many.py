@@ -11,7 +11,7 @@ from torch import Tensor
 
 from whit.formats.ggml.kinds import Kind
 from whit.kernels.gpu import many, many_cuts, maps, nvrtc, runs_row, tuned
-from whit.kernels.gpu.launches import device_of
+from whit.kernels.gpu.launches import Call, device_of
 from whit.kernels.gpu.runs_row import fields, kind_of, pitches
 from whit.kernels.gpu.scales import table
 from whit.kernels.gpu.tables import Shape
@@ -119,13 +119,13 @@ def _build(macros: tuple[tuple[str, int], ...], device: int) -> nvrtc.Function:
     return nvrtc.build(many.SOURCE, dict(macros), "many", device)
 
 
-def multiply(x: Tensor, packed: PackedWeight, bias: Tensor | None, config: many.Config) -> Tensor:
+def call(x: Tensor, packed: PackedWeight, bias: Tensor | None, config: many.Config) -> Call:
     """Contiguous x (rows, columns), which begins at 16 bytes, through a weight that `why_not` allows."""
     kind, levels = kind_of(packed), bool(kind_of(packed).levels)
     one = many.Product(packed, bias, torch.empty(len(x), packed.shape[0], dtype=x.dtype, device=x.device))
     function = _build(tuple(macros(kind, config, x.dtype == torch.float16).items()), x.device.index)
     grid = config.grid([packed.shape[0]], len(x), device_of(x)[1])
     room = many.meeting(x, [one], config)
-    argument, where = params(x, one, config, room=room), nvrtc.stream_on(x.device.index)
-    function.launch_early(grid, config.threads, config.shared_bytes(levels), argument, where, config.cluster)
-    return one.y
+    argument = params(x, one, config, room=room)
+    launch = function.cut(grid, config.threads, config.shared_bytes(levels), argument, config.cluster)
+    return Call(launch, x, [one.y], room.partial, room.arrived, config.box)

@@ -13,7 +13,7 @@ from torch import Tensor
 from whit.formats.ggml.format import Ggml
 from whit.formats.ggml.kinds import Kind
 from whit.kernels.gpu import nvrtc
-from whit.kernels.gpu.launches import device_of
+from whit.kernels.gpu.launches import Call, device_of
 from whit.kernels.gpu.scales import table
 from whit.tensor import PackedWeight
 
@@ -136,13 +136,11 @@ def _build(macros: tuple[tuple[str, int], ...], device: int) -> nvrtc.Function:
     return nvrtc.build(SOURCE, dict(macros), "runs_row", device)
 
 
-def multiply(x: Tensor, packed: PackedWeight, bias: Tensor | None, config: Config) -> Tensor:
+def call(x: Tensor, packed: PackedWeight, bias: Tensor | None, config: Config) -> Call:
     """Contiguous x (rows, columns), up to 8 rows that begin at 16 bytes, through a weight that `why_not` allows."""
     y = torch.empty(len(x), packed.shape[0], dtype=x.dtype, device=x.device)
     function = _build(tuple(macros(packed, config, x.dtype == torch.float16, len(x)).items()), x.device.index)
     most = config.blocks * device_of(x)[1]
     grid = min(-(-packed.shape[0] // 16), most)
-    where = nvrtc.stream_on(x.device.index)
     shared = shared_bytes(packed, config, len(x))
-    function.launch_early((grid, 1, 1), 32 * config.warps, shared, params(x, packed, bias, y), where)
-    return y
+    return Call(function.cut((grid, 1, 1), 32 * config.warps, shared, params(x, packed, bias, y)), x, [y])
