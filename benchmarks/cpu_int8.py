@@ -138,4 +138,5 @@ def main() -> None:
 LABELS = ("whit w8a8", "torch bfloat16", "ONNX Runtime int8")
 
 if __name__ == "__main__":
+    harness.wait_as_usual()
     main()

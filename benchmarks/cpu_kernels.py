@@ -5,15 +5,12 @@ machine, measured before and after: the faster counts. Writes results/cpu_kernel
 --name. About 15 minutes on two quiet cores; five with --shapes 1 --rounds 3. --formats takes any, as q4_k.
 --peers names the folder where `python benchmarks/peers/install.py DIR --peers kernels` put ONNX Runtime, OpenVINO,
 auto-round-lib, torchao and ggml; each runs in a process of its own (`peers/kernels.py`) and takes its turns in the same
-rounds. About twice the time then. OMP_WAIT_POLICY is not heeded: OpenMP's default is to wait awake for a while, as
-threads of ONNX Runtime, OpenVINO and ggml do.
+rounds. About twice the time then. OMP_WAIT_POLICY is not heeded (`harness.wait_as_usual`).
 """
 
 from __future__ import annotations
 
 import argparse
-import os
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import astuple, replace
@@ -153,6 +150,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    if os.environ.pop("OMP_WAIT_POLICY", None):  # OpenMP has read it already
-        os.execv(sys.executable, [sys.executable, *sys.argv])
+    harness.wait_as_usual()
     main()

@@ -121,4 +121,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    harness.wait_as_usual()
     main()

@@ -25,7 +25,7 @@ import torch
 
 import decode_large
 
-from harness import machine, markdown, resident, save
+from harness import machine, markdown, resident, save, wait_as_usual
 
 NOTE = """
 Peaks: what a process held at the most until a prompt of 32 tokens and 128 new ones were through, less what the imported
@@ -173,4 +173,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    wait_as_usual()
     main()

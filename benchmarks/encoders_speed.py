@@ -204,4 +204,5 @@ def _quality(found: dict[str, dict[str, float]], name: str) -> tuple[str, str]:
 
 
 if __name__ == "__main__":
+    harness.wait_as_usual()
     main()
