@@ -39,8 +39,8 @@ def machine() -> dict[str, Any]:
 def wait_as_usual() -> None:
     """Start this program again without OMP_WAIT_POLICY, which OpenMP has read already.
 
-    By default OpenMP's threads wait awake for a while, as ONNX Runtime's, OpenVINO's and ggml's own do. Asleep
-    ("passive"), each product waits 30 to 60 microseconds for them.
+    By default OpenMP's threads wait awake for a while, as those of other programs do. Asleep ("passive"), each product
+    waits 30 to 60 microseconds for them.
     """
     if os.environ.pop("OMP_WAIT_POLICY", None):
         os.execv(sys.executable, [sys.executable, *sys.argv])
