@@ -2,13 +2,14 @@
 // that share keys read them once. Built after common.cuh. Macros:
 //   D, GROUP           columns of a head; heads of q per head of k
 //   CHUNK              places of the cache per block
+//   SOON               chunks that are read before it is known how far the tokens reach: none where memory is the limit
 //
 // A block has one head of k of one sequence and CHUNK places; blocks beyond the last token do nothing. All that it reads
 // of the cache is under way before anything is computed, and before the product in front of it has ended: no kernel that
 // begins early writes `slot`, `position`, `mask` or older places. All of it comes from far away, for a step reads the whole model: so
-// nothing waits for another address, and the first SOON chunks are read before it is known how far the tokens reach. Scores and sums are float32. The last block of a head to finish
-// joins the parts, always in the same order. q and k are rotated as transformers does it: both products rounded, then
-// their sum.
+// nothing waits for another address, but for chunks that are not read SOON. Scores and sums are float32. The last block of
+// a head to finish joins the parts, always in the same order. q and k are rotated as transformers does it: both products
+// rounded, then their sum.
 
 struct Params {
     const u16 *q, *k, *v;      // (batch, heads D), (batch, key heads D) twice
@@ -30,7 +31,6 @@ constexpr int LANES = D / 8;               // that share a key
 constexpr int TEAMS = THREADS / LANES;     // keys at a time
 constexpr int ROUNDS = CHUNK / TEAMS;
 constexpr int PART = D + 2;                // floats of a head's part: sums, largest score, sum of weights
-constexpr int SOON = 4;
 constexpr float LOWEST = -1e30f;
 
 DEVICE float rounded(float v) { return widen(round_pair(v, v) & 0xFFFF); }
@@ -218,7 +218,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) attend(const Params p) {
     if (chunk < SOON) load_held(held, (const uint4 *)keys, (const uint4 *)values, mask, min(CHUNK, p.length - first));
     int slot = (int)*p.slot, chunks = slot / CHUNK + 1, fresh = slot - first;
     if (chunk >= chunks) return;
-    if (chunk >= SOON) load_held(held, (const uint4 *)keys, (const uint4 *)values, mask, min(CHUNK, p.length - first));
+    if (chunk >= SOON) load_held(held, (const uint4 *)keys, (const uint4 *)values, mask, min(CHUNK, fresh + 1));
     if (tid == 0) prefetch(p.arrived + which);
     long long position = p.position[batch];
     if (tid < D / 32) prefetch(p.cosine + position * D + tid * 32), prefetch(p.sine + position * D + tid * 32);

@@ -28,7 +28,6 @@ GATE_THREADS, CHOOSE_THREADS = 256, 1024
 DENSE_THREADS, DENSE_BLOCKS = 256, 2  # of a block; blocks of a multiprocessor
 LEAST_DENSE = 1 << 15  # outs of a weight that dense.cu reads faster than torch does
 ATTEND_THREADS = 128
-CHUNK = 64  # places of the cache per block
 SHORT_WARPS, SHORT_BLOCKS, MOST_ROUNDS = 8, 128, 8  # of attend_short.cu: warps of a block, blocks, places of a lane
 LOG2_E = log2(2.718281828459045)
 Macros: TypeAlias = tuple[tuple[str, int], ...]
@@ -85,6 +84,23 @@ class AttendShortParams(ctypes.Structure):
         )),
         ("length", ctypes.c_int), ("heads", ctypes.c_int), ("scale", ctypes.c_float),
     )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """How attend.cu is cut: places of the cache per block, and how many chunks are read before it is known whether they
+    are needed."""
+
+    places: int = 64
+    soon: int = 4
+
+    def count(self, length: int) -> int:
+        return -(-length // self.places)
+
+
+def chunks_for(texts: int) -> Chunks:
+    """The cut for so many sequences: memory is the limit of many."""
+    return Chunks() if texts < 4 else Chunks(soon=0)
 
 
 @lru_cache(maxsize=64)
@@ -192,7 +208,7 @@ class Workspace:
     def like(cls, mask: Tensor, slot: Tensor, key_heads: int, group: int, size: int) -> Workspace:
         """Room for a cache of (batch, key_heads, length, size) and `group` heads of q for each."""
         batch, length = mask.shape
-        chunks = -(-length // CHUNK)
+        chunks = chunks_for(batch).count(length)
         partial = torch.empty(batch, key_heads, chunks, group, size + 2, dtype=torch.float32, device=mask.device)
         arrived = torch.zeros(batch, key_heads, dtype=torch.int32, device=mask.device)
         hopper = mask.is_cuda and torch.cuda.get_device_capability(mask.device)[0] == 9
@@ -221,9 +237,9 @@ def short_cut(heads: int, length: int, group: int, size: int) -> Short | None:
     return None if cluster is None else Short(cluster, -(-length // (at_once * cluster)))
 
 
-def attend_shared(group: int, size: int, chunks: int) -> int:
+def attend_shared(group: int, size: int, cut: Chunks, chunks: int) -> int:
     """Bytes of `Shared` in attend.cu, and of a factor per head and chunk."""
-    held = 4 * (group * size + group * CHUNK + 4 * group * size + 2 * group) + 4 * size + 16
+    held = 4 * (group * size + group * cut.places + 4 * group * size + 2 * group) + 4 * size + 16
     return -(-held // 16) * 16 + 4 * group * chunks
 
 
@@ -254,8 +270,9 @@ def attend(
         blocks, shared = (short.cluster * key_heads * batch, 1, 1), short_shared(group, size)
         run(ATTEND_SHORT, tuple(macros.items()), blocks, 32 * SHORT_WARPS, shared, near, q.device)
         return y
-    macros |= {"CHUNK": CHUNK}
+    cut = chunks_for(batch)
+    macros |= {"CHUNK": cut.places, "SOON": cut.soon}
     params = AttendParams(*(t.data_ptr() for t in (*borrowed, room.partial, room.arrived)), length, scale * LOG2_E)
-    grid = -(-length // CHUNK), key_heads, batch
-    run(ATTEND, tuple(macros.items()), grid, ATTEND_THREADS, attend_shared(group, size, grid[0]), params, q.device)
+    grid = cut.count(length), key_heads, batch
+    run(ATTEND, tuple(macros.items()), grid, ATTEND_THREADS, attend_shared(group, size, cut, grid[0]), params, q.device)
     return y
