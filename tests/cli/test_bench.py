@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from whit.cli import build_app
@@ -35,6 +38,26 @@ def test_json_has_every_kernel_and_consistent_ratios(monkeypatch: pytest.MonkeyP
             assert row["ratio_to_bf16"] == pytest.approx(plain / row["seconds"])
             assert row["share_of_limit"] > 0
             assert row["bytes"] >= 64 * 512 / 2
+
+
+@pytest.mark.skipif(isinstance(library(), str), reason="the CPU kernels are not built")
+def test_what_is_read_alone_stays_as_long_as_it_may_be_read(monkeypatch: pytest.MonkeyPatch):
+    class Memory(bytearray):
+        pass
+
+    monkeypatch.setattr(kernel_speed, "COLD", 1 << 13)
+    held = [Memory(1 << 13)]
+    known = weakref.ref(held[0])
+    monkeypatch.setattr(kernel_speed, "in_huge_pages", lambda tensor: torch.frombuffer(held.pop(), dtype=torch.uint8))
+    compiled = library()
+    assert not isinstance(compiled, str)
+    calls, size = kernel_speed._reading(1 << 12, compiled)
+    gc.collect()
+    assert (len(calls), size) == (2, 1 << 12)
+    assert known() is not None
+    del calls
+    gc.collect()
+    assert known() is None
 
 
 def test_candidates_that_run_elsewhere_take_their_turns(monkeypatch: pytest.MonkeyPatch):

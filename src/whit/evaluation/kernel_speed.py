@@ -177,8 +177,12 @@ def _reading(size: int, compiled: Library) -> tuple[list[Call], int]:
     threads, count = torch.get_num_threads(), copies_of(size)
     area = in_huge_pages(torch.ones(count * size, dtype=torch.uint8))
     ahead = min(AHEAD, key=lambda ahead: compiled.read(area.data_ptr(), len(area), compiled.parallel, ahead, threads))
-    starts = [area[i * size :].data_ptr() & ~63 for i in range(count)]
-    return [lambda x, at=at: compiled.read(at, size, compiled.parallel, ahead, threads) for at in starts], size  # type: ignore[misc]
+    parts = [area[i * size : (i + 1) * size] for i in range(count)]
+
+    def reading(part: Tensor) -> Call:  # which holds the area as long as it may be called
+        return lambda x: compiled.read(part.data_ptr() & ~63, size, compiled.parallel, ahead, threads)
+
+    return [reading(part) for part in parts], size
 
 
 def _peers(weight: Tensor, format: str) -> dict[str, tuple[list[Call], int]]:
