@@ -1,7 +1,7 @@
 """The kernel for up to 16 rows whose blocks lie beside each other: checked against float64, then its cuts timed.
 
-The cuts are those of tables.py, early and late, in both orders of columns; with `--which dispatched` those that are
-dispatched, with `--which wide` all that fill the device.
+The cuts are those of tables_slab.py, early and late, in both orders of columns; with `--which dispatched` those that
+are dispatched, with `--which wide` all that fill the device.
 
 python benchmarks/gpu_slab.py --which dispatched --seconds 70 --out FOLDER
 """
@@ -22,7 +22,7 @@ import torch
 from whit.errors import KernelError
 from whit.kernels.gpu import halves, launches, slab, stream, tuned
 from whit.kernels.gpu import kernel as gpu_kernel
-from whit.kernels.gpu.tables import HOPPER_SLAB
+from whit.kernels.gpu.tables_slab import HOPPER_SLAB
 from whit.tensor import PackedWeight
 
 from gpu_harness import (

@@ -9,7 +9,20 @@ import pytest
 import torch
 
 import whit
-from whit.kernels.gpu import few, halves, kernel, many, narrow, slab, stream, tables, tables_many, tiled, tuned
+from whit.kernels.gpu import (
+    few,
+    halves,
+    kernel,
+    many,
+    narrow,
+    slab,
+    stream,
+    tables,
+    tables_many,
+    tables_slab,
+    tiled,
+    tuned,
+)
 from whit.kernels.gpu.stream import Scheme
 from whit.layouts import BITS
 from whit.tensor import PackedWeight
@@ -135,7 +148,7 @@ def test_measured_cuts_of_blocks_beside_each_other_fit_the_multiprocessor():
         "int4-128": "int4-g128", "int4-64": "int4-g64", "table-64": "nf4", "table-64-dq": "nf4-dq",
         "int4-128-zero": "int4-g128-asym", "int8-128": "int8-g128", "int3-128": "int3-g128", "int2-64": "int2-g64",
     }  # fmt: skip
-    for (kind, rows, shape), cut in tables.HOPPER_SLAB.items():
+    for (kind, rows, shape), cut in tables_slab.HOPPER_SLAB.items():
         scheme = scheme_of(specs[kind.removesuffix(halves.KIND)], shape[1])
         if kind.endswith(halves.KIND):
             scheme = replace(scheme, storage=replace(scheme.storage, scale=1))
@@ -149,7 +162,7 @@ def test_measured_cuts_of_blocks_beside_each_other_fit_the_multiprocessor():
 
 
 def test_measured_cuts_of_weights_that_share_an_input_fit_the_multiprocessor():
-    for (kind, rows, shape), cut in tables.HOPPER_SHARED.items():
+    for (kind, rows, shape), cut in tables_slab.HOPPER_SHARED.items():
         scheme = scheme_of({"int4-128": "int4-g128", "table-64-dq": "nf4-dq"}[kind], shape[1])
         assert tuned.kind(slab.in_groups(scheme)) == kind
         assert tuned.best_slab(scheme, shape, rows, H100, shared=True) == (slab.Config(*cut) if cut else None)

@@ -12,8 +12,9 @@ from functools import lru_cache
 from whit.kernels.gpu import digits, few, halves, many, many_cuts, slab, stream, tiled
 from whit.kernels.gpu.near import measured, nearest, rescaled
 from whit.kernels.gpu.stream import Config, Scheme, row_tiles
-from whit.kernels.gpu.tables import DIGITS, FEW, ROUTES, SHARED, SLAB, STREAM, TILED, Route, Shape
+from whit.kernels.gpu.tables import DIGITS, FEW, ROUTES, STREAM, TILED, Route, Shape
 from whit.kernels.gpu.tables_many import INVARIANT_MANY, MANY
+from whit.kernels.gpu.tables_slab import SHARED, SLAB
 
 BYTES_AHEAD = 32  # that a thread loads of each row before it computes
 MOST_COLUMNS = 640  # of 64 rows of x, twice, that fit in shared memory beside a table of levels
