@@ -1,9 +1,9 @@
 """int8 linears on the processor beside ONNX Runtime's: python benchmarks/cpu_int8.py [PEERS]
 
-One row with cold weights against the bandwidth at which this machine reads; hundreds of rows against torch's bfloat16
-product and ONNX Runtime's DynamicQuantizeMatMul (PEERS: see encoders_speed.py; left out without it). Inputs of the int8
-products are float32 and quantized in the call; candidates of a case in turns of many calls. What of the processor's own
-rate of products is reached stands beside it (int8_ceiling.py). Writes results/NAME.*.
+One row with cold weights beside a plain reading of as many cold bytes; more rows against torch's bfloat16 product and
+ONNX Runtime's DynamicQuantizeMatMul (PEERS: see encoders_speed.py; left out without it). Inputs of the int8 products
+are float32 and quantized in the call; candidates of a case in turns of many calls. What of the processor's own rate of
+products is reached stands beside it (int8_ceiling.py). Writes results/NAME.*.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from importlib.metadata import version
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,9 @@ import torch
 
 import whit
 from whit.activations import parse_activations
-from whit.evaluation.kernel_speed import measure_limits
+from whit.evaluation.kernel_speed import READING, measure_limits, reading
 from whit.kernels import Cpu8
+from whit.kernels.cpu import library
 from whit.layouts import BITS
 
 import harness
@@ -87,6 +89,9 @@ def candidates(rows: int, shape: tuple[int, int], args: argparse.Namespace) -> d
         return torch.nn.functional.linear(short, halves[turn["torch"] % len(halves)])
 
     found = {"whit w8a8": mine, "torch bfloat16": theirs}
+    if rows == 1 and not isinstance(compiled := library(), str):
+        calls = cycle(reading(packed[0].nbytes, compiled)[0])
+        found[READING] = lambda: next(calls)(x)
     if args.peers is not None and rows > 1:
         scale: Any = quantized.params["scale"]
         product = onnx_product(rows, quantized.codes, scale.reshape(-1), args.threads)
@@ -117,7 +122,7 @@ def main() -> None:
             middle = {n: min(row) if args.cpu_time else harness.spread(row)["median"] for n, row in seconds.items()}
             own = shape[0] * shape[1] / middle["whit w8a8"]
             cold, busy = count == 1 and shape[0] * shape[1] > 1 << 22, count > 1 and most > 0
-            read, done = own / limits.read_bytes_per_second, 2 * count * own / most if busy else 0.0
+            read, done = middle.get(READING, 0.0) / middle["whit w8a8"], 2 * count * own / most if busy else 0.0
             shares = (f"{100 * read:.0f} %" if cold else "", f"{100 * done:.0f} %" if busy else "")
             cells = [f"{1e3 * middle[n]:.3f}" if n in middle else "" for n in LABELS]
             lines.append((f"{shape[0]}x{shape[1]}", str(count), *cells, *shares))
@@ -125,8 +130,8 @@ def main() -> None:
             print(*lines[-1], flush=True)
     peer = version("onnxruntime") if args.peers is not None else "left out"
     note = (
-        f"\nMilliseconds, {args.threads} threads; one row: weights cold, share of the "
-        f"{limits.read_bytes_per_second / 1e9:.1f} GB/s that the machine reads; more rows: share of the "
+        f"\nMilliseconds, {args.threads} threads; one row: weights cold, and the share of it that reading as many cold "
+        f"bytes took in these turns (before: {limits.read_bytes_per_second / 1e9:.1f} GB/s); more rows: share of the "
         f"{most / 1e12:.2f} TOP/s that it multiplies bytes at. torch {torch.__version__}, ONNX Runtime {peer}."
     )
     header = ("weight", "rows", *LABELS, "of bandwidth", "of products")
@@ -135,7 +140,7 @@ def main() -> None:
     harness.save(args.name, result, harness.markdown(header, lines) + "\n" + note)
 
 
-LABELS = ("whit w8a8", "torch bfloat16", "ONNX Runtime int8")
+LABELS = ("whit w8a8", "torch bfloat16", "ONNX Runtime int8", READING)
 
 if __name__ == "__main__":
     harness.wait_as_usual()

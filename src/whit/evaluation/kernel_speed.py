@@ -113,7 +113,7 @@ def measure(
         if how.fits(packed.format) and Cpu8().supports(rounded, x) is None:
             candidates[f"cpu, {inputs} inputs"] = _ours(Cpu8(), rounded)
     if rows == 1 and not isinstance(compiled := library(), str):
-        candidates[READING] = _reading(packed.nbytes, compiled)
+        candidates[READING] = reading(packed.nbytes, compiled)
     if peers:
         candidates |= _peers(weight, format)
     turns = {name: (turn_of(calls, x), size) for name, (calls, size) in candidates.items()} | dict(others)
@@ -173,16 +173,17 @@ def _ours(kernel: Kernel, packed: PackedWeight) -> tuple[list[Call], int]:
     return [lambda x, w=w: kernel.linear(x, w, None) for w in copies], packed.nbytes  # type: ignore[misc]
 
 
-def _reading(size: int, compiled: Library) -> tuple[list[Call], int]:
+def reading(size: int, compiled: Library) -> tuple[list[Call], int]:
+    """Calls that read `size` cold bytes by torch's threads and do nothing with them, and `size`."""
     threads, count = torch.get_num_threads(), copies_of(size)
     area = in_huge_pages(torch.ones(count * size, dtype=torch.uint8))
     ahead = min(AHEAD, key=lambda ahead: compiled.read(area.data_ptr(), len(area), compiled.parallel, ahead, threads))
     parts = [area[i * size : (i + 1) * size] for i in range(count)]
 
-    def reading(part: Tensor) -> Call:  # which holds the area as long as it may be called
+    def reads(part: Tensor) -> Call:  # which holds the area as long as it may be called
         return lambda x: compiled.read(part.data_ptr() & ~63, size, compiled.parallel, ahead, threads)
 
-    return [reading(part) for part in parts], size
+    return [reads(part) for part in parts], size
 
 
 def _peers(weight: Tensor, format: str) -> dict[str, tuple[list[Call], int]]:
