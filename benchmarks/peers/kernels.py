@@ -253,9 +253,13 @@ class Peer:
         pipe = self.pipe = self.pipe or self._start()
         assert pipe.stdin is not None
         assert pipe.stdout is not None
-        pipe.stdin.write(json.dumps(question) + "\n")
-        pipe.stdin.flush()
-        if line := pipe.stdout.readline():
+        try:
+            print(json.dumps(question), file=pipe.stdin, flush=True)
+        except BrokenPipeError:  # it has ended since its last answer, for want of memory, say
+            line = ""
+        else:
+            line = pipe.stdout.readline()
+        if line:
             answer: dict[str, Any] = json.loads(line)
             return answer
         self.pipe = None
