@@ -44,7 +44,7 @@ def test_every_parameter_is_accounted_for_exactly_once(architecture: str, tmp_pa
     account = quantize(tmp_path / "model", tmp_path / "out", INT4)
     assert sorted(entry.name for entry in account.parameters) == sorted(model.state_dict())
     by_name = {entry.name: entry for entry in account.parameters}
-    linears = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and "gate" not in n]
+    linears = [n for n, m in model.named_modules() if type(m) is torch.nn.Linear and "gate" not in n]
     heads = ("lm_head", "cls.predictions.decoder", "classifier", "vocab_projector")
     for name in (name for name in linears if not name.startswith(heads)):
         assert by_name[f"{name}.weight"].status == "quantized"
@@ -72,9 +72,9 @@ def test_what_was_packed_comes_back_as_the_method_made_it(architecture: str, tmp
     targets = {target.parameter for target in find_targets(source.model)}
     assert source.packed.keys() == {n for n in targets & source.origins.keys() if "relative_attention" not in n}
     for name, (target, format) in source.packed.items():
-        matrix = original[name].t() if target.transposed else original[name]
+        matrix = original[name].mT if target.transposed else original[name]
         expected = whit.RTN()(matrix.reshape(-1, matrix.shape[-1]), None, format).dequantize().reshape(matrix.shape)
-        assert torch.equal(source.read(name), expected.t() if target.transposed else expected)
+        assert torch.equal(source.read(name), expected.mT if target.transposed else expected)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "mixtral", "t5", "bert"])

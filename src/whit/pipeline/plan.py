@@ -52,12 +52,13 @@ class Item(Parameter):
     def matrix(self, parameter: Tensor) -> Tensor:
         """A target's parameter as it is quantized: (rows, in_features), experts below each other."""
         assert self.target is not None
-        return (parameter.t() if self.target.transposed else parameter).reshape(-1, self.target.shape[-1])
+        return (parameter.mT if self.target.transposed else parameter).reshape(-1, self.target.shape[-1])
 
     def parameter(self, matrix: Tensor) -> Tensor:
         """The inverse of `matrix`."""
         assert self.target is not None
-        return matrix.t() if self.target.transposed else matrix.reshape(self.spec.shape)
+        stacked = matrix.reshape(self.target.shape)
+        return stacked.mT if self.target.transposed else stacked
 
 
 @dataclass(frozen=True)
