@@ -10,7 +10,6 @@ from functools import cached_property, partial
 from itertools import groupby
 from math import prod
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -23,7 +22,7 @@ from whit.formats.bands import bands_of, refuse_table
 from whit.methods import Method
 from whit.model.graph import find_blocks
 from whit.model.targets import Target, find_targets, vocabulary_tables
-from whit.pipeline.sources import Coded, Source
+from whit.pipeline.sources import Source, floats_dtype
 from whit.recipe import Recipe
 from whit.recipe.preflight import check_recipe
 from whit.spoken import by_reason
@@ -137,11 +136,8 @@ def plan_quantization(source: Source, recipe: Recipe, exporter: Exporter, shard_
 
 
 def _kept(source: Source, name: str) -> TensorSpec:
-    """What a parameter is kept as: what it is in the file, or in the model's own type where it was quantized there."""
-    spec = source.origins[name].spec
-    if not (isinstance(source, Coded) and source.coded(name)):
-        return spec
-    return TensorSpec(spec.shape, source.model.config.dtype or torch.bfloat16)
+    """What a parameter is kept as."""
+    return TensorSpec(source.origins[name].spec.shape, floats_dtype(source, name))
 
 
 def _misfits(model: PreTrainedModel, exporter: Exporter, formats: Mapping[Target, Format]) -> list[str]:
