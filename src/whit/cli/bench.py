@@ -49,10 +49,9 @@ def bench(
 
 
 def _bench_model(model: str, lengths: tuple[int, int], rounds: int, peers: bool, json: bool) -> None:
-    from pathlib import Path
-
     import torch
 
+    from whit.checkpoint.hub import resolve_model
     from whit.errors import UnsupportedModelError
     from whit.evaluation.kernel_speed import measure_limits
     from whit.evaluation.model_speed import (
@@ -80,10 +79,11 @@ def _bench_model(model: str, lengths: tuple[int, int], rounds: int, peers: bool,
         if hasattr(plain, "dequantize") and getattr(plain, "is_quantized", False):
             plain = plain.dequantize()
         contenders["bf16"] = Transformers(plain.to(torch.bfloat16), compiled=False)
-        if model.endswith(".gguf") and has_llama_cpp():
-            contenders["llama.cpp"] = LlamaCpp(Path(model), torch.get_num_threads())
+        file = resolve_model(model)
+        if file.suffix == ".gguf" and has_llama_cpp():
+            contenders["llama.cpp"] = LlamaCpp(file, torch.get_num_threads())
         else:
-            why = "xllamacpp is not installed" if model.endswith(".gguf") else "MODEL is no .gguf file"
+            why = "xllamacpp is not installed" if file.suffix == ".gguf" else "MODEL is no .gguf file"
             say(f"llama.cpp is left out: {why}")
     speeds = measure_model(contenders, count_parameters(network)[1], limits, *lengths, rounds)
     _show(json, limits, [speed.as_json() for speed in speeds], HEADER, table(speeds))

@@ -16,7 +16,7 @@ from rich.table import Table
 from whit.checkpoint.header import NAMES, count_parameters
 from whit.checkpoint.hub import resolve_model
 from whit.checkpoint.onnx import OnnxFile, onnx_graph
-from whit.checkpoint.places import RECORD
+from whit.checkpoint.places import RECORD, record_of
 from whit.checkpoint.reader import Checkpoint, read_json
 from whit.checkpoint.writer import file_sha256
 from whit.cli.console import on_screen, print_json, say
@@ -51,7 +51,8 @@ def inspect(
 
 def inspect_gguf(file: Path, verify: bool, as_json: bool) -> None:
     """What a .gguf file holds."""
-    if verify and file_sha256(file) not in load_account(file).files.values():
+    account = file if record_of(file).is_file() else file.parent  # where OUT was a folder, it lies beside the file
+    if verify and file_sha256(file) not in load_account(account).files.values():
         raise CheckpointError(f"{file}: changed since written; SHA-256 must be as in its account; copy it again")
     facts = gguf_facts(file)
     print_json(facts) if as_json else show_plain(facts)
