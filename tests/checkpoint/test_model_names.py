@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from huggingface_hub.errors import OfflineModeIsEnabled, RevisionNotFoundError
+from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled, RevisionNotFoundError
+from typer.testing import CliRunner
 
 import whit
 from whit.checkpoint.choice import choose
 from whit.checkpoint.hub import at_revision, resolve_model
-from whit.errors import CheckpointError
+from whit.cli import build_app
+from whit.errors import CheckpointError, WhitError
 from whit.evaluation import EvaluationOptions, evaluate
 from whit.evaluation.size import weight_files
 from whit.pipeline.job import Options, prepare
@@ -213,3 +215,40 @@ def test_a_model_in_parts_is_the_model(tmp_path: Path):
 
 def load(file: Path) -> Any:
     return prepare(file, file.parent / "out", None, Options())
+
+
+COMMANDS = {
+    "quantize": ["OUT", "--format", "int8"],
+    "evaluate": [],
+    "compare": ["OUT"],
+    "generate": ["-p", "Once"],
+    "finetune": ["DATA", "OUT"],
+    "convert": ["OUT", "--export", "bf16"],
+    "train": ["OUT", "--format", "int4-g32"],
+    "imatrix": ["OUT"],
+    "merge": ["DATA", "OUT"],
+    "inspect": [],
+    "memory": [],
+    "bench": [],
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_asks_the_hub_for_a_revision(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    asked: list[tuple[str, str]] = []
+
+    def refuse(repo: str, revision: str, **_: object) -> str:
+        asked.append((repo, revision))
+        raise LocalEntryNotFoundError("it is not here")
+
+    def run(model: str) -> str:
+        begin = [command, "model"] if command == "bench" else [command]
+        words = [str(tmp_path / word) if word in ("OUT", "DATA") else word for word in COMMANDS[command]]
+        result = CliRunner().invoke(build_app(), [*begin, model, *words, "--revision", "v2"])
+        assert isinstance(result.exception, WhitError), result.output
+        return str(result.exception)
+
+    monkeypatch.setattr("whit.checkpoint.hub.snapshot_download", refuse)
+    assert "neither a folder here nor in the hub's cache" in run("org/m")
+    assert set(asked) == {("org/m", "v2")}
+    assert "drop --revision" in run("whit:model")

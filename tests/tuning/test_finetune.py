@@ -100,6 +100,19 @@ def trained(model: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -
     return out
 
 
+def test_an_adapter_names_its_model_as_the_hub_does(
+    model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """And not the folder of the hub's cache, which is on this machine alone."""
+    monkeypatch.setattr("whit.checkpoint.hub.snapshot_download", lambda *_, **__: str(model))
+    words = ["finetune", "org/tiny", str(data), str(tmp_path / "out"), "--revision", "v2", "--steps", "1"]
+    result = CliRunner().invoke(build_app(), [*words, "--holdout", "0", "--context", "64", "--device", "cpu"])
+    assert result.exit_code == 0, result.output
+    config = peft.PeftConfig.from_pretrained(tmp_path / "out")
+    assert (config.base_model_name_or_path, config.revision) == ("org/tiny", "v2")
+    assert "AutoModelForCausalLM.from_pretrained('org/tiny', revision='v2')" in result.output
+
+
 def test_the_loss_falls_and_all_is_written(trained):
     assert [path.name for path in trained.parent.iterdir()] == ["out"]
     wanted = {

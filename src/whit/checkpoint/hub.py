@@ -73,7 +73,7 @@ def at_revision(model: str, revision: str | None) -> str:
     """MODEL's name with a branch, tag or commit of the hub's in it; CheckpointError where it is no name on the hub."""
     if revision is None:
         return model
-    if model.startswith("whit:") or _local(model) is not None:
+    if _local(shipped_model(model)) is not None:
         raise CheckpointError(
             f"{model}: lies on this machine; a revision is chosen of a model on the hub; drop --revision"
         )
@@ -84,6 +84,11 @@ def at_revision(model: str, revision: str | None) -> str:
             "REV a branch, tag or commit; correct one of them"
         )
     return f"{named.repo}@{revision}" + (f":{named.file}" if named.file else "")
+
+
+def hub_name(model: str | Path) -> HubName | None:
+    """MODEL's name on the hub; None where it lies on this machine."""
+    return HubName.parse(str(model)) if _local(shipped_model(str(model))) is None else None
 
 
 def _local(model: str) -> Path | None:

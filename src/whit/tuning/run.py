@@ -134,6 +134,10 @@ def build_loop(job: TuningJob, ranks: Ranks) -> tuple[Loop, Any]:
     adapted = add_adapters(model, tuning, derive(job.options.seed, "adapter"))
     if tuning.calibrated:
         adapted.peft_config["default"].base_model_name_or_path = str(job.out / BASE)
+    elif job.hub is not None:  # the cache's folder is on this machine alone
+        adapted.peft_config["default"].base_model_name_or_path = job.hub.repo
+        adapted.peft_config["default"].revision = job.hub.revision
+    if tuning.calibrated:
         set_start(job, adapted)
     elif tuning.init != DEFAULT_INIT:
         initialize_adapter(adapted, job.folder, method=tuning.init, calibration=seen(job))
