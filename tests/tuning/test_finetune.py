@@ -23,7 +23,7 @@ import whit
 from forking import in_child
 from whit.checkpoint.work import WorkFolder
 from whit.cli import build_app
-from whit.errors import OutputError, TrainingError
+from whit.errors import OutputError, TrainingError, WhitError
 from whit.training.ranks import Ranks
 from whit.tuning import prepare_tuning
 from whit.tuning.run import build_loop
@@ -171,6 +171,17 @@ def test_killed_runs_go_on_to_the_same_bytes(model, data, trained, tmp_path, opt
     assert [(e["step"], e.get("loss"), e.get("held_out_loss")) for e in logs[0]] == [
         (e["step"], e.get("loss"), e.get("held_out_loss")) for e in logs[1]
     ]
+
+
+@pytest.mark.parametrize("damaged", ["training.jsonl", "checkpoint-4.safetensors", "journal.jsonl"])
+def test_a_damaged_state_is_one_sentence(model, data, tmp_path, damaged):
+    run = Watcher(5)
+    assert in_child(lambda: whit.finetune(model, data, tmp_path / "out", TUNING, watcher=run)) == -signal.SIGKILL
+    file = tmp_path / ".out.partial" / damaged
+    file.write_bytes(b"\xff" + file.read_bytes()[1:])
+    with pytest.raises(WhitError, match=r"; or pass --restart|; pass --restart to begin again$") as caught:
+        whit.finetune(model, data, tmp_path / "out", TUNING)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.slow
