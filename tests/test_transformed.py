@@ -183,7 +183,7 @@ def test_requests_that_cannot_be_met_are_refused_before_anything_is_read(
     tmp_path: Path,
 ):
     recipe, t5 = Recipe("awq", [("*", "int4-g32")]), save_tiny(tmp_path / "t5", "t5")
-    with pytest.raises(whit.WhitError, match="lists of blocks"):
+    with pytest.raises(whit.WhitError, match="'t5' is not known"):
         prepare(t5, tmp_path / "out", recipe, Options())
     tiny = {"vocab_size": 128, "hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
     model = CohereForCausalLM(CohereConfig(**tiny, intermediate_size=128))

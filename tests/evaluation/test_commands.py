@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 
 import pytest
 import torch
 
-from whit import cli
 from whit.errors import EvaluationError
 from whit.integrations.generation import Sampling, generate
 from whit.integrations.loading import load_causal_lm, load_tokenizer
@@ -18,20 +16,6 @@ KEYS = [
     "model", "perplexity", "tokens", "context", "bits_per_weight", "size_bytes", "baseline", "kl", "top1_agreement",
     "tasks",
 ]  # fmt: skip
-
-
-@pytest.fixture
-def whit(monkeypatch, capsys):
-    """Run the command line in this process; (exit status, stdout, stderr)."""
-
-    def run(*words):
-        monkeypatch.setattr(sys, "argv", ["whit", *map(str, words)])
-        with pytest.raises(SystemExit) as stopped:  # typer leaves by SystemExit even when all went well
-            cli.main()
-        captured = capsys.readouterr()
-        return stopped.value.code or 0, captured.out, captured.err
-
-    return run
 
 
 def test_json_and_nothing_else(whit, tiny, perturbed, text_file):

@@ -38,6 +38,7 @@ from whit.formats.numeric import widened
 from whit.methods import Method
 from whit.methods.lowrank import beside
 from whit.methods.stack import energy_lost, quantize_stack
+from whit.model.graph import is_encoder_decoder
 from whit.pipeline.job import Job
 from whit.pipeline.plan import Item
 from whit.tensor import Format, LayerStats
@@ -60,6 +61,11 @@ def measure_divergence(
         raise UnsupportedModelError(
             f"{type(job.source.model).__name__}: predicts no next tokens; their divergence cannot be measured; "
             "use --sensitivity hessian"
+        )
+    if is_encoder_decoder(job.source.model):
+        raise UnsupportedModelError(
+            f"{type(job.source.model).__name__}: reads one text and writes another; the divergence of every format is "
+            "measured on models of one text; use --sensitivity hessian"
         )
     source, found = job.source, list[Group]()
     with torch.no_grad(), TemporaryDirectory(prefix="whit-") as scratch:

@@ -191,8 +191,8 @@ def _share(runner: Runner, index: int, before: Tensor, members: Sequence[tuple[n
     shares = []
     with holding(members):
         for number, sample in enumerate(before):
-            whole = runner.inputs[number].to(torch.float64)
-            lost = runner.forward(index, sample[None])[0].to(whole) - whole
+            whole = runner.made(runner.inputs[number]).to(torch.float64)
+            lost = runner.made(runner.forward(index, sample[None])[0]).to(whole) - whole
             sizes = whole.square().sum(-1)
             shares.append((lost.square().sum(-1) / sizes.clamp_min(torch.finfo(torch.float32).tiny)).mean())
     return float(torch.stack(shares).mean())

@@ -2,8 +2,8 @@
 
 The parts before the blocks run once, with the blocks replaced by stubs that note their arguments; from then on a
 block is called directly, with one sample at a time, or on a GPU as many as their shape says, so that no result depends
-on what a machine has room for. What a block says of its other arguments (rotary embeddings, masks) is noted once: all
-samples have the same length.
+on what a machine has room for (stack.py). Of a model that reads one text and writes another the encoder's blocks run
+first; what they make of a sample goes along behind it from the decoder's first block on.
 """
 
 from __future__ import annotations
@@ -15,16 +15,15 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 from transformers import PreTrainedModel
 
+from whit.calibration.stack import Stack
 from whit.calibration.storage import Storage, at_once
-from whit.calibration.stubs import Stop, hidden_of, replaced, split, until_stopped
-from whit.errors import UnsupportedModelError
-from whit.model.graph import find_blocks, text_part
+from whit.calibration.stubs import replaced, split
+from whit.model.graph import find_blocks, text_parts
+from whit.model.halves import halves
 
 Read = Callable[[str], Tensor]
-UNKNOWN = object()  # what a block gives beside hidden states: attention weights, mostly, which nobody asks for
 
 
 class Runner:
@@ -32,7 +31,8 @@ class Runner:
 
     `model` may be on the meta device; `read` gives any of its parameters by name. `tokens` is int64 (samples,
     context). `inputs` is (samples, context, hidden), in the dtype in which the model computes; where `twice`, `exact`
-    holds beside it what the unquantized model has there.
+    holds beside it what the unquantized model has there. An encoder reads the first half of every sample, and its
+    decoder writes the second (halves.py).
     """
 
     def __init__(
@@ -40,21 +40,29 @@ class Runner:
     ) -> None:
         with init_empty_weights(include_buffers=False):  # buffers that no checkpoint holds are computed
             self.model = type(model)(model.config).eval()
-        for config in (self.model.config, self.model.config.get_text_config()):
+        parts = [part.config for part in self.model.modules() if isinstance(part, PreTrainedModel)]
+        for config in (*parts, self.model.config.get_text_config()):  # T5's decoder has one of its own
             config.use_cache = False
             config._experts_implementation = "eager"  # one product per expert, which can be watched
         blocks = find_blocks(self.model)
-        self.names, self.blocks = blocks.names, blocks.modules
+        self.names, self.blocks, self._decoder = blocks.names, blocks.modules, blocks.decoder
         self.device = device
-        self._calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-        self._beside: tuple[Any, ...] | None = None
-        self._read = read
-        self.inputs, *others = self._embed(tokens, storage, 1 + twice)
+        self._read, self._storage, self._flows = read, storage, 1 + twice
+        ends = (len(blocks.names),) if blocks.decoder is None else (blocks.decoder, len(blocks.names))
+        self._stacks = tuple(
+            Stack(type(self.model).__name__, part, self.blocks[begin:end])
+            for part, begin, end in zip(text_parts(self.model), (0, *ends), ends, strict=False)
+        )
+        self._texts = None if blocks.decoder is None else halves(self.model.config, tokens)[:2]
+        self._written = 0  # of what flows, the tokens that a decoder writes; behind them lies its memory
+        self.inputs, *others = self._enter(self._stacks[0], tokens if self._texts is None else self._texts[0])
         self.exact = others[0] if twice else None
 
     @contextmanager
     def loaded(self, index: int, weights: Mapping[str, Tensor] | None = None) -> Iterator[dict[str, nn.Parameter]]:
         """The block with its weights, from `weights` by name or else read; yields its parameters by name."""
+        if index == self._decoder:
+            self._enter_decoder(index)
         prefix = f"{self.names[index]}."
         with self._filled(self.state_of(index), weights or {}):
             yield {f"{prefix}{name}": p for name, p in self.blocks[index].named_parameters()}
@@ -82,7 +90,7 @@ class Runner:
         entering = hidden.to(self.device)
 
         def skip(*args: Any, **kwargs: Any) -> Any:
-            return self._handed_on(entering)
+            return self._stacks[0].handed_on(entering)
 
         with replaced(self.blocks[:index], skip):
             if index == len(self.blocks):
@@ -120,92 +128,58 @@ class Runner:
         return torch.split(samples, at_once(samples if inputs is None else inputs, self.device))
 
     def forward(self, index: int, samples: Tensor) -> Tensor:
-        """A loaded block's outputs (n, context, hidden) for inputs of that shape."""
-        args, kwargs = self._calls[index]
-        return hidden_of(self.blocks[index](samples.to(self.device, non_blocking=True), *args, **kwargs))
+        """A loaded block's outputs (n, context, hidden) for inputs of that shape; a decoder's memory stays behind."""
+        samples = samples.to(self.device, non_blocking=True)
+        if not self._written:
+            return self._stacks[0].forward(index, samples, None)
+        hidden, memory = samples[:, : self._written], samples[:, self._written :]
+        before = len(self._stacks[0].blocks)
+        return torch.cat([self._stacks[1].forward(index - before, hidden, memory), memory], 1)
 
-    def _embed(self, tokens: Tensor, storage: Storage, copies: int) -> list[Tensor]:
-        """The first block's inputs (samples, context, hidden), so many times."""
-        base = text_part(self.model)
-        inside = tuple(f"{name}." for name in self.names)
-        prefix = next((f"{name}." for name, module in self.model.named_modules() if name and module is base), "")
-        names = [f"{prefix}{name}" for name in _state(base)]
-        with self._filled([name for name in names if not name.startswith(inside)], {}):
-            self._calls = self._note_calls(base, tokens[:1])
-            first = self._first_input(base, tokens[:1])
-            shape = (len(tokens), *first.shape[1:])
-            kept = storage.empty(shape, first.dtype, self.device, copies)
+    def made(self, samples: Tensor) -> Tensor:
+        """What a block made of samples (..., context, hidden): without the memory of a decoder, which none changes."""
+        return samples[..., : self._written, :] if self._written else samples
+
+    def _enter(self, stack: Stack, tokens: Tensor) -> list[Tensor]:
+        """The first block's inputs (samples, context, hidden), once for every flow."""
+        with self._filled(self._outside(stack), {}):
+            row = tokens[:1].to(self.device)
+            stack.note(row, None, self._filled(self.state_of(0), {}))
+            first = stack.first_input(row)
+            kept = self._storage.empty((len(tokens), *first.shape[1:]), first.dtype, self.device, self._flows)
             for rows, *places in zip(self.batches(tokens, first), *(self.batches(k) for k in kept), strict=True):
-                hidden = self._first_input(base, rows)
+                hidden = stack.first_input(rows.to(self.device))
                 for place in places:
                     place.copy_(hidden)
         return kept
 
-    def _note_calls(self, base: nn.Module, row: Tensor) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
-        """The arguments of every block beside the hidden states."""
-        calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-        self._beside = self._given_beside(base, row)
+    def _enter_decoder(self, decoder: int) -> None:
+        """What the encoder's blocks gave becomes the memory that stands behind every sample of the decoder's inputs."""
+        (before, after), texts = self._stacks, self._texts
+        assert texts is not None
+        flows = [self.inputs] if self.exact is None else [self.inputs, self.exact]
+        self._decoder = None
+        with self._filled([*self._outside(before), *self._outside(after)], {}):
+            source, target = (text[:1].to(self.device) for text in texts)
+            memory = before.behind(source, self.inputs[:1].to(self.device))
+            after.note(target, memory, self._filled(self.state_of(decoder), {}))
+            hidden = after.first_input(target, memory)
+            self._written = hidden.shape[1]
+            shape = (len(self.inputs), self._written + memory.shape[1], hidden.shape[2])
+            found = self._storage.empty(shape, hidden.dtype, self.device, self._flows)
+            for flow, kept in zip(flows, found, strict=True):
+                pieces = (self.batches(part, kept) for part in (*texts, flow, kept))
+                for some, others, left, place in zip(*pieces, strict=True):
+                    memory = before.behind(some.to(self.device), left.to(self.device))
+                    place.copy_(torch.cat([after.first_input(others.to(self.device), memory), memory], 1))
+        self.inputs, *exact = found
+        self.exact = exact[0] if exact else None
 
-        def note(*args: Any, **kwargs: Any) -> Any:
-            hidden, args, kwargs = split(args, kwargs)
-            calls.append((args, kwargs))
-            if len(calls) == len(self.blocks):
-                raise Stop
-            return self._handed_on(hidden)
-
-        with replaced(self.blocks, note):
-            self._run_noted(base, row, calls)
-        if len(calls) != len(self.blocks):
-            raise UnsupportedModelError(
-                f"{type(self.model).__name__}: {len(calls)} of {len(self.blocks)} blocks run on a text; "
-                "calibration needs all in turn; choose a method that needs no data, such as hqq"
-            )
-        return calls
-
-    def _run_noted(self, base: nn.Module, row: Tensor, calls: list[Any]) -> None:
-        """Run the model over blocks that note their calls; UnsupportedModelError where one needs what another gave
-        beside hidden states."""
-        failed = False
-        try:
-            until_stopped(base, row.to(self.device))
-        except Exception:  # the model's own code, at what is not there
-            failed = bool(self._beside)
-            if not failed:
-                raise
-        if failed or any(part is UNKNOWN for part in pytree.tree_leaves(calls)):
-            raise UnsupportedModelError(
-                f"{type(self.blocks[0]).__name__}: hands more than hidden states to the next block; "
-                "calibration carries only those; choose a method that needs no data, such as hqq"
-            )
-
-    def _handed_on(self, hidden: Tensor) -> Any:
-        """Hidden states as the model expects them of a block."""
-        return hidden if self._beside is None else (hidden, *self._beside)
-
-    def _given_beside(self, base: nn.Module, row: Tensor) -> tuple[Any, ...] | None:
-        """What a block returns behind its hidden states, UNKNOWN in the place of values; None where it is no tuple."""
-        call: list[Any] = []
-
-        def note(*args: Any, **kwargs: Any) -> Any:
-            call.append((args, kwargs))
-            raise Stop
-
-        with replaced(self.blocks[:1], note):
-            until_stopped(base, row.to(self.device))
-        with self.loaded(0):
-            output = self.blocks[0](*call[0][0], **call[0][1])
-        return tuple(part if part is None else UNKNOWN for part in output[1:]) if isinstance(output, tuple) else None
-
-    def _first_input(self, base: nn.Module, row: Tensor) -> Tensor:
-        found: list[Tensor] = []
-
-        def note(*args: Any, **kwargs: Any) -> Any:
-            found.append(split(args, kwargs)[0])
-            raise Stop
-
-        with replaced(self.blocks[:1], note):
-            until_stopped(base, row.to(self.device))
-        return found[0]
+    def _outside(self, stack: Stack) -> list[str]:
+        """Names of what a stack's module holds outside all blocks."""
+        prefix = next((f"{name}." for name, module in self.model.named_modules() if name and module is stack.base), "")
+        inside = tuple(f"{name}." for name in self.names)
+        return [name for name in (f"{prefix}{key}" for key in _state(stack.base)) if not name.startswith(inside)]
 
     @contextmanager
     def _filled(self, names: list[str], weights: Mapping[str, Tensor]) -> Iterator[None]:

@@ -36,8 +36,9 @@ def replaced(blocks: tuple[nn.Module, ...], forward: Callable[..., Any]) -> Iter
             del block.forward
 
 
-def until_stopped(base: nn.Module, row: Tensor) -> None:
+def until_stopped(base: nn.Module, rows: Tensor, memory: Tensor | None = None) -> None:
+    """Run a module on tokens, and on what an encoder made of others where there is such a memory."""
     try:
-        base(input_ids=row)
+        base(input_ids=rows) if memory is None else base(input_ids=rows, encoder_hidden_states=memory)
     except Stop:
         return

@@ -1,4 +1,4 @@
-"""`whit generate`: continue a text."""
+"""`whit generate`: continue a text, or answer one by a model that reads one text and writes another."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def generate(
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     from whit.compiled import compile
-    from whit.integrations.generation import Sampling, chat_prompt
+    from whit.integrations.generation import Sampling, chat_prompt, writes_another
     from whit.integrations.generation import generate as continue_text
     from whit.integrations.loading import load_causal_lm, load_tokenizer
 
@@ -49,13 +49,14 @@ def generate(
     sampling = Sampling(max_new_tokens, temperature, top_p, seed, greedy, kv_cache, kv_recent)
     words = sys.stdin.read().rstrip("\n") if prompt == "-" else prompt
     tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
-    network = load_causal_lm(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    network = load_causal_lm(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code, two_texts=True)
+    alone = chat or writes_another(network)  # whether the answer is said without the prompt
     asked = chat_prompt(tokenizer, words) if chat else words
     streamer = None
     if not json and sys.stdout.isatty():
         from transformers import TextStreamer
 
-        streamer = TextStreamer(tokenizer, skip_prompt=chat, skip_special_tokens=True)
+        streamer = TextStreamer(tokenizer, skip_prompt=alone, skip_special_tokens=True)
     with warnings.catch_warnings(record=True) as said:
         if compiled:
             options: dict[str, Any] = {"prepared": prepared, "rebuild": rebuild} if prepared else {}
@@ -70,7 +71,7 @@ def generate(
             }
         )  # fmt: skip
     elif streamer is None:
-        print(result.text if chat else words + result.text)
+        print(result.text if alone else words + result.text)
     speed = f"{result.new_tokens} tokens in {result.seconds:.2f} s, {result.tokens_per_second:.1f} tokens/s"
     say(speed)
 

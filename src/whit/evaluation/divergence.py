@@ -18,7 +18,7 @@ from torch import Tensor
 
 from whit.errors import EvaluationError
 from whit.evaluation.listener import Listener
-from whit.evaluation.perplexity import batches, called, next_token_logits, require_finite, row_chunks
+from whit.evaluation.perplexity import batches, called, next_token_logits, predicted, require_finite, row_chunks
 
 
 class Baseline(Protocol):
@@ -28,7 +28,7 @@ class Baseline(Protocol):
     def name(self) -> str: ...
 
     def logits(self, index: int, batch: Tensor) -> Tensor:
-        """[windows * (context - 1), vocabulary] for batch number `index`, in the baseline's own dtype."""
+        """[windows * predicted, vocabulary] for batch number `index`, in the baseline's own dtype."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class LiveBaseline:
 
 @dataclass(frozen=True)
 class Divergence:
-    """Per-token figures, each [windows, context - 1] on the CPU: losses and kl float64, agreement bool."""
+    """Per-token figures, each [windows, predicted] on the CPU: losses and kl float64, agreement bool."""
 
     losses: Tensor
     baseline_losses: Tensor
@@ -74,7 +74,8 @@ def compare_all(
     found: list[list[Tensor]] = [[] for _ in runs]
     done = 0
     for index, batch in enumerate(batches(windows, on_gpu)):
-        reference, targets = baseline.logits(index, batch), batch[:, 1:].reshape(-1)
+        reference = baseline.logits(index, batch)
+        targets = predicted(reference, batch)
         for (name, run), figures in zip(runs.items(), found, strict=True):
             figures.append(_compare(run(batch), reference, targets).reshape(4, batch.shape[0], -1))
             require_finite(figures[-1][0], name)
@@ -96,6 +97,11 @@ def _compare(logits: Tensor, reference: Tensor, targets: Tensor) -> Tensor:
         raise EvaluationError(
             f"baseline: its vocabulary is {reference.shape[1]} tokens and the model's is {logits.shape[1]}; "
             "they must be equal; compare with the model that this one was made from"
+        )
+    if len(logits) != len(reference):
+        raise EvaluationError(
+            f"baseline: predicts {len(reference)} of a batch's tokens, the model {len(logits)}; both must read texts "
+            "in one way; compare with the model that this one was made from"
         )
     targets = targets.to(logits.device)
     parts = []

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from whit.data import resolve_text
 from whit.devices import find_device
-from whit.errors import EvaluationError
+from whit.errors import EvaluationError, UnsupportedModelError
 from whit.evaluation.divergence import Baseline, Divergence, LiveBaseline, compare_windows
 from whit.evaluation.harness import available, run_harness
 from whit.evaluation.listener import Listener, Silent
@@ -77,8 +77,14 @@ def evaluate(
     """
     options = options or EvaluationOptions()
     notes = _Notes(listener or Silent())
-    local, foreign = _plan_tasks(options)
     config = load_config(model, trust_remote_code=options.trust_remote_code)
+    if getattr(config, "is_encoder_decoder", False):
+        if options.tasks:
+            raise UnsupportedModelError(
+                f"{model}: reads one text and writes another; tasks compare continuations of one; leave --tasks out"
+            )
+        notes.note("the second half of every window is predicted, from the first")
+    local, foreign = _plan_tasks(options)
     tokenizer = load_tokenizer(model, trust_remote_code=options.trust_remote_code)
     windows = _windows(config, tokenizer, options, notes)
     if options.baseline is not None:
@@ -221,7 +227,9 @@ def _store(name: str, windows: Tensor, folder: Path, options: EvaluationOptions,
 
 
 def _load(name: str, options: EvaluationOptions) -> Any:
-    return load_causal_lm(name, device=options.device, dtype=options.dtype, trust_remote_code=options.trust_remote_code)
+    return load_causal_lm(
+        name, device=options.device, dtype=options.dtype, trust_remote_code=options.trust_remote_code, two_texts=True
+    )
 
 
 def _release() -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from whit.errors import EvaluationError
 from whit.evaluation.listener import Listener
+from whit.model.halves import halves
 
 _BATCH_TOKENS = 2048  # one window of the usual context; short windows share a forward pass
 _GPU_BATCHES = 8  # times as many there: small models are bound by launches
@@ -26,10 +27,23 @@ def batches(windows: Tensor, on_gpu: bool) -> list[Tensor]:
 
 
 def next_token_logits(model: Any, batch: Tensor) -> Tensor:
-    """Logits for every token but the first, [windows * (context - 1), vocabulary] in the model's own dtype."""
+    """Logits of the tokens that are predicted, [windows * predicted, vocabulary] in the model's own dtype.
+
+    They are all of a window but the first; of a model that reads one text and writes another, the second half.
+    """
+    batch = batch.to(model.device)
     with torch.inference_mode():
-        logits: Tensor = model(input_ids=batch.to(model.device), use_cache=False).logits[:, :-1]
+        if getattr(model.config, "is_encoder_decoder", False):
+            source, begun, _ = halves(model.config, batch)
+            logits: Tensor = model(input_ids=source, decoder_input_ids=begun, use_cache=False).logits
+        else:
+            logits = model(input_ids=batch, use_cache=False).logits[:, :-1]
     return logits.reshape(-1, logits.shape[-1])
+
+
+def predicted(logits: Tensor, batch: Tensor) -> Tensor:
+    """The tokens that `next_token_logits` are of, int64 [rows]: as many as they are, the last of every window."""
+    return batch[:, -(len(logits) // len(batch)) :].reshape(-1)
 
 
 def row_chunks(rows: int, vocabulary: int) -> Iterator[slice]:
@@ -50,12 +64,12 @@ def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def score_windows(model: Any, windows: Tensor, listener: Listener) -> Tensor:
-    """The loss of every predicted token, float64 [windows, context - 1]. Raises EvaluationError on NaN."""
+    """The loss of every predicted token, float64 [windows, predicted]. Raises EvaluationError on NaN."""
     losses = []
     done = 0
     for batch in batches(windows, model.device.type == "cuda"):
         logits = next_token_logits(model, batch)
-        losses.append(token_losses(logits, batch[:, 1:].reshape(-1)).reshape(batch.shape[0], -1))
+        losses.append(token_losses(logits, predicted(logits, batch)).reshape(batch.shape[0], -1))
         require_finite(losses[-1], called(model))
         done += batch.shape[0]
         listener.step("perplexity", done, windows.shape[0], batch.numel())

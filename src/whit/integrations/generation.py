@@ -1,4 +1,4 @@
-"""Text from a causal language model, the same for a seed, without touching the caller's random numbers."""
+"""Text from a language model, the same for a seed, without touching the caller's random numbers."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Generated:
 
 
 def generate(model: Any, tokenizer: Any, prompt: str, sampling: Sampling, streamer: Any = None) -> Generated:
-    """Continue the prompt.
+    """Continue the prompt; a model that reads one text and writes another (T5, BART) answers it.
 
     Raises EvaluationError for an empty prompt, one that leaves the model no position, and logits that are no numbers.
     """
@@ -71,6 +71,8 @@ def generate(model: Any, tokenizer: Any, prompt: str, sampling: Sampling, stream
     stop = model.generation_config.eos_token_id
     pad = model.generation_config.pad_token_id
     first_stop = stop[0] if isinstance(stop, list) else stop
+    if sampling.kv_cache and writes_another(model):
+        raise EvaluationError("kv_cache: keeps keys and values of one text; the model reads another; leave it out")
     cache = QuantizedCache(model.config, sampling.kv_cache, sampling.recent) if sampling.kv_cache else None
     start = time.perf_counter()
     with seeded(sampling.seed), torch.inference_mode():
@@ -91,8 +93,13 @@ def generate(model: Any, tokenizer: Any, prompt: str, sampling: Sampling, stream
                 "try --dtype float32 or check the weights"
             ) from error
     seconds = time.perf_counter() - start
-    new = output[0, length:]
+    new = output[0, 1:] if writes_another(model) else output[0, length:]  # that begins with a token of its own
     return Generated(tokenizer.decode(new, skip_special_tokens=True), length, int(new.numel()), seconds)
+
+
+def writes_another(model: Any) -> bool:
+    """Whether the model reads one text and writes another, which does not begin with it."""
+    return bool(getattr(model.config, "is_encoder_decoder", False))
 
 
 def _check_length(model: Any, length: int, sampling: Sampling) -> None:
@@ -100,7 +107,8 @@ def _check_length(model: Any, length: int, sampling: Sampling) -> None:
     if length == 0:
         raise EvaluationError("prompt: is empty; the model continues a text; give it at least one word")
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if limit and length + sampling.max_new_tokens > limit:
+    both = max(length, sampling.max_new_tokens) if writes_another(model) else length + sampling.max_new_tokens
+    if limit and both > limit:
         raise EvaluationError(
             f"prompt: {length} tokens and {sampling.max_new_tokens} new ones exceed the model's {limit} positions; "
             "shorten the prompt or lower --max-new-tokens"

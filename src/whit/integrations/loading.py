@@ -37,11 +37,13 @@ T = TypeVar("T")
 
 
 def load_causal_lm(
-    name: str, *, device: str = "auto", dtype: str = "auto", trust_remote_code: bool = False, quantization: Any = None
-) -> Any:  # transformers.PreTrainedModel
+    name: str, *, device: str = "auto", dtype: str = "auto", trust_remote_code: bool = False, quantization: Any = None,
+    two_texts: bool = False,
+) -> Any:  # transformers.PreTrainedModel  # fmt: skip
     """The model in evaluation mode, on `device`, in `dtype` ("auto": the dtype of the checkpoint).
 
-    A QuantizationConfig as `quantization` quantizes a full-precision checkpoint while it is loaded.
+    A QuantizationConfig as `quantization` quantizes a full-precision checkpoint while it is loaded. With `two_texts` a
+    model may read one text and write another (T5, BART).
 
     Raises CheckpointError for a folder or id that cannot be read or lacks tensors, UnsupportedModelError for a model
     that is no causal language model, EvaluationError for a device or dtype that is not there.
@@ -50,7 +52,7 @@ def load_causal_lm(
     if dtype not in DTYPES:
         raise EvaluationError(f"dtype {dtype}: unknown; use one of {', '.join(DTYPES)}")
     config = load_config(name, trust_remote_code=trust_remote_code)
-    auto_class = _require_causal(name, config)
+    auto_class = causal_class(name, config, two_texts)
     source, options = _source(name, trust_remote_code, weights=True)
     file = options.get("gguf_file")
     if file is not None or is_foreign(Path(source)):
@@ -142,12 +144,13 @@ def _placement(device: str) -> dict[str, Any]:
     return {"device_map": "auto" if device == "auto" else {"": device}}
 
 
-def _require_causal(name: str, config: Any) -> Any:
-    """The auto class that loads it; one that sees is a causal model where it is given text alone.
+def causal_class(name: str, config: Any, two_texts: bool = False) -> Any:
+    """The auto class that loads the model of that name; UnsupportedModelError where it predicts no next token.
 
-    BERT and T5 load as "causal" models with a warning, or not at all; the figures would mean nothing.
+    One that sees is a causal model where it is given text alone. BERT and T5 load as "causal" models with a warning, or
+    not at all; the figures would mean nothing.
     """
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSeq2SeqLM
     from transformers.models.auto import modeling_auto as auto
 
     if "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
@@ -156,6 +159,8 @@ def _require_causal(name: str, config: Any) -> Any:
     sees = auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(config.model_type)
     architectures = getattr(config, "architectures", None) or ([mapped] if mapped else [])
     known = set(auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+    if two_texts and auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES.get(config.model_type) in architectures:
+        return AutoModelForSeq2SeqLM
     if not getattr(config, "is_encoder_decoder", False):
         if sees in architectures and mapped not in architectures:
             return AutoModelForImageTextToText

@@ -184,44 +184,66 @@ def _channels(config: PretrainedConfig, layout: str, rows: int, columns: int) ->
 
 @dataclass(frozen=True)
 class Blocks:
-    """The decoder or encoder blocks of a model, by name, in the order in which they run."""
+    """The blocks of a model, by name, in the order in which they run.
+
+    `decoder`: the number of the first one that reads what those before it made of another text; None: there is none.
+    """
 
     names: tuple[str, ...]
     modules: tuple[nn.Module, ...]
+    decoder: int | None = None
 
 
-def text_part(model: PreTrainedModel) -> nn.Module:
-    """What runs on tokens alone: where images or sounds come in beside them, the language model."""
-    config = model.config
-    beside = config.get_text_config() is not config and not getattr(config, "is_encoder_decoder", False)
-    part: nn.Module = model.get_decoder() if beside else model.base_model
-    return part
+def text_parts(model: PreTrainedModel) -> tuple[nn.Module, ...]:
+    """What runs on tokens: an encoder, then its decoder; or all of the model; or, where images or sounds come in beside
+    them, the language model."""
+    if is_encoder_decoder(model):
+        return model.get_encoder(), model.get_decoder()
+    beside = model.config.get_text_config() is not model.config
+    return (model.get_decoder() if beside else model.base_model,)
+
+
+def is_encoder_decoder(model: PreTrainedModel) -> bool:
+    """Whether it reads one text and writes another."""
+    return bool(getattr(model.config, "is_encoder_decoder", False)) and model.get_encoder() is not model.get_decoder()
 
 
 def find_blocks(model: PreTrainedModel) -> Blocks:
-    """The one list of blocks, of those that run on text, that holds linears.
+    """The blocks of every part that runs on text: of each, the one list of blocks that holds linears.
 
     UnsupportedModelError where there is none or more than one.
     """
+    parts, lists = text_parts(model), _lists_of_blocks(model)
+    takes = getattr(parts[0], "main_input_name", "input_ids")
+    if takes != "input_ids" and len(lists) == len(parts):
+        raise UnsupportedModelError(
+            f"{type(model).__name__}: runs on {takes}; calibration runs a model on text; choose a method that needs no "
+            "data, such as hqq"
+        )
+    found: dict[str, nn.ModuleList] = {}
+    first = []
+    for part in parts:
+        inside = {id(module) for module in part.modules()}
+        own = {name: blocks for name, blocks in lists.items() if id(blocks) in inside}
+        if len(own) != 1:
+            said = "none" if not own else f"{len(own)} ({', '.join(own)})"
+            raise UnsupportedModelError(
+                f"{type(model).__name__}: lists of blocks with linears: {said}; calibration runs a single list; "
+                "choose a method that needs no data, such as hqq"
+            )
+        first.append(sum(map(len, found.values())))
+        found |= own
+    names = tuple(f"{name}.{i}" for name, blocks in found.items() for i in range(len(blocks)))
+    modules = tuple(block for blocks in found.values() for block in blocks)
+    return Blocks(names, modules, first[1] if len(parts) > 1 else None)
+
+
+def _lists_of_blocks(model: PreTrainedModel) -> dict[str, nn.ModuleList]:
+    """The outermost lists that hold linears."""
     holders = [target.holder for target in find_targets(model) if not target.kept_by_default]
     lists: dict[str, nn.ModuleList] = {}
     for name, module in model.named_modules():
         outermost = not any(name.startswith(f"{other}.") for other in lists)
         if isinstance(module, nn.ModuleList) and outermost and any(h.startswith(f"{name}.") for h in holders):
             lists[name] = module
-    part = text_part(model)
-    if (takes := getattr(part, "main_input_name", "input_ids")) != "input_ids" and len(lists) == 1:
-        raise UnsupportedModelError(
-            f"{type(model).__name__}: runs on {takes}; calibration runs a model on text; choose a method that needs no "
-            "data, such as hqq"
-        )
-    text = {id(module) for module in part.modules()}
-    lists = {name: blocks for name, blocks in lists.items() if id(blocks) in text}
-    if len(lists) != 1:
-        found = "none" if not lists else f"{len(lists)} ({', '.join(lists)})"
-        raise UnsupportedModelError(
-            f"{type(model).__name__}: lists of blocks with linears: {found}; calibration runs a single list; "
-            "choose a method that needs no data, such as hqq"
-        )
-    ((name, blocks),) = lists.items()
-    return Blocks(tuple(f"{name}.{i}" for i in range(len(blocks))), tuple(blocks))
+    return lists

@@ -26,6 +26,7 @@ from whit.errors import EvaluationError
 from whit.evaluation import EvaluationOptions
 from whit.evaluation.memory import available_bytes
 from whit.evaluation.text import read_text
+from whit.integrations.loading import causal_class, load_config
 from whit.process import command_of
 from whit.report.candidates import Entrant
 from whit.report.kept import contents, keep, key, recall
@@ -105,6 +106,8 @@ def compare(
     `speed_again` measures speeds though they are known.
     """
     model = resolve_model(name)
+    trusted = settings.evaluation.trust_remote_code
+    causal_class(name, load_config(model, trust_remote_code=trusted))  # before anything is quantized
     here = machine(settings.evaluation.device)
     here["threads"] = settings.threads or here["threads"]
     orders = [_order(model, out, entrant, settings) for entrant in entrants]
