@@ -33,6 +33,7 @@ from whit.pipeline.coverage import Account
 from whit.pipeline.estimate import AROUND, Estimate, estimate
 from whit.pipeline.feed import BlockReader
 from whit.pipeline.job import open_source, prepare
+from whit.tensor import QuantizedTensor
 
 from tiny_models import ARCHITECTURES, DECODER, save_tiny, tiny_config, tiny_model
 
@@ -232,6 +233,27 @@ def test_what_calibration_does_not_reach_is_said(text: Path, tmp_path: Path):
     (head,) = [e for e in account.parameters if e.name == "lm_head.weight"]
     assert head.reason == "by clip: calibration reaches the linears of blocks alone"
     assert head.proxy_loss is None
+
+
+@pytest.mark.parametrize("architecture", ["qwen3_moe", "gpt_oss"])
+@pytest.mark.parametrize("method", [GPTQ(), "rtn"])
+def test_a_stack_of_experts_is_never_decoded_whole(
+    method, architecture: str, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Its floats, four bytes a weight and several times over, were most of the memory that a run took."""
+    model, sizes = checkpoint(tmp_path / "model", architecture), []
+    decode = QuantizedTensor.dequantize
+
+    def count(self: QuantizedTensor, *args, **kwargs):
+        sizes.append(self.codes.numel())
+        return decode(self, *args, **kwargs)
+
+    monkeypatch.setattr(QuantizedTensor, "dequantize", count)
+    calibration = None if method == "rtn" else Calibration(text, samples=24, context=48)
+    account = quantize(model, tmp_path / "out", Recipe(method, RULES), calibration=calibration)
+    stacks = [p for name, p in tiny_model(architecture).named_parameters() if p.dim() == 3]
+    assert len([e for e in account.parameters if "experts" in e.name and e.relative_error]) == len(stacks)
+    assert max(sizes) < min(p.numel() for p in stacks)
 
 
 def test_experts_that_saw_too_little_are_listed(text: Path, tmp_path: Path):

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import whit
-from whit.layouts import BITS
+from whit.formats.ggml import KINDS
+from whit.layouts import BITS, GGML
 from whit.layouts.stream import pack_stream, unpack_stream
 
 
@@ -19,6 +20,17 @@ def test_the_stream_is_least_significant_bit_first(bits: int, columns: int, rand
         number = sum(code << (bits * i) for i, code in enumerate(row))
         assert bytes(packed) == number.to_bytes((columns * bits + 7) // 8, "little")
     assert torch.equal(unpack_stream(stream, columns, bits, 0), codes)
+
+
+@pytest.mark.parametrize("spec", ["int4-g32", "int3-g32-asym", "int8", "q4_k", "mxfp4", "q8_0"])
+def test_large_matrices_are_packed_in_parts(spec: str, random: torch.Generator, monkeypatch: pytest.MonkeyPatch):
+    quantized = whit.quantize_tensor(torch.randn(37, 256, generator=random), spec)
+    for layout in (BITS, *([GGML] if spec in KINDS else [])):
+        whole = layout.pack(quantized).tensors
+        monkeypatch.setattr(f"whit.layouts.{'stream' if layout is BITS else 'ggml'}.CHUNK", 5 * 256)
+        parts = layout.pack(quantized).tensors
+        assert whole.keys() == parts.keys()
+        assert all(torch.equal(whole[key], parts[key]) for key in whole)
 
 
 @pytest.mark.parametrize("bits", range(2, 9))

@@ -94,6 +94,11 @@ class Exporter(Protocol):
 
     def __init__(self, model: PreTrainedModel, folder: Path) -> None: ...
 
+    @property
+    def reads_back(self) -> bool:
+        """Whether `decode` reads what was written: there is such a decoder, and it is installed."""
+        ...
+
     @classmethod
     def fitted(cls, format: Format) -> Format:
         """The variant of a format that the file can hold (float16 scales, say); the same one where there is none."""

@@ -26,6 +26,7 @@ class FolderExport:
     example: ClassVar[str] = "int4-g128"
     suffix: ClassVar[str] = ""
     fuses: ClassVar[bool] = False
+    reads_back: ClassVar[bool] = False
 
     def __init__(self, model: PreTrainedModel, folder: Path) -> None:
         self.model = model

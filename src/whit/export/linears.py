@@ -37,6 +37,7 @@ class LinearsExport(FolderExport):
 
     kinds: ClassVar[tuple[str, ...]] = ("linear", "experts")
     fuses: ClassVar[bool] = True
+    reads_back: ClassVar[bool] = True
     usage: ClassVar[str]
 
     def layout(self, format: Format) -> Layout:

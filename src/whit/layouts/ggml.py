@@ -13,6 +13,8 @@ from whit.formats.ggml import KINDS, Kind
 from whit.layouts.ggml_fields import FIELDS
 from whit.tensor import Format, PackedWeight, QuantizedTensor, TensorSpec, matrix_shape, tensor_param
 
+CHUNK = 1 << 22  # weights that are packed at a time
+
 
 @dataclass(frozen=True)
 class GgmlBlocks:
@@ -39,13 +41,15 @@ class GgmlBlocks:
         """Codes to bytes, losslessly. FormatError where the last group of a row would not be whole."""
         format, kind = quantized.format, self._kind(quantized.format, quantized.shape)
         rows, columns = matrix_shape(quantized.shape)
-        blocks = rows * columns // kind.group_size
-        values = {"codes": (quantized.codes.to(torch.int16) - kind.low).to(torch.uint8).reshape(blocks, -1)}
-        for name, spec in format.param_specs(rows, columns).items():
-            value = tensor_param(quantized.params, name).to(spec.dtype).contiguous()
-            values[name] = value.view(torch.uint8).reshape(blocks, -1)
-        data = torch.cat([field.pack(values) for field in FIELDS[str(format)]], dim=1)
-        return PackedWeight(self.name, format, quantized.shape, {"data": data.reshape(rows, -1)})
+        spec = self.specs(format, quantized.shape)["data"]
+        data = torch.empty(spec.shape, dtype=spec.dtype, device=quantized.codes.device)
+        params = {name: tensor_param(quantized.params, name) for name in quantized.params}
+        few = max(CHUNK // max(columns, 1), 1)
+        for first in range(0, rows, few):  # not several tensors as large as the codes beside them
+            some = slice(first, first + few)
+            part = {name: value[some] for name, value in params.items()}
+            data[some] = _blocks(quantized.codes[some], part, format, kind)
+        return PackedWeight(self.name, format, quantized.shape, {"data": data})
 
     def unpack(self, packed: PackedWeight) -> QuantizedTensor:
         """Bytes to codes: the inverse of `pack`."""
@@ -75,3 +79,14 @@ class GgmlBlocks:
         if reason := self.refuses(format, shape):
             raise FormatError(f"layout ggml: {reason}; choose another format or layout")
         return KINDS[str(format)]
+
+
+def _blocks(codes: Tensor, params: Mapping[str, Tensor], format: Format, kind: Kind) -> Tensor:
+    """The bytes of some rows, uint8 (rows, bytes of a row)."""
+    rows, columns = codes.shape
+    blocks = rows * columns // kind.group_size
+    values = {"codes": (codes.to(torch.int16) - kind.low).to(torch.uint8).reshape(blocks, -1)}
+    for name, spec in format.param_specs(rows, columns).items():
+        value = params[name].to(spec.dtype).contiguous()
+        values[name] = value.view(torch.uint8).reshape(blocks, -1)
+    return torch.cat([field.pack(values) for field in FIELDS[str(format)]], dim=1).reshape(rows, -1)

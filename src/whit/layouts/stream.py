@@ -13,12 +13,19 @@ SPREADS: dict[int, tuple[torch.dtype, tuple[tuple[int, int], ...]]] = {
     1: (torch.int64, ((28, 0x0000000F0000000F), (14, 0x0003000300030003), (7, 0x0101010101010101))),
 }
 
+CHUNK = 1 << 22  # codes that are packed at a time
+
 
 def pack_stream(codes: Tensor, bits: int, code_min: int) -> Tensor:
     """Integers (rows, columns) in [code_min, code_min + 2^bits) to uint8 (rows, ceil(columns * bits / 8))."""
     if bits == 16:
         return codes.contiguous()
-    columns = codes.shape[1]
+    rows, columns = codes.shape
+    if (few := max(CHUNK // max(columns, 1), 1)) < rows:  # not several tensors as large as the codes beside them
+        stream = codes.new_empty((rows, -(-columns * bits // 8)), dtype=torch.uint8)
+        for part, place in zip(torch.split(codes, few), torch.split(stream, few), strict=True):
+            place.copy_(pack_stream(part, bits, code_min))
+        return stream
     unsigned = codes.view(torch.uint8) - (code_min & 0xFF)  # wraps
     if bits == 8:
         return unsigned

@@ -12,6 +12,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
+from whit.methods.stack import joined
 from whit.methods.workers import Workers, workers
 from whit.tensor import Format, Params, QuantizedTensor, tensor_param
 
@@ -31,10 +32,7 @@ def solve_by_rows(solve: Solver, weight: Tensor, format: Format) -> QuantizedTen
         return solve(weight[first : first + count], format)
 
     with nullcontext(Workers(None)) if alone else workers(weight.device) as hands:
-        parts = list(hands.map(part, starts))
-    codes = torch.cat([codes for codes, _ in parts])
-    names = parts[0][1]
-    params = {name: torch.cat([tensor_param(p, name) for _, p in parts]) for name in names}
+        codes, params = joined(hands.map(part, starts), rows)
     return QuantizedTensor(format, tuple(weight.shape), codes, format.seal(params))
 
 

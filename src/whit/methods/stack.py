@@ -2,23 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from whit.methods.base import Quantizer
-from whit.tensor import Format, LayerStats, QuantizedTensor, tensor_param
+from whit.tensor import Format, LayerStats, Params, QuantizedTensor, tensor_param
 
 
 def quantize_stack(method: Quantizer, weight: Tensor, stats: Sequence[LayerStats], format: Format) -> QuantizedTensor:
     """Matrices that lie below each other, (matrices x rows, columns), one LayerStats each."""
     if len(stats) == 1:
         return method(weight, stats[0], format)
-    parts = [method(rows, s, format) for rows, s in zip(weight.chunk(len(stats)), stats, strict=True)]
-    codes = torch.cat([part.codes for part in parts])
-    params = {name: torch.cat([tensor_param(part.params, name) for part in parts]) for name in parts[0].params}
+    parts = (method(rows, s, format) for rows, s in zip(weight.chunk(len(stats)), stats, strict=True))
+    codes, params = joined(((part.codes, part.params) for part in parts), len(weight))
     return QuantizedTensor(format, tuple(weight.shape), codes, params)
+
+
+def joined(parts: Iterable[tuple[Tensor, Params]], rows: int) -> tuple[Tensor, Params]:
+    """Codes and params that lie below each other, each put in its place as it comes: never twice in memory."""
+    found: dict[str, Tensor] = {}
+    first = 0
+    for codes, params in parts:
+        for name, part in {"": codes, **{name: tensor_param(params, name) for name in params}}.items():
+            whole = found.setdefault(name, part if len(codes) == rows else part.new_empty((rows, *part.shape[1:])))
+            if whole is not part:
+                whole[first : first + len(part)] = part
+        first += len(codes)
+    return found.pop(""), found
 
 
 def can_stack(format: Format) -> bool:
@@ -28,9 +40,18 @@ def can_stack(format: Format) -> bool:
 
 def proxy_loss(weight: Tensor, approximation: Tensor, stats: Sequence[LayerStats]) -> float:
     """tr(dW H dW^T) / tr(W H W^T), summed over the matrices of a stack: the share of the output's energy lost."""
-    pairs = zip(weight.chunk(len(stats)), stats, strict=True)
-    whole = sum(float(energy(exact.to(torch.float32), s.hessian).sum()) for exact, s in pairs)
-    return energy_lost(weight, approximation, stats) / whole if whole > 0 else 0.0
+    count = len(stats)
+    return share_lost(zip(weight.chunk(count), approximation.chunk(count), stats, strict=True))
+
+
+def share_lost(matrices: Iterable[tuple[Tensor, Tensor, LayerStats]]) -> float:
+    """The same of (matrix, approximation, statistics), one after the other."""
+    lost = whole = 0.0
+    for weight, near, stats in matrices:
+        exact = weight.to(torch.float32)
+        whole += float(energy(exact, stats.hessian).sum())
+        lost += float(energy(exact - near, stats.hessian).sum())
+    return lost / whole if whole > 0 else 0.0
 
 
 def energy_lost(weight: Tensor, approximation: Tensor, stats: Sequence[LayerStats]) -> float:

@@ -205,7 +205,10 @@ def _write_item(job: Job, output: Output, feed: Feed, item: Item) -> Entry:
         output.write(item, None)
         return entry_of(item)
     tensors, entry, approximation = finish_parameter(job, item, feed.give(item))
-    output.write(item, tensors, approximation)
+    if isinstance(approximation, Tensor):
+        output.write(item, tensors, approximation)
+    else:
+        output.write(item, tensors, approximation.whole() if job.exporter.reads_back else None)
     feed.take_back(item, approximation)
     return entry
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import isfinite, sqrt
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -18,16 +19,18 @@ from whit.methods import Clip, Method
 from whit.methods.bands import use_of_rows
 from whit.methods.lowrank import beside, repaired
 from whit.methods.regrid import regrid
-from whit.methods.stack import proxy_loss, quantize_stack
+from whit.methods.stack import quantize_stack, share_lost
 from whit.pipeline.coverage import CARRIED, Entry
 from whit.pipeline.feed import Given
 from whit.pipeline.job import Job
+from whit.pipeline.near import Near
 from whit.pipeline.plan import Item, floats
 from whit.pipeline.sources import Coded
 from whit.pipeline.transcode import taken_over
-from whit.tensor import QuantizedTensor, matrix_shape
+from whit.tensor import LayerStats, QuantizedTensor, matrix_shape
 
 SCALES = {"same": "its own scales", "moved": "its scales, moved", "new": "new scales"}
+Pairs: TypeAlias = Callable[[], Iterable[tuple[Tensor, Tensor]]]  # matrices (out, in), and what became of each
 CHUNK = 1 << 20  # weights whose error is measured at a time: about what a processor's cache holds
 
 
@@ -40,20 +43,32 @@ class Chosen:
     how: str | None
 
 
-def finish_parameter(job: Job, item: Item, given: Given) -> tuple[Mapping[str, Tensor], Entry, Tensor]:
-    """The tensors that a parameter becomes, its account, and what they stand for in the parameter's own shape."""
+def finish_parameter(job: Job, item: Item, given: Given) -> tuple[Mapping[str, Tensor], Entry, Tensor | Near]:
+    """The tensors that a parameter becomes, its account, and what they stand for in the parameter's own shape.
+
+    Of a stack of experts that is decoded as it is asked for.
+    """
     if item.format is None or item.target is None or job.recipe is None:
         return _keep(job, item, given)
     check_finite(given.weight, item.name)
     matrix = item.matrix(given.weight).to(job.device)
     chosen = _choose(job, item, matrix, given)
-    near = chosen.quantized.dequantize()
-    check_finite(near, f"{item.name}: what {chosen.method.name} made of it in {item.format}")
-    loss = None if given.stats is None else float(f"{proxy_loss(matrix, near, given.stats):.5g}")
-    entry = entry_of(item, relative_error(matrix, near))
+    where = f"{item.name}: what {chosen.method.name} made of it in {item.format}"
+    stack = Near.of(item, chosen.quantized)
+    whole = [] if stack is not None else [chosen.quantized.dequantize()]
+    count = stack.experts if stack is not None else 1
+
+    def pairs() -> Iterator[tuple[Tensor, Tensor]]:
+        decoded = stack.matrices() if stack is not None else whole
+        for exact, near in zip(matrix.chunk(count), decoded, strict=True):
+            check_finite(near, where)
+            yield exact, near
+
+    entry = entry_of(item, _error_of(pairs))
+    loss = None if given.stats is None else float(f"{_loss(pairs, given.stats * (count // len(given.stats))):.5g}")
     entry = replace(entry, reason=_said(item.reason, chosen.how), proxy_loss=loss, tokens=given.tokens)
     tensors = {**job.exporter.tensors(item, chosen.quantized), **job.exporter.inputs(item, given.inputs)}
-    return tensors, entry, item.parameter(near)
+    return tensors, entry, stack or item.parameter(whole[0])
 
 
 def _keep(job: Job, item: Item, given: Given) -> tuple[Mapping[str, Tensor], Entry, Tensor]:
@@ -136,16 +151,27 @@ def _starved(given: Given) -> str | None:
     return f"experts {names} saw fewer than {EXPERT_TOKENS} tokens and were given the statistics of all experts"
 
 
+def _loss(pairs: Pairs, stats: Sequence[LayerStats]) -> float:
+    """The proxy loss of matrices, each by its own statistics."""
+    return share_lost((exact, near, s) for (exact, near), s in zip(pairs(), stats, strict=True))
+
+
 def relative_error(weight: Tensor, approximation: Tensor) -> float:
-    """||W - W^|| / ||W|| of two matrices, 0 where W is 0; in chunks that stay in the processor's cache."""
+    """||W - W^|| / ||W|| of two matrices, 0 where W is 0."""
+    return _error_of(lambda: [(weight, approximation)])
+
+
+def _error_of(pairs: Pairs) -> float:
+    """The same of several matrices below each other; in chunks that stay in the processor's cache."""
     for dtype in (torch.float32, torch.float64):  # the second where squares leave the range of the first
         norm = difference = 0.0
-        rows = max(CHUNK // max(weight.shape[1], 1), 1)
-        for exact, near in zip(torch.split(weight, rows), torch.split(approximation, rows), strict=True):
-            row = exact.to(dtype).reshape(-1)
-            norm += row.square().sum().item()
-            row = row - near.reshape(-1)
-            difference += row.square().sum().item()
+        for weight, approximation in pairs():
+            rows = max(CHUNK // max(weight.shape[1], 1), 1)
+            for exact, near in zip(torch.split(weight, rows), torch.split(approximation, rows), strict=True):
+                row = exact.to(dtype).reshape(-1)
+                norm += row.square().sum().item()
+                row = row - near.reshape(-1)
+                difference += row.square().sum().item()
         if isfinite(norm) and norm > 0:
             return float(f"{sqrt(difference / norm):.5g}")
     return 0.0

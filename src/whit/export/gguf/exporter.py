@@ -133,9 +133,13 @@ class Gguf:
         stored = rows.reshape(_stored_shape(parameter))
         return stored.mT if _is_transposed(parameter) else stored
 
-    def decode(self, parameter: Parameter, tensors: Mapping[str, Tensor]) -> Tensor | None:
+    @property
+    def reads_back(self) -> bool:
         """By gguf-py, where it is installed."""
-        if parameter.format is None or parameter.target is None or importlib.util.find_spec("gguf") is None:
+        return importlib.util.find_spec("gguf") is not None
+
+    def decode(self, parameter: Parameter, tensors: Mapping[str, Tensor]) -> Tensor | None:
+        if parameter.format is None or parameter.target is None or not self.reads_back:
             return None
         quants, constants = importlib.import_module("gguf.quants"), importlib.import_module("gguf.constants")
         number = constants.GGMLQuantizationType(KINDS[str(parameter.format)].number)

@@ -9,6 +9,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from whit.pipeline.near import Near
 from whit.pipeline.plan import Item, Unit
 from whit.tensor import LayerStats, QuantizedTensor
 
@@ -44,7 +45,7 @@ class Feed(Protocol):
         """A parameter that is not copied as it is; asked for in the plan's order."""
         ...
 
-    def take_back(self, item: Item, approximation: Tensor) -> None:
+    def take_back(self, item: Item, approximation: Tensor | Near) -> None:
         """What the parameter has become, in the shape of the model's own."""
         ...
 
@@ -60,5 +61,5 @@ class NothingRuns:
         """What is kept is what the file holds."""
         return False
 
-    def take_back(self, item: Item, approximation: Tensor) -> None:
+    def take_back(self, item: Item, approximation: Tensor | Near) -> None:
         """No later block needs it."""

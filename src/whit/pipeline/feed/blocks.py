@@ -33,6 +33,7 @@ from whit.pipeline.feed.base import Given
 from whit.pipeline.feed.codes import BlockCodes
 from whit.pipeline.feed.reading import BlockReader, reads_ahead
 from whit.pipeline.job import Job
+from whit.pipeline.near import Near
 from whit.pipeline.plan import Item, Unit, floats
 from whit.pipeline.sources import floats_dtype
 from whit.tensor import Format, LayerStats, rotation
@@ -106,9 +107,14 @@ class BlockFeed:
             inputs=self._inputs.get(item.name, {}),
         )
 
-    def take_back(self, item: Item, approximation: Tensor) -> None:
-        if item.name in self._parameters:
-            self._parameters[item.name].data.copy_(approximation.to(item.spec.dtype))
+    def take_back(self, item: Item, approximation: Tensor | Near) -> None:
+        if item.name not in self._parameters:
+            return
+        parameter = self._parameters[item.name].data
+        if isinstance(approximation, Near):
+            approximation.copy_to(parameter)
+        else:
+            parameter.copy_(approximation.to(item.spec.dtype))
 
     def _watch(self, index: int, items: Sequence[Item]) -> BlockStats:
         """The statistics of a block's inputs; the unquantized model's samples go one block on."""
