@@ -22,7 +22,7 @@ from tiny_models import tiny_inputs, tiny_model
 
 gguf = pytest.importorskip("gguf", reason="gguf-py is not installed here")
 NAMES = ("llama", "llama-tied", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "gpt2")
-EXPERTS = ("mixtral", "qwen2_moe", "qwen3_moe")
+EXPERTS = ("mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss")
 
 
 def save(folder: Path, name: str, dtype: torch.dtype = torch.float32) -> Path:
@@ -64,7 +64,7 @@ def test_experts_are_stacks_and_come_back(name: str, tmp_path: Path):
     assert account.decoded is not None
     assert account.decoded["largest_error"] == 0
     tensors = {t.name: t for t in gguf.GGUFReader(tmp_path / "m.gguf").tensors}
-    width = 128 if name == "mixtral" else 32
+    width = 128 if name in ("mixtral", "gpt_oss") else 32
     for part, shape in (("gate", [64, width, 4]), ("up", [64, width, 4]), ("down", [width, 64, 4])):
         assert tensors[f"blk.1.ffn_{part}_exps.weight"].shape.tolist() == shape
     assert tensors["blk.1.ffn_gate_inp.weight"].tensor_type == gguf.GGMLQuantizationType.F32
@@ -154,6 +154,15 @@ def test_rows_of_q_and_k_are_interleaved_and_gemmas_norms_are_whole(tmp_path: Pa
     tensors = {t.name: np.array(t.data) for t in gguf.GGUFReader(tmp_path / "g.gguf").tensors}
     norm = tiny_model("gemma2").state_dict()["model.layers.0.input_layernorm.weight"].numpy()
     assert np.array_equal(tensors["blk.0.attn_norm.weight"], norm + 1)
+
+
+@pytest.mark.parametrize("said", [{"swiglu_limit": 5.0}, {"layer_types": ["full_attention"] * 2}])
+def test_what_llama_cpp_has_compiled_in_for_gpt_oss_must_be_so(said: dict[str, object], tmp_path: Path):
+    folder = save(tmp_path / "model", "gpt_oss")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **said}))
+    with pytest.raises(UnsupportedModelError, match=r"llama.cpp computes gpt-oss with 1.702 and 7.0"):
+        prepare(folder, tmp_path / "m.gguf", None, Options(), export="gguf")
 
 
 def test_account_lies_beside_the_file_and_the_run_is_known_again(tmp_path: Path):

@@ -111,3 +111,34 @@ def test_what_does_not_fit_is_said(tmp_path: Path, random: torch.Generator):
     save_file(tensors, path, {"format": "pt"})
     with pytest.raises(CheckpointError, match=r"down_proj_scales: holds 255, which is no scale"):
         whit.quantize(tmp_path / "model", tmp_path / "out", "int4-g32")
+
+
+def test_a_gguf_file_holds_the_same_codes(tmp_path: Path, random: torch.Generator):
+    """ggml's MXFP4 is the same numbers in another order; gguf-py says so, and the names are its own."""
+    gguf = pytest.importorskip("gguf", reason="gguf-py is not installed here")
+    meant = published(tmp_path / "model", random)
+    (tmp_path / "model/tokenizer.json").unlink()
+    account = run(prepare_transcode(tmp_path / "model", tmp_path / "m.gguf", "gguf", Options()))
+    assert account.carried
+    assert account.decoded == {"parameters": 4, "largest_error": 0.0}
+    tensors = {t.name: t for t in gguf.GGUFReader(tmp_path / "m.gguf").tensors}
+    for block in range(2):
+        gate_up = meant[f"model.layers.{block}.mlp.experts.gate_up_proj"]  # (experts, in, out), gate and up by turns
+        for part, weight in (
+            ("gate", gate_up[:, :, ::2].mT),
+            ("up", gate_up[:, :, 1::2].mT),
+            ("down", meant[f"model.layers.{block}.mlp.experts.down_proj"].mT),
+        ):
+            found = tensors[f"blk.{block}.ffn_{part}_exps.weight"]
+            assert found.tensor_type == gguf.GGMLQuantizationType.MXFP4
+            assert torch.equal(torch.from_numpy(gguf.quants.dequantize(found.data, found.tensor_type)), weight)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT_OSS, 2)
+    plain = [name for name in open_source(tmp_path / "model").origins if "experts" not in name]
+    assert {names.get_name(name, try_suffixes=(".weight", ".bias")) for name in plain} == {
+        name.removesuffix(".weight") if name.endswith("attn_sinks.weight") else name
+        for name in tensors
+        if "_exps" not in name
+    }
+    source, back = open_source(tmp_path / "model"), open_source(tmp_path / "m.gguf")
+    assert source.origins.keys() == back.origins.keys()
+    assert all(torch.equal(source.read(key).float(), back.read(key).float()) for key in source.origins)

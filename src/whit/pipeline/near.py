@@ -42,7 +42,9 @@ class Near:
 
     def whole(self) -> Tensor:
         """The parameter in float32, in the model's own shape."""
-        return self.item.parameter(torch.cat(list(self.matrices())))
+        floats = torch.empty(self.item.spec.shape, device=self.quantized.codes.device)
+        self.copy_to(floats)
+        return floats
 
     def copy_to(self, parameter: Tensor) -> None:
         """Fill a parameter of the model's own shape and type."""

@@ -1,7 +1,8 @@
 """How llama.cpp names the parts of each architecture, and what it stores otherwise than transformers does.
 
 Llama's q and k: transformers rotates the halves of a head against each other, llama.cpp neighbours, so rows are
-interleaved. Gemma's norms multiply by 1 + w; the sum is stored. Names and facts as in llama.cpp's own converter.
+interleaved. Gemma's norms multiply by 1 + w; the sum is stored. gpt-oss's experts have the rows of gate and up by
+turns, which are parted. Names and facts as in llama.cpp's own converter.
 """
 
 from __future__ import annotations
@@ -10,6 +11,9 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from whit.errors import UnsupportedModelError
 
@@ -43,13 +47,22 @@ MIXTURE = {
     "mlp.shared_expert_gate": "ffn_gate_inp_shexp", "mlp.shared_expert.gate_proj": "ffn_gate_shexp",
     "mlp.shared_expert.up_proj": "ffn_up_shexp", "mlp.shared_expert.down_proj": "ffn_down_shexp",
 }  # fmt: skip
-STACK = re.compile(r"model\.layers\.(\d+)\.mlp\.experts\.(gate_up|down)_proj")
+GPT_OSS = {
+    **{part: name for part, name in MIXTURE.items() if not part.startswith("mlp.")},
+    "post_attention_layernorm": "post_attention_norm", "mlp.router": "ffn_gate_inp", "self_attn.sinks": "attn_sinks",
+}  # fmt: skip
+SINKS = re.compile(r"model\.layers\.(\d+)\.(self_attn\.sinks)")  # a weight that is not called one
+STACK = re.compile(r"model\.layers\.(\d+)\.mlp\.experts\.(gate_up|down)_proj(_bias)?")
+STACKED = re.compile(r"blk\.(\d+)\.ffn_(gate|up|down)_exps\.(weight|bias)")
 GELU_TANH = ("gelu_pytorch_tanh", "gelu_new")
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """`name` is llama.cpp's; `parts` maps modules of a block; `activations` are those that it computes."""
+    """`name` is llama.cpp's; `parts` maps modules of a block; `activations` are those that it computes.
+
+    `woven`: the hub has stacks of experts whole, the rows of gate and up by turns.
+    """
 
     name: str
     parts: Mapping[str, str] = field(hash=False)
@@ -57,28 +70,46 @@ class Architecture:
     interleaved: bool = False
     norm_offset: float = 0.0
     experts: bool = False
+    woven: bool = False
 
     def tensor_name(self, parameter: str) -> str | None:
         """llama.cpp's name of a parameter of transformers, None where it has none."""
         if parameter in TOP:
             return TOP[parameter]
-        found = BLOCK.fullmatch(parameter)
+        found = BLOCK.fullmatch(parameter) or SINKS.fullmatch(parameter)
         if not found or found[2] not in self.parts:
             return None
-        return f"blk.{found[1]}.{self.parts[found[2]]}.{found[3]}"
+        return f"blk.{found[1]}.{self.parts[found[2]]}.{found[3] if found.re is BLOCK else 'weight'}"
 
     def stack_names(self, parameter: str) -> tuple[str, ...]:
-        """llama.cpp's names of what a stack of experts holds, its rows in equal parts; none where it is no stack."""
+        """llama.cpp's names of what a stack of experts holds, or of its biases, its rows in equal parts; none where it
+        is no stack."""
         found = STACK.fullmatch(parameter)
         if found is None or not self.experts:
             return ()
-        parts = ("gate", "up") if found[2] == "gate_up" else ("down",)
-        return tuple(f"blk.{found[1]}.ffn_{part}_exps.weight" for part in parts)
+        parts, kind = ("gate", "up") if found[2] == "gate_up" else ("down",), "bias" if found[3] else "weight"
+        return tuple(f"blk.{found[1]}.ffn_{part}_exps.{kind}" for part in parts)
+
+    def stack_parameter(self, tensor: str) -> str | None:
+        """The hub's name of the whole stack that a tensor is part of, None where it has none."""
+        found = STACKED.fullmatch(tensor)
+        if found is None or not self.woven:
+            return None
+        part, kind = "down" if found[2] == "down" else "gate_up", "_bias" if found[3] == "bias" else ""
+        return f"model.layers.{found[1]}.mlp.experts.{part}_proj{kind}"
+
+    def part_order(self, experts: int, rows: int, parts: int) -> Tensor:
+        """Of a stack (experts, rows, ...) that llama.cpp has in so many parts: which of its rows each of theirs is, the
+        parts one after another."""
+        numbers = torch.arange(experts * rows)
+        if self.woven:
+            return numbers.reshape(experts, -1, parts).permute(2, 0, 1).reshape(-1)
+        return numbers.reshape(experts, parts, -1).transpose(0, 1).reshape(-1)
 
     def expert_names(self, tensor: str, count: int) -> list[str]:
         """The hub's names of the matrices of a stack; none where a tensor is no stack."""
-        found = re.fullmatch(r"blk\.(\d+)\.ffn_(gate|up|down)_exps\.weight", tensor)
-        if found is None or not self.experts:
+        found = STACKED.fullmatch(tensor)
+        if found is None or not self.experts or self.woven:
             return []
         if self.name == "llama":  # Mixtral
             part, block = {"gate": "w1", "up": "w3", "down": "w2"}[found[2]], "block_sparse_moe"
@@ -96,7 +127,8 @@ class Architecture:
         part = next((p for p, name in self.parts.items() if found and name == found[2]), None)
         if found is None or part is None:
             return None
-        return f"{'transformer.h' if gpt2 else 'model.layers'}.{found[1]}.{part}.{found[3]}"
+        whole = f"{'transformer.h' if gpt2 else 'model.layers'}.{found[1]}.{part}"
+        return whole if SINKS.fullmatch(whole) else f"{whole}.{found[3]}"
 
 
 ARCHITECTURES = {
@@ -107,6 +139,7 @@ ARCHITECTURES = {
     "mixtral": Architecture("llama", MIXTURE, interleaved=True, experts=True),
     "qwen2_moe": Architecture("qwen2moe", MIXTURE, experts=True),
     "qwen3_moe": Architecture("qwen3moe", {**MIXTURE, **NORMED_HEADS}, experts=True),
+    "gpt_oss": Architecture("gpt-oss", GPT_OSS, experts=True, woven=True),
     "gemma2": Architecture("gemma2", GEMMA, GELU_TANH, norm_offset=1.0),
     "gemma3_text": Architecture("gemma3", {**GEMMA, **NORMED_HEADS}, GELU_TANH, norm_offset=1.0),
     "phi3": Architecture("phi3", PHI),

@@ -79,9 +79,11 @@ def _llama_like(
 
 
 def _experts(values: dict[str, Any], facts: Mapping[str, Any], architecture: Architecture) -> None:
-    count = "num_local_experts" if architecture.name == "llama" else "num_experts"
+    count = "num_local_experts" if architecture.name in ("llama", "gpt-oss") else "num_experts"
     values |= {count: facts["expert_count"], "num_experts_per_tok": facts.get("expert_used_count", 2)}
-    if architecture.name != "llama":
+    if architecture.name == "gpt-oss":
+        values["intermediate_size"] = facts.get("expert_feed_forward_length", values["intermediate_size"])
+    elif architecture.name != "llama":
         values |= {"norm_topk_prob": architecture.name != "qwen2moe", "decoder_sparse_step": 1, "mlp_only_layers": []}
         values["moe_intermediate_size"] = facts.get("expert_feed_forward_length", values["intermediate_size"])
     if shared := facts.get("expert_shared_feed_forward_length"):
@@ -108,6 +110,8 @@ def _rope(
         rope |= {"rope_type": kind, "factor": float(facts["rope.scaling.factor"])}
         if kind == "yarn":
             rope["original_max_position_embeddings"] = facts["rope.scaling.original_context_length"]
+        if architecture.name == "gpt-oss":
+            rope["truncate"] = False  # as it is published, which the file does not say
     elif kind != "none":
         raise UnsupportedModelError(
             f"{where}: rope scaling {kind!r}; whit reads linear and yarn; use the original model"

@@ -165,7 +165,7 @@ class Gguf:
         """The tensors that a parameter becomes: one, or the halves of a stack of experts."""
         names = self._names(parameter)
         shape = _stored_shape(parameter)
-        shape = (shape[0], shape[1] // len(names), shape[2]) if len(names) > 1 else shape
+        shape = (shape[0], shape[1] // len(names), *shape[2:]) if len(names) > 1 else shape
         if parameter.target is not None and parameter.format is not None:
             spec, number = GGML.specs(parameter.format, shape)["data"], KINDS[str(parameter.format)].number
         else:
@@ -196,7 +196,8 @@ class Gguf:
     def _kept_dtype(self, parameter: Parameter) -> torch.dtype:
         """Vectors, tables of positions and gates in float32, as llama.cpp wants them; matrices as they are."""
         name = self._names(parameter)[0]
-        is_matrix = len(parameter.spec.shape) > 1 and not ("position_embd" in name or "ffn_gate_inp" in name)
+        vector = ("position_embd" in name, "ffn_gate_inp" in name, name.endswith(".bias"))
+        is_matrix = len(parameter.spec.shape) > 1 and not any(vector)
         return parameter.spec.dtype if is_matrix and parameter.spec.dtype in DTYPES else torch.float32
 
     def _offset(self, parameter: Parameter) -> float:
@@ -204,9 +205,9 @@ class Gguf:
 
     def _order(self, parameter: Parameter) -> Tensor | None:
         """The order in which llama.cpp wants the rows of q and k, each head's halves interleaved, and of experts."""
-        if (parts := len(self._names(parameter))) > 1:  # (experts, parts, rows): part by part
-            experts, rows, _ = parameter.spec.shape
-            return torch.arange(experts * rows).reshape(experts, parts, -1).transpose(0, 1).reshape(-1)
+        if (parts := len(self._names(parameter))) > 1:
+            experts, rows, *_ = _stored_shape(parameter)
+            return self.architecture.part_order(experts, rows, parts)
         part = parameter.name.split(".")[-2]
         if not self.architecture.interleaved or part not in ("q_proj", "k_proj"):
             return None

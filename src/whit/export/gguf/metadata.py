@@ -58,6 +58,8 @@ def _llama_like(config: Any, architecture: Architecture, where: str) -> dict[str
         shape |= _experts(config, architecture.name, where)
     if architecture.name.startswith("gemma"):
         shape |= _gemma(config, width, where)
+    elif architecture.name == "gpt-oss":
+        shape |= _gpt_oss(config, where)
     elif architecture.name == "phi3":
         shape["attention.sliding_window"] = config.sliding_window or 0
         shape["rope.scaling.original_context_length"] = config.original_max_position_embeddings
@@ -83,6 +85,21 @@ def _experts(config: Any, name: str, where: str) -> dict[str, Value]:
         if value is not None:
             shape[key] = value
     return shape
+
+
+def _gpt_oss(config: Any, where: str) -> dict[str, Value]:
+    """llama.cpp has the activation's constants and the turns of sliding and full attention compiled in."""
+    turns = ["full_attention" if i % 2 else "sliding_attention" for i in range(config.num_hidden_layers)]
+    constants = (getattr(config, "swiglu_alpha", 1.702), getattr(config, "swiglu_limit", 7.0))
+    if constants != (1.702, 7.0) or list(config.layer_types) != turns:
+        what = f"swiglu_alpha and swiglu_limit {constants}" if constants != (1.702, 7.0) else "other layer_types"
+        raise UnsupportedModelError(
+            f"{where}: {what}; llama.cpp computes gpt-oss with 1.702 and 7.0, and with sliding and full attention by "
+            "turns; choose another --export"
+        )
+    return {
+        "attention.sliding_window": config.sliding_window, "expert_feed_forward_length": config.intermediate_size,
+    }  # fmt: skip
 
 
 def _gemma(config: Any, width: int, where: str) -> dict[str, Value]:

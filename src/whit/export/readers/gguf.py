@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -29,6 +29,7 @@ from whit.errors import CheckpointError, UnsupportedModelError, reason_of
 from whit.export.gguf.architectures import ARCHITECTURES, Architecture
 from whit.export.gguf.configs import config_of
 from whit.export.gguf.metadata import head_width
+from whit.export.linears import put_rows
 from whit.export.readers.base import Foreign, Packed
 from whit.extras import missing
 from whit.formats import parse_format
@@ -70,8 +71,10 @@ def read_gguf_model(path: Path) -> Foreign:
     config = _small_files(path, header, architecture, Path(folder.name) / path.stem)
     names = {tensor: architecture.parameter_name(tensor) or tensor for tensor in header.tensors}
     checkpoint = GgufCheckpoint(header, folder)
-    packed: dict[str, Packed] = {}
+    packed = _stacks(checkpoint, architecture)
     for tensor in header.tensors.values():
+        if architecture.stack_parameter(tensor.name) is not None:
+            continue
         if experts := _experts(checkpoint, tensor, architecture):
             packed |= experts
             continue
@@ -164,6 +167,55 @@ def _experts(checkpoint: GgufCheckpoint, tensor: GgufTensor, architecture: Archi
             dtype = DTYPES.get(tensor.type)
             found[name] = Packed((tensor.name,), shape, None, partial(load, *args), note, dtype)
     return found
+
+
+def _stacks(checkpoint: GgufCheckpoint, architecture: Architecture) -> dict[str, Packed]:
+    """Stacks of experts, and their biases, that the hub has whole, and llama.cpp perhaps in parts."""
+    tensors = checkpoint.header.tensors
+    found = {}
+    for name in dict.fromkeys(filter(None, map(architecture.stack_parameter, tensors))):
+        parts = [tensors[part] for part in architecture.stack_names(name) if part in tensors]
+        if len(parts) < len(architecture.stack_names(name)) or len({part.shape for part in parts}) > 1:
+            raise CheckpointError(
+                f"{checkpoint.header.path}: {', '.join(architecture.stack_names(name))}: not all there in one shape; "
+                "they must be; get another copy"
+            )
+        experts, rows, *rest = parts[0].shape
+        shape, kinds = (experts, len(parts) * rows, *rest), {part.type for part in parts}
+        order = architecture.part_order(experts, shape[1], len(parts))
+        kind = parts[0].type.lower() if len(kinds) == 1 else ""
+        keys = tuple(part.name for part in parts)
+        if kind in KINDS:
+            read: Callable[[], QuantizedTensor | Tensor] = partial(_joined_codes, checkpoint, parts, order, shape)
+            found[name] = Packed(keys, shape, parse_format(kind), read)
+        else:
+            dtype = DTYPES.get(parts[0].type) if len(kinds) == 1 else None
+            read = partial(_joined_floats, checkpoint, parts, order, shape)
+            found[name] = Packed(keys, shape, None, read, f"{' and '.join(sorted(kinds))} in a stack", dtype)
+    return found
+
+
+def _joined_codes(
+    checkpoint: GgufCheckpoint, parts: Sequence[GgufTensor], order: Tensor, shape: tuple[int, ...]
+) -> QuantizedTensor:
+    pieces = [_codes(checkpoint, part, None) for part in parts]
+    return put_rows(list(zip(order.chunk(len(parts)), pieces, strict=True)), shape)
+
+
+def _joined_floats(
+    checkpoint: GgufCheckpoint, parts: Sequence[GgufTensor], order: Tensor, shape: tuple[int, ...]
+) -> Tensor:
+    rows = [_any_floats(checkpoint, part).reshape(len(order) // len(parts), -1) for part in parts]
+    kind = rows[0].dtype if len({part.dtype for part in rows}) == 1 else torch.float32
+    return torch.cat([part.to(kind) for part in rows])[order.argsort()].reshape(shape)
+
+
+def _any_floats(checkpoint: GgufCheckpoint, tensor: GgufTensor) -> Tensor:
+    if tensor.type in DTYPES:
+        return checkpoint[tensor.name]
+    if tensor.type.lower() in KINDS:
+        return _codes(checkpoint, tensor, None).dequantize()
+    return _decoded(checkpoint, tensor, None)
 
 
 def _order(tensor: GgufTensor, architecture: Architecture, config: Any) -> Tensor | None:
