@@ -28,6 +28,7 @@ from whit.errors import (
     is_out_of_memory,
     reason_of,
 )
+from whit.export.readers.gguf import gguf_config, gguf_tokenizer
 from whit.integrations.foreign import is_foreign, load_foreign
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -102,6 +103,8 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:  # tra
     source, options = _source(name, trust_remote_code)
     if not options and not _has_tokenizer(Path(source)):
         raise CheckpointError(f"{name}: holds no tokenizer; a text needs one; copy its files beside the weights")
+    if file := options.get("gguf_file"):
+        return gguf_tokenizer(Path(source, file))
     return _translated(
         name, lambda: AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code, **options)
     )
@@ -112,6 +115,11 @@ def load_config(name: str, *, trust_remote_code: bool = False) -> Any:  # transf
     from transformers import AutoConfig
 
     source, options = _source(name, trust_remote_code)
+    if file := options.get("gguf_file"):
+        try:
+            return gguf_config(Path(source, file))
+        except UnsupportedModelError:  # transformers may know more architectures
+            pass
     return _translated(name, lambda: AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code, **options))
 
 

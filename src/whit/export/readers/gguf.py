@@ -29,6 +29,7 @@ from whit.errors import CheckpointError, UnsupportedModelError, reason_of
 from whit.export.gguf.architectures import ARCHITECTURES, Architecture
 from whit.export.gguf.configs import config_of
 from whit.export.gguf.metadata import head_width
+from whit.export.gguf.restored import byte_level_tokenizer
 from whit.export.linears import put_rows
 from whit.export.readers.base import Foreign, Packed
 from whit.extras import missing
@@ -37,6 +38,7 @@ from whit.formats.ggml import KINDS
 from whit.layouts import GGML
 from whit.tensor import PackedWeight, QuantizedTensor, TensorSpec
 
+GPT_OSS = "gpt-oss"
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 
 
@@ -58,17 +60,9 @@ class GgufCheckpoint(TensorFiles):
 def read_gguf_model(path: Path) -> Foreign:
     """A file as if it were a folder that is not quantized; its small files lie in a folder that goes with it."""
     header = read_gguf_parts(path)
-    name = header.metadata.get("general.architecture")
-    has_experts = bool(header.metadata.get(f"{name}.expert_count", 0))
-    architecture = next((a for a in ARCHITECTURES.values() if (a.name, a.experts) == (name, has_experts)), None)
-    if architecture is None:
-        known = ", ".join(dict.fromkeys(a.name for a in ARCHITECTURES.values()))
-        kind = " with experts" if has_experts else ""
-        raise UnsupportedModelError(
-            f"{path}: architecture {name!r}{kind}; whit reads {known} from gguf files; convert it"
-        )
+    architecture = _architecture(path, header)
     folder: TemporaryDirectory[str] = TemporaryDirectory(prefix="whit-")
-    config = _small_files(path, header, architecture, Path(folder.name) / path.stem)
+    config = _small_files(path, header, Path(folder.name) / path.stem)
     names = {tensor: architecture.parameter_name(tensor) or tensor for tensor in header.tensors}
     checkpoint = GgufCheckpoint(header, folder)
     packed = _stacks(checkpoint, architecture)
@@ -86,25 +80,55 @@ def read_gguf_model(path: Path) -> Foreign:
     return Foreign(checkpoint, packed)
 
 
-def _small_files(path: Path, header: GgufHeader, architecture: Architecture, folder: Path) -> Any:
+def _small_files(path: Path, header: GgufHeader, folder: Path) -> Any:
     """config.json, and the tokenizer's files as transformers makes them of a GGUF file; returns the config."""
     if importlib.util.find_spec("gguf") is None:
         raise UnsupportedModelError(missing("gguf", str(path)))
-    shapes = {name: tensor.shape for name, tensor in header.tensors.items()}
-    config = config_of(header.metadata, architecture, shapes, _frequencies(header), str(path))
-    config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]]
-    config.dtype = _dtype(header)
+    config = gguf_config(path)
     folder.mkdir()
     config.save_pretrained(folder)
     if header.metadata.get("tokenizer.ggml.model") in (None, "none", "no_vocab"):
         return config
+    gguf_tokenizer(path, header).save_pretrained(folder)
+    return config
+
+
+def gguf_tokenizer(path: Path, header: GgufHeader | None = None) -> Any:
+    """The tokenizer of a file, as transformers makes it. Of gpt-oss it is made here: transformers takes the length of a
+    name for the factor of its rotary embedding, and stops."""
+    header = header or read_gguf(path)
+    if header.metadata.get("general.architecture") == GPT_OSS:
+        return byte_level_tokenizer(header.metadata, str(path))
     try:
-        AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True).save_pretrained(folder)
+        return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
     except Exception as error:  # whatever a header that is not what it says leads transformers to
         raise CheckpointError(
             f"{path}: transformers cannot make a tokenizer of it ({reason_of(error)}); it must; use the original model"
         ) from None
+
+
+def gguf_config(path: Path) -> Any:
+    """The transformers config that a file describes; UnsupportedModelError for an architecture that whit has not."""
+    header = read_gguf(path)
+    architecture = _architecture(path, header)
+    shapes = {name: tensor.shape for name, tensor in header.tensors.items()}
+    config = config_of(header.metadata, architecture, shapes, _frequencies(header), str(path))
+    config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]]
+    config.dtype = _dtype(header)
     return config
+
+
+def _architecture(path: Path, header: GgufHeader) -> Architecture:
+    name = header.metadata.get("general.architecture")
+    has_experts = bool(header.metadata.get(f"{name}.expert_count", 0))
+    found = next((a for a in ARCHITECTURES.values() if (a.name, a.experts) == (name, has_experts)), None)
+    if found is None:
+        known = ", ".join(dict.fromkeys(a.name for a in ARCHITECTURES.values()))
+        kind = " with experts" if has_experts else ""
+        raise UnsupportedModelError(
+            f"{path}: architecture {name!r}{kind}; whit reads {known} from gguf files; convert it"
+        )
+    return found
 
 
 def _frequencies(header: GgufHeader) -> dict[str, Tensor]:
