@@ -158,6 +158,50 @@ def test_experts_index_like_the_stack_they_replace(random: Generator):
     torch.testing.assert_close(torch.matmul(input=x, other=experts), torch.matmul(x, floats))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "spec", ["int4-g32", "int3-g32-asym", "mxfp4", "nf4-g32", "ternary", "nf4-g32-dq", "int8-tensor"]
+)
+def test_experts_are_multiplied_packed(
+    spec: str, dtype: torch.dtype, random: Generator, monkeypatch: pytest.MonkeyPatch
+):
+    """As transformers' experts ask for them: F.linear, x @ W and, of Llama 4, torch.bmm. Floats were made each time."""
+    packed = BITS.pack(whit.quantize_tensor(torch.randn(4, 24, 64, generator=random), spec))
+    plain, turned = QuantizedExperts(packed, dtype), QuantizedExperts(packed, dtype, transposed=True)
+    floats = plain.dequantize(torch.float32)
+    x, bias = torch.randn(4, 5, 64, generator=random), torch.randn(24, generator=random)
+    x[1], x[2, ::2] = 0, 0  # tokens of other experts
+    given = x.to(dtype)
+    if spec not in ("nf4-g32-dq", "int8-tensor"):  # whose params span experts
+        monkeypatch.setattr(QuantizedExperts, "floats", lambda *_: pytest.fail("floats were made"))
+        monkeypatch.setattr(QuantizedExperts, "whole", lambda *_: pytest.fail("floats were made"))
+    for found, expected in (
+        (torch.nn.functional.linear(given[0], plain[3], bias.to(dtype)), x[0] @ floats[3].T + bias),
+        (given[0] @ turned[torch.tensor(2)], x[0] @ floats[2].T),
+        (torch.matmul(given, turned[0]), x @ floats[0].T),
+        (torch.bmm(given, turned), x @ floats.mT),
+    ):
+        assert found.dtype == dtype
+        assert (found.float() - expected).norm() <= (1e-5 if dtype == torch.float32 else 0.01) * expected.norm()
+
+
+def test_one_expert_is_whatever_else_a_tensor_is(random: Generator):
+    quantized = whit.quantize_tensor(torch.randn(4, 24, 32, generator=random), "int4-g32")
+    experts, floats = QuantizedExperts(BITS.pack(quantized)), quantized.dequantize()
+    assert (experts[1].shape, experts[1].dtype, len(experts[1])) == ((24, 32), torch.float32, 24)
+    for found, expected in (
+        (experts[1].T, floats[1].T), (experts[1][2], floats[1, 2]), (experts[1] * 2 + 1, floats[1] * 2 + 1),
+        (torch.stack([experts[0], experts[3]]), floats[[0, 3]]), (experts[-1].sum(), floats[3].sum()),
+        (torch.stack(list(map(torch.clone, experts))), floats), (2 * experts[0] / 4, floats[0] / 2),
+    ):  # fmt: skip
+        assert torch.equal(found, expected)
+    x = torch.randn(3, 32, generator=random, requires_grad=True)
+    torch.nn.functional.linear(x, experts[2]).sum().backward()
+    torch.testing.assert_close(x.grad, floats[2].sum(0).expand(3, -1))
+    with pytest.raises(IndexError):
+        experts[4]
+
+
 @pytest.mark.parametrize("spec", ["int8", "int3-g32-asym", "nf4-g32-dq", "q4_0", "ternary", "int2-g32+r4"])
 def test_shardable_tensors_are_floats_to_torch_and_the_same_bytes_to_us(spec: str, random: Generator):
     module, x = linear(random, spec), torch.randn(5, 64, generator=random)
