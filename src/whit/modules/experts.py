@@ -16,7 +16,7 @@ from torch import Tensor
 
 from whit.kernels import packed_linear
 from whit.methods.stack import can_stack
-from whit.modules.packed import PackedModule
+from whit.modules.packed import PackedModule, resident
 from whit.tensor import PackedWeight, turned
 
 MATMULS = (torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__)
@@ -59,8 +59,10 @@ class QuantizedExperts(PackedModule):
 
     @property
     def multiplies(self) -> bool:
-        """Whether the kernels multiply by single experts: where the rows are, and each has params of its own."""
-        here = self._lying.device.type == "cpu" and not torch.compiler.is_compiling()
+        """Whether the kernels multiply by single experts: on a CPU, where each has params of its own."""
+        hook = getattr(self, "_hf_hook", None) if self._lying.device.type == "meta" else None  # brings them for a while
+        place = self._lying.device if hook is None else getattr(hook, "execution_device", None)
+        here = str(place) == "cpu" and not torch.compiler.is_compiling()
         return here and self.activations is None and can_stack(self.format)
 
     def floats(self, chosen: Tensor) -> Tensor:
@@ -76,9 +78,10 @@ class QuantizedExperts(PackedModule):
 
     def product(self, x: Tensor, number: int, bias: Tensor | None = None) -> Tensor:
         """x (..., in) through one expert, packed."""
-        stored, out = self._lying, self.weight_shape[1]
-        rows = {key: tensor[number * out : (number + 1) * out] for key, tensor in stored.tensors.items()}
-        return packed_linear(x, PackedWeight(stored.layout, stored.format, self.weight_shape[1:], rows), bias)
+        out = self.weight_shape[1]
+        with resident(self) as stored:
+            rows = {key: tensor[number * out : (number + 1) * out] for key, tensor in stored.tensors.items()}
+            return packed_linear(x, PackedWeight(stored.layout, stored.format, self.weight_shape[1:], rows), bias)
 
     def products(self, x: Tensor) -> Tensor:
         """x (experts, tokens, in), each through its own expert; zeros stay zeros and are not multiplied."""
