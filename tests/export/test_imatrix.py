@@ -10,15 +10,19 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from test_gguf import save
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import whit
 from whit.calibration import Calibration
 from whit.data import resolve_model
 from whit.errors import CheckpointError, OutputError, RecipeError
+from whit.export.gguf.architectures import architecture_of
 from whit.export.gguf.imatrix import Imatrix, dat_bytes, gguf_bytes, read_imatrix
 from whit.pipeline.importance import measure_importance, write_imatrix
 from whit.pipeline.job import open_source
+
+from tiny_models import tiny_config
 
 SMALL = Calibration(samples=3, context=48)
 
@@ -101,6 +105,34 @@ def test_weighed_columns_lose_less(measured: Imatrix, tmp_path: Path):
         for kind, source in (("plain", plain), ("weighed", weighed)):
             lost[kind] += float(((source.read(name) - exact.read(name).float()).square() * weights).sum())
     assert lost["weighed"] < 0.97 * lost["plain"]
+
+
+@pytest.mark.parametrize(("name", "chosen"), [("qwen3_moe", 2), ("gpt_oss", 2)])
+@pytest.mark.parametrize("suffix", [".gguf", ".dat"])
+def test_every_expert_is_weighed_by_what_it_sees(name: str, chosen: int, suffix: str, tmp_path: Path):
+    """Experts were left out of the file and of what it weighs."""
+    folder = save(tmp_path / "model", name, torch.bfloat16)
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(128)}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0").save_pretrained(folder)
+    text = " ".join(f"w{i * i % 120 + 3}" for i in range(6000))
+    measured = measure_importance(folder, Calibration([text], 32, 48))
+    hidden, counts = measured.sums["blk.1.ffn_gate_exps.weight"], measured.counts["blk.1.ffn_gate_exps.weight"]
+    assert hidden.shape == (4, 64)
+    assert int(counts.sum()) == chosen * 32 * 48
+    assert torch.equal(hidden, measured.sums["blk.1.ffn_up_exps.weight"])
+    write_imatrix(measured, tmp_path / f"i{suffix}")
+    found = read_imatrix(tmp_path / f"i{suffix}").importance(architecture_of(tiny_config(name), name))
+    stack = "model.layers.1.mlp.experts.down_proj"
+    expected = measured.sums["blk.1.ffn_down_exps.weight"] / measured.counts["blk.1.ffn_down_exps.weight"][:, None]
+    assert torch.allclose(found[stack].reshape(expected.shape), expected, rtol=1e-5)
+    recipe, lost = whit.Recipe("clip", [("*", "q4_0")]), {}
+    for kind, imatrix in (("plain", None), ("weighed", tmp_path / f"i{suffix}")):
+        whit.quantize(folder, tmp_path / kind, recipe, imatrix=imatrix)
+        exact, near = open_source(folder).read(stack).float(), open_source(tmp_path / kind).read(stack)
+        error = (near - exact).square() if name == "qwen3_moe" else (near - exact).square().mT  # (experts, out, in)
+        lost[kind] = float((error * expected[:, None]).sum())
+    assert lost["weighed"] < lost["plain"]
 
 
 def test_a_gguf_file_says_what_weighed_it(measured: Imatrix, tmp_path: Path):

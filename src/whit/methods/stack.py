@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -16,6 +16,20 @@ def quantize_stack(method: Quantizer, weight: Tensor, stats: Sequence[LayerStats
     if len(stats) == 1:
         return method(weight, stats[0], format)
     parts = (method(rows, s, format) for rows, s in zip(weight.chunk(len(stats)), stats, strict=True))
+    codes, params = joined(((part.codes, part.params) for part in parts), len(weight))
+    return QuantizedTensor(format, tuple(weight.shape), codes, params)
+
+
+def weighted_stack(
+    method: Callable[[Tensor, Tensor, Format], QuantizedTensor], weight: Tensor, importance: Tensor, format: Format
+) -> QuantizedTensor:
+    """Matrices below each other, each by the weights of its columns: `importance` (columns,) or (matrices, columns).
+
+    Where params span matrices these are quantized as one, by the mean of their weights.
+    """
+    if importance.dim() == 1 or not can_stack(format):
+        return method(weight, importance if importance.dim() == 1 else importance.mean(dim=0), format)
+    parts = (method(rows, by, format) for rows, by in zip(weight.chunk(len(importance)), importance, strict=True))
     codes, params = joined(((part.codes, part.params) for part in parts), len(weight))
     return QuantizedTensor(format, tuple(weight.shape), codes, params)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
+from torch import Tensor
 
 from whit.calibration import Calibration
 from whit.calibration.capture import Watch
@@ -23,6 +24,7 @@ from whit.integrations.loading import load_tokenizer, maximum_context
 from whit.kernels import add_gram
 from whit.model.targets import find_targets
 from whit.pipeline.job import Job, open_source
+from whit.pipeline.sources import read_to_run
 
 
 def measure_importance(model: str | Path, calibration: Calibration, device: str = "cpu") -> Imatrix:
@@ -35,11 +37,11 @@ def measure_importance(model: str | Path, calibration: Calibration, device: str 
     architecture = architecture_of(source.model.config, str(folder))
     text = calibration.tokens(load_tokenizer(str(folder)), maximum_context(source.model.config))
     wanted = {target.parameter for target in find_targets(source.model)}
-    sums, counts = {}, {}
+    sums, counts = dict[str, Tensor](), dict[str, float | Tensor]()
     with torch.no_grad(), TemporaryDirectory(prefix="whit-") as scratch:
         runner = Runner(
-            source.model, lambda name: source.read(source.tied.get(name, name)), text.tokens, torch.device(device),
-            Storage(Path(scratch)), False,
+            source.model, lambda name: read_to_run(source, source.tied.get(name, name)), text.tokens,
+            torch.device(device), Storage(Path(scratch)), False,
         )  # fmt: skip
         for index in range(len(runner.names)):
             with runner.loaded(index) as parameters:
@@ -47,10 +49,12 @@ def measure_importance(model: str | Path, calibration: Calibration, device: str 
                 with watch:
                     runner.run(index)
                 for name, stats in watch.stats().stats.items():
-                    tensor = architecture.tensor_name(name)
-                    if tensor is not None and len(stats) == 1:
-                        sums[tensor] = stats[0].hessian.diagonal().to(torch.float32).cpu()
-                        counts[tensor] = float(stats[0].token_count)
+                    squares = [s.hessian.diagonal().to(torch.float32).cpu() for s in stats]
+                    seen = [float(s.token_count) for s in stats]
+                    if (tensor := architecture.tensor_name(name)) is not None and len(stats) == 1:
+                        sums[tensor], counts[tensor] = squares[0], seen[0]
+                    for part in architecture.stack_names(name):
+                        sums[part], counts[part] = torch.stack(squares), torch.tensor(seen)
     source.checkpoint.close()
     return Imatrix(sums, counts, str(calibration.text).rpartition("/")[2], text.samples, text.context)
 
@@ -64,16 +68,22 @@ def weighed(job: Job, path: Path) -> Job:
     imatrix = read_imatrix(path)
     found = imatrix.importance(architecture)
     shapes = {item.name: item.target.shape for item in job.plan.items if item.target is not None and item.format}
-    known = {name: weights for name, weights in found.items() if name in shapes}
-    wrong = [name for name, weights in known.items() if weights.shape != shapes[name][-1:]]
+    known = {name: _in_stacks(weights, shapes[name]) for name, weights in found.items() if name in shapes}
+    wrong = [name for name, weights in known.items() if weights.shape != (*shapes[name][:-2], shapes[name][-1])]
     if wrong or not known:
-        what = (
-            f"{wrong[0]} has {len(known[wrong[0]])} columns there" if wrong else "none of the model's matrices is in it"
-        )
+        what = "none of the model's matrices is in it"
+        if wrong:
+            what = f"{wrong[0]} has {' x '.join(map(str, known[wrong[0]].shape))} columns there"
         raise RecipeError(f"{path}: {what}; it must be of this model; measure it with whit imatrix")
     job.exporter.weighed(Importance(path.name, imatrix.dataset, len(imatrix.sums), imatrix.chunks))
     shards = job.exporter.shards(job.plan.items, job.options.shard_size)
     return replace(job, importance=known, plan=replace(job.plan, shards=shards))
+
+
+def _in_stacks(weights: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Those of experts, which the older file has one after another, as (experts, columns)."""
+    flat = len(shape) == 3 and weights.shape == (shape[0] * shape[-1],)
+    return weights.reshape(shape[0], -1) if flat else weights
 
 
 def check_new(out: Path) -> None:

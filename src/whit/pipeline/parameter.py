@@ -19,7 +19,7 @@ from whit.methods import Clip, Method
 from whit.methods.bands import use_of_rows
 from whit.methods.lowrank import beside, repaired
 from whit.methods.regrid import regrid
-from whit.methods.stack import quantize_stack, share_lost
+from whit.methods.stack import quantize_stack, share_lost, weighted_stack
 from whit.pipeline.coverage import CARRIED, Entry
 from whit.pipeline.feed import Given
 from whit.pipeline.job import Job
@@ -107,7 +107,7 @@ def _choose(job: Job, item: Item, matrix: Tensor, given: Given) -> Chosen:
     if given.stats is not None:
         return Chosen(quantize_stack(beside(method), matrix, given.stats, item.format), method, how)
     if isinstance(method, Clip) and (weights := _importance(job, item)) is not None:
-        plain = method.weighted(matrix, weights.to(job.device), without_side_car(item.format))
+        plain = weighted_stack(method.weighted, matrix, weights.to(job.device), without_side_car(item.format))
         return Chosen(repaired(plain, matrix, None, item.format), method, how)
     if job.importance:
         how = "the importance matrix has nothing for it"

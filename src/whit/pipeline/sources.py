@@ -73,6 +73,13 @@ def floats_dtype(source: Source, name: str) -> torch.dtype:
     return source.model.config.dtype or torch.bfloat16
 
 
+def read_to_run(source: Source, name: str) -> Tensor:
+    """A parameter as a block computes with it: `read_finite`, in the type of the floats around it."""
+    values = read_finite(source, name)
+    is_coded = isinstance(source, Coded) and source.coded(name)  # what codes stand for comes in float32
+    return values.to(floats_dtype(source, name)) if is_coded else values
+
+
 def read_finite(source: Source, name: str) -> Tensor:
     """A parameter as `Source.read` gives it. NonFiniteError where it holds a NaN or an infinity.
 

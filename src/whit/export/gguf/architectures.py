@@ -91,9 +91,9 @@ class Architecture:
         return tuple(f"blk.{found[1]}.ffn_{part}_exps.{kind}" for part in parts)
 
     def stack_parameter(self, tensor: str) -> str | None:
-        """The hub's name of the whole stack that a tensor is part of, None where it has none."""
+        """The running model's name of the whole stack that a tensor is part of; None where it is part of none."""
         found = STACKED.fullmatch(tensor)
-        if found is None or not self.woven:
+        if found is None or not self.experts:
             return None
         part, kind = "down" if found[2] == "down" else "gate_up", "_bias" if found[3] == "bias" else ""
         return f"model.layers.{found[1]}.mlp.experts.{part}_proj{kind}"

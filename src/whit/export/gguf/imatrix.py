@@ -29,21 +29,32 @@ F32 = 0
 
 @dataclass(frozen=True)
 class Imatrix:
-    """`sums` maps llama.cpp's tensor names to (columns,) float32 sums of squares, `counts` to the tokens summed.
+    """`sums` maps llama.cpp's tensor names to (columns,) float32 sums of squares, `counts` to the tokens summed; of a
+    stack of experts to (experts, columns) and (experts,).
 
     `chunks` of `chunk_size` tokens of `dataset` were seen.
     """
 
     sums: Mapping[str, Tensor]
-    counts: Mapping[str, float]
+    counts: Mapping[str, float | Tensor]
     dataset: str = ""
     chunks: int = 0
     chunk_size: int = 512
 
     def importance(self, architecture: Architecture) -> dict[str, Tensor]:
-        """Mean squares (columns,) by the names of transformers' parameters."""
-        named = {architecture.parameter_name(name): name for name in self.sums}
-        return {p: self.sums[n] / max(self.counts[n], 1.0) for p, n in named.items() if p is not None}
+        """Mean squares (columns,) by the names of transformers' parameters, of stacks (experts, columns).
+
+        An expert that no token reached has the mean of all.
+        """
+        named = {architecture.parameter_name(n) or architecture.stack_parameter(n): n for n in self.sums}
+        return {p: _means(self.sums[n], self.counts[n]) for p, n in named.items() if p is not None}
+
+
+def _means(sums: Tensor, counts: float | Tensor) -> Tensor:
+    if not isinstance(counts, Tensor):
+        return sums / max(counts, 1.0)
+    pooled = sums.sum(dim=0) / counts.sum().clamp(min=1.0)
+    return torch.where(counts[:, None] > 0, sums / counts[:, None].clamp(min=1.0), pooled)
 
 
 def read_imatrix(path: Path) -> Imatrix:
@@ -64,7 +75,11 @@ def gguf_bytes(imatrix: Imatrix) -> bytes:
     }  # fmt: skip
     constants = {}
     for name in sorted(imatrix.sums):
-        for suffix, value in ((SUM, imatrix.sums[name][None]), (COUNTS, torch.tensor([[imatrix.counts[name]]]))):
+        sums, counts = (
+            imatrix.sums[name].reshape(-1, imatrix.sums[name].shape[-1]),
+            torch.as_tensor(imatrix.counts[name]).reshape(-1, 1),
+        )
+        for suffix, value in ((SUM, sums), (COUNTS, counts)):
             shape = tuple(value.shape)
             info = Info(name + suffix, shape, F32, TensorSpec(shape, torch.float32))
             constants[info] = value.to(torch.float32).contiguous().numpy().tobytes()
@@ -76,7 +91,7 @@ def dat_bytes(imatrix: Imatrix) -> bytes:
     calls = max(imatrix.chunks, 1)
     parts = [struct.pack("<i", len(imatrix.sums))]
     for name in sorted(imatrix.sums):
-        mean = imatrix.sums[name] / max(imatrix.counts[name], 1.0)
+        mean = _means(imatrix.sums[name], imatrix.counts[name]).reshape(-1)  # of experts one after another
         text = name.encode()
         parts += [struct.pack("<i", len(text)), text, struct.pack("<ii", calls, len(mean))]
         parts.append((mean * calls).to(torch.float32).numpy().tobytes())
@@ -100,14 +115,15 @@ def _read_gguf(path: Path) -> Imatrix:
             file.seek(tensor.start)
             data = bytearray(file.read(tensor.stop - tensor.start))
             values[tensor.name] = torch.frombuffer(data, dtype=torch.float32).reshape(tensor.shape)
-    sums, counts = {}, {}
+    sums, counts = dict[str, Tensor](), dict[str, float | Tensor]()
     for key in [key for key in values if key.endswith(SUM)]:
         name = key.removesuffix(SUM)
         count = values.get(name + COUNTS)
         if count is None or len(count) != len(values[key]):
             raise CheckpointError(f"{path}: {key} without its {COUNTS}; both must be there; get another copy")
-        if len(count) == 1:  # experts, one matrix each, have no place in the architectures that whit writes
-            sums[name], counts[name] = _checked(values[key][0], path, name), float(count.flatten()[0])
+        found = _checked(values[key], path, name)
+        one = len(count) == 1
+        sums[name], counts[name] = (found[0], float(count.flatten()[0])) if one else (found, count.flatten())
     datasets = header.metadata.get("imatrix.datasets", Strings(b"", array("Q")))
     chunks, size = (header.metadata.get(f"imatrix.chunk_{key}", 0) for key in ("count", "size"))
     if not isinstance(datasets, Strings) or type(chunks) is not int or type(size) is not int:
@@ -138,7 +154,7 @@ def _read_dat(path: Path) -> Imatrix:
         position += count
         return data[position - count : position]
 
-    sums, counts = {}, {}
+    sums, counts = dict[str, Tensor](), dict[str, float | Tensor]()
     for _ in range(number("the number of entries")):
         name = take(number("the length of a name"), "a name").decode("utf-8", errors="replace")
         calls, count = number(f"the calls of {name!r}"), number(f"the values of {name!r}")

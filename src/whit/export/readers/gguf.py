@@ -67,7 +67,7 @@ def read_gguf_model(path: Path) -> Foreign:
     checkpoint = GgufCheckpoint(header, folder)
     packed = _stacks(checkpoint, architecture)
     for tensor in header.tensors.values():
-        if architecture.stack_parameter(tensor.name) is not None:
+        if architecture.woven and architecture.stack_parameter(tensor.name) is not None:
             continue
         if experts := _experts(checkpoint, tensor, architecture):
             packed |= experts
@@ -197,7 +197,8 @@ def _stacks(checkpoint: GgufCheckpoint, architecture: Architecture) -> dict[str,
     """Stacks of experts, and their biases, that the hub has whole, and llama.cpp perhaps in parts."""
     tensors = checkpoint.header.tensors
     found = {}
-    for name in dict.fromkeys(filter(None, map(architecture.stack_parameter, tensors))):
+    names = map(architecture.stack_parameter, tensors) if architecture.woven else ()
+    for name in dict.fromkeys(filter(None, names)):
         parts = [tensors[part] for part in architecture.stack_names(name) if part in tensors]
         if len(parts) < len(architecture.stack_names(name)) or len({part.shape for part in parts}) > 1:
             raise CheckpointError(
