@@ -6,11 +6,14 @@ knows whit's quantizer, as it must. `python -m whit` goes without it. `whit.cli`
 
 from __future__ import annotations
 
+import os
 import sys
 from importlib import metadata
 from typing import Annotated
 
 import typer
+
+from whit_command.completion import ASKED, app, table
 
 SUMMARY = "Quantize any Hugging Face transformer, run it, and measure what was given up."
 COMMANDS = {  # in the order in which they are shown
@@ -37,12 +40,17 @@ COMMANDS = {  # in the order in which they are shown
 
 
 def main() -> None:
-    """`--version` and `--help` alone; all else is `whit.cli`'s."""
+    """`--version`, `--help` and what a shell asks, alone; all else is `whit.cli`'s."""
     asked = sys.argv[1:]
-    if asked == ["--version"]:
+    if ASKED in os.environ:
+        app(table(), COMMANDS)(prog_name="whit")
+    elif asked == ["--version"]:
         print(f"whit {metadata.version('whit')}")
-    elif asked == ["--help"]:
-        overview()()
+    elif asked[:1] == ["--install-completion"]:
+        table()  # takes seconds now, and none at the first TAB
+        overview()(prog_name="whit")
+    elif asked in (["--help"], ["--show-completion"]):
+        overview()(prog_name="whit")
     else:
         try:
             from whit.cli import main as run
@@ -54,11 +62,11 @@ def main() -> None:
 
 def overview() -> typer.Typer:
     """The commands by name and summary: what `whit --help` shows, and nothing that runs."""
-    app = typer.Typer(name="whit", no_args_is_help=True, add_completion=False, help=SUMMARY)
-    app.callback()(_options)
+    shown = typer.Typer(name="whit", no_args_is_help=True, help=SUMMARY)
+    shown.callback()(_options)
     for name, summary in COMMANDS.items():
-        app.command(name, help=summary)(_nothing)
-    return app
+        shown.command(name, help=summary)(_nothing)
+    return shown
 
 
 def _options(version: Annotated[bool, typer.Option("--version", help="Print the version and end.")] = False) -> None:

@@ -43,9 +43,7 @@ INTERRUPTED = 130  # 128 + SIGINT, as shells have it; what typer makes of Ctrl-C
 
 def build_app() -> typer.Typer:
     """The whole command line as one typer application."""
-    app = typer.Typer(
-        name="whit", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=SUMMARY
-    )
+    app = typer.Typer(name="whit", no_args_is_help=True, pretty_exceptions_enable=False, help=SUMMARY)
     app.callback()(_root)
     for function in FUNCTIONS:
         app.command(function.__name__, cls=Command, help=COMMANDS[function.__name__])(function)
