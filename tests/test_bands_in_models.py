@@ -268,7 +268,7 @@ def test_what_cannot_have_bands_is_said(model: Path, text: Calibration, tmp_path
 
 
 @pytest.mark.parametrize("model", [True], indirect=True, ids=["tied"])
-@pytest.mark.parametrize("export", [e.name for e in EXPORTERS if e.name not in ("whit", "bf16")])
+@pytest.mark.parametrize("export", [e.name for e in EXPORTERS if e.name not in ("whit", "bf16", "fp16", "fp32")])
 def test_files_that_cannot_hold_bands_say_so(model: Path, text: Calibration, export: str, tmp_path: Path):
     base = {"bitsandbytes": "nf4", "compressed-tensors-int8": "int8", "gguf": "q4_0", "hqq": "int4-g32-asym-fz"}
     recipe = Recipe("gptq", [("*", base.get(export, "int4-g32-asym")), ("model.embed_tokens", SPEC)])

@@ -101,7 +101,7 @@ def test_experts_and_embeddings_go_without_and_it_is_said(tmp_path: Path):
             assert entry.format == "int8-channel+h16"
 
 
-@pytest.mark.parametrize("export", [e.name for e in EXPORTERS if e.name not in ("whit", "bf16")])
+@pytest.mark.parametrize("export", [e.name for e in EXPORTERS if e.name not in ("whit", "bf16", "fp16", "fp32")])
 def test_files_that_cannot_hold_one_say_so(llama: Path, export: str, tmp_path: Path):
     base = {"bitsandbytes": "nf4", "compressed-tensors-int8": "int8", "gguf": "q8_0", "hqq": "int4-g64-asym-fz"}
     size = 4 if export == "gguf" else 64

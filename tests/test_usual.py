@@ -29,7 +29,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny(tmp_path_factory.mktemp("usual") / "model", "llama", torch.bfloat16)
 
 
-@pytest.mark.parametrize("kind", [e.name for e in EXPORTERS if e.name not in ("bf16", "gguf")])
+@pytest.mark.parametrize("kind", [e.name for e in EXPORTERS if e.name not in ("bf16", "fp16", "fp32", "gguf")])
 def test_every_kind_of_file_has_a_usual_format(kind: str, model: Path, tmp_path: Path):
     job = prepare(model, tmp_path / "out", Recipe(), Options(), export=kind)
     taken = TAKEN.get(kind, "int4-g64")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 import whit
 from whit import GPTQ, Calibration, Recipe
-from whit.errors import UnsupportedModelError
+from whit.errors import RecipeError, UnsupportedModelError
 from whit.evaluation import EvaluationOptions, evaluate
-from whit.pipeline import dequantize
+from whit.pipeline import dequantize, run
+from whit.pipeline.job import Options, prepare
 
 from tiny_models import DECODER, ENCODER
 
@@ -89,6 +91,25 @@ def test_they_are_quantized_loaded_and_written_plain(saved: Path, name: str, tmp
     dequantize(tmp_path / "out", tmp_path / "plain")
     near = outputs(tmp_path / "plain", name, dtype=torch.float32)
     assert (near - found).norm() < 0.05 * plain.norm()
+
+
+@pytest.mark.parametrize(("saved", "export"), [("llava", "fp16"), ("gemma3", "bf16")], indirect=["saved"])
+def test_all_parts_of_a_plain_configuration_say_its_dtype(saved: Path, export: str, tmp_path: Path):
+    """transformers builds a part in the dtype that its own configuration names."""
+    path = saved / "config.json"
+    config = json.loads(path.read_text())
+    config["vision_config"]["torch_dtype"] = config["text_config"]["dtype"] = "float32"
+    path.write_text(json.dumps(config))
+    with pytest.raises(RecipeError, match=rf"^int8-channel: {export} files are not quantized; .* whit convert") as no:
+        whit.quantize(saved, tmp_path / "out", "int8", export=export)
+    assert "\n" not in str(no.value)
+    run(prepare(saved, tmp_path / "out", None, Options(), export=export))
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    dtype = {"fp16": "float16", "bf16": "bfloat16"}[export]
+    said = (written["dtype"], written["text_config"]["dtype"], written["vision_config"]["torch_dtype"])
+    assert said == (dtype, dtype, dtype)
+    assert f"in {dtype}" in (tmp_path / "out" / "README.md").read_text()
+    assert f"--export {export}" in (tmp_path / "out" / "README.md").read_text()
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from whit.export.awq import AWQ
 from whit.export.base import Exporter, Outcome, Parameter, Value
 from whit.export.bitsandbytes import BitsAndBytes
 from whit.export.compressed_tensors import CompressedTensors, CompressedTensorsInt8
-from whit.export.dense import Dense
+from whit.export.dense import Dense, Float16, Float32
 from whit.export.gguf import Gguf
 from whit.export.gptq import GPTQ, GPTQv2
 from whit.export.hqq import HQQFile
@@ -19,8 +19,8 @@ from whit.export.whit import Whit
 from whit.named import one_of
 
 EXPORTERS: tuple[type[Exporter], ...] = (
-    Whit, Dense, Gguf, GPTQ, GPTQv2, AWQ, BitsAndBytes, CompressedTensors, CompressedTensorsInt8, MLX, HQQFile,
-    Onnx,
+    Whit, Dense, Float16, Float32, Gguf, GPTQ, GPTQv2, AWQ, BitsAndBytes, CompressedTensors, CompressedTensorsInt8, MLX,
+    HQQFile, Onnx,
 )  # fmt: skip
 
 

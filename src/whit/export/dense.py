@@ -1,4 +1,4 @@
-"""A plain transformers checkpoint in bfloat16: what any tool reads."""
+"""A plain transformers checkpoint in bfloat16, float16 or float32: what any tool reads."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from whit.formats.numeric import dtype_name
 from whit.model.targets import Target
 from whit.tensor import Format, TensorSpec
 
-CARD = """# {name}, in bfloat16
+CARD = """# {name}, in {dtype}
 
-Written by `whit convert --export bf16`: a plain transformers checkpoint. `whit.json` says where each parameter is from.
+Written by `whit convert --export {export}`: a plain transformers checkpoint. `whit.json` says where each
+parameter is from.
 """
 
 
@@ -24,14 +25,13 @@ class Dense(FolderExport):
     """Every floating-point parameter in bfloat16; nothing is quantized."""
 
     name: ClassVar[str] = "bf16"
-    summary: ClassVar[str] = "a plain transformers checkpoint"
+    summary: ClassVar[str] = "a plain transformers checkpoint in bfloat16"
     dtype: ClassVar[torch.dtype] = torch.bfloat16
 
     def problems(self, formats: Mapping[Target, Format]) -> list[str]:
-        return [
-            f"{target.holder}: {format} in a bf16 file; it must be kept; drop the rule"
-            for target, format in formats.items()
-        ]
+        asked = ", ".join(dict.fromkeys(map(str, formats.values())))
+        said = f"{asked}: {self.name} files are not quantized; every module must be kept; use whit convert --export"
+        return [f"{said} {self.name}, or another kind of file"] if formats else []
 
     def specs(self, parameter: Parameter) -> Mapping[str, TensorSpec]:
         spec = parameter.spec
@@ -42,16 +42,17 @@ class Dense(FolderExport):
 
     def files(self, outcome: Outcome) -> Mapping[str, bytes]:
         config = {key: value for key, value in outcome.config.items() if key != "torch_dtype"}  # dtype's older name
-        return super().files(replace(outcome, config=config))
+        return super().files(replace(outcome, config=_in_dtype(config, dtype_name(self.dtype))))
 
     def card(self, outcome: Outcome) -> str:
-        return CARD.format(name=short_name(outcome.model))
+        return CARD.format(name=short_name(outcome.model), dtype=dtype_name(self.dtype), export=self.name)
 
 
 class Float16(Dense):
     """The same in float16."""
 
     name: ClassVar[str] = "fp16"
+    summary: ClassVar[str] = "the same in float16"
     dtype: ClassVar[torch.dtype] = torch.float16
 
 
@@ -59,4 +60,16 @@ class Float32(Dense):
     """The same in float32."""
 
     name: ClassVar[str] = "fp32"
+    summary: ClassVar[str] = "the same in float32"
     dtype: ClassVar[torch.dtype] = torch.float32
+
+
+def _in_dtype(config: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """A configuration whose parts (`text_config`, `vision_config`) say this dtype, where they said another."""
+    changed: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            changed[key] = _in_dtype(value, name)
+        else:
+            changed[key] = name if key in ("dtype", "torch_dtype") and isinstance(value, str) else value
+    return changed

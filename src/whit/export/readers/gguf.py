@@ -96,7 +96,7 @@ def _small_files(path: Path, header: GgufHeader, folder: Path) -> Any:
 def gguf_tokenizer(path: Path, header: GgufHeader | None = None) -> Any:
     """The tokenizer of a file, as transformers makes it. Of gpt-oss it is made here: transformers takes the length of a
     name for the factor of its rotary embedding, and stops."""
-    header = header or read_gguf(path)
+    header = header or read_gguf_parts(path)
     if header.metadata.get("general.architecture") == GPT_OSS:
         return byte_level_tokenizer(header.metadata, str(path))
     try:
@@ -109,7 +109,7 @@ def gguf_tokenizer(path: Path, header: GgufHeader | None = None) -> Any:
 
 def gguf_config(path: Path) -> Any:
     """The transformers config that a file describes; UnsupportedModelError for an architecture that whit has not."""
-    header = read_gguf(path)
+    header = read_gguf_parts(path)
     architecture = _architecture(path, header)
     shapes = {name: tensor.shape for name, tensor in header.tensors.items()}
     config = config_of(header.metadata, architecture, shapes, _frequencies(header), str(path))
