@@ -23,7 +23,7 @@ import whit
 from forking import in_child
 from whit.checkpoint.work import WorkFolder
 from whit.cli import build_app
-from whit.errors import OutputError, TrainingError, WhitError
+from whit.errors import OutputError, TrainingError, WhitError, WhitWarning
 from whit.training.ranks import Ranks
 from whit.tuning import prepare_tuning
 from whit.tuning.run import build_loop
@@ -182,6 +182,18 @@ def test_a_damaged_state_is_one_sentence(model, data, tmp_path, damaged):
     with pytest.raises(WhitError, match=r"; or pass --restart|; pass --restart to begin again$") as caught:
         whit.finetune(model, data, tmp_path / "out", TUNING)
     assert "\n" not in str(caught.value)
+
+
+def test_a_damaged_last_line_of_the_journal_begins_the_training_again(model, data, trained, tmp_path):
+    run, again = Watcher(5), Watcher()
+    assert in_child(lambda: whit.finetune(model, data, tmp_path / "out", TUNING, watcher=run)) == -signal.SIGKILL
+    journal = tmp_path / ".out.partial" / "journal.jsonl"
+    lines = journal.read_bytes().splitlines(keepends=True)
+    journal.write_bytes(b"".join(lines[:-1]) + lines[-1].replace(b"4", b"3"))
+    with pytest.warns(WhitWarning, match=r"damaged in line \d; what was done there is done again"):
+        whit.finetune(model, data, tmp_path / "out", TUNING, watcher=again)
+    assert [e["step"] for e in again.entries if "loss" in e] == [1, 2, 3, 4, 5, 6]
+    assert adapter(tmp_path / "out") == adapter(trained)
 
 
 @pytest.mark.slow

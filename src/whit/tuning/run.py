@@ -7,7 +7,6 @@ import os
 import shutil
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -55,7 +54,7 @@ def run_tuning(job: TuningJob, watcher: Watcher | None = None) -> dict[str, Any]
             if work is not None:
                 _commit(work)
     except WhitError:
-        if work is not None and not _checkpoints(work):  # nothing is lost, and other settings can be tried at once
+        if work is not None and not work.finished:  # nothing is lost, and other settings can be tried at once
             shutil.rmtree(work.path, ignore_errors=True)
         raise
     finally:
@@ -107,7 +106,9 @@ def _introduce(watcher: Watcher, job: TuningJob, adapted: Any, done: int, expect
     if expected is None:
         watcher.note(f"goes on after step {done} of {steps}")
     else:
-        watcher.note(f"about {duration(expected)} for {steps} steps, by a trial of the fullest batch")
+        watcher.note(
+            f"about {duration(expected)} for {steps} step{'' if steps == 1 else 's'}, by a trial of the fullest batch"
+        )
 
 
 def _quantized(watcher: Watcher) -> Callable[[str, int, int], None]:
@@ -157,8 +158,9 @@ def build_loop(job: TuningJob, ranks: Ranks) -> tuple[Loop, Any]:
 
 
 def _resumed(work: WorkFolder) -> tuple[list[Entry], bytes | None]:
-    """The log and the checkpoint of an earlier run, as far as it came."""
-    saved = _checkpoints(work)
+    """The log and the checkpoint of an earlier run, as far as it came; nothing where the journal's line is damaged."""
+    saved = {int(record["step"]): work.path / record["file"] for record in work.finished.values()}
+    saved = {step: path for step, path in saved.items() if path.is_file()}
     if not saved:
         return [], None
     last = max(saved)
@@ -171,16 +173,12 @@ def _resumed(work: WorkFolder) -> tuple[list[Entry], bytes | None]:
         ) from None
 
 
-def _checkpoints(work: WorkFolder) -> dict[int, Path]:
-    """Those that lie there, by their step: each appeared whole."""
-    return {int(path.stem.rpartition("-")[2]): path for path in work.path.glob(CHECKPOINT.format("*"))}
-
-
 def _save(work: WorkFolder, loop: Loop, step: int, log: list[Entry]) -> None:
-    """Log and checkpoint on the disk, then the checkpoint before it goes."""
+    """Log and checkpoint on the disk, then the journal's line, then the checkpoint before it goes."""
     name = CHECKPOINT.format(step)
     work.write_file(LOG, _lines(log))
     work.write_file(name, save_state(loop.model, loop.optimizer, step))
+    work.record(name, {"step": step, "file": name})
     for path in work.path.glob(CHECKPOINT.format("*")):
         if path.name != name:
             path.unlink()
