@@ -93,6 +93,14 @@ def test_they_are_quantized_loaded_and_written_plain(saved: Path, name: str, tmp
     assert (near - found).norm() < 0.05 * plain.norm()
 
 
+@pytest.mark.parametrize("saved", ["llava", "gemma3", "qwen2_5_vl"], indirect=True)
+def test_what_sees_is_no_gguf_file_and_the_way_to_one_is_said(saved: Path, tmp_path: Path):
+    said = r"sees or hears beside its text, and a gguf file holds the text alone; .* mmproj .* convert_hf_to_gguf.py"
+    with pytest.raises(UnsupportedModelError, match=said) as no:
+        whit.quantize(saved, tmp_path / "m.gguf", "q8_0")
+    assert "\n" not in str(no.value)
+
+
 @pytest.mark.parametrize(("saved", "export"), [("llava", "fp16"), ("gemma3", "bf16")], indirect=["saved"])
 def test_all_parts_of_a_plain_configuration_say_its_dtype(saved: Path, export: str, tmp_path: Path):
     """transformers builds a part in the dtype that its own configuration names."""

@@ -150,6 +150,12 @@ ARCHITECTURES = {
 def architecture_of(config: Any, where: str) -> Architecture:
     """The architecture of a transformers config; UnsupportedModelError where llama.cpp would compute something else."""
     found = ARCHITECTURES.get(config.model_type)
+    if found is None and config.get_text_config() is not config:
+        raise UnsupportedModelError(
+            f"{where}: {config.model_type} sees or hears beside its text, and a gguf file holds the text alone; llama.cpp "
+            "wants the rest in an mmproj file, which its convert_hf_to_gguf.py writes; whit quantize takes the file of "
+            "the text that it writes; or choose another --export"
+        )
     if found is None:
         raise UnsupportedModelError(
             f"{where}: model type {config.model_type!r} in a gguf file; it must be one of {', '.join(ARCHITECTURES)}; "
