@@ -152,9 +152,9 @@ def architecture_of(config: Any, where: str) -> Architecture:
     found = ARCHITECTURES.get(config.model_type)
     if found is None and config.get_text_config() is not config:
         raise UnsupportedModelError(
-            f"{where}: {config.model_type} sees or hears beside its text, and a gguf file holds the text alone; llama.cpp "
-            "wants the rest in an mmproj file, which its convert_hf_to_gguf.py writes; whit quantize takes the file of "
-            "the text that it writes; or choose another --export"
+            f"{where}: {config.model_type} sees or hears beside its text, and a gguf file holds the text alone; "
+            "llama.cpp wants the rest in an mmproj file, which its convert_hf_to_gguf.py writes; whit quantize takes "
+            "the file of the text that it writes; or choose another --export"
         )
     if found is None:
         raise UnsupportedModelError(
