@@ -5,7 +5,10 @@ from __future__ import annotations
 import pytest
 from typer.testing import CliRunner
 
-from whit.cli import build_app
+from whit.cli import FUNCTIONS, build_app
+from whit.cli.quantize import METHOD_HELP
+from whit.methods import METHODS
+from whit.transforms import TRANSFORMS
 
 
 def said(words: str) -> str:
@@ -44,3 +47,11 @@ def test_other_words_keep_their_answers():
     assert "No such option: --formt (Possible options:" in said("quantize M OUT --formt int8")
     assert "extra argument(s) (more)" in said("quantize M OUT more")
     assert "the format says it" not in said("evaluate M --bits 4")
+
+
+def test_help_tells_every_method_and_no_default_twice():
+    told = METHOD_HELP.replace(",", " ").replace(":", " ").replace(";", " ").split()
+    assert {each.name for each in (*METHODS, *TRANSFORMS)} <= set(told)
+    for function in FUNCTIONS:
+        shown = CliRunner().invoke(build_app(), [function.__name__, "--help"], env={"COLUMNS": "400"}).output
+        assert not [line for line in shown.splitlines() if line.count("[default:") > 1]

@@ -20,8 +20,11 @@ class Subject(str, Enum):
 
 
 def bench(
-    what: Annotated[Subject, typer.Argument(help="kernels: products with packed weights; model: a whole MODEL.")],
-    model: Annotated[str, typer.Argument(metavar="[MODEL]", help=MODEL_HELP)] = "",
+    what: Annotated[
+        Subject,
+        typer.Argument(metavar="WHAT", help="kernels: packed products; model: a whole MODEL."),
+    ],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)] = "",
     formats: Annotated[str, typer.Option("--format", help="Formats, separated by commas.")] = "int4-g128,nf4",
     shapes: Annotated[str, typer.Option("--shape", help="out x in, separated by commas.")] = "4096x4096",
     rows: Annotated[str, typer.Option(help="Rows of activations, separated by commas.")] = "1,16,512",

@@ -9,7 +9,17 @@ import typer
 
 from whit.checkpoint.hub import at_revision
 from whit.cli.console import on_screen, say
-from whit.cli.options import EXPORT_HELP, FORMAT_HELP, RULE_HELP, AsJson, Restart, Revision, TrustRemoteCode
+from whit.cli.options import (
+    EXPORT_HELP,
+    FORMAT_HELP,
+    MODEL_HELP,
+    OUT_HELP,
+    RULE_HELP,
+    AsJson,
+    Restart,
+    Revision,
+    TrustRemoteCode,
+)
 from whit.cli.quantize import build_recipe
 from whit.cli.runs import run_and_show
 from whit.export import exporter_named, kind_of
@@ -19,12 +29,10 @@ from whit.pipeline.transcode import prepare_transcode
 
 
 def convert(
-    model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="Folder, .gguf file, hub id or whit:model; quantized or not.")
-    ],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="The new folder; it appears when it is complete.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help=f"{MODEL_HELP} Quantized or not.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help=OUT_HELP)],
     export: Annotated[
-        str | None, typer.Option(metavar="NAME", help=f"{EXPORT_HELP} \\[default: gguf where OUT ends in .gguf]")
+        str | None, typer.Option(metavar="NAME", help=f"{EXPORT_HELP} Needed, but where OUT ends in .gguf.")
     ] = None,
     format: Annotated[str | None, typer.Option(metavar="SPEC", help=FORMAT_HELP)] = None,
     rule: Annotated[list[str] | None, typer.Option(metavar="GLOB=SPEC", help=RULE_HELP)] = None,

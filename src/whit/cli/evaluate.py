@@ -23,7 +23,7 @@ def evaluate(
     baseline: Annotated[str | None, typer.Option(help="Compare with this model: KL divergence, agreement.")] = None,
     text: Annotated[str, typer.Option(help="UTF-8 file, .jsonl of texts, whit:heldout or whit:text.")] = "whit:heldout",
     context: Annotated[
-        int | None, typer.Option(help="Tokens in a window; default 2048, or the model's maximum if that is less.")
+        int | None, typer.Option(help="Tokens in a window. \\[default: 2048, or the model's maximum if that is less]")
     ] = None,
     max_tokens: Annotated[int | None, typer.Option(help="Score only the first N tokens of the text.")] = None,
     tasks: Annotated[str, typer.Option(help="Zero-shot tasks, with commas: piqa,arc_easy,hellaswag,...")] = "",

@@ -39,6 +39,7 @@ OPTIMIZER_HELP = (
     f"adamw is torch's; {', '.join(BITSANDBYTES)} are bitsandbytes', {', '.join(TORCHAO)} torchao's. Where "
     "bitsandbytes' do not run, torchao's or torch's take their place, and the run says so."
 )
+STEPS_HELP = "This many steps, each of --batch x --accumulate rows, in place of --epochs; data is read again."
 TOO_LONG_HELP = "Examples longer than --context: cut their ends, drop them, or refuse the file."
 
 PATIENCE = timedelta(days=1)  # the others wait while the first process quantizes by a method that takes its time
@@ -58,11 +59,11 @@ def finetune(
     dora: Annotated[bool, typer.Option("--dora", help="Weight-decomposed adapters (DoRA).")] = False,
     rslora: Annotated[bool, typer.Option("--rslora", help="Scale by alpha / sqrt(rank).")] = False,
     epochs: Annotated[float, typer.Option(help="Times over the data.")] = 1.0,
-    steps: Annotated[int | None, typer.Option(help="This many steps instead of --epochs.")] = None,
+    steps: Annotated[int | None, typer.Option(help=STEPS_HELP)] = None,
     batch: Annotated[int, typer.Option(help="Rows at a time.")] = 4,
     accumulate: Annotated[int, typer.Option(help="Batches per step, over all processes.")] = 4,
     context: Annotated[int | None, typer.Option(help="Tokens in a row. \\[default: 1024, or the model's]")] = None,
-    packing: Annotated[bool, typer.Option(help="Several examples in a row, apart from each other.")] = True,
+    packing: Annotated[bool, typer.Option(help="Fill rows with several examples, apart from each other.")] = True,
     too_long: Annotated[str, typer.Option(metavar="cut|drop|refuse", help=TOO_LONG_HELP)] = "cut",
     learning_rate: Annotated[float, typer.Option(help="The highest; a cosine follows the warm-up.")] = 2e-4,
     warmup: Annotated[float, typer.Option(help="Share of the steps over which it rises.")] = 0.03,

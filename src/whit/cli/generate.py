@@ -23,7 +23,7 @@ def generate(
     seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
     greedy: Annotated[bool, typer.Option("--greedy", help="Always the likeliest token.")] = False,
     kv_cache: Annotated[str, typer.Option(metavar="SPEC", help="Keep keys and values in int8, int4-g32 ...")] = "",
-    kv_recent: Annotated[int, typer.Option(min=0, help="Of which so many last tokens in 16 bits.")] = 0,
+    kv_recent: Annotated[int, typer.Option(min=0, help="With --kv-cache: this many last tokens stay in 16 bits.")] = 0,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
     device: Device = "auto",
     compiled: Annotated[

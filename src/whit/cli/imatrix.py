@@ -10,14 +10,14 @@ import typer
 from whit.calibration import Calibration
 from whit.checkpoint.hub import at_revision
 from whit.cli.console import say
-from whit.cli.options import CALIBRATION_HELP, MODEL_HELP, Revision, Seed
+from whit.cli.options import MODEL_HELP, Revision, Seed
 from whit.pipeline.importance import check_new, measure_importance, write_imatrix
 
 
 def imatrix(
     model: Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="A new file; .dat for llama.cpp's older format.")],
-    calibration: Annotated[str, typer.Option(metavar="FILE|whit:text", help=CALIBRATION_HELP)] = "whit:text",
+    calibration: Annotated[str, typer.Option(metavar="FILE|whit:text", help="A text or .jsonl file.")] = "whit:text",
     samples: Annotated[int, typer.Option(min=1, help="Calibration windows.")] = 128,
     context: Annotated[
         int | None, typer.Option(min=2, help="Tokens in each. \\[default: 2048, or the model's]")

@@ -40,7 +40,8 @@ class Device(str, Enum):
 
 def memory(
     model: Annotated[
-        str, typer.Argument(metavar="MODEL|7B", help="A folder, a hub id, a name such as Llama-3-8B, or a size.")
+        str,
+        typer.Argument(metavar="MODEL|7B", help="Folder, .gguf file, hub id, a name such as Llama-3-8B, or a size."),
     ],
     format: Annotated[
         list[str] | None, typer.Option(metavar="SPEC", help="A format; may be repeated. \\[default: the usual ones]")

@@ -14,6 +14,8 @@ from whit.cli.console import console, on_screen, print_json, say
 from whit.cli.options import (
     CALIBRATION_HELP,
     FORMAT_HELP,
+    OUT_HELP,
+    SHIPPED,
     AsJson,
     Device,
     Export,
@@ -44,11 +46,11 @@ SOURCE_HELP = "The model in full precision, to merge into its weights in place o
 def merge(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="What the adapter was trained on: a folder or hub id.")],
     adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="A LoRA adapter's folder, as PEFT saves it.")],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="The new folder; it appears when it is complete.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help=OUT_HELP)],
     route: Annotated[str | None, typer.Option(metavar="|".join(ROUTES), help=ROUTE_HELP)] = None,
     format: Annotated[str | None, typer.Option(metavar="SPEC", help="Quantize anew. " + FORMAT_HELP)] = None,
     source: Annotated[str | None, typer.Option(metavar="MODEL", help=SOURCE_HELP)] = None,
-    calibration: Annotated[str | None, typer.Option(metavar="FILE|whit:text", help=CALIBRATION_HELP)] = None,
+    calibration: Annotated[str | None, typer.Option(metavar="FILE|whit:text", help=CALIBRATION_HELP + SHIPPED)] = None,
     samples: Annotated[int | None, typer.Option(min=1, help="Calibration windows. \\[default: 128]")] = None,
     context: Annotated[
         int | None, typer.Option(min=2, help="Tokens in each. \\[default: 2048, or the model's]")

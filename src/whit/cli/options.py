@@ -14,8 +14,10 @@ from whit.export import EXPORTERS
 from whit.formats import EXAMPLES
 
 MODEL_HELP = "Folder, .gguf file, hub id (or REPO:Q4_K_M, one .gguf file of several there) or whit:model."
+OUT_HELP = "The new folder, or a new .gguf file; it appears when it is complete."
 DEFAULT_FORMAT_HELP = "int4-g128, in smaller groups where rows want them; what a kind of file is usually asked for"
-CALIBRATION_HELP = "Text or .jsonl file for methods that need data. \\[default: whit:text]"
+CALIBRATION_HELP = "Text or .jsonl file for methods that need data (gptq, refine, blocks, awq ...)."
+SHIPPED = " \\[default: whit:text]"
 FORMAT_HELP = "Format of every linear: " + ", ".join(EXAMPLES) + "; with activations: " + ", ".join(SCHEMES) + "."
 EXPORT_HELP = "What kind of file is written: " + "; ".join(f"{e.name}: {e.summary}" for e in EXPORTERS) + "."
 RULE_HELP = (

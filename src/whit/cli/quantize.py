@@ -31,7 +31,9 @@ from whit.cli.options import (
     DEFAULT_FORMAT_HELP,
     FORMAT_HELP,
     MODEL_HELP,
+    OUT_HELP,
     RULE_HELP,
+    SHIPPED,
     AsJson,
     Device,
     DryRun,
@@ -48,7 +50,7 @@ from whit.cli.options import (
 )
 from whit.cli.runs import run_and_show, show_plan
 from whit.export import kind_of
-from whit.methods import GPTQ, METHODS
+from whit.methods import GPTQ
 from whit.pipeline.importance import weighed
 from whit.pipeline.job import Options, prepare
 from whit.recipe import Recipe
@@ -60,10 +62,10 @@ ACTIVATIONS_HELP = (
 )
 GATE_HELP = "Text on which --max-kl and --max-ppl-increase are measured. \\[default: whit:heldout]"
 METHOD_HELP = (
-    "How codes are chosen: "
-    + ", ".join(method.name for method in METHODS)
-    + "; awq is clip with the transform awq, smoothquant is "
-    "rtn with that transform, int8 and int8 activations; awq+gptq names both. Options of a method are fields in a "
+    "How codes are chosen. Without data: rtn, to the nearest; clip, in the range that fits best; hqq, by the zero "
+    "points that fit best. With a calibration text: gptq, column by column, each making up for those before; refine "
+    "and blocks, by training block by block; awq, clip with the transform awq; smoothquant, rtn with that transform, "
+    "int8 and int8 activations; awq+gptq names both. Options of a method are fields in a "
     "--recipe: of gptq " + ", ".join(field.name for field in fields(GPTQ)) + ". "
     "\\[default: rtn]"
 )
@@ -73,7 +75,7 @@ TRANSFORM_HELP = "What the weights are rescaled by first: " + ", ".join(t.name f
 
 def quantize(
     model: Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="The new folder; it appears when it is complete.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help=OUT_HELP)],
     method: Annotated[str | None, typer.Option(help=METHOD_HELP)] = None,
     transform: Annotated[str | None, typer.Option(help=TRANSFORM_HELP)] = None,
     format: Annotated[
@@ -82,14 +84,14 @@ def quantize(
     activations: Annotated[str | None, typer.Option(metavar="SPEC", help=ACTIVATIONS_HELP)] = None,
     rule: Annotated[list[str] | None, typer.Option(metavar="GLOB=SPEC", help=RULE_HELP)] = None,
     low_rank: Annotated[int | None, typer.Option(min=1, metavar="R", help=LOW_RANK_HELP)] = None,
-    recipe: Annotated[Path | None, typer.Option(help="A TOML file with method and rules.")] = None,
+    recipe: Annotated[Path | None, typer.Option(help="A TOML file, such as --save-recipe writes.")] = None,
     target_bpw: TargetBpw = None,
     target_size: TargetSize = None,
     fit: FitInto = None,
     ladder: Ladder = None,
     sensitivity: SensitivityOption = None,
     save_recipe_to: SaveRecipe = None,
-    calibration: Annotated[str | None, typer.Option(metavar="FILE|whit:text", help=CALIBRATION_HELP)] = None,
+    calibration: Annotated[str | None, typer.Option(metavar="FILE|whit:text", help=CALIBRATION_HELP + SHIPPED)] = None,
     samples: Annotated[int | None, typer.Option(min=1, help="Calibration windows. \\[default: 128]")] = None,
     context: Annotated[int | None, typer.Option(min=2, help=CONTEXT_HELP)] = None,
     imatrix: Annotated[Path | None, typer.Option(help="Weigh columns by llama.cpp's importance matrix.")] = None,

@@ -14,6 +14,7 @@ from whit.calibration import Calibration
 from whit.checkpoint.hub import at_revision
 from whit.cli.options import (
     FORMAT_HELP,
+    OUT_HELP,
     RULE_HELP,
     AsJson,
     Device,
@@ -58,8 +59,8 @@ AT_ONCE_HELP = "Windows that run together on a GPU. \\[default: 4; efficientqat:
 
 def train(
     asked_by: typer.Context,
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model folder or hub id, quantized for scales.")],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="The new folder; it appears when it is complete.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder or hub id; for --qat scales a quantized one.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help=OUT_HELP)],
     format: Annotated[str | None, typer.Option(metavar="SPEC", help=FORMAT_HELP)] = None,
     rule: Annotated[list[str] | None, typer.Option(metavar="GLOB=SPEC", help=RULE_HELP)] = None,
     activations: Annotated[str | None, typer.Option(metavar="SPEC", help=ACTIVATIONS_HELP)] = None,
