@@ -22,14 +22,11 @@ from whit.pipeline.coverage import load_account
 from whit.pipeline.estimate import estimate
 from whit.pipeline.job import Options, open_source, prepare
 from whit.pipeline.parameter import relative_error
+from written import weight_bytes
 
 from tiny_models import ARCHITECTURES, save_tiny, tiny_model
 
 INT4 = Recipe(rules=[("*", "int4-g32")])
-
-
-def weight_bytes(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.glob("*.safetensors"))}
 
 
 @pytest.fixture(scope="module")
