@@ -9,6 +9,8 @@ import pytest
 import torch
 from hypothesis import settings
 
+from tiny_text import random_words, word_tokenizer, write_words
+
 settings.register_profile("whit", deadline=None, derandomize=True, max_examples=40)
 settings.load_profile("whit")
 
@@ -30,6 +32,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def shared() -> Path:
     """The folder that holds the real 135M model and the evaluation data."""
     return shared_folder()
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """6,000 words that tiny models know, to calibrate with."""
+    return write_words(tmp_path_factory.mktemp("text"), random_words(6000, 3, seed=1))
+
+
+@pytest.fixture
+def tiny_tokenizers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every model that is quantized has the tokenizer of tiny_text.py, which is saved beside none of the tiny ones."""
+    monkeypatch.setattr("whit.pipeline.job.load_tokenizer", lambda *_, **__: word_tokenizer())
 
 
 @pytest.fixture

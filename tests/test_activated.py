@@ -12,15 +12,16 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from stopping import stop_and_go_on
-from test_calibrated import _words, text  # noqa: F401
-from test_transformed import logits, result
 from whit import Calibration, Options, Recipe
 from whit.errors import RecipeError
 from whit.modules import QuantizedLinear
 from whit.pipeline import dequantize, quantize
 from whit.pipeline.coverage import Account, load_account
+from written import difference, logits, result
 
 from tiny_models import save_tiny, tiny_inputs
+
+pytestmark = pytest.mark.usefixtures("tiny_tokenizers")
 
 
 @pytest.fixture(scope="module")
@@ -28,17 +29,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny(tmp_path_factory.mktemp("model") / "llama", "llama")
 
 
-def run(model: Path, out: Path, text: Path | None, recipe: Recipe, **options) -> Account:  # noqa: F811
+def run(model: Path, out: Path, text: Path | None, recipe: Recipe, **options) -> Account:
     calibration = None if text is None else Calibration(text, samples=8, context=32)
     return quantize(model, out, recipe, calibration=calibration, options=Options(**options))
 
 
-def difference(folder: Path, model: Path) -> float:
-    exact = logits(model)
-    return float((logits(folder) - exact).norm() / exact.norm())
-
-
-def test_static_scales_lie_beside_the_codes(model: Path, text: Path, tmp_path: Path):  # noqa: F811
+def test_static_scales_lie_beside_the_codes(model: Path, text: Path, tmp_path: Path):
     account = run(model, tmp_path / "out", text, Recipe("rtn", [("*", "w8a8-static"), ("lm_head", "int8")]))
     tensors = load_file(tmp_path / "out" / "model.safetensors")
     name = "model.layers.0.self_attn.q_proj"
@@ -61,7 +57,7 @@ def test_static_scales_lie_beside_the_codes(model: Path, text: Path, tmp_path: P
 
 @pytest.mark.parametrize("how", ["int8-static-asym", "int8-static-percentile99.9", "int8-static-mse-asym",
                                  "int8-static-entropy", "int8-static-moving0.1", "fp8-static"])  # fmt: skip
-def test_every_way_to_choose_a_range(how: str, model: Path, text: Path, tmp_path: Path):  # noqa: F811
+def test_every_way_to_choose_a_range(how: str, model: Path, text: Path, tmp_path: Path):
     format = "fp8" if how.startswith("fp8") else "int8"
     run(model, tmp_path / "out", text, Recipe("rtn", [("*", format)], activations=how))
     assert difference(tmp_path / "out", model) < 0.15
@@ -71,7 +67,7 @@ def test_every_way_to_choose_a_range(how: str, model: Path, text: Path, tmp_path
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
-def test_smoothquant_loses_less_where_channels_stand_out(architecture: str, text: Path, tmp_path: Path):  # noqa: F811
+def test_smoothquant_loses_less_where_channels_stand_out(architecture: str, text: Path, tmp_path: Path):
     path = save_tiny(tmp_path / "model", architecture)
     network = AutoModelForCausalLM.from_pretrained(path)
     for name, parameter in network.named_parameters():
@@ -85,7 +81,7 @@ def test_smoothquant_loses_less_where_channels_stand_out(architecture: str, text
     assert errors["smoothquant"] < 0.6 * errors["rtn"]
 
 
-def test_a_killed_run_ends_with_the_same_bytes(model: Path, text: Path, tmp_path: Path):  # noqa: F811
+def test_a_killed_run_ends_with_the_same_bytes(model: Path, text: Path, tmp_path: Path):
     recipe = Recipe("smoothquant", activations="int8-static-mse")
     run(model, tmp_path / "whole", text, recipe)
 
@@ -94,7 +90,7 @@ def test_a_killed_run_ends_with_the_same_bytes(model: Path, text: Path, tmp_path
 
 
 @pytest.mark.parametrize("how", ["int8", "int8-static", "int8-g32-exact4"])
-def test_an_encoder_takes_quantized_inputs_and_stays_near(how: str, text: Path, tmp_path: Path):  # noqa: F811
+def test_an_encoder_takes_quantized_inputs_and_stays_near(how: str, text: Path, tmp_path: Path):
     path = save_tiny(tmp_path / "model", "bert-classifier")
     run(path, tmp_path / "out", None if how == "int8" else text, Recipe("rtn", [("*", "int8")], activations=how))
     config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
@@ -133,7 +129,7 @@ def test_exporters_refuse_what_their_files_cannot_mean(model: Path, tmp_path: Pa
     )
 
 
-def test_some_linears_have_activations_of_their_own(model: Path, text: Path, tmp_path: Path):  # noqa: F811
+def test_some_linears_have_activations_of_their_own(model: Path, text: Path, tmp_path: Path):
     recipe = Recipe("rtn", [("*", "w8a8-static"), ("*down_proj", "w8a8")])
     assert Recipe.from_dict(recipe.to_dict()) == recipe
     (tmp_path / "recipe.toml").write_text(recipe.to_toml())

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as hf
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM
 
 import whit
+from tiny_text import word_tokenizer, write_words
 from whit import Calibration, Options, Recipe, quantize
 from whit.allocation import Group, budgeted, free_formats, measure_divergence, measured, solve
 from whit.allocation.tables import SHARES, banded_format, bands_for, bytes_of_band, ranked
@@ -37,17 +37,13 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Calibration:
     draw = torch.Generator().manual_seed(7)
     chances = 1 / torch.arange(1, VOCABULARY, dtype=torch.float64)
     words = torch.randperm(VOCABULARY - 1, generator=draw)[torch.multinomial(chances, 4000, True, generator=draw)] + 1
-    path: Path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text(" ".join(f"w{i}" for i in words.tolist()))
+    path = write_words(tmp_path_factory.mktemp("text"), words.tolist())
     return Calibration(path, samples=8, context=48)
 
 
 @pytest.fixture(autouse=True)
-def _words(monkeypatch: pytest.MonkeyPatch) -> None:
-    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w0"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    made = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0")
-    monkeypatch.setattr("whit.pipeline.job.load_tokenizer", lambda *_, **__: made)
+def _tokenizers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("whit.pipeline.job.load_tokenizer", lambda *_, **__: word_tokenizer(VOCABULARY))
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])

@@ -11,17 +11,16 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     LlavaConfig,
     LlavaForConditionalGeneration,
-    PreTrainedTokenizerFast,
 )
 
 import whit
 from stopping import stop_and_go_on
+from tiny_text import word_tokenizer
 from whit import GPTQ, Calibration, Options, Recipe, Refine
 from whit.calibration.runner import Runner
 from whit.errors import NonFiniteError
@@ -33,31 +32,13 @@ from whit.pipeline.coverage import Account
 from whit.pipeline.estimate import AROUND, Estimate, estimate
 from whit.pipeline.feed import BlockReader
 from whit.pipeline.job import open_source, prepare
+from written import result
 
 from tiny_models import ARCHITECTURES, DECODER, save_tiny, tiny_config, tiny_model
 
+pytestmark = pytest.mark.usefixtures("tiny_tokenizers")
+
 RULES = [("*", "int4-g32")]
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    generator = torch.Generator().manual_seed(1)
-    words = torch.randint(3, 128, (6000,), generator=generator).tolist()
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text(" ".join(f"w{i}" for i in words))
-    return path
-
-
-@pytest.fixture(autouse=True)
-def _words(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A tokenizer whose words are w0 to w127, for every model."""
-    monkeypatch.setattr("whit.pipeline.job.load_tokenizer", lambda *_, **__: tokenizer())
-
-
-def tokenizer() -> PreTrainedTokenizerFast:
-    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(128)}, unk_token="w0"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0")
 
 
 def checkpoint(folder: Path, architecture: str, dtype: torch.dtype = torch.float32) -> Path:
@@ -68,10 +49,6 @@ def run(model: Path, out: Path, text: Path, recipe: Recipe | None = None, **opti
     calibration = Calibration(text, samples=24, context=48)
     recipe = recipe or Recipe(GPTQ(), RULES)
     return quantize(model, out, recipe, calibration=calibration, options=Options(shard_size=40_000, **options))
-
-
-def result(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.name != "whit.json"}
 
 
 @pytest.mark.parametrize("recipe", [Recipe(GPTQ(), RULES), Recipe("awq", RULES), Recipe("refine", RULES)])
@@ -168,7 +145,7 @@ def test_the_proxy_loss_is_that_of_the_written_file(text: Path, tmp_path: Path):
     (entry,) = [e for e in account.parameters if e.name == name]
     whole, inputs = tiny_model("llama"), []
     whole.model.layers[0].mlp.down_proj.register_forward_pre_hook(lambda _m, args: inputs.append(args[0][0]))
-    tokens = Calibration(text, samples=24, context=48).tokens(tokenizer()).tokens
+    tokens = Calibration(text, samples=24, context=48).tokens(word_tokenizer()).tokens
     with torch.no_grad():
         for row in tokens:
             whole.model(input_ids=row[None])

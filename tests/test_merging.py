@@ -12,12 +12,12 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM
 
 import whit
 from stopping import stop_after_a_block
+from tiny_text import random_words, word_tokenizer, write_words
 from whit.cli.merge import merge as command
 from whit.errors import EvaluationError, OutputError
 from whit.export.packed import PackedSource
@@ -38,19 +38,13 @@ TARGETS = ["q_proj", "v_proj", "down_proj"]
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> whit.Calibration:
-    words = torch.randint(1, 128, (3000,), generator=torch.Generator().manual_seed(7)).tolist()
-    path: Path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text(" ".join(f"w{i}" for i in words))
+    path = write_words(tmp_path_factory.mktemp("text"), random_words(3000, 1, seed=7))
     return whit.Calibration(path, samples=8, context=48)
 
 
 @pytest.fixture(autouse=True)
-def _words(monkeypatch: pytest.MonkeyPatch) -> None:
-    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(128)}, unk_token="w0"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    made = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0")
-    for place in ("whit.pipeline.job.load_tokenizer", "whit.merging.measure.load_tokenizer"):
-        monkeypatch.setattr(place, lambda *_, **__: made)
+def _tiny_tokenizers(tiny_tokenizers: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("whit.merging.measure.load_tokenizer", lambda *_, **__: word_tokenizer())
 
 
 @pytest.fixture(scope="module")

@@ -31,14 +31,11 @@ from whit.pipeline.plan import plan_dense
 from whit.pipeline.sources import read_finite
 from whit.recipe.preflight import check_recipe
 from whit.tensor import TensorSpec
+from written import weight_bytes
 
 from tiny_models import ARCHITECTURES, save_tiny, tiny_model
 
 INT4 = Recipe(rules=[("*", "int4-g32")])
-
-
-def weight_bytes(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.glob("*.safetensors"))}
 
 
 @pytest.fixture(scope="module")

@@ -22,6 +22,7 @@ from whit import RTN, Options, Recipe
 from whit.errors import OutputError, WhitWarning
 from whit.pipeline import quantize
 from whit.tensor import Format, LayerStats, QuantizedTensor
+from written import result
 
 from tiny_models import save_tiny
 
@@ -36,11 +37,6 @@ class SlowRTN(RTN):
     def __call__(self, weight: torch.Tensor, stats: LayerStats | None, format: Format) -> QuantizedTensor:
         time.sleep(0.02)
         return super().__call__(weight, stats, format)
-
-
-def result(folder: Path) -> dict[str, bytes]:
-    """Everything but whit.json, which holds times."""
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.name != "whit.json"}
 
 
 @pytest.fixture(scope="module")

@@ -10,16 +10,17 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import whit
-from test_calibrated import _words, text  # noqa: F401
-from test_transformed import logits
 from whit import Calibration, Recipe, quantize
 from whit.errors import RecipeError, WhitError
 from whit.export import EXPORTERS
 from whit.pipeline import dequantize
 from whit.qat import Course, Setting, Words, finish, learn, prepare_full, prepare_scales
 from whit.rotation import rotate
+from written import difference
 
 from tiny_models import save_tiny
+
+pytestmark = pytest.mark.usefixtures("tiny_tokenizers")
 
 SPEC = "int8-channel+h64"
 
@@ -34,11 +35,6 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
             parameter.data[[3, 30]] *= 100
     network.save_pretrained(folder)
     return folder
-
-
-def difference(folder: Path, model: Path) -> float:
-    exact = logits(model)
-    return float((logits(folder) - exact).norm() / exact.norm())
 
 
 def test_w8a8_with_a_rotation_loses_less_and_needs_no_data(llama: Path, tmp_path: Path):
@@ -58,7 +54,7 @@ def test_w8a8_with_a_rotation_loses_less_and_needs_no_data(llama: Path, tmp_path
     assert difference(tmp_path / "plain", llama) < errors["w8a8+h64"] + 0.01
 
 
-def test_static_scales_are_of_rotated_inputs(llama: Path, text: Path, tmp_path: Path):  # noqa: F811
+def test_static_scales_are_of_rotated_inputs(llama: Path, text: Path, tmp_path: Path):
     calibration = Calibration(text, samples=4, context=32)
     quantize(llama, tmp_path / "out", Recipe("rtn", [("*", "w8a8-static+h64")]), calibration=calibration)
     name, seen = "model.layers.0.self_attn.q_proj", []
@@ -71,7 +67,7 @@ def test_static_scales_are_of_rotated_inputs(llama: Path, text: Path, tmp_path: 
     torch.testing.assert_close(scale, (rotate(seen[0], 64).abs().max() / 127).reshape(1), rtol=1e-4, atol=0)
 
 
-def test_smoothquant_and_gptq_take_rotated_matrices_too(llama: Path, text: Path, tmp_path: Path):  # noqa: F811
+def test_smoothquant_and_gptq_take_rotated_matrices_too(llama: Path, text: Path, tmp_path: Path):
     errors = {}
     for label, method, rules in (
         ("smooth", "smoothquant", [("*", "int8")]),
@@ -113,12 +109,12 @@ def test_files_that_cannot_hold_one_say_so(llama: Path, export: str, tmp_path: P
     assert all(len(line.split()) > 4 for line in str(refusal.value).splitlines())
 
 
-def test_what_cannot_be_rotated_is_said_before_a_weight_is_read(llama: Path, text: Path, tmp_path: Path):  # noqa: F811
+def test_what_cannot_be_rotated_is_said_before_a_weight_is_read(llama: Path, text: Path, tmp_path: Path):
     with pytest.raises(RecipeError, match=r"a rotation turns 256 columns at a time.*use \+h64"):
         quantize(llama, tmp_path / "out", Recipe("rtn", [("*", "int8+h256")]))
 
 
-def test_training_is_done_in_the_basis_of_the_codes(llama: Path, text: Path, tmp_path: Path):  # noqa: F811
+def test_training_is_done_in_the_basis_of_the_codes(llama: Path, text: Path, tmp_path: Path):
     """Trained whole with rounded inputs, or its scales alone: what is written is what was trained.
 
     The inputs are rounded where the packed model rounds them, after the turn.

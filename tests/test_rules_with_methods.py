@@ -7,8 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from whit import GPTQ, Calibration, Options, Recipe, Refine
 from whit.errors import RecipeError
@@ -22,14 +20,8 @@ FORMAT = "int3-g32"
 
 
 @pytest.fixture
-def text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Calibration:
-    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(128)}, unk_token="w0"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0")
-    monkeypatch.setattr("whit.pipeline.job.load_tokenizer", lambda *_, **__: tokenizer)
-    drawn = torch.randint(3, 128, (6000,), generator=torch.Generator().manual_seed(1)).tolist()
-    (tmp_path / "text.txt").write_text(" ".join(f"w{i}" for i in drawn))
-    return Calibration(tmp_path / "text.txt", samples=16, context=48)
+def seen(text: Path, tiny_tokenizers: None) -> Calibration:
+    return Calibration(text, samples=16, context=48)
 
 
 def codes(folder: Path) -> dict[str, torch.Tensor]:
@@ -63,7 +55,7 @@ def test_a_rule_with_a_method_alone_and_wrong_ones(tmp_path: Path):
             Recipe.from_dict({"rules": [wrong]})
 
 
-def test_every_matrix_has_the_codes_of_its_own_method(text: Calibration, tmp_path: Path):
+def test_every_matrix_has_the_codes_of_its_own_method(seen: Calibration, tmp_path: Path):
     """In the first block, whose inputs are the same whatever is chosen; the embedding is rounded, not calibrated."""
     model = save_tiny(tmp_path / "model", "llama")
     options = Options(device="cpu")
@@ -74,7 +66,7 @@ def test_every_matrix_has_the_codes_of_its_own_method(text: Calibration, tmp_pat
     }
     accounts = {}
     for name, recipe in recipes.items():
-        used = text if recipe.needs_stats else None
+        used = seen if recipe.needs_stats else None
         accounts[name] = quantize(model, tmp_path / name, recipe, calibration=used, options=options)
     found, rounded, calibrated = (codes(tmp_path / name) for name in recipes)
     for name, value in found.items():
@@ -86,18 +78,18 @@ def test_every_matrix_has_the_codes_of_its_own_method(text: Calibration, tmp_pat
     reasons = {e.name: e.reason for e in accounts["mixed"].parameters}
     assert reasons["model.layers.1.self_attn.o_proj.weight"] == "by gptq, as a rule says"
     assert reasons["model.layers.1.self_attn.q_proj.weight"] is None
-    again = quantize(model, tmp_path / "again", Recipe.from_dict(mixed.to_dict()), calibration=text, options=options)
+    again = quantize(model, tmp_path / "again", Recipe.from_dict(mixed.to_dict()), calibration=seen, options=options)
     assert again.files == accounts["mixed"].files
 
 
 @pytest.mark.slow
-def test_a_block_is_refined_around_what_other_methods_chose(text: Calibration, tmp_path: Path):
+def test_a_block_is_refined_around_what_other_methods_chose(seen: Calibration, tmp_path: Path):
     model, options = save_tiny(tmp_path / "model", "llama"), Options(device="cpu")
     refine = Refine(steps=12, batch=8, rate=0.03)
     mixed = Recipe("rtn", [("*", FORMAT)], methods=[("*.down_proj", refine)])
-    quantize(model, tmp_path / "mixed", mixed, calibration=text, options=options)
+    quantize(model, tmp_path / "mixed", mixed, calibration=seen, options=options)
     for name, method in (("rtn", RTN()), ("start", refine.start), ("all", refine)):
-        used = text if method.needs_stats else None
+        used = seen if method.needs_stats else None
         recipe = Recipe(method, [("*", FORMAT)])
         quantize(model, tmp_path / name, recipe, calibration=used, options=options)
     found, rounded, start = (codes(tmp_path / name) for name in ("mixed", "rtn", "start"))

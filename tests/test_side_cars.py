@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM
 
 import whit
 from stopping import stop_after_a_block
+from tiny_text import random_words, write_words
 from whit import GPTQ, Calibration, Recipe, quantize
 from whit.export import EXPORTERS
 from whit.formats.lowrank import LowRank
@@ -23,23 +23,15 @@ from whit.pipeline.job import Options, open_source
 
 from tiny_models import save_tiny, tiny_model
 
+pytestmark = pytest.mark.usefixtures("tiny_tokenizers")
+
 SPEC = "int2-g32+r8"
 
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Calibration:
-    words = torch.randint(1, 128, (3000,), generator=torch.Generator().manual_seed(7)).tolist()
-    path: Path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text(" ".join(f"w{i}" for i in words))
+    path = write_words(tmp_path_factory.mktemp("text"), random_words(3000, 1, seed=7))
     return Calibration(path, samples=8, context=48)
-
-
-@pytest.fixture(autouse=True)
-def _words(monkeypatch: pytest.MonkeyPatch) -> None:
-    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(128)}, unk_token="w0"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    made = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0")
-    monkeypatch.setattr("whit.pipeline.job.load_tokenizer", lambda *_, **__: made)
 
 
 @pytest.fixture(scope="module")

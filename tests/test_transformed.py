@@ -13,7 +13,6 @@ from transformers import AutoModelForCausalLM, CohereConfig, CohereForCausalLM
 
 import whit
 from stopping import stop_and_go_on
-from test_calibrated import _words, text  # noqa: F401
 from whit import AWQ, GPTQ, HQQ, RTN, Calibration, Clip, Options, Recipe
 from whit.cli.quantize import build_recipe
 from whit.methods import METHODS, parse_method
@@ -22,25 +21,18 @@ from whit.pipeline.coverage import Account
 from whit.pipeline.estimate import estimate
 from whit.pipeline.job import open_source, prepare
 from whit.report.comparison import Candidate
+from written import logits, result
 
 from tiny_models import ARCHITECTURES, save_tiny
+
+pytestmark = pytest.mark.usefixtures("tiny_tokenizers")
 
 FORMATS = {"llama": "int3-g32-asym", "gpt2": "nf4-g32", "qwen3_moe": "int4-g32"}
 
 
-def run(model: Path, out: Path, text: Path, recipe: Recipe, **options) -> Account:  # noqa: F811
+def run(model: Path, out: Path, text: Path, recipe: Recipe, **options) -> Account:
     calibration = Calibration(text, samples=24, context=48)
     return quantize(model, out, recipe, calibration=calibration, options=Options(shard_size=40_000, **options))
-
-
-def result(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.name != "whit.json"}
-
-
-def logits(folder: Path) -> torch.Tensor:
-    tokens = torch.randint(3, 128, (4, 32), generator=torch.Generator().manual_seed(5))
-    with torch.no_grad():
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(tokens).logits
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +54,7 @@ MANY = [("llama", m.name) for m in METHODS] + [("gpt2", "clip"), ("gpt2", "gptq"
 
 
 @pytest.mark.parametrize(("architecture", "method"), MANY)
-def test_every_method_after_awq(architecture: str, method: str, models, text: Path, tmp_path: Path):  # noqa: F811
+def test_every_method_after_awq(architecture: str, method: str, models, text: Path, tmp_path: Path):
     chosen = parse_method({"name": method, "steps": 4} if method in ("refine", "blocks") else method)
     calibration, recipe = (
         Calibration(text, samples=8, context=32),
@@ -79,7 +71,7 @@ def test_every_method_after_awq(architecture: str, method: str, models, text: Pa
     assert float(error) < 0.3  # some of it are 3 bits of random weights; a wrong basis gives 1 and more
 
 
-def test_awq_is_nearer_to_the_model_than_rounding(models, text: Path, tmp_path: Path):  # noqa: F811
+def test_awq_is_nearer_to_the_model_than_rounding(models, text: Path, tmp_path: Path):
     exact, rules = logits(models["llama"]), [("*", "int3-g32-asym")]
     quantize(models["llama"], tmp_path / "rtn", Recipe("rtn", rules))
     run(models["llama"], tmp_path / "awq", text, Recipe("rtn", rules, "awq"))
@@ -87,7 +79,7 @@ def test_awq_is_nearer_to_the_model_than_rounding(models, text: Path, tmp_path: 
     assert ours < 0.8 * plain
 
 
-def test_what_shares_an_input_is_one_matrix_after_awq_too(models, text: Path, tmp_path: Path, monkeypatch):  # noqa: F811
+def test_what_shares_an_input_is_one_matrix_after_awq_too(models, text: Path, tmp_path: Path, monkeypatch):
     rows, call = [], GPTQ.__call__
 
     def noted(method, weight, stats, format):
@@ -100,7 +92,7 @@ def test_what_shares_an_input_is_one_matrix_after_awq_too(models, text: Path, tm
 
 
 @pytest.mark.parametrize("architecture", [name for name in ARCHITECTURES if name != "t5"])
-def test_nothing_but_the_basis_changes(architecture: str, text: Path, tmp_path: Path):  # noqa: F811
+def test_nothing_but_the_basis_changes(architecture: str, text: Path, tmp_path: Path):
     """At 8 bits the dequantized result is the model, up to rounding, in every architecture."""
     model = save_tiny(tmp_path / "model", architecture)
     run(model, tmp_path / "out", text, Recipe("rtn", [("*", "int8-g32")], AWQ(steps=4)))
@@ -120,7 +112,7 @@ def test_nothing_but_the_basis_changes(architecture: str, text: Path, tmp_path: 
     assert float((ours - exact).norm() / exact.norm()) < 0.02
 
 
-def test_what_is_kept_in_16_bits_is_written_as_it_became(models, text: Path, tmp_path: Path):  # noqa: F811
+def test_what_is_kept_in_16_bits_is_written_as_it_became(models, text: Path, tmp_path: Path):
     rules = [("*", "int4-g32"), ("*.k_proj", "bf16"), ("*.v_proj", "bf16")]
     account = run(models["llama"], tmp_path / "out", text, Recipe("rtn", rules, "awq"))
     entries = {e.name: e for e in account.parameters}
@@ -139,7 +131,7 @@ def test_what_is_kept_in_16_bits_is_written_as_it_became(models, text: Path, tmp
 def test_a_stopped_run_ends_with_the_same_bytes_on_other_threads(
     architecture: str,
     models,
-    text: Path,  # noqa: F811
+    text: Path,
     tmp_path: Path,
 ):
     recipe = Recipe("awq", [("*", FORMATS[architecture])])
@@ -151,7 +143,7 @@ def test_a_stopped_run_ends_with_the_same_bytes_on_other_threads(
 
 def test_a_dry_run_says_what_will_be_and_that_the_search_takes_time(
     models,
-    text: Path,  # noqa: F811
+    text: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ):
@@ -170,7 +162,7 @@ def test_a_dry_run_says_what_will_be_and_that_the_search_takes_time(
     assert not list(tmp_path.iterdir())
 
 
-def test_another_transform_is_another_run(models, text: Path, tmp_path: Path):  # noqa: F811
+def test_another_transform_is_another_run(models, text: Path, tmp_path: Path):
     rules = [("*", "int4-g32")]
     run(models["llama"], tmp_path / "out", text, Recipe("gptq", rules))
     with pytest.raises(whit.WhitError, match="another model, recipe"):
@@ -179,7 +171,7 @@ def test_another_transform_is_another_run(models, text: Path, tmp_path: Path):  
 
 def test_requests_that_cannot_be_met_are_refused_before_anything_is_read(
     models,
-    text: Path,  # noqa: F811
+    text: Path,
     tmp_path: Path,
 ):
     recipe, t5 = Recipe("awq", [("*", "int4-g32")]), save_tiny(tmp_path / "t5", "t5")

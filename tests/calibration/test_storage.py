@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import whit
-from test_calibrated import tokenizer
+from tiny_text import random_words, word_tokenizer, write_words
 from whit.calibration import Calibration
 from whit.calibration.storage import Storage
 from whit.cli import main
@@ -30,16 +30,13 @@ METHODS = (GPTQ(), Refine(steps=2, batch=2, checks=1), Blocks(steps=2, batch=2, 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = save_tiny(tmp_path_factory.mktemp("storage") / "model", "llama")
-    tokenizer().save_pretrained(folder)
+    word_tokenizer().save_pretrained(folder)
     return folder
 
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    words = torch.randint(3, 128, (2000,), generator=torch.Generator().manual_seed(1)).tolist()
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text(" ".join(f"w{i}" for i in words))
-    return path
+    return write_words(tmp_path_factory.mktemp("text"), random_words(2000, 3, seed=1))
 
 
 def mapped_bytes() -> int:

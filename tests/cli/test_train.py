@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 import whit
-from test_calibrated import tokenizer
+from tiny_text import word_tokenizer
 from whit.cli import build_app
 from whit.errors import OutputError, RecipeError, UnsupportedModelError, WhitError
 
@@ -49,7 +49,7 @@ def test_full_and_then_scales(model: Path, tmp_path: Path):
 
 def test_both_phases_are_one_run(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Of the unquantized model, to its account; finished, it is known again, and nothing is trained a second time."""
-    monkeypatch.setattr(whit.pipeline.job, "load_tokenizer", lambda *_, **__: tokenizer())
+    monkeypatch.setattr(whit.pipeline.job, "load_tokenizer", lambda *_, **__: word_tokenizer())
     words = [model, tmp_path / "out", "--qat", "scales", "--samples", "4", *SHORT]
     account = train(*words, "--format", "int3-g32")
     assert account["source"]["model"] == "model"
@@ -74,7 +74,7 @@ def test_the_cost_comes_first(model: Path, tmp_path: Path):
 
 
 def test_the_cost_of_both_phases_comes_first(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(whit.pipeline.job, "load_tokenizer", lambda *_, **__: tokenizer())
+    monkeypatch.setattr(whit.pipeline.job, "load_tokenizer", lambda *_, **__: word_tokenizer())
     words = ["train", str(model), str(tmp_path / "out"), "--format", "int2-g32", "--qat", "scales", "--samples", "4"]
     result = CliRunner().invoke(build_app(), [*words, *SHORT, "--dry-run", "--json"], catch_exceptions=False)
     lines = result.stderr.splitlines()
@@ -85,7 +85,7 @@ def test_the_cost_of_both_phases_comes_first(model: Path, tmp_path: Path, monkey
 
 
 def test_what_does_not_go_together(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(whit.pipeline.job, "load_tokenizer", lambda *_, **__: tokenizer())
+    monkeypatch.setattr(whit.pipeline.job, "load_tokenizer", lambda *_, **__: word_tokenizer())
     whit.quantize(model, tmp_path / "q", whit.Recipe("rtn", [("*", "int4-g32")]))
     for words, said in (
         ([model, tmp_path / "out"], "add --format"),
@@ -114,7 +114,7 @@ def test_what_would_change_nothing_is_refused(model: Path, tmp_path: Path):
 
 
 def test_efficientqat_is_both_of_its_phases(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(whit.pipeline.job, "load_tokenizer", lambda *_, **__: tokenizer())
+    monkeypatch.setattr(whit.pipeline.job, "load_tokenizer", lambda *_, **__: word_tokenizer())
     words = [model, tmp_path / "out", "--recipe", "efficientqat", "--format", "int2-g32-asym", "--samples", "4"]
     account = train(*words, "--text", "self", "--context", "16", "--steps", "2", "--windows", "4", "--batch", "2")
     assert account["training"]["mode"] == "scales"
@@ -127,8 +127,8 @@ def test_what_the_second_phase_wants_is_there_before_the_first(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """Text, teacher and start are looked at before anything is done."""
-    monkeypatch.setattr(whit.pipeline.job, "load_tokenizer", lambda *_, **__: tokenizer())
-    monkeypatch.setattr(whit.qat.job, "load_tokenizer", lambda *_, **__: tokenizer())
+    monkeypatch.setattr(whit.pipeline.job, "load_tokenizer", lambda *_, **__: word_tokenizer())
+    monkeypatch.setattr(whit.qat.job, "load_tokenizer", lambda *_, **__: word_tokenizer())
     other = save_tiny(tmp_path / "other", "gpt2")
     (tmp_path / "short.txt").write_text("w3 w4 w5")
     out, both, full = tmp_path / "out", ("--qat", "scales", "--samples", "2"), ("--qat", "full", "--start", "rtn")

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import whit
+from tiny_text import word_tokenizer
 from whit.activations import parse_activations
 from whit.cli import build_app
 from whit.errors import CheckpointError, OutputError, UnsupportedModelError
@@ -172,12 +173,7 @@ def test_derived_tensors_come_from_the_file(random: torch.Generator):
 
 
 def test_the_command_line_keeps_prepared_weights(checkpoint: Path, tmp_path: Path):
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(128)}, unk_token="w3"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w3").save_pretrained(checkpoint)
+    word_tokenizer(unknown="w3").save_pretrained(checkpoint)
     place, said = tmp_path / "prepared", []
     for options in ([], ["--prepared", str(place)], ["--prepared", str(place)]):
         command = ["generate", str(checkpoint), "--prompt", "w5 w9", "--greedy", "--device", "cpu", "--json", *options]

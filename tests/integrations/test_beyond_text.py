@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as hf
-from tokenizers import Tokenizer, models, pre_tokenizers
 
 import whit
+from tiny_text import word_tokenizer
 from whit import GPTQ, Calibration, Recipe
 from whit.errors import CalibrationError, UnsupportedModelError
 from whit.evaluation import EvaluationOptions, evaluate
@@ -65,9 +65,7 @@ def saved(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     model_class, config, _ = MODELS[request.param]
     torch.manual_seed(0)
     model_class(config()).save_pretrained(tmp_path / "model")
-    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(128)}, unk_token="w0"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    hf.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0").save_pretrained(tmp_path / "model")
+    word_tokenizer().save_pretrained(tmp_path / "model")
     return tmp_path / "model"
 
 

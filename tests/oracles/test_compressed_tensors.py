@@ -10,7 +10,6 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import whit
-from test_calibrated import _words, text  # noqa: F401
 from whit.checkpoint.reader import read_json
 from whit.integrations.loading import load_causal_lm
 from whit.pipeline.job import open_source
@@ -69,8 +68,9 @@ ACTIVATIONS = [
 ]  # fmt: skip
 
 
+@pytest.mark.usefixtures("tiny_tokenizers")
 @pytest.mark.parametrize(("format", "how", "near"), ACTIVATIONS)
-def test_it_quantizes_activations_as_whit_does(format: str, how: str, near: float, folder: Path, text: Path):  # noqa: F811
+def test_it_quantizes_activations_as_whit_does(format: str, how: str, near: float, folder: Path, text: Path):
     """Exactly in fp8; its int8 scale is max|x| / 127.5, and so other values are rounded other ways."""
     recipe, model = whit.Recipe("rtn", [("*", format)], activations=how), folder / "model"
     calibration = whit.Calibration(text, samples=4, context=32) if "static" in how else None

@@ -1,7 +1,5 @@
 """Inputs of linears in training: gradients of their ranges, and that the packed model rounds as training did."""
 
-# ruff: noqa: F811  text is a fixture of another file
-
 from __future__ import annotations
 
 import signal
@@ -13,7 +11,6 @@ from torch import nn
 
 import whit
 from forking import in_child
-from test_calibrated import _words, text  # noqa: F401
 from whit.activations import parse_activations
 from whit.errors import RecipeError
 from whit.integrations.loading import load_causal_lm
@@ -22,6 +19,8 @@ from whit.qat import Course, Setting, Training, Words, learn, prepare_full, prep
 from whit.qat.inputs import Range, round_inputs, rounded
 
 from tiny_models import save_tiny
+
+pytestmark = pytest.mark.usefixtures("tiny_tokenizers")
 
 TOKENS = torch.randint(3, 128, (16, 24), generator=torch.Generator().manual_seed(0))
 QUICK = Course(steps=10, batch=4, rate=0.05, scale_rate=0.02)

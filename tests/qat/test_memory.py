@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import whit
 from forking import in_child
-from test_calibrated import _words  # noqa: F401  the tokenizer
+from tiny_text import write_words
 from whit.pipeline.job import prepare
 
 WEIGHTS = 4 * 256 * 256 + 3 * 256 * 1024  # of a block
@@ -27,10 +27,10 @@ def save(folder: Path, blocks: int) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("tiny_tokenizers")
 def test_the_peak_is_one_block(tmp_path: Path):
     """Twelve more blocks add what their file takes at most, none of the 64 bytes a weight that training takes."""
-    text = tmp_path / "text.txt"
-    text.write_text(" ".join(f"w{i % 125 + 3}" for i in range(4000)))
+    text = write_words(tmp_path, (i % 125 + 3 for i in range(4000)))
     method = whit.Blocks(start=whit.RTN(), steps=2, batch=2, checks=1)
     recipe, calibration = whit.Recipe(method, [("*", "int2-g32")]), whit.Calibration(text, samples=2, context=32)
     peaks = {}

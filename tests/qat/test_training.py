@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 import whit
 from forking import in_child
-from test_calibrated import tokenizer
+from tiny_text import word_tokenizer
 from whit.cli import build_app
 from whit.errors import OutputError, RecipeError, TrainingError
 from whit.integrations.loading import load_causal_lm
@@ -25,6 +25,7 @@ from whit.qat.losses import divergence, hidden_loss, text_loss
 from whit.qat.network import Network
 from whit.qat.sampled import sample_windows
 from whit.qat.start import prepare_trained, starting_codes
+from written import weight_bytes
 
 from tiny_models import save_tiny
 
@@ -40,10 +41,6 @@ MIXED = [
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny(tmp_path_factory.mktemp("qat") / "model", "llama-tied", torch.bfloat16)
-
-
-def weights(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.glob("*.safetensors"))}
 
 
 def full(model: Path, out: Path, course: Course = QUICK) -> Training:
@@ -97,7 +94,7 @@ def test_a_killed_run_goes_on_bit_for_bit(model: Path, tmp_path: Path):
     steps: list[int] = []
     train(full(model, tmp_path / "cut" / "out"), lambda what, step, total, loss: steps.append(step))
     assert steps[0] == 7  # the kill came before step 7 was saved
-    assert weights(tmp_path / "cut" / "out") == weights(tmp_path / "whole" / "out")
+    assert weight_bytes(tmp_path / "cut" / "out") == weight_bytes(tmp_path / "whole" / "out")
 
 
 def test_a_full_disk_is_one_sentence_and_costs_nothing_that_was_saved(model: Path, tmp_path: Path):
@@ -117,7 +114,7 @@ def test_a_full_disk_is_one_sentence_and_costs_nothing_that_was_saved(model: Pat
     steps: list[int] = []
     train(full(model, tmp_path / "cut" / "out"), lambda what, step, total, loss: steps.append(step))
     assert steps[0] == 7  # the disk was full before step 7 was saved
-    assert weights(tmp_path / "cut" / "out") == weights(tmp_path / "whole" / "out")
+    assert weight_bytes(tmp_path / "cut" / "out") == weight_bytes(tmp_path / "whole" / "out")
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(model: Path, tmp_path: Path):
@@ -143,7 +140,7 @@ def test_no_byte_depends_on_the_threads(model: Path, tmp_path: Path):
         torch.set_num_threads(threads)
         train(full(model, tmp_path / str(threads) / "out"))
     torch.set_num_threads(before)
-    assert weights(tmp_path / "1" / "out") == weights(tmp_path / "3" / "out")
+    assert weight_bytes(tmp_path / "1" / "out") == weight_bytes(tmp_path / "3" / "out")
 
 
 def test_the_start_is_in_the_formats_that_are_written(tmp_path: Path):
@@ -227,7 +224,7 @@ def test_text_of_its_own(model: Path, tmp_path: Path):
     words = Words("self", windows=8, context=16)
     for name in ("a", "b"):
         train(prepare_full(model, tmp_path / name, whit.Recipe("rtn", MIXED), Course(steps=3, batch=4), words))
-    assert weights(tmp_path / "a") == weights(tmp_path / "b")
+    assert weight_bytes(tmp_path / "a") == weight_bytes(tmp_path / "b")
 
 
 @pytest.mark.parametrize("mode", ["full", pytest.param("blocks", marks=pytest.mark.slow)])
@@ -237,7 +234,7 @@ def test_what_calibrates_the_start_is_of_the_model_s_own_text_too(
     """Without data: no code is chosen by another text than the one that the model has written."""
     used: list[torch.Tensor] = []
     feed = whit.pipeline.loop.BlockFeed
-    monkeypatch.setattr(whit.pipeline.job, "load_tokenizer", lambda *_, **__: tokenizer())
+    monkeypatch.setattr(whit.pipeline.job, "load_tokenizer", lambda *_, **__: word_tokenizer())
     monkeypatch.setattr(whit.pipeline.loop, "BlockFeed", lambda job, method, calibration, *rest: (
         used.append(calibration.tokens), feed(job, method, calibration, *rest))[1])  # fmt: skip
     words = ["train", str(model), str(tmp_path / "out"), "--qat", mode, "--format", "int3-g32", "--text", "self"]

@@ -8,10 +8,10 @@ import peft
 import pytest
 import torch
 import transformers as hf
-from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 
 import whit
+from tiny_text import random_words, word_tokenizer, write_words
 from whit.methods.stack import energy
 
 from tiny_models import save_tiny, tiny_model
@@ -21,21 +21,13 @@ TARGETS = {"llama": ["q_proj", "v_proj", "down_proj"], "gpt2": ["c_attn", "c_pro
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> whit.Calibration:
-    words = torch.randint(1, 128, (1500,), generator=torch.Generator().manual_seed(7)).tolist()
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text(" ".join(f"w{i}" for i in words))
+    path = write_words(tmp_path_factory.mktemp("text"), random_words(1500, 1, seed=7))
     return whit.Calibration(path, samples=6, context=48)
 
 
 @pytest.fixture(autouse=True)
-def _words(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("whit.training.init.load_tokenizer", lambda *_, **__: tokenizer())
-
-
-def tokenizer() -> hf.PreTrainedTokenizerFast:
-    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(128)}, unk_token="w0"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    return hf.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0")
+def _tokenizers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("whit.training.init.load_tokenizer", lambda *_, **__: word_tokenizer())
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +91,7 @@ def test_by_data_each_linear_is_best_for_what_it_sees(architecture, tmp_path, te
     base = {n: t.clone() for n, t in model.get_base_model().named_buffers()}
     starts = whit.initialize_adapter(model, folder, method="data", calibration=text)
     assert all(torch.equal(t, base[n]) for n, t in model.get_base_model().named_buffers())
-    tokens = text.tokens(tokenizer()).tokens
+    tokens = text.tokens(word_tokenizer()).tokens
     blocks = sorted({".".join(s.module.split(".")[:3]) for s in starts})
     original = tiny_model(architecture)
     for start in (s for s in starts if s.module.startswith(blocks[0])):  # what it sees is the original's
@@ -120,7 +112,7 @@ def test_by_data_each_linear_is_best_for_what_it_sees(architecture, tmp_path, te
 
 
 def test_by_data_the_model_begins_nearer_to_the_original(llama, text):
-    tokens = text.tokens(tokenizer()).tokens
+    tokens = text.tokens(word_tokenizer()).tokens
     with torch.no_grad():
         exact = tiny_model("llama")(tokens).logits
         distance = {}

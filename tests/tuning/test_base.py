@@ -23,6 +23,7 @@ from whit.training.ranks import Ranks
 from whit.tuning import base as based
 from whit.tuning import prepare_tuning
 from whit.tuning.run import build_loop
+from written import weight_bytes
 
 CALIBRATED = replace(TUNING, format="int2-g32", method="gptq", init="data", steps=2, evaluate_every=2)
 
@@ -32,10 +33,6 @@ def trained(model: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -
     out: Path = tmp_path_factory.mktemp("calibrated") / "out"
     whit.finetune(model, data, out, CALIBRATED)
     return out
-
-
-def weights(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.glob("*.safetensors"))}
 
 
 def test_the_base_lies_beside_the_adapter_and_both_are_what_was_scored(trained, model, data):  # noqa: F811
@@ -85,7 +82,7 @@ def test_killed_runs_end_with_the_same_bytes(model, data, trained, tmp_path):  #
     assert (work_path(out) / "base" / "whit.json").exists()
     assert in_child(lambda: whit.finetune(model, data, out, CALIBRATED, watcher=Watcher(2))) == -signal.SIGKILL
     whit.finetune(model, data, out, CALIBRATED)
-    assert weights(out / "base") == weights(trained / "base")
+    assert weight_bytes(out / "base") == weight_bytes(trained / "base")
     assert adapter(out)["adapter_model.safetensors"] == adapter(trained)["adapter_model.safetensors"]
 
 
