@@ -31,7 +31,7 @@ from gpu_many import winners
 from whit.compiled import cuda, static
 from whit.formats import parse_format
 from whit.kernels import dequantize
-from whit.kernels.gpu import decoding, few, nvrtc, stream, tables, tables_many, tuned
+from whit.kernels.gpu import decoding, few, nvrtc, stream, tables, tables_many, tuned, ways
 from whit.kernels.gpu import kernel as gpu_kernel
 from whit.layouts import BITS
 from whit.modules import QuantizedLinear
@@ -355,13 +355,13 @@ def take_cuts(found: list[dict[str, Any]]) -> None:
             scheme = stream.scheme(parse_format(each["spec"]), each["shape"][1])
             key = tuned.kind(scheme), each["rows"], tuple(each["shape"])
             tables.HOPPER_FEW[key] = tuple(each["ranking"][0][1])
-    gpu_kernel.plan.cache_clear()
+    ways.plan.cache_clear()
 
 
 def take_many(path: Path) -> None:
     """Use what gpu_many.py found."""
     tables_many.HOPPER_MANY.update(winners(json.loads(path.read_text())["times"] or ()))
-    gpu_kernel.plan.cache_clear()
+    ways.plan.cache_clear()
     right = few_rows_right((9, 16, 40))
     print(
         f"{len(tables_many.HOPPER_MANY)} cuts for more rows, weights together: {'right' if right else 'WRONG'}",
@@ -369,7 +369,7 @@ def take_many(path: Path) -> None:
     )
     if not right:
         tables_many.HOPPER_MANY.clear()
-        gpu_kernel.plan.cache_clear()
+        ways.plan.cache_clear()
 
 
 def main() -> None:
@@ -393,7 +393,7 @@ def main() -> None:
         result |= {"early_launches": early_works(), "few_rows": attempted(lambda: {"right": few_rows_right()})}
         if result["few_rows"].get("right") is not True:
             tuned.best_few = lambda *_: None  # type: ignore[assignment]
-            gpu_kernel.plan.cache_clear()
+            ways.plan.cache_clear()
     given.out.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
 
