@@ -12,146 +12,30 @@ from __future__ import annotations
 
 import argparse
 import gc
-import itertools
 import json
 import statistics
 import time
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from torch import Tensor, nn
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from torch import Tensor
 
 import whit
+from decode_gpu_checks import attempted, checks, compiled, few_rows_right
 from gpu_many import winners
-from whit.compiled import cuda, static
+from gpu_model import LLAMA, SMALL, random_model
+from whit.compiled import static
 from whit.formats import parse_format
-from whit.kernels import dequantize
-from whit.kernels.gpu import decoding, few, nvrtc, stream, tables, tables_many, tuned, ways
-from whit.kernels.gpu import kernel as gpu_kernel
+from whit.kernels.gpu import nvrtc, stream, tables, tables_many, tuned, ways
 from whit.layouts import BITS
-from whit.modules import QuantizedLinear
-from whit.tensor import PackedWeight
 
-from gpu_harness import early_works, relative_error
+from gpu_harness import early_works
 from harness import machine
 
-LLAMA = {
-    "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32,
-    "num_key_value_heads": 8, "max_position_embeddings": 8192, "rms_norm_eps": 1e-5,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
-}  # fmt: skip
-SMALL = LLAMA | {"vocab_size": 512, "hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4}
-SMALL |= {"num_key_value_heads": 2}
 FORMATS = ("bf16", "int4-g128", "nf4-dq")
 PROMPT, NEW, STEPS, PREFILL = 128, 64, 40, 2048  # three times STEPS after PROMPT fit in a cache of 256
-
-
-def random_packed(spec: str, shape: tuple[int, int], device: str, random: torch.Generator) -> PackedWeight:
-    """Random codes and params such that weights are about 0.02."""
-    format, tensors = parse_format(spec), {}
-    for name, want in BITS.specs(format, shape).items():
-        if want.dtype == torch.uint8:
-            tensors[name] = torch.randint(0, 256, want.shape, dtype=torch.uint8, device=device, generator=random)
-        else:
-            low = 0.004 if name == "scale" else 0.02
-            values = torch.rand(want.shape, device=device, generator=random) * low + low / 2
-            tensors[name] = values.to(want.dtype)
-    return PackedWeight(BITS.name, format, shape, tensors)
-
-
-def random_model(spec: str, options: dict[str, Any], device: str, seed: int = 0) -> Any:
-    """A Llama with random weights made where it will run; linears of the blocks in a format."""
-    config = transformers.LlamaConfig(**options, pad_token_id=0, bos_token_id=1, eos_token_id=2)
-    random = torch.Generator(device).manual_seed(seed)
-    with torch.device("meta"):
-        model = transformers.LlamaForCausalLM(config)
-    model = model.to(torch.bfloat16).eval()
-    model.model.rotary_emb = LlamaRotaryEmbedding(config).to(device)
-    for name, module in list(model.named_modules()):
-        parent = model.get_submodule(name.rpartition(".")[0])
-        if isinstance(module, nn.Linear):
-            shape = (module.out_features, module.in_features)
-            if spec != "bf16" and name != "lm_head":
-                new: nn.Module = QuantizedLinear(random_packed(spec, shape, device, random), None, torch.bfloat16)
-            else:
-                new = nn.Linear(1, 1, bias=False)
-                weight = torch.empty(shape, dtype=torch.bfloat16, device=device).normal_(0, 0.02, generator=random)
-                new.weight = nn.Parameter(weight, requires_grad=False)
-                new.out_features, new.in_features = shape
-            setattr(parent, name.rpartition(".")[2], new)
-        elif isinstance(module, nn.Embedding):
-            weight = torch.empty(module.weight.shape, dtype=torch.bfloat16, device=device).normal_(generator=random)
-            module.weight = nn.Parameter(weight, requires_grad=False)
-        elif type(module).__name__ == "LlamaRMSNorm":
-            module.weight = nn.Parameter(torch.ones(module.weight.shape, dtype=torch.bfloat16, device=device))
-    model.requires_grad_(False)
-    return model
-
-
-def compiled(model: Any, device: str) -> Any:
-    """`whit.compile` on a GPU; elsewhere the same loop without graphs."""
-    return whit.compile(model, strict=True) if device == "cuda" else cuda.compile_cuda(model, {}, lambda work: work)
-
-
-def same_tokens(model: Any, tokens: Tensor, device: str, count: int = 32) -> dict[str, Any]:
-    """Greedy tokens of transformers and of whit.compile; where they part, how near the two likeliest tokens were."""
-    settings = {"max_new_tokens": count, "do_sample": False, "eos_token_id": None}
-    mask = torch.ones_like(tokens)
-    wanted = type(model).generate(model, tokens, attention_mask=mask, **settings)
-    eager_static = type(model).generate(
-        model, tokens, attention_mask=mask, cache_implementation="static", disable_compile=True, **settings
-    )
-    found = compiled(model, device).generate(tokens, attention_mask=mask, **settings)
-    result: dict[str, Any] = {
-        "equal": torch.equal(found, wanted), "static_equals_dynamic": torch.equal(eager_static, wanted),
-        "step": type(model.generate.__self__._decoder._step).__name__,
-    }  # fmt: skip
-    if not result["equal"]:
-        row, column = (found != wanted).nonzero()[0].tolist()
-        with torch.no_grad():
-            logits = model(wanted[row : row + 1, :column]).logits[0, -1].float()
-        best = logits.topk(2).values
-        result |= {
-            "parts_at": column - tokens.shape[1], "row": row, "gap": (best[0] - best[1]).item(),
-            "largest_logit": best[0].item(), "chosen_behind_best": (best[0] - logits[found[row, column]]).item(),
-        }  # fmt: skip
-    model.__dict__.pop("generate", None)
-    return result
-
-
-def attempted(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What it finds, or how it failed."""
-    try:
-        return work()
-    except Exception as error:
-        traceback.print_exc()
-        return {"failed": f"{type(error).__name__}: {str(error)[:300]}"}
-
-
-def checks(device: str, options: dict[str, Any]) -> dict[str, Any]:
-    """Tokens equal to eager's."""
-    random = torch.Generator(device).manual_seed(1)
-    found = {}
-    for spec in FORMATS:
-        model = random_model(spec, options | {"num_hidden_layers": 2}, device)
-        for batch in (1, 16):
-            tokens = torch.randint(3, options["vocab_size"], (batch, 20), device=device, generator=random)
-            found[f"random {spec} batch {batch}"] = attempted(lambda m=model, t=tokens: same_tokens(m, t, device))
-    folder = whit.resolve_model("whit:model")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    text = tokenizer("The history of the town", return_tensors="pt").input_ids.to(device)
-    for spec in FORMATS:
-        settings = {} if spec == "bf16" else {"quantization_config": whit.QuantizationConfig(spec)}
-        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, **settings)
-        found[f"shipped {spec}"] = attempted(lambda m=model: same_tokens(m.to(device), text, device, 48))
-    for name, each in found.items():
-        print(name, each, flush=True)
-    return found
 
 
 def seconds(work: Callable[[], object], device: str, repeats: int = 3) -> float:
@@ -297,42 +181,6 @@ def ratios(rows: list[dict[str, Any]]) -> dict[str, Any]:
         cells["generate"] = first["batch 1"]["generate_token_seconds"] / row["batch 1"]["generate_token_seconds"]
         found[row["format"]] = {**cells, "peak_GB": row["batch 1"].get("peak_bytes", 0) / 1e9}
     return found
-
-
-def few_rows_right(some_rows: tuple[int, ...] = (1, 5)) -> bool:
-    """Whether what is taken for few rows is right here; if not, it is left out of what follows."""
-    random, right = torch.Generator("cuda").manual_seed(5), True
-    for spec, shape in itertools.product(("int4-g128", "nf4-dq"), ((4096, 4096), (4096, 14336))):
-        packed = random_packed(spec, shape, "cuda", random)
-        weight = dequantize(packed, torch.bfloat16).double()
-        for rows in some_rows:
-            x = torch.randn(rows, shape[1], device="cuda", generator=random).bfloat16()
-            wanted = x.double() @ weight.T
-            for y in gpu_kernel.products(x, [packed, packed], [None, None]):
-                error = ((y.double() - wanted).norm() / wanted.norm()).item()
-                if not error < 5e-3:
-                    print(f"few rows WRONG: {spec} {shape} {rows}: {error:.1e}", flush=True)
-                    right = False
-        if not ends_right(x[:1], packed):
-            print(f"norm, gate or sum WRONG: {spec} {shape}", flush=True)
-            right = False
-    return right
-
-
-def ends_right(x: Tensor, packed: PackedWeight) -> bool:
-    """Whether one row's product with its norm and gate, and with its sum, is what launches of their own give."""
-    weight = torch.rand(x.shape[1], device=x.device).bfloat16()
-    normed = decoding.norm(x.clone(), None, weight, 1e-5)
-    gates, ups = gpu_kernel.products(normed, [packed, packed], [None, None])
-    (product,) = gpu_kernel.products(x, [packed], [None])
-    before = torch.randn_like(product)
-    ends = few.Ends(weight, 1e-5, gated=True)
-    gated = gpu_kernel.row_through(x, [packed, packed], [None, None], ends)
-    summed = gpu_kernel.row_through(x, [packed], [None], few.Ends(onto=True), before.clone())
-    if gated is None or summed is None:
-        return False
-    pairs = ((gated[0], decoding.gate(gates, ups)), (summed[0], before + product))
-    return all(relative_error(found, wanted) < 5e-3 for found, wanted in pairs)
 
 
 def quantizing(device: str) -> dict[str, Any]:
