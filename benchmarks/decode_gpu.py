@@ -16,25 +16,27 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 
 import whit
-from decode_gpu_checks import attempted, checks, compiled, few_rows_right
+from decode_checks import attempted, checks, compiled, few_rows_right
+from decode_models import FORMATS, LLAMA, SMALL, random_model
 from gpu_many import winners
-from gpu_model import LLAMA, SMALL, random_model
 from whit.compiled import static
 from whit.formats import parse_format
 from whit.kernels.gpu import nvrtc, stream, tables, tables_many, tuned, ways
+from whit.kernels.gpu.again import Prepared
 from whit.layouts import BITS
 
 from gpu_harness import early_works
 from harness import machine
 
-FORMATS = ("bf16", "int4-g128", "nf4-dq")
 PROMPT, NEW, STEPS, PREFILL = 128, 64, 40, 2048  # three times STEPS after PROMPT fit in a cache of 256
 
 
@@ -138,15 +140,16 @@ def plain_graph(model: Any, decoder: static.Decoder, tokens: Tensor) -> float:
 
 def without_early(model: Any, decoder: static.Decoder, tokens: Tensor) -> float:
     """A token in a graph in which each kernel begins when the one before it has ended."""
-    normal = nvrtc.Function.launch_early
-    nvrtc.Function.launch_early = nvrtc.Function.launch  # type: ignore[method-assign]
-    try:
-        with torch.no_grad():
-            own = static.Decoder(model, decoder.state, decoder._step, static.captured_on_cuda)
-            own.prefill(tokens, None, None)
-            return seconds(lambda: [own.step() for _ in range(STEPS)], "cuda") / STEPS
-    finally:
-        nvrtc.Function.launch_early = normal  # type: ignore[method-assign]
+    late = partialmethod(nvrtc.Function.cut, early=False)
+    with (
+        mock.patch.object(nvrtc.Function, "cut", late),
+        mock.patch.object(Prepared, "again", return_value=None),  # launches that weights keep are early ones
+        mock.patch.object(Prepared, "keep", return_value=None),
+        torch.no_grad(),
+    ):
+        own = static.Decoder(model, decoder.state, decoder._step, static.captured_on_cuda)
+        own.prefill(tokens, None, None)
+        return seconds(lambda: [own.step() for _ in range(STEPS)], "cuda") / STEPS
 
 
 def kernels(decoder: static.Decoder) -> dict[str, Any]:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 import whit
-from gpu_model import LLAMA, random_model
+from decode_models import LLAMA, random_model
 from whit.activations import parse_activations
 from whit.kernels import dequantize
 from whit.kernels.gpu.again import Prepared

@@ -1,4 +1,4 @@
-"""Checks of the fused product for more rows on a GPU: against float64, row by row, and several weights at once."""
+"""What gpu_many.py checks before it times: cuts of the fused product for more rows, against float64."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpu_many_cuts import scheme_of
 from whit.errors import KernelError
+from whit.formats import parse_format
 from whit.kernels import dequantize
 from whit.kernels.gpu import launches, many, stream
 from whit.kernels.gpu.many import Config
@@ -21,7 +21,6 @@ from gpu_harness import Kitchen, random_packed, random_x, relative_error
 SAME_BITS = ("int4-g128", "nf4", "int8-g128", "int8-channel", "int3-g128")  # in tiles of all heights
 TOGETHER = ("int4-g128", "nf4", "int8-g128")
 LIMIT = 5e-3
-
 # Which cuts are checked, in which process: (format, rows, cut). Outs are ragged.
 CHECKS = {
     "plain": [
@@ -70,6 +69,13 @@ CHECKS = {
         }.items()
     },
 }  # fmt: skip
+
+
+def scheme_of(spec: str, columns: int) -> stream.Scheme:
+    found = stream.scheme(parse_format(spec), columns)
+    assert not isinstance(found, str), found
+    assert many.why_not(found, columns) is None
+    return found
 
 
 def one(x: Tensor, packed: PackedWeight, bias: Tensor | None, scheme: stream.Scheme, cut: Config) -> Tensor:

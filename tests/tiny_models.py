@@ -46,6 +46,13 @@ ARCHITECTURES = {
         "vocab_size": 128, "d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4,
         "decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 1,
     }),
+    "gpt_oss": (hf.GptOssForCausalLM, hf.GptOssConfig, {  # experts lie (in, out)
+        **DECODER, "head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 8,
+    }),
+    "llama4": (hf.Llama4ForCausalLM, hf.Llama4TextConfig, {  # so they do here, in every second block
+        **DECODER, "head_dim": 16, "num_local_experts": 4, "interleave_moe_layer_step": 2, "intermediate_size": 96,
+        "intermediate_size_mlp": 128,
+    }),
 }  # fmt: skip
 
 

@@ -283,6 +283,11 @@ def tensor_param(params: Params, name: str) -> Tensor:
     return value.dequantize() if isinstance(value, QuantizedTensor) else value
 
 
+def turned(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of matrices, one or a stack of them, with rows and columns changed about."""
+    return (*shape[:-2], shape[-1], shape[-2])
+
+
 def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
     """(rows, columns) of a tensor seen as a matrix: leading dimensions flattened; a scalar is 1 x 1."""
     if not shape:

@@ -16,7 +16,7 @@ from whit.model.graph import GROUPS, find_foldings
 from whit.model.targets import find_targets
 from whit.tensor import LayerStats
 
-from tiny_models import ARCHITECTURES, tiny_model
+from tiny_models import ARCHITECTURES, tiny_config, tiny_model
 
 CPU = torch.device("cpu")
 SINGLE = [name for name in ARCHITECTURES if name != "t5"]
@@ -96,7 +96,7 @@ def test_the_table_of_groups_is_what_a_running_block_shows(architecture: str, tm
     model = tiny_model(architecture)
     runner = runner_of(model, windows(), tmp_path)
     with runner.loaded(0) as parameters:
-        watched = {n: p for n, p in parameters.items() if p.dim() > 1}
+        watched = {n: p for n, p in parameters.items() if p.dim() > 1 and not n.endswith("_bias")}
         observed = capture(lambda: look(runner, 0), watched).groups
     together = {frozenset(group) for group in observed}
     for folding in find_foldings(model)[runner.names[0]]:
@@ -122,6 +122,41 @@ def test_experts_have_statistics_of_their_own(tmp_path: Path):
         assert found.token_count == len(mine)
         assert torch.allclose(found.hessian.double(), mine.T @ mine, rtol=1e-5, atol=1e-4)
     assert sum(s.token_count for s in stats.stats[name]) == 2 * tokens.numel()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("architecture", "experts"), [("gpt_oss", "0.mlp.experts"), ("llama4", "1.feed_forward.experts")]
+)
+def test_so_have_experts_that_lie_in_by_out(architecture: str, experts: str, tmp_path: Path):
+    """gpt-oss multiplies x @ W, expert after expert; Llama 4 all at once, by zeros where a token is another's."""
+    model, tokens = tiny_model(architecture), windows(40)
+    parent = model.get_submodule(f"model.layers.{experts}")
+    seen: dict[int, list[torch.Tensor]] = {i: [] for i in range(4)}
+
+    def note(_module, args):
+        if architecture == "gpt_oss":
+            for i in range(4):
+                seen[i].append(args[0][(args[1] == i).any(dim=1)])
+        else:
+            for i, x in enumerate(args[0].view(4, -1, 64)):
+                seen[i].append(x[x.abs().sum(1) > 0])
+
+    parent.register_forward_pre_hook(note)
+    for row in tokens:
+        model.base_model(input_ids=row[None], use_cache=False)
+    runner = runner_of(model, tokens, tmp_path)
+    for index in range(int(experts[0])):
+        with runner.loaded(index):
+            runner.run(index)
+    names = {f"model.layers.{experts}.{part}_proj" for part in ("gate_up", "down")}
+    stats = stats_of(runner, int(experts[0]), names)
+    for i, found in enumerate(stats.stats[f"model.layers.{experts}.gate_up_proj"]):
+        mine = torch.cat(seen[i]).double()
+        assert found.token_count == len(mine) == stats.stats[f"model.layers.{experts}.down_proj"][i].token_count
+        assert torch.allclose(found.hessian.double(), mine.T @ mine, rtol=1e-4, atol=1e-4)
+    counts = [s.token_count for s in stats.stats[f"model.layers.{experts}.down_proj"]]
+    assert sum(counts) == tiny_config(architecture).num_experts_per_tok * tokens.numel()
 
 
 def test_an_expert_that_saw_too_little_gets_the_statistics_of_all():

@@ -243,12 +243,13 @@ def test_why_the_hub_gives_no_model(kind: type[Exception], said: str, monkeypatc
 def test_a_hub_id_is_downloaded_without_pickles_or_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     asked = []
 
-    def download(name: str, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
+    def download(name: str, revision: None, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
         asked.append((name, set(allow_patterns)))
         assert "consolidated*" in ignore_patterns  # some carry their weights twice
         return str(tmp_path)
 
     monkeypatch.setattr("whit.checkpoint.hub.snapshot_download", download)
+    monkeypatch.setattr("whit.checkpoint.hub.list_repo_files", lambda *_, **__: ["model.safetensors"])
     assert resolve_model("org/name") == tmp_path
     resolve_model("org/name", trust_remote_code=True)
     resolve_model("org/name", weights=False)

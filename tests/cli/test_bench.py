@@ -51,7 +51,7 @@ def test_what_is_read_alone_stays_as_long_as_it_may_be_read(monkeypatch: pytest.
     monkeypatch.setattr(kernel_speed, "in_huge_pages", lambda tensor: torch.frombuffer(held.pop(), dtype=torch.uint8))
     compiled = library()
     assert not isinstance(compiled, str)
-    calls, size = kernel_speed._reading(1 << 12, compiled)
+    calls, size = kernel_speed.reading(1 << 12, compiled)
     gc.collect()
     assert (len(calls), size) == (2, 1 << 12)
     assert known() is not None

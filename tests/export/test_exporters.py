@@ -16,6 +16,8 @@ from whit.pipeline.job import Options, prepare
 from whit.pipeline.plan import floats
 from whit.pipeline.transcode import prepare_transcode
 
+from tiny_models import save_tiny
+
 FORMATS = {
     "whit": "nf4-dq", "gptq": "int4-g32", "gptq-v2": "int3-g32-asym", "awq": "int4-g32-asym", "bitsandbytes": "nf4-dq",
     "compressed-tensors": "int4-g32-asym", "compressed-tensors-int8": "int8", "mlx": "int4-g32-offset",
@@ -50,6 +52,15 @@ def test_tensors_are_as_planned_and_come_back(export: str, architecture: str, mo
         restored = floats(item, job.exporter.restore(item, tensors))
         wanted = weight if item.format is None else item.parameter(value.dequantize())
         assert torch.equal(restored, wanted)
+
+
+@pytest.mark.parametrize("export", ["gptq", "awq", "compressed-tensors"])
+@pytest.mark.parametrize("architecture", ["gpt_oss", "llama4"])
+def test_experts_that_checkpoints_hold_whole_are_no_linears(export: str, architecture: str, tmp_path: Path):
+    """Each stack was written as one linear, which no program reads."""
+    save_tiny(tmp_path / "model", architecture)
+    with pytest.raises(RecipeError, match=r"experts.gate_up_proj .* which checkpoints hold whole; .* --export whit"):
+        prepare(tmp_path / "model", tmp_path / "out", whit.Recipe(rules=[("*", "int4-g32")]), Options(), export=export)
 
 
 def test_experts_are_written_one_by_one_under_the_hubs_names(models: Path, tmp_path: Path):

@@ -34,9 +34,9 @@ def fake_quantized(
         if parameter in ties or not formats:
             continue
         weight = model.get_parameter(parameter).data
-        matrix = weight.T.contiguous() if target.transposed else weight
+        matrix = weight.mT.contiguous() if target.transposed else weight
         floats = quantize_tensor(matrix, formats[0], recipe.method).dequantize()
-        weight.copy_(floats.T if target.transposed else floats)
+        weight.copy_(floats.mT if target.transposed else floats)
     return model
 
 

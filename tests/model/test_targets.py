@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 import transformers as hf
 from torch import nn
@@ -34,6 +35,17 @@ def test_shapes_are_as_quantized():
     assert shapes["transformer.h.0.attn.c_attn"] == ("conv1d", (192, 64))
     shapes = {t.holder: (t.kind, t.shape) for t in find_targets(tiny_model("mixtral"))}
     assert shapes["model.layers.0.mlp.experts.gate_up_proj"] == ("experts", (4, 256, 64))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "experts", "width"), [("gpt_oss", "0.mlp.experts", 128), ("llama4", "1.feed_forward.experts", 96)]
+)
+def test_experts_that_lie_in_by_out_are_quantized_along_their_inputs(architecture: str, experts: str, width: int):
+    model = tiny_model(architecture)
+    found = {t.holder: (t.kind, t.shape, t.transposed) for t in find_targets(model) if "experts" in t.holder}
+    assert found[f"model.layers.{experts}.gate_up_proj"] == ("experts", (4, 2 * width, 64), True)
+    assert found[f"model.layers.{experts}.down_proj"] == ("experts", (4, 64, width), True)
+    assert model.get_parameter(f"model.layers.{experts}.down_proj").shape == (4, width, 64)
 
 
 def test_linears_whose_weight_is_used_directly_are_left_alone():

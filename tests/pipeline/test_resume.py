@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import os
 import random as randomness
 import shutil
 import signal
 import time
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers as hf
 
+import whit
 from forking import die_at_step, in_child
-from whit import RTN, Options, Recipe
-from whit.errors import OutputError
+from whit import RTN, Calibration, Options, Recipe
+from whit.checkpoint.work import WorkFolder
+from whit.errors import OutputError, WhitWarning
 from whit.pipeline import quantize
 from whit.tensor import Format, LayerStats, QuantizedTensor
 from written import result
 
-from tiny_models import save_tiny
+from tiny_models import save_tiny, tiny_config
 
 OPTIONS = Options(shard_size=40_000)
 RULES = [("*", "nf4-dq"), ("lm_head", "int4-g32-asym")]
@@ -45,6 +50,18 @@ def undisturbed(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     out = tmp_path_factory.mktemp("undisturbed") / "out"
     quantize(model, out, Recipe(RTN(), RULES), options=OPTIONS)
     return result(out)
+
+
+def save_small(folder: Path) -> Path:
+    """A tiny random model with the shipped tokenizer."""
+    config = tiny_config("llama")
+    config.update({"vocab_size": 8192, "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0})
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        hf.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+    for path in Path(whit.resolve_model("whit:model")).glob("tokenizer*"):
+        shutil.copy(path, folder)
+    return folder
 
 
 def kill_at_random(model: Path, out: Path, kills: int) -> int:
@@ -136,6 +153,61 @@ def test_a_torn_line_in_the_journal_is_dropped(model: Path, undisturbed: dict[st
     journal.write_bytes(b"".join(lines[:-1]) + lines[-1][:20])
     quantize(model, out, recipe, options=OPTIONS)
     assert result(out) == undisturbed
+
+
+@pytest.mark.parametrize("recipe", [Recipe(RTN(), RULES), Recipe("gptq", RULES)], ids=["rtn", "gptq"])
+def test_what_stands_in_a_damaged_line_is_done_again(recipe: Recipe, tmp_path: Path):
+    model = save_small(tmp_path / "model")
+    seen = Calibration("whit:text", samples=4, context=32) if recipe.needs_stats else None
+    quantize(model, tmp_path / "undisturbed", recipe, calibration=seen)
+    out, done = tmp_path / "out", list[str]()
+
+    def killed(name: str, done: int, total: int) -> None:
+        if done == total:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    assert in_child(
+        lambda: quantize(model, out, recipe, calibration=seen, options=Options(progress=killed))
+    ) == -signal.SIGKILL  # fmt: skip
+    journal = tmp_path / ".out.partial/journal.jsonl"
+    lines = journal.read_bytes().splitlines(keepends=True)
+    at = next(n for n, line in enumerate(lines) if b"model.layers.0" in line)
+    number = lines[at].index(b'"seconds": ') + 11
+    lines[at] = lines[at][:number] + b"7" + lines[at][number + 1 :]  # it is JSON as before, and untrue
+    journal.write_bytes(b"".join(lines))
+    with pytest.warns(WhitWarning, match=rf"damaged in line {at + 1}; what was done there is done again"):
+        quantize(model, out, recipe, calibration=seen, options=Options(progress=lambda name, *_: done.append(name)))
+    assert done[0] == "model.layers.0"
+    assert "model.layers.1" not in done
+    assert result(out) == result(tmp_path / "undisturbed")
+
+
+@pytest.mark.parametrize("damage", [b"\xff", b"\n", b"7"])
+def test_no_damage_to_a_journal_is_a_traceback(damage: bytes, tmp_path: Path):
+    records = {f"unit {n}": {"entries": [{"name": "x", "error": 0.1 * n}], "seconds": n / 7} for n in range(3)}
+    work = WorkFolder(tmp_path / "out", "fingerprint")
+    work.write_file("weights", b"")
+    for name, record in records.items():
+        work.record(name, record)
+    work.close()
+    journal = tmp_path / ".out.partial/journal.jsonl"
+    content = journal.read_bytes()
+    first = content.index(b"\n")
+    for place in range(len(content)):
+        journal.write_bytes(content[:place] + damage + content[place + 1 :])
+        if content[place : place + 1] == damage:
+            continue
+        if place <= first:
+            with pytest.raises(OutputError, match=r"out: an unfinished run .* lies in .*; or pass --restart"):
+                WorkFolder(tmp_path / "out", "fingerprint")
+            continue
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            work = WorkFolder(tmp_path / "out", "fingerprint")
+        work.close()
+        assert work.finished.items() <= records.items()
+        assert len(work.finished) < 3
+        assert said or place == len(content) - 1  # which is a torn last line
 
 
 def test_finished_units_are_not_done_again(model: Path, tmp_path: Path):

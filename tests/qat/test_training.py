@@ -88,6 +88,23 @@ def test_a_killed_run_goes_on_bit_for_bit(model: Path, tmp_path: Path):
     assert weight_bytes(tmp_path / "cut" / "out") == weight_bytes(tmp_path / "whole" / "out")
 
 
+@pytest.mark.parametrize("key", [b'"step":"', b'"seconds":"', b"exp_avg"])
+def test_a_damaged_state_is_one_sentence(key: bytes, model: Path, tmp_path: Path):
+    def stop(what: str, step: int, total: int, loss: float) -> None:
+        if step == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(full(model, tmp_path / "out"), stop, save_every=0.0)
+    state = tmp_path / ".out.training" / "state.safetensors"
+    content = state.read_bytes()
+    place = content.index(key) + len(key)
+    state.write_bytes(content[:place] + b"x" + content[place + 1 :])
+    with pytest.raises(OutputError, match=r"state.safetensors: .* pass --restart to begin again$") as caught:
+        train(full(model, tmp_path / "out"))
+    assert "\n" not in str(caught.value)
+
+
 def test_a_full_disk_is_one_sentence_and_costs_nothing_that_was_saved(model: Path, tmp_path: Path):
     train(full(model, tmp_path / "whole" / "out"))
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)

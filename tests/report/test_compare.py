@@ -14,11 +14,12 @@ import torch
 
 import whit
 from whit.calibration import Calibration
-from whit.errors import WhitError
+from whit.errors import WhitError, WhitWarning
 from whit.evaluation import EvaluationOptions, evaluate
 from whit.report.candidates import parse_entrants
 from whit.report.energy import Meter
 from whit.report.front import chart, front
+from whit.report.kept import keep, recall
 from whit.report.layers import grid
 from whit.report.runs import Settings, compare, in_process
 from whit.report.speed import SpeedOptions, Spread
@@ -177,6 +178,17 @@ def test_what_is_wrong_with_model_or_text_leaves_nothing_behind(model: str, text
     with pytest.raises(WhitError, match=r"nowhere|the text is empty"):
         compare(str(tmp_path / model) if model == "nowhere" else model, tmp_path / "out", (), settings, print)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("content", [b'{"a": 1', b"[1]", b"\xff{}", b""])
+def test_what_was_kept_and_is_damaged_is_measured_again(content: bytes, tmp_path: Path):
+    place = tmp_path / "row.json"
+    assert recall(place) is None
+    keep(place, {"a": 1})
+    assert recall(place) == {"a": 1}
+    place.write_bytes(content)
+    with pytest.warns(WhitWarning, match=r"row.json: damaged; what it held is measured again"):
+        assert recall(place) is None
 
 
 def test_a_step_runs_in_a_process_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -22,7 +22,7 @@ import whit
 from forking import in_child
 from whit.checkpoint.work import WorkFolder
 from whit.cli import build_app
-from whit.errors import OutputError, TrainingError
+from whit.errors import OutputError, TrainingError, WhitError
 from whit.training.ranks import Ranks
 from whit.tuning import prepare_tuning
 from whit.tuning.run import build_loop
@@ -39,6 +39,19 @@ def trained(model: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -
     assert any("trainable params: " in note for note in watcher.notes)
     assert any("for 6 steps, by a trial" in note for note in watcher.notes)
     return out
+
+
+def test_an_adapter_names_its_model_as_the_hub_does(
+    model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """And not the folder of the hub's cache, which is on this machine alone."""
+    monkeypatch.setattr("whit.checkpoint.hub.snapshot_download", lambda *_, **__: str(model))
+    words = ["finetune", "org/tiny", str(data), str(tmp_path / "out"), "--revision", "v2", "--steps", "1"]
+    result = CliRunner().invoke(build_app(), [*words, "--holdout", "0", "--context", "64", "--device", "cpu"])
+    assert result.exit_code == 0, result.output
+    config = peft.PeftConfig.from_pretrained(tmp_path / "out")
+    assert (config.base_model_name_or_path, config.revision) == ("org/tiny", "v2")
+    assert "AutoModelForCausalLM.from_pretrained('org/tiny', revision='v2')" in result.output
 
 
 def test_the_loss_falls_and_all_is_written(trained):
@@ -99,6 +112,17 @@ def test_killed_runs_go_on_to_the_same_bytes(model, data, trained, tmp_path, opt
     assert [(e["step"], e.get("loss"), e.get("held_out_loss")) for e in logs[0]] == [
         (e["step"], e.get("loss"), e.get("held_out_loss")) for e in logs[1]
     ]
+
+
+@pytest.mark.parametrize("damaged", ["training.jsonl", "checkpoint-4.safetensors", "journal.jsonl"])
+def test_a_damaged_state_is_one_sentence(model, data, tmp_path, damaged):
+    run = Watcher(5)
+    assert in_child(lambda: whit.finetune(model, data, tmp_path / "out", TUNING, watcher=run)) == -signal.SIGKILL
+    file = tmp_path / ".out.partial" / damaged
+    file.write_bytes(b"\xff" + file.read_bytes()[1:])
+    with pytest.raises(WhitError, match=r"; or pass --restart|; pass --restart to begin again$") as caught:
+        whit.finetune(model, data, tmp_path / "out", TUNING)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.slow

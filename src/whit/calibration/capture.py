@@ -29,7 +29,7 @@ SAMPLED, EVERY = 512, 16  # tokens of a linear's input that are kept at most, an
 
 MIRRORED = 512  # rows of a triangle mirrored at a time
 
-MATMULS = (torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__)
+MATMULS = (torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.bmm, torch.Tensor.bmm)
 
 Place = tuple[str, int]  # a parameter and the matrix in it: 0, or an expert
 Gram = Callable[[Tensor, Tensor], bool]  # adds x^T x to the lower triangle of sums; False: not for such x
@@ -60,7 +60,7 @@ def _unseen(name: str, parameter: Tensor) -> CalibrationError:
     """What to say of a parameter without statistics: some token reaches a stack of experts, whatever the text."""
     if parameter.dim() == 3:
         return CalibrationError(
-            f"{name}: is multiplied in another way than linears are (gpt-oss, Llama 4); calibration watches linears; "
+            f"{name}: is multiplied in another way than linears are; calibration watches linears; "
             "keep it with a rule, or choose a method that needs no data, such as hqq"
         )
     return CalibrationError(
@@ -86,7 +86,7 @@ class Products(TorchFunctionMode):
     def __init__(self, parameters: Mapping[str, Tensor]) -> None:
         super().__init__()
         self._names = {p.untyped_storage().data_ptr(): name for name, p in parameters.items()}
-        self._turned = {name: p.stride()[::-1] for name, p in parameters.items() if p.dim() == 2}
+        self._strides = {name: p.stride() for name, p in parameters.items()}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -94,14 +94,20 @@ class Products(TorchFunctionMode):
             self._product(*_arguments(args, kwargs, ("input", "weight")))
         elif func is torch.addmm:  # Conv1D
             self._product(*_arguments(args[1:], kwargs, ("mat1", "mat2")))
-        elif func in MATMULS and isinstance(args[-1], Tensor) and self._is_turned(args[-1]):  # Falcon's linears
-            self._product(*args)
+        elif func in MATMULS and not kwargs and len(args) == 2 and isinstance(args[1], Tensor):
+            self._matmul(*args)
         return func(*args, **kwargs)
 
-    def _is_turned(self, right: Tensor) -> bool:
-        """Whether x is multiplied by a parameter's transpose, as a linear does."""
-        name = self._names.get(right.untyped_storage().data_ptr(), "")
-        return self._turned.get(name) == right.stride()
+    def _matmul(self, x: Tensor, right: Tensor) -> None:
+        """x @ right, where it does what a linear does: by a parameter's transpose (Falcon's linears), by an expert that
+        lies (in, out) (gpt-oss), or by a whole stack of such, each with the tokens that are not zero (Llama 4)."""
+        strides = self._strides.get(self._names.get(right.untyped_storage().data_ptr(), ""), ())
+        if (len(strides), right.stride()) in ((2, strides[::-1]), (3, strides[1:])):
+            self._product(x, right)
+        elif len(strides) == 3 and right.stride() == strides and len(x) == len(right):
+            for rows, matrix in zip(x, right, strict=True):
+                if len(routed := rows[rows.any(dim=1)]):
+                    self._product(routed, matrix)
 
     def _product(self, x: Tensor, weight: Tensor) -> None:
         name = self._names.get(weight.untyped_storage().data_ptr())
@@ -116,7 +122,7 @@ class Products(TorchFunctionMode):
 class Watch(Products):
     """Sums x^T x and |x| for every product of an activation with a watched parameter, while it is entered.
 
-    The parameters are (out, in), (in, out) of a Conv1D, or (experts, out, in). What is run inside `exact()` is the
+    The parameters are (out, in), (in, out) of a Conv1D, or stacks of either. What is run inside `exact()` is the
     same sample as the unquantized model sees it: it comes first, and gives the pairs of which `drift` is summed. With
     `sampled` the first SAMPLED of every EVERY-th token are kept.
     """

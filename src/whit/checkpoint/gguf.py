@@ -61,8 +61,9 @@ class Strings(Sequence[str]):
 
 @dataclass(frozen=True)
 class GgufTensor:
-    """Where a tensor lies: bytes [start, stop). `shape` as torch has it, `type` is ggml's name."""
+    """Where a tensor lies: bytes [start, stop) of `path`. `shape` as torch has it, `type` is ggml's name."""
 
+    path: Path
     name: str
     shape: tuple[int, ...]
     type: str
@@ -77,6 +78,11 @@ class GgufHeader:
     path: Path
     metadata: Mapping[str, Any]
     tensors: Mapping[str, GgufTensor]
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """The file, and the other parts of the model, where it lies in several."""
+        return tuple(dict.fromkeys([self.path, *(tensor.path for tensor in self.tensors.values())]))
 
 
 def read_gguf(path: Path) -> GgufHeader:
@@ -222,7 +228,7 @@ def _placed(
             raise reader.error(
                 f"{name!r} ends at byte {stop} and the file has {reader.size}; it must be whole; download it again"
             )
-        found[name] = GgufTensor(name, shape, kind, start, stop)
+        found[name] = GgufTensor(reader.path, name, shape, kind, start, stop)
     last: GgufTensor | None = None
     for tensor in sorted(found.values(), key=lambda t: (t.start, t.stop)):
         if last is not None and tensor.start < last.stop:

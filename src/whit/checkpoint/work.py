@@ -1,7 +1,8 @@
 """The work folder beside OUT: locked, journaled, resumed, and renamed to OUT in one step when all is there.
 
 `.{OUT}.partial/journal.jsonl` has the run's fingerprint in its first line and then one line per finished unit, each
-written after the unit's bytes are on the disk. A torn last line counts as not written.
+written after the unit's bytes are on the disk. A torn last line counts as not written, and so does a damaged one: its
+unit is done again.
 
 OUT is a folder, or one file (GGUF) with its account beside it, `OUT.whit.json` (`places`).
 """
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from whit.checkpoint.files import write_whole
+from whit.checkpoint.journal import append, parse
 from whit.checkpoint.places import RECORD, beside, followed, make_folder, record_of, replaced_folder, work_path
 from whit.errors import OutputError, WhitWarning
 
@@ -91,26 +93,32 @@ class WorkFolder:
         path, descriptor = self.path / JOURNAL, self._journal_file()
         content = path.read_bytes()
         whole = content[: content.rfind(b"\n") + 1]
-        lines = [json.loads(line) for line in whole.splitlines()]
-        if lines and lines[0]["fingerprint"] != self.fingerprint and len(list(self.path.iterdir())) == 1:
-            lines, whole = [], b""  # it ended before it wrote anything: the disk was full, say
-        if lines and lines[0]["fingerprint"] != self.fingerprint:
+        lines = parse(whole)
+        ours = not lines or (lines[0] is not None and lines[0].get("fingerprint") == self.fingerprint)
+        if not ours and len(list(self.path.iterdir())) == 1:
+            lines, whole, ours = [], b"", True  # it ended before it wrote anything: the disk was full, say
+        if not ours:
             os.close(descriptor)
             os.close(self._lock)
+            what = "with another model, recipe or version" if lines[0] else "whose journal does not say of what it is"
             raise OutputError(
-                f"{self.out}: an unfinished run with another model, recipe or version lies in {self.path}; "
+                f"{self.out}: an unfinished run {what} lies in {self.path}; "
                 "it must be finished with the same ones; or pass --restart to begin again"
             )
-        self.finished = {line["unit"]: line["record"] for line in lines[1:]}
+        damaged = [str(number) for number, line in enumerate(lines, 1) if line is None]
+        if damaged:
+            said = f"{path}: damaged in line {', '.join(damaged)}; what was done there is done again"
+            warnings.warn(said, WhitWarning, stacklevel=4)
+        self.finished = {line["unit"]: line["record"] for line in lines[1:] if line is not None}
         os.ftruncate(descriptor, len(whole))
         os.lseek(descriptor, 0, os.SEEK_END)
         if not lines:
-            _append(descriptor, {"fingerprint": self.fingerprint})
+            append(descriptor, {"fingerprint": self.fingerprint})
         return descriptor
 
     def record(self, unit: str, record: Any) -> None:
         """Journal a unit whose bytes are on the disk."""
-        _append(self._journal, {"unit": unit, "record": record})
+        append(self._journal, {"unit": unit, "record": record})
         self.finished[unit] = record
 
     def write_file(self, name: str, content: bytes) -> None:
@@ -153,13 +161,6 @@ def _sync_folder(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)
-
-
-def _append(descriptor: int, line: dict[str, Any]) -> None:
-    rest = (json.dumps(line) + "\n").encode()
-    while rest:  # a disk that fills up takes a part, and says so when it is asked again
-        rest = rest[os.write(descriptor, rest) :]
-    os.fsync(descriptor)
 
 
 def is_done(out: Path, fingerprint: str, restart: bool) -> bool:

@@ -29,6 +29,7 @@ from whit.cli import (
     train,
 )
 from whit.cli.console import say_error
+from whit.cli.elsewhere import Command
 from whit.cli.quiet import bars_on_terminals_alone, warnings_in_a_line
 from whit.errors import WhitError, is_out_of_memory, reason_of
 from whit_command import COMMANDS, SUMMARY
@@ -47,7 +48,7 @@ def build_app() -> typer.Typer:
     )
     app.callback()(_root)
     for function in FUNCTIONS:
-        app.command(function.__name__, help=COMMANDS[function.__name__])(function)
+        app.command(function.__name__, cls=Command, help=COMMANDS[function.__name__])(function)
     return app
 
 

@@ -7,7 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
+from whit.checkpoint.hub import at_revision
 from whit.cli.console import on_screen, print_json, say
+from whit.cli.options import MODEL_HELP, Revision
 from whit.cli.quiet import quiet_transformers
 from whit.cli.shown import counted
 
@@ -19,7 +21,7 @@ class Subject(str, Enum):
 
 def bench(
     what: Annotated[Subject, typer.Argument(help="kernels: products with packed weights; model: a whole MODEL.")],
-    model: Annotated[str, typer.Argument(metavar="[MODEL]", help="Folder, .gguf file, hub id or whit:model.")] = "",
+    model: Annotated[str, typer.Argument(metavar="[MODEL]", help=MODEL_HELP)] = "",
     formats: Annotated[str, typer.Option("--format", help="Formats, separated by commas.")] = "int4-g128,nf4",
     shapes: Annotated[str, typer.Option("--shape", help="out x in, separated by commas.")] = "4096x4096",
     rows: Annotated[str, typer.Option(help="Rows of activations, separated by commas.")] = "1,16,512",
@@ -31,6 +33,7 @@ def bench(
     new: Annotated[int, typer.Option("--new-tokens", "--new", min=1, help="Tokens that a model writes.")] = 128,
     peers: Annotated[bool, typer.Option("--peers", help="The model in bfloat16 and in llama.cpp (GGUF) too.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Only JSON on standard output.")] = False,
+    revision: Revision = None,
 ) -> None:
     import torch
 
@@ -41,6 +44,7 @@ def bench(
             raise typer.BadParameter(
                 "bench model: no MODEL is given; name a folder, a .gguf file, a hub id or whit:model"
             )
+        model = at_revision(model, revision)
         _bench_model(model, (prompt, new), rounds, peers, json)
     else:
         if model:
@@ -49,10 +53,9 @@ def bench(
 
 
 def _bench_model(model: str, lengths: tuple[int, int], rounds: int, peers: bool, json: bool) -> None:
-    from pathlib import Path
-
     import torch
 
+    from whit.checkpoint.hub import resolve_model
     from whit.errors import UnsupportedModelError
     from whit.evaluation.kernel_speed import measure_limits
     from whit.evaluation.model_speed import (
@@ -80,10 +83,11 @@ def _bench_model(model: str, lengths: tuple[int, int], rounds: int, peers: bool,
         if hasattr(plain, "dequantize") and getattr(plain, "is_quantized", False):
             plain = plain.dequantize()
         contenders["bf16"] = Transformers(plain.to(torch.bfloat16), compiled=False)
-        if model.endswith(".gguf") and has_llama_cpp():
-            contenders["llama.cpp"] = LlamaCpp(Path(model), torch.get_num_threads())
+        file = resolve_model(model)
+        if file.suffix == ".gguf" and has_llama_cpp():
+            contenders["llama.cpp"] = LlamaCpp(file, torch.get_num_threads())
         else:
-            why = "xllamacpp is not installed" if model.endswith(".gguf") else "MODEL is no .gguf file"
+            why = "xllamacpp is not installed" if file.suffix == ".gguf" else "MODEL is no .gguf file"
             say(f"llama.cpp is left out: {why}")
     speeds = measure_model(contenders, count_parameters(network)[1], limits, *lengths, rounds)
     _show(json, limits, [speed.as_json() for speed in speeds], HEADER, table(speeds))

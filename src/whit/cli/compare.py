@@ -9,8 +9,9 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
+from whit.checkpoint.hub import at_revision
 from whit.cli.console import on_screen, print_json, say
-from whit.cli.options import Device, TrustRemoteCode, parse_names
+from whit.cli.options import MODEL_HELP, Device, Revision, TrustRemoteCode, parse_names
 from whit.cli.quiet import quiet_transformers
 from whit.report.peers import PEERS
 
@@ -24,7 +25,7 @@ SWEEP_HELP = "Also budgeted recipes for all sizes from LOW to HIGH bits per weig
 
 
 def compare(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder, .gguf file, hub id or whit:model.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)],
     out: Annotated[Path, typer.Argument(metavar="OUT_DIR", help="For the report, the rows and the models.")],
     candidates: Annotated[str, typer.Option(help=CANDIDATES_HELP)] = DEFAULT,
     sweep: Annotated[str | None, typer.Option(metavar="LOW:HIGH[:STEP]", help=SWEEP_HELP)] = None,
@@ -49,6 +50,7 @@ def compare(
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
     seed: Annotated[int, typer.Option(help="Of quantization, calibration and bootstrap.")] = 0,
     json: Annotated[bool, typer.Option("--json", help="Only JSON on standard output.")] = False,
+    revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     from whit.calibration import Calibration
@@ -59,6 +61,7 @@ def compare(
     from whit.report.runs import compare as measure
     from whit.report.speed import SpeedOptions
 
+    model = at_revision(model, revision)
     quiet_transformers()
     if sweep is None and not candidates.strip(" ,"):
         raise typer.BadParameter("names none; give one, such as int4-g128, or --sweep", param_hint="--candidates")

@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
+from whit.checkpoint.hub import at_revision
 from whit.cli.console import on_screen, say
-from whit.cli.options import EXPORT_HELP, FORMAT_HELP, RULE_HELP, AsJson, Restart, TrustRemoteCode
+from whit.cli.options import EXPORT_HELP, FORMAT_HELP, RULE_HELP, AsJson, Restart, Revision, TrustRemoteCode
 from whit.cli.quantize import build_recipe
 from whit.cli.runs import run_and_show
 from whit.export import exporter_named, kind_of
@@ -32,8 +33,10 @@ def convert(
     ] = False,
     restart: Restart = False,
     as_json: AsJson = False,
+    revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
+    model = at_revision(model, revision)
     options = Options(restart=restart, trust_remote_code=trust_remote_code)
     export = export or kind_of(out)
     if export is None:

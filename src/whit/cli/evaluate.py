@@ -9,16 +9,17 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
+from whit.checkpoint.hub import at_revision
 from whit.cli.console import console, on_screen, print_json
 from whit.cli.gate import Gate, MaxIncrease, MaxKL
-from whit.cli.options import Device, TrustRemoteCode, parse_names
+from whit.cli.options import MODEL_HELP, Device, Revision, TrustRemoteCode, parse_names
 from whit.cli.quiet import quiet_transformers
 from whit.cli.watching import Watching
 from whit.evaluation.result import EvaluationResult
 
 
 def evaluate(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder, .gguf file, hub id or whit:model.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)],
     baseline: Annotated[str | None, typer.Option(help="Compare with this model: KL divergence, agreement.")] = None,
     text: Annotated[str, typer.Option(help="UTF-8 file, .jsonl of texts, whit:heldout or whit:text.")] = "whit:heldout",
     context: Annotated[
@@ -36,6 +37,7 @@ def evaluate(
     baseline_cache: Annotated[Path | None, typer.Option(help="Keep the baseline's logits here.")] = None,
     seed: Annotated[int, typer.Option(help="Of the bootstrap behind the confidence interval.")] = 0,
     json: Annotated[bool, typer.Option("--json", help="Only JSON on standard output.")] = False,
+    revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     needs = {
@@ -50,6 +52,7 @@ def evaluate(
     from whit.evaluation import EvaluationOptions
     from whit.evaluation import evaluate as measure
 
+    model = at_revision(model, revision)
     quiet_transformers()
     options = EvaluationOptions(
         baseline=baseline, text=text, context=context, max_tokens=max_tokens,

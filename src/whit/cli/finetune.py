@@ -12,8 +12,9 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from whit.checkpoint.hub import at_revision, hub_name
 from whit.cli.console import console, print_json, say
-from whit.cli.options import AsJson, Device, DryRun, Restart, Seed, TrustRemoteCode
+from whit.cli.options import AsJson, Device, DryRun, Restart, Revision, Seed, TrustRemoteCode
 from whit.cli.quiet import quiet_transformers
 from whit.cli.training import Progress, estimate, show_plan
 from whit.devices import find_device
@@ -80,10 +81,12 @@ def finetune(
     dry_run: DryRun = False,
     restart: Restart = False,
     as_json: AsJson = False,
+    revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     from whit.tuning import prepare_tuning, run_tuning
 
+    model = at_revision(model, revision)
     quiet_transformers()
     if threads is not None:
         torch.set_num_threads(threads)
@@ -128,7 +131,9 @@ def _show(record: dict[str, Any], model: str, out: Path, as_json: bool) -> None:
     elif format is not None:
         how = f"{format!r}, method={method!r}" if method else repr(format)
         codes = f", quantization_config=whit.QuantizationConfig({how})"
-    name = f"whit.resolve_model({model!r})" if model.startswith("whit:") else repr(model)
+    named = hub_name(model)
+    name = f"whit.resolve_model({model!r})" if model.startswith("whit:") else repr(named.repo if named else model)
+    name += f", revision={named.revision!r}" if named and named.revision else ""
     print(f"{out}: the adapter; its model is AutoModelForCausalLM.from_pretrained({name}{codes});")
     print(f"peft.PeftModel.from_pretrained(model, {str(out)!r}) puts it on")
 

@@ -8,13 +8,14 @@ from typing import Annotated, Any
 
 import typer
 
+from whit.checkpoint.hub import at_revision
 from whit.cli.console import print_json, say
-from whit.cli.options import Device, TrustRemoteCode
+from whit.cli.options import MODEL_HELP, Device, Revision, TrustRemoteCode
 from whit.cli.quiet import quiet_transformers
 
 
 def generate(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder, .gguf file, hub id or whit:model.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)],
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="The text to continue; - reads standard input.")],
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", help="Stop after this many tokens.")] = 50,
     temperature: Annotated[float, typer.Option(help="Above 0; lower is more predictable.")] = 0.7,
@@ -35,6 +36,7 @@ def generate(
     rebuild: Annotated[bool, typer.Option("--rebuild", help="Write what lies in --prepared again.")] = False,
     dtype: Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16 or float16.")] = "auto",
     json: Annotated[bool, typer.Option("--json", help="Only JSON on standard output.")] = False,
+    revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     from whit.compiled import compile
@@ -42,6 +44,7 @@ def generate(
     from whit.integrations.generation import generate as continue_text
     from whit.integrations.loading import load_causal_lm, load_tokenizer
 
+    model = at_revision(model, revision)
     quiet_transformers()
     sampling = Sampling(max_new_tokens, temperature, top_p, seed, greedy, kv_cache, kv_recent)
     words = sys.stdin.read().rstrip("\n") if prompt == "-" else prompt

@@ -8,13 +8,14 @@ from typing import Annotated
 import typer
 
 from whit.calibration import Calibration
+from whit.checkpoint.hub import at_revision
 from whit.cli.console import say
-from whit.cli.options import CALIBRATION_HELP, Seed
+from whit.cli.options import CALIBRATION_HELP, MODEL_HELP, Revision, Seed
 from whit.pipeline.importance import check_new, measure_importance, write_imatrix
 
 
 def imatrix(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder, .gguf file, hub id or whit:model.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="A new file; .dat for llama.cpp's older format.")],
     calibration: Annotated[str, typer.Option(metavar="FILE|whit:text", help=CALIBRATION_HELP)] = "whit:text",
     samples: Annotated[int, typer.Option(min=1, help="Calibration windows.")] = 128,
@@ -22,7 +23,9 @@ def imatrix(
         int | None, typer.Option(min=2, help="Tokens in each. \\[default: 2048, or the model's]")
     ] = None,
     seed: Seed = 0,
+    revision: Revision = None,
 ) -> None:
+    model = at_revision(model, revision)
     check_new(out)
     found = measure_importance(model, Calibration(calibration, samples, context, seed))
     write_imatrix(found, out)

@@ -14,14 +14,14 @@ import typer
 from rich.table import Table
 
 from whit.checkpoint.header import NAMES, count_parameters
-from whit.checkpoint.hub import resolve_model
+from whit.checkpoint.hub import at_revision, resolve_model
 from whit.checkpoint.onnx import OnnxFile, onnx_graph
-from whit.checkpoint.places import RECORD
+from whit.checkpoint.places import RECORD, record_of
 from whit.checkpoint.reader import Checkpoint, read_json
 from whit.checkpoint.writer import file_sha256
 from whit.cli.console import on_screen, print_json, say
 from whit.cli.inspect_gguf import gguf_facts
-from whit.cli.options import AsJson, TrustRemoteCode
+from whit.cli.options import MODEL_HELP, AsJson, Revision, TrustRemoteCode
 from whit.cli.quiet import quiet_transformers
 from whit.cli.shown import counted, reasons, show_totals
 from whit.errors import CheckpointError, OutputError
@@ -34,12 +34,14 @@ from whit.spoken import size, took
 
 
 def inspect(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder, .gguf file, hub id or whit:model.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)],
     verify: Annotated[bool, typer.Option("--verify", help="Check the weight files against their SHA-256.")] = False,
     plots: Annotated[Path | None, typer.Option(metavar="DIR", help="Draw pictures of the model into DIR.")] = None,
     as_json: AsJson = False,
+    revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
+    model = at_revision(model, revision)
     place = resolve_model(model)
     if plots is not None:
         draw(place, plots)
@@ -51,7 +53,8 @@ def inspect(
 
 def inspect_gguf(file: Path, verify: bool, as_json: bool) -> None:
     """What a .gguf file holds."""
-    if verify and file_sha256(file) not in load_account(file).files.values():
+    account = file if record_of(file).is_file() else file.parent  # where OUT was a folder, it lies beside the file
+    if verify and file_sha256(file) not in load_account(account).files.values():
         raise CheckpointError(f"{file}: changed since written; SHA-256 must be as in its account; copy it again")
     facts = gguf_facts(file)
     print_json(facts) if as_json else show_plain(facts)

@@ -7,20 +7,20 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from whit.checkpoint.gguf import read_gguf
+from whit.checkpoint.parts import read_gguf_parts
 
 SHOWN = ("general.name", "general.file_type", "tokenizer.ggml.model", "tokenizer.ggml.pre", "quantize.imatrix.file")
 
 
 def gguf_facts(path: Path) -> dict[str, Any]:
     """What a file says of itself, in the shape of a folder's facts; types are ggml's."""
-    header = read_gguf(path)
+    header = read_gguf_parts(path)
     counts, elements, sizes = Counter[str](), Counter[str](), Counter[str]()
     for tensor in header.tensors.values():
         counts[tensor.type] += 1
         elements[tensor.type] += prod(tensor.shape)
         sizes[tensor.type] += tensor.stop - tensor.start
-    total, size_bytes = sum(elements.values()), path.stat().st_size
+    total, size_bytes = sum(elements.values()), sum(file.stat().st_size for file in header.paths)
     architecture = str(header.metadata.get("general.architecture"))
     facts = {
         key: value if isinstance(value, str | int | float) else str(value)
@@ -36,6 +36,6 @@ def gguf_facts(path: Path) -> dict[str, Any]:
         "size_bytes": size_bytes,
         "bits_per_element": 8 * size_bytes / max(total, 1),
         "dtypes": {n: {"tensors": counts[n], "elements": elements[n], "bytes": sizes[n]} for n in counts},
-        "files": [path.name],
+        "files": [file.name for file in header.paths],
         "metadata": facts,
     }

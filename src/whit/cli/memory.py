@@ -10,8 +10,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from whit.checkpoint.hub import at_revision
 from whit.cli.console import on_screen, print_json, say
-from whit.cli.options import AsJson, TrustRemoteCode, parse_rules
+from whit.cli.options import AsJson, Revision, TrustRemoteCode, parse_rules
 from whit.cli.shown import parse_size
 from whit.devices import find_device
 from whit.memory import Fit, Need, Planner, Situation, find_subject
@@ -56,9 +57,11 @@ def memory(
     fit: Annotated[str | None, typer.Option(metavar="SIZE", help="Say what fits into it: 24GB, 16GiB ...")] = None,
     device: Annotated[Device, typer.Option(help="Where it is to run; auto: a GPU where there is one.")] = Device.auto,
     as_json: AsJson = False,
+    revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     budget = None if fit is None else parse_size(fit)
+    model = at_revision(model, revision)
     subject = find_subject(model, trust_remote_code)
     most = getattr(subject.config, "max_position_embeddings", None)
     where = "cuda" if device is Device.cuda else find_device(device.value).type  # it may be asked of another machine

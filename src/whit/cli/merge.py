@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
+from whit.checkpoint.hub import at_revision
 from whit.cli.console import console, on_screen, print_json, say
 from whit.cli.options import (
     CALIBRATION_HELP,
@@ -17,6 +18,7 @@ from whit.cli.options import (
     Device,
     Export,
     Restart,
+    Revision,
     Seed,
     TrustRemoteCode,
     build_calibration,
@@ -59,8 +61,10 @@ def merge(
     device: Device = "auto",
     restart: Restart = False,
     as_json: AsJson = False,
+    revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
+    model = at_revision(model, revision)
     if measured:
         read_text(resolve_text(text))  # what is wrong with it is said before the work
     seen = build_calibration(calibration, samples, context, seed)

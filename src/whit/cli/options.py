@@ -13,6 +13,7 @@ from whit.cli.shown import parse_size
 from whit.export import EXPORTERS
 from whit.formats import EXAMPLES
 
+MODEL_HELP = "Folder, .gguf file, hub id (or REPO:Q4_K_M, one .gguf file of several there) or whit:model."
 DEFAULT_FORMAT_HELP = "int4-g128, in smaller groups where rows want them; what a kind of file is usually asked for"
 CALIBRATION_HELP = "Text or .jsonl file for methods that need data. \\[default: whit:text]"
 FORMAT_HELP = "Format of every linear: " + ", ".join(EXAMPLES) + "; with activations: " + ", ".join(SCHEMES) + "."
@@ -29,6 +30,9 @@ Threads: TypeAlias = Annotated[int | None, typer.Option(min=1, help="CPU threads
 DryRun: TypeAlias = Annotated[bool, typer.Option("--dry-run", help="Print the plan; read no weights, write nothing.")]
 Restart: TypeAlias = Annotated[bool, typer.Option("--restart", help="Begin again, and replace an older result.")]
 AsJson: TypeAlias = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Revision: TypeAlias = Annotated[
+    str | None, typer.Option(metavar="REV", help="Branch, tag or commit of MODEL on the hub; the same as MODEL@REV.")
+]
 TrustRemoteCode: TypeAlias = Annotated[bool, typer.Option("--trust-remote-code", help="Run the model's own code.")]
 Export: TypeAlias = Annotated[
     str | None,

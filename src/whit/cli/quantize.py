@@ -10,6 +10,7 @@ import torch
 import typer
 
 from whit.activations import EXAMPLES as ACTIVATION_EXAMPLES
+from whit.checkpoint.hub import at_revision
 from whit.cli.budget import (
     FitInto,
     Ladder,
@@ -29,6 +30,7 @@ from whit.cli.options import (
     CALIBRATION_HELP,
     DEFAULT_FORMAT_HELP,
     FORMAT_HELP,
+    MODEL_HELP,
     RULE_HELP,
     AsJson,
     Device,
@@ -36,6 +38,7 @@ from whit.cli.options import (
     Export,
     InputMemory,
     Restart,
+    Revision,
     Seed,
     Threads,
     TrustRemoteCode,
@@ -69,7 +72,7 @@ TRANSFORM_HELP = "What the weights are rescaled by first: " + ", ".join(t.name f
 
 
 def quantize(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder, .gguf file, hub id or whit:model.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The new folder; it appears when it is complete.")],
     method: Annotated[str | None, typer.Option(help=METHOD_HELP)] = None,
     transform: Annotated[str | None, typer.Option(help=TRANSFORM_HELP)] = None,
@@ -102,8 +105,10 @@ def quantize(
     dry_run: DryRun = False,
     restart: Restart = False,
     as_json: AsJson = False,
+    revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
+    model = at_revision(model, revision)
     if threads is not None:
         torch.set_num_threads(threads)
     options = Options(seed, device, restart, trust_remote_code, input_memory=input_bytes(input_memory))

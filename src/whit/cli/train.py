@@ -11,6 +11,7 @@ import torch
 import typer
 
 from whit.calibration import Calibration
+from whit.checkpoint.hub import at_revision
 from whit.cli.options import (
     FORMAT_HELP,
     RULE_HELP,
@@ -19,6 +20,7 @@ from whit.cli.options import (
     Export,
     InputMemory,
     Restart,
+    Revision,
     Seed,
     Threads,
     TrustRemoteCode,
@@ -89,8 +91,10 @@ def train(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print plan, time and memory; read no weights.")] = False,
     restart: Restart = False,
     as_json: AsJson = False,
+    revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
+    model = at_revision(model, revision)
     if threads is not None:
         torch.set_num_threads(threads)
     options = Options(seed, device, restart, trust_remote_code, input_memory=input_bytes(input_memory))

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from whit.checkpoint.choice import parts_of
 from whit.checkpoint.reader import find_shards
 from whit.errors import CheckpointError
 
@@ -52,7 +53,8 @@ def measure_size(path: Path, config: Any) -> Size:
 def weight_files(path: Path) -> list[Path]:
     """The files that hold the weights: those that a model folder is loaded from, not what else lies in it."""
     if path.is_file():
-        return [path]
+        parts = [path.with_name(name) for name in parts_of(path.name)]  # of a .gguf file that was cut
+        return parts if all(part.is_file() for part in parts) else [path]
     if any(path.glob("*.safetensors")):
         return list(find_shards(path))
     for pattern in ("*.gguf", "*.onnx*"):

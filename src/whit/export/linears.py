@@ -64,9 +64,16 @@ class LinearsExport(FolderExport):
         columns = target.shape[-1]
         if format.group_size and columns % format.group_size:
             return None  # said already
+        if target.kind == "experts" and self._is_whole(target):
+            what = f"a stack of experts in {format}, which checkpoints hold whole"
+            return f"{what}; {self.name} files hold linears; keep it in 16 bits with a rule =bf16, or use --export whit"
         shapes = {(len(rows), columns) for _, rows in self.pieces(target)}
         reasons = (self.layout(format).refuses(format, shape) for shape in shapes)
         return next((f"{format}: {reason}" for reason in reasons if reason), None)
+
+    def _is_whole(self, target: Target) -> bool:
+        """Whether a checkpoint of transformers holds a stack as one tensor, in which no reader looks for linears."""
+        return target.transposed or any(len(rows) > target.shape[1] for _, rows in self.pieces(target))
 
     def pieces(self, target: Target) -> list[tuple[str, Tensor]]:
         """(module in the file, rows of the target) of the linears that a target becomes."""

@@ -53,7 +53,7 @@ class PackedSource:
         if name not in self.packed:
             return self.checkpoint[name]
         weight = self.quantized(name).dequantize()
-        return weight.t().contiguous() if self.packed[name][0].transposed else weight
+        return weight.mT.contiguous() if self.packed[name][0].transposed else weight
 
     def entry(self, name: str) -> Entry | None:
         """Where a parameter that is not packed lies."""

@@ -93,7 +93,7 @@ def _pack(
     """One matrix after the other; the floats of each are let go with the module that held them."""
     for target, format in formats.items():
         weight = model.get_parameter(target.parameter).detach()
-        matrix = weight.T.contiguous() if target.transposed else weight
+        matrix = weight.mT.contiguous() if target.transposed else weight
         method = recipe.method_for(target.holder) or recipe.method
         packed = BITS.pack(quantize_tensor(matrix, format, method))
         install(model, target, replace(packed, activations=inputs.get(target.holder)), dtypes(target.holder))

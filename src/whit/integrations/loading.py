@@ -15,8 +15,9 @@ from typing import Any, TypeVar
 import torch
 from safetensors import SafetensorError
 
-from whit.checkpoint.gguf import read_gguf
+from whit.checkpoint.choice import parts_of
 from whit.checkpoint.hub import resolve_model
+from whit.checkpoint.parts import read_gguf_parts
 from whit.checkpoint.reader import Checkpoint
 from whit.devices import find_device
 from whit.errors import (
@@ -59,7 +60,7 @@ def load_causal_lm(
             model, info = _translated(name, lambda: load_foreign(place, floats, trust_remote_code, **placement))
             return _complete(name, model, info)
         except UnsupportedModelError as error:
-            if file is None or importlib.util.find_spec("gguf") is None:
+            if file is None or len(parts_of(file)) > 1 or importlib.util.find_spec("gguf") is None:
                 raise
             warnings.warn(f"{error}; until then transformers dequantizes all of it", WhitWarning, stacklevel=2)
     if not options:
@@ -128,7 +129,7 @@ def _source(name: str, trust_remote_code: bool = False, weights: bool = False) -
     """The folder to hand to from_pretrained, and `gguf_file` where it is a file in it."""
     path = resolve_model(name, trust_remote_code, weights)
     if path.is_file():
-        read_gguf(path)  # nothing else opens a file that lies about itself
+        read_gguf_parts(path)  # nothing else opens a file that lies about itself
         return str(path.parent), {"gguf_file": path.name}
     if not (path / "config.json").is_file():
         raise CheckpointError(f"{name}: the folder holds no config.json; it must be a model folder; check the path")

@@ -140,7 +140,7 @@ class WhitQuantizer(HfQuantizer):  # type: ignore[misc]
         """Quantize a weight that has arrived, put the module for it into the model, and name its packed tensors."""
         target, format = self.plan[parameter]
         check_finite(weight, parameter)
-        matrix = weight.T.contiguous() if target.transposed else weight
+        matrix = weight.mT.contiguous() if target.transposed else weight
         recipe = self.quantization_config.recipe
         quantized = quantize_tensor(matrix, format, recipe.method_for(target.holder) or recipe.method)
         packed = BITS.pack(quantized)

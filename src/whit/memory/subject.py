@@ -152,7 +152,8 @@ def _of_gguf(name: str, file: Path) -> Subject:
     """By the file's header; as it lies, it runs from its own codes."""
     model = open_source(file).model
     dtype = getattr(model.config, "dtype", None) or torch.float32
-    return _sized(Subject(name, ConfigSource(model, dtype), 0, file.stat().st_size))
+    size = sum(part.stat().st_size for part in weight_files(file))
+    return _sized(Subject(name, ConfigSource(model, dtype), 0, size))
 
 
 def _sized(subject: Subject) -> Subject:

@@ -21,7 +21,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from whit.errors import UnsupportedModelError
-from whit.model.targets import find_targets
+from whit.model.targets import experts_transposed, find_targets, is_experts
 
 QKV = "self_attn.q_proj self_attn.k_proj self_attn.v_proj"
 LLAMA = {
@@ -67,12 +67,28 @@ QWEN2_MOE = {
     f"mlp.shared_expert_gate | {LLAMA['post_attention_layernorm']}",
     "mlp.shared_expert.up_proj": "mlp.shared_expert.down_proj",
 }
+GPT_OSS = {
+    "input_layernorm": QKV,
+    "self_attn.v_proj:heads": "self_attn.o_proj",
+    "post_attention_layernorm": "mlp.router mlp.experts.gate_up_proj",  # what is clamped lets no factor through
+}
+SHARED = "feed_forward.shared_expert"
+LLAMA4 = {
+    "input_layernorm": QKV,
+    "self_attn.v_proj:heads": "self_attn.o_proj",
+    "post_attention_layernorm": "feed_forward.router feed_forward.experts.gate_up_proj "
+    f"{SHARED}.gate_proj {SHARED}.up_proj | feed_forward.gate_proj feed_forward.up_proj",
+    "feed_forward.experts.gate_up_proj": "feed_forward.experts.down_proj",
+    f"{SHARED}.up_proj": f"{SHARED}.down_proj",
+    "feed_forward.up_proj": "feed_forward.down_proj",
+}
 BERT = {"attention.self.value:heads": "attention.output.dense"}
 DISTILBERT = {"attention.v_lin:heads": "attention.out_lin"}
 GROUPS = {
     "llama": LLAMA, "mistral": LLAMA, "qwen2": LLAMA, "qwen3": LLAMA, "gemma2": GEMMA, "gemma3_text": GEMMA,
     "phi3": PHI3, "opt": OPT, "gpt2": GPT2, "gpt_neox": GPT_NEOX, "bert": BERT, "roberta": BERT,
     "distilbert": DISTILBERT, "mixtral": MIXTRAL, "qwen2_moe": QWEN2_MOE, "qwen3_moe": MIXTRAL,
+    "gpt_oss": GPT_OSS, "llama4_text": LLAMA4,
 }  # fmt: skip
 ADD_ONE = ("gemma2", "gemma3_text")  # their norms multiply by 1 + weight
 
@@ -132,9 +148,9 @@ def _foldings(model: PreTrainedModel, prefix: str, block: nn.Module, table: dict
                 continue
             weight, *consumers = [name for name in names if name is not None]
             involved = (weight, *consumers)
-            transposed = {n for n in involved if isinstance(modules.get(n.removesuffix(".weight")), Conv1D)}
+            transposed = {n for n in involved if _is_transposed(modules[n.rpartition(".")[0]])}
             is_norm = parameters[weight].dim() == 1
-            columns = parameters[consumers[0]].shape[0 if consumers[0] in transposed else -1]
+            columns = parameters[consumers[0]].shape[-2 if consumers[0] in transposed else -1]
             rows = parameters[weight].shape[-1 if weight in transposed or is_norm else -2]
             yield Folding(
                 f"{prefix}.{weight}",
@@ -145,6 +161,11 @@ def _foldings(model: PreTrainedModel, prefix: str, block: nn.Module, table: dict
                 float(is_norm and config.model_type in ADD_ONE),
                 frozenset(f"{prefix}.{name}" for name in transposed),
             )
+
+
+def _is_transposed(holder: nn.Module) -> bool:
+    """Whether the matrices that a module holds are (in, out)."""
+    return isinstance(holder, Conv1D) or (is_experts(holder) and experts_transposed(holder))
 
 
 def _channels(config: PretrainedConfig, layout: str, rows: int, columns: int) -> Tensor:

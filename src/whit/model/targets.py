@@ -3,7 +3,8 @@
 A target is a matrix (out_features, in_features) or a stack of them (experts, out, in). Its packed tensors are
 buffers of a module of their own, named `<Target.holder>.<tensor>`: a linear `...q_proj` with the parameter
 `...q_proj.weight` becomes `...q_proj.codes`, `...q_proj.scale`; a fused expert parameter `...experts.down_proj`
-becomes `...experts.down_proj.codes` and so on.
+becomes `...experts.down_proj.codes` and so on. Some architectures hold their experts (experts, in, out), and multiply
+x @ W (gpt-oss, Llama 4); they are quantized along their inputs all the same.
 """
 
 from __future__ import annotations
@@ -24,7 +25,10 @@ SAME = ("FalconLinear",)  # whose own forward is nn.Linear's, in other words
 
 @dataclass(frozen=True)
 class Target:
-    """One quantizable parameter. `shape` is the shape as quantized: in_features last."""
+    """One quantizable parameter. `shape` is the shape as quantized: in_features last.
+
+    `transposed`: the model holds its matrices (in, out), as GPT-2's Conv1D and some experts do.
+    """
 
     parameter: str
     holder: str
@@ -32,11 +36,7 @@ class Target:
     shape: tuple[int, ...]
     is_head: bool = False
     is_gate: bool = False
-
-    @property
-    def transposed(self) -> bool:
-        """GPT-2's Conv1D stores (in, out); whit quantizes (out, in)."""
-        return self.kind == "conv1d"
+    transposed: bool = False
 
     @property
     def kept_by_default(self) -> bool:
@@ -55,22 +55,40 @@ def _targets_of(name: str, module: nn.Module, heads: set[int], gates: set[int]) 
     if _is_plain_linear(module):
         yield Target(weight, name, "linear", tuple(module.weight.shape), id(module) in heads, id(module) in gates)
     elif isinstance(module, Conv1D):
-        yield Target(weight, name, "conv1d", tuple(module.weight.shape[::-1]), id(module) in heads)
+        yield Target(weight, name, "conv1d", tuple(module.weight.shape[::-1]), id(module) in heads, transposed=True)
     elif isinstance(module, nn.Embedding) and isinstance(module.weight, nn.Parameter):  # not packed already
         yield Target(weight, name, "embedding", tuple(module.weight.shape))
-    elif _is_experts(module):
+    elif is_experts(module):
+        turned = experts_transposed(module)
         for key, parameter in module.named_parameters(recurse=False):
             if parameter.dim() == 3:
-                yield Target(f"{name}.{key}", f"{name}.{key}", "experts", tuple(parameter.shape))
+                shape = tuple(parameter.mT.shape if turned else parameter.shape)
+                yield Target(f"{name}.{key}", f"{name}.{key}", "experts", shape, transposed=turned)
 
 
-def _is_experts(module: nn.Module) -> bool:
+def is_experts(module: nn.Module) -> bool:
+    """Whether a module holds stacks of experts."""
     return type(module).__name__.endswith("Experts")
+
+
+def experts_transposed(module: nn.Module) -> bool:
+    """Whether a module's stacks are (experts, in, out).
+
+    transformers says so of most. Where it does not, as of Llama 4's, the shapes do: what `gate_up_proj` gives, twice
+    the width between, is what `down_proj` takes.
+    """
+    said = getattr(module, "is_transposed", None)
+    if said is not None:
+        return bool(said)
+    gate_up, down = getattr(module, "gate_up_proj", None), getattr(module, "down_proj", None)
+    if not isinstance(gate_up, nn.Parameter) or not isinstance(down, nn.Parameter) or gate_up.dim() != 3:
+        return False
+    return gate_up.shape[1:] == (down.shape[2], 2 * down.shape[1])
 
 
 def _gates(model: nn.Module) -> set[int]:
     """Linears beside experts: they weigh or choose among them, and are as small as they are sensitive."""
-    blocks = [module for module in model.modules() if any(_is_experts(child) for child in module.children())]
+    blocks = [module for module in model.modules() if any(is_experts(child) for child in module.children())]
     return {id(child) for block in blocks for child in block.children() if isinstance(child, nn.Linear)}
 
 

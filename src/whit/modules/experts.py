@@ -1,4 +1,5 @@
-"""A stack of expert matrices, packed: stands where a mixture's 3-D Parameter (experts, out, in) stood.
+"""A stack of expert matrices, packed: stands where a mixture's 3-D Parameter (experts, out, in) stood, or
+(experts, in, out), as gpt-oss and Llama 4 hold theirs; packed it is (experts, out, in) either way.
 
 transformers' eager experts multiply by `self.gate_up_proj[expert]`: indexing decodes that one expert. Code that takes
 the stack whole (torch.bmm and the like) gets it dequantized whole.
@@ -13,19 +14,21 @@ import torch
 from torch import Tensor
 
 from whit.modules.packed import PackedModule
-from whit.tensor import PackedWeight
+from whit.tensor import PackedWeight, turned
 
 
 class QuantizedExperts(PackedModule):
-    """Indexing gives floats in the module's dtype."""
+    """Indexing gives floats in the module's dtype. `transposed`: each matrix as (in, out)."""
 
-    def __init__(self, packed: PackedWeight, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, packed: PackedWeight, dtype: torch.dtype = torch.float32, transposed: bool = False) -> None:
         super().__init__()
+        self.transposed = transposed
         self.hold(packed, dtype)
 
     @property
     def shape(self) -> torch.Size:
-        return torch.Size(self.weight_shape)
+        shape = self.weight_shape
+        return torch.Size(turned(shape) if self.transposed else shape)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -39,10 +42,11 @@ class QuantizedExperts(PackedModule):
         return self.weight_shape[0]
 
     def __getitem__(self, index: int | Tensor) -> Tensor:
-        """The matrices (*index.shape, out, in) of one expert or of several."""
+        """The matrices (*index.shape, *shape[1:]) of one expert or of several."""
         chosen = torch.as_tensor(index)
         lines = torch.arange(self.weight_shape[1], device=chosen.device)
-        return self.rows(chosen[..., None] * self.weight_shape[1] + lines).to(self.weight.dtype)
+        found = self.rows(chosen[..., None] * self.weight_shape[1] + lines).to(self.weight.dtype)
+        return found.mT if self.transposed else found
 
     @classmethod
     def __torch_function__(
@@ -53,9 +57,14 @@ class QuantizedExperts(PackedModule):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         def floats(value: Any) -> Any:
-            return value.dequantize() if isinstance(value, cls) else value
+            return value.whole() if isinstance(value, cls) else value
 
         return func(*map(floats, args), **{key: floats(value) for key, value in (kwargs or {}).items()})
 
+    def whole(self) -> Tensor:
+        """The floats of all experts, in the shape in which the model holds them."""
+        floats = self.dequantize()
+        return floats.mT if self.transposed else floats
+
     def extra_repr(self) -> str:
-        return f"{'x'.join(map(str, self.weight_shape))}, format={self.format}"
+        return f"{'x'.join(map(str, self.shape))}, format={self.format}"

@@ -68,7 +68,7 @@ def install(model: nn.Module, target: Target, packed: PackedWeight, dtypes: Dtyp
         pack_embedding(old, packed, dtypes.model)
         return old  # type: ignore[no-any-return]
     if target.kind == "experts":
-        new: PackedModule = QuantizedExperts(packed, dtypes.model)
+        new: PackedModule = QuantizedExperts(packed, dtypes.model, target.transposed)
         del parent._parameters[name]
     else:
         new = QuantizedLinear(packed, old.bias, dtypes.model, dtypes.compute, target.transposed)
@@ -98,8 +98,8 @@ def remove_packed(model: nn.Module, dtype: torch.dtype) -> None:
     for module in modules.values():
         if isinstance(module, PackedModule):
             floats = dequantize(module.packed, dtype)
-            transposed = isinstance(module, QuantizedLinear) and module.transposed
-            weights[id(module)] = nn.Parameter(floats.T.contiguous() if transposed else floats)
+            transposed = isinstance(module, QuantizedLinear | QuantizedExperts) and module.transposed
+            weights[id(module)] = nn.Parameter(floats.mT.contiguous() if transposed else floats)
     for name, module in modules.items():
         parent_name, _, key = name.rpartition(".")
         parent = model.get_submodule(parent_name) if name else model

@@ -172,7 +172,7 @@ class Output:
         if item.target is not None and item.format is not None and meant is not None:
             found = self.exporter.decode(item, {name: self.writer.read(name) for name in item.written})
             if found is not None:
-                self.decoded.append(_difference(found.t() if item.target.transposed else found, meant.cpu()))
+                self.decoded.append(_difference(found.mT if item.target.transposed else found, meant.cpu()))
 
     def _check(self, item: Item, part: Tensor) -> None:
         """Raise NonFiniteError for a part with values that the parameter may not have; it says where in the whole."""

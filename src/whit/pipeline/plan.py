@@ -10,7 +10,6 @@ from functools import cached_property, partial
 from itertools import groupby
 from math import prod
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -23,7 +22,7 @@ from whit.formats.bands import bands_of, refuse_table
 from whit.methods import Method
 from whit.model.graph import find_blocks
 from whit.model.targets import Target, find_targets, vocabulary_tables
-from whit.pipeline.sources import Coded, Source
+from whit.pipeline.sources import Source, floats_dtype
 from whit.recipe import Recipe
 from whit.recipe.preflight import check_recipe
 from whit.spoken import by_reason
@@ -52,12 +51,13 @@ class Item(Parameter):
     def matrix(self, parameter: Tensor) -> Tensor:
         """A target's parameter as it is quantized: (rows, in_features), experts below each other."""
         assert self.target is not None
-        return (parameter.t() if self.target.transposed else parameter).reshape(-1, self.target.shape[-1])
+        return (parameter.mT if self.target.transposed else parameter).reshape(-1, self.target.shape[-1])
 
     def parameter(self, matrix: Tensor) -> Tensor:
         """The inverse of `matrix`."""
         assert self.target is not None
-        return matrix.t() if self.target.transposed else matrix.reshape(self.spec.shape)
+        stacked = matrix.reshape(self.target.shape)
+        return stacked.mT if self.target.transposed else stacked
 
 
 @dataclass(frozen=True)
@@ -136,11 +136,8 @@ def plan_quantization(source: Source, recipe: Recipe, exporter: Exporter, shard_
 
 
 def _kept(source: Source, name: str) -> TensorSpec:
-    """What a parameter is kept as: what it is in the file, or in the model's own type where it was quantized there."""
-    spec = source.origins[name].spec
-    if not (isinstance(source, Coded) and source.coded(name)):
-        return spec
-    return TensorSpec(spec.shape, source.model.config.dtype or torch.bfloat16)
+    """What a parameter is kept as."""
+    return TensorSpec(source.origins[name].spec.shape, floats_dtype(source, name))
 
 
 def _misfits(model: PreTrainedModel, exporter: Exporter, formats: Mapping[Target, Format]) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -63,6 +64,13 @@ class Coded(Source, Protocol):
         """How the inputs of a parameter with a `format` are rounded, None where they stay as they are; with static
         scales where the source reads them. CheckpointError where whit cannot round so."""
         ...
+
+
+def floats_dtype(source: Source, name: str) -> torch.dtype:
+    """What a parameter is as floats: what it is in the file, or the model's own type where codes stand for it there."""
+    if not (isinstance(source, Coded) and source.coded(name)):
+        return source.origins[name].spec.dtype
+    return source.model.config.dtype or torch.bfloat16
 
 
 def read_finite(source: Source, name: str) -> Tensor:

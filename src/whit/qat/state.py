@@ -62,18 +62,18 @@ class StateFile:
                         f"{self.path}: the state of a run with another model, text or options; "
                         "it must be finished with the same ones; or pass --restart to begin again"
                     )
+                names = set(file.keys())
                 for name, value in variables.items():
                     value.copy_(file.get_tensor(f"value/{name}"))
-                    for key in AVERAGES:
-                        if f"{key}/{name}" in file.keys():  # noqa: SIM118  it is no mapping
-                            stored = file.get_tensor(f"{key}/{name}")
+                    if any(f"{key}/{name}" in names for key in AVERAGES):  # then all of them are
+                        for key in AVERAGES:
                             where = value.device if key != "step" or _fused(optimizer) else torch.device("cpu")
-                            optimizer.state[value][key] = stored.to(where)
-        except (SafetensorError, RuntimeError) as error:
+                            optimizer.state[value][key] = file.get_tensor(f"{key}/{name}").to(where)
+                return int(json.loads(metadata["step"])), float(json.loads(metadata["seconds"]))
+        except (SafetensorError, RuntimeError, ValueError, KeyError) as error:
             raise OutputError(
                 f"{self.path}: not a state of training ({error}); pass --restart to begin again"
             ) from None
-        return int(json.loads(metadata["step"])), float(json.loads(metadata["seconds"]))
 
     def remove(self) -> None:
         """The run is finished."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import warnings
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from whit.checkpoint.files import write_whole
 from whit.checkpoint.writer import file_sha256
+from whit.errors import WhitWarning
 from whit.evaluation.size import weight_files
 from whit.integrations.loading import model_files
 
@@ -26,11 +28,17 @@ def contents(model: str) -> str:
 
 
 def recall(place: Path) -> dict[str, Any] | None:
-    """What was kept there; None for nothing."""
+    """What was kept there; None for nothing, and where it is damaged, which is said."""
     if not place.is_file():
         return None
-    found: dict[str, Any] = json.loads(place.read_text(encoding="utf-8"))
-    return found
+    try:
+        found = json.loads(place.read_text(encoding="utf-8"))
+    except ValueError:
+        found = None
+    if isinstance(found, dict):
+        return found
+    warnings.warn(f"{place}: damaged; what it held is measured again", WhitWarning, stacklevel=2)
+    return None
 
 
 def keep(place: Path, value: dict[str, Any]) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from whit.formats.bands import bands_of
 from whit.integrations.loading import load_tokenizer, maximum_context
 from whit.pipeline.job import Job, Options, prepare
 from whit.recipe import Recipe
+from whit.report.kept import keep, recall
 from whit.tensor import Format
 
 FOLDER = "sweep"
@@ -97,15 +98,14 @@ def _groups(job: Job, calibration: Calibration, folder: Path, say: Callable[[str
         tokens = calibration.tokens(tokenizer, maximum_context(job.source.model.config))
     key = sha256(json.dumps([job.fingerprint, ladder, tokens.sha256]).encode()).hexdigest()[:16]
     path = folder / f"sensitivity-{key}.json"
-    if path.is_file():
-        said: dict[str, dict[str, float]] = json.loads(path.read_text())
+    said = recall(path)
+    if said is not None:
         say("sensitivity: measured before")
         return tuple(Group.named(n, {parse_format(f): e for f, e in e.items()}) for n, e in said.items())
     wanted: Mapping[str, tuple[Format, ...]] = free_formats(job, ladder)
     say(f"sensitivity: {len(wanted)} matrices in up to {len(ladder)} formats")
     groups = measured(job, tokens.tokens, wanted)
-    text = json.dumps({g.name: {str(f): e for f, e in g.errors.items()} for g in groups}, indent=1)
-    write_whole(path, f"{text}\n".encode())
+    keep(path, {g.name: {str(f): e for f, e in g.errors.items()} for g in groups})
     return groups
 
 

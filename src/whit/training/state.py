@@ -9,10 +9,11 @@ import json
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from whit.errors import CheckpointError
+from whit.errors import CheckpointError, reason_of
 from whit.training.optimizers import flatten, restore
 
 META = "json"
@@ -30,8 +31,18 @@ def save_state(model: nn.Module, optimizer: torch.optim.Optimizer, step: int) ->
 
 
 def load_state(content: bytes, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    """Put a checkpoint back; the number of steps that it stands after."""
-    tensors = load(content)
+    """Put a checkpoint back; the number of steps that it stands after. CheckpointError where it is damaged, or of
+    another model."""
+    try:
+        return _put_back(load(content), model, optimizer)
+    except (SafetensorError, RuntimeError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"checkpoint: damaged ({reason_of(error)}); it must be as an earlier run left it; pass --restart to begin "
+            "again"
+        ) from None
+
+
+def _put_back(tensors: dict[str, Tensor], model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
     described: dict[str, Any] = json.loads(tensors.pop(META).numpy().tobytes())
     ours = {f"adapter.{name}": p for name, p in model.named_parameters() if p.requires_grad}
     theirs = {name for name in tensors if name.startswith("adapter.")}

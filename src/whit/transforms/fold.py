@@ -119,5 +119,5 @@ def _divide_norm(weight: Tensor, by: Tensor, offset: float, dtype: torch.dtype) 
 
 def _matrices(weight: Tensor, transposed: bool) -> Tensor:
     """A view (matrices, out, in) of a parameter."""
-    weight = weight.t() if transposed else weight
+    weight = weight.mT if transposed else weight
     return weight if weight.dim() == 3 else weight[None]

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 import whit
-from whit.checkpoint.hub import resolve_model
+from whit.checkpoint.hub import HubName, hub_name, resolve_model
 from whit.checkpoint.places import check_out
 from whit.devices import find_device
 from whit.errors import TrainingError
@@ -40,6 +40,7 @@ class TuningJob:
     work: Work
     notes: tuple[str, ...] = ()
     save_every: int | None = None
+    hub: HubName | None = None  # where MODEL came from, if it did
 
     @cached_property
     def device(self) -> str:
@@ -89,7 +90,7 @@ def prepare_tuning(
         trained, scored = _split(trained, tuning.holdout, options.seed)
     work = _plan(trained, scored, tuning, options.seed, tokenizer)
     name = Path(model).resolve().name if Path(model).exists() else str(model)
-    return TuningJob(name, folder, Path(out), tuning, options, trained, scored, work, notes)
+    return TuningJob(name, folder, Path(out), tuning, options, trained, scored, work, notes, hub=hub_name(model))
 
 
 def _settled(model: str, config: Any, tuning: Tuning) -> tuple[Tuning, tuple[str, ...]]:

@@ -7,6 +7,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ import torch
 from whit.checkpoint.places import RECORD
 from whit.checkpoint.reader import read_json
 from whit.checkpoint.work import JOURNAL, WorkFolder, disk_errors, is_done
-from whit.errors import WhitError
+from whit.errors import OutputError, WhitError
 from whit.integrations.config import QuantizationConfig
 from whit.integrations.loading import load_causal_lm
 from whit.process import peak_memory
@@ -54,7 +55,7 @@ def run_tuning(job: TuningJob, watcher: Watcher | None = None) -> dict[str, Any]
             if work is not None:
                 _commit(work)
     except WhitError:
-        if work is not None and not work.finished:  # nothing is lost, and other settings can be tried at once
+        if work is not None and not _checkpoints(work):  # nothing is lost, and other settings can be tried at once
             shutil.rmtree(work.path, ignore_errors=True)
         raise
     finally:
@@ -134,6 +135,10 @@ def build_loop(job: TuningJob, ranks: Ranks) -> tuple[Loop, Any]:
     adapted = add_adapters(model, tuning, derive(job.options.seed, "adapter"))
     if tuning.calibrated:
         adapted.peft_config["default"].base_model_name_or_path = str(job.out / BASE)
+    elif job.hub is not None:  # the cache's folder is on this machine alone
+        adapted.peft_config["default"].base_model_name_or_path = job.hub.repo
+        adapted.peft_config["default"].revision = job.hub.revision
+    if tuning.calibrated:
         set_start(job, adapted)
     elif tuning.init != DEFAULT_INIT:
         initialize_adapter(adapted, job.folder, method=tuning.init, calibration=seen(job))
@@ -153,20 +158,29 @@ def build_loop(job: TuningJob, ranks: Ranks) -> tuple[Loop, Any]:
 
 def _resumed(work: WorkFolder) -> tuple[list[Entry], bytes | None]:
     """The log and the checkpoint of an earlier run, as far as it came."""
-    if not work.finished:
+    saved = _checkpoints(work)
+    if not saved:
         return [], None
-    last = max(work.finished.values(), key=lambda record: int(record["step"]))
-    lines = (work.path / LOG).read_text().splitlines()
-    log = [entry for entry in map(json.loads, lines) if entry["step"] <= last["step"]]
-    return log, (work.path / last["file"]).read_bytes()
+    last = max(saved)
+    try:
+        log = [json.loads(line) for line in (work.path / LOG).read_text().splitlines()]
+        return [entry for entry in log if entry["step"] <= last], saved[last].read_bytes()
+    except (OSError, ValueError, KeyError, TypeError):
+        raise OutputError(
+            f"{work.path / LOG}: damaged; it must be as an earlier run left it; pass --restart to begin again"
+        ) from None
+
+
+def _checkpoints(work: WorkFolder) -> dict[int, Path]:
+    """Those that lie there, by their step: each appeared whole."""
+    return {int(path.stem.rpartition("-")[2]): path for path in work.path.glob(CHECKPOINT.format("*"))}
 
 
 def _save(work: WorkFolder, loop: Loop, step: int, log: list[Entry]) -> None:
-    """Log and checkpoint on the disk, then the journal's line, then the checkpoint before it goes."""
+    """Log and checkpoint on the disk, then the checkpoint before it goes."""
     name = CHECKPOINT.format(step)
     work.write_file(LOG, _lines(log))
     work.write_file(name, save_state(loop.model, loop.optimizer, step))
-    work.record(name, {"step": step, "file": name})
     for path in work.path.glob(CHECKPOINT.format("*")):
         if path.name != name:
             path.unlink()

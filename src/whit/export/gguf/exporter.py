@@ -31,7 +31,7 @@ from whit.layouts import GGML
 from whit.model.targets import Target
 from whit.recipe import Recipe
 from whit.spoken import by_reason
-from whit.tensor import Format, PackedWeight, QuantizedTensor, TensorSpec, matrix_shape
+from whit.tensor import Format, PackedWeight, QuantizedTensor, TensorSpec, matrix_shape, turned
 
 DTYPES = {torch.float32: F32, torch.float16: 1, torch.bfloat16: 30}
 FALL_BACKS = {
@@ -113,7 +113,7 @@ class Gguf:
         if isinstance(value, QuantizedTensor):
             rows = GGML.pack(value).tensors["data"]
         else:
-            rows = value.t() if _is_transposed(parameter) else value
+            rows = value.mT if _is_transposed(parameter) else value
             if offset := self._offset(parameter):
                 rows = rows.to(torch.float32) + offset
             rows = rows.to(infos[0].spec.dtype)
@@ -130,7 +130,8 @@ class Gguf:
             return GGML.unpack(PackedWeight(GGML.name, parameter.format, parameter.target.shape, {"data": data}))
         if offset := self._offset(parameter):
             rows = rows - offset
-        return rows.t() if _is_transposed(parameter) else rows.reshape(parameter.spec.shape)
+        stored = rows.reshape(_stored_shape(parameter))
+        return stored.mT if _is_transposed(parameter) else stored
 
     def decode(self, parameter: Parameter, tensors: Mapping[str, Tensor]) -> Tensor | None:
         """By gguf-py, where it is installed."""
@@ -215,7 +216,7 @@ def _is_transposed(parameter: Parameter) -> bool:
 
 
 def _stored_shape(parameter: Parameter) -> tuple[int, ...]:
-    return parameter.spec.shape[::-1] if _is_transposed(parameter) else parameter.spec.shape
+    return turned(parameter.spec.shape) if _is_transposed(parameter) else parameter.spec.shape
 
 
 def _file_type(infos: Sequence[Info]) -> int:

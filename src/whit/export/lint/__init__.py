@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from whit.export.lint.onnx import lint_onnx
 from whit.export.lint.params import param_findings
 from whit.export.readers import READERS, quant_method, read_foreign
 from whit.export.readers.base import Packed, sentences
+from whit.export.readers.mxfp4 import BLOCKS, SCALES
 from whit.model.skeleton import load_skeleton
 from whit.model.source import AUXILIARY, COMPUTED
 from whit.model.targets import find_targets
@@ -58,13 +60,15 @@ def lint(
 
 
 class Only(Checkpoint):
-    """The tensors of one module, so that what is wrong with it does not hide the others."""
+    """The tensors of one module, or of one stack of experts, so that what is wrong with it does not hide the others."""
 
     def __init__(self, checkpoint: Checkpoint, module: str) -> None:
         self.folder, self.shards = checkpoint.folder, checkpoint.shards
         self._descriptors = checkpoint._descriptors
         self.entries: dict[str, Entry] = {
-            name: entry for name, entry in checkpoint.entries.items() if name.startswith(f"{module}.")
+            name: entry
+            for name, entry in checkpoint.entries.items()
+            if name.startswith(f"{module}.") or name in (module + BLOCKS, module + SCALES)
         }
 
 
@@ -75,6 +79,8 @@ def _modules(checkpoint: Checkpoint) -> list[str]:
         for mark in MARKS:
             if name.endswith(f".{mark}"):
                 found[name.removesuffix(f".{mark}")] = None
+        if name.endswith(BLOCKS) and name.removesuffix(BLOCKS) + SCALES in checkpoint:
+            found[name.removesuffix(BLOCKS)] = None
     return list(found)
 
 
@@ -140,7 +146,7 @@ def _accounted(
         keys = source.origins[target.parameter].keys if target.parameter in source.origins else ()
         if target.kept_by_default or target.kind == "embedding" or not keys or any(key in packed for key in keys):
             continue
-        if not any(part in target.holder or part in keys[0] for part in excepted):
+        if not any(fnmatchcase(name, f"*{part}*") for part in excepted for name in (target.holder, keys[0])):
             yield Finding(
                 "problem", target.holder, "has 16-bit weights and no exception in config.json; engines expect a "
                 "quantized linear there; name it in the list of modules that are not converted",

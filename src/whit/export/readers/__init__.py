@@ -19,6 +19,7 @@ from whit.export.readers.gptq import read_gptq
 from whit.export.readers.hqq import read_hqq
 from whit.export.readers.inputs import inputs_of
 from whit.export.readers.mlx import read_mlx
+from whit.export.readers.mxfp4 import read_mxfp4
 from whit.export.readers.onnx import read_onnx_model
 
 READERS: tuple[tuple[str, Reader], ...] = (
@@ -30,6 +31,7 @@ READERS: tuple[tuple[str, Reader], ...] = (
     ("hqq", read_hqq),
     ("bitnet", read_bitnet),
     ("fp8", read_fp8),
+    ("mxfp4", read_mxfp4),
 )
 
 

@@ -19,7 +19,7 @@ from whit.checkpoint.header import Entry
 from whit.checkpoint.reader import Checkpoint, Tensors
 from whit.errors import CheckpointError, reason_of
 from whit.formats.numeric import dtype_name
-from whit.tensor import Format, QuantizedTensor, TensorSpec
+from whit.tensor import Format, QuantizedTensor, TensorSpec, turned
 
 
 @dataclass(frozen=True)
@@ -77,16 +77,16 @@ class Foreign(Mapping[str, Tensor]):
         self._transposed: set[str] = set()
 
     def transpose(self, name: str) -> None:
-        """Show a quantized weight (out, in) as (in, out), as a Conv1D holds it."""
+        """Show a quantized weight (out, in) as (in, out), as a Conv1D holds it; experts of a stack each so."""
         entry = self.entries[name]
-        self.entries[name] = replace(entry, spec=TensorSpec(entry.spec.shape[::-1], entry.spec.dtype))
+        self.entries[name] = replace(entry, spec=TensorSpec(turned(entry.spec.shape), entry.spec.dtype))
         self._transposed.add(name)
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self.packed:
             return self.checkpoint[name]
         floats = self.packed[name].floats()
-        return floats.t().contiguous() if name in self._transposed else floats
+        return floats.mT.contiguous() if name in self._transposed else floats
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.entries)

@@ -21,8 +21,9 @@ from torch import Tensor
 from transformers import AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from whit.checkpoint.gguf import GgufHeader, GgufTensor, read_gguf
+from whit.checkpoint.gguf import GgufHeader, GgufTensor
 from whit.checkpoint.header import Entry
+from whit.checkpoint.parts import read_gguf_parts
 from whit.checkpoint.reader import TensorFiles
 from whit.errors import CheckpointError, UnsupportedModelError, reason_of
 from whit.export.gguf.architectures import ARCHITECTURES, Architecture
@@ -43,19 +44,19 @@ class GgufCheckpoint(TensorFiles):
 
     def __init__(self, header: GgufHeader, folder: TemporaryDirectory[str]) -> None:
         super().__init__()
-        self.header, self.shards = header, (header.path,)
+        self.header, self.shards = header, header.paths
         self._temporary = folder  # lives as long as this
         self.folder = next(Path(folder.name).iterdir())
         for tensor in header.tensors.values():
             dtype = DTYPES.get(tensor.type)
             shape = tensor.shape if dtype is not None else (tensor.stop - tensor.start,)
             spec = TensorSpec(shape, dtype or torch.uint8)
-            self.entries[tensor.name] = Entry(header.path, spec, tensor.start, tensor.stop)
+            self.entries[tensor.name] = Entry(tensor.path, spec, tensor.start, tensor.stop)
 
 
 def read_gguf_model(path: Path) -> Foreign:
     """A file as if it were a folder that is not quantized; its small files lie in a folder that goes with it."""
-    header = read_gguf(path)
+    header = read_gguf_parts(path)
     name = header.metadata.get("general.architecture")
     has_experts = bool(header.metadata.get(f"{name}.expert_count", 0))
     architecture = next((a for a in ARCHITECTURES.values() if (a.name, a.experts) == (name, has_experts)), None)
@@ -109,7 +110,7 @@ def _frequencies(header: GgufHeader) -> dict[str, Tensor]:
     for kind, name in (("freqs", "rope_freqs"), ("long", "rope_factors_long"), ("short", "rope_factors_short")):
         tensor = header.tensors.get(f"{name}.weight")
         if tensor is not None and tensor.type == "F32" and tensor.stop > tensor.start:
-            with header.path.open("rb") as file:
+            with tensor.path.open("rb") as file:
                 file.seek(tensor.start)
                 data = bytearray(file.read(tensor.stop - tensor.start))
             found[kind] = torch.frombuffer(data, dtype=torch.float32)

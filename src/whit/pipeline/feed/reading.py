@@ -10,7 +10,7 @@ from torch import Tensor
 from whit.pipeline.feed.base import Given, NothingRuns
 from whit.pipeline.job import Job
 from whit.pipeline.plan import Item
-from whit.pipeline.sources import Coded, Source, read_finite
+from whit.pipeline.sources import Coded, Source, floats_dtype, read_finite
 
 
 class ReadAhead(NothingRuns):
@@ -62,4 +62,7 @@ class BlockReader:
             self._coming = {name: self._reader.submit(self._read, name) for name in names}
 
     def _read(self, name: str) -> Tensor:
-        return read_finite(self._source, self._source.tied.get(name, name))
+        name = self._source.tied.get(name, name)
+        values = read_finite(self._source, name)
+        is_coded = isinstance(self._source, Coded) and self._source.coded(name)
+        return values.to(floats_dtype(self._source, name)) if is_coded else values

@@ -1,4 +1,4 @@
-"""Whether what decode_gpu.py times is right here: the tokens of whit.compile, and products of few rows."""
+"""What decode_gpu.py checks before it times: tokens, products of few rows, and what their launches end with."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import transformers
 from torch import Tensor
 
 import whit
-from gpu_model import random_model, random_packed
+from decode_models import FORMATS, random_model, random_packed
 from whit.compiled import cuda
 from whit.kernels import dequantize
 from whit.kernels.gpu import decoding, few
@@ -20,8 +20,6 @@ from whit.kernels.gpu import kernel as gpu_kernel
 from whit.tensor import PackedWeight
 
 from gpu_harness import relative_error
-
-FORMATS = ("bf16", "int4-g128", "nf4-dq")
 
 
 def compiled(model: Any, device: str) -> Any:

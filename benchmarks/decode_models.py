@@ -1,4 +1,4 @@
-"""A Llama-3-8B-shaped model of random packed weights, made on the device."""
+"""Llama models with random weights, made where they run, for benchmarks of decoding."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ LLAMA = {
     "num_key_value_heads": 8, "max_position_embeddings": 8192, "rms_norm_eps": 1e-5,
     "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
 }  # fmt: skip
-SMALL = LLAMA | {
-    "vocab_size": 512, "hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2,
-}  # fmt: skip
+SMALL = LLAMA | {"vocab_size": 512, "hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4}
+SMALL |= {"num_key_value_heads": 2}
+FORMATS = ("bf16", "int4-g128", "nf4-dq")
 
 
 def random_packed(spec: str, shape: tuple[int, int], device: str, random: torch.Generator) -> PackedWeight:

@@ -1,4 +1,4 @@
-"""What lies beside the weights: which files of MODEL travel to OUT, by what names; changed ones are found."""
+"""MODEL and OUT as folders: where OUT may lie, which files travel with the weights, what `verify` sees of them."""
 
 from __future__ import annotations
 
@@ -11,13 +11,41 @@ import pytest
 
 from whit import Recipe
 from whit.cli.inspect import verify_files
-from whit.errors import CheckpointError
+from whit.errors import CheckpointError, OutputError
 from whit.pipeline import quantize
 from whit.pipeline.job import Options
 
 from tiny_models import save_tiny
 
 INT4 = Recipe(rules=[("*", "int4-g32")])
+
+
+def test_out_must_lie_elsewhere(llama: Path, tmp_path: Path):
+    before = {path.name: path.stat().st_mtime_ns for path in llama.iterdir()}
+    (tmp_path / "link").symlink_to(llama)
+    (tmp_path / "file").write_text("")
+    for out in (llama, llama / "deeper/out", llama.parent, tmp_path / "link/out", tmp_path / "file"):
+        with pytest.raises(OutputError, match=r"MODEL|is a file"):
+            quantize(llama, out, INT4)
+    assert {path.name: path.stat().st_mtime_ns for path in llama.iterdir()} == before
+
+
+def test_an_out_that_is_there(llama: Path, tmp_path: Path):
+    out = tmp_path / "out"
+    out.mkdir()
+    first = quantize(llama, out, INT4)  # an empty folder is as good as none
+    assert quantize(llama, out, INT4) == first
+    other = Recipe(rules=[("*", "int8")])
+    with pytest.raises(OutputError, match="pass --restart to replace it"):
+        quantize(llama, out, other)
+    assert quantize(llama, out, other, options=Options(restart=True)).bits_per_weight > first.bits_per_weight
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "precious.txt").write_text("keep me")
+    with pytest.raises(OutputError, match="was not written by whit"):
+        quantize(llama, foreign, INT4, options=Options(restart=True))
+    assert (foreign / "precious.txt").exists()
 
 
 def test_side_files_travel_and_code_and_pickles_do_not(tmp_path: Path):

@@ -1,4 +1,4 @@
-"""Checkpoints that are not what their config says: values that are not finite, tensors that lack or are too many."""
+"""What a run refuses in one sentence: weights that are not finite or not there, recipes and devices that do not fit."""
 
 from __future__ import annotations
 
@@ -10,14 +10,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import whit
 from whit import Recipe
-from whit.errors import CheckpointError, NonFiniteError, UnsupportedModelError
+from whit.errors import CheckpointError, DeviceError, NonFiniteError, RecipeError, UnsupportedModelError
 from whit.export.dense import Dense, Float16, Float32
 from whit.model.source import Origin
 from whit.pipeline import dequantize, quantize, run
 from whit.pipeline.job import Job, Options, open_source, prepare
 from whit.pipeline.plan import plan_dense
 from whit.pipeline.sources import read_finite
+from whit.recipe.preflight import check_recipe
 from whit.tensor import TensorSpec
 
 from tiny_models import save_tiny, tiny_model
@@ -25,15 +27,31 @@ from tiny_models import save_tiny, tiny_model
 INT4 = Recipe(rules=[("*", "int4-g32")])
 
 
-def test_two_stored_copies_are_tied_only_where_they_are_equal(tmp_path: Path):
-    save_tiny(tmp_path / "model", "llama-tied")
-    path = tmp_path / "model/model.safetensors"
-    tensors = load_file(path)
-    embedding = tensors["model.embed_tokens.weight"]
-    for head, status in ((embedding.clone(), "tied"), (embedding + 1, "kept")):
-        save_file({**tensors, "lm_head.weight": head}, path, metadata={"format": "pt"})
-        account = quantize(tmp_path / "model", tmp_path / status, INT4)
-        assert {entry.name: entry.status for entry in account.parameters}["lm_head.weight"] == status
+KEPT = {"model.norm.weight": (3,), "model.embed_tokens.weight": (5, 2), "model.layers.0.input_layernorm.weight": (0,)}
+
+
+def dense(model: Path, out: Path, kind: type[Dense]) -> Job:
+    job = prepare(model, out, None, Options())
+    exporter = kind(job.source.model, model)
+    return replace(job, exporter=exporter, plan=plan_dense(job.source, exporter))
+
+
+def test_all_that_does_not_fit_is_said_at_once(llama: Path, tmp_path: Path):
+    recipe = Recipe(rules=[("*", "int4-g48"), ("lm_haed", "int8"), ("*.1.mlp.down_proj", "int8-g96")])
+    with pytest.raises(RecipeError) as caught:
+        prepare(llama, tmp_path / "out", recipe, Options())
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 1 + 3
+    assert lines[0] == "rule 'lm_haed': matches no module of the model; it must match one; did you mean lm_head?"
+    narrow = "model.layers.0.mlp.down_proj: in_features 128 is not divisible by group_size 48"
+    assert f"{narrow}; use int4-g32, or add a rule for it" in lines
+    assert (
+        "model.layers.*.self_attn.q_proj and 5 others (12 modules): in_features 64 is not divisible by group_size 48; "
+        "use int4-g32, or add a rule for it"
+    ) in lines
+    assert "model.layers.1.mlp.down_proj: in_features 128 is not divisible by group_size 96; use int8-g64" in str(
+        caught.value
+    )
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
@@ -48,13 +66,12 @@ def test_a_weight_that_is_not_finite_is_named_with_its_place(value: float, tmp_p
     assert not (tmp_path / "out").exists()
 
 
-def dense(model: Path, out: Path, kind: type[Dense]) -> Job:
-    job = prepare(model, out, None, Options())
-    exporter = kind(job.source.model, model)
-    return replace(job, exporter=exporter, plan=plan_dense(job.source, exporter))
-
-
-KEPT = {"model.norm.weight": (3,), "model.embed_tokens.weight": (5, 2), "model.layers.0.input_layernorm.weight": (0,)}
+def test_what_was_packed_and_is_kept_now_has_the_models_type(tmp_path: Path):
+    save_tiny(tmp_path / "model", "llama", torch.bfloat16)
+    quantize(tmp_path / "model", tmp_path / "first", INT4.with_rules([*INT4.rules, ("lm_head", "int8")]))
+    quantize(tmp_path / "first", tmp_path / "second", INT4)
+    source, stored = open_source(tmp_path / "first"), load_file(tmp_path / "second/model.safetensors")
+    assert torch.equal(stored["lm_head.weight"], source.read("lm_head.weight").to(torch.bfloat16))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
@@ -164,3 +181,29 @@ def test_architectures_that_nobody_knows(tmp_path: Path):
     path.unlink()
     with pytest.raises(CheckpointError, match=r"config.json: no such file"):
         prepare(tmp_path / "model", tmp_path / "out", INT4, Options())
+
+
+def test_a_method_that_needs_data_is_refused_without_it():
+    class Needy(whit.RTN):
+        name, needs_stats = "needy", True
+
+    with pytest.raises(RecipeError, match="needy: needs calibration data"):
+        check_recipe(Recipe(Needy(), [("*", "int8")]), {}, ["lm_head"])
+
+
+def test_a_method_that_needs_data_needs_a_tokenizer(llama: Path, tmp_path: Path):
+    class Needy(whit.RTN):
+        name, needs_stats = "needy", True
+
+    with pytest.raises(CheckpointError, match="holds no tokenizer"):
+        prepare(llama, tmp_path / "out", Recipe(Needy(), [("*", "int8")]), Options())
+
+
+def test_a_missing_device_is_said(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    job = prepare(llama, tmp_path / "out", INT4, Options(device="cuda"))
+    with pytest.raises(DeviceError, match="use --device cpu"):
+        _ = job.device
+    with pytest.raises(DeviceError, match="device tpu: unknown; it must be auto, cpu, cuda or cuda:N"):
+        _ = replace(job, options=Options(device="tpu")).device
+    assert replace(job, options=Options()).device.type == "cpu"
