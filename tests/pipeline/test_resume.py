@@ -14,9 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import transformers as hf
 
-import whit
 from forking import die_at_step, in_child
 from whit import RTN, Calibration, Options, Recipe
 from whit.checkpoint.work import WorkFolder
@@ -25,7 +23,7 @@ from whit.pipeline import quantize
 from whit.tensor import Format, LayerStats, QuantizedTensor
 from written import result
 
-from tiny_models import save_tiny, tiny_config
+from tiny_models import save_speaking, save_tiny
 
 OPTIONS = Options(shard_size=40_000)
 RULES = [("*", "nf4-dq"), ("lm_head", "int4-g32-asym")]
@@ -50,18 +48,6 @@ def undisturbed(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     out = tmp_path_factory.mktemp("undisturbed") / "out"
     quantize(model, out, Recipe(RTN(), RULES), options=OPTIONS)
     return result(out)
-
-
-def save_small(folder: Path) -> Path:
-    """A tiny random model with the shipped tokenizer."""
-    config = tiny_config("llama")
-    config.update({"vocab_size": 8192, "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0})
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        hf.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
-    for path in Path(whit.resolve_model("whit:model")).glob("tokenizer*"):
-        shutil.copy(path, folder)
-    return folder
 
 
 def kill_at_random(model: Path, out: Path, kills: int) -> int:
@@ -157,7 +143,7 @@ def test_a_torn_line_in_the_journal_is_dropped(model: Path, undisturbed: dict[st
 
 @pytest.mark.parametrize("recipe", [Recipe(RTN(), RULES), Recipe("gptq", RULES)], ids=["rtn", "gptq"])
 def test_what_stands_in_a_damaged_line_is_done_again(recipe: Recipe, tmp_path: Path):
-    model = save_small(tmp_path / "model")
+    model = save_speaking(tmp_path / "model", dtype=torch.bfloat16)
     seen = Calibration("whit:text", samples=4, context=32) if recipe.needs_stats else None
     quantize(model, tmp_path / "undisturbed", recipe, calibration=seen)
     out, done = tmp_path / "out", list[str]()

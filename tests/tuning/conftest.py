@@ -6,12 +6,13 @@ import json
 from pathlib import Path
 
 import pytest
-from small_tuning import save_model
+
+from tiny_models import save_speaking
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_model(tmp_path_factory.mktemp("model") / "tiny")
+    return save_speaking(tmp_path_factory.mktemp("model") / "tiny")
 
 
 @pytest.fixture(scope="module")

@@ -3,35 +3,16 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
-import transformers as hf
-
 import whit
-
-from tiny_models import tiny_config
 
 TUNING = whit.Tuning(
     "nf4-dq", rank=4, dropout=0.1, steps=6, batch=2, accumulate=2, context=64, holdout=0.2, learning_rate=5e-3,
     evaluate_every=3,
 )  # fmt: skip
-
-
-def save_model(folder: Path, architecture: str = "llama") -> Path:
-    """A tiny random model with the shipped tokenizer."""
-    shipped = Path(whit.resolve_model("whit:model"))
-    config = tiny_config(architecture)
-    config.update({"vocab_size": 8192, "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0})
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        hf.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    for path in shipped.glob("tokenizer*"):
-        shutil.copy(path, folder)
-    return folder
 
 
 class Watcher:

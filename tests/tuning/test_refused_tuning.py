@@ -7,15 +7,17 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from small_tuning import TUNING, save_model
+from small_tuning import TUNING
 
 import whit
 from whit.errors import TrainingError
 
+from tiny_models import save_speaking
+
 
 @pytest.mark.slow
 def test_experts_are_refused_as_targets_and_trained_around(data, tmp_path):
-    folder = save_model(tmp_path / "moe", "qwen3_moe")
+    folder = save_speaking(tmp_path / "moe", "qwen3_moe")
     tuning = replace(TUNING, format="int4-g32", steps=2)
     with pytest.raises(TrainingError, match=r"experts.* holds the matrices of all experts in one .* --target q_proj"):
         whit.finetune(folder, data, tmp_path / "out", tuning)
