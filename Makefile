@@ -12,7 +12,7 @@ export TOKENIZERS_PARALLELISM := false
 export OMP_WAIT_POLICY := passive
 
 # Tests that touch transformers, for another release of it.
-LOADING_TESTS := tests/integrations tests/modules tests/compiled tests/evaluation/test_loading.py tests/cli/test_generate.py tests/pipeline/test_account.py tests/pipeline/test_refused.py tests/pipeline/test_folders.py
+LOADING_TESTS := tests/integrations tests/modules tests/compiled tests/evaluation/test_loading.py tests/cli/test_generate.py tests/pipeline/test_account.py tests/pipeline/test_folders.py tests/pipeline/test_refused.py
 
 # One process per core, and a core per process.
 PARALLEL := -n auto --maxprocesses 4 --dist worksteal

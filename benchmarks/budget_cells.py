@@ -34,7 +34,7 @@ from whit.pipeline import quantize
 from whit.pipeline.importance import measure_importance, write_imatrix
 from whit.pipeline.job import Job, open_source, prepare
 from whit.recipe import split_methods
-from whit.tensor import Format, LayerStats
+from whit.tensor import LayerStats
 
 
 @dataclass(frozen=True)
@@ -106,10 +106,6 @@ def measure(s: Setting, how: str, wanted: dict[str, list[str]], ladder: list[str
         for g in groups
     }
     return {"errors": errors, "seconds": time.monotonic() - start}
-
-
-def _named(group: Group, format: Format) -> str:
-    return f"{group.methods[format].name}:{format}" if format in group.methods else str(format)
 
 
 def groups_of(errors: dict[str, dict[str, float]]) -> tuple[Group, ...]:

@@ -10,7 +10,6 @@ import harness
 
 MARKS = {"budget": ("#0072B2", "o"), "uniform": ("#E69F00", "s"), "mix": ("#009E73", "^")}  # Okabe and Ito's palette
 NAMES = {"budget": "budget", "uniform": "uniform", "mix": "llama.cpp's mixes, imatrix"}
-GOAL = 0.8
 
 
 def best_uniform(rows: dict[str, dict[str, Any]], most: float) -> tuple[str, dict[str, Any]] | None:

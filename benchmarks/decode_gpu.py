@@ -30,8 +30,7 @@ from decode_models import FORMATS, LLAMA, SMALL, random_model
 from gpu_many import winners
 from whit.compiled import static
 from whit.formats import parse_format
-from whit.kernels.gpu import kernel as gpu_kernel
-from whit.kernels.gpu import nvrtc, stream, tables, tables_many, tuned
+from whit.kernels.gpu import nvrtc, stream, tables, tables_many, tuned, ways
 from whit.kernels.gpu.again import Prepared
 from whit.layouts import BITS
 
@@ -207,13 +206,13 @@ def take_cuts(found: list[dict[str, Any]]) -> None:
             scheme = stream.scheme(parse_format(each["spec"]), each["shape"][1])
             key = tuned.kind(scheme), each["rows"], tuple(each["shape"])
             tables.HOPPER_FEW[key] = tuple(each["ranking"][0][1])
-    gpu_kernel.plan.cache_clear()
+    ways.plan.cache_clear()
 
 
 def take_many(path: Path) -> None:
     """Use what gpu_many.py found."""
     tables_many.HOPPER_MANY.update(winners(json.loads(path.read_text())["times"] or ()))
-    gpu_kernel.plan.cache_clear()
+    ways.plan.cache_clear()
     right = few_rows_right((9, 16, 40))
     print(
         f"{len(tables_many.HOPPER_MANY)} cuts for more rows, weights together: {'right' if right else 'WRONG'}",
@@ -221,7 +220,7 @@ def take_many(path: Path) -> None:
     )
     if not right:
         tables_many.HOPPER_MANY.clear()
-        gpu_kernel.plan.cache_clear()
+        ways.plan.cache_clear()
 
 
 def main() -> None:
@@ -245,7 +244,7 @@ def main() -> None:
         result |= {"early_launches": early_works(), "few_rows": attempted(lambda: {"right": few_rows_right()})}
         if result["few_rows"].get("right") is not True:
             tuned.best_few = lambda *_: None  # type: ignore[assignment]
-            gpu_kernel.plan.cache_clear()
+            ways.plan.cache_clear()
     given.out.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
 

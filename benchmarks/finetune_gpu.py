@@ -19,103 +19,24 @@ import json
 import math
 import statistics
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import peft
 import torch
-import transformers as hf
 from torch import nn
 
-import whit
-from whit.formats import parse_format
-from whit.layouts import BITS
-from whit.model.targets import find_targets
-from whit.modules import Dtypes, QuantizedLinear, install
-from whit.tensor import PackedWeight
+from finetune_gpu_checks import check_falling, check_gradients, check_waiting
+from finetune_gpu_loop import ALPHA, RANK, SHAPES, random_model, tuning, whits_loop, work
+from whit.modules import QuantizedLinear
 from whit.training import prepare_for_training
-from whit.training.adapters import adapters, add_adapters
-from whit.training.data import Example
-from whit.training.loop import Loop, Work
-from whit.training.loss import ResponseLoss
-from whit.training.packing import plan_steps
-from whit.training.ranks import Ranks
+from whit.training.adapters import adapters
 
 from harness import RESULTS, machine, markdown
 
-FORMATS = ("nf4-dq", "int4-g64", "int3-g64", "int2-g64", "q4_k", "ternary")
-LLAMA = {"num_key_value_heads": 8, "vocab_size": 128256, "rope_theta": 5e5, "max_position_embeddings": 8192}
-SHAPES = {
-    "llama-3-8b": {**LLAMA, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
-                   "num_attention_heads": 32},
-    "tiny": {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 8,
-             "num_key_value_heads": 2, "vocab_size": 1024, "max_position_embeddings": 8192},
-}  # fmt: skip
-RANK, ALPHA = 16, 16.0
 LIMIT_BYTES = 12e9
 Stepper = Callable[[int], float]  # the number of a step to its loss, in which the step has ended
-
-
-def random_model(shape: str, spec: str, device: str) -> Any:
-    """Llama with packed linears of random codes; scales such that weights are about 0.02 in size."""
-    config = hf.LlamaConfig(**SHAPES[shape], tie_word_embeddings=False)
-    with torch.device("meta"):
-        model = hf.LlamaForCausalLM(config).to(torch.bfloat16)
-    random = torch.Generator(device).manual_seed(0)
-    for target in find_targets(model):
-        if target.kind == "linear" and not target.kept_by_default:
-            packed = random_packed(spec, target.shape, random, device)
-            install(model, target, packed, Dtypes(torch.bfloat16))
-    for module in model.modules():
-        for name, p in module.named_parameters(recurse=False):
-            if p.device.type == "meta":
-                new = torch.ones(p.shape, dtype=p.dtype, device=device)
-                if p.dim() == 2:
-                    new.normal_(0, 0.02, generator=random)
-                setattr(module, name, nn.Parameter(new, requires_grad=False))
-    with torch.device(device):
-        model.model.rotary_emb = type(model.model.rotary_emb)(config)
-    return model
-
-
-def random_packed(spec: str, shape: tuple[int, ...], random: torch.Generator, device: str) -> PackedWeight:
-    """Random bytes as nf4-dq lies; for other formats random weights, quantized."""
-    format = parse_format(spec)
-    if spec != "nf4-dq":
-        return BITS.pack(whit.quantize_tensor(torch.randn(shape, generator=random, device=device) * 0.02, format))
-    tensors = {}
-    for name, want in BITS.specs(format, shape).items():
-        if want.dtype.is_floating_point:
-            values = 0.01 * (1 + torch.rand(want.shape, generator=random, device=device))
-            tensors[name] = (values + 0.02 if name.endswith("offset") else values).to(want.dtype)
-        else:
-            tensors[name] = torch.randint(0, 256, want.shape, generator=random, device=device).to(want.dtype)
-    return PackedWeight(BITS.name, format, shape, tensors)
-
-
-def work(config: Any, batch: int, context: int, steps: int) -> Work:
-    """Random tokens, all of which count, one example a row."""
-    random = torch.Generator().manual_seed(1)
-    rows = torch.randint(10, config.vocab_size, (batch, context), generator=random)
-    examples = tuple(Example(row, torch.ones(context, dtype=torch.bool), i) for i, row in enumerate(rows))
-    plan = plan_steps([context] * batch, tuning(batch, context, steps).portion, 0)
-    return Work(examples, plan, (), (), 0)
-
-
-def tuning(batch: int, context: int, steps: int, **more: Any) -> whit.Tuning:
-    given = {"rank": RANK, "alpha": ALPHA, "learning_rate": 1e-3, "packing": False, "dtype": "bfloat16"}
-    return whit.Tuning(batch=batch, context=context, steps=steps, accumulate=1, holdout=0.0, **(given | more))
-
-
-def whits_loop(model: Any, batch: int, context: int, steps: int, **more: Any) -> Loop:
-    chosen = tuning(batch, context, steps, **more)
-    add_adapters(model, chosen, 0)
-    parameters = adapters(model)
-    optimizer = torch.optim.AdamW(parameters, lr=chosen.learning_rate, weight_decay=0.0)
-    loss = ResponseLoss.of(model.eval())
-    return Loop(model, parameters, optimizer, loss, work(model.config, batch, context, steps), chosen, 0, Ranks(), int)
 
 
 def whit_row(model: Any, batch: int, context: int, steps: int) -> Stepper:
@@ -176,64 +97,6 @@ def plain_steps(model: Any, batch: int, context: int, steps: int) -> Stepper:
 
 
 ROWS = {"whit": whit_row, "whit's weights, PEFT's layer": peft_row, "bitsandbytes + PEFT": bitsandbytes_row}
-
-
-def check_gradients(device: str) -> list[dict[str, Any]]:
-    """Relative errors of all adapter gradients against float32: whit's in bfloat16, and the dequantized model's."""
-    found = []
-    for spec in FORMATS:
-        errors = {}
-        truth = grads(random_model("tiny", spec, device), device, "truth")
-        for name in ("packed", "dequantized"):
-            got = grads(random_model("tiny", spec, device), device, name)
-            assert got.keys() == truth.keys()
-            errors[name] = max(float((got[k] - truth[k]).norm() / truth[k].norm()) for k in got)
-        entry = {"format": spec, **errors, "ok": errors["packed"] < 1.3 * errors["dequantized"] + 0.003}
-        found.append(entry)
-        print(entry, flush=True)
-    return found
-
-
-def grads(model: Any, device: str, kind: str) -> dict[str, torch.Tensor]:
-    """Gradients of one batch, by name. Both halves of each adapter are random."""
-    if kind != "packed":
-        from whit.modules import remove_packed
-
-        remove_packed(model, torch.float32 if kind == "truth" else torch.bfloat16)
-        model = model.float() if kind == "truth" else model
-    loop = whits_loop(model, 2, 64, 1)
-    random = torch.Generator().manual_seed(2)
-    for p in loop.parameters:
-        p.data = (torch.randn(p.shape, generator=random) * 0.02).to(device)
-    loop.gradients(0)
-    return {n: p.grad.double() for n, p in model.named_parameters() if p.requires_grad}
-
-
-def check_waiting(device: str) -> dict[str, Any]:
-    """Forward and backward of a step, with torch's warnings of whatever waits for the GPU."""
-    if device == "cpu":
-        return {"check": "waits", "ok": True, "reason": "no GPU"}
-    loop = whits_loop(random_model("tiny", "nf4-dq", device), 2, 64, 1)
-    loop.gradients(0)
-    batch = loop._batch(loop.work.steps[0][0], loop.work.examples)
-    torch.cuda.synchronize()
-    with warnings.catch_warnings(record=True) as heard:
-        warnings.simplefilter("always")
-        torch.cuda.set_sync_debug_mode("warn")
-        with loop._precision():
-            loss = loop.loss(loop.model, batch)
-        loss.backward()
-        torch.cuda.set_sync_debug_mode("default")
-    places = sorted({f"{w.filename}:{w.lineno}" for w in heard if "synchroniz" in str(w.message)})
-    ours = [place for place in places if "/whit/" in place]  # transformers itself asks once whether rows are packed
-    return {"check": "waits", "ok": not ours, "places": [str(Path(p).relative_to(Path(p).parents[2])) for p in places]}
-
-
-def check_falling(device: str) -> dict[str, Any]:
-    """The same two rows for 30 steps: they are learned by heart."""
-    loop = whits_loop(random_model("tiny", "nf4-dq", device), 2, 64, 30, learning_rate=5e-3)
-    losses = [loop.step(n)["loss"] for n in range(30)]
-    return {"check": "loss falls", "ok": losses[-1] < 0.8 * losses[0], "first": losses[0], "last": losses[-1]}
 
 
 @contextlib.contextmanager

@@ -22,8 +22,7 @@ from torch import Tensor
 
 from whit.formats import parse_format
 from whit.kernels import Gpu, dequantize
-from whit.kernels.gpu import kernel as gpu_kernel
-from whit.kernels.gpu import launches, stream, tiled, tuned
+from whit.kernels.gpu import launches, stream, tiled, tuned, ways
 from whit.tensor import PackedWeight
 
 from gpu_check import check
@@ -101,7 +100,7 @@ def our_seconds(
 
 
 def through_tiles(x: Tensor, packed: PackedWeight) -> Tensor:
-    scheme = gpu_kernel.scheme_of(packed)
+    scheme = ways.scheme_of(packed)
     config = tuned.best_tiled(scheme, (packed.shape[0], packed.shape[1]), x.shape[0], launches.device_of(x))
     return launches.multiply_tiled(x, packed, None, scheme, tiled.fitted(config, scheme, packed.shape[1]))
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from gpu_many_checks import CHECKS, LIMIT, check, one, scheme_of, wanted, where_wrong
 from whit.errors import KernelError
-from whit.kernels.gpu import few, many, stream, tables, tiled, tuned
+from whit.kernels.gpu import few, many, stream, tables, tiled, tuned, ways
 from whit.kernels.gpu import kernel as gpu_kernel
 from whit.kernels.gpu.many import Config
 
@@ -140,7 +140,7 @@ def prepare_now(kitchen: Kitchen, wanted: Iterable[tuple[str, tuple[int, int], i
     sources: list[tuple[Path, Iterable[tuple[str, int]]]] = []
     for spec, shape, rows in wanted:
         scheme = scheme_of(spec, shape[1])
-        _, cut = gpu_kernel.plan(scheme, shape, rows, (9, PROCESSORS), False)
+        _, cut = ways.plan(scheme, shape, rows, (9, PROCESSORS), False)
         if isinstance(cut, few.Config):
             case = few.case_for(scheme, cut, rows, shape[1])
             sources.append((few.SOURCE, few.macros(scheme, cut, case).items()))

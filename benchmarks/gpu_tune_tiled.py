@@ -10,8 +10,7 @@ import torch
 
 from whit.errors import KernelError
 from whit.formats import parse_format
-from whit.kernels.gpu import kernel as gpu_kernel
-from whit.kernels.gpu import launches, stream, tables, tiled, tuned
+from whit.kernels.gpu import launches, stream, tables, tiled, tuned, ways
 from whit.kernels.gpu.stream import Scheme
 
 from gpu_harness import Budget, Kitchen, random_weights, random_x, relative_error, seconds_cold
@@ -65,7 +64,7 @@ def tune_tiled(kitchen: Kitchen, budget: Budget, generator: torch.Generator) -> 
                 continue
             seconds, best = found["ranking"][0]
             table[tuned.kind(scheme), rows, shape] = astuple(best)
-            gpu_kernel.plan.cache_clear()
+            ways.plan.cache_clear()
             speed = 2 * rows * shape[0] * shape[1] / seconds / 1e12
             print(f"{spec:12} rows {rows:4} {shape!s:14} {seconds * 1e6:7.2f} us {speed:4.0f} T {best}", flush=True)
     print("TILED = {")

@@ -35,7 +35,8 @@ from pathlib import Path
 from typing import Any
 
 import qat_text
-from qat_cells import WAYS, Cell, cell_path, load, model_path
+from qat_cells import WAYS, Cell, cell_path, model_path
+from qat_measures import load
 from qat_smoke import pilot, run_pilot, run_resume, smoke
 from qat_table import report
 

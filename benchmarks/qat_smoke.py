@@ -25,7 +25,8 @@ from safetensors.torch import save_file
 
 import qat_text
 import whit
-from qat_cells import WAYS, cell_path, compare, filled, load, model_path, on_gpu, save, windows
+from qat_cells import WAYS, cell_path, model_path, save, windows
+from qat_measures import compare, filled, load, on_gpu
 from whit.evaluation.text import cut_windows
 from whit.qat import Course, Setting, Training, Words, learn, prepare_full
 

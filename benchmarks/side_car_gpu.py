@@ -37,7 +37,6 @@ ROWS = (1, 5, 16, 40, 130, 520)
 RANK = 16
 GUARD = 4096  # bytes on either side
 LIMIT = 5e-3
-Placed = Callable[[Tensor], Tensor]
 
 
 class Guarded(TorchFunctionMode):

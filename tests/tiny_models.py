@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import torch
 import transformers as hf
+
+import whit
 
 COMMON = {"vocab_size": 128, "hidden_size": 64, "num_hidden_layers": 2, "max_position_embeddings": 64}
 ATTENTION = {**COMMON, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -75,6 +78,18 @@ def tiny_model(architecture: str, seed: int = 0, dtype: torch.dtype = torch.floa
 def save_tiny(folder: Path, architecture: str, dtype: torch.dtype = torch.float32, shard_size: str = "5GB") -> Path:
     """A checkpoint of `tiny_model` as `save_pretrained` writes it; shard_size such as "60KB" splits it."""
     tiny_model(architecture, dtype=dtype).save_pretrained(folder, max_shard_size=shard_size)
+    return folder
+
+
+def save_speaking(folder: Path, architecture: str = "llama", dtype: torch.dtype = torch.float32) -> Path:
+    """A tiny random model with the tokenizer of the model that ships with whit, which knows 8,192 tokens."""
+    config = tiny_config(architecture)
+    config.update({"vocab_size": 8192, "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0})
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        hf.AutoModelForCausalLM.from_config(config, dtype=dtype).save_pretrained(folder)
+    for path in Path(whit.resolve_model("whit:model")).glob("tokenizer*"):
+        shutil.copy(path, folder)
     return folder
 
 

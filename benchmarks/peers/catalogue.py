@@ -25,7 +25,6 @@ ROWS = (
     Row(4, 64, True), Row(3, 64, True), Row(2, 32, False), Row(4, 64, False), Row(3, 32, True), Row(2, 64, False),
     Row(3, 64, False), Row(4, 0, True), Row(2, 32, True), Row(3, 32, False), Row(4, 0, False), Row(2, 64, True),
 )  # fmt: skip
-SEEDS = (0, 1, 2)
 
 
 @dataclass(frozen=True)

@@ -74,13 +74,16 @@ class TrainingError(WhitError):
     """Training data that cannot be used, settings that contradict each other, or a loss that is no number."""
 
 
-def reason_of(error: BaseException, most: int = 300) -> str:
+LONGEST = 300  # characters of what another library says
+
+
+def reason_of(error: BaseException) -> str:
     """What another library's exception says, as a part of a sentence: its first line, and the next after a colon."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if not lines:
         return type(error).__name__
     said = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
-    return said[:most].rstrip(".: ")
+    return said[:LONGEST].rstrip(".: ")
 
 
 def is_out_of_memory(error: BaseException) -> bool:

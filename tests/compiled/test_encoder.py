@@ -15,7 +15,8 @@ import whit
 from whit.compiled.encoder import compile_encoder, find_stack
 from whit.errors import UnsupportedModelError
 from whit.kernels.cpu import library
-from whit.kernels.cpu.encoder import Encoder, Layer, Linear
+from whit.kernels.cpu.encoder import Encoder, Layer
+from whit.kernels.cpu.encoder_linear import Linear
 from whit.kernels.int8 import quantize_rows, rounded_except, rounded_groups
 from whit.layouts import BITS
 from whit.modules import QuantizedLinear
@@ -232,7 +233,7 @@ def test_only_encoders_are_found():
 
 
 def test_codes_in_panels_are_the_codes(random: torch.Generator):
-    from whit.kernels.cpu.encoder import _panels
+    from whit.kernels.cpu.encoder_linear import _panels
 
     weight = BITS.pack(whit.quantize_tensor(torch.randn(50, 64, generator=random), "int8"))
     levels = BITS.unpack(weight).codes

@@ -68,7 +68,8 @@ for spec, hows in {
 """
 # Layers of an encoder: codes of 8 and of 16 bits, sequences of odd lengths, alone and shared by threads, with masks.
 ENCODER = """
-from whit.kernels.cpu.encoder import Encoder, Layer, Linear
+from whit.kernels.cpu.encoder import Encoder, Layer
+from whit.kernels.cpu.encoder_linear import Linear
 def linear(rows, columns, spec, how, parts=1):
     how = parse_activations(how) if how else None
     weights = [replace(packed(spec, rows, columns), activations=how) for _ in range(parts)]

@@ -1,9 +1,8 @@
-"""Merging adapters; the oracles are PEFT's own forward, PEFT's own merge into floats, and searches written out here."""
+"""Merging adapters; the oracles are PEFT's own forward and PEFT's own merge into floats."""
 
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import replace
 from math import prod
 from pathlib import Path
@@ -11,73 +10,23 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+from adapters import TARGETS, adapter
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import whit
 from stopping import stop_after_a_block
-from tiny_text import random_words, word_tokenizer, write_words
-from whit.cli.merge import merge as command
-from whit.errors import EvaluationError, OutputError
 from whit.export.packed import PackedSource
 from whit.merging import Merge, Text, measure_routes, merge
 from whit.merging.measure import DROPPED, ROUNDED, load_with_adapter, round_in_place
 from whit.merging.routes import prepare_merge
-from whit.methods.regrid import regrid, share_in_params
-from whit.methods.stack import energy
 from whit.pipeline.estimate import estimate
 from whit.pipeline.job import Options, open_source
-from whit.tensor import LayerStats, QuantizedTensor
+from whit.tensor import QuantizedTensor
 from whit.training.peft_file import read_adapter
 
 from tiny_models import save_tiny
-
-TARGETS = ["q_proj", "v_proj", "down_proj"]
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> whit.Calibration:
-    path = write_words(tmp_path_factory.mktemp("text"), random_words(3000, 1, seed=7))
-    return whit.Calibration(path, samples=8, context=48)
-
-
-@pytest.fixture(autouse=True)
-def _tiny_tokenizers(tiny_tokenizers: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("whit.merging.measure.load_tokenizer", lambda *_, **__: word_tokenizer())
-
-
-@pytest.fixture(scope="module")
-def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny(tmp_path_factory.mktemp("plain"), "llama", torch.bfloat16)
-
-
-@pytest.fixture(scope="module")
-def packed(plain: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out: Path = tmp_path_factory.mktemp("packed") / "int4"
-    whit.quantize(plain, out, whit.Recipe("rtn", [("*", "int4-g32")]))
-    return out
-
-
-def adapter(model: Path, folder: Path, size: float = 0.02, **options) -> Path:
-    """A random adapter, as PEFT saves it."""
-    chosen = {"r": 4, "lora_alpha": 8, "target_modules": TARGETS, "task_type": "CAUSAL_LM", **options}
-    base = AutoModelForCausalLM.from_pretrained(model)
-    base = base.dequantize() if options.get("use_dora") and hasattr(base, "hf_quantizer") else base
-    made = peft.get_peft_model(base, peft.LoraConfig(**chosen))
-    g = torch.Generator().manual_seed(3)
-    for name, parameter in made.named_parameters():
-        if "lora_" in name and "magnitude" not in name:
-            parameter.data = size * torch.randn(parameter.shape, generator=g) * (10 if "lora_A" in name else 1)
-        elif "magnitude" in name:
-            parameter.data *= 1 + 0.1 * torch.rand(parameter.shape, generator=g)
-    made.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def trained(packed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return adapter(packed, tmp_path_factory.mktemp("adapter"))
 
 
 def logits(model: object) -> Tensor:
@@ -224,144 +173,6 @@ def test_what_is_printed_is_what_can_be_measured_again(packed: Path, trained: Pa
         kl = (p.exp() * (p - q)).sum(-1).mean()
         assert measured.kl == pytest.approx(float(kl), rel=1e-4, abs=2e-8)
     assert said[0].kl < 0.05 * said[1].kl
-
-
-def stats(columns: int) -> LayerStats:
-    """Of inputs with a few strong directions, as activations have them."""
-    g = torch.Generator().manual_seed(1)
-    x = torch.randn(300, columns, generator=g) + 5 * torch.randn(300, 4, generator=g) @ torch.randn(
-        4, columns, generator=g
-    )
-    return LayerStats(x.T @ x, 300)
-
-
-@pytest.mark.parametrize("format", ["int4-g32", "int3-g32-asym", "nf4-dq", "int4-g32+r3"])
-def test_codes_are_better_for_the_outputs_than_the_old_and_the_nearest(format: str):
-    g = torch.Generator().manual_seed(0)
-    present = whit.quantize_tensor(torch.randn(24, 64, generator=g), format)
-    target = present.dequantize() + 0.02 * torch.randn(24, 64, generator=g)
-    seen = stats(64)
-    found = regrid(target, present, seen)
-    nearest = regrid(target, present, None)
-
-    def lost(q: QuantizedTensor) -> float:
-        return float(energy(target - q.dequantize(), seen.hessian).sum())
-
-    assert lost(found.quantized) < 0.9 * min(lost(present), lost(nearest.quantized))
-    assert not found.lossless
-    assert found.share < 0.2
-    if found.scales == "same":
-        for name, param in present.params.items():
-            assert not isinstance(param, Tensor) or torch.equal(found.quantized.params[name], param)
-    else:
-        assert found.scales == "moved"
-
-
-def test_what_lies_in_zero_points_or_scales_is_merged_without_loss():
-    g = torch.Generator().manual_seed(0)
-    weight = torch.randn(16, 96, generator=g)
-    by_group = 0.05 * (torch.randn(16, 2, generator=g) @ torch.randn(2, 3, generator=g)).repeat_interleave(32, dim=1)
-    present = whit.quantize_tensor(weight, "int4-g32-asym-fz")
-    found = regrid(present.dequantize() + by_group, present, stats(96))
-    assert found.lossless
-    assert torch.equal(found.quantized.codes, present.codes)
-    left = found.quantized.dequantize() - present.dequantize() - by_group
-    step = present.params["scale"].float().abs().max()
-    assert float(left.abs().max()) < float(step) * 2**-7  # float16 zero points of up to 16
-    symmetric = whit.quantize_tensor(weight, "int4-g32-f32")
-    scaled = regrid(1.03 * symmetric.dequantize(), symmetric, stats(96))
-    assert scaled.lossless
-    torch.testing.assert_close(scaled.quantized.dequantize(), 1.03 * symmetric.dequantize())
-    assert share_in_params(by_group, symmetric) < 0.3  # no zero point to take it
-    assert share_in_params(torch.zeros(16, 96), symmetric) == 1
-
-
-def _rewrite(folder: Path, out: Path, change) -> Path:
-    shutil.copytree(folder, out)
-    tensors, config = (
-        load_file(out / "adapter_model.safetensors"),
-        json.loads((out / "adapter_config.json").read_text()),
-    )
-    change(tensors, config)
-    save_file(tensors, out / "adapter_model.safetensors")
-    (out / "adapter_config.json").write_text(json.dumps(config))
-    return out
-
-
-KEY = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
-BROKEN = {
-    "one factor of two": lambda t, c: t.pop(KEY),
-    "weights must be finite": lambda t, c: t[KEY].fill_(float("nan")),
-    "says rank 4": lambda t, c: t.update({KEY: torch.zeros(3, 64)}),
-    "both must agree": lambda t, c: t.update({KEY: torch.zeros(4, 32)}),
-    "a IA3 adapter": lambda t, c: c.update(peft_type="IA3"),
-    "no part of LoRA": lambda t, c: t.update({"base_model.model.strange": torch.zeros(1)}),
-    "no sum of matrices": lambda t, c: c.update(alora_invocation_tokens=[1]),
-    "lacks DoRA": lambda t, c: c.update(use_dora=True),
-    "no such linear": lambda t, c: t.update({KEY.replace("layers.0", "layers.7"): t.pop(KEY), KEY.replace(
-        "layers.0", "layers.7").replace("lora_A", "lora_B"): t.pop(KEY.replace("lora_A", "lora_B"))}),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("said", BROKEN)
-def test_an_adapter_that_does_not_fit_is_refused_in_a_sentence(said: str, packed: Path, trained: Path, tmp_path: Path):
-    broken = _rewrite(trained, tmp_path / "broken", BROKEN[said])
-    with pytest.raises(whit.WhitError, match=said) as refusal:
-        merge(packed, broken, tmp_path / "out", Merge("sidecar"))
-    assert "\n" not in str(refusal.value)
-    assert not (tmp_path / "out").exists()
-
-
-def test_routes_that_cannot_be_gone_are_refused(plain: Path, packed: Path, trained: Path, tmp_path: Path):
-    out = tmp_path / "out"
-    for model, wanted, said in (
-        (packed, Merge("melt"), "must be one of requantize, sidecar, bf16"),
-        (plain, Merge("sidecar"), "is not quantized"),
-        (plain, Merge("requantize"), "add --format"),
-        (packed, Merge("bf16", "int4"), "drop one of them"),
-        (packed, Merge("bf16", export="gguf"), "not a gguf file"),
-        (packed, Merge(source=packed), "must be the model in full precision"),
-        (packed, Merge("sidecar", export="gptq"), "gptq"),
-    ):
-        with pytest.raises(whit.WhitError, match=said):
-            merge(model, trained, out, wanted)
-    with pytest.raises(whit.WhitError, match="holds no adapter_config"):
-        merge(packed, plain, out)
-    dora = adapter(packed, tmp_path / "dora", use_dora=True)
-    with pytest.raises(whit.WhitError, match="DoRA rescales whole rows"):
-        merge(packed, dora, out, Merge("sidecar"))
-    other = save_tiny(tmp_path / "gpt2", "gpt2")
-    with pytest.raises(whit.WhitError, match="no such linear"):
-        merge(other, trained, out)
-    tied = save_tiny(tmp_path / "tied", "llama-tied")
-    with pytest.raises(whit.WhitError, match="shares its weight"):
-        merge(tied, adapter(tied, tmp_path / "head", target_modules=["lm_head"]), out)
-    assert not out.exists()
-
-
-def test_what_began_with_the_loss_goes_into_no_weights_without_it(plain, packed, trained, tmp_path):
-    begun = shutil.copytree(trained, tmp_path / "begun")
-    record = {"tuning": {"format": "int4-g32", "method": None, "init": "data"}}
-    (begun / "whit.json").write_text(json.dumps(record))
-    for model, wanted in ((plain, Merge("bf16")), (packed, Merge(source=plain))):
-        with pytest.raises(whit.WhitError, match=r"init data.* name the model quantized to int4-g32 by rtn"):
-            merge(model, begun, tmp_path / "out", wanted)
-    merge(packed, begun, tmp_path / "out", Merge("sidecar"))
-    (begun / "base").mkdir()
-    with pytest.raises(whit.WhitError, match=r"name .*begun/base$"):
-        merge(plain, begun, tmp_path / "other", Merge("bf16"))
-    record["tuning"]["init"] = "default"
-    (begun / "whit.json").write_text(json.dumps(record))
-    merge(plain, begun, tmp_path / "other", Merge("bf16"))
-
-
-def test_what_is_wrong_with_the_text_or_the_output_is_said_before_the_work(packed: Path, trained: Path, tmp_path: Path):
-    with pytest.raises(EvaluationError, match=r"none.txt: no such file"):
-        command(str(packed), trained, tmp_path / "out", text=str(tmp_path / "none.txt"))
-    assert not (tmp_path / "out").exists()
-    for out in (trained, trained / "inside"):
-        with pytest.raises(OutputError, match=r"lies inside ADAPTER .+ as ADAPTER is never written"):
-            merge(packed, trained, out, options=whit.Options(restart=True))
 
 
 def test_modules_that_were_trained_whole_are_taken_over(packed: Path, tmp_path: Path):

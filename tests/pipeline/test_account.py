@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -27,11 +25,6 @@ from written import weight_bytes
 from tiny_models import ARCHITECTURES, save_tiny, tiny_model
 
 INT4 = Recipe(rules=[("*", "int4-g32")])
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny(tmp_path_factory.mktemp("llama") / "model", "llama", torch.bfloat16, "60KB")
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -207,11 +200,3 @@ def test_relative_error_of_odd_matrices():
     assert relative_error(ones * 1e30, ones * 2e30) == 1
     assert relative_error(ones * 1e-40, ones * 0) == 1
     assert relative_error(torch.zeros(0, 4), torch.zeros(0, 4)) == 0
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="elsewhere the system's figure is all there is")
-def test_the_peak_is_not_that_of_the_process_that_began_this_one():
-    ballast = bytearray(1_200_000_000)
-    said = subprocess.check_output([sys.executable, "-c", "from whit.process import peak_memory; print(peak_memory())"])
-    assert 0 < int(said) < len(ballast)

@@ -1,11 +1,9 @@
-"""Calibrated quantization of whole checkpoints: the account, resuming, and that no byte depends on threads."""
+"""Calibrated quantization of whole checkpoints: the account, what is reached, the estimate, and what is refused."""
 
 from __future__ import annotations
 
 import gc
 import json
-import threading
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,21 +17,17 @@ from transformers import (
 )
 
 import whit
-from stopping import stop_and_go_on
 from tiny_text import word_tokenizer
 from whit import GPTQ, Calibration, Options, Recipe, Refine
 from whit.calibration.runner import Runner
 from whit.errors import NonFiniteError
 from whit.methods import Method
 from whit.methods.stack import energy
-from whit.model.source import ModelSource
 from whit.pipeline import quantize
 from whit.pipeline.coverage import Account
 from whit.pipeline.estimate import AROUND, Estimate, estimate
-from whit.pipeline.feed import BlockReader
 from whit.pipeline.job import open_source, prepare
 from whit.tensor import QuantizedTensor
-from written import result
 
 from tiny_models import ARCHITECTURES, DECODER, save_tiny, tiny_config, tiny_model
 
@@ -113,32 +107,6 @@ def test_nothing_of_a_block_stays_when_the_next_begins(text: Path, tmp_path: Pat
     assert max(held) <= held[0] + 2 * 4 * 128 * 64  # what the writer may just be holding: a matrix and its bytes
 
 
-@pytest.mark.parametrize("architecture", ["llama", "qwen3_moe"])
-def test_blocks_read_ahead_are_the_same(architecture: str, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """As on a GPU: the next block is read by another thread while this one is worked on."""
-    model = checkpoint(tmp_path / "model", architecture)
-    run(model, tmp_path / "out", text)
-    read, expected, others = ModelSource.read, [], []
-
-    def noted(source: ModelSource, name: str) -> torch.Tensor:
-        if threading.current_thread() is not threading.main_thread():
-            others.append(name)
-        return read(source, name)
-
-    def expect(reader: BlockReader, names: list[str]) -> None:
-        expected.append(names)
-        begin(reader, names)
-
-    begin = BlockReader.expect
-    monkeypatch.setattr(ModelSource, "read", noted)
-    monkeypatch.setattr(BlockReader, "expect", expect)
-    monkeypatch.setattr("whit.pipeline.feed.blocks.reads_ahead", lambda job: True)
-    run(model, tmp_path / "ahead", text)
-    assert result(tmp_path / "ahead") == result(tmp_path / "out")
-    assert [bool(names) for names in expected] == [True]  # the second block's; nothing is behind it
-    assert all(others.count(name) == 1 for name in expected[0])
-
-
 def test_the_proxy_loss_is_that_of_the_written_file(text: Path, tmp_path: Path):
     model = checkpoint(tmp_path / "model", "llama")
     account = run(model, tmp_path / "out", text)
@@ -169,30 +137,6 @@ def test_gptq_is_nearer_to_the_model_than_rounding(text: Path, tmp_path: Path):
     exact = logits(model)
     ours, plain = ((logits(tmp_path / name) - exact).square().mean() for name in ("gptq", "rtn"))
     assert ours < 0.8 * plain
-
-
-@pytest.mark.parametrize("architecture", ["llama", "gpt2", "qwen3_moe"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_stopped_run_ends_with_the_same_bytes_on_other_threads(
-    architecture: str, dtype: torch.dtype, text: Path, tmp_path: Path
-):
-    model = checkpoint(tmp_path / "model", architecture, dtype)
-    run(model, tmp_path / "whole", text)
-
-    stop_and_go_on(partial(run, model, tmp_path / "parts", text), threads=(1, 2))
-    assert result(tmp_path / "parts") == result(tmp_path / "whole")
-    losses = [
-        [e["proxy_loss"] for e in json.loads((tmp_path / name / "whit.json").read_text())["parameters"]]
-        for name in ("whole", "parts")
-    ]
-    assert losses[0] == losses[1]
-
-
-def test_another_text_is_another_run(text: Path, tmp_path: Path):
-    model = checkpoint(tmp_path / "model", "llama")
-    run(model, tmp_path / "out", text)
-    with pytest.raises(whit.WhitError, match="another model, recipe"):
-        quantize(model, tmp_path / "out", Recipe(GPTQ(), RULES), calibration=Calibration(text, 4, 16))
 
 
 def test_a_kept_weight_that_is_not_finite_is_named_before_what_it_does_to_the_inputs(text: Path, tmp_path: Path):
@@ -253,28 +197,6 @@ def test_requests_that_cannot_be_met_are_refused_before_anything_is_read(text: P
     with pytest.raises(whit.WhitError, match="method rtn uses no data"):
         run(moe, tmp_path / "out", text, Recipe("rtn", RULES))
     assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("architecture", ["llama", "qwen3_moe"])
-def test_asymmetric_calibration_resumes_with_the_same_bytes(architecture: str, text: Path, tmp_path: Path):
-    model, recipe = checkpoint(tmp_path / "model", architecture), Recipe(GPTQ(asymmetric=0.5), [("*", "int3-g32")])
-    run(model, tmp_path / "whole", text, recipe)
-    run(model, tmp_path / "plain", text, Recipe(GPTQ(), [("*", "int3-g32")]))
-
-    stop_and_go_on(partial(run, model, tmp_path / "parts", text, recipe))
-    assert result(tmp_path / "parts") == result(tmp_path / "whole") != result(tmp_path / "plain")
-
-
-@pytest.mark.parametrize("architecture", ["llama", "gpt2", "qwen3_moe"])
-def test_refinement_resumes_with_the_same_bytes_on_other_threads(architecture: str, text: Path, tmp_path: Path):
-    method = Refine(steps=6, batch=8, rate=0.01)
-    model, recipe = checkpoint(tmp_path / "model", architecture), Recipe(method, [("*", "int3-g32")])
-    run(model, tmp_path / "start", text, Recipe(method.start, [("*", "int3-g32")]))
-    account = run(model, tmp_path / "whole", text, recipe)
-    assert all(entry.proxy_loss for entry in account.parameters if entry.status == "quantized")
-
-    stop_and_go_on(partial(run, model, tmp_path / "parts", text, recipe), threads=(3, 1))
-    assert result(tmp_path / "parts") == result(tmp_path / "whole") != result(tmp_path / "start")
 
 
 def test_the_estimate_counts_what_a_refinement_does(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

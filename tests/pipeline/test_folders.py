@@ -8,7 +8,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
 
 from whit import Recipe
 from whit.cli.inspect import verify_files
@@ -19,11 +18,6 @@ from whit.pipeline.job import Options
 from tiny_models import save_tiny
 
 INT4 = Recipe(rules=[("*", "int4-g32")])
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny(tmp_path_factory.mktemp("llama") / "model", "llama", torch.bfloat16, "60KB")
 
 
 def test_out_must_lie_elsewhere(llama: Path, tmp_path: Path):

@@ -27,11 +27,6 @@ from tiny_models import save_tiny, tiny_model
 INT4 = Recipe(rules=[("*", "int4-g32")])
 
 
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny(tmp_path_factory.mktemp("llama") / "model", "llama", torch.bfloat16, "60KB")
-
-
 KEPT = {"model.norm.weight": (3,), "model.embed_tokens.weight": (5, 2), "model.layers.0.input_layernorm.weight": (0,)}
 
 

@@ -1,12 +1,9 @@
-"""Killed at any moment or out of disk: OUT is not there or is whole, and the next run ends with the same bytes."""
+"""Killed at any moment: OUT is not there or is whole, and the next run ends with the same bytes."""
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import os
 import random as randomness
-import resource
 import shutil
 import signal
 import time
@@ -17,9 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import transformers as hf
 
-import whit
 from forking import die_at_step, in_child
 from whit import RTN, Calibration, Options, Recipe
 from whit.checkpoint.work import WorkFolder
@@ -28,7 +23,7 @@ from whit.pipeline import quantize
 from whit.tensor import Format, LayerStats, QuantizedTensor
 from written import result
 
-from tiny_models import save_tiny, tiny_config
+from tiny_models import save_speaking, save_tiny
 
 OPTIONS = Options(shard_size=40_000)
 RULES = [("*", "nf4-dq"), ("lm_head", "int4-g32-asym")]
@@ -53,18 +48,6 @@ def undisturbed(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     out = tmp_path_factory.mktemp("undisturbed") / "out"
     quantize(model, out, Recipe(RTN(), RULES), options=OPTIONS)
     return result(out)
-
-
-def save_small(folder: Path) -> Path:
-    """A tiny random model with the shipped tokenizer."""
-    config = tiny_config("llama")
-    config.update({"vocab_size": 8192, "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0})
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        hf.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
-    for path in Path(whit.resolve_model("whit:model")).glob("tokenizer*"):
-        shutil.copy(path, folder)
-    return folder
 
 
 def kill_at_random(model: Path, out: Path, kills: int) -> int:
@@ -160,7 +143,7 @@ def test_a_torn_line_in_the_journal_is_dropped(model: Path, undisturbed: dict[st
 
 @pytest.mark.parametrize("recipe", [Recipe(RTN(), RULES), Recipe("gptq", RULES)], ids=["rtn", "gptq"])
 def test_what_stands_in_a_damaged_line_is_done_again(recipe: Recipe, tmp_path: Path):
-    model = save_small(tmp_path / "model")
+    model = save_speaking(tmp_path / "model", dtype=torch.bfloat16)
     seen = Calibration("whit:text", samples=4, context=32) if recipe.needs_stats else None
     quantize(model, tmp_path / "undisturbed", recipe, calibration=seen)
     out, done = tmp_path / "out", list[str]()
@@ -243,131 +226,3 @@ def test_what_wrote_nothing_yet_stands_in_no_ones_way(
     assert (tmp_path / ".out.partial/journal.jsonl").exists()
     quantize(model, out, Recipe(RTN(), RULES), options=OPTIONS)
     assert result(out) == undisturbed
-
-
-@pytest.mark.parametrize("place", ["file/out", "file/deeper/out", "/proc/out"])
-def test_a_place_where_nothing_can_be_written_is_said(place: str, model: Path, tmp_path: Path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(OutputError, match=r"out: cannot be made \(.+\); it must lie where you can write"):
-        quantize(model, tmp_path / place, Recipe(RTN(), RULES), options=OPTIONS)
-
-
-def test_two_runs_do_not_write_the_same_folder(model: Path, tmp_path: Path):
-    out, errors = tmp_path / "out", []
-
-    def progress(*_: object) -> None:
-        with pytest.raises(OutputError, match="another run is writing it") as caught:
-            quantize(model, out, Recipe(RTN(), RULES), options=OPTIONS)
-        errors.append(caught.value)
-
-    quantize(model, out, Recipe(RTN(), RULES), options=Options(shard_size=OPTIONS.shard_size, progress=progress))
-    assert errors
-
-
-@pytest.mark.parametrize("function", ["pwrite", "posix_fallocate", "fdatasync", "write"])
-def test_a_full_disk_is_one_sentence_and_the_run_goes_on_later(
-    function: str, model: Path, undisturbed: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    original, calls = getattr(os, function), []
-
-    def full(*args: int) -> int:
-        calls.append(args)
-        if len(calls) > 1:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return int(original(*args) or 0)
-
-    out, recipe = tmp_path / "out", Recipe(RTN(), RULES)
-    with monkeypatch.context() as patch:
-        patch.setattr(os, function, full)
-        with pytest.raises(OutputError, match=r"no space left on device; .* run the same command again") as caught:
-            quantize(model, out, recipe, options=OPTIONS)
-    assert "\n" not in str(caught.value)
-    assert not out.exists()
-    quantize(model, out, recipe, options=OPTIONS)
-    assert result(out) == undisturbed
-
-
-def test_a_limit_on_file_size(model: Path, tmp_path: Path):
-    def run() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))
-        with pytest.raises(OutputError, match="file too large"):
-            quantize(model, tmp_path / "out", Recipe(RTN(), RULES), options=OPTIONS)
-
-    assert in_child(run) == 0
-    assert not (tmp_path / "out").exists()
-
-
-def test_too_little_space_is_said_before_the_work(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    usage = type("Usage", (), {"free": 1000})
-    monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
-    with pytest.raises(OutputError, match=r"bytes are needed and 1,000 are free"):
-        quantize(model, tmp_path / "out", Recipe(RTN(), RULES), options=OPTIONS)
-    assert not (tmp_path / "out").exists()
-
-
-def locking_like(monkeypatch: pytest.MonkeyPatch, folders: int, files: int = 0) -> None:
-    """flock as a file system has it that answers so, 0 as ours does."""
-    lock = fcntl.flock
-
-    def flock(descriptor: int, how: int) -> None:
-        is_folder = os.path.isdir(f"/proc/self/fd/{descriptor}")
-        if number := folders if is_folder else files:
-            raise OSError(number, os.strerror(number))
-        lock(descriptor, how)
-
-    monkeypatch.setattr(fcntl, "flock", flock)
-
-
-def test_nfs_locks_files_alone(
-    model: Path, undisturbed: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    """It was said there that another run is writing, to every run."""
-    locking_like(monkeypatch, errno.EBADF)
-    out, errors = tmp_path / "out", []
-
-    def progress(*_: object) -> None:
-        for restart in (False, True):
-            with pytest.raises(OutputError, match="another run is writing it") as caught:
-                quantize(model, out, Recipe(RTN(), RULES), options=Options(restart=restart))
-            errors.append(caught.value)
-
-    quantize(model, out, Recipe(RTN(), RULES), options=Options(shard_size=OPTIONS.shard_size, progress=progress))
-    assert errors
-    assert result(out) == undisturbed
-
-
-def test_a_file_system_without_locks_is_said(
-    model: Path, undisturbed: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    locking_like(monkeypatch, errno.ENOSYS, errno.ENOSYS)
-    with pytest.warns(WhitWarning, match="its file system has no locks"):
-        quantize(model, tmp_path / "out", Recipe(RTN(), RULES), options=OPTIONS)
-    assert result(tmp_path / "out") == undisturbed
-
-
-@pytest.mark.parametrize("there", [True, False])
-def test_a_link_to_a_folder_is_filled(there: bool, model: Path, undisturbed: dict[str, bytes], tmp_path: Path):
-    """A folder cannot be renamed to a link: that was found out when all was done."""
-    large, link = tmp_path / "disk/large", tmp_path / "out"
-    large.parent.mkdir()
-    if there:
-        large.mkdir()
-    link.symlink_to("disk/large")
-    account = quantize(model, link, Recipe(RTN(), RULES), options=OPTIONS)
-    assert result(large) == undisturbed
-    assert quantize(model, link, Recipe(RTN(), RULES), options=OPTIONS) == account
-    quantize(model, link, Recipe(rules=[("*", "int8")]), options=Options(restart=True))
-    assert link.is_symlink()
-    assert result(large) != undisturbed
-    assert sorted(path.name for path in (*tmp_path.iterdir(), *large.parent.iterdir())) == ["disk", "large", "out"]
-
-
-def test_a_place_that_is_mounted_is_refused_before_the_work(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    """A container's volume: nothing can be renamed to it."""
-    (tmp_path / "out").mkdir()
-    monkeypatch.setattr(Path, "is_mount", lambda path: path.name == "out")
-    with pytest.raises(OutputError, match="name one inside it"):
-        quantize(model, tmp_path / "out", Recipe(RTN(), RULES), options=OPTIONS)
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]

@@ -17,14 +17,10 @@ from tiny_text import word_tokenizer
 from whit.cli import build_app
 from whit.errors import OutputError, RecipeError, TrainingError
 from whit.integrations.loading import load_causal_lm
-from whit.methods.joined import Matrices, Part, can_join, join
-from whit.methods.straight import Straight
-from whit.qat import Course, Setting, Training, Words, prepare_full, prepare_scales, train
+from whit.qat import Course, Setting, Training, Words, prepare_full, train
 from whit.qat.loop import Loop
-from whit.qat.losses import divergence, hidden_loss, text_loss
 from whit.qat.network import Network
 from whit.qat.sampled import sample_windows
-from whit.qat.start import prepare_trained, starting_codes
 from written import weight_bytes
 
 from tiny_models import save_tiny
@@ -36,11 +32,6 @@ MIXED = [
     ("*", "int2-g32"), ("*.0.mlp.*", "int3-g32-asym"), ("*.v_proj", "nf4-dq"), ("*.o_proj", "ternary"),
     ("*.down_proj", "q4_0"),
 ]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny(tmp_path_factory.mktemp("qat") / "model", "llama-tied", torch.bfloat16)
 
 
 def full(model: Path, out: Path, course: Course = QUICK) -> Training:
@@ -178,63 +169,6 @@ def test_the_start_is_in_the_formats_that_are_written(tmp_path: Path):
         prepare_full("whit:model", tmp_path / "out", whit.Recipe("awq", [("*", "int4-g64")]), QUICK, WORDS)
 
 
-@pytest.mark.parametrize(
-    ("export", "spec"),
-    [
-        pytest.param("whit", "int2-g32-f16", marks=pytest.mark.slow),
-        ("gptq", "int2-g32-f16"),
-        ("gptq", "int3-g32-f16-act"),
-    ],
-)
-def test_repair_moves_scales_and_no_code(export: str, spec: str, model: Path, tmp_path: Path):
-    """Of a checkpoint of another kind too: imported, its scales trained, and written as what it was."""
-    whit.quantize(model, tmp_path / "bad", whit.Recipe("rtn", [("*", spec)]), export=export)
-    losses: list[float] = []
-    course = Course(steps=15, batch=8, scale_rate=0.05)
-    training = prepare_scales(tmp_path / "bad", tmp_path / "good", course, WORDS, Setting(teacher=model, export=export))
-    train(training, lambda what, step, total, loss: losses.append(loss))
-    assert losses[-1] < 0.95 * losses[0]
-    old, new = (whit.pipeline.job.open_source(tmp_path / name) for name in ("bad", "good"))
-    moved = 0
-    for item in training.job.plan.items:
-        if item.format is not None:
-            a, b = old.quantized(item.name), new.quantized(item.name)
-            assert a.format == b.format
-            assert torch.equal(a.codes, b.codes)
-            moved += not torch.equal(a.params["scale"], b.params["scale"])
-    assert moved > 10
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("spec", "export"), [("int4-g32-asym-f16", "awq"), ("q4_0", "gguf")])
-def test_repair_of_files_that_other_programs_read(spec: str, export: str, tmp_path: Path):
-    """A file for AutoAWQ, or one for llama.cpp: the codes stay, scales are trained, and it is such a file again."""
-    suffix = ".gguf" if export == "gguf" else ""
-    bad, good = tmp_path / f"bad{suffix}", tmp_path / f"good{suffix}"
-    whit.quantize("whit:model", bad, whit.Recipe("rtn", [("*", spec)]), export=export)
-    course, words = Course(steps=3, batch=2, scale_rate=0.05), Words(windows=6, context=64)
-    training = prepare_scales(bad, good, course, words, Setting(teacher="whit:model", export=export))
-    train(training)
-    old, new = whit.pipeline.job.open_source(bad), whit.pipeline.job.open_source(good)
-    item = next(item for item in training.job.plan.items if item.format is not None)
-    a, b = old.quantized(item.name), new.quantized(item.name)
-    assert torch.equal(a.codes, b.codes)
-    assert not torch.equal(a.dequantize(), b.dequantize())
-
-
-@pytest.mark.slow
-def test_scales_without_a_teacher_learn_from_the_text(model: Path, tmp_path: Path):
-    whit.quantize(model, tmp_path / "bad", whit.Recipe("rtn", [("*", "int2-g32")]))
-    training = prepare_scales(tmp_path / "bad", tmp_path / "good", Course(steps=10, batch=8), WORDS)
-    losses: list[float] = []
-    train(training, lambda what, step, total, loss: losses.append(loss))
-    assert losses[-1] < losses[0]
-    with pytest.raises(RecipeError, match="not quantized"):
-        prepare_scales(model, tmp_path / "none", Course())
-    with pytest.raises(RecipeError, match="teacher"):
-        prepare_scales(tmp_path / "bad", tmp_path / "none", Course(), Words("self"))
-
-
 @pytest.mark.slow
 def test_text_of_its_own(model: Path, tmp_path: Path):
     """Data-free: the windows are drawn from the unquantized model, the same for every number of threads."""
@@ -268,88 +202,6 @@ def test_hidden_states_can_be_followed(model: Path, tmp_path: Path):
     losses: list[float] = []
     train(full(model, tmp_path / "out", course), lambda what, step, total, loss: losses.append(loss))
     assert losses[-1] < 0.9 * losses[0]
-
-
-def test_losses_and_their_gradients(random: torch.Generator):
-    """Against autograd through torch's own."""
-    logits = torch.randn(10, 50, generator=random, dtype=torch.float64).float().requires_grad_()
-    teacher, targets = torch.randn(10, 50, generator=random), torch.arange(10)
-    for own, plain in (
-        (divergence(logits, teacher), torch.nn.functional.kl_div(
-            logits.log_softmax(-1), teacher.log_softmax(-1), reduction="sum", log_target=True)),
-        (text_loss(logits, targets), torch.nn.functional.cross_entropy(logits, targets, reduction="sum")),
-    ):  # fmt: skip
-        assert torch.allclose(own.float(), plain, rtol=1e-5)
-        (a,), (b,) = torch.autograd.grad(3 * own, logits), torch.autograd.grad(3 * plain, logits)
-        assert torch.allclose(a, b, atol=1e-5)
-    layers = [torch.randn(2, 5, 8, generator=random) for _ in range(6)]
-    pairs = zip(layers[1:3], layers[4:], strict=True)
-    wanted = sum(((a - b).square().sum(-1) / b.square().sum(-1)).sum() for a, b in pairs)
-    assert torch.allclose(hidden_loss(layers[:3], layers[3:]).float(), wanted / 2)
-
-
-def test_gradients_of_scales_are_finite_differences_of_the_loss(model: Path, tmp_path: Path):
-    """With codes that stay, the loss is smooth in the scales: central differences through the whole model."""
-    whit.quantize(model, tmp_path / "q", whit.Recipe("rtn", [("*", "int3-channel")]))
-    training = prepare_scales(tmp_path / "q", tmp_path / "out", Course(), WORDS, Setting(teacher=model))
-    job, codes = training.job, starting_codes(training)
-    items = [item for item in job.plan.items if item.format is not None]
-    trained = prepare_trained(training, codes)
-    network = Network(job.source, job.source.read, job.device, torch.float64, [item.name for item in items])
-    exact = whit.pipeline.job.open_source(model)
-    loop = Loop(network, Network(exact, exact.read, job.device, torch.float64), trained, TOKENS, training.course)
-
-    def decoded() -> dict[str, torch.Tensor]:
-        return {name: value for one in trained.values() for name, value in one.decode().items()}
-
-    def loss() -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        with torch.no_grad(), network.holding(decoded()) as leaves:
-            return loop.gradients(TOKENS[:4], leaves, 96)
-
-    _, found = loss()
-    for name in (items[0].name, items[9].name):
-        moving = trained[name]
-        gradient = moving.gradients(found)["scale"]
-        for row in (0, 5):
-            step, ends = 0.05, []
-            for sign in (1, -1):
-                moving.variables["scale"][row, 0] += sign * step
-                ends.append(loss()[0])
-                moving.variables["scale"][row, 0] -= sign * step
-            expected = float((ends[0] - ends[1]) / (2 * step))
-            assert abs(float(gradient[row, 0]) - expected) < 0.01 * abs(expected) + 1e-3 * float(gradient.abs().max())
-
-
-@pytest.mark.parametrize("spec", ["int2-g32", "int3-g32-asym", "ternary", "q4_0", "q4_k"])
-def test_joined_matrices_are_trained_as_each_alone(spec: str, random: torch.Generator):
-    """What a GPU does for speed: rows of several matrices below each other."""
-    format = whit.parse_format(spec)
-    weights = {name: torch.randn(rows, 256, generator=random) for name, rows in (("a", 8), ("b", 24))}
-    starts = {name: whit.RTN()(weight, None, format) for name, weight in weights.items()}
-    assert can_join(format, 256)
-    assert not can_join(whit.parse_format("nf4-dq"), 256)
-    assert not can_join(whit.parse_format("int4-tensor"), 256)
-
-    def matrices(names: str) -> Matrices:
-        parts = [Part(name, len(weights[name]), lambda m: m, lambda m: m) for name in names]
-        start = join([starts[name] for name in names])
-        return Matrices(parts, Straight(torch.cat([weights[name] for name in names]), start, 0.9))
-
-    both, alone = matrices("ab"), [matrices("a"), matrices("b")]
-    pull = {name: torch.randn(weight.shape, generator=random) for name, weight in weights.items()}
-    for _ in range(3):
-        for one in (both, *alone):
-            one.decode()
-            for key, gradient in one.gradients(pull).items():
-                one.variables[key].sub_(gradient.sign(), alpha=0.3)
-            one.confine()
-    decoded, values = both.decode(), both.values()
-    for one, name in zip(alone, "ab", strict=True):
-        assert torch.equal(decoded[name], one.decode()[name])
-        own = one.values()[name]
-        assert torch.equal(values[name].codes, own.codes)
-        assert torch.equal(values[name].dequantize(), decoded[name])
-        assert all(torch.equal(values[name].params[key], own.params[key]) for key in own.params)
 
 
 def test_bitnet_s_linears(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -12,7 +12,7 @@ import peft
 import pytest
 import torch
 import transformers as hf
-from test_finetune import TUNING, Watcher, adapter, data, model  # noqa: F401
+from small_tuning import TUNING, Watcher, adapter
 
 import whit
 from forking import in_child
@@ -29,13 +29,13 @@ CALIBRATED = replace(TUNING, format="int2-g32", method="gptq", init="data", step
 
 
 @pytest.fixture(scope="module")
-def trained(model: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
+def trained(model: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out: Path = tmp_path_factory.mktemp("calibrated") / "out"
     whit.finetune(model, data, out, CALIBRATED)
     return out
 
 
-def test_the_base_lies_beside_the_adapter_and_both_are_what_was_scored(trained, model, data):  # noqa: F811
+def test_the_base_lies_beside_the_adapter_and_both_are_what_was_scored(trained, model, data):
     assert {path.name for path in trained.iterdir()} >= {"base", "adapter_model.safetensors", "whit.json"}
     assert not (trained / "start").exists()
     config = json.loads((trained / "adapter_config.json").read_text())
@@ -52,7 +52,7 @@ def test_the_base_lies_beside_the_adapter_and_both_are_what_was_scored(trained, 
     assert total / count == pytest.approx(record["held_out_loss"]["last"], rel=1e-4)
 
 
-def test_codes_and_factors_are_those_of_a_side_car(model, data, tmp_path):  # noqa: F811
+def test_codes_and_factors_are_those_of_a_side_car(model, data, tmp_path):
     """Base and start together are the model that `whit quantize --low-rank` makes on the same tokens."""
     job = prepare_tuning(model, data, tmp_path / "out", replace(CALIBRATED, dtype="float32"), None, whit.Options())
     work_path(job.out).mkdir()
@@ -67,7 +67,7 @@ def test_codes_and_factors_are_those_of_a_side_car(model, data, tmp_path):  # no
     assert all(torch.equal(start[name], base[name]) for name in base)
 
 
-def test_killed_runs_end_with_the_same_bytes(model, data, trained, tmp_path):  # noqa: F811
+def test_killed_runs_end_with_the_same_bytes(model, data, trained, tmp_path):
     out = tmp_path / trained.parent.name / "out"
 
     def die(*_: object) -> None:
@@ -90,18 +90,18 @@ def test_killed_runs_end_with_the_same_bytes(model, data, trained, tmp_path):  #
 @pytest.mark.parametrize(
     "options", [{"init": "default"}, {"method": "refine"}, {"dora": True, "targets": ("q_proj", "down_proj")}]
 )
-def test_other_settings_train(model, data, tmp_path, options):  # noqa: F811
+def test_other_settings_train(model, data, tmp_path, options):
     record = whit.finetune(model, data, tmp_path / "out", replace(CALIBRATED, **options))
     assert record["held_out_loss"]["last"] < record["held_out_loss"]["first"]
 
 
-def test_targets_are_checked_before_anything_is_quantized(model, data, tmp_path):  # noqa: F811
+def test_targets_are_checked_before_anything_is_quantized(model, data, tmp_path):
     with pytest.raises(TrainingError, match="target nothing: matches no linear"):
         whit.finetune(model, data, tmp_path / "out", replace(CALIBRATED, targets=("nothing",)))
     assert not list(tmp_path.iterdir())
 
 
-def test_windows_hold_the_examples_in_one_seeded_order(model, data):  # noqa: F811
+def test_windows_hold_the_examples_in_one_seeded_order(model, data):
     job = prepare_tuning(model, data, Path("out"), CALIBRATED, None, whit.Options())
     found = based.windows(job.data.examples, 16, 3)
     assert found.tokens.shape[1] == 16
@@ -112,7 +112,7 @@ def test_windows_hold_the_examples_in_one_seeded_order(model, data):  # noqa: F8
     assert based.windows(job.data.examples[:1], 4096, 0).tokens.shape == (1, len(job.data.examples[0].tokens))
 
 
-def test_a_start_by_data_goes_by_the_examples(model, data):  # noqa: F811
+def test_a_start_by_data_goes_by_the_examples(model, data):
     def start(lines: tuple[str, ...]) -> dict[str, torch.Tensor]:
         few = data.parent / "few.jsonl"
         few.write_text("".join(lines))

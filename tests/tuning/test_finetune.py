@@ -8,15 +8,14 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import peft
 import pytest
 import torch
 import transformers as hf
+from small_tuning import TUNING, Watcher, adapter
 from typer.testing import CliRunner
 
 import whit
@@ -27,64 +26,6 @@ from whit.errors import OutputError, TrainingError, WhitError, WhitWarning
 from whit.training.ranks import Ranks
 from whit.tuning import prepare_tuning
 from whit.tuning.run import build_loop
-
-from tiny_models import tiny_config
-
-TUNING = whit.Tuning(
-    "nf4-dq", rank=4, dropout=0.1, steps=6, batch=2, accumulate=2, context=64, holdout=0.2, learning_rate=5e-3,
-    evaluate_every=3,
-)  # fmt: skip
-
-
-def save_model(folder: Path, architecture: str = "llama") -> Path:
-    """A tiny random model with the shipped tokenizer."""
-    shipped = Path(whit.resolve_model("whit:model"))
-    config = tiny_config(architecture)
-    config.update({"vocab_size": 8192, "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0})
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        hf.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    for path in shipped.glob("tokenizer*"):
-        shutil.copy(path, folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_model(tmp_path_factory.mktemp("model") / "tiny")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path: Path = tmp_path_factory.mktemp("data") / "pairs.jsonl"
-    words = ("late", "early", "cold", "warm", "dark", "bright")
-    lines = [{"prompt": f"How was day {i}?\n", "response": f"It was {words[i % 6]}. " * (1 + i % 4)} for i in range(24)]
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return path
-
-
-class Watcher:
-    """Keeps what it hears, and may kill the process after a step."""
-
-    def __init__(self, die_after: int | None = None) -> None:
-        self.entries: list[Mapping[str, float]] = []
-        self.notes: list[str] = []
-        self.die_after = die_after
-
-    def note(self, sentence: str) -> None:
-        self.notes.append(sentence)
-
-    def step(self, entry: Mapping[str, float], steps: int) -> None:
-        self.entries.append(entry)
-        if entry["step"] == self.die_after:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    def scored(self, entry: Mapping[str, float]) -> None:
-        self.entries.append(entry)
-
-
-def adapter(out: Path) -> dict[str, bytes]:
-    return {name: (out / name).read_bytes() for name in ("adapter_model.safetensors", "adapter_config.json")}
 
 
 @pytest.fixture(scope="module")
@@ -272,55 +213,6 @@ def test_chunks_rows_and_processes_change_no_gradient(model, data, tmp_path):
         found.append([loss, *(p.grad for p in loop.parameters)])
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
-
-
-@pytest.mark.slow
-def test_experts_are_refused_as_targets_and_trained_around(data, tmp_path):
-    folder = save_model(tmp_path / "moe", "qwen3_moe")
-    tuning = replace(TUNING, format="int4-g32", steps=2)
-    with pytest.raises(TrainingError, match=r"experts.* holds the matrices of all experts in one .* --target q_proj"):
-        whit.finetune(folder, data, tmp_path / "out", tuning)
-    record = whit.finetune(folder, data, tmp_path / "out", replace(tuning, targets=("q_proj", "v_proj")))
-    assert record["held_out_loss"]["last"] < record["held_out_loss"]["first"]
-
-
-def test_a_gguf_file_is_no_base(data, tmp_path):
-    (tmp_path / "model.gguf").write_bytes(b"GGUF")
-    with pytest.raises(TrainingError, match=r"model.gguf: is one file; .* whit convert"):
-        whit.finetune(tmp_path / "model.gguf", data, tmp_path / "out", TUNING)
-
-
-WRONG: tuple[tuple[Callable[[], Any], str], ...] = (
-    (lambda: whit.Tuning(rank=0), "rank 0: must be at least 1"),
-    (lambda: whit.Tuning(learning_rate=0.0), "learning-rate 0.0: must be above 0"),
-    (lambda: whit.Tuning(dropout=1.0), "dropout 1.0: must lie in"),
-    (lambda: whit.Tuning(optimizer="sgd"), "optimizer 'sgd': not known; must be one of adamw"),
-    (lambda: whit.Tuning("int99"), "int99"),
-    (lambda: whit.Tuning(init="loftq"), "init: nothing is quantized here"),
-    (lambda: whit.Tuning("nf4", init="best"), "init 'best': not known; must be one of default, data, loftq"),
-    (lambda: whit.Tuning(targets=("all-linear", "q_proj")), "targets"),
-)
-
-
-@pytest.mark.parametrize(("make", "reason"), WRONG)
-def test_wrong_settings_are_said(make, reason):
-    with pytest.raises(whit.WhitError, match=reason):
-        make()
-
-
-@pytest.mark.parametrize(
-    ("change", "reason"),
-    [
-        ({"targets": ("q_proj", "nothing")}, "target nothing: matches no linear .* there are q_proj,k_proj"),
-        ({"context": 4096}, "context 4096: the model was built for 64 positions"),
-        ({"learning_rate": 1e30}, "both must be finite; use a lower --learning-rate"),
-    ],
-)
-def test_what_cannot_be_trained_is_said(model, data, tmp_path, change, reason):
-    with pytest.raises(TrainingError, match=reason):
-        whit.finetune(model, data, tmp_path / "out", replace(TUNING, **change))
-    begun = [".out.partial"] if "learning_rate" in change else []  # that one took a step, and saved it
-    assert [path.name for path in tmp_path.iterdir()] == begun
 
 
 def test_the_command_plans_trains_and_reports_as_json(model, data, tmp_path, capfd):

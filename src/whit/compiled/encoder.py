@@ -18,7 +18,8 @@ from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPa
 from whit.compiled.bert import records, take_tokens
 from whit.errors import KernelError, UnsupportedModelError
 from whit.kernels.cpu.binding import library
-from whit.kernels.cpu.encoder import Encoder, Layer, Linear
+from whit.kernels.cpu.encoder import Encoder, Layer
+from whit.kernels.cpu.encoder_linear import Linear
 from whit.modules import QuantizedLinear
 
 BERT = {

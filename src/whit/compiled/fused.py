@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from whit.compiled.static import PlainStep, State, Step
 from whit.kernels.gpu import Gpu, decoding, few
+from whit.kernels.gpu.attention import Workspace, attend
 from whit.kernels.gpu.kernel import products as gpu_products
 from whit.kernels.gpu.kernel import row_through
 from whit.kernels.gpu.kernel import why_not as no_kernels
@@ -40,7 +41,7 @@ class FusedStep:
 
     def __init__(self, model: Any, run: decoding.Run = decoding.launch) -> None:
         self.model, self.run = model, run
-        self.room: decoding.Workspace | None = None
+        self.room: Workspace | None = None
         self.angles: tuple[Tensor, Tensor] | None = None
         cuda = model.device.type == "cuda"
         self.multiprocessors = torch.cuda.get_device_properties(model.device).multi_processor_count if cuda else 0
@@ -56,7 +57,7 @@ class FusedStep:
             if hasattr(attention, "q_norm"):
                 q, k = self._norm_heads(attention.q_norm, q), self._norm_heads(attention.k_norm, k)
             held = cache.keys, cache.values
-            y = decoding.attend((q, k, v), rotary, held, room, attention.scaling, self.run)
+            y = attend((q, k, v), rotary, held, room, attention.scaling, self.run)
             add_product(residual, y, attention.o_proj)
             y = self._gated(layer.post_attention_layernorm, residual, mlp)
             add_product(residual, y, mlp.down_proj)
@@ -101,12 +102,12 @@ class FusedStep:
             self.angles = cosine[0].contiguous(), sine[0].contiguous()
         return self.angles
 
-    def _room(self, state: State) -> decoding.Workspace:
+    def _room(self, state: State) -> Workspace:
         if self.room is None:
             attention = self.model.model.layers[0].self_attn
             _, heads, _, size = state.cache.layers[0].keys.shape
             group = attention.num_key_value_groups
-            self.room = decoding.Workspace.like(state.mask, state.slot, heads, group, size)
+            self.room = Workspace.like(state.mask, state.slot, heads, group, size)
         return self.room
 
 

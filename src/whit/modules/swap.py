@@ -28,12 +28,10 @@ class Dtypes:
     compute: torch.dtype | None = None
 
 
-def empty_packed(
-    format: Format, shape: tuple[int, ...], device: str = "meta", activations: Activations | None = None
-) -> PackedWeight:
-    """A packed weight of the right shapes and dtypes with nothing in it."""
+def empty_packed(format: Format, shape: tuple[int, ...], activations: Activations | None = None) -> PackedWeight:
+    """A packed weight of the right shapes and dtypes on the device meta, with nothing in it."""
     specs = {**BITS.specs(format, shape), **(activations.specs if activations is not None else {})}
-    tensors = {key: torch.empty(spec.shape, dtype=spec.dtype, device=device) for key, spec in specs.items()}
+    tensors = {key: torch.empty(spec.shape, dtype=spec.dtype, device="meta") for key, spec in specs.items()}
     return PackedWeight(BITS.name, format, shape, tensors, activations=activations)
 
 

@@ -6,7 +6,6 @@ shape, and all others are drawn from the model's own distribution.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,9 +20,7 @@ from whit.qat.network import Network
 LIKELIEST = 4  # tokens after the first that are not drawn
 
 
-def sample_windows(
-    network: Network, count: int, context: int, seed: int, progress: Callable[[int, int], None] | None = None
-) -> Tensor:
+def sample_windows(network: Network, count: int, context: int, seed: int) -> Tensor:
     """int64 (count, context), the same for the same seed whatever the number of threads."""
     vocabulary = int(network.model.config.get_text_config().vocab_size)
     size = 1 if network.device.type == "cpu" else 64
@@ -33,8 +30,6 @@ def sample_windows(
     with torch.no_grad(), workers(network.device) as team:
         for part in team.map(lambda part: _write(network, firsts[part], context, seed + 1 + int(part[0])), numbers):
             found.append(part.cpu())
-            if progress is not None:
-                progress(sum(map(len, found)), count)
     return torch.cat(found)
 
 

@@ -15,6 +15,7 @@ from whit.devices import find_device
 PEERS = ("bitsandbytes", "hqq", "optimum-quanto", "torchao")  # what `whit compare` and `whit bench` measure beside
 LIBRARIES = ("torch", "transformers", *PEERS)
 READ = 256 << 20  # bytes, more than any cache holds
+READS = 5  # the fastest counts
 
 
 def machine(device: str) -> dict[str, Any]:
@@ -43,11 +44,11 @@ def installed(package: str) -> str | None:
         return None
 
 
-def read_bandwidth(device: str, repeats: int = 5) -> float:
+def read_bandwidth(device: str) -> float:
     """Bytes per second of reading memory once through, the best of several: the ceiling of batch-1 decoding."""
     data = torch.ones(READ // 4, dtype=torch.float32, device=find_device(device))
     best = float("inf")
-    for _ in range(repeats):
+    for _ in range(READS):
         start = time.perf_counter()
         float(data.sum())
         best = min(best, time.perf_counter() - start)

@@ -128,6 +128,13 @@ def few_row(
     return y
 
 
+def map_of(
+    address: int, rows: int, columns: int, tall: int, wide: int = 128, size: int = 1
+) -> ctypes.Array[ctypes.c_uint64]:
+    """A tensor map, as the headers that emulate its copies read it."""
+    return (ctypes.c_uint64 * 16)(address, rows, columns, tall, wide, size)
+
+
 def few_launch(
     operands: Sequence[Operands], scheme: Scheme, config: few.Config, cuts: int, multiprocessors: int,
     ends: few.Ends = few.PLAIN,

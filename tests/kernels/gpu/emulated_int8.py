@@ -49,7 +49,7 @@ def quantize(x: Tensor, threshold: float = 0.0, dtype: torch.dtype = torch.int8)
 def multiply(rows: Rows, weight: Weight, dtype: torch.dtype, config: Config, processors: int = 4) -> Tensor:
     """As `int8.multiply`, on so many multiprocessors."""
     y = torch.full((len(rows.codes), len(weight.codes)), float("nan"), dtype=dtype)
-    params = int8.product_params(rows, weight, y, config, _map)
+    params = int8.product_params(rows, weight, y, config, emulated.map_of)
     macros = config.macros(dtype == torch.float16, rows.listed is not None, rows.zero is not None)
     grid = config.grid(y.shape[1], len(y), processors)
     library(int8.PRODUCT, tuple(macros.items()), CLUSTERS).run(ctypes.byref(params), *grid[:2])
@@ -69,14 +69,8 @@ def multiply_row(x: Tensor, weight: Weight, threshold: float, config: OneRow, pr
 def multiply_thin(rows: Rows, weight: Weight, dtype: torch.dtype, config: Thin) -> Tensor:
     """As `int8_thin.multiply_thin`."""
     y = torch.full((len(rows.codes), len(weight.codes)), float("nan"), dtype=dtype)
-    params = int8_thin.thin_params(rows, weight, y, config, _map)
+    params = int8_thin.thin_params(rows, weight, y, config, emulated.map_of)
     macros = config.macros(dtype == torch.float16, rows.listed is not None, len(y))
     grid = config.grid(y.shape[1])
     library(int8_thin.THIN, tuple(macros.items()), CLUSTERS).run(ctypes.byref(params), *grid[:2])
     return y
-
-
-def _map(
-    address: int, rows: int, columns: int, tall: int, wide: int = 128, size: int = 1
-) -> ctypes.Array[ctypes.c_uint64]:
-    return (ctypes.c_uint64 * 16)(address, rows, columns, tall, wide, size)

@@ -35,11 +35,7 @@ def linears(
     room = many.meeting(x, products, config)
     if room.partial is not None:
         room.partial.fill_(float("nan"))
-    argument = many.params(x, products, scheme, config, map_of, room)
+    argument = many.params(x, products, scheme, config, emulated.map_of, room)
     kernel.run(ctypes.byref(argument), config.grid([y.shape[1] for y in ys], len(x), processors)[0])
     assert room.arrived is None or not room.arrived.any()
     return ys
-
-
-def map_of(address: int, rows: int, columns: int, tall: int, wide: int, size: int) -> ctypes.Array[ctypes.c_uint64]:
-    return (ctypes.c_uint64 * 16)(address, rows, columns, tall, wide, size)

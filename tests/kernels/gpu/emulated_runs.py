@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import ctypes
-from functools import lru_cache
 
 import torch
-from emulated_many import DRIVER, HEADERS, map_of
+from emulated_many import library
 from torch import Generator, Tensor
 
 from whit.formats import parse_format
@@ -32,20 +31,15 @@ def random_packed(spec: str, outs: int, columns: int, random: Generator) -> Pack
     return PackedWeight(BITS.name, format, (outs, columns), tensors)
 
 
-@lru_cache
-def _library(macros: tuple[tuple[str, int], ...]) -> ctypes.CDLL:
-    return emulated.compiled(HEADERS, many.SOURCE, DRIVER, (*macros, ("BEGINS_AT", 1024)))
-
-
 def many_linear(x: Tensor, packed: PackedWeight, bias: Tensor | None, cut: many.Cut, processors: int = 4) -> Tensor:
     """As `runs_many.call`, on so many multiprocessors."""
     config = runs_many.cut_for(kind_of(packed), cut)
     one = many.Product(packed, bias, torch.full((len(x), packed.shape[0]), float("nan"), dtype=x.dtype))
-    kernel = _library(tuple(runs_many.macros(kind_of(packed), config, x.dtype == torch.float16).items()))
+    kernel = library(tuple(runs_many.macros(kind_of(packed), config, x.dtype == torch.float16).items()))
     room = many.meeting(x, [one], config)
     if room.partial is not None:
         room.partial.fill_(float("nan"))
-    argument = runs_many.params(x, one, config, map_of, room)
+    argument = runs_many.params(x, one, config, emulated.map_of, room)
     kernel.run(ctypes.byref(argument), config.grid([packed.shape[0]], len(x), processors)[0])
     assert room.arrived is None or not room.arrived.any()
     return one.y

@@ -33,7 +33,7 @@ def linears(
     ys = [torch.full((len(x), weight.shape[0]), float("nan"), dtype=x.dtype) for weight in packed]
     products = [Product(weight, bias, y) for weight, y in zip(packed, ys, strict=True)]
     macros = config.macros(scheme, x.dtype == torch.float16, len(x), len(packed))
-    argument = slab.params(x, products, scheme, config, _map)
+    argument = slab.params(x, products, scheme, config, emulated.map_of)
     library(tuple(macros.items())).run(ctypes.byref(argument), config.grid(*(y.shape[1] for y in ys))[0])
     return ys
 
@@ -41,7 +41,3 @@ def linears(
 def linear(x: Tensor, packed: PackedWeight, bias: Tensor | None, scheme: Scheme, config: Config) -> Tensor:
     """As `launches.by_slab`."""
     return linears(x, [packed], bias, scheme, config)[0]
-
-
-def _map(address: int, rows: int, columns: int, tall: int, wide: int, size: int) -> ctypes.Array[ctypes.c_uint64]:
-    return (ctypes.c_uint64 * 16)(address, rows, columns, tall, wide, size)

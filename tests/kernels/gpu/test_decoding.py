@@ -12,7 +12,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_
 import whit
 from whit.compiled import fused
 from whit.compiled.static import PlainStep, State
-from whit.kernels.gpu import Gpu, decoding, few, launches, nvrtc
+from whit.kernels.gpu import Gpu, attention, decoding, few, launches, nvrtc
 from whit.layouts import BITS
 from whit.modules import QuantizedLinear
 
@@ -79,7 +79,7 @@ def test_attention_is_that_of_float64_over_the_cache(dtype, group, size, slot, s
     """Against float64 over the cache as it is afterwards; two sequences, one of them padded on the left."""
     batch, key_heads, length = 2, 2, 192
     if dtype == F16:
-        monkeypatch.setattr(decoding, "chunks_for", lambda texts: decoding.Chunks(32, 0))
+        monkeypatch.setattr(attention, "chunks_for", lambda texts: attention.Chunks(32, 0))
 
     def draw(*shape):
         return torch.randn(*shape, generator=random).to(dtype)
@@ -91,11 +91,11 @@ def test_attention_is_that_of_float64_over_the_cache(dtype, group, size, slot, s
     mask = torch.ones(batch, length, dtype=torch.bool)
     mask[1, : slot // 2] = False
     before = keys.clone()
-    room = decoding.Workspace.like(mask, torch.tensor([slot]), key_heads, group, size)
-    room = replace(room, short=short and decoding.Short(*short))
+    room = attention.Workspace.like(mask, torch.tensor([slot]), key_heads, group, size)
+    room = replace(room, short=short and attention.Short(*short))
     scale, positions = size**-0.5, torch.tensor([slot, slot - slot // 2])
     rotary = cosine, sine, positions
-    found = decoding.attend((q, k, v), rotary, (keys, values), room, scale, emulated.run_decoding)
+    found = attention.attend((q, k, v), rotary, (keys, values), room, scale, emulated.run_decoding)
 
     wide = q.view(batch, -1, 1, size), k.view(batch, -1, 1, size)
     turned, new = apply_rotary_pos_emb(*wide, cosine[positions, None], sine[positions, None])

@@ -9,7 +9,7 @@ from torch import Generator, Tensor
 
 import whit
 from whit.kernels import reference
-from whit.kernels.gpu import halves, kernel, slab, stream, tuned
+from whit.kernels.gpu import halves, slab, stream, tuned, ways
 from whit.layouts import BITS
 from whit.tensor import PackedWeight
 
@@ -50,7 +50,7 @@ def with_halves(weight: PackedWeight) -> PackedWeight:
 
 def test_only_bfloat16_reads_them_and_only_where_they_are(random: Generator):
     weight = BITS.pack(whit.quantize_tensor(torch.randn(16, 256, generator=random), "nf4"))
-    scheme, both = kernel.scheme_of(weight), with_halves(weight)
+    scheme, both = ways.scheme_of(weight), with_halves(weight)
     short = halves.read_as(both, scheme, torch.bfloat16)
     assert halves.reads_halves(short)
     assert tuned.kind(short) == tuned.kind(scheme) + "-halves"
@@ -59,11 +59,11 @@ def test_only_bfloat16_reads_them_and_only_where_they_are(random: Generator):
 
 
 def test_only_weights_that_gain_by_them_have_halves():
-    nf4, shape = kernel.scheme_of(BITS.pack(whit.quantize_tensor(torch.ones(16, 256), "nf4"))), (28672, 8192)
+    nf4, shape = ways.scheme_of(BITS.pack(whit.quantize_tensor(torch.ones(16, 256), "nf4"))), (28672, 8192)
     assert tuned.reads_halves(nf4, shape, 9)
     assert not tuned.reads_halves(nf4, (4096, 4096), 9)
     assert not tuned.reads_halves(nf4, shape, 8)
-    integers = kernel.scheme_of(BITS.pack(whit.quantize_tensor(torch.ones(16, 256), "int4-g128")))
+    integers = ways.scheme_of(BITS.pack(whit.quantize_tensor(torch.ones(16, 256), "int4-g128")))
     assert not tuned.reads_halves(integers, shape, 9)
 
 

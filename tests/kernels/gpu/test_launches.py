@@ -60,7 +60,7 @@ def launched(monkeypatch: pytest.MonkeyPatch, arguments: list[Any]) -> Written_d
         return 0
 
     monkeypatch.setattr(nvrtc, "driver", lambda: SimpleNamespace(cuTensorMapEncodeTiled=encode))
-    monkeypatch.setattr(nvrtc, "build", lambda source, macros, name, device: Written(name))
+    monkeypatch.setattr(nvrtc, "build", lambda source, macros, device: Written(source.stem))
     monkeypatch.setattr(nvrtc.Function, "_reserve", lambda function, shared: None)
     monkeypatch.setattr(nvrtc.Launch, "start", start)
     monkeypatch.setattr(launches, "_device_of", lambda device: (9, 132))

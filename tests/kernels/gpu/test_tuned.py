@@ -12,7 +12,6 @@ import whit
 from whit.kernels.gpu import (
     few,
     halves,
-    kernel,
     many,
     narrow,
     slab,
@@ -22,6 +21,7 @@ from whit.kernels.gpu import (
     tables_slab,
     tiled,
     tuned,
+    ways,
 )
 from whit.kernels.gpu.stream import Scheme
 from whit.layouts import BITS
@@ -172,21 +172,21 @@ def test_weights_that_share_an_input_have_cuts_of_their_own(monkeypatch: pytest.
     cut, shape = (64, 4, 1, 1, 2, 2), (6144, 4096)
     monkeypatch.setattr(tuned, "SHARED", {9: {("int4-128", 8, shape): None, ("int4-128", 16, shape): cut}})
     monkeypatch.setattr(tuned, "SLAB", {})
-    kernel.shared_cut.cache_clear()
+    ways.shared_cut.cache_clear()
     scheme = scheme_of("int4-g128", 4096)
-    assert kernel.shared_cut(scheme, shape, 9, H100) == slab.Config(*cut)
-    assert kernel.shared_cut(scheme, shape, 8, H100) is None
-    assert kernel.shared_cut(scheme, shape, 17, H100) is None
-    assert kernel.shared_cut(scheme_of("nf4", 4096), shape, 9, H100) is None
+    assert ways.shared_cut(scheme, shape, 9, H100) == slab.Config(*cut)
+    assert ways.shared_cut(scheme, shape, 8, H100) is None
+    assert ways.shared_cut(scheme, shape, 17, H100) is None
+    assert ways.shared_cut(scheme_of("nf4", 4096), shape, 9, H100) is None
     assert tuned.best_slab(scheme, shape, 9, H100) is None
-    kernel.shared_cut.cache_clear()
+    ways.shared_cut.cache_clear()
 
 
 def test_only_large_weights_that_share_an_input_leave_the_shared_launch_for_several_rows():
     def apart(spec: str, outs: int, rows: int) -> bool:
         format, shape = whit.parse_format(spec), (outs, 4096)
         empty = {name: torch.empty(0, dtype=want.dtype) for name, want in BITS.specs(format, shape).items()}
-        return kernel.apart(PackedWeight(BITS.name, format, shape, empty), rows, H100)
+        return ways.apart(PackedWeight(BITS.name, format, shape, empty), rows, H100)
 
     assert apart("int4-g128", 14336, 16)
     assert apart("nf4", 14336, 16)
@@ -199,11 +199,11 @@ def test_only_large_weights_that_share_an_input_leave_the_shared_launch_for_seve
 def test_blocks_lie_beside_each_other_only_for_what_the_kernel_takes(monkeypatch: pytest.MonkeyPatch):
     cut, shape = (64, 4, 1, 1, 2, 2), (4096, 4096)
     monkeypatch.setattr(tuned, "SLAB", {9: {("int4-128", 8, shape): None, ("int4-128", 16, shape): cut}})
-    kernel.plan.cache_clear()
+    ways.plan.cache_clear()
     scheme = scheme_of("int4-g128", 4096)
-    assert kernel.plan(scheme, shape, 16, H100, False, scheme) == ("slab", slab.Config(*cut))
-    assert kernel.plan(scheme, shape, 16, H100, False)[0] != "slab"  # several weights at once
-    assert kernel.plan(scheme, shape, 16, H100, True, scheme)[0] != "slab"
+    assert ways.plan(scheme, shape, 16, H100, False, scheme) == ("slab", slab.Config(*cut))
+    assert ways.plan(scheme, shape, 16, H100, False)[0] != "slab"  # several weights at once
+    assert ways.plan(scheme, shape, 16, H100, True, scheme)[0] != "slab"
     assert tuned.best_slab(scheme, shape, 8, H100) is None
     assert tuned.best_slab(scheme, shape, 17, H100) is None
     assert tuned.best_slab(scheme, (1024, 4096), 9, H100) == slab.Config(64, 4, 1, 1, 4, 2)  # no more than has columns
@@ -212,7 +212,7 @@ def test_blocks_lie_beside_each_other_only_for_what_the_kernel_takes(monkeypatch
     assert tuned.best_slab(scheme, shape, 16, (8, 108)) is None
     for other in ("int4-g128-asym", "nf4-dq", "int8", "int4-g128-asym-fz"):
         assert tuned.best_slab(scheme_of(other, 4096), shape, 16, H100) is None
-    kernel.plan.cache_clear()
+    ways.plan.cache_clear()
 
 
 @pytest.mark.parametrize("spec", ["int2-g64", "int3-g32", "int5-g64", "int8-g64", "int8-channel", "nf4", "int4-g32"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -41,7 +40,7 @@ def params(packed: PackedWeight, out: Tensor, stored: Storage) -> Params:
     )  # fmt: skip
 
 
-def macros(packed: PackedWeight, stored: Storage, half: bool) -> tuple[tuple[str, int], ...]:
+def macros(packed: PackedWeight, stored: Storage, half: bool) -> nvrtc.Macros:
     """What dequantize.cu is compiled with."""
     codes, columns = packed.tensors["codes"], matrix_shape(packed.shape)[1]
     word = stored.bits if stored.bits in (2, 4, 8) else 1  # bytes that eight codes are read as
@@ -52,19 +51,13 @@ def macros(packed: PackedWeight, stored: Storage, half: bool) -> tuple[tuple[str
     )  # fmt: skip
 
 
-@lru_cache(maxsize=64)
-def build(macros: tuple[tuple[str, int], ...], device: int) -> nvrtc.Function:
-    """The compiled kernel on a device."""
-    return nvrtc.build(SOURCE, dict(macros), "dequantize", device)
-
-
 def dequantize(packed: PackedWeight, dtype: torch.dtype, stored: Storage) -> Tensor:
     """The weight (rows, columns) in bfloat16 or float16, on its CUDA device."""
     out = torch.empty(matrix_shape(packed.shape), dtype=dtype, device=packed.device)
     if not out.numel():
         return out
     argument = params(packed, out, stored)
-    function = build(macros(packed, stored, dtype == torch.float16), out.device.index)
+    function = nvrtc.built(SOURCE, macros(packed, stored, dtype == torch.float16), out.device.index)
     shared = 4 * len(stored.levels)
     blocks = -(-out.shape[0] // argument.rows_per_block)
     function.launch((blocks, 1, 1), THREADS, shared, argument, nvrtc.stream_on(out.device.index))

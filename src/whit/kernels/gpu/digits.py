@@ -140,7 +140,7 @@ def params(
 
 @lru_cache(maxsize=64)
 def _build(scheme: Scheme, cut: Cut, half: bool, parts: int, device: int) -> nvrtc.Function:
-    return nvrtc.build(SOURCE, macros(scheme, cut, half, parts), "digits", device)
+    return nvrtc.build(SOURCE, macros(scheme, cut, half, parts), device)
 
 
 def launch(

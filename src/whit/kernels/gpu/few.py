@@ -155,10 +155,10 @@ def is_even(scheme: Scheme, config: Config, columns: int, cuts: int) -> bool:
     return scheme.steps_per_group == 1 and not steps % (cuts * round_steps) and size in (4, 8, 16, 32)
 
 
-def case_for(scheme: Scheme, config: Config, rows: int, columns: int, half: bool = False, parts: int = 1) -> Case:
-    """How few.cu is compiled for x (rows, columns) and weights whose scales lie aligned."""
+def case_for(scheme: Scheme, config: Config, rows: int, columns: int) -> Case:
+    """How few.cu is compiled for bfloat16 x (rows, columns) and one weight whose scales lie aligned."""
     even = is_even(scheme, config, columns, slices(scheme, config, rows, columns))
-    return Case(half, rounded(rows), parts, even)
+    return Case(half=False, rows=rounded(rows), even=even)
 
 
 def case_of(operands: Sequence[Operands], scheme: Scheme, config: Config, cuts: int, ends: Ends = PLAIN) -> Case:
@@ -178,7 +178,7 @@ def scales_of(operands: Operands) -> Tensor:
 @lru_cache(maxsize=512)
 def build(scheme: Scheme, config: Config, case: Case, device: int) -> nvrtc.Function:
     """The compiled kernel on a device."""
-    return nvrtc.build(SOURCE, macros(scheme, config, case), "few", device)
+    return nvrtc.build(SOURCE, macros(scheme, config, case), device)
 
 
 def launch(

@@ -10,7 +10,6 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import TypeAlias
 
@@ -149,16 +148,11 @@ def product_params(
 def multiply(rows: Rows, weight: Weight, y: Tensor, config: Config) -> None:
     """Fill y (rows, outs) with quantized rows through the weight."""
     outliers, shifted, device = rows.listed is not None, rows.zero is not None, y.device.index
-    function = build(PRODUCT, tuple(config.macros(y.dtype == torch.float16, outliers, shifted).items()), device)
+    function = nvrtc.built(PRODUCT, tuple(config.macros(y.dtype == torch.float16, outliers, shifted).items()), device)
     grid = config.grid(y.shape[1], len(y), nvrtc.processors(device))
     shared, where = config.shared_bytes(outliers, shifted), nvrtc.stream_on(y.device.index)
     params = product_params(rows, weight, y, config)
     function.launch_early(grid, config.threads, shared, params, where, config.split * config.pair)
-
-
-@lru_cache(maxsize=256)
-def build(source: Path, macros: tuple[tuple[str, int], ...], device: int) -> nvrtc.Function:
-    return nvrtc.build(source, dict(macros), source.stem, device)
 
 
 def tiles_of(address: int, rows: int, columns: int, tall: int, wide: int = STEP, size: int = 1) -> maps.Map:

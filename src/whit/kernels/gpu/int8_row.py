@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from whit.kernels.gpu import nvrtc
-from whit.kernels.gpu.int8 import BYTES, HERE, Weight, build
+from whit.kernels.gpu.int8 import BYTES, HERE, Weight
 from whit.kernels.gpu.int8_rows import rounded
 
 ROW = HERE / "int8_row.cu"
@@ -68,7 +68,7 @@ def multiply_row(x: Tensor, weight: Weight, y: Tensor, threshold: float, config:
     With a threshold its outlier columns are multiplied as floats, as `int8_rows.quantize` and `int8.multiply` do.
     """
     outliers, columns, device = threshold > 0, x.shape[1], x.device.index
-    function = build(ROW, tuple(config.macros(x.dtype == torch.float16, outliers, columns).items()), device)
+    function = nvrtc.built(ROW, tuple(config.macros(x.dtype == torch.float16, outliers, columns).items()), device)
     blocks = config.blocks(y.shape[1], nvrtc.processors(device))
     shared, where = shared_bytes(columns, outliers), nvrtc.stream_on(x.device.index)
     function.launch_early((blocks, 1, 1), THREADS, shared, row_params(x, weight, y, threshold), where)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from whit.kernels.gpu import nvrtc
-from whit.kernels.gpu.int8 import BYTES, HERE, Rows, build
+from whit.kernels.gpu.int8 import BYTES, HERE, Rows
 
 MARK, QUANTIZE = HERE / "int8_mark.cu", HERE / "int8_quantize.cu"
 MARK_THREADS = 256
@@ -113,14 +113,14 @@ def marked(x: Tensor, threshold: float) -> Tensor:
     (marks, joined), where = marks_for(x), nvrtc.stream_on(x.device.index)
     grid, params = mark_launch(x, marks, threshold)
     macros = mark_macros(x.dtype == torch.float16, len(x), joined)
-    function = build(MARK, tuple(macros.items()), x.device.index)
+    function = nvrtc.built(MARK, tuple(macros.items()), x.device.index)
     function.launch_early(grid, MARK_THREADS, MARK_THREADS, params, where)
     return marks
 
 
 def fill_rows(params: QuantizeParams, macros: dict[str, int], device: torch.device) -> None:
     """Launch int8_quantize.cu."""
-    function = build(QUANTIZE, tuple(macros.items()), device.index)
+    function = nvrtc.built(QUANTIZE, tuple(macros.items()), device.index)
     where = nvrtc.stream_on(device.index)
     most = 16 * nvrtc.processors(device.index)
     blocks = macros["CLUSTER"] if macros["EACH"] else min(params.rows, most) + bool(params.marks)

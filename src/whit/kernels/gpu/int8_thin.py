@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from whit.kernels.gpu import nvrtc
-from whit.kernels.gpu.int8 import AT_ONCE, BYTES, HERE, LARGEST_SHARED, STEP, Mapped, Rows, Weight, build, tiles_of
+from whit.kernels.gpu.int8 import AT_ONCE, BYTES, HERE, LARGEST_SHARED, STEP, Mapped, Rows, Weight, tiles_of
 
 THIN = HERE / "int8_thin.cu"
 BESIDE = 112 << 10  # bytes of shared memory of each of two blocks beside each other and one that quantizes rows
@@ -93,7 +93,7 @@ def thin_params(rows: Rows, weight: Weight, y: Tensor, config: Thin, mapped: Map
 def multiply_thin(rows: Rows, weight: Weight, y: Tensor, config: Thin) -> None:
     """Fill y (rows, outs) with up to 64 rows, none with a zero point, through the weight."""
     outliers, device = rows.listed is not None, y.device.index
-    function = build(THIN, tuple(config.macros(y.dtype == torch.float16, outliers, len(y)).items()), device)
+    function = nvrtc.built(THIN, tuple(config.macros(y.dtype == torch.float16, outliers, len(y)).items()), device)
     params, shared = thin_params(rows, weight, y, config), config.shared_bytes(len(y), outliers)
     where = nvrtc.stream_on(y.device.index)
     function.launch_early(config.grid(y.shape[1]), config.threads, shared, params, where, config.split)

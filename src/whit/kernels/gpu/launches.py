@@ -144,7 +144,7 @@ def _meeting(launch: nvrtc.Launch, operands: Sequence[stream.Operands]) -> Call:
     return Call(launch, first.x, [each.y for each in operands], first.partial, first.arrived)
 
 
-# By the name of a way (`kernel.plan`): x (rows, columns), weights of one scheme, their biases, the scheme and the cut.
+# By the name of a way (`ways.plan`): x (rows, columns), weights of one scheme, their biases, the scheme and the cut.
 WAYS: dict[str, Callable[..., Call]] = {
     "few": by_few, "many": by_many, "slab": by_slab, "stream": by_stream, "digits": by_digits,
 }  # fmt: skip

@@ -227,7 +227,7 @@ def params(
 @lru_cache(maxsize=512)
 def build(scheme: stream.Scheme, config: Config, half: bool, parts: int, device: int) -> nvrtc.Function:
     """The compiled kernel on a device."""
-    return nvrtc.build(SOURCE, config.macros(scheme, half, parts), "many", device)
+    return nvrtc.build(SOURCE, config.macros(scheme, half, parts), device)
 
 
 def launch(

@@ -11,14 +11,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
 from whit.errors import KernelError
 
 COMMON = Path(__file__).with_name("common.cuh")
-Dims = tuple[int, int, int]
+Dims: TypeAlias = tuple[int, int, int]
+Macros: TypeAlias = tuple[tuple[str, int], ...]
 MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 CLUSTER = 4  # CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
 EARLY = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
@@ -107,12 +108,18 @@ def architecture(device: int) -> str:
     return f"sm_{major}{minor}" + ("a" if (major, minor) == (9, 0) else "")
 
 
-def build(source: Path, macros: Mapping[str, int], name: str, device: int) -> Function:
-    """The kernel `name` of a source file, after common.cuh, for a device of this machine."""
+def build(source: Path, macros: Mapping[str, int], device: int) -> Function:
+    """The kernel of a source file, which has the file's name, after common.cuh, for a device of this machine."""
     options = [f"-D{key}={value}" for key, value in macros.items()]
     code = compile_source(text(source), options, architecture(device))
     with torch.cuda.device(device):
-        return Function(code, name)
+        return Function(code, source.stem)
+
+
+@lru_cache(maxsize=1024)
+def built(source: Path, macros: Macros, device: int) -> Function:
+    """`build`, once for the same macros."""
+    return build(source, dict(macros), device)
 
 
 class Attribute(ctypes.Structure):

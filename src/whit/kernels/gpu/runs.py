@@ -167,15 +167,11 @@ def few_params(x: Tensor, packed: PackedWeight, bias: Tensor | None, y: Tensor, 
     )
 
 
-@lru_cache(maxsize=256)
-def _build(source: Path, macros: tuple[tuple[str, int], ...], device: int) -> nvrtc.Function:
-    return nvrtc.build(source, dict(macros), source.stem, device)
-
-
 def call(x: Tensor, packed: PackedWeight, bias: Tensor | None, found: Scheme, config: Config) -> Call:
     """Contiguous x (rows, columns), up to 32 rows that begin at 16 bytes, through the weight."""
     y = torch.empty(len(x), packed.shape[0], dtype=x.dtype, device=x.device)
-    function = _build(FEW, tuple(few_macros(found, config, x.dtype == torch.float16, len(x)).items()), x.device.index)
+    macros = few_macros(found, config, x.dtype == torch.float16, len(x))
+    function = nvrtc.built(FEW, tuple(macros.items()), x.device.index)
     shared, params = few_shared_bytes(found, config, len(x)), few_params(x, packed, bias, y, found)
     grid = -(-packed.shape[0] // 16), 1, 1
     return Call(function.cut(grid, 32 * config.warps, shared, params, early=False), x, [y])
@@ -185,7 +181,7 @@ def dequantize(packed: PackedWeight, dtype: torch.dtype, found: Scheme) -> Tenso
     """The weight (outs, columns) in bfloat16 or float16, on its CUDA device."""
     out = torch.empty(matrix_shape(packed.shape), dtype=dtype, device=packed.device)
     macros, device = found.macros | {"HALF": int(dtype == torch.float16)}, out.device.index
-    function = _build(DEQUANTIZE, tuple(macros.items()), device)
+    function = nvrtc.built(DEQUANTIZE, tuple(macros.items()), device)
     most = BLOCKS_EACH * device_of(out)[1]
     blocks = min(-(-out.numel() // (8 * THREADS)), most)
     where = nvrtc.stream_on(out.device.index)

@@ -114,16 +114,11 @@ def params(
     )  # fmt: skip
 
 
-@lru_cache(maxsize=256)
-def _build(macros: tuple[tuple[str, int], ...], device: int) -> nvrtc.Function:
-    return nvrtc.build(many.SOURCE, dict(macros), "many", device)
-
-
 def call(x: Tensor, packed: PackedWeight, bias: Tensor | None, config: many.Config) -> Call:
     """Contiguous x (rows, columns), which begins at 16 bytes, through a weight that `why_not` allows."""
     kind, levels = kind_of(packed), bool(kind_of(packed).levels)
     one = many.Product(packed, bias, torch.empty(len(x), packed.shape[0], dtype=x.dtype, device=x.device))
-    function = _build(tuple(macros(kind, config, x.dtype == torch.float16).items()), x.device.index)
+    function = nvrtc.built(many.SOURCE, tuple(macros(kind, config, x.dtype == torch.float16).items()), x.device.index)
     grid = config.grid([packed.shape[0]], len(x), device_of(x)[1])
     room = many.meeting(x, [one], config)
     argument = params(x, one, config, room=room)

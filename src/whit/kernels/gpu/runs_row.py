@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -131,15 +130,11 @@ def best(packed: PackedWeight, rows: int) -> Config | None:
     return next((cut for cut in cuts if shared_bytes(packed, cut, rows) * cut.blocks <= MOST_SHARED), None)
 
 
-@lru_cache(maxsize=64)
-def _build(macros: tuple[tuple[str, int], ...], device: int) -> nvrtc.Function:
-    return nvrtc.build(SOURCE, dict(macros), "runs_row", device)
-
-
 def call(x: Tensor, packed: PackedWeight, bias: Tensor | None, config: Config) -> Call:
     """Contiguous x (rows, columns), up to 8 rows that begin at 16 bytes, through a weight that `why_not` allows."""
     y = torch.empty(len(x), packed.shape[0], dtype=x.dtype, device=x.device)
-    function = _build(tuple(macros(packed, config, x.dtype == torch.float16, len(x)).items()), x.device.index)
+    chosen = macros(packed, config, x.dtype == torch.float16, len(x))
+    function = nvrtc.built(SOURCE, tuple(chosen.items()), x.device.index)
     most = config.blocks * device_of(x)[1]
     grid = min(-(-packed.shape[0] // 16), most)
     shared = shared_bytes(packed, config, len(x))

@@ -157,7 +157,7 @@ def params(
 @lru_cache(maxsize=512)
 def build(scheme: stream.Scheme, config: Config, half: bool, rows: int, weights: int, device: int) -> nvrtc.Function:
     """The compiled kernel on a device."""
-    return nvrtc.build(SOURCE, config.macros(scheme, half, rows, weights), "slab", device)
+    return nvrtc.build(SOURCE, config.macros(scheme, half, rows, weights), device)
 
 
 def launch(x: Tensor, products: Sequence[Product], scheme: stream.Scheme, config: Config) -> nvrtc.Launch:

@@ -58,6 +58,12 @@ class Scheme:
         """Columns that four threads hold together."""
         return 4 * self.chunk
 
+    def splits(self, most: int, columns: int) -> int:
+        """How many splits of the columns there are: as many as there are steps at most, none of them empty."""
+        steps = columns // self.step
+        per_split = -(-steps // min(most, steps))
+        return -(-steps // per_split)
+
 
 class Params(ctypes.Structure):
     """The argument of the kernel, field by field as in sums.cuh."""
@@ -127,10 +133,8 @@ def grid(config: Config, outs: int, rows: int) -> tuple[int, int, int]:
 
 
 def fitted(config: Config, scheme: Scheme, columns: int) -> Config:
-    """`config` with no more splits than there are steps, none of them empty."""
-    steps = columns // scheme.step
-    per_split = -(-steps // min(config.splits, steps))
-    return replace(config, splits=-(-steps // per_split))
+    """`config` with as many splits as `scheme` has room for."""
+    return replace(config, splits=scheme.splits(config.splits, columns))
 
 
 @dataclass(frozen=True)
@@ -164,7 +168,7 @@ def params(operands: Operands, scheme: Scheme, splits: int) -> Params:
 @lru_cache(maxsize=512)
 def build(scheme: Scheme, config: Config, half: bool, tiles: int, device: int) -> nvrtc.Function:
     """The compiled kernel on a device, for up to 8 `tiles` rows."""
-    return nvrtc.build(SOURCE, macros(scheme, config, half, 8 * tiles), "stream", device)
+    return nvrtc.build(SOURCE, macros(scheme, config, half, 8 * tiles), device)
 
 
 def launch(operands: Operands, scheme: Scheme, config: Config) -> nvrtc.Launch:

@@ -100,10 +100,8 @@ def widened(scheme: Scheme, rows: int, columns: int) -> Scheme:
 
 
 def fitted(config: Config, scheme: Scheme, columns: int) -> Config:
-    """`config` with no more splits than there are steps, none of them empty."""
-    steps = columns // scheme.step
-    per_split = -(-steps // min(config.splits, steps))
-    return replace(config, splits=-(-steps // per_split))
+    """`config` with as many splits as `scheme` has room for."""
+    return replace(config, splits=scheme.splits(config.splits, columns))
 
 
 def arranged_like(x: Tensor, config: Config) -> Tensor:
@@ -127,13 +125,7 @@ def params(operands: Operands, arranged: Tensor, scheme: Scheme, config: Config)
 @lru_cache(maxsize=512)
 def build(scheme: Scheme, config: Config, half: bool, wgmma: bool, device: int) -> nvrtc.Function:
     """The compiled kernel on a device."""
-    return nvrtc.build(SOURCE, macros(scheme, config, half, wgmma), "tiled", device)
-
-
-@lru_cache(maxsize=64)
-def build_arrange(macros: tuple[tuple[str, int], ...], device: int) -> nvrtc.Function:
-    """The compiled kernel that lays x out."""
-    return nvrtc.build(ARRANGE, dict(macros), "arrange", device)
+    return nvrtc.build(SOURCE, macros(scheme, config, half, wgmma), device)
 
 
 @lru_cache(maxsize=32)
@@ -148,7 +140,7 @@ def launch(operands: Operands, scheme: Scheme, config: Config, wgmma: bool) -> N
     (rows, columns), device = x.shape, x.device.index
     where = nvrtc.stream_on(x.device.index)
     arranged = arranged_like(x, config)
-    lay = build_arrange(tuple(arrange_macros(scheme, config.row_tiles).items()), device)
+    lay = nvrtc.built(ARRANGE, tuple(arrange_macros(scheme, config.row_tiles).items()), device)
     function = build(scheme, config.whole, x.dtype == torch.float16, wgmma, device)
     laid = ArrangeParams(x.data_ptr(), arranged.data_ptr(), rows, columns)
     lay.launch_early(arrange_grid(x, config), ARRANGE_THREADS, 0, laid, where)
