@@ -18,7 +18,7 @@ from whit.kernels.rotated import Rotation
 from whit.kernels.side_car import SideCar
 from whit.layouts import BITS, WHOLE_BITS, whole
 from whit.modules import QuantizedLinear
-from whit.modules.packed import _is_offloaded
+from whit.modules.packed import is_offloaded
 
 SPECS = ("ternary-g64", "ternary", "ternary-tensor-absmean", "ternary-g128-f32")
 
@@ -98,11 +98,11 @@ def test_what_moves_or_shards_a_module_finds_the_stored_tensors(how, random):
 
 def test_tensors_that_come_for_a_forward_alone_are_not_turned():
     module = torch.nn.Linear(1, 1)
-    assert not _is_offloaded(module)
+    assert not is_offloaded(module)
     module._hf_hook = SimpleNamespace(offload=False)
-    assert not _is_offloaded(module)
+    assert not is_offloaded(module)
     module._hf_hook = SimpleNamespace(hooks=(SimpleNamespace(), SimpleNamespace(offload=True)))
-    assert _is_offloaded(module)
+    assert is_offloaded(module)
 
 
 @pytest.mark.parametrize(

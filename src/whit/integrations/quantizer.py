@@ -42,6 +42,8 @@ from whit.modules import (
     empty_packed,
     install,
     install_tied,
+    is_offloaded,
+    make_countable,
     remove_packed,
     set_deterministic,
     withdraw,
@@ -162,6 +164,9 @@ class WhitQuantizer(HfQuantizer):  # type: ignore[misc]
                 withdraw(model, target, format)
                 del self.plan[parameter], self.quantization_config.formats[target.holder]
                 self.quantization_config.inputs.pop(target.holder, None)
+        for module in model.modules():
+            if isinstance(module, PackedModule) and not is_offloaded(module):  # accelerate would look for it in files
+                make_countable(module)  # PEFT counts before and after its own prepare_model_for_kbit_training
         compute_apart(model, self.aside, self.dtype)
         if self.quantization_config.deterministic:
             set_deterministic(model)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from whit.modules.alone import set_deterministic
+from whit.modules.counted import make_countable
 from whit.modules.embedding import QuantizedEmbedding, TiedEmbedding
 from whit.modules.experts import QuantizedExperts
 from whit.modules.linear import QuantizedLinear
 from whit.modules.online import track_ranges
-from whit.modules.packed import PackedModule, prepare
+from whit.modules.packed import PackedModule, is_offloaded, prepare
 from whit.modules.swap import Dtypes, announce, empty_packed, install, install_tied, remove_packed, withdraw
 from whit.modules.tied import TiedHead
 
@@ -23,6 +24,8 @@ __all__ = [
     "empty_packed",
     "install",
     "install_tied",
+    "is_offloaded",
+    "make_countable",
     "prepare",
     "remove_packed",
     "set_deterministic",

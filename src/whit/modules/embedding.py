@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from whit.modules.packed import PackedModule
+from whit.modules.refusing import refusing
 from whit.tensor import PackedWeight
 
 
@@ -61,7 +62,7 @@ def tie_embedding(module: nn.Embedding, source: nn.Module, dtype: torch.dtype) -
     module.__class__ = _joined(original_class(module), TiedEmbedding)
     empty = torch.empty(module.num_embeddings, 0, dtype=dtype, device=module.weight.device)
     module._parameters.pop("weight", None)
-    module.register_buffer("weight", empty, persistent=False)
+    module.register_buffer("weight", refusing(empty), persistent=False)
     module._source = (source,)  # type: ignore[assignment]  # in a tuple, lest it become a submodule
 
 

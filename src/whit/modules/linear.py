@@ -11,7 +11,6 @@ from whit.activations import Activations
 from whit.kernels import packed_linear
 from whit.layouts import BITS
 from whit.modules.packed import PackedModule
-from whit.modules.refusing import refusing
 from whit.tensor import PackedWeight, QuantizedTensor
 
 
@@ -31,7 +30,6 @@ class QuantizedLinear(PackedModule, nn.Linear):
         self.nf = self.out_features  # what Conv1D calls it
         self.compute_dtype, self.transposed = compute_dtype, transposed
         self.hold(packed, dtype)
-        self._buffers["weight"] = refusing(self.weight)
         self.register_parameter("bias", bias)
 
     @classmethod

@@ -25,6 +25,7 @@ from whit.kernels import (
 )
 from whit.layouts import layout_named
 from whit.layouts.whole import as_stored
+from whit.modules.refusing import refusing
 from whit.tensor import Activated, Format, PackedWeight
 
 FLOATS = {1: torch.float8_e4m3fn, 2: torch.bfloat16, 4: torch.float32, 8: torch.float64}  # by bytes
@@ -52,7 +53,7 @@ class PackedModule(nn.Module):
         for key, tensor in packed.tensors.items():
             self.register_buffer(key, tensor)
         empty = torch.empty(packed.shape[0], 0, dtype=dtype, device=packed.device)
-        self.register_buffer("weight", empty, persistent=False)
+        self.register_buffer("weight", refusing(empty), persistent=False)
 
     @property
     def _is_hf_initialized(self) -> bool:
@@ -136,7 +137,7 @@ class PackedModule(nn.Module):
         if prepared is None:
             with torch.inference_mode(False):  # what the module holds from now on must not be tied to such a mode
                 prepared = kernel.prepare(stored)
-            if prepared.layout != stored.layout and _is_offloaded(self):
+            if prepared.layout != stored.layout and is_offloaded(self):
                 return kernel, stored
             self._adopt(prepared)
         self._ready[key] = kernel, prepared
@@ -216,7 +217,7 @@ def prepare(model: nn.Module, dtype: torch.dtype, rows: int = 1) -> None:
             module.ready(torch.empty(rows, module.in_features, dtype=dtype, device=module.weight.device))
 
 
-def _is_offloaded(module: nn.Module) -> bool:
+def is_offloaded(module: nn.Module) -> bool:
     """Whether accelerate brings the module's tensors, as they are stored, for every forward."""
     hook = getattr(module, "_hf_hook", None)
     return any(getattr(each, "offload", False) for each in getattr(hook, "hooks", (hook,)))

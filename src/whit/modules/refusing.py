@@ -1,7 +1,9 @@
-"""The `weight` of a packed linear: it answers for its dtype and device, and refuses to be added to or multiplied by.
+"""The `weight` of a packed module: it answers for its dtype and device, and refuses to be computed with or copied from.
 
-PEFT merges an adapter with `layer.weight.data += delta`. The tensor is empty, so that torch would complain of shapes;
-here it is said what to do instead. An addition to codes would have to round, which is never done in silence.
+PEFT merges an adapter with `layer.weight.data += delta`, its PiSSA and OLoRA decompose the base, and transformers
+resizes a vocabulary by copying rows. The tensor is empty, so that torch would complain of shapes, or would give an
+empty result: a model whose head has no inputs. Here it is said what to do instead. An addition to codes would have to
+round, which is never done in silence.
 """
 
 from __future__ import annotations
@@ -14,12 +16,32 @@ from torch import Tensor
 
 from whit.errors import PackedWeightError
 
-# By name: each exists as an operator, a method and a function.
-_REFUSED = frozenset(
-    f"{before}{name}{after}"
-    for name in ("add", "sub", "mul", "matmul", "linear")
-    for before, after in (("", ""), ("", "_"), ("__", "__"), ("__i", "__"), ("__r", "__"))
+MERGING = (
+    "nothing can be added to it or multiplied by it (merging an adapter); floats are needed for that; call "
+    "dequantize() on the model and load the adapter onto the result, keep the adapter beside the packed weight, or "
+    "write a merged model by whit merge"
 )
+RESIZING = (
+    "none of its rows can be copied (resizing the vocabulary); floats are needed for that; resize the model before it "
+    "is quantized, or keep its embedding and head in 16 bits (modules_to_not_convert)"
+)
+DECOMPOSING = (
+    "cannot be decomposed (init_lora_weights 'pissa' and 'olora' would change it); floats are needed for that; start "
+    "the adapter from what quantization has lost by whit.initialize_adapter, or do it on the original and quantize "
+    "the base that it leaves"
+)
+
+
+def _by_name() -> dict[str, str]:
+    """What is said, by the name of torch's function; each exists as an operator, a method and a function."""
+    said = dict.fromkeys(("add", "sub", "mul", "matmul", "linear"), MERGING)
+    said |= dict.fromkeys(("getitem", "index_select", "narrow", "mean"), RESIZING)
+    said |= dict.fromkeys(("svd", "linalg_svd", "svd_lowrank", "qr", "linalg_qr"), DECOMPOSING)
+    around = (("", ""), ("", "_"), ("__", "__"), ("__i", "__"), ("__r", "__"))
+    return {f"{before}{name}{after}": what for name, what in said.items() for before, after in around}
+
+
+_REFUSED = _by_name()
 
 
 class PackedAway(Tensor):
@@ -35,12 +57,8 @@ class PackedAway(Tensor):
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        if getattr(func, "__name__", "") in _REFUSED:
-            raise PackedWeightError(
-                "weight: is packed, and nothing can be added to it or multiplied by it (merging an adapter); "
-                "floats are needed for that; call dequantize() on the model and load the adapter onto the result, "
-                "keep the adapter beside the packed weight, or write a merged model by whit merge"
-            )
+        if what := _REFUSED.get(getattr(func, "__name__", "")):
+            raise PackedWeightError(f"weight: is packed, and {what}")
         return super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:  # torch's own takes an empty one for a wrapper

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from whit.kernels import packed_linear
 from whit.modules.packed import PackedModule, resident
+from whit.modules.refusing import refusing
 
 
 class TiedHead(nn.Module):
@@ -20,7 +21,7 @@ class TiedHead(nn.Module):
         self._source = (source,)  # in a tuple, lest it become a submodule and be saved twice
         self.in_features, self.out_features = head.in_features, head.out_features
         empty = torch.empty(self.out_features, 0, dtype=dtype, device=head.weight.device)
-        self.register_buffer("weight", empty, persistent=False)
+        self.register_buffer("weight", refusing(empty), persistent=False)
         self.register_parameter("bias", head.bias)
         self.train(head.training)
 

@@ -10,8 +10,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from whit.errors import UnsupportedModelError
-from whit.modules import PackedModule
-from whit.training.count import make_countable
+from whit.modules import PackedModule, make_countable
 
 Model = TypeVar("Model", bound=nn.Module)
 
