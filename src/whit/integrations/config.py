@@ -18,6 +18,7 @@ from whit.export.whit import QUANT_METHOD, quantization_config
 from whit.formats import parse_format
 from whit.formats.numeric import dtype_name
 from whit.integrations.bitsandbytes_names import BitsandbytesOptions, listed, understand
+from whit.integrations.elsewhere import ANSWERS, check_own
 from whit.layouts import layout_named
 from whit.methods import Method
 from whit.recipe import Recipe
@@ -25,7 +26,6 @@ from whit.recipe.stored import KEYS as RECIPE_KEYS
 from whit.tensor import Format
 
 DEFAULT = "int4-g128"
-OF_A_FORMAT = ("bits", "w_bit", "nbits", "num_bits", "group_size", "q_group_size", "sym", "symmetric", "zero_point")
 KEYS = RECIPE_KEYS | {"quant_method", "layout", "formats", "inputs", "compute_dtype", "deterministic"}
 
 
@@ -66,6 +66,7 @@ class QuantizationConfig(QuantizationConfigMixin):  # type: ignore[misc]
     ) -> None:
         if unknown := sorted(set(named) - set(FurtherOptions.__annotations__)):
             raise RecipeError(f"QuantizationConfig: option {unknown[0]!r} does not exist; {_instead_of(unknown[0])}")
+        check_own(format)
         other = understand(named)
         if format is not None and other.format is not None:
             raise RecipeError(f"QuantizationConfig: {format}, and an option means {other.format}; give one of the two")
@@ -127,8 +128,8 @@ class QuantizationConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
 def _instead_of(option: str) -> str:
     """What to write where an option does not exist."""
-    if option in OF_A_FORMAT:
-        return "a format's name says it; write one, such as 'int4-g128' or 'int4-g64-asym'"
+    if option in ANSWERS:
+        return ANSWERS[option]
     known = [*inspect.signature(QuantizationConfig).parameters, *FurtherOptions.__annotations__]
     near = difflib.get_close_matches(option, known, n=1)
     return f"did you mean {near[0]}?" if near else "leave it out"
