@@ -188,3 +188,19 @@ def _damaged(kind: str, tensor: Tensor) -> Tensor:
         )
         return bytes_.to(torch.uint8).view(tensor.dtype).reshape(tensor.shape)
     return tensor.reshape(-1)[:0].clone()
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_codes_that_config_does_not_speak_of_are_refused(dtype: torch.dtype, tmp_path: Path):
+    """They were taken for the weights; FP8 without scales is what it says."""
+    save_tiny(tmp_path, "llama")
+    tensors = load_file(tmp_path / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    tensors[name] = (tensors[name] * 100).to(dtype)
+    if dtype.is_floating_point:
+        save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+        assert open_source(tmp_path).read(name).dtype == dtype
+    tensors[f"{name}_scale"] = torch.tensor(0.01)
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(WhitError, match=r"up_proj.weight is .*quantization_config"):
+        open_source(tmp_path)

@@ -57,6 +57,7 @@ class ModelSource:
         self.tied = self._find_tied(found)
         self.origins: Mapping[str, Origin] = {n: found[n] for n in self._state if n in found and n not in self.tied}
         self._check(found)
+        self._check_types()
 
     def read(self, name: str) -> Tensor:
         """One parameter as the model holds it, in the checkpoint's dtype."""
@@ -175,3 +176,19 @@ class ModelSource:
                 f"{self.checkpoint.folder}: {'; '.join(wrong)}; all parameters of {type(self.model).__name__} "
                 "must be there; get the whole checkpoint"
             )
+
+    def _check_types(self) -> None:
+        """Codes that config.json does not call so would be taken for weights: integers, and FP8 with scales beside."""
+        scales = [name for name in self.dropped if "scale" in name.rpartition(".")[2]]
+        for name, origin in self.origins.items():
+            dtype, key = origin.spec.dtype, origin.keys[0]
+            if not self._state[name].is_floating_point() or (dtype.is_floating_point and dtype.itemsize > 1):
+                continue
+            beside = [scale for scale in scales if scale.startswith((f"{key}_", f"{key.removesuffix('.weight')}."))]
+            if beside or not dtype.is_floating_point:
+                scaled = f", with {beside[0]} beside it" if beside else ""
+                raise CheckpointError(
+                    f"{self.checkpoint.folder}: {key} is {str(dtype).removeprefix('torch.')}{scaled}, and nothing says "
+                    "what its codes mean; config.json must have the quantization_config; NVIDIA ModelOpt's older files "
+                    'say it in hf_quant_config.json, and are read with {"quant_method": "modelopt"} there'
+                )
