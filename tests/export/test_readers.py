@@ -106,6 +106,46 @@ def test_gptq_with_act_order(version: int, tmp_path: Path):
     assert torch.equal(item.floats(), (codes - zeros[:, group.long()]) * scale.float()[:, group.long()])
 
 
+AUTOROUND = {"auto_round:auto_gptq": 1, "auto_round": 0, "auto_round:exllamav2": 0, "auto_round:gptqmodel": 0}
+
+
+@pytest.mark.parametrize("kind", AUTOROUND)
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_autorounds_own_files(kind: str, bits: int, tmp_path: Path):
+    """No g_idx; a linear may have other bits than the file says; zero points less one with one packing alone."""
+    codes, zeros, scale = codes_and_zeros(bits, 2)
+    zeros = zeros.clamp(min=1)
+    tensors = {
+        "qweight": tight(codes, bits).t(), "qzeros": tight((zeros - AUTOROUND[kind]).t(), bits), "scales": scale.t(),
+    }  # fmt: skip
+    said = {
+        "quant_method": "auto-round", "packing_format": kind, "bits": 4, "group_size": 32, "sym": False,
+        "data_type": "int", "extra_config": {"m": {"bits": bits}},
+    }  # fmt: skip
+    item = opened(tmp_path, said, tensors)
+    assert str(item.format) == f"int{bits}-g32-asym-f16"
+    assert torch.equal(item.floats(), (codes - zeros.repeat_interleave(32, 1)) * scale.float().repeat_interleave(32, 1))
+
+
+def tight(values: Tensor, bits: int) -> Tensor:
+    """int32 words of a stream of bits without gaps, for rows of whole words."""
+    places = (values.long().unsqueeze(-1) >> torch.arange(bits)) & 1
+    return words(places.flatten(1), 1, 32)
+
+
+def test_autorounds_awq_and_what_is_no_packing_of_its(tmp_path: Path):
+    codes, zeros, scale = codes_and_zeros(4, 2)
+    order = [0, 2, 4, 6, 1, 3, 5, 7]
+    mixed = [torch.cat([part[:, order] for part in m.t().split(8, 1)], 1) for m in (codes, zeros)]
+    tensors = {"qweight": words(mixed[0], 4, 8), "qzeros": words(mixed[1], 4, 8), "scales": scale.t()}
+    said = {"quant_method": "auto-round", "packing_format": "auto_round:auto_awq", "bits": 4, "group_size": 32}
+    item = opened(tmp_path, said, tensors)
+    assert str(item.format) == "int4-g32-asym-f16"
+    assert torch.equal(item.floats(), (codes - zeros.repeat_interleave(32, 1)) * scale.float().repeat_interleave(32, 1))
+    with pytest.raises(WhitError, match="packing_format itrex; whit reads"):
+        opened(tmp_path, {**said, "packing_format": "itrex"}, tensors)
+
+
 def test_bitsandbytes_blocks_that_run_on_from_row_to_row(tmp_path: Path):
     g = torch.Generator().manual_seed(0)
     codes, absmax = torch.randint(0, 16, (ROWS * 96,), generator=g), torch.rand(ROWS * 96 // 64, generator=g)

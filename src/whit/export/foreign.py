@@ -63,8 +63,10 @@ class ForeignSource(ModelSource):
         None where they stay as they are. CheckpointError where whit cannot do so, or the scales are not there.
         """
         module, format = self.origins[name].keys[0].removesuffix(".weight"), self.format(name)
+        if format is None:
+            return None
         how = inputs_of(dict(self.config.get("quantization_config") or {}), module)
-        if how is None or format is None:
+        if how is None:
             return None
         if not how.fits(format):
             raise CheckpointError(f"inputs are rounded to {how}, which {format} is not multiplied by")

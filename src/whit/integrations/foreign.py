@@ -66,7 +66,9 @@ def load_foreign(place: Path, dtype: torch.dtype | str, trust_remote_code: bool 
             state |= {f"{holder}.{key}": scale for key, scale in scales.items()}
     source.checkpoint.close()
     plain = copy.deepcopy(skeleton.config)
-    if formats:  # a graph of ONNX may hold floats alone
+    if hasattr(plain, "quantization_config"):  # the file's own library would make modules of its own for these floats
+        del plain.quantization_config
+    if formats:  # a graph of ONNX, tiles of fp8 and NVFP4 give floats alone
         plain.quantization_config = quantization_config(Recipe("rtn"), formats, inputs)
     return type(skeleton).from_pretrained(
         None, config=plain, state_dict=state, dtype=dtype, output_loading_info=True, **placement

@@ -163,6 +163,10 @@ def _excepted(said: Mapping[str, Any]) -> list[str]:
     for pattern in dynamic if isinstance(dynamic, dict) else ():
         if str(pattern).startswith("-:"):
             names.append(str(pattern)[2:].strip("^$").replace("\\", ""))
+    extra = said.get("extra_config")  # AutoRound's, by name or regex
+    for name, options in extra.items() if isinstance(extra, dict) else ():
+        if isinstance(options, dict) and isinstance(options.get("bits"), int) and options["bits"] >= 16:
+            names.append(str(name).strip("^$").replace("\\", ""))
     names += [key for key, value in said.items() if value is False and "." in key]
     return [name.removeprefix("re:").strip(".*") for name in names if name]
 

@@ -68,7 +68,7 @@ def _not_onnx(said: Mapping[str, Any], item: Packed) -> str | None:
 
 Refusal = Callable[[Mapping[str, Any], Packed], str | None]
 ENGINES: tuple[tuple[str, tuple[str, ...], Refusal], ...] = (
-    ("vLLM's Marlin kernels", ("gptq", "awq", "compressed-tensors"), _marlin),
+    ("vLLM's Marlin kernels", ("gptq", "awq", "auto-round", "compressed-tensors"), _marlin),
     ("AutoGPTQ before version 2", ("gptq",), _old_gptq),
     ("bitsandbytes on a CPU", ("bitsandbytes",), _bnb_cpu),
     ("transformers with compressed-tensors", ("compressed-tensors",), _transformers_ct),

@@ -9,6 +9,7 @@ from typing import Any
 from whit.checkpoint.onnx import onnx_graph
 from whit.checkpoint.reader import Checkpoint
 from whit.errors import CheckpointError
+from whit.export.readers.autoround import read_autoround
 from whit.export.readers.awq import read_awq
 from whit.export.readers.base import Foreign, Packed, Reader, sentences
 from whit.export.readers.bitnet import read_bitnet
@@ -19,6 +20,7 @@ from whit.export.readers.gptq import read_gptq
 from whit.export.readers.hqq import read_hqq
 from whit.export.readers.inputs import inputs_of
 from whit.export.readers.mlx import read_mlx
+from whit.export.readers.modelopt import read_modelopt
 from whit.export.readers.mxfp4 import read_mxfp4
 from whit.export.readers.onnx import read_onnx_model
 
@@ -31,6 +33,9 @@ READERS: tuple[tuple[str, Reader], ...] = (
     ("hqq", read_hqq),
     ("bitnet", read_bitnet),
     ("fp8", read_fp8),
+    ("auto-round", read_autoround),
+    ("intel/auto-round", read_autoround),
+    ("modelopt", read_modelopt),
     ("mxfp4", read_mxfp4),
 )
 
@@ -65,7 +70,7 @@ def read_foreign(config: Mapping[str, Any], checkpoint: Checkpoint) -> Foreign:
                     "both must agree; correct config.json"
                 )
             return Foreign(checkpoint, packed)
-    known = ", ".join(["whit", *(name for name, _ in READERS)])
+    known = ", ".join(["whit", *(name for name, _ in READERS if "/" not in name)])
     raise CheckpointError(f"{checkpoint.folder}: quantized by {method}; whit reads {known}; use the original model")
 
 

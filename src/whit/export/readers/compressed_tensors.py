@@ -1,4 +1,5 @@
-"""compressed-tensors: pack-quantized (dense words of 0.18 and padded ones before), int-, float- and naive-quantized."""
+"""compressed-tensors: pack-quantized (dense words of 0.18 and padded ones before), int-, float- and naive-quantized,
+NVFP4, MXFP4 and MXFP8. Which one a linear is in is said by the types of its tensors."""
 
 from __future__ import annotations
 
@@ -13,6 +14,7 @@ from whit.checkpoint.reader import Checkpoint
 from whit.errors import CheckpointError
 from whit.export.readers.base import SCALE_TYPES, Packed, group_size_of, modules_with, shape_of
 from whit.export.readers.gptq import ACT_ORDER, FLOATS
+from whit.export.readers.microscaled import EXPONENTS, mxfp4_linear, mxfp8_linear, nvfp4_linear
 from whit.formats.act_order import MOST_GROUPS, ActOrder
 from whit.formats.affine import Affine
 from whit.formats.microfloat import Float8
@@ -21,25 +23,22 @@ from whit.layouts.gptq import plain_groups
 from whit.layouts.words import unpack_padded, unpack_words, word_count
 from whit.tensor import QuantizedTensor
 
-UNREAD = ("nvfp4-pack-quantized", "mxfp4-pack-quantized", "mxfp8-quantized")
-
 
 def read_compressed_tensors(config: Mapping[str, Any], checkpoint: Checkpoint) -> dict[str, Packed]:
     """Linears with a `weight_packed`, and those with a `weight` of 8 bits and a `weight_scale`."""
     groups = [g for g in dict(config.get("config_groups") or {}).values() if isinstance(g, dict)]
-    kinds = {str(config.get("format")), *(str(g.get("format")) for g in groups)}
-    if unread := sorted(kinds & set(UNREAD)):
-        raise CheckpointError(
-            f"{checkpoint.folder}: compressed-tensors format {unread[0]}; whit reads pack-, int- and float-quantized; "
-            "use the original model"
-        )
     weights = [g["weights"] for g in groups if isinstance(g.get("weights"), dict)]
     claimed = [int(w["num_bits"]) for w in weights if isinstance(w.get("num_bits"), int)]
     sizes = {w.get("group_size") for w in weights}
-    packed = {f"{m}.weight": _packed(checkpoint, m, claimed, sizes) for m in modules_with(checkpoint, "weight_packed")}
+    packed = {}
+    for module in modules_with(checkpoint, "weight_packed"):
+        is_float = checkpoint.entries[f"{module}.weight_packed"].spec.dtype == torch.uint8
+        packed[f"{module}.weight"] = (
+            _four_bit_floats(checkpoint, module) if is_float else _packed(checkpoint, module, claimed, sizes)
+        )
     for module in modules_with(checkpoint, "weight_scale"):
         if f"{module}.weight" in checkpoint:
-            packed[f"{module}.weight"] = _bytes(checkpoint, module)
+            packed[f"{module}.weight"] = one_byte(checkpoint, module)
     return packed
 
 
@@ -125,9 +124,28 @@ def _by_index(read: Callable[[], QuantizedTensor], index: Tensor) -> QuantizedTe
     return QuantizedTensor(ActOrder(value.format), value.shape, value.codes, params)
 
 
-def _bytes(checkpoint: Checkpoint, module: str) -> Packed:
+def _four_bit_floats(checkpoint: Checkpoint, module: str) -> Packed:
+    """NVFP4 where the whole matrix has a scale too, else MXFP4."""
+    weight, scale, whole, inputs = (
+        f"{module}.{key}" for key in ("weight_packed", "weight_scale", "weight_global_scale", "input_global_scale")
+    )
+    others = (inputs,) if inputs in checkpoint else ()
+    if f"{module}.weight_zero_point" in checkpoint:
+        raise CheckpointError(
+            f"{checkpoint.folder}: {module}: 4-bit floats with zero points; whit reads them without; use the original "
+            "model"
+        )
+    if whole in checkpoint:
+        return nvfp4_linear(checkpoint, (weight, scale, whole), divides=True, others=others)
+    return mxfp4_linear(checkpoint, weight, scale, others)
+
+
+def one_byte(checkpoint: Checkpoint, module: str) -> Packed:
+    """A linear with a `weight` of 8 bits and a `weight_scale`."""
     rows, columns = shape_of(checkpoint, f"{module}.weight", 2, (torch.int8, torch.float8_e4m3fn))
     entry = checkpoint.entries[f"{module}.weight_scale"]
+    if entry.spec.dtype in EXPONENTS:
+        return mxfp8_linear(checkpoint, f"{module}.weight", f"{module}.weight_scale")
     keys = ["weight", "weight_scale"]
     keys += [k for k in ("weight_zero_point", "input_scale", "input_zero_point") if f"{module}.{k}" in checkpoint]
     names = tuple(f"{module}.{key}" for key in keys)

@@ -16,13 +16,11 @@ import torch
 from whit.checkpoint.reader import Checkpoint
 from whit.errors import CheckpointError
 from whit.export.readers.base import Packed, shape_of
-from whit.formats import parse_format
+from whit.export.readers.microscaled import MXFP4, finite, two_codes
 from whit.tensor import QuantizedTensor
 
-FORMAT = parse_format("mxfp4")
 BLOCKS, SCALES = "_blocks", "_scales"
 BYTES = 16  # of a group
-NO_NUMBER = 255  # what E8M0 says in place of a scale
 
 
 def read_mxfp4(config: Mapping[str, Any], checkpoint: Checkpoint) -> dict[str, Packed]:
@@ -41,12 +39,10 @@ def _stack(checkpoint: Checkpoint, name: str) -> Packed:
             f"must be one scale for {BYTES} bytes; get the file again"
         )
     shape = (experts, rows, 2 * BYTES * groups)
-    return Packed(keys, shape, FORMAT, partial(_read, checkpoint, keys, shape))
+    return Packed(keys, shape, MXFP4, partial(_read, checkpoint, keys, shape))
 
 
 def _read(checkpoint: Checkpoint, keys: tuple[str, str], shape: tuple[int, int, int]) -> QuantizedTensor:
-    blocks, scales = (checkpoint[key] for key in keys)
-    if bool((scales == NO_NUMBER).any()):
-        raise CheckpointError(f"{keys[1]}: holds {NO_NUMBER}, which is no scale; all must be; get the file again")
-    codes = torch.stack([blocks & 15, blocks >> 4], dim=-1).reshape(-1, shape[-1])
-    return QuantizedTensor(FORMAT, shape, codes, {"exponent": scales.reshape(len(codes), -1)})
+    codes = two_codes(checkpoint[keys[0]]).reshape(-1, shape[-1])
+    scales = finite(checkpoint[keys[1]], keys[1])
+    return QuantizedTensor(MXFP4, shape, codes, {"exponent": scales.reshape(len(codes), -1)})
