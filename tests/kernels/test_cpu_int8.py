@@ -74,6 +74,20 @@ def test_tokens_give_the_references_bits(kernel: Cpu8, how: str, random: Generat
                 assert torch.equal(kernel.linear(x[:batch], kernel.prepare(weight), bias), wanted)
 
 
+@pytest.mark.parametrize("how", ["int8", "int8-asym"])
+def test_nine_to_sixteen_rows_of_a_thousand_columns_give_the_references_bits(
+    kernel: Cpu8, how: str, random: Generator, threads: None
+):
+    for columns in (1024, 1100, 4096, 4097):
+        weight = packed("int8", 61, columns, how, random)
+        x = torch.randn(17, columns, generator=random)
+        for batch in (9, 11, 14, 16, 17):
+            wanted = Activation8().linear(x[:batch], weight, None)
+            for count in (1, 2, 3):
+                torch.set_num_threads(count)
+                assert torch.equal(kernel.linear(x[:batch], weight, None), wanted)
+
+
 @pytest.mark.parametrize("spec", ["int2-channel", "int3-channel", "int4-channel", "ternary"])
 def test_rows_shorter_than_a_byte_of_codes(kernel: Cpu8, spec: str, random: Generator):
     for columns in (1, 2, 3):
