@@ -77,6 +77,57 @@ static __attribute__((noinline)) void tile(const Many8& a, const Strip8& strip, 
   }
 }
 
+// As `tile`, where groups of the weight are the 32 columns of a scale of x too (q4_k): a group then has no sum of its own, and
+// all sums stay in registers. The same operations in the same order.
+template <int BITS, bool TABLE, int M, bool DECODED>
+static __attribute__((noinline)) void small_groups(const Many8& a, const Strip8& strip, const uint32_t* x,
+                                                   const float* sums, __m512* total) {
+  using T = Turned8<BITS>;
+  const Level8<BITS, TABLE> decode(*a.p);
+  const int64_t groups = (a.p->w->columns + GROUP - 1) / GROUP;
+  const __m512i* codes = strip.codes;
+  __m512 own[M];
+#pragma GCC unroll 12
+  for (int m = 0; m < M; m++) own[m] = _mm512_setzero_ps();
+  for (int64_t g = 0; g < groups; g++, x += (QUADS + 2) * M) {
+    __m512i acc[M];
+#pragma GCC unroll 12
+    for (int m = 0; m < M; m++) acc[m] = _mm512_set1_epi32((int)x[QUADS * M + m]);
+#pragma GCC unroll 8
+    for (int c = 0; c < T::VECTORS; c++, codes += DECODED ? T::PARTS : 1) {
+      __builtin_prefetch(codes + 16, 0, 3);
+#pragma GCC unroll 4
+      for (int k = 0; k < T::PARTS; k++) {
+        const __m512i level = DECODED ? codes[k] : decode(*codes, k);
+#pragma GCC unroll 12
+        for (int m = 0; m < M; m++)
+          __asm__("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(acc[m]) : "v"(level), "m"(x[(c * T::PARTS + k) * M + m]));
+      }
+    }
+    const __m512 scale = _mm512_loadu_ps(strip.scale + 16 * g);
+#pragma GCC unroll 12
+    for (int m = 0; m < M; m++) {
+      float by;
+      memcpy(&by, x + (QUADS + 1) * M + m, 4);
+      const __m512 part = _mm512_mul_ps(_mm512_cvtepi32_ps(acc[m]), _mm512_set1_ps(by));
+      own[m] = _mm512_fmadd_ps(part, scale, own[m]);
+    }
+    if (!strip.less) continue;
+    const __m512 less = _mm512_loadu_ps(strip.less + 16 * g);
+#pragma GCC unroll 12
+    for (int m = 0; m < M; m++) own[m] = _mm512_fnmadd_ps(less, _mm512_set1_ps(sums[g * M + m]), own[m]);
+  }
+#pragma GCC unroll 12
+  for (int m = 0; m < M; m++) total[m] = own[m];
+}
+
+template <int BITS, bool TABLE, int M, bool DECODED>
+static ALWAYS_INLINE void some(const Many8& a, const Strip8& strip, const uint32_t* x, const float* sums, __m512* total) {
+  const whit_weight& w = *a.p->w;
+  if (w.groups > 1 && w.group_size == GROUP) small_groups<BITS, TABLE, M, DECODED>(a, strip, x, sums, total);
+  else tile<BITS, TABLE, M, DECODED>(a, strip, x, sums, total);
+}
+
 template <int BITS, bool TABLE, bool DECODED>
 static void multiply_as(const Many8& a, int64_t first, int64_t last, void* scratch) {
   using T = Turned8<BITS>;
@@ -106,9 +157,9 @@ static void multiply_as(const Many8& a, int64_t first, int64_t last, void* scrat
         Strip8 strip = {codes + s * vectors, scale + s * params_size, w.zero ? less + s * params_size : nullptr};
         __m512 total[ROWS8_IN_TILE];
         expect_strip(w, p.y, p.type, m, real, row + s * STRIP);
-        if (rows == 12) tile<BITS, TABLE, 12, DECODED>(a, strip, x, sums, total);
-        else if (rows == 8) tile<BITS, TABLE, 8, DECODED>(a, strip, x, sums, total);
-        else tile<BITS, TABLE, 4, DECODED>(a, strip, x, sums, total);
+        if (rows == 12) some<BITS, TABLE, 12, DECODED>(a, strip, x, sums, total);
+        else if (rows == 8) some<BITS, TABLE, 8, DECODED>(a, strip, x, sums, total);
+        else some<BITS, TABLE, 4, DECODED>(a, strip, x, sums, total);
         finish_strip(w, p.bias, p.y, p.type, m, real, row + s * STRIP, total);
       }
     }
