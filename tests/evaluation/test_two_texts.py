@@ -93,7 +93,10 @@ def test_budgets_by_the_hessian(whit, model: Path, text_file: Path, tmp_path: Pa
     assert "use --sensitivity hessian" in err
 
 
-def test_what_knows_models_of_one_text_alone_says_so(whit, model: Path, tmp_path: Path):
+def test_what_knows_models_of_one_text_alone_says_so(
+    whit, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("whit.evaluation.measure._plan_tasks", lambda options: ([], [*options.tasks]))
     for words, said in (
         (("evaluate", model, "--tasks", "piqa"), "tasks compare continuations of one; leave --tasks out"),
         (("generate", model, "-p", "x", "--kv-cache", "int8"), "keeps keys and values of one text"),

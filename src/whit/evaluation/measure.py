@@ -77,6 +77,7 @@ def evaluate(
     """
     options = options or EvaluationOptions()
     notes = _Notes(listener or Silent())
+    local, foreign = _plan_tasks(options)
     config = load_config(model, trust_remote_code=options.trust_remote_code)
     if getattr(config, "is_encoder_decoder", False):
         if options.tasks:
@@ -84,7 +85,6 @@ def evaluate(
                 f"{model}: reads one text and writes another; tasks compare continuations of one; leave --tasks out"
             )
         notes.note("the second half of every window is predicted, from the first")
-    local, foreign = _plan_tasks(options)
     tokenizer = load_tokenizer(model, trust_remote_code=options.trust_remote_code)
     windows = _windows(config, tokenizer, options, notes)
     if options.baseline is not None:
