@@ -58,6 +58,17 @@ def test_quantize_inspect_and_back(whit, model: Path, tmp_path: Path):
     assert whit("convert", tmp_path / "plain", tmp_path / "again", "--export", "whit", "--format", "int8")[0] == 0
 
 
+def test_an_empty_folder_is_no_result_and_names_are_what_they_are(whit, model: Path, tmp_path: Path):
+    """What was just made was said to be "done already", with no word of what it would take; `:x:` became a picture."""
+    out = tmp_path / "a:x: [b]"
+    out.mkdir()
+    status, screen, notes = whit("quantize", model, out, "--format", "int4-g32")
+    assert status == 0
+    assert "on disk; about" in notes
+    assert f"{out}: " in screen.splitlines()[-1]
+    assert "peak memory" in screen.splitlines()[-1]
+
+
 def test_json_and_nothing_else(whit, model: Path, tmp_path: Path):
     status, screen, _ = whit("quantize", model, tmp_path / "out", "--format", "nf4", "--json", "--threads", "1")
     assert status == 0

@@ -10,13 +10,14 @@ from rich.console import Console
 
 
 def console() -> Console:
-    """Standard error: progress, notes and tables that accompany a --json result. Brackets in names are brackets."""
-    return Console(stderr=True, markup=False, highlight=False)
+    """Standard error: progress, notes and tables that accompany a --json result. Brackets and colons in names
+    are themselves: rich would make colours of the former, and a picture of `:x:`."""
+    return Console(stderr=True, markup=False, emoji=False, highlight=False)
 
 
 def on_screen() -> Console:
     """Standard output: the tables and lines of a result, brackets in names as they are."""
-    return Console(markup=False, highlight=False)
+    return Console(markup=False, emoji=False, highlight=False)
 
 
 def say(line: str, where: Console | None = None) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.table import Table
 
+from whit.checkpoint.work import is_done
 from whit.cli.console import console, on_screen, print_json, say
 from whit.cli.shown import pattern, progress, reasons, show_totals
 from whit.pipeline import run
@@ -48,7 +49,7 @@ def run_and_show(job: Job, as_json: bool) -> Account:
 
 
 def _is_done(job: Job) -> bool:
-    return job.out.exists() and not job.options.restart
+    return is_done(job.out, job.fingerprint, job.options.restart)
 
 
 def read_back(decoded: Mapping[str, Any]) -> str:
