@@ -11,12 +11,18 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from whit.checkpoint.reader import read_json
-from whit.errors import UnsupportedModelError, reason_of
+from whit.errors import CheckpointError, UnsupportedModelError, reason_of
+
+DEPTHS = (
+    "num_hidden_layers", "num_layers", "n_layer", "n_layers", "num_decoder_layers", "encoder_layers", "decoder_layers",
+)  # fmt: skip
+MOST_BLOCKS = 10_000
 
 
 def load_skeleton(folder: Path, trust_remote_code: bool = False) -> PreTrainedModel:
     """The model of a folder with every parameter on the meta device; weights are not touched."""
     raw = read_json(folder / "config.json")
+    _check_depths(raw, str(folder))
     config = _load_config(folder, raw, trust_remote_code)
     model_class = _model_class(folder, raw, trust_remote_code)
     with torch.device("meta"):
@@ -26,6 +32,7 @@ def load_skeleton(folder: Path, trust_remote_code: bool = False) -> PreTrainedMo
 
 def build_skeleton(raw: dict[str, Any], where: str) -> PreTrainedModel:
     """The model that the content of a config.json describes, without a folder; `where` names it in errors."""
+    _check_depths(raw, where)
     values = {key: value for key, value in raw.items() if key != "model_type"}
     try:
         config = AutoConfig.for_model(raw["model_type"], **values)
@@ -37,6 +44,19 @@ def build_skeleton(raw: dict[str, Any], where: str) -> PreTrainedModel:
     with torch.device("meta"):
         model: PreTrainedModel = _model_class(where, raw, False)(config)
     return model.eval()
+
+
+def _check_depths(raw: dict[str, Any], where: str) -> None:
+    """CheckpointError for a number of blocks that is none: below 0 a model would have none, far above it takes minutes
+    to build one before the checkpoint is found to hold other blocks."""
+    for key, value in raw.items():
+        if isinstance(value, dict):
+            _check_depths(value, where)
+        elif key in DEPTHS and isinstance(value, int) and not 0 <= value <= MOST_BLOCKS:
+            raise CheckpointError(
+                f"{where}: config.json says {key} {value}; it must be a number of blocks, {MOST_BLOCKS:,} at most; "
+                "fetch config.json again"
+            )
 
 
 def _load_config(folder: Path, raw: dict[str, Any], trust_remote_code: bool) -> PretrainedConfig:
