@@ -28,6 +28,8 @@ class MergedSource:
     CheckpointError where the adapter does not fit the model.
     """
 
+    widens = True  # `read`
+
     def __init__(self, base: Source, weights: Source, adapter: Adapter) -> None:
         self.base, self.weights = base, weights
         self.model, self.checkpoint = base.model, base.checkpoint

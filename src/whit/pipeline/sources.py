@@ -73,11 +73,23 @@ def floats_dtype(source: Source, name: str) -> torch.dtype:
     return source.model.config.dtype or torch.bfloat16
 
 
+@runtime_checkable
+class Widening(Protocol):
+    """A source that reads every parameter in float32, in which the blocks then run."""
+
+    widens: bool
+
+
+def run_dtype(source: Source, name: str) -> torch.dtype:
+    """What a parameter is where blocks run."""
+    return torch.float32 if isinstance(source, Widening) else floats_dtype(source, name)
+
+
 def read_to_run(source: Source, name: str) -> Tensor:
     """A parameter as a block computes with it: `read_finite`, in the type of the floats around it."""
     values = read_finite(source, name)
     is_coded = isinstance(source, Coded) and source.coded(name)  # what codes stand for comes in float32
-    return values.to(floats_dtype(source, name)) if is_coded else values
+    return values.to(run_dtype(source, name)) if is_coded else values
 
 
 def read_finite(source: Source, name: str) -> Tensor:

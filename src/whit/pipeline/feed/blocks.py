@@ -35,7 +35,7 @@ from whit.pipeline.feed.reading import BlockReader, reads_ahead
 from whit.pipeline.job import Job
 from whit.pipeline.near import Near
 from whit.pipeline.plan import Item, Unit, floats
-from whit.pipeline.sources import floats_dtype
+from whit.pipeline.sources import run_dtype
 from whit.tensor import Format, LayerStats, rotation
 from whit.transforms.base import Inputs, Rounding
 from whit.transforms.fold import Basis, rescale
@@ -224,9 +224,9 @@ class BlockFeed:
         with Written(self._written, self._job.plan.shards) as written:
             restore = self._job.exporter.restore
             weights = {
-                name: floats(item, restore(item, {key: written.read(key) for key in item.written})).to(
-                    floats_dtype(self._job.source, name)
-                )
+                name: floats(item, restore(item, {key: written.read(key) for key in item.written}))
+                .to(item.spec.dtype)  # as `take_back` leaves it
+                .to(run_dtype(self._job.source, name))
                 for name, item in items.items()
             }
         if self._runner.exact is not None:
