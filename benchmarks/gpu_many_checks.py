@@ -50,6 +50,13 @@ CHECKS = {
           for rows, cut in ((60, Config(2, 8, 3, pair=2, lead=8)), (300, Config(2, 16, 2, pair=2, lead=6)),
                             (520, Config(2, 32, 2, pair=2, lead=4)), (60, Config(2, 8, 2, 3, 2, lead=8)))),
     ],
+    "boxes": [
+        *((spec, rows, cut)
+          for spec in ("int4-g128", "nf4", "nf4-dq", "int8-g128", "int8-channel", "int6-g128")
+          for rows, cut in ((60, Config(2, 8, 3, lead=6, boxes=1)), (200, Config(2, 16, 2, lead=6, boxes=1)),
+                            (520, Config(2, 32, 2, lead=4, boxes=2)), (600, Config(1, 32, 3, lead=4, boxes=2)),
+                            (700, Config(2, 32, 2, pair=2, lead=4, halve=1, boxes=1)))),
+    ],
     **{
         part: [
             *((spec, rows, cut)

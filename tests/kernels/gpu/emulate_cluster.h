@@ -112,6 +112,20 @@ static void copy_tile(void *to, const Map &map, int column, int row, u64 *barrie
     copy_tile(to, map, column, row, barrier, 1 << own());
 }
 
+// Boxes of a tile, out of the swizzle of their width.
+[[maybe_unused]] static void send_box(const Map &map, int column, int row, const void *from) {
+    int bytes = map.wide * map.size, far = bytes == 128 ? 0 : 1, mask = bytes / 16 - 1;
+    if (((const u8 *)from - (const u8 *)shared + BEGINS_AT) % (8 * bytes)) __builtin_trap();
+    for (u64 r = 0; r < map.tall; r++)
+        for (int c = 0; c < bytes; c++) {
+            int at = r * bytes + (((c >> 4) ^ (r >> far & mask)) << 4 | c & 15);
+            bool inside = row + r < map.rows && column + c / map.size < map.columns;
+            if (inside) ((u8 *)map.from)[((row + r) * map.columns + column) * map.size + c] = ((const u8 *)from)[at];
+        }
+}
+[[maybe_unused]] static void end_boxes() {}
+template <int LEFT> static void await_boxes() {}
+
 template <class Body> static void run_clusters(int blocks, int block_threads, int size, Body body) {
     static Body *entry;
     entry = &body;

@@ -59,19 +59,7 @@ static void multiply_bytes(int (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, 
     threadIdx.x = current % threads;
     for (int e = 0; e < 4; e++) d[e] += w.d[lane][e];
 }
-// Boxes of a tile, out of the swizzle of their width; and matrices that the lanes of a warp hold together.
-static void send_box(const Map &map, int column, int row, const void *from) {
-    int bytes = map.wide * map.size, far = bytes == 128 ? 0 : 1, mask = bytes / 16 - 1;
-    if (((const u8 *)from - (const u8 *)shared + 48) % (8 * bytes)) __builtin_trap();
-    for (u64 r = 0; r < map.tall; r++)
-        for (int c = 0; c < bytes; c++) {
-            int at = r * bytes + (((c >> 4) ^ (r >> far & mask)) << 4 | c & 15);
-            bool inside = row + r < map.rows && column + c / map.size < map.columns;
-            if (inside) ((u8 *)map.from)[((row + r) * map.columns + column) * map.size + c] = ((const u8 *)from)[at];
-        }
-}
-static void end_boxes() {}
-template <int LEFT> static void await_boxes() {}
+// Matrices that the lanes of a warp hold together.
 static void lay_matrices(void *row, const u32 (&v)[4]) {
     const u32 *places = together((u32)((u8 *)row - (u8 *)shared));
     int lane = current % 32;

@@ -7,6 +7,15 @@ static u32 transpose(u32 v) {  // lane 4 g + t holds columns 2 t and 2 t + 1 of 
     auto at = [&](int row, int column) { return all[row * 4 + column / 2] >> 16 * (column % 2) & 0xFFFF; };
     return at(2 * t, g) | at(2 * t + 1, g) << 16;
 }
+[[maybe_unused]] static void lay_turned(void *row, const u32 (&v)[4]) {
+    const u32 *places = together((u32)((u8 *)row - (u8 *)shared));
+    int lane = current % 32;
+    for (int i = 0; i < 4; i++)
+        for (int e = 0; e < 2; e++) {
+            u16 one = v[i] >> 16 * e;
+            memcpy((u8 *)shared + places[8 * i + lane % 4 * 2 + e] + lane / 4 * 2, &one, 2);
+        }
+}
 static int uniform(int v) { return v; }
 #define __align__(bytes)
 static void prefetch_map(const Map &) {}

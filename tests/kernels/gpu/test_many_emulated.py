@@ -13,7 +13,7 @@ from torch import Generator
 
 import whit
 from whit.kernels import reference
-from whit.kernels.gpu import many, stream
+from whit.kernels.gpu import many, narrow, stream
 from whit.kernels.gpu.many import Config
 from whit.layouts import BITS
 
@@ -31,9 +31,12 @@ CASES = [
     ("int8-g128", BF16, 40, Config(2, 8, 2, 2, pair=2, lead=4)),
     ("int2-g64", BF16, 24, Config(1, 4, 2, 1, lead=4)),
     ("int3-g128", BF16, 24, Config(1, 4, 2, 1, lead=4)),
+    ("int4-g128", BF16, 200, Config(2, 16, 2, 1, pair=2, lead=2, halve=1, boxes=1)),
 ]
 MORE = [
     ("int4-g128", BF16, 16, Config(1, 2, 3, 1)),
+    ("nf4-dq", BF16, 300, Config(2, 16, 2, 1, pair=2, lead=2, boxes=2)),
+    ("int8-channel", F16, 70, Config(1, 8, 2, 1, lead=2, boxes=1)),
     ("nf4", BF16, 9, Config(1, 2, 2, 4, late=1)),
     ("int4-g64-asym", F16, 70, Config(2, 8, 2, 1)),
     ("fp4-g32", F16, 20, Config(2, 4, 3, 2)),
@@ -55,6 +58,9 @@ MORE = [
     ("int5-channel-asym", BF16, 20, Config(1, 4, 3, 1, lead=4)),
     ("int6-g128", BF16, 20, Config(2, 4, 2, 1, lead=4)),
     ("int6-g128", F16, 40, Config(1, 8, 2, 1, lead=4)),
+    ("int5-g64", BF16, 40, Config(2, 8, 2, 2, lead=4)),
+    ("int6-g32", BF16, 40, Config(2, 8, 2, 1, lead=4)),
+    ("int3-g32", BF16, 40, Config(1, 4, 2, 1, lead=4)),
 ]
 SLOW = [pytest.param(*case, marks=pytest.mark.slow) for case in MORE]
 
@@ -65,7 +71,7 @@ def test_product_of_more_rows_equals_float64(
 ):
     outs, columns = 200, 768
     weight = BITS.pack(whit.quantize_tensor(torch.randn(outs, columns, generator=random), spec))
-    scheme = stream.scheme(weight.format, columns)
+    scheme = narrow.scheme(weight.format, columns) or stream.scheme(weight.format, columns)
     assert not isinstance(scheme, str)
     assert many.why_not(scheme, columns) is None
     x, bias = torch.randn(rows, columns, generator=random).to(dtype), torch.randn(outs, generator=random).to(dtype)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from whit.kernels.gpu import maps, nvrtc
 from whit.kernels.gpu.launches import Call
+from whit.kernels.gpu.many import BOX_OUTS, BOX_ROWS
 from whit.tensor import PackedWeight
 
 MOST = 64  # launches that a weight keeps, of a kilobyte each
@@ -33,6 +34,7 @@ class Again:
     outs: int
     partial: tuple[int, ...] | None
     box: int
+    boxes: bool
     lie: tuple[int, ...]  # where the weight's tensors lay
     holds: Tensor | None  # what else the argument points to
 
@@ -41,7 +43,7 @@ class Again:
         """The launch of a product with one weight, whose tensors lie at these addresses."""
         (rows, columns), (y,) = call.x.shape, call.ys
         partial = None if call.partial is None else tuple(call.partial.shape)
-        return cls(call.launch, (rows, columns), y.shape[1], partial, call.box, lie, call.arrived)
+        return cls(call.launch, (rows, columns), y.shape[1], partial, call.box, call.boxes, lie, call.arrived)
 
     def start(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Enqueue it on torch's stream for contiguous x (..., columns) that begins at 16 bytes: y (..., outs)."""
@@ -54,6 +56,9 @@ class Again:
             words[at : at + 16] = list(maps.tiles_of(x.data_ptr(), *self.x, self.box, 64, 2))
         else:
             words[place(kind, "x")] = x.data_ptr()
+        if self.boxes:
+            at = place(kind, "boxes")
+            words[at : at + 16] = list(maps.tiles_of(y.data_ptr(), self.x[0], self.outs, BOX_ROWS, BOX_OUTS, 2))
         if bias is not None:
             words[place(kind, "bias")] = bias.data_ptr()
         if self.partial is not None:

@@ -22,7 +22,7 @@ class Call:
     """One launch: it reads contiguous x (rows, columns) and fills each of ys (rows, outs).
 
     `partial` and `arrived` are what its blocks meet in, where they do. `box`: rows of x that Hopper's engine copies at
-    once, where the kernel has a map of x and not its address.
+    once, where the kernel has a map of x and not its address. `boxes`: it has maps of ys, too.
     """
 
     launch: nvrtc.Launch
@@ -31,6 +31,7 @@ class Call:
     partial: Tensor | None = None
     arrived: Tensor | None = None
     box: int = 0
+    boxes: bool = False
 
     def start(self) -> list[Tensor]:
         """Enqueue it on torch's stream: ys, which will be filled."""
@@ -58,10 +59,11 @@ def by_stream(x: Tensor, packed: Weights, biases: Biases, scheme: stream.Scheme,
 
 def by_many(x: Tensor, packed: Weights, biases: Biases, scheme: stream.Scheme, config: many.Config) -> Call:
     """The same on Hopper where `many.why_not` gives no reason: weights of one scheme at once."""
+    config = many.boxed(config, packed)
     found = _products(x, packed, biases)
     room = many.meeting(x, found, config)
     launch = many.launch(x, found, scheme, config, device_of(x)[1], room)
-    return Call(launch, x, [one.y for one in found], room.partial, room.arrived, config.box)
+    return Call(launch, x, [one.y for one in found], room.partial, room.arrived, config.box, bool(config.boxes))
 
 
 def by_slab(x: Tensor, packed: Weights, biases: Biases, scheme: stream.Scheme, config: slab.Config) -> Call:

@@ -11,6 +11,7 @@
 //   MIXED              1: tiles of the last turn are of half the height where that gives more blocks work
 //   MIN_BLOCKS         blocks per multiprocessor to leave registers for
 //   SPACED             1: pairs of levels lie 256 bytes apart, so that one permutation makes an address, where there is room
+//   OUT_BOXES          boxes of 64 rows of outs for which four warps have room until they are copied to y; 0: none, y is stored to
 //   PARTS              weights of one format and width that are multiplied by the same x
 //   RUN                columns of a run of one of ggml's types (many_runs.cuh); 0: scales are common.cuh's
 //
@@ -73,6 +74,7 @@ struct Weight {
 };
 struct Params {
     Map x;                // as (columns, rows)
+    Map boxes[PARTS];     // OUT_BOXES: each y as (outs, rows)
     Weight part[PARTS];
     const u16 *table;     // CODEBOOK: 16 levels as operands
     float4 *partial;      // APART: (tiles, SPLITS, NT, consumers) sums
@@ -84,8 +86,8 @@ struct Tile {
     bool low;
 };
 struct Block {
-    u8 *stages, *rows, *made;  // of W; of x; RUN: factors of a stage's runs
-    u8 *sums, *table;          // what other blocks have handed over; pairs of levels
+    u8 *stages, *rows, *made;   // of W; of x; RUN: factors of a stage's runs
+    u8 *sums, *table, *outs;    // what other blocks have handed over; pairs of levels; boxes of outs
     u64 *full, *spent, *ready, *empty;  // steps of W that have come, and that are decoded; pieces of x, and those done
     int tiles, first, stride;  // tiles there are (or pairs of them), this block's first, and how far on the next is
     int whole;                 // tiles before those of half the height
@@ -222,16 +224,23 @@ DEVICE void consume(const Params &p, const Block &block, int tid) {
         cluster_barrier();
         add_handed(b, sums, tid);
 #endif
+#if OUT_BOXES
+        send_outs(p, b, done, sums, then, tid);
+    }
+    if (tid % 128 == 0) await_boxes<0>();
+#else
         finish(part, done, p.rows, sums, then, done.out + warp * 16, b.share);
     }
+#endif
 }
 
-// As fill_table; all warps take as many turns, or what follows would count as divergent.
+// As lay_table; all warps take as many turns, or what follows would count as divergent.
 DEVICE void fill_pairs(uint4 *table, const u16 *levels, int tid) {
     static_assert(TABLE % CONSUMERS == 0, "turns are whole");
-#pragma unroll 1
+    u32 level = levels[tid & 15];
+#pragma unroll 4
     for (int i = tid; i < TABLE; i += CONSUMERS) {
-        u32 pair = levels[i >> 3 & 15] | (u32)levels[i >> 7] << 16;
+        u32 pair = word_of(level, i >> 3 & 15) | word_of(level, i >> 7) << 16;
         table[SPACED ? i + (i & ~7) : i] = make_uint4(pair, pair, pair, pair);
     }
 }
@@ -242,7 +251,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) many(KERNEL_AR
     Block b;
     if (shared_address(shared) & 1023) __trap();
     b.stages = (u8 *)shared + FRONT, b.rows = b.stages + STAGES * W_BYTES, b.made = b.rows + LEAD * X_PIECE;
-    b.sums = APART ? (u8 *)shared : b.stages + TILES, b.table = b.stages + TILES + (APART ? 0 : (SPLITS - 1) * HANDED);
+    b.sums = APART ? (u8 *)shared : b.stages + TILES, b.outs = b.stages + TILES;
+    b.table = b.outs + (APART ? 0 : (SPLITS - 1) * HANDED) + WG * OUT_BOXES * 8192;
     b.full = (u64 *)shared + 2, b.spent = b.full + STAGES, b.ready = b.spent + STAGES, b.empty = b.ready + LEAD;
     u32 rank = CLUSTER > 1 ? cluster_rank() : 0;
     b.side = PAIR > 1 ? rank % PAIR : 0, b.share = APART ? blockIdx.x % SPLITS : SPLITS > 1 ? rank / PAIR : 0;

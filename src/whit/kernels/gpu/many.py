@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TypeAlias
@@ -21,6 +21,9 @@ STEPS = {2: 512, 3: 256, 4: 256, 5: 128, 6: 128, 8: 128}  # bits of a code: colu
 STEP_BYTES = 128  # of a row of a tile of codes, at most
 ROW_TILES = (2, 4, 8, 16, 32)
 LARGEST_SHARED = 227 << 10
+MAP = ctypes.c_uint64 * 16
+BOX_ROWS = BOX_OUTS = 64
+BOX_BYTES = BOX_ROWS * BOX_OUTS * 2
 Cut: TypeAlias = tuple[int, ...]
 Mapped: TypeAlias = Callable[[int, int, int, int, int, int], "ctypes.Array[ctypes.c_uint64]"]
 
@@ -30,7 +33,7 @@ class Config:
     """How the work is cut; many.cu explains the names. `split` blocks share the columns of a tile.
 
     `lead` 0: as much of x as of the codes. `halve`: the last turn's tiles may be of half the height. `apart`: blocks
-    that share columns are in no cluster.
+    that share columns are in no cluster. `boxes`: of 64 rows of outs that four warps lay down, to be copied to y.
     """
 
     groups: int = 2
@@ -43,13 +46,14 @@ class Config:
     lead: int = 0
     halve: int = 0
     apart: int = 0
+    boxes: int = 0
 
     @property
     def values(self) -> Cut:
         """Its fields, as a table has them."""
         return (
             self.groups, self.row_tiles, self.stages, self.split, self.pair, self.late, self.min_blocks, self.lead,
-            self.halve, self.apart,
+            self.halve, self.apart, self.boxes,
         )  # fmt: skip
 
     @property
@@ -101,7 +105,7 @@ class Config:
         own = -(-self.row_tiles // 2 // self.split)  # pairs of tiles of rows
         handed = 0 if self.apart else (self.split - 1) * own * self.groups * 4096
         table = stream.TABLE_BYTES if levels else 0
-        least = 1024 + stages + handed + table
+        least = 1024 + stages + handed + table + self.groups * self.boxes * BOX_BYTES
         return least + table if self._has_room(least + table) else least
 
     def _has_room(self, shared: int) -> bool:
@@ -117,15 +121,15 @@ class Config:
 
     def macros(self, scheme: stream.Scheme, half: bool, parts: int = 1) -> dict[str, int]:
         """What many.cu is compiled with for so many weights."""
-        group = scheme.steps_per_group * scheme.step
-        return scheme.storage.macros | self.cut_macros(bool(scheme.storage.levels), half, parts) | {"GROUP": group}
+        return scheme.storage.macros | self.cut_macros(bool(scheme.storage.levels), half, parts) | {"GROUP": group_of(scheme)}
 
     def cut_macros(self, levels: bool, half: bool, parts: int) -> dict[str, int]:
         """Those of them that do not depend on the format, but for its having `levels`."""
         return {
             "HALF": int(half), "WG": self.groups, "NT": self.row_tiles, "STAGES": self.stages, "LEAD": self.pieces,
             "SPLITS": self.split, "PAIR": self.pair, "LATE": self.late, "MIN_BLOCKS": self.min_blocks,
-            "MIXED": self.halve, "APART": self.apart, "SPACED": int(self.spaced(levels)), "PARTS": parts,
+            "MIXED": self.halve, "APART": self.apart, "OUT_BOXES": self.boxes,
+            "SPACED": int(self.spaced(levels)), "PARTS": parts,
         }  # fmt: skip
 
 
@@ -133,7 +137,7 @@ class Weight(ctypes.Structure):
     """One of the weights, field by field as in many.cu."""
 
     _fields_ = (
-        ("codes_map", ctypes.c_uint64 * 16), ("scales", Scales), ("bias", ctypes.c_void_p), ("y", ctypes.c_void_p),
+        ("codes_map", MAP), ("scales", Scales), ("bias", ctypes.c_void_p), ("y", ctypes.c_void_p),
         ("outs", ctypes.c_int), ("rest", ctypes.c_int * 15),  # the map makes it a multiple of 64 bytes
     )  # fmt: skip
 
@@ -142,7 +146,7 @@ class Weight(ctypes.Structure):
 def several(parts: int, weight: type[ctypes.Structure] = Weight) -> type[ctypes.Structure]:
     """The type of the kernel's argument for that many weights, field by field."""
     fields = (
-        ("x_map", ctypes.c_uint64 * 16), ("part", weight * parts),
+        ("x_map", MAP), ("boxes", MAP * parts), ("part", weight * parts),
         *((name, ctypes.c_void_p) for name in ("table", "partial", "arrived")),
         ("columns", ctypes.c_int), ("rows", ctypes.c_int), ("rest", ctypes.c_int * 8),
     )  # fmt: skip
@@ -160,12 +164,17 @@ class Product:
 
 def why_not(scheme: stream.Scheme, columns: int) -> str | None:
     """Why the kernel cannot multiply such a weight, or None."""
-    stored, group = scheme.storage, scheme.steps_per_group * scheme.step
+    stored, group = scheme.storage, group_of(scheme)
     if stored.bits not in STEPS or stored.zero == FLOAT_ZERO:
         return f"codes are of {stored.bits} bits, or zero points are floats"
     if columns * stored.bits % 128 or (group not in (32, 64) and group % 128):
         return f"{columns} columns in groups of {group}"
     return None
+
+
+def group_of(scheme: stream.Scheme) -> int:
+    """Columns that share a scale; 0: the whole row."""
+    return scheme.steps_per_group * scheme.step // scheme.spread
 
 
 def step(scheme: stream.Scheme) -> int:
@@ -196,6 +205,11 @@ def meeting(x: Tensor, products: Sequence[Product], config: Config) -> Meeting:
     return Meeting(sums, arrived)
 
 
+def boxed(config: Config, packed: Sequence[PackedWeight]) -> Config:
+    """The cut for these weights: maps of y want rows that begin at 16 bytes."""
+    return replace(config, boxes=0) if any(one.shape[0] % 8 for one in packed) else config
+
+
 def params(
     x: Tensor, products: Sequence[Product], scheme: stream.Scheme, config: Config, mapped: Mapped = maps.tiles_of,
     room: Meeting = NOWHERE,
@@ -216,12 +230,19 @@ def params(
     ]
     return several(len(parts))(
         mapped(x.data_ptr(), rows, columns, config.box, 64, 2),
+        maps_of_outs(products, config, mapped),
         (Weight * len(parts))(*parts),
         None if levels is None else levels.data_ptr(),
         None if room.partial is None else room.partial.data_ptr(),
         None if room.arrived is None else room.arrived.data_ptr(),
         columns, rows,
     )  # fmt: skip
+
+
+def maps_of_outs(products: Sequence[Product], config: Config, mapped: Mapped = maps.tiles_of) -> ctypes.Array[MAP]:
+    """Where boxes of each y are copied to; zeros where there are no boxes."""
+    every = [one.y for one in products if config.boxes]
+    return (MAP * len(products))(*(mapped(y.data_ptr(), *y.shape, BOX_ROWS, BOX_OUTS, 2) for y in every))
 
 
 @lru_cache(maxsize=512)

@@ -24,23 +24,64 @@ DEVICE void gather_eights(u32 (&v)[4], int lane) {
 DEVICE constexpr int owner(int pair) { return pair * SPLITS / PAIRS; }  // of the blocks that share the columns
 DEVICE constexpr int first_of(int share) { return (share * PAIRS + SPLITS - 1) / SPLITS; }
 
-// A lane's sums are outs g and g + 8 of rows 2 t and 2 t + 1; turned, they are outs 2 t and 2 t + 1 of row g.
-DEVICE void finish(const Weight &p, const Tile &tile, int rows, const Sums &sums, const Lane &w, int warp_out, int share) {
+// What makes outs of a lane's sums, which are outs g and g + 8 of rows 2 t and 2 t + 1.
+struct Last {
     float bias[2], up[2];
+};
+DEVICE Last last_of(const Weight &p, const Lane &w) {
+    Last l;
 #pragma unroll
     for (int h = 0; h < 2; h++) {
-        bias[h] = p.bias ? widen(p.bias[w.out[h]]) : 0.0f;
-        up[h] = DIRECT ? 0x1p20f : AFTER ? w.after[h] * RAISED : 1.0f;
+        l.bias[h] = p.bias ? widen(p.bias[w.out[h]]) : 0.0f;
+        l.up[h] = DIRECT ? 0x1p20f : AFTER ? w.after[h] * RAISED : 1.0f;
     }
+    return l;
+}
+DEVICE u32 rounded(const Last &l, const float (&d)[4], int h) { return round_pair(d[2 * h] * l.up[h] + l.bias[h], d[2 * h + 1] * l.up[h] + l.bias[h]); }
+
+#if OUT_BOXES
+constexpr int BOX = 64 * 128, OUT_ROOM = WG * OUT_BOXES * BOX;  // 64 rows of the outs of four warps
+static_assert(NT % 8 == 0 && SPLITS == 1 && WG <= 2, "tiles of whole boxes, which one block adds up");
+DEVICE void meet_four(int four) { four ? meet<AMONG + 2, 128>() : meet<AMONG + 1, 128>(); }
+
+// By way of shared memory, from where they are copied beside the next tile's products: written by threads, the outs of
+// all blocks, which end their tiles at the same time, would wait for memory.
+DEVICE void send_outs(const Params &p, const Block &b, const Tile &tile, const Sums &sums, const Lane &w, int tid) {
+    int four = uniform(tid >> 7), within = w.lane & 7, unit = (tid >> 5 & 3) * 2 + (w.lane >> 3 & 1);  // of a row: eight outs
+    u8 *own = b.outs + four * (OUT_BOXES * BOX), *at = own + (w.lane >> 4) * 1024 + within * 128 + (unit ^ within) * 16;
+    const Weight &part = p.part[tile.part];
+    Last last = last_of(part, w);
+#pragma unroll
+    for (int box = 0; box < NT / 8; box++) {
+        if (MIXED && box >= NT / 16 && tile.low) continue;
+        if (tid % 128 == 0) await_boxes<OUT_BOXES - 1>();
+        meet_four(four);
+#pragma unroll
+        for (int n = 0; n < 8; n += 2) {
+            u32 pairs[4];
+#pragma unroll
+            for (int i = 0; i < 4; i++) pairs[i] = rounded(last, sums.all[box * 8 + n + i / 2], i % 2);
+            lay_turned(at + box % OUT_BOXES * BOX + n * 1024, pairs);
+        }
+        publish_tiles();
+        meet_four(four);
+        if (tid % 128) continue;
+        int row = tile.row + box * 64, out = tile.out + four * 64;
+        if (row < p.rows && out < part.outs) send_box(p.boxes[tile.part], out, row, own + box % OUT_BOXES * BOX);
+        end_boxes();
+    }
+}
+#endif
+
+// A lane's sums turned: outs 2 t and 2 t + 1 of row g.
+DEVICE void finish(const Weight &p, const Tile &tile, int rows, const Sums &sums, const Lane &w, int warp_out, int share) {
+    Last last = last_of(p, w);
 #pragma unroll
     for (int n = 0; n < NT; n += 2) {
         if (SPLITS > 1 && !APART && owner(n / 2) != share || MIXED && n >= NT / 2 && tile.low) continue;
         u32 eights[4];
 #pragma unroll
-        for (int i = 0; i < 4; i++) {
-            const float *d = sums.all[n + i / 2] + i % 2 * 2;
-            eights[i] = transpose(round_pair(d[0] * up[i % 2] + bias[i % 2], d[1] * up[i % 2] + bias[i % 2]));
-        }
+        for (int i = 0; i < 4; i++) eights[i] = transpose(rounded(last, sums.all[n + i / 2], i % 2));
         gather_eights(eights, w.lane);
         int row = tile.row + (n + (w.lane >> 1 & 1)) * 8 + (w.lane >> 2);
         if (row < rows) store8(p, row, warp_out + (w.lane & 1) * 8, eights);

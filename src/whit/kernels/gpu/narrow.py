@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-from whit.kernels.gpu import few, tiled, tuned
+from whit.kernels.gpu import few, many, tiled, tuned
 from whit.kernels.gpu.scales import storage
 from whit.kernels.gpu.stream import Scheme
 from whit.tensor import Format
@@ -25,7 +25,7 @@ def scheme(format: Format, columns: int) -> Scheme | None:
 @lru_cache(maxsize=1024)
 def plan(
     scheme: Scheme, shape: tuple[int, int], rows: int, device: tuned.Device
-) -> tuple[str, few.Config | tiled.Config] | None:
+) -> tuple[str, few.Config | many.Config | tiled.Config] | None:
     """The way for x (rows, columns) and a weight of `shape` (outs, columns), and its cut; None: dequantize.
 
     By what was fastest on an H100 (results/gpu_narrow.md).
@@ -37,6 +37,8 @@ def plan(
         return "few", cut
     if rows <= 8:
         return "few", few.Config(8, 2, 2)
+    if tiles := tuned.best_many(scheme, shape, rows, device):
+        return "many", tiles
     if rows > ROWS or device[0] != tuned.HOPPER:
         return None
     return "tiled", tiled.fitted(tuned.hopper_tiled(scheme, shape, rows, device[1]), scheme, shape[1])

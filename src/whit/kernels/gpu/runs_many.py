@@ -109,7 +109,7 @@ def params(
         None if one.bias is None else one.bias.data_ptr(), one.y.data_ptr(), outs,
     )  # fmt: skip
     return many.several(1, Weight)(
-        mapped(x.data_ptr(), rows, columns, config.box, 64, 2), (Weight * 1)(weight),
+        mapped(x.data_ptr(), rows, columns, config.box, 64, 2), many.maps_of_outs([one], config, mapped), (Weight * 1)(weight),
         *(None if t is None else t.data_ptr() for t in (levels, room.partial, room.arrived)), columns, rows,
     )  # fmt: skip
 
@@ -117,10 +117,11 @@ def params(
 def call(x: Tensor, packed: PackedWeight, bias: Tensor | None, config: many.Config) -> Call:
     """Contiguous x (rows, columns), which begins at 16 bytes, through a weight that `why_not` allows."""
     kind, levels = kind_of(packed), bool(kind_of(packed).levels)
+    config = many.boxed(config, [packed])
     one = many.Product(packed, bias, torch.empty(len(x), packed.shape[0], dtype=x.dtype, device=x.device))
     function = nvrtc.built(many.SOURCE, tuple(macros(kind, config, x.dtype == torch.float16).items()), x.device.index)
     grid = config.grid([packed.shape[0]], len(x), device_of(x)[1])
     room = many.meeting(x, [one], config)
     argument = params(x, one, config, room=room)
     launch = function.cut(grid, config.threads, config.shared_bytes(levels), argument, config.cluster)
-    return Call(launch, x, [one.y], room.partial, room.arrived, config.box)
+    return Call(launch, x, [one.y], room.partial, room.arrived, config.box, bool(config.boxes))

@@ -49,6 +49,21 @@ DEVICE void copy_tile(void *to, const Map &map, int column, int row, u64 *barrie
                  ::"r"(shared_address(to)), "l"(&map), "r"(column), "r"(row), "r"(shared_address(barrier)), "h"(blocks) : "memory");
 }
 
+[[maybe_unused]] DEVICE void publish_tiles() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+// Shared memory's boxes to where a map says; who sends them awaits until all but the last have been read.
+[[maybe_unused]] DEVICE void send_box(const Map &map, int column, int row, const void *from) {
+    asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];"
+                 ::"l"(&map), "r"(column), "r"(row), "r"(shared_address(from)) : "memory");
+}
+[[maybe_unused]] DEVICE void end_boxes() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+template <int N> DEVICE void await_boxes() { asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(N) : "memory"); }
+// Four matrices of 8 x 8 pairs of bytes, of which a lane has two numbers of column lane / 4; lane 8 i + r says where row r
+// of the i-th is to lie.
+[[maybe_unused]] DEVICE void lay_turned(void *row, const u32 (&v)[4]) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1,%2,%3,%4};"
+                 ::"r"(shared_address(row)), "r"(v[0]), "r"(v[1]), "r"(v[2]), "r"(v[3]) : "memory");
+}
+
 // Where 64 columns of x lie: rows of 128 bytes in the 128-byte swizzle, eights of them 1,024 bytes apart.
 DEVICE u64 describe_rows(const void *tile) {
     return (u64)(shared_address(tile) & 0x3FFFF) >> 4 | 1ull << 16 | 64ull << 32 | 1ull << 62;
