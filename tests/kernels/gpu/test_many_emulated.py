@@ -91,6 +91,18 @@ def test_weights_that_share_more_rows_are_multiplied_in_one_launch(random: Gener
         assert ((found.double() - wanted).norm() / wanted.norm()).item() < LIMIT[BF16]
 
 
+def test_outs_of_several_weights_are_copied_to_each_where_their_rows_can_be(random: Generator):
+    weights = [BITS.pack(whit.quantize_tensor(torch.randn(n, 256, generator=random), "int4-g64")) for n in (136, 8, 64)]
+    x, scheme = torch.randn(70, 256, generator=random).to(BF16), stream.scheme(weights[0].format, 256)
+    assert not isinstance(scheme, str)
+    config = Config(1, 8, 2, 1, lead=2, boxes=1)
+    assert config.for_outs([136, 8]) == config
+    assert config.for_outs([136, 12]) == Config(1, 8, 2, 1, lead=2)
+    for weight, found in zip(weights, emulated_many.linears(x, weights, None, scheme, config), strict=True):
+        wanted = x.double() @ reference.dequantize(weight, torch.float32).double().T
+        assert ((found.double() - wanted).norm() / wanted.norm()).item() < LIMIT[BF16]
+
+
 @pytest.mark.parametrize(("rows", "config", "processors"), [
     (100, Config(1, 16, 2, 1, lead=4, halve=1), 3), (200, Config(1, 16, 2, 1, pair=2, lead=2, halve=1), 6),
 ])  # fmt: skip

@@ -59,7 +59,7 @@ def by_stream(x: Tensor, packed: Weights, biases: Biases, scheme: stream.Scheme,
 
 def by_many(x: Tensor, packed: Weights, biases: Biases, scheme: stream.Scheme, config: many.Config) -> Call:
     """The same on Hopper where `many.why_not` gives no reason: weights of one scheme at once."""
-    config = many.boxed(config, packed)
+    config = config.for_outs([one.shape[0] for one in packed])
     found = _products(x, packed, biases)
     room = many.meeting(x, found, config)
     launch = many.launch(x, found, scheme, config, device_of(x)[1], room)

@@ -99,6 +99,10 @@ class Config:
         """Tiles of y, a block's each, of weights of these `outs`."""
         return -(-rows // self.rows) * sum(-(-n // (self.outs * self.pair)) for n in outs) * self.pair
 
+    def for_outs(self, outs: Sequence[int]) -> Config:
+        """Without boxes where rows of y would not begin at 16 bytes, as maps want it."""
+        return replace(self, boxes=0) if any(n % 8 for n in outs) else self
+
     def shared_bytes(self, levels: bool) -> int:
         """Dynamic shared memory: 1,024 bytes with barriers, stages, what other blocks hand over, the table."""
         stages = self.stages * self.stage_bytes + self.pieces * self.rows * 128
@@ -121,7 +125,11 @@ class Config:
 
     def macros(self, scheme: stream.Scheme, half: bool, parts: int = 1) -> dict[str, int]:
         """What many.cu is compiled with for so many weights."""
-        return scheme.storage.macros | self.cut_macros(bool(scheme.storage.levels), half, parts) | {"GROUP": group_of(scheme)}
+        return (
+            scheme.storage.macros
+            | self.cut_macros(bool(scheme.storage.levels), half, parts)
+            | {"GROUP": group_of(scheme)}
+        )
 
     def cut_macros(self, levels: bool, half: bool, parts: int) -> dict[str, int]:
         """Those of them that do not depend on the format, but for its having `levels`."""
@@ -203,11 +211,6 @@ def meeting(x: Tensor, products: Sequence[Product], config: Config) -> Meeting:
     if arrived is None or len(arrived) < tiles:
         arrived = torch.zeros(tiles, dtype=torch.int32, device=x.device)
     return Meeting(sums, arrived)
-
-
-def boxed(config: Config, packed: Sequence[PackedWeight]) -> Config:
-    """The cut for these weights: maps of y want rows that begin at 16 bytes."""
-    return replace(config, boxes=0) if any(one.shape[0] % 8 for one in packed) else config
 
 
 def params(

@@ -4,22 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 from whit.kernels.gpu import many
 from whit.kernels.gpu.near import nearest, rescaled
 from whit.kernels.gpu.tables import Key, Shape
 
+Filling: TypeAlias = "Callable[[Weight, Shape, int, int], many.Config | None]"
 HEIGHTS = {8: (3, 8), 16: (3, 6), 32: (2, 4)}  # row tiles, with stages and pieces of x that have room
 
 
 @dataclass(frozen=True)
 class Weight:
-    """What a cut depends on: the kind's name in a table, columns of a step, whether it has levels, a cut's meaning."""
+    """What a cut depends on: the kind's name in a table, columns of a step, whether it has levels, a cut's meaning.
+
+    `filling`: the cut of a weight whose tiles as measured would leave half of the device without work.
+    """
 
     name: str
     step: int
     levels: bool
     config: Callable[[many.Cut], many.Config]
+    filling: Filling
 
 
 def best(
@@ -38,24 +44,27 @@ def best(
     if measured_cut is None:
         return None
     config = weight.config(measured_cut)
-    if found := filling(config, weight, shape, rows, near[0], multiprocessors):
+    idle = rows > 64 and 2 * config.tiles([shape[0]], rows) <= multiprocessors
+    if (
+        idle
+        and (config.split == 1 or shape[0] < near[0])
+        and (found := weight.filling(weight, shape, rows, multiprocessors))
+    ):
         return found
     tiles = next(n for n in many.ROW_TILES if 8 * n >= min(rows, config.rows))
     split = 1 if config.split == 1 else rescaled(config.outs, config.split, near, shape)
     split = min(split, 8, max(shape[1] // weight.step, 1))
-    most = [replace(config, row_tiles=tiles, split=n, apart=config.apart if n > 1 else 0) for n in range(split, 0, -1)]
+    config = replace(config, row_tiles=tiles, boxes=min(config.boxes, tiles // 8))
+    most = [replace(config, split=n, apart=config.apart if n > 1 else 0) for n in range(split, 0, -1)]
     return next(cut for cut in most if cut.fits(weight.levels))
 
 
-def filling(config: many.Config, weight: Weight, shape: Shape, rows: int, known: int, room: int) -> many.Config | None:
-    """A cut for weights whose tiles, cut as was measured for `known` outs, would leave half of the device without work.
+def lower_tiles(weight: Weight, shape: Shape, rows: int, room: int) -> many.Config | None:
+    """Lower tiles, of which two blocks or more share the columns; `room`: blocks that run at a time.
 
-    Lower tiles, of which two blocks or more share the columns, are the fastest for 512 to 2,048 rows of 512 to 2,048
-    outs (results/gpu_many.md). `room`: blocks that run at a time. None: the measured cut fills the device.
+    The fastest of ggml's types for 512 to 2,048 rows of 512 to 2,048 outs (results/runs_gpu.md).
     """
     outs, columns = shape
-    if rows <= 64 or 2 * config.tiles([outs], rows) > room or (config.split > 1 and outs >= known):
-        return None
     most = min(columns // weight.step, 8)
     cuts = [weight.config((2, tiles, stages, 1, 1, 0, 1, lead)) for tiles, (stages, lead) in HEIGHTS.items()]
     for cut in cuts:
@@ -64,3 +73,29 @@ def filling(config: many.Config, weight: Weight, shape: Shape, rows: int, known:
         if 2 * count <= room and shared.fits(weight.levels):
             return shared
     return next((cut for cut in cuts if cut.tiles([outs], rows) <= room and cut.fits(weight.levels)), None)
+
+
+def taller_or_shared(bits: int) -> Filling:
+    """For codes of so many bits: tall tiles of 64 outs where there are enough of them, else columns are shared.
+
+    By what was fastest for 128 to 2,048 rows of 512 to 2,048 outs (results/gpu_many.md): blocks share the columns of
+    smaller tiles; four of them meet in memory where they fill the device, or in a cluster.
+    """
+
+    def filling(weight: Weight, shape: Shape, rows: int, room: int) -> many.Config:
+        outs, columns = shape
+        tall = many.Config(1, 32, 3 if bits <= 4 else 4, lead=4, boxes=3)
+        if 2 * tall.tiles([outs], rows) > room:
+            return tall
+        stages, lead = (2, 8) if bits <= 4 and not weight.levels else (3, 6)
+        shared = (
+            many.Config(2, 16, stages, 2, lead=lead),
+            many.Config(1, 16, 3, 2, lead=8),
+            many.Config(2, 8, 3, 4, lead=8, apart=1),
+        )
+        count = {cut: cut.grid([outs], rows, room)[0] for cut in shared}
+        cut = max((cut for cut in shared if count[cut] <= room), key=count.__getitem__, default=shared[0])
+        split = min(cut.split, max(columns // weight.step, 1))
+        return replace(cut, split=split, apart=int(cut.apart and split > 1 and 2 * count[cut] > room))
+
+    return filling

@@ -75,8 +75,9 @@ def best(kind: Kind, shape: Shape, rows: int, device: tuned.Device) -> many.Conf
     if rows < LEAST_ROWS:
         return None
     weight = many_cuts.Weight(
-        f"runs{kind.bits}", many.STEPS[kind.bits], bool(kind.levels), lambda cut: cut_for(kind, cut)
-    )
+        f"runs{kind.bits}", many.STEPS[kind.bits], bool(kind.levels), lambda cut: cut_for(kind, cut),
+        many_cuts.lower_tiles,
+    )  # fmt: skip
     return many_cuts.best(weight, RUNS_MANY.get(device[0], {}), shape, rows, device[1])
 
 
@@ -117,7 +118,7 @@ def params(
 def call(x: Tensor, packed: PackedWeight, bias: Tensor | None, config: many.Config) -> Call:
     """Contiguous x (rows, columns), which begins at 16 bytes, through a weight that `why_not` allows."""
     kind, levels = kind_of(packed), bool(kind_of(packed).levels)
-    config = many.boxed(config, [packed])
+    config = config.for_outs([packed.shape[0]])
     one = many.Product(packed, bias, torch.empty(len(x), packed.shape[0], dtype=x.dtype, device=x.device))
     function = nvrtc.built(many.SOURCE, tuple(macros(kind, config, x.dtype == torch.float16).items()), x.device.index)
     grid = config.grid([packed.shape[0]], len(x), device_of(x)[1])

@@ -109,8 +109,10 @@ def best_many(scheme: Scheme, shape: Shape, rows: int, device: Device) -> many.C
     """The configuration of Hopper's kernel for more rows; None where another is faster, or it was not measured."""
     if many.why_not(scheme, shape[1]) is not None:
         return None
-    name = kind(scheme).removesuffix("-dq")
-    weight = many_cuts.Weight(name, many.step(scheme), bool(scheme.storage.levels), lambda cut: many.Config(*cut))
+    name, levels = kind(scheme).removesuffix("-dq"), bool(scheme.storage.levels)
+    weight = many_cuts.Weight(
+        name, many.step(scheme), levels, lambda cut: many.Config(*cut), many_cuts.taller_or_shared(scheme.storage.bits)
+    )
     return many_cuts.best(weight, MANY.get(device[0], {}), shape, rows, device[1])
 
 
