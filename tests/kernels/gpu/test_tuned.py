@@ -117,7 +117,7 @@ def test_measured_cuts_for_more_rows_fit_the_multiprocessor():
             assert not config.boxes or (config.split == 1 and config.row_tiles % 8 == 0)
 
 
-def test_narrow_groups_of_odd_bits_take_whole_tiles_from_17_rows_on():
+def test_narrow_groups_of_odd_bits_take_whole_tiles_from_9_rows_on():
     shape = (4096, 4096)
     for spec, bits in (("int5-g64", 5), ("int3-g32", 3), ("int6-g64", 6)):
         scheme = narrow.scheme(whit.parse_format(spec), shape[1])
@@ -125,7 +125,7 @@ def test_narrow_groups_of_odd_bits_take_whole_tiles_from_17_rows_on():
         assert many.group_of(scheme) == int(spec[-2:])
         wide = tuned.best_many(scheme_of(f"int{bits}-g128", shape[1]), shape, 64, H100)
         assert narrow.plan(scheme, shape, 64, H100) == ("many", wide)
-        assert narrow.plan(scheme, shape, 16, H100)[0] == "few"
+        assert narrow.plan(scheme, shape, 8, H100)[0] == "few"
     seven = narrow.scheme(whit.parse_format("int7-g64"), shape[1])
     assert narrow.plan(seven, shape, 64, H100)[0] == "tiled"
 

@@ -32,13 +32,13 @@ def plan(
     """
     if not few.scaled(scheme, rows):
         return "few", few.Config(8, 2, 2)
+    if rows > 8 and (tiles := tuned.best_many(scheme, shape, rows, device)):
+        return "many", tiles
     cut = few.Config(16, 2 if scheme.spread == 4 else 1, 1)
     if rows <= few.MOST_ROWS and few.slices(scheme, cut, rows, shape[1]) == 1:
         return "few", cut
     if rows <= 8:
         return "few", few.Config(8, 2, 2)
-    if tiles := tuned.best_many(scheme, shape, rows, device):
-        return "many", tiles
     if rows > ROWS or device[0] != tuned.HOPPER:
         return None
     return "tiled", tiled.fitted(tuned.hopper_tiled(scheme, shape, rows, device[1]), scheme, shape[1])
