@@ -25,7 +25,8 @@ MAP = ctypes.c_uint64 * 16
 BOX_ROWS = BOX_OUTS = 64
 BOX_BYTES = BOX_ROWS * BOX_OUTS * 2
 Cut: TypeAlias = tuple[int, ...]
-Mapped: TypeAlias = Callable[[int, int, int, int, int, int], "ctypes.Array[ctypes.c_uint64]"]
+Map: TypeAlias = "ctypes.Array[ctypes.c_uint64]"
+Mapped: TypeAlias = Callable[[int, int, int, int, int, int], Map]
 
 
 @dataclass(frozen=True)
@@ -242,10 +243,13 @@ def params(
     )  # fmt: skip
 
 
-def maps_of_outs(products: Sequence[Product], config: Config, mapped: Mapped = maps.tiles_of) -> ctypes.Array[MAP]:
+def maps_of_outs(products: Sequence[Product], config: Config, mapped: Mapped = maps.tiles_of) -> ctypes.Array[Map]:
     """Where boxes of each y are copied to; zeros where there are no boxes."""
     every = [one.y for one in products if config.boxes]
-    return (MAP * len(products))(*(mapped(y.data_ptr(), *y.shape, BOX_ROWS, BOX_OUTS, 2) for y in every))
+    found: ctypes.Array[Map] = (MAP * len(products))(
+        *(mapped(y.data_ptr(), len(y), y.shape[1], BOX_ROWS, BOX_OUTS, 2) for y in every)
+    )
+    return found
 
 
 @lru_cache(maxsize=512)

@@ -110,7 +110,8 @@ def params(
         None if one.bias is None else one.bias.data_ptr(), one.y.data_ptr(), outs,
     )  # fmt: skip
     return many.several(1, Weight)(
-        mapped(x.data_ptr(), rows, columns, config.box, 64, 2), many.maps_of_outs([one], config, mapped), (Weight * 1)(weight),
+        mapped(x.data_ptr(), rows, columns, config.box, 64, 2), many.maps_of_outs([one], config, mapped),
+        (Weight * 1)(weight),
         *(None if t is None else t.data_ptr() for t in (levels, room.partial, room.arrived)), columns, rows,
     )  # fmt: skip
 
