@@ -134,7 +134,7 @@ def test_one_row_has_its_norm_its_gate_and_its_sum_in_the_launch_of_a_product(
 
 
 @pytest.mark.parametrize("spec", ["int4-g128", "nf4", "nf4-dq", "int8-channel", "int3-g128", "int2-g64", "int5-g64"])
-@pytest.mark.parametrize("rows", [1, 8, 16, 64, 300])
+@pytest.mark.parametrize("rows", [1, 8, 16, 64, 300, 5000])
 def test_a_kept_launch_is_the_one_that_would_be_made_for_the_same_tensors(
     spec: str, rows: int, launched: Written_down, arguments: list[Any], monkeypatch: pytest.MonkeyPatch
 ):
@@ -153,9 +153,11 @@ def test_a_kept_launch_is_the_one_that_would_be_made_for_the_same_tensors(
         assert launched[0] == launched[1]
         (kind, kept, stream), (_, fresh, _) = arguments
         assert stream == 7
-        own = {place(kind, name) for name in ("y", "partial") if list(again.offsets(kind, name))}
+        own = {place(kind, name) for name in ("y", "partial", "boxes") if list(again.offsets(kind, name))}
         assert {at for at, pair in enumerate(zip(kept, fresh, strict=True)) if len(set(pair)) > 1} <= own
         assert kept[place(kind, "y")] == ours.data_ptr()
+        if list(again.offsets(kind, "boxes")):  # the first word of a map is what the driver was given
+            assert kept[place(kind, "boxes")] in ({ours.data_ptr()} if rows > 300 else {0, ours.data_ptr()})
 
 
 def test_a_launch_is_not_kept_for_tensors_that_lie_elsewhere_now(launched: Written_down, arguments: list[Any]):
