@@ -3,6 +3,9 @@ benchmarks/gpu_kernels.py --check."""
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Generator, Tensor
@@ -37,6 +40,23 @@ def test_products_and_gradients_equal_float64(spec: str, rows: int, random: Gene
     (dx,) = torch.autograd.grad(found.sum(), x)
     assert (dx.double() - exact.sum(0)).norm() < 4e-3 * exact.sum(0).expand_as(x).norm()
     assert torch.equal(dequantize(packed, torch.bfloat16), reference.dequantize(packed, torch.bfloat16))
+
+
+def test_a_thread_in_which_nothing_of_cuda_has_run_yet_launches_kernels(random: Generator):
+    packed, _ = make("int6-g32", 64, 320, random)
+    with ThreadPoolExecutor(1) as threads:
+        found = threads.submit(dequantize, packed, torch.bfloat16).result()
+    assert torch.equal(found, reference.dequantize(packed, torch.bfloat16))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_weights_on_a_device_that_is_not_the_current_one(random: Generator):
+    packed, exact = make("int4-g128", 256, 1024, random)
+    there = replace(packed, tensors={key: tensor.to("cuda:1") for key, tensor in packed.tensors.items()})
+    for rows in (1, 40, 300):
+        x = torch.randn(rows, 1024, generator=random).to(torch.bfloat16).to("cuda:1")
+        wanted = x.double() @ exact.to("cuda:1").T
+        assert (packed_linear(x, there, None).double() - wanted).norm() < 4e-3 * wanted.norm()
 
 
 @pytest.mark.parametrize("spec", ["int4-g128", "nf4", "int8"])

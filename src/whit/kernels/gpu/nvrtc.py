@@ -7,7 +7,7 @@ struct by value.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -24,6 +24,7 @@ MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 CLUSTER = 4  # CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
 EARLY = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 FREE_SHARED = 48 * 1024  # more must be asked for
+NO_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT
 
 
 @lru_cache(maxsize=1)
@@ -53,6 +54,24 @@ def stream_on(device: int) -> int:
     """The address of torch's current stream on a device, without the object that torch makes of it."""
     address: int = torch._C._cuda_getCurrentRawStream(device)
     return address
+
+
+def on_device(device: int, call: Callable[[], int]) -> int:
+    """The driver's answer to `call` where a device's primary context is current, as torch's own kernels find it.
+
+    Models over several devices run with another one current; and threads in which nothing of CUDA has run yet, such as
+    those of torch's autograd, have none.
+    """
+    if torch._C._cuda_getDevice() != device:
+        with torch.cuda.device(device):
+            return on_device(device, call)
+    status = call()
+    if status != NO_CONTEXT:
+        return status
+    context = ctypes.c_void_p()
+    checked(driver().cuDevicePrimaryCtxRetain(ctypes.byref(context), device), "context")  # which torch never gives up
+    checked(driver().cuCtxSetCurrent(context), "context")
+    return call()
 
 
 @lru_cache(maxsize=32)
@@ -112,8 +131,7 @@ def build(source: Path, macros: Mapping[str, int], device: int) -> Function:
     """The kernel of a source file, which has the file's name, after common.cuh, for a device of this machine."""
     options = [f"-D{key}={value}" for key, value in macros.items()]
     code = compile_source(text(source), options, architecture(device))
-    with torch.cuda.device(device):
-        return Function(code, source.stem)
+    return Function(code, source.stem, device)
 
 
 @lru_cache(maxsize=1024)
@@ -151,20 +169,22 @@ class Launch:
         config = LaunchConfig.from_buffer_copy(self.config)  # other threads may start it on other streams
         config.stream = stream
         argument = (ctypes.c_void_p * 1)(ctypes.addressof(self.params if params is None else params))
-        checked(
-            driver().cuLaunchKernelEx(ctypes.byref(config), self.function.handle, argument, None), self.function.name
-        )
+        self.function.call("cuLaunchKernelEx", ctypes.byref(config), self.function.handle, argument, None)
 
 
 class Function:
-    """A kernel loaded into the current device's context; it keeps its module for as long as the process lives."""
+    """A kernel loaded into a device's context; it keeps its module for as long as the process lives."""
 
-    def __init__(self, code: bytes, name: str) -> None:
+    def __init__(self, code: bytes, name: str, device: int) -> None:
         self.module, self.handle = ctypes.c_void_p(), ctypes.c_void_p()
-        self.name, self.shared = name, FREE_SHARED
-        self.early = torch.cuda.get_device_capability() >= (9, 0)  # asked once, not at every launch
-        checked(driver().cuModuleLoadData(ctypes.byref(self.module), code), name)
-        checked(driver().cuModuleGetFunction(ctypes.byref(self.handle), self.module, name.encode()), name)
+        self.name, self.device, self.shared = name, device, FREE_SHARED
+        self.early = torch.cuda.get_device_capability(device) >= (9, 0)  # asked once, not at every launch
+        self.call("cuModuleLoadData", ctypes.byref(self.module), code)
+        self.call("cuModuleGetFunction", ctypes.byref(self.handle), self.module, name.encode())
+
+    def call(self, name: str, *arguments: Any) -> None:
+        """A function of the driver, on this kernel's device; KernelError where it reports an error."""
+        checked(on_device(self.device, lambda: getattr(driver(), name)(*arguments)), self.name)
 
     def launch(
         self, grid: Dims, threads: int, shared: int, params: ctypes.Structure, stream: int, cluster: int = 1
@@ -196,7 +216,7 @@ class Function:
 
     def _reserve(self, shared: int) -> None:
         if shared > self.shared:
-            checked(driver().cuFuncSetAttribute(self.handle, MAX_DYNAMIC_SHARED, shared), self.name)
+            self.call("cuFuncSetAttribute", self.handle, MAX_DYNAMIC_SHARED, shared)
             self.shared = shared
 
     def resources(self) -> dict[str, int]:
@@ -205,7 +225,7 @@ class Function:
         found = {}
         for name, number in attributes.items():
             value = ctypes.c_int()
-            checked(driver().cuFuncGetAttribute(ctypes.byref(value), number, self.handle), self.name)
+            self.call("cuFuncGetAttribute", ctypes.byref(value), number, self.handle)
             found[name] = value.value
         return found
 
