@@ -25,8 +25,8 @@ def test_tensors_quantize_alike_on_both_devices(spec: str, method: str):
     here, there = whit.quantize_tensor(weight, spec, method), whit.quantize_tensor(weight.cuda(), spec, method)
     assert there.codes.device.type == "cuda"
     different = (here.codes != there.codes.cpu()).float().mean()
-    # Sums are added in another order there; hqq's repeated rounding makes more of that.
-    assert different < (0.02 if method == "hqq" else 1e-3)
+    # Sums are added in another order there; hqq's repeated rounding makes more of that. Nothing of rtn is a sum.
+    assert different <= {"rtn": 0, "clip": 1e-3, "hqq": 0.02}[method]
     assert whit.error(weight.cuda(), there).mse == pytest.approx(whit.error(weight, here).mse, rel=1e-2)
 
 

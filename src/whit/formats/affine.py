@@ -20,7 +20,7 @@ from torch import Tensor
 
 from whit.errors import FormatError
 from whit.formats.grouping import ROW, align, group_count, scale_sums, to_groups
-from whit.formats.numeric import DTYPE_NAMES, check_fits, compute_dtype, round_up_to
+from whit.formats.numeric import DTYPE_NAMES, check_fits, compute_dtype, constant, round_up_to
 from whit.tensor import Params, ParamSpec, tensor_param
 
 PATTERN = re.compile(
@@ -128,7 +128,8 @@ class Affine:
         if self.per_tensor:
             groups = groups.reshape(1, 1, -1)
         low, high = torch.aminmax(groups, dim=-1)
-        steps = (1 << self.bits) - 1
+        # A tensor: a GPU multiplies by the reciprocal of a number, which moves the largest value off its tie.
+        steps = constant(((1 << self.bits) - 1,), groups.dtype, groups.device)
         if self.symmetric:
             absmax = torch.maximum(-low, high)
             scale = self._store_scale(absmax / (steps / 2), absmax == 0)
