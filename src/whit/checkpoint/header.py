@@ -44,6 +44,20 @@ class Entry:
 
 def read_header(path: Path) -> dict[str, Entry]:
     """Name to Entry for every tensor of a file; CheckpointError where the file cannot be trusted."""
+    return read_description(path)[0]
+
+
+def read_description(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
+    """As `read_header`, and what the header says beside its tensors."""
+    header, data = _header(path)
+    metadata = dict(header.pop("__metadata__", None) or {})
+    entries = {name: _entry(path, name, value, data) for name, value in header.items()}
+    _check_extents(path, entries, data, path.stat().st_size)
+    return entries, metadata
+
+
+def _header(path: Path) -> tuple[dict[str, Any], int]:
+    """The JSON of a file, and where its tensors begin."""
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -56,12 +70,7 @@ def read_header(path: Path) -> dict[str, Entry]:
                 f"{path}: the header claims {length} bytes; it must be below {MAX_HEADER}; get another copy"
             )
         raw = file.read(length)
-    entries = {}
-    for name, value in _parse(path, raw).items():
-        if name != "__metadata__":
-            entries[name] = _entry(path, name, value, 8 + length)
-    _check_extents(path, entries, 8 + length, size)
-    return entries
+    return _parse(path, raw), 8 + length
 
 
 def _parse(path: Path, raw: bytes) -> dict[str, Any]:

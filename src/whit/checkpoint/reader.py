@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from whit.checkpoint.header import Entry, byte_view, read_bytes, read_header
+from whit.checkpoint.header import Entry, byte_view, read_bytes, read_description
 from whit.errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"
@@ -73,14 +73,20 @@ class TensorFiles(Mapping[str, Tensor]):
 
 
 class Checkpoint(TensorFiles):
-    """The tensors of a folder. `checkpoint[name]` reads; `checkpoint.entries[name]` says shape, dtype and place."""
+    """The tensors of a folder. `checkpoint[name]` reads; `checkpoint.entries[name]` says shape, dtype and place.
+
+    `metadata` is what the files' headers say beside their tensors.
+    """
 
     def __init__(self, folder: Path) -> None:
         super().__init__()
         self.folder = folder
         self.shards = find_shards(folder)
+        self.metadata: dict[str, str] = {}
         for shard in self.shards:
-            for name, entry in read_header(shard).items():
+            entries, metadata = read_description(shard)
+            self.metadata = {**metadata, **self.metadata}
+            for name, entry in entries.items():
                 if name in self.entries:
                     where = f"{self.entries[name].path.name} and {shard.name}"
                     raise CheckpointError(f"{folder}: {name} is in {where}; it must be in one file; remove one")
@@ -118,9 +124,20 @@ def find_shards(folder: Path) -> tuple[Path, ...]:
     if pickles := sorted(path.name for pattern in PICKLES for path in folder.glob(pattern)):
         raise CheckpointError(
             f"{folder}: only {', '.join(pickles)}, which whit never opens, as pickles can run code; "
-            "weights must be safetensors; convert them with save_pretrained where you trust them"
+            f"weights must be safetensors; {_how_to_convert(folder)}"
         )
     raise CheckpointError(f"{folder}: no *.safetensors file; a model folder must hold one; check the path")
+
+
+def _how_to_convert(folder: Path) -> str:
+    """What to do about pickles. Those of torchao hold its own classes, so that saving them again pickles them again."""
+    said = read_json(folder / "config.json").get("quantization_config") if (folder / "config.json").is_file() else None
+    if isinstance(said, dict) and said.get("quant_method") == "torchao":
+        return (
+            "open these once with the torchao that wrote them where you trust them, and save what dequantize() gives, "
+            "or quantize the original model again: torchao from 0.15 on writes safetensors"
+        )
+    return "convert them with save_pretrained where you trust them"
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -65,7 +65,8 @@ class ForeignSource(ModelSource):
         module, format = self.origins[name].keys[0].removesuffix(".weight"), self.format(name)
         if format is None:
             return None
-        how = inputs_of(dict(self.config.get("quantization_config") or {}), module)
+        own = self.foreign.packed[self.origins[name].keys[0]].inputs
+        how = inputs_of(dict(self.config.get("quantization_config") or {}), module) if own is None else own()
         if how is None:
             return None
         if not how.fits(format):

@@ -26,7 +26,7 @@ from whit.model.targets import find_targets
 
 MARKS = (
     "qweight", "weight_packed", "SCB", "weight.absmax", "weight_scale", "scales", "biases", "W_q", "weight_scale_inv",
-    "trellis",
+    "trellis", "_weight_qdata", "weight:qdata", "weight._data", "weight_scales",
 )  # fmt: skip
 
 
@@ -63,7 +63,7 @@ class Only(Checkpoint):
     """The tensors of one module, or of one stack of experts, so that what is wrong with it does not hide the others."""
 
     def __init__(self, checkpoint: Checkpoint, module: str) -> None:
-        self.folder, self.shards = checkpoint.folder, checkpoint.shards
+        self.folder, self.shards, self.metadata = checkpoint.folder, checkpoint.shards, checkpoint.metadata
         self._descriptors = checkpoint._descriptors
         self.entries: dict[str, Entry] = {
             name: entry

@@ -15,6 +15,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from whit.activations import Activations
 from whit.checkpoint.header import Entry
 from whit.checkpoint.reader import Checkpoint, Tensors
 from whit.errors import CheckpointError, reason_of
@@ -26,7 +27,8 @@ from whit.tensor import Format, QuantizedTensor, TensorSpec, turned
 class Packed:
     """A quantized matrix in a file. `keys` are its tensors; `format` is None where no format of whit holds it exactly,
     for the reason in `note`; `load` gives the value, floats in that case. `dtype` is theirs where the file
-    has floats; those of codes are float32."""
+    has floats; those of codes are float32. `inputs` says how a linear's inputs are rounded where its own tensors do
+    (CheckpointError: in a way that whit has not); where it is None, config.json does."""
 
     keys: tuple[str, ...]
     shape: tuple[int, ...]
@@ -34,6 +36,7 @@ class Packed:
     load: Callable[[], QuantizedTensor | Tensor]
     note: str | None = None
     dtype: torch.dtype | None = None
+    inputs: Callable[[], Activations | None] | None = None
 
     def read(self) -> QuantizedTensor | Tensor:
         """The value. CheckpointError where the tensors do not fit together."""
