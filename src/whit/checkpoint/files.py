@@ -13,14 +13,16 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from whit.checkpoint.reader import INDEX
+from whit.checkpoint.reader import INDEX, QUANTO_MAPS
 from whit.errors import CheckpointError
 
 SUFFIXES = {".json", ".txt", ".model", ".jinja"}
 PARTS = "modules.json"  # of sentence-transformers: what follows the transformer, each with a folder of its own
 REPLACED = {"config.json", "whit.json", INDEX}  # the result has its own
 # What other programs say of a quantized source's own codes and graph: untrue of what is made of it.
-OF_SOURCE = {"quantize_config.json", "quant_config.json", "quantization_config.json", "genai_config.json"}
+OF_SOURCE = {
+    "quantize_config.json", "quant_config.json", "quantization_config.json", "genai_config.json", *QUANTO_MAPS,
+}  # fmt: skip
 
 
 def side_files(folder: Path, code: bool = False) -> Iterator[tuple[str, Path]]:

@@ -17,6 +17,7 @@ from whit.errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+QUANTO_MAPS = ("quanto_qmap.json", "quantization_map.json")  # optimum-quanto says so there, and not in config.json
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt", "*.msgpack", "*.h5")
 
 
@@ -151,6 +152,15 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: not a JSON object; it must be one; get another copy")
     return value
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json, with the `quantization_config` that optimum-quanto has in a file of its own."""
+    config = read_json(folder / "config.json")
+    path = next((path for name in QUANTO_MAPS if (path := folder / name).is_file()), None)
+    if path is None or config.get("quantization_config"):
+        return config
+    return {**config, "quantization_config": {"quant_method": "quanto", "modules": read_json(path)}}
 
 
 def _weight_map(folder: Path) -> dict[str, str]:

@@ -17,7 +17,7 @@ from whit.checkpoint.header import NAMES, count_parameters
 from whit.checkpoint.hub import at_revision, resolve_model
 from whit.checkpoint.onnx import OnnxFile, onnx_graph
 from whit.checkpoint.places import RECORD, record_of
-from whit.checkpoint.reader import Checkpoint, read_json
+from whit.checkpoint.reader import Checkpoint, read_config
 from whit.checkpoint.writer import file_sha256
 from whit.cli.console import on_screen, print_json, say
 from whit.cli.inspect_gguf import gguf_facts
@@ -83,7 +83,7 @@ def findings_of(folder: Path, checkpoint: Checkpoint | OnnxFile, trust_remote_co
     """What is wrong or odd with a folder that another program quantized, or could read."""
     if isinstance(checkpoint, OnnxFile):
         return lint_onnx(checkpoint.path, trust_remote_code)
-    config = read_json(folder / "config.json")
+    config = read_config(folder)
     return [] if quant_method(config) == QUANT_METHOD else lint(folder, config, checkpoint, trust_remote_code)
 
 
@@ -168,7 +168,7 @@ def show_account(account: Account, verified: bool) -> None:
 
 def plain_facts(folder: Path, checkpoint: Checkpoint | OnnxFile) -> dict[str, Any]:
     """What a folder without an account says of itself."""
-    config = read_json(folder / "config.json")
+    config = read_config(folder)
     specs = {name: entry.spec for name, entry in checkpoint.entries.items()}
     parameters = count_parameters(specs)
     size_bytes = sum(path.stat().st_size for path in checkpoint.shards)

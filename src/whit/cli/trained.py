@@ -8,7 +8,7 @@ from pathlib import Path
 
 from whit.calibration import Calibration
 from whit.checkpoint.hub import resolve_model
-from whit.checkpoint.reader import read_json
+from whit.checkpoint.reader import read_config
 from whit.cli.console import console, on_screen, print_json, say
 from whit.cli.runs import cost, run_and_show, show_plan
 from whit.cli.shown import progress, show_totals
@@ -153,4 +153,4 @@ def _show(account: Account, out: Path, as_json: bool) -> None:
 def is_quantized(model: str, trust_remote_code: bool) -> bool:
     """Whether MODEL is quantized already; a .gguf file counts as such."""
     folder = resolve_model(model, trust_remote_code)
-    return folder.is_file() or quant_method(read_json(folder / "config.json")) is not None
+    return folder.is_file() or quant_method(read_config(folder)) is not None

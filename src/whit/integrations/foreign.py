@@ -15,7 +15,7 @@ from torch import Tensor
 
 from whit.activations import Activations
 from whit.checkpoint.onnx import onnx_graph
-from whit.checkpoint.reader import read_json
+from whit.checkpoint.reader import read_config
 from whit.errors import CheckpointError, WhitWarning
 from whit.export.foreign import ForeignSource
 from whit.export.readers import READERS, open_foreign, quant_method
@@ -30,8 +30,7 @@ from whit.tensor import Format
 
 def is_foreign(folder: Path) -> bool:
     """Whether a model folder holds a kind of quantized file that whit reads itself."""
-    path = folder / "config.json"
-    method = quant_method(read_json(path)) if path.is_file() else None
+    method = quant_method(read_config(folder)) if (folder / "config.json").is_file() else None
     return any(method == name for name, _ in READERS) or onnx_graph(folder) is not None
 
 
@@ -43,7 +42,7 @@ def load_foreign(place: Path, dtype: torch.dtype | str, trust_remote_code: bool 
     """
     gguf = read_gguf_model(place) if place.is_file() else None
     folder = place if gguf is None else gguf.folder
-    config = read_json(folder / "config.json")
+    config = read_config(folder)
     skeleton = load_skeleton(folder, trust_remote_code)
     source = ForeignSource(skeleton, gguf or open_foreign(folder, config))
     if dtype == "auto":

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from whit.checkpoint.header import Entry, count_parameters
 from whit.checkpoint.hub import resolve_model
-from whit.checkpoint.reader import Checkpoint, read_json
+from whit.checkpoint.reader import Checkpoint, read_config
 from whit.data import resolve_model as shipped_model
 from whit.errors import CheckpointError
 from whit.evaluation.size import weight_files
@@ -135,7 +135,7 @@ def of_shape(shape: Shape) -> Subject:
 
 def _of_folder(name: str, folder: Path, trust_remote_code: bool) -> Subject:
     """By the headers of the weight files where there are some, else by config.json alone."""
-    raw = read_json(folder / "config.json")
+    raw = read_config(folder)
     quantization = raw.get("quantization_config")
     method = quantization.get("quant_method") if isinstance(quantization, dict) else None
     stored = None

@@ -21,7 +21,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
 from whit.checkpoint.header import Entry
-from whit.checkpoint.reader import Tensors, read_json
+from whit.checkpoint.reader import Tensors, read_config
 from whit.errors import CheckpointError
 from whit.tensor import TensorSpec
 
@@ -45,7 +45,7 @@ class ModelSource:
     def __init__(self, model: PreTrainedModel, checkpoint: Tensors) -> None:
         self.model = model
         self.checkpoint = checkpoint
-        self.config = read_json(checkpoint.folder / "config.json")
+        self.config = read_config(checkpoint.folder)
         self.dropped: dict[str, str] = {}
         self._state: dict[str, Tensor] = model.state_dict()
         self._pieces: dict[str, list[tuple[str, str]]] = defaultdict(list)

@@ -19,7 +19,7 @@ from whit.calibration.storage import INPUT_MEMORY
 from whit.checkpoint.hub import resolve_model
 from whit.checkpoint.onnx import onnx_graph
 from whit.checkpoint.places import check_out
-from whit.checkpoint.reader import Checkpoint, read_json
+from whit.checkpoint.reader import Checkpoint, read_config
 from whit.devices import find_device
 from whit.errors import RecipeError
 from whit.export import Exporter, exporter_named
@@ -216,7 +216,7 @@ def open_source(folder: Path, trust_remote_code: bool = False) -> Source:
     if folder.is_file():
         gguf = read_gguf_model(folder)
         return ForeignSource(load_skeleton(gguf.folder), gguf)
-    config, is_graph = read_json(folder / "config.json"), onnx_graph(folder) is not None
+    config, is_graph = read_config(folder), onnx_graph(folder) is not None
     model, method = load_skeleton(folder, trust_remote_code), quant_method(config)
     if is_graph or method not in (None, QUANT_METHOD):
         return ForeignSource(model, open_foreign(folder, config))

@@ -16,7 +16,7 @@ import whit
 from whit.calibration import Calibration
 from whit.checkpoint.files import write_whole
 from whit.checkpoint.places import check_place, make_folder
-from whit.checkpoint.reader import read_json
+from whit.checkpoint.reader import read_config
 from whit.errors import CheckpointError, WhitError
 from whit.integrations.loading import load_causal_lm, load_tokenizer, maximum_context, model_files
 from whit.memory import Planner, Situation, find_subject
@@ -93,7 +93,7 @@ def _of_model(model: str, trust_remote_code: bool) -> dict[str, Figure]:
 
 def _of_weights(folder: Path, trust_remote_code: bool) -> dict[str, Figure]:
     """Histogram and errors of a plain model; of one that whit quantized the histogram of what is stored."""
-    quantization = read_json(folder / "config.json").get("quantization_config")
+    quantization = read_config(folder).get("quantization_config")
     try:
         source = open_source(folder, trust_remote_code)
     except CheckpointError:  # codes of a library whose files are not read here

@@ -26,7 +26,7 @@ from whit.calibration.capture import Watch
 from whit.calibration.runner import Runner
 from whit.calibration.storage import Storage
 from whit.checkpoint.hub import resolve_model
-from whit.checkpoint.reader import Checkpoint, read_json
+from whit.checkpoint.reader import Checkpoint, read_config
 from whit.errors import RecipeError, UnsupportedModelError
 from whit.integrations.loading import load_tokenizer, maximum_context
 from whit.layouts import BITS
@@ -187,7 +187,7 @@ class _Setter:
 @contextmanager
 def _opened(source: str | Path) -> Iterator[ModelSource]:
     folder = resolve_model(source)
-    if folder.is_file() or "quantization_config" in read_json(folder / "config.json"):
+    if folder.is_file() or "quantization_config" in read_config(folder):
         raise UnsupportedModelError(
             f"{source}: is quantized itself; its weights in full precision must be known; name the original model"
         )

@@ -26,7 +26,7 @@ from whit.model.targets import find_targets
 
 MARKS = (
     "qweight", "weight_packed", "SCB", "weight.absmax", "weight_scale", "scales", "biases", "W_q", "weight_scale_inv",
-    "trellis", "_weight_qdata", "weight:qdata", "weight._data", "weight_scales",
+    "trellis", "_weight_qdata", "weight:qdata", "weight._data", "weight._data._data", "weight_scales",
 )  # fmt: skip
 
 

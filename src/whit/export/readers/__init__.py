@@ -23,6 +23,7 @@ from whit.export.readers.mlx import read_mlx
 from whit.export.readers.modelopt import read_modelopt
 from whit.export.readers.mxfp4 import read_mxfp4
 from whit.export.readers.onnx import read_onnx_model
+from whit.export.readers.quanto import read_quanto
 from whit.export.readers.torchao import read_torchao
 
 READERS: tuple[tuple[str, Reader], ...] = (
@@ -39,6 +40,7 @@ READERS: tuple[tuple[str, Reader], ...] = (
     ("modelopt", read_modelopt),
     ("mxfp4", read_mxfp4),
     ("torchao", read_torchao),
+    ("quanto", read_quanto),
 )
 
 
