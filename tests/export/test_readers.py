@@ -244,3 +244,28 @@ def test_codes_that_config_does_not_speak_of_are_refused(dtype: torch.dtype, tmp
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(WhitError, match=r"up_proj.weight is .*quantization_config"):
         open_source(tmp_path)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_hqq_whose_configuration_does_not_say_so(axis: int, tmp_path: Path):
+    """hqq's own files in 3 bits, whose last words are not full; config.json is a plain model's."""
+    save_tiny(tmp_path, "llama")
+    tensors, meant = load_file(tmp_path / "model.safetensors"), {}
+    g = torch.Generator().manual_seed(0)
+    for name in [name for name in tensors if name.endswith("_proj.weight")]:
+        shape = tensors.pop(name).shape
+        codes = torch.randint(0, 8, (shape.numel() // 32, 32) if axis else (32, shape.numel() // 32), generator=g)
+        scale, zero = (torch.rand(1, shape.numel() // 32, generator=g) for _ in range(2))
+        scale, zero = (scale.t(), zero.t()) if axis else (scale, zero)
+        meant[name] = ((codes - zero) * scale).reshape(shape)
+        slices = torch.nn.functional.pad(codes, (0, 0, 0, -len(codes) % 10)).reshape(10, -1, codes.shape[1])
+        words = sum(slices[i] << 3 * (9 - i) for i in range(10)).to(torch.int32)
+        said = {"nbits": 3, "group_size": 32, "axis": axis}
+        stored = {"W_q": words, "scale": scale, "zero": zero, "shape": torch.tensor(shape)}
+        stored |= {key: torch.tensor(value, dtype=torch.int32) for key, value in said.items()}
+        stored["packing"] = torch.tensor([ord(letter) for letter in "3bit_32"], dtype=torch.uint8)
+        tensors |= {f"{name.removesuffix('weight')}{key}": value.contiguous() for key, value in stored.items()}
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    source = open_source(tmp_path)
+    for name, weight in meant.items():
+        assert torch.equal(source.read(name), weight), name

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from whit.checkpoint.header import Entry, byte_view, read_bytes, read_description
+from whit.checkpoint.header import Entry, byte_view, read_bytes, read_description, read_header
 from whit.errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"
@@ -138,6 +138,8 @@ def _how_to_convert(folder: Path) -> str:
             "open these once with the torchao that wrote them where you trust them, and save what dequantize() gives, "
             "or quantize the original model again: torchao from 0.15 on writes safetensors"
         )
+    if (folder / "qmodel.pt").is_file():
+        return "open these once with hqq where you trust them, and save them again by its save_to_safetensors"
     return "convert them with save_pretrained where you trust them"
 
 
@@ -155,12 +157,26 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """config.json, with the `quantization_config` that optimum-quanto has in a file of its own."""
+    """config.json, with a `quantization_config` where only other files tell that the model is quantized.
+
+    optimum-quanto has a map beside the weights, and hqq's own `save_to_safetensors` nothing but its tensors.
+    """
     config = read_json(folder / "config.json")
-    path = next((path for name in QUANTO_MAPS if (path := folder / name).is_file()), None)
-    if path is None or config.get("quantization_config"):
+    if config.get("quantization_config"):
         return config
-    return {**config, "quantization_config": {"quant_method": "quanto", "modules": read_json(path)}}
+    path = next((path for name in QUANTO_MAPS if (path := folder / name).is_file()), None)
+    if path is not None:
+        return {**config, "quantization_config": {"quant_method": "quanto", "modules": read_json(path)}}
+    return {**config, "quantization_config": {"quant_method": "hqq"}} if _has_hqq(folder) else config
+
+
+def _has_hqq(folder: Path) -> bool:
+    """Whether the first weight file has a linear of hqq's, which is enough: every file has some blocks."""
+    first = next(iter(sorted(folder.glob("*.safetensors"))), None)
+    try:
+        return first is not None and any(name.endswith(".W_q") for name in read_header(first))
+    except CheckpointError:  # said where the weights are opened
+        return False
 
 
 def _weight_map(folder: Path) -> dict[str, str]:

@@ -56,7 +56,8 @@ def _linear(checkpoint: Checkpoint, module: str, claimed: object) -> Packed:
     groups, spec = scale.numel(), checkpoint.entries[f"{module}.W_q"].spec
     stored = spec.nbytes // (4 if bits == 3 else 1) * SLICES[bits]
     fits = len(shape) == 2 and min(shape) > 0 and 0 < groups == zero.numel() and prod(shape) % groups == 0
-    if not fits or name != NAMES[bits] or stored - prod(shape) not in range(SLICES[bits] * (prod(shape) // groups)):
+    line = prod(shape) // max(groups, 1) if axis == 1 else groups  # codes that are packed beside each other
+    if not fits or name != NAMES[bits] or stored - prod(shape) not in range(SLICES[bits] * line):
         raise CheckpointError(
             f"{where}: W_q {list(spec.shape)} packed as {name} and {groups} scales do not fit {list(shape)} in {bits} "
             "bits; they must; get the file again"
