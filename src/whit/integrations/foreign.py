@@ -20,6 +20,7 @@ from whit.errors import CheckpointError, WhitWarning
 from whit.export.foreign import ForeignSource
 from whit.export.readers import READERS, open_foreign, quant_method
 from whit.export.readers.gguf import read_gguf_model
+from whit.export.readers.refused import REFUSED
 from whit.export.whit import quantization_config
 from whit.layouts import BITS
 from whit.model.skeleton import load_skeleton
@@ -32,6 +33,12 @@ def is_foreign(folder: Path) -> bool:
     """Whether a model folder holds a kind of quantized file that whit reads itself."""
     method = quant_method(read_config(folder)) if (folder / "config.json").is_file() else None
     return any(method == name for name, _ in READERS) or onnx_graph(folder) is not None
+
+
+def instead_of(folder: Path) -> str | None:
+    """What to do where a model folder is of a kind that whit does not read, and its own library is not there either."""
+    why = REFUSED.get(str(quant_method(read_config(folder))))
+    return None if why is None else f"whit does not read it itself: {why}"
 
 
 def load_foreign(place: Path, dtype: torch.dtype | str, trust_remote_code: bool = False, **placement: Any) -> Any:

@@ -29,12 +29,13 @@ from whit.errors import (
     reason_of,
 )
 from whit.export.readers.gguf import gguf_config, gguf_tokenizer
-from whit.integrations.foreign import is_foreign, load_foreign
+from whit.integrations.foreign import instead_of, is_foreign, load_foreign
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 _FOREIGN_ERRORS = (OSError, ValueError, KeyError, RuntimeError, ImportError, AttributeError, TypeError, SafetensorError)
 
 T = TypeVar("T")
+ADVICE = "check the folder or fetch it again"
 
 
 def load_causal_lm(
@@ -70,6 +71,7 @@ def load_causal_lm(
         Checkpoint(Path(source)).close()  # a missing or damaged file is said as every command says it
     if quantization is not None:
         placement["quantization_config"] = quantization
+    advice = instead_of(Path(source)) if not options else None
     model, info = _translated(
         name,
         lambda: auto_class.from_pretrained(
@@ -81,6 +83,7 @@ def load_causal_lm(
             **placement,
             **options,
         ),
+        advice or ADVICE,
     )
     return _complete(name, model, info)
 
@@ -185,7 +188,7 @@ def _has_tokenizer(folder: Path) -> bool:
     return any((folder / name).is_file() for name in names)
 
 
-def _translated(name: str, action: Callable[[], T]) -> T:
+def _translated(name: str, action: Callable[[], T], advice: str = ADVICE) -> T:
     """Run `action`; whatever transformers, safetensors or the hub raises becomes one sentence."""
     try:
         return action()
@@ -200,5 +203,5 @@ def _translated(name: str, action: Callable[[], T]) -> T:
         elif "ignore_mismatched_sizes" in said:  # its table of shapes goes to a log
             message = "a tensor has another shape than config.json says; both must agree; fetch them again together"
         else:
-            message = f"transformers cannot load it ({reason_of(error)}); check the folder or fetch it again"
+            message = f"transformers cannot load it ({reason_of(error)}); {advice}"
         raise CheckpointError(f"{name}: {message}") from error

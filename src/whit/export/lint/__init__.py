@@ -20,6 +20,7 @@ from whit.export.lint.params import param_findings
 from whit.export.readers import READERS, quant_method, read_foreign
 from whit.export.readers.base import Packed, sentences
 from whit.export.readers.mxfp4 import BLOCKS, SCALES
+from whit.export.readers.refused import REFUSED
 from whit.model.skeleton import load_skeleton
 from whit.model.source import AUXILIARY, COMPUTED
 from whit.model.targets import find_targets
@@ -93,7 +94,8 @@ def _unclaimed(method: str | None, checkpoint: Checkpoint) -> Iterator[Finding]:
             "quantization_config that says how; every engine takes this for 16-bit weights and fails",
         )  # fmt: skip
     elif method is not None and method != "whit":
-        yield Finding("note", "config.json", f"says quantized by {method}, which whit does not read")
+        why = f": {REFUSED[method]}" if method in REFUSED else ""
+        yield Finding("note", "config.json", f"says quantized by {method}, which whit does not read{why}")
 
 
 def _tied_twice(config: Mapping[str, Any], checkpoint: Checkpoint) -> Iterator[Finding]:

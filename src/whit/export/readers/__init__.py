@@ -15,6 +15,8 @@ from whit.export.readers.base import Foreign, Packed, Reader, sentences
 from whit.export.readers.bitnet import read_bitnet
 from whit.export.readers.bitsandbytes import read_bitsandbytes
 from whit.export.readers.compressed_tensors import read_compressed_tensors
+from whit.export.readers.eetq import read_eetq
+from whit.export.readers.fbgemm import read_fbgemm
 from whit.export.readers.fp8 import read_fp8
 from whit.export.readers.gptq import read_gptq
 from whit.export.readers.hqq import read_hqq
@@ -24,6 +26,7 @@ from whit.export.readers.modelopt import read_modelopt
 from whit.export.readers.mxfp4 import read_mxfp4
 from whit.export.readers.onnx import read_onnx_model
 from whit.export.readers.quanto import read_quanto
+from whit.export.readers.refused import REFUSED
 from whit.export.readers.torchao import read_torchao
 
 READERS: tuple[tuple[str, Reader], ...] = (
@@ -41,6 +44,8 @@ READERS: tuple[tuple[str, Reader], ...] = (
     ("mxfp4", read_mxfp4),
     ("torchao", read_torchao),
     ("quanto", read_quanto),
+    ("eetq", read_eetq),
+    ("fbgemm_fp8", read_fbgemm),
 )
 
 
@@ -74,6 +79,10 @@ def read_foreign(config: Mapping[str, Any], checkpoint: Checkpoint) -> Foreign:
                     "both must agree; correct config.json"
                 )
             return Foreign(checkpoint, packed)
+    if method in REFUSED:
+        raise CheckpointError(
+            f"{checkpoint.folder}: quantized by {method}, which whit does not read: {REFUSED[method]}"
+        )
     known = ", ".join(["whit", *(name for name, _ in READERS if "/" not in name)])
     raise CheckpointError(f"{checkpoint.folder}: quantized by {method}; whit reads {known}; use the original model")
 

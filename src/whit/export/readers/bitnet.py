@@ -28,9 +28,17 @@ FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 def read_bitnet(config: Mapping[str, Any], checkpoint: Checkpoint) -> dict[str, Packed]:
     """Every linear with a `weight_scale`."""
     mode, kind = config.get("quantization_mode", "offline"), config.get("linear_class", "bitlinear")
-    if mode != "offline" or config.get("use_rms_norm"):
-        what = "norms inside its linears" if mode == "offline" else f"mode {mode}, floats that are rounded as they run"
-        raise CheckpointError(f"{checkpoint.folder}: BitNet with {what}; whit reads packed weights; export it so")
+    if config.get("use_rms_norm"):
+        raise CheckpointError(
+            f"{checkpoint.folder}: BitNet with norms inside its linears, which no model of transformers has otherwise; "
+            "they must be modules of their own; use a checkpoint that has them so"
+        )
+    if mode != "offline":
+        raise CheckpointError(
+            f"{checkpoint.folder}: BitNet in mode {str(mode)[:40]}, floats that are rounded as they run; whit reads "
+            "packed weights; use the packed checkpoint, or take quantization_config out of config.json and "
+            "quantize with --method rtn --format ternary-tensor-absmean"
+        )
     return {
         f"{m}.weight": _linear(checkpoint, m, kind == "bitlinear") for m in modules_with(checkpoint, "weight_scale")
     }
