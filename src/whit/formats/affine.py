@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from whit.errors import FormatError
-from whit.formats.grouping import ROW, align, group_count, scale_sums, to_groups
+from whit.formats.grouping import ROW, align, to_groups
 from whit.formats.numeric import DTYPE_NAMES, check_fits, compute_dtype, constant, round_up_to
+from whit.formats.scaled import Scaled, group_size_in
 from whit.tensor import Params, ParamSpec, tensor_param
 
 PATTERN = re.compile(
@@ -30,7 +31,7 @@ MAX_GROUP = 1 << 20
 
 
 @dataclass(frozen=True)
-class Affine:
+class Affine(Scaled):
     """Integers of 1 to 8 bits, per group of columns, per row (`group_size` 0) or per tensor."""
 
     bits: int
@@ -44,8 +45,7 @@ class Affine:
     searches = False
 
     def __post_init__(self) -> None:
-        if not self.scale_type:
-            object.__setattr__(self, "scale_type", self.default_scale_type)
+        super().__post_init__()
         if not 1 <= self.bits <= 8:
             raise FormatError(f"int{self.bits}: {self.bits} bits; affine formats have 1 to 8; choose one of those")
         if not 0 <= self.group_size <= MAX_GROUP:
@@ -53,26 +53,18 @@ class Affine:
         if self.float_zero and self.symmetric:
             raise FormatError(f"int{self.bits}-fz: a float zero point needs an asymmetric format; write -asym-fz")
 
-    @property
-    def default_scale_type(self) -> str:
-        """bfloat16 for groups, where scales cost memory; float32 where there is one per row or fewer."""
-        return "bf16" if self.group_size else "f32"
-
     def __str__(self) -> str:
-        where = "tensor" if self.per_tensor else f"g{self.group_size}" if self.group_size else "channel"
         kind = ("" if self.symmetric else "-asym") + ("-fz" if self.float_zero else "")
         scale = "" if self.scale_type == self.default_scale_type else f"-{self.scale_type}"
-        return f"int{self.bits}-{where}{kind}{scale}"
+        return f"int{self.bits}-{self.where}{kind}{scale}"
 
     @classmethod
     def parse(cls, spec: str) -> Affine | None:
         """`int4-g128-asym` and its like; None for other families."""
         if not (m := PATTERN.fullmatch(spec)):
             return None
-        where = m["where"] or "channel"
-        size = int(where[1:]) if where.startswith("g") else ROW
-        asym = bool(m["asym"])
-        return cls(int(m["bits"]), size, not asym, where == "tensor", bool(m["fz"]), m["dtype"] or "")
+        size, whole = group_size_in(m["where"]), m["where"] == "tensor"
+        return cls(int(m["bits"]), size, not m["asym"], whole, bool(m["fz"]), m["dtype"] or "")
 
     @property
     def signed(self) -> bool:
@@ -100,23 +92,12 @@ class Affine:
         return () if self.symmetric or self.float_zero else ("zero_point",)
 
     @property
-    def row_independent(self) -> bool:
-        return not self.per_tensor
-
-    @property
     def product_dtype(self) -> torch.dtype | None:
         return torch.int8 if self.signed and not self.group_size else None
 
-    def row_scale(self, params: Params) -> Tensor:
-        return tensor_param(params, "scale").to(torch.float32)
-
-    def sums(self, values: Tensor) -> Tensor:
-        return scale_sums(values, self.group_size, self.per_tensor)
-
     def param_specs(self, rows: int, columns: int) -> Mapping[str, ParamSpec]:
-        shape = (1, 1) if self.per_tensor else (rows, group_count(columns, self.group_size))
-        dtype = DTYPE_NAMES[self.scale_type]
-        specs = {"scale": ParamSpec(shape, dtype, 8 * dtype.itemsize)}
+        shape = self.params_shape(rows, columns)
+        specs = {"scale": self.scale_spec(rows, columns)}
         if self.float_zero:
             specs["zero_point"] = ParamSpec(shape, torch.float16, 16)
         elif not self.symmetric:
@@ -150,9 +131,6 @@ class Affine:
             old = tensor_param(params, "scale").to(best.dtype)
             new["scale"] = torch.where(best * old > 0, best, old).to(tensor_param(params, "scale").dtype)
         return new
-
-    def seal(self, params: Params) -> Params:
-        return params
 
     def encode(self, weight: Tensor, params: Params, column: int = 0) -> Tensor:
         dtype = compute_dtype(weight)

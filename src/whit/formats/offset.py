@@ -16,6 +16,7 @@ from torch import Tensor
 from whit.errors import FormatError
 from whit.formats.grouping import ROW, align, group_count, group_sums, to_groups
 from whit.formats.numeric import DTYPE_NAMES, check_fits, compute_dtype, round_up_to
+from whit.formats.scaled import group_size_in
 from whit.tensor import Params, ParamSpec, tensor_param
 
 PATTERN = re.compile(r"int(?P<bits>[2-8])-(?P<where>channel|g[1-9]\d*)-offset(?:-(?P<dtype>f16|f32|bf16))?")
@@ -49,8 +50,7 @@ class Offset:
         """`int4-g64-offset-f16` and its like; None for other families."""
         if not (m := PATTERN.fullmatch(spec)):
             return None
-        size = int(m["where"][1:]) if m["where"].startswith("g") else ROW
-        return cls(int(m["bits"]), size, m["dtype"] or "bf16")
+        return cls(int(m["bits"]), group_size_in(m["where"]), m["dtype"] or "bf16")
 
     @property
     def code_max(self) -> int:

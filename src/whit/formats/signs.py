@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 
 from whit.errors import FormatError
-from whit.formats.grouping import ROW, align, group_count, scale_sums, to_groups
+from whit.formats.grouping import ROW, align, to_groups
 from whit.formats.numeric import DTYPE_NAMES, check_fits, compute_dtype
+from whit.formats.scaled import Scaled, group_size_in
 from whit.tensor import Params, ParamSpec, tensor_param
 
 PATTERN = re.compile(
@@ -32,7 +33,7 @@ PATTERN = re.compile(
 
 
 @dataclass(frozen=True)
-class Signs:
+class Signs(Scaled):
     """What the two share; `group_size` 0 is the whole row."""
 
     group_size: int = ROW
@@ -44,37 +45,17 @@ class Signs:
     per_tensor = False
     continuous: ClassVar[tuple[str, ...]] = ("scale",)
 
-    def __post_init__(self) -> None:
-        if not self.scale_type:
-            object.__setattr__(self, "scale_type", self.default_scale_type)
-
-    @property
-    def default_scale_type(self) -> str:
-        """bfloat16 for groups, where scales cost memory; float32 where there is one per row."""
-        return "bf16" if self.group_size else "f32"
-
     def __str__(self) -> str:
-        where = "tensor" if self.per_tensor else f"g{self.group_size}" if self.group_size else "channel"
         scale = "" if self.scale_type == self.default_scale_type else self.scale_type
-        return "-".join(filter(None, (self.kind, where, self.rule, scale)))
+        return "-".join(filter(None, (self.kind, self.where, self.rule, scale)))
 
     @property
     def rule(self) -> str:
         """How the scale is fitted, where there is a choice."""
         return ""
 
-    @property
-    def row_independent(self) -> bool:
-        """Whether no param belongs to two rows."""
-        return not self.per_tensor
-
-    def sums(self, values: Tensor) -> Tensor:
-        return scale_sums(values, self.group_size, self.per_tensor)
-
     def param_specs(self, rows: int, columns: int) -> Mapping[str, ParamSpec]:
-        dtype = DTYPE_NAMES[self.scale_type]
-        shape = (1, 1) if self.per_tensor else (rows, group_count(columns, self.group_size))
-        return {"scale": ParamSpec(shape, dtype, 8 * dtype.itemsize)}
+        return {"scale": self.scale_spec(rows, columns)}
 
     def refit(self, weight: Tensor, codes: Tensor, params: Params, free: tuple[str, ...]) -> Params:
         if "scale" not in free:
@@ -83,9 +64,6 @@ class Signs:
         signs = self._signs(codes).to(compute_dtype(weight))  # s = <w, c> / <c, c>
         best = self.sums(weight.to(signs.dtype) * signs) / self.sums(signs * signs).clamp(min=1)
         return {**params, "scale": torch.where(best > 0, best, old.to(best.dtype)).to(old.dtype)}
-
-    def seal(self, params: Params) -> Params:
-        return params
 
     def decode(self, codes: Tensor, params: Params, column: int = 0) -> Tensor:
         signs, scale = align(self._signs(codes), (tensor_param(params, "scale"),), column, self.group_size)
@@ -146,7 +124,7 @@ class Ternary(Signs):
         whole = m["where"] == "tensor"
         if whole and not m["absmean"]:
             raise FormatError(f"{spec}: one scale for a matrix is BitNet's; write ternary-tensor-absmean, or ternary")
-        return cls(_group_size(m["where"]), m["dtype"] or "", bool(m["absmean"]), whole)
+        return cls(group_size_in(m["where"]), m["dtype"] or "", bool(m["absmean"]), whole)
 
     @property
     def searches(self) -> bool:
@@ -156,10 +134,6 @@ class Ternary(Signs):
     def product_dtype(self) -> torch.dtype | None:
         """int8 where there is one scale per row: BitLinear's product with 8-bit activations."""
         return None if self.group_size else torch.int8
-
-    def row_scale(self, params: Params) -> Tensor:
-        """float32 (rows, 1), or (1, 1)."""
-        return tensor_param(params, "scale").to(torch.float32)
 
     def fit(self, weight: Tensor, importance: Tensor | None = None) -> Params:
         best = self._mean(weight, None) if self.absmean else self._least(weight, importance)
@@ -207,7 +181,7 @@ class Binary(Signs):
             raise FormatError(f"{spec}: binary scales are the mean of |w| anyway; leave out -absmean")
         if m["where"] == "tensor":
             raise FormatError(f"{spec}: binary scales are one per row or group; write binary, or binary-g64")
-        return cls(_group_size(m["where"]), m["dtype"] or "")
+        return cls(group_size_in(m["where"]), m["dtype"] or "")
 
     def fit(self, weight: Tensor, importance: Tensor | None = None) -> Params:
         # A group of zeros has the scale 0, the only one at which codes without a 0 stand for it.
@@ -218,7 +192,3 @@ class Binary(Signs):
 
     def _signs(self, codes: Tensor) -> Tensor:
         return codes.to(torch.float32) * 2 - 1
-
-
-def _group_size(where: str | None) -> int:
-    return int(where[1:]) if where and where.startswith("g") else ROW
