@@ -134,7 +134,7 @@ class LinearsExport(FolderExport):
             parts.append((rows, self.linear_restored(parameter, PackedWeight(layout, format, shape, plain))))
         return parts[0][1] if len(parts) == 1 else put_rows(parts, target.shape)
 
-    def _restore_kept(self, parameter: Parameter, tensors: Mapping[str, Tensor]) -> Tensor:
+    def _restore_kept(self, parameter: Parameter, tensors: Mapping[str, Tensor]) -> Value:
         shape = parameter.spec.shape
         rows = stored_rows(self.model, parameter.name, shape)
         if len(rows) == 1 and len(shape) < 2:

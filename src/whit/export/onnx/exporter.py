@@ -18,7 +18,7 @@ from whit.checkpoint.writer import Shard
 from whit.errors import UnsupportedModelError
 from whit.export import decoders
 from whit.export.base import Outcome, Parameter, Value
-from whit.export.folder import to_json
+from whit.export.folder import FolderExport, to_json
 from whit.export.linears import LinearsExport
 from whit.export.onnx.configs import genai_config, rotary_caches, shape_of
 from whit.export.onnx.graph import FLOAT, INT64, Decoder
@@ -29,7 +29,7 @@ from whit.layouts import Layout
 from whit.layouts.affine import as_affine, with_scales
 from whit.layouts.matmul_nbits import MatMulNBits
 from whit.model.targets import Target
-from whit.tensor import Format, QuantizedTensor, TensorSpec
+from whit.tensor import Format, TensorSpec
 
 GRAPH, DATA = "model.onnx", "model.onnx.data"
 ALIGNMENT = 64
@@ -92,17 +92,17 @@ class Onnx(LinearsExport):
         dtype = torch.float32 if len(spec.shape) == 1 or spec.dtype not in DTYPES else spec.dtype
         return {onnx_name(parameter.name, self.shape.layers): TensorSpec(spec.shape, dtype)}
 
+    # What is kept lies whole, under one name: as in any folder, and not renamed and cut as in the hub's.
+
     def verbatim(self, parameter: Parameter) -> bool:
-        return parameter.format is None and list(self.specs(parameter).values()) == [parameter.spec]
+        return FolderExport.verbatim(self, parameter)
 
     def tensors(self, parameter: Parameter, value: Value) -> Mapping[str, Tensor]:
-        if isinstance(value, QuantizedTensor):
-            return super().tensors(parameter, value)
-        ((name, spec),) = self.specs(parameter).items()
-        return {name: value.to(spec.dtype)}
+        kept = parameter.format is None
+        return FolderExport.tensors(self, parameter, value) if kept else super().tensors(parameter, value)
 
-    def _restore_kept(self, parameter: Parameter, tensors: Mapping[str, Tensor]) -> Tensor:
-        return next(iter(tensors.values()))
+    def _restore_kept(self, parameter: Parameter, tensors: Mapping[str, Tensor]) -> Value:
+        return FolderExport.restore(self, parameter, tensors)
 
     def shards(self, parameters: Sequence[Parameter], limit: int) -> tuple[Shard, ...]:
         """The graph, all of it a header, and one file of weights, which begins with the tables of rotary embedding."""
