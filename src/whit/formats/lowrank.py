@@ -10,12 +10,12 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from whit.errors import FormatError
+from whit.formats.around import Around
 from whit.formats.factors import best_factors
 from whit.tensor import Format, PackedWeight, Params, ParamSpec, QuantizedTensor, rotation, tensor_param
 
@@ -25,15 +25,13 @@ PATTERN = re.compile(r"(?P<base>.+)\+r(?P<rank>[1-9]\d{0,4})")
 
 
 @dataclass(frozen=True)
-class LowRank:
+class LowRank(Around):
     """`base` with a side-car of `rank`."""
 
     base: Format
     rank: int
 
     row_independent = False
-    product_dtype = None  # not codes times a scale alone: nothing for products of quantized activations
-    in_bytes = None
 
     def __post_init__(self) -> None:
         if self.rank < 1 or self.base.bits == 16 or side_car(self.base) is not None:
@@ -45,12 +43,6 @@ class LowRank:
 
     def __str__(self) -> str:
         return f"{self.base}+r{self.rank}"
-
-    def __getattr__(self, name: str) -> Any:
-        """What is said of codes is the base's: bits, group_size, code_min, searches and so on."""
-        if name == "base" or name.startswith("__"):
-            raise AttributeError(name)
-        return getattr(self.base, name)
 
     def param_specs(self, rows: int, columns: int) -> Mapping[str, ParamSpec]:
         bits = 8 * DTYPE.itemsize

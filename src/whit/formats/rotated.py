@@ -12,11 +12,11 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
 from whit.errors import FormatError
+from whit.formats.around import Around
 from whit.formats.bands import bands_of
 from whit.rotation import SIZES, rotate_exactly
 from whit.tensor import Format, PackedWeight, Params, ParamSpec, rotation
@@ -25,14 +25,11 @@ PATTERN = re.compile(r"(?P<base>.+)\+h(?P<size>[1-9]\d{0,4})")
 
 
 @dataclass(frozen=True)
-class Rotated:
+class Rotated(Around):
     """`base`, with every `rotation` columns turned."""
 
     base: Format
     rotation: int
-
-    product_dtype = None  # not codes of the matrix itself: for kernels that turn the inputs
-    in_bytes = None
 
     def __post_init__(self) -> None:
         if self.rotation not in SIZES:
@@ -50,12 +47,6 @@ class Rotated:
 
     def __str__(self) -> str:
         return f"{self.base}+h{self.rotation}"
-
-    def __getattr__(self, name: str) -> Any:
-        """What is said of codes is the base's: bits, group_size, code_min, row_scale and so on."""
-        if name == "base" or name.startswith("__"):
-            raise AttributeError(name)
-        return getattr(self.base, name)
 
     @property
     def vector_size(self) -> int:
