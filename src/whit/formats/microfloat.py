@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from whit.formats.grouping import ROW
-from whit.formats.numeric import compute_dtype
+from whit.formats.numeric import compute_dtype, constant
 from whit.tensor import Params, ParamSpec, tensor_param
 
 E4M3_MAX = 448.0
@@ -102,7 +102,8 @@ class Float8:
     def fit(self, weight: Tensor, importance: Tensor | None = None) -> Params:
         absmax = weight.to(compute_dtype(weight)).abs().amax(dim=1, keepdim=True)
         absmax = absmax.amax(dim=0, keepdim=True) if self.per_tensor else absmax
-        scale = (absmax / E4M3_MAX).to(torch.float32).clamp(min=torch.finfo(torch.float32).tiny)
+        most = constant((E4M3_MAX,), absmax.dtype, absmax.device)  # a GPU multiplies by the reciprocal of a number
+        scale = (absmax / most).to(torch.float32).clamp(min=torch.finfo(torch.float32).tiny)
         return {"scale": torch.where(absmax == 0, 1.0, scale)}
 
     def refit(self, weight: Tensor, codes: Tensor, params: Params, free: tuple[str, ...]) -> Params:
