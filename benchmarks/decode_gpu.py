@@ -30,7 +30,7 @@ from decode_models import FORMATS, LLAMA, SMALL, random_model
 from gpu_many import winners
 from whit.compiled import static
 from whit.formats import parse_format
-from whit.kernels.gpu import nvrtc, stream, tables, tables_many, tuned, ways
+from whit.kernels.gpu import nvrtc, stream, tables_few, tables_many, tuned, ways
 from whit.kernels.gpu.again import Prepared
 from whit.layouts import BITS
 
@@ -205,7 +205,7 @@ def take_cuts(found: list[dict[str, Any]]) -> None:
         if each and each["ranking"]:
             scheme = stream.scheme(parse_format(each["spec"]), each["shape"][1])
             key = tuned.kind(scheme), each["rows"], tuple(each["shape"])
-            tables.HOPPER_FEW[key] = tuple(each["ranking"][0][1])
+            tables_few.HOPPER_FEW[key] = tuple(each["ranking"][0][1])
     ways.plan.cache_clear()
 
 

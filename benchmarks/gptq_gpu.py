@@ -27,11 +27,9 @@ import transformers as hf
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.profiler import ProfilerActivity, profile
 
+from random_model import write_random
 from whit import GPTQ, Calibration, Options, Recipe
-from whit.checkpoint.header import file_order
-from whit.checkpoint.writer import Writer, index_json, plan_shards
 from whit.pipeline import quantize
-from whit.tensor import TensorSpec
 
 from harness import machine
 
@@ -51,22 +49,7 @@ def make_checkpoint(folder: Path, blocks: int) -> None:
         hidden_size=HIDDEN, intermediate_size=INNER, num_hidden_layers=blocks, num_attention_heads=32,
         num_key_value_heads=8, vocab_size=128_256, max_position_embeddings=8192,
     )  # fmt: skip
-    config.architectures, config.dtype = ["LlamaForCausalLM"], torch.bfloat16
-    config.save_pretrained(folder)
-    with torch.device("meta"):
-        state = hf.LlamaForCausalLM(config).state_dict()
-    specs = {name: TensorSpec(tuple(tensor.shape), torch.bfloat16) for name, tensor in state.items()}
-    shards = plan_shards(specs.items(), 5_000_000_000)
-    writer = Writer(folder, shards)
-    generator = torch.Generator("cuda").manual_seed(0)
-    for name in (name for shard in shards for name in file_order(shard.specs)):
-        shape = specs[name].shape
-        values = torch.randn(shape, generator=generator, device="cuda", dtype=torch.bfloat16).mul_(0.02)
-        writer.write(name, (torch.ones_like(values) if len(shape) == 1 else values).cpu())
-    writer.sync()
-    writer.close()
-    for name, content in index_json(shards).items():
-        (folder / name).write_bytes(content)
+    write_random(folder, config, device="cuda")
     words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(1000)}, unk_token="w0"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     hf.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0").save_pretrained(folder)

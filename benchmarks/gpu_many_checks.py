@@ -42,7 +42,9 @@ CHECKS = {
           for rows, cut in ((16, Config(1, 2, 4, 4, late=1, min_blocks=2)), (9, Config(2, 2, 4, 2)),
                             (60, Config(2, 8, 3, 3, lead=8)), (250, Config(2, 16, 3, 2, lead=6)),
                             (33, Config(1, 4, 2, 8, min_blocks=2)), (60, Config(2, 8, 3, 4, lead=8, apart=1)),
-                            (64, Config(2, 8, 2, 8, min_blocks=2, lead=4, apart=1)))),
+                            (64, Config(2, 8, 2, 8, min_blocks=2, lead=4, apart=1)),
+                            (120, Config(2, 16, 2, 4, lead=8, apart=2)), (250, Config(1, 32, 3, 2, lead=4, apart=2)),
+                            (400, Config(2, 32, 2, 2, lead=4, apart=2)))),
     ],
     "pair": [
         *((spec, rows, cut)
@@ -68,6 +70,7 @@ CHECKS = {
             *((specs[0], rows, cut)
               for rows, cut in ((60, Config(2, 8, 3, pair=2, lead=8)), (250, Config(2, 16, 3, 2, lead=6)),
                                 (520, Config(2, 32, 4, pair=2, lead=4, halve=1)), (60, Config(2, 8, 2, 3, 2, lead=8)))),
+            *((spec, 120, Config(2, 16, 4, 4, lead=8, apart=2)) for spec in specs),
         ]
         for part, specs in {
             "bytes": ("int8-g128", "int8-channel", "int8-g64", "int8-g32", "int8-g64-asym"),

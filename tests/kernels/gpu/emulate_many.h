@@ -22,6 +22,11 @@ static void prefetch_map(const Map &) {}
 static void __trap() { __builtin_trap(); }
 template <int COUNT> static void hold_registers() {}
 template <int COUNT> static void give_registers() {}
+[[maybe_unused]] static void count_round(u32 *at, u32 most) { *at = *at + 1 < most ? *at + 1 : 0; }
+[[maybe_unused]] static void await_count(const u32 *at, u32 least) {
+    while (*at < least) yield();
+    threadIdx.x = current % threads;
+}
 static float4 load_sums(const float4 *p) { return *p; }
 static float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 static u64 describe_rows(const void *tile) { return (u64)tile; }

@@ -17,7 +17,9 @@ from whit.tensor import PackedWeight
 import emulated
 
 HEADERS = ("emulate", "emulate_cluster", "emulate_many")
-DRIVER = 'extern "C" void run(const Params *p, int x) { run_clusters(x, THREADS, CLUSTER, [&] { many(*p); }); }'
+DRIVER = """extern "C" void run(const Params *p, int x) {
+    run_clusters(x, THREADS, APART == 2 ? SPLITS : CLUSTER, [&] { many(*p); });
+}"""
 
 
 @lru_cache

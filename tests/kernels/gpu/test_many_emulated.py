@@ -28,6 +28,7 @@ CASES = [
     ("nf4-dq", BF16, 33, Config(1, 4, 2, 1, pair=2)),
     ("int4-g64", BF16, 50, Config(2, 8, 3, 3, pair=2, min_blocks=2, lead=4)),
     ("int4-g128", BF16, 40, Config(2, 8, 2, 3, lead=4, apart=1)),
+    ("int8-g128", BF16, 40, Config(2, 8, 2, 3, lead=4, apart=2)),
     ("int8-g128", BF16, 40, Config(2, 8, 2, 2, pair=2, lead=4)),
     ("int2-g64", BF16, 24, Config(1, 4, 2, 1, lead=4)),
     ("int3-g128", BF16, 24, Config(1, 4, 2, 1, lead=4)),
@@ -38,6 +39,8 @@ MORE = [
     ("nf4-dq", BF16, 300, Config(2, 16, 2, 1, pair=2, lead=2, boxes=2)),
     ("int8-channel", F16, 70, Config(1, 8, 2, 1, lead=2, boxes=1)),
     ("nf4", BF16, 9, Config(1, 2, 2, 4, late=1)),
+    ("nf4-dq", BF16, 12, Config(2, 2, 2, 4, lead=4, apart=2)),
+    ("int2-g64", BF16, 100, Config(1, 16, 2, 2, lead=4, apart=2)),
     ("int4-g64-asym", F16, 70, Config(2, 8, 2, 1)),
     ("fp4-g32", F16, 20, Config(2, 4, 3, 2)),
     ("int4-channel", BF16, 140, Config(1, 16, 2, 1, pair=2)),
@@ -101,6 +104,16 @@ def test_outs_of_several_weights_are_copied_to_each_where_their_rows_can_be(rand
     for weight, found in zip(weights, emulated_many.linears(x, weights, None, scheme, config), strict=True):
         wanted = x.double() @ reference.dequantize(weight, torch.float32).double().T
         assert ((found.double() - wanted).norm() / wanted.norm()).item() < LIMIT[BF16]
+
+
+def test_blocks_that_wait_for_each_other_give_the_bits_of_blocks_of_which_the_last_adds_up(random: Generator):
+    weight = BITS.pack(whit.quantize_tensor(torch.randn(200, 1024, generator=random), "int4-g128"))
+    x, scheme = torch.randn(40, 1024, generator=random).to(BF16), stream.scheme(weight.format, 1024)
+    assert not isinstance(scheme, str)
+    (shared,), (last,) = (
+        emulated_many.linears(x, [weight], None, scheme, Config(2, 8, 2, 4, lead=4, apart=apart)) for apart in (2, 1)
+    )
+    assert torch.equal(shared, last)
 
 
 @pytest.mark.parametrize(("rows", "config", "processors"), [

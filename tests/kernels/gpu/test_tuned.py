@@ -17,6 +17,7 @@ from whit.kernels.gpu import (
     slab,
     stream,
     tables,
+    tables_few,
     tables_many,
     tables_slab,
     tiled,
@@ -80,7 +81,8 @@ def test_more_rows_take_a_cut_for_their_own_height_and_only_where_it_won(monkeyp
     assert tuned.best_many(scheme, shape, 33, H100) == many.Config(*won)
     assert tuned.best_many(scheme, shape, 65, H100) is None
     assert tuned.best_many(scheme, shape, 9000, H100) is None
-    assert tuned.best_many(scheme, (1024, 4096), 64, H100) == many.Config(2, 8, 4, 8, lead=8)  # as many blocks
+    assert tuned.best_many(scheme, (1024, 4096), 32, H100) == many.Config(2, 4, 4, 8, lead=8)  # as many blocks
+    assert tuned.best_many(scheme, (1024, 4096), 64, H100) == many.Config(1, 8, 3, 8, lead=8, apart=2)
     assert tuned.best_many(scheme, (14336, 4096), 64, H100) == many.Config(2, 8, 4, 1, lead=8)
     assert tuned.best_many(scheme, shape, 64, (8, 108)) is None
     assert tuned.best_many(scheme_of("int8", 4096), shape, 64, H100) is None
@@ -145,11 +147,11 @@ def test_more_rows_of_few_outs_fill_the_device(spec: str, shape: tuple[int, int]
         assert cut.split == 1 or cut.tiles([shape[0]], rows) * cut.split <= H100[1]
 
 
-@pytest.mark.parametrize(("kind", "rows", "shape"), tables.HOPPER_FEW)
+@pytest.mark.parametrize(("kind", "rows", "shape"), tables_few.HOPPER_FEW)
 def test_measured_cuts_for_few_rows_fit_the_multiprocessor(kind: str, rows: int, shape: tuple[int, int]):
     specs = ("int4-g128", "int4-g128-asym", "nf4", "nf4-dq", "int8", "int4-g64-asym", "int3-g128", "int2-g64")
     scheme = next(found for spec in specs if tuned.kind(found := scheme_of(spec, shape[1])) == kind)
-    config = few.Config(*tables.HOPPER_FEW[kind, rows, shape])
+    config = few.Config(*tables_few.HOPPER_FEW[kind, rows, shape])
     cuts = few.slices(scheme, config, rows, shape[1])
     steps = -(-shape[1] // (scheme.step * config.spread) // cuts)
     assert config.min_blocks * (few.shared_bytes(scheme, config, rows, steps) + 1024) <= SHARED + 1024

@@ -79,10 +79,10 @@ def why_not(scheme: Scheme, columns: int) -> str | None:
     stored, steps = scheme.storage, group_steps(scheme)
     plain = stored.bits in (2, 3, 4) and not stored.levels and stored.zero == NO_ZERO and stored.scale != NESTED
     if not plain:
-        return "codes are no integers of 2 to 4 bits, or have zero points"
+        return "codes are not integers of 2 to 4 bits, or have zero points"
     if steps is None:
         return "groups are of other than 64, 128 or 256 columns"
-    return f"{columns} columns are no multiple of {SPAN}" if columns % SPAN else None
+    return f"{columns} columns are not a multiple of {SPAN}" if columns % SPAN else None
 
 
 @lru_cache(maxsize=1024)

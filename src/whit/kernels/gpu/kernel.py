@@ -14,7 +14,17 @@ from whit.kernels.base import QUANTIZED_INPUTS
 from whit.kernels.gpu import few, halves, nvrtc, tuned, ways
 from whit.kernels.gpu.again import Prepared
 from whit.kernels.gpu.dequantize import dequantize
-from whit.kernels.gpu.launches import ARRIVED, AT_ONCE, WAYS, Call, by_slab, device_of, multiply_tiled, row_by_few
+from whit.kernels.gpu.launches import (
+    ARRIVED,
+    AT_ONCE,
+    WAYS,
+    Call,
+    by_slab,
+    counters,
+    device_of,
+    multiply_tiled,
+    row_by_few,
+)
 from whit.kernels.gpu.scales import storage
 from whit.tensor import PackedWeight
 
@@ -71,8 +81,7 @@ class Gpu:
     def prepare(self, packed: PackedWeight) -> PackedWeight:
         if ARRIVED in packed.tensors or (ways.streams(packed) is not None and ways.narrow_scheme(packed) is None):
             return packed
-        arrived = torch.zeros(-(-packed.shape[0] // 16), dtype=torch.int32, device=packed.device)
-        derived = {ARRIVED: arrived} | ({} if self.invariant else halves_for(packed))
+        derived = {ARRIVED: counters(packed)} | ({} if self.invariant else halves_for(packed))
         return Prepared(packed.layout, packed.format, packed.shape, {**packed.tensors, **derived})
 
     def linear(self, x: Tensor, packed: PackedWeight, bias: Tensor | None) -> Tensor:

@@ -9,12 +9,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from whit.capabilities import product_dtype
 from whit.kernels import int8 as reference
 from whit.kernels.gpu import int8, int8_row, int8_rows, int8_thin, int8_ways
 from whit.kernels.gpu.kernel import DTYPES, why_not
 from whit.kernels.gpu.tiled import has_wgmma
 from whit.layouts import BITS
-from whit.tensor import Activated, PackedWeight, product_dtype
+from whit.tensor import Activated, PackedWeight
 
 ROW_SCALE, ROW_SUMS = "row_scale", "row_sums"  # derived: float32 and int32 (outs,)
 

@@ -8,11 +8,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from whit.capabilities import product_dtype
 from whit.kernels import float8
 from whit.kernels.gpu import int8_rows
 from whit.kernels.gpu.kernel8 import ROW_SCALE, row_scale, unaligned, why_not_hopper
 from whit.layouts import BITS
-from whit.tensor import PackedWeight, product_dtype
+from whit.tensor import PackedWeight
 
 
 @dataclass(frozen=True)

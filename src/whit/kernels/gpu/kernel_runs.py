@@ -12,7 +12,7 @@ from whit.kernels.base import QUANTIZED_INPUTS
 from whit.kernels.gpu import many, runs, runs_many, runs_row
 from whit.kernels.gpu.again import Prepared
 from whit.kernels.gpu.kernel import DTYPES, why_not
-from whit.kernels.gpu.launches import ARRIVED, Call, device_of
+from whit.kernels.gpu.launches import ARRIVED, Call, counters, device_of
 from whit.kernels.gpu.tiled import has_wgmma
 from whit.layouts import BITS
 from whit.tensor import PackedWeight, matrix_shape
@@ -41,8 +41,7 @@ class GpuRuns:
     def prepare(self, packed: PackedWeight) -> PackedWeight:
         if isinstance(packed, Prepared) or (packed.device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
             return packed  # what a graph's recording makes is the graph's
-        arrived = torch.zeros(-(-packed.shape[0] // 16), dtype=torch.int32, device=packed.device)
-        derived = {} if runs_row.why_not(packed) is not None else {ARRIVED: arrived}
+        derived = {} if runs_row.why_not(packed) is not None else {ARRIVED: counters(packed)}
         tensors = {**packed.tensors, **derived}
         return Prepared(packed.layout, packed.format, packed.shape, tensors, deterministic=packed.deterministic)
 

@@ -13,6 +13,7 @@ from whit.kernels.gpu import digits, few, many, nvrtc, slab, stream, tiled, tune
 from whit.tensor import PackedWeight
 
 ARRIVED = "arrived"  # the derived tensor: zeros in which blocks count themselves
+COUNTED = 144  # of the smallest weights: 33 tiles that four blocks share, by four warps each
 Weights = Sequence[PackedWeight]
 Biases = Sequence[Tensor | None]
 
@@ -139,6 +140,11 @@ def _operands(
         if arrived is None or len(arrived) < cut[0] * cut[2]:
             arrived = torch.zeros(cut[0] * cut[2], dtype=torch.int32, device=x.device)
     return stream.Operands(x, y, bias, packed, partial, arrived)
+
+
+def counters(packed: PackedWeight) -> Tensor:
+    """ARRIVED of a weight: a word for each of 64 outs' four warps, up to 512 rows; what needs more makes its own."""
+    return torch.zeros(max(-(-packed.shape[0] // 8), COUNTED), dtype=torch.int32, device=packed.device)
 
 
 def _meeting(launch: nvrtc.Launch, operands: Sequence[stream.Operands]) -> Call:

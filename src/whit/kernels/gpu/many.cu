@@ -5,7 +5,8 @@
 //   WG, NT             tiles of 64 outs, and of 8 rows, of a block's tile
 //   STAGES, LEAD       steps of 128 bytes of W's rows (3, 6 bits: 96, 5: 80), and pieces of 64 columns of x, in shared memory; LEAD is even
 //   SPLITS             blocks that share the columns of one tile, in a cluster
-//   APART              1: they are in no cluster, and meet in memory: for numbers that do not fill the device as clusters
+//   APART              1: they are in no cluster, and meet in memory: for numbers that do not fill the device as clusters;
+//                      2: and each waits for the others and adds up its part, where all run at a time
 //   PAIR               blocks of a cluster that multiply neighbouring outs with the same rows and columns
 //   LATE               1: sums of 64 columns are scaled, not weights; for few rows, 4 bits, and groups of 64 or more
 //   MIXED              1: tiles of the last turn are of half the height where that gives more blocks work
@@ -23,7 +24,8 @@
 // other registers; where registers are few, 16 and 16. Where weights are scaled they are rounded once more (levels of a
 // codebook were before, too). Tiles of codes are 128 bytes wide: twice as many rows of 64 bytes take longer to copy.
 // Blocks that share the columns of a tile write their sums of what another finishes into its shared memory; each adds up
-// what it finishes itself, always in the same order. Blocks apart lay their sums in memory, and the last to come adds up.
+// what it finishes itself, always in the same order. Blocks apart lay their sums in memory, and the last to come adds up, or
+// each its part.
 #define CHUNK 32
 #ifndef RUN
 #define RUN 0
@@ -78,7 +80,7 @@ struct Params {
     Weight part[PARTS];
     const u16 *table;     // CODEBOOK: 16 levels as operands
     float4 *partial;      // APART: (tiles, SPLITS, NT, consumers) sums
-    u32 *arrived;         // APART: zeros, one per tile; left at zero
+    u32 *arrived;         // APART: zeros, one per tile, or per warp of a tile; left at zero
     int columns, rows;
 };
 struct Tile {
@@ -217,7 +219,9 @@ DEVICE void consume(const Params &p, const Block &block, int tid) {
         Tile done = tile;
         Lane then = w;
         if (index + b.stride < b.tiles) tile = enter(p, b, index + b.stride, warp, w, r);
-#if APART
+#if APART == 2
+        share_sums(p, b, sums, index, tid);
+#elif APART
         if (!last_to_come(p, b, sums, index, tid)) continue;
 #elif SPLITS > 1
         hand_over(b, sums, tid);

@@ -34,7 +34,8 @@ class Config:
     """How the work is cut; many.cu explains the names. `split` blocks share the columns of a tile.
 
     `lead` 0: as much of x as of the codes. `halve`: the last turn's tiles may be of half the height. `apart`: blocks
-    that share columns are in no cluster. `boxes`: of 64 rows of outs that four warps lay down, to be copied to y.
+    that share columns are in no cluster; 2: each waits for the others, and adds up its part, which takes no longer only
+    where all of them run at a time. `boxes`: of 64 rows of outs that four warps lay down, to be copied to y.
     """
 
     groups: int = 2
@@ -79,6 +80,11 @@ class Config:
     def cluster(self) -> int:
         """Blocks of a cluster."""
         return self.pair if self.apart else self.split * self.pair
+
+    @property
+    def counts(self) -> int:
+        """Words in which the blocks of a tile count themselves where they are apart: one, or one for each warp."""
+        return 4 * self.groups if self.apart == 2 else 1
 
     @property
     def threads(self) -> int:
@@ -193,7 +199,7 @@ def step(scheme: stream.Scheme) -> int:
 
 @dataclass(frozen=True)
 class Meeting:
-    """Where blocks that share columns meet if they are apart: room for their sums; zeros that count a tile's blocks."""
+    """Where blocks that share columns meet if they are apart: room for their sums; zeros in which they count."""
 
     partial: Tensor | None = None
     arrived: Tensor | None = None
@@ -208,9 +214,9 @@ def meeting(x: Tensor, products: Sequence[Product], config: Config) -> Meeting:
         return NOWHERE
     tiles = config.grid([one.y.shape[1] for one in products], len(x), 1)[0] // config.split
     sums = torch.empty(tiles * config.split * config.rows * config.outs, dtype=torch.float32, device=x.device)
-    arrived = products[0].packed.tensors.get("arrived")
-    if arrived is None or len(arrived) < tiles:
-        arrived = torch.zeros(tiles, dtype=torch.int32, device=x.device)
+    arrived, counts = products[0].packed.tensors.get("arrived"), tiles * config.counts
+    if arrived is None or len(arrived) < counts:
+        arrived = torch.zeros(counts, dtype=torch.int32, device=x.device)
     return Meeting(sums, arrived)
 
 

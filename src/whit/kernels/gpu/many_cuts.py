@@ -44,19 +44,21 @@ def best(
     if measured_cut is None:
         return None
     config = weight.config(measured_cut)
-    idle = rows > 64 and 2 * config.tiles([shape[0]], rows) <= multiprocessors
-    if (
-        idle
-        and (config.split == 1 or shape[0] < near[0])
-        and (found := weight.filling(weight, shape, rows, multiprocessors))
-    ):
+    idle = rows > 32 and 2 * config.tiles([shape[0]], rows) <= multiprocessors
+    fewer = shape[0] < near[0] // (2 if config.apart == 2 else 1)
+    if idle and (config.split == 1 or fewer) and (found := weight.filling(weight, shape, rows, multiprocessors)):
         return found
     tiles = next(n for n in many.ROW_TILES if 8 * n >= min(rows, config.rows))
     split = 1 if config.split == 1 else rescaled(config.outs, config.split, near, shape)
     split = min(split, 8, max(shape[1] // weight.step, 1))
     config = replace(config, row_tiles=tiles, boxes=min(config.boxes, tiles // 8))
     most = [replace(config, split=n, apart=config.apart if n > 1 else 0) for n in range(split, 0, -1)]
-    return next(cut for cut in most if cut.fits(weight.levels))
+    return next(cut for cut in most if cut.fits(weight.levels) and _runs_at_once(cut, shape[0], rows, multiprocessors))
+
+
+def _runs_at_once(cut: many.Config, outs: int, rows: int, multiprocessors: int) -> bool:
+    """Whether no block waits for one that has not begun, where blocks wait for each other."""
+    return cut.apart != 2 or cut.grid([outs], rows, multiprocessors)[0] <= multiprocessors * cut.min_blocks
 
 
 def lower_tiles(weight: Weight, shape: Shape, rows: int, room: int) -> many.Config | None:
@@ -65,6 +67,8 @@ def lower_tiles(weight: Weight, shape: Shape, rows: int, room: int) -> many.Conf
     The fastest of ggml's types for 512 to 2,048 rows of 512 to 2,048 outs (results/runs_gpu.md).
     """
     outs, columns = shape
+    if rows <= 64:
+        return None
     most = min(columns // weight.step, 8)
     cuts = [weight.config((2, tiles, stages, 1, 1, 0, 1, lead)) for tiles, (stages, lead) in HEIGHTS.items()]
     for cut in cuts:
@@ -78,24 +82,25 @@ def lower_tiles(weight: Weight, shape: Shape, rows: int, room: int) -> many.Conf
 def taller_or_shared(bits: int) -> Filling:
     """For codes of so many bits: tall tiles of 64 outs where there are enough of them, else columns are shared.
 
-    By what was fastest for 128 to 2,048 rows of 512 to 2,048 outs (results/gpu_many.md): blocks share the columns of
-    smaller tiles; four of them meet in memory where they fill the device, or in a cluster.
+    By what was fastest for 64 to 2,048 rows of 512 to 2,048 outs (results/gpu_many.md): blocks share the columns of
+    smaller tiles; four or eight wait for each other and add up a part each, where that many run at a time.
     """
 
-    def filling(weight: Weight, shape: Shape, rows: int, room: int) -> many.Config:
+    def filling(weight: Weight, shape: Shape, rows: int, room: int) -> many.Config | None:
         outs, columns = shape
+        small = many.Config(1, 8 if rows <= 64 else 16, 3, lead=8, apart=2)
+        for split in (8, 4):
+            if split * small.tiles([outs], rows) <= room and split * weight.step <= columns:
+                return replace(small, split=split)
+        if rows <= 64:
+            return None
         tall = many.Config(1, 32, 3 if bits <= 4 else 4, lead=4, boxes=3)
         if 2 * tall.tiles([outs], rows) > room:
             return tall
         stages, lead = (2, 8) if bits <= 4 and not weight.levels else (3, 6)
-        shared = (
-            many.Config(2, 16, stages, 2, lead=lead),
-            many.Config(1, 16, 3, 2, lead=8),
-            many.Config(2, 8, 3, 4, lead=8, apart=1),
-        )
-        count = {cut: cut.grid([outs], rows, room)[0] for cut in shared}
-        cut = max((cut for cut in shared if count[cut] <= room), key=count.__getitem__, default=shared[0])
-        split = min(cut.split, max(columns // weight.step, 1))
-        return replace(cut, split=split, apart=int(cut.apart and split > 1 and 2 * count[cut] > room))
+        pairs = many.Config(2, 16, stages, 2, lead=lead), many.Config(1, 16, 3, 2, lead=8)
+        count = {cut: cut.grid([outs], rows, room)[0] for cut in pairs}
+        cut = max((cut for cut in pairs if count[cut] <= room), key=count.__getitem__, default=pairs[0])
+        return replace(cut, split=min(cut.split, max(columns // weight.step, 1)))
 
     return filling

@@ -78,7 +78,7 @@ DEVICE void finish(const Weight &p, const Tile &tile, int rows, const Sums &sums
     Last last = last_of(p, w);
 #pragma unroll
     for (int n = 0; n < NT; n += 2) {
-        if (SPLITS > 1 && !APART && owner(n / 2) != share || MIXED && n >= NT / 2 && tile.low) continue;
+        if (SPLITS > 1 && APART != 1 && owner(n / 2) != share || MIXED && n >= NT / 2 && tile.low) continue;
         u32 eights[4];
 #pragma unroll
         for (int i = 0; i < 4; i++) eights[i] = transpose(rounded(last, sums.all[n + i / 2], i % 2));
@@ -88,7 +88,44 @@ DEVICE void finish(const Weight &p, const Tile &tile, int rows, const Sums &sums
     }
 }
 
-#if APART
+#if APART == 2
+// Each block lays down what the others finish, waits for theirs, and adds up what it finishes itself. A warp's sums meet
+// only the same warp's of other blocks, so warps wait for nothing else. All of the blocks run at a time, or are begun in order.
+DEVICE void share_sums(const Params &p, const Block &b, Sums &sums, int tile, int tid) {
+    float4 *first = p.partial + (long long)tile * SPLITS * NT * CONSUMERS + tid;
+    u32 *arrived = p.arrived + tile * (CONSUMERS / 32) + tid / 32;
+    int share = b.share, begin = first_of(share);
+#pragma unroll
+    for (int n = 0; n < NT; n++) {
+        if (owner(n / 2) == share) continue;
+        const float *d = sums.all[n];
+        first[(share * NT + n) * CONSUMERS] = make_float4(d[0], d[1], d[2], d[3]);
+    }
+    __syncwarp();
+    if (tid % 32 == 0) count_round(arrived, 2 * SPLITS), await_count(arrived, SPLITS);
+    __syncwarp();
+    float4 v[2 * OWN][SPLITS];
+#pragma unroll
+    for (int i = 0; i < 2 * OWN; i++)
+#pragma unroll
+        for (int r = 0; r < SPLITS; r++)
+            if (r != share && 2 * begin + i < NT) v[i][r] = load_sums(first + (r * NT + 2 * begin + i) * CONSUMERS);
+#pragma unroll
+    for (int n = 0; n < NT; n++) {
+        if (owner(n / 2) != share) continue;
+        float *d = sums.all[n];
+        float4 own = {d[0], d[1], d[2], d[3]}, all = {};
+#pragma unroll
+        for (int r = 0; r < SPLITS; r++) {
+            float4 one = r == share ? own : v[n - 2 * first_of(owner(n / 2))][r];
+            all.x += one.x, all.y += one.y, all.z += one.z, all.w += one.w;
+        }
+        d[0] = all.x, d[1] = all.y, d[2] = all.z, d[3] = all.w;
+    }
+    __syncwarp();
+    if (tid % 32 == 0) count_round(arrived, 2 * SPLITS);  // the last leaves zero
+}
+#elif APART
 // Lays a block's sums where the others find them; true for the last block of a tile, which then has those of all.
 DEVICE bool last_to_come(const Params &p, const Block &b, Sums &sums, int tile, int tid) {
     float4 *first = p.partial + (long long)tile * SPLITS * NT * CONSUMERS + tid;

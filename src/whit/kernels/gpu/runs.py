@@ -14,12 +14,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from whit.capabilities import radix
 from whit.formats.ggml.format import Ggml
 from whit.formats.signs import Signs
 from whit.kernels.gpu import nvrtc
 from whit.kernels.gpu.launches import Call, device_of
 from whit.kernels.gpu.scales import FLOATS, table
-from whit.tensor import Format, PackedWeight, matrix_shape, radix
+from whit.tensor import Format, PackedWeight, matrix_shape
 
 HERE = Path(__file__).parent
 FEW, DEQUANTIZE = HERE / "runs_few.cu", HERE / "runs_dequantize.cu"

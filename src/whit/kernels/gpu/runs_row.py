@@ -56,7 +56,7 @@ def why_not(packed: PackedWeight) -> str | None:
     if not isinstance(packed.format, Ggml):
         return f"{packed.format} is none of ggml's types"
     if packed.shape[1] % CHUNK:
-        return f"{packed.shape[1]} columns are no multiple of {CHUNK}"
+        return f"{packed.shape[1]} columns are not a multiple of {CHUNK}"
     every = [packed.tensors["codes"], *(field for field in fields(packed) if field is not None)]
     return None if all(t.is_contiguous() and t.data_ptr() % 16 == 0 for t in every) else "it lies unaligned"
 

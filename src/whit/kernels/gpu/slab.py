@@ -118,7 +118,7 @@ def why_not(scheme: stream.Scheme, columns: int) -> str | None:
         return f"codes are not of {BITS} bits, or zero points not packed in words of 32 bits"
     if read.steps_per_group > 1 or read.chunk > LARGEST_CHUNK or 0 < scale_bytes(scheme) < LEAST_COPY:
         return f"groups are of {scheme.step * scheme.steps_per_group}, of other than 32, 64 or 128 or with small scales"
-    return f"{columns} columns are no multiple of {SPAN}" if columns % SPAN else None
+    return f"{columns} columns are not a multiple of {SPAN}" if columns % SPAN else None
 
 
 def zeros_fit(read: stream.Scheme, columns: int) -> bool:

@@ -40,7 +40,7 @@ class Config:
 
     @property
     def whole(self) -> Config:
-        """Without splits, which are no part of what is compiled."""
+        """Without splits, which are not part of what is compiled."""
         return replace(self, splits=1)
 
 

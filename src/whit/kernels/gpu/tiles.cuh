@@ -26,6 +26,15 @@ DEVICE void store_to(float4 *p, float4 v, u32 rank) {  // the same place in anot
 // A barrier within a block, of so many threads.
 template <int ID, int COUNT> DEVICE void meet() { asm volatile("bar.sync %0, %1;" ::"n"(ID), "n"(COUNT) : "memory"); }
 
+// Counts up to `most`, which becomes zero, after what the warp wrote (and a barrier of its lanes).
+[[maybe_unused]] DEVICE void count_round(u32 *at, u32 most) {
+    asm volatile("red.release.gpu.global.inc.u32 [%0], %1;" ::"l"(at), "r"(most - 1) : "memory");
+}
+[[maybe_unused]] DEVICE void await_count(const u32 *at, u32 least) {
+    u32 found;
+    do asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(found) : "l"(at) : "memory");
+    while (found < least);
+}
 DEVICE float4 load_sums(const float4 *p) {  // which another multiprocessor wrote
     float4 v;
     asm volatile("ld.global.cg.v4.f32 {%0,%1,%2,%3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "l"(p) : "memory");

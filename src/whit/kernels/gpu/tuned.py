@@ -12,7 +12,8 @@ from functools import lru_cache
 from whit.kernels.gpu import digits, few, halves, many, many_cuts, slab, stream, tiled
 from whit.kernels.gpu.near import measured, nearest, rescaled
 from whit.kernels.gpu.stream import Config, Scheme, row_tiles
-from whit.kernels.gpu.tables import DIGITS, FEW, ROUTES, STREAM, TILED, Route, Shape
+from whit.kernels.gpu.tables import ROUTES, STREAM, TILED, Route, Shape
+from whit.kernels.gpu.tables_few import DIGITS, FEW
 from whit.kernels.gpu.tables_many import INVARIANT_MANY, MANY
 from whit.kernels.gpu.tables_slab import SHARED, SLAB
 
