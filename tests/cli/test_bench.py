@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import weakref
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from typer.testing import CliRunner
 from whit.cli import build_app
 from whit.errors import FormatError
 from whit.evaluation import kernel_speed
+from whit.evaluation.kernel_peers import peers_of
 from whit.kernels.cpu import library
 
 
@@ -38,6 +40,36 @@ def test_json_has_every_kernel_and_consistent_ratios(monkeypatch: pytest.MonkeyP
             assert row["ratio_to_bf16"] == pytest.approx(plain / row["seconds"])
             assert row["share_of_limit"] > 0
             assert row["bytes"] >= 64 * 512 / 2
+            assert row["hot_seconds"] > 0
+
+
+@pytest.mark.skipif(isinstance(library(), str), reason="the CPU kernels are not built")
+def test_schemes_are_measured_and_peers_that_cannot_are_left_out(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(kernel_speed, "COLD", 1 << 18)
+    monkeypatch.setattr(kernel_speed, "READ", 1 << 22)
+    command = "bench kernels --format llm.int8,w8a8-static,int4-g13 --shape 64x130 --rows 2 --rounds 1 --json"
+    result = CliRunner().invoke(build_app(), command.split())
+    assert result.exit_code == 0, result.output
+    assert "torch int4pack is left out for int4-g13 64x130: " in result.stderr
+    kernels: dict[str, set[str]] = {}
+    for row in json.loads(result.stdout)["rows"]:
+        kernels.setdefault(row["format"], set()).add(row["kernel"])
+    assert "cpu-int8, int8-outliers inputs" in kernels["llm.int8"]
+    assert "cpu-int8, int8-static inputs" in kernels["w8a8-static"]
+    assert "torch int4pack" not in kernels["int4-g13"]
+
+
+@pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+@pytest.mark.parametrize("format", ["nf4", "fp4-dq", "llm.int8"])
+def test_bitsandbytes_multiplies_by_the_weight_that_was_given(format: str):
+    weight = torch.randn(64, 128, generator=torch.Generator().manual_seed(0))
+    calls, size = peers_of(format)["bitsandbytes"](weight, lambda size: 2)
+    assert len(calls) == 2
+    assert 64 * 128 / 2 < size < 64 * 128 * 1.1
+    x = torch.randn(3, 128, generator=torch.Generator().manual_seed(1)).bfloat16()
+    wanted = x.float() @ weight.T
+    for call in calls:
+        assert (call(x).float() - wanted).norm() < (0.03 if format == "llm.int8" else 0.2) * wanted.norm()
 
 
 @pytest.mark.skipif(isinstance(library(), str), reason="the CPU kernels are not built")

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from random_weights import packed
 from torch import Generator, Tensor
 
 import whit
@@ -38,10 +39,6 @@ pytestmark = pytest.mark.skipif(isinstance(COMPILED, str), reason=f"CPU kernels:
 @pytest.fixture(params=ISAS_HERE)
 def kernel(request: pytest.FixtureRequest) -> Cpu:
     return Cpu(request.param)
-
-
-def packed(spec: str, rows: int, columns: int, random: Generator) -> PackedWeight:
-    return BITS.pack(whit.quantize_tensor(torch.randn(rows, columns, generator=random), spec))
 
 
 def check(got: Tensor, x: Tensor, weight: PackedWeight, bias: Tensor | None, tolerance: float) -> None:
@@ -183,7 +180,7 @@ def test_is_what_runs_here_and_says_what_it_cannot(random: Generator):
     x = torch.ones(1, 64)
     assert select(packed("int4-g64", 8, 64, random), x).name == "cpu"
     for spec, dtype, reason in [
-        ("int4-g8", torch.float32, "groups of 8 columns"), ("bf16", torch.float32, "no format of up to 8 bits"),
+        ("int4-g8", torch.float32, "groups of 8 columns"), ("bf16", torch.float32, "not a format of up to 8 bits"),
         ("dynamic8-g64-centered", torch.float32, "offset"), ("int4-g64", torch.float64, "activations are"),
     ]:  # fmt: skip
         weight = packed(spec, 8, 64, random)

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from random_weights import packed
 from torch import Generator, Tensor
 
-import whit
 from whit.activations import parse_activations
 from whit.kernels import int8
 from whit.kernels.activated import Activation8
@@ -53,10 +53,6 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
         objects = list(pool.map(lambda one: compiled(*one), sources))
     subprocess.run([str(compiler), "-shared", *objects, "-o", str(folder / "emulated.so")], check=True)
     return ctypes.CDLL(str(folder / "emulated.so"))
-
-
-def packed(spec: str, rows: int, columns: int, random: Generator) -> PackedWeight:
-    return BITS.pack(whit.quantize_tensor(torch.randn(rows, columns, generator=random), spec))
 
 
 def product(

@@ -11,6 +11,7 @@ from torch import Generator, Tensor
 
 import whit
 from whit.activations import parse_activations
+from whit.capabilities import in_bytes
 from whit.integrations.loading import load_causal_lm
 from whit.kernels import Cpu8, dequantize, select
 from whit.kernels.activated import Activation8, product_format
@@ -20,7 +21,7 @@ from whit.kernels.int8 import rounded_groups
 from whit.layouts import BITS
 from whit.modules import QuantizedLinear
 from whit.pipeline import quantize
-from whit.tensor import PackedWeight, in_bytes
+from whit.tensor import PackedWeight
 
 from tiny_models import save_tiny
 
@@ -238,7 +239,7 @@ def test_levels_are_integers_times_a_unit():
     from whit.formats import parse_format
 
     assert levels_of(parse_format("int4-g32")) == Levels(None, 8, 1.0)
-    assert "no multiples" in str(levels_of(parse_format("nf4")))
+    assert "not multiples" in str(levels_of(parse_format("nf4")))
     assert "48" in str(levels_of(parse_format("int4-g48")))
     rounded = levels_of(in_bytes(parse_format("nf4")))
     assert isinstance(rounded, Levels)

@@ -6,9 +6,9 @@ import ctypes
 
 import pytest
 import torch
+from random_weights import packed
 from torch import Generator, Tensor
 
-import whit
 from whit.kernels.cpu import build as builder
 from whit.kernels.cpu import library
 from whit.kernels.cpu.binding import ISAS
@@ -21,10 +21,6 @@ NOT_FOR_THESE = -1
 pytestmark = pytest.mark.skipif(
     isinstance(COMPILED, str) or "avx512_vnni" not in COMPILED.isas8, reason="bytes are multiplied by AVX-512 VNNI"
 )
-
-
-def packed(spec: str, rows: int, columns: int, random: Generator) -> PackedWeight:
-    return BITS.pack(whit.quantize_tensor(torch.randn(rows, columns, generator=random), spec))
 
 
 def product(x: Tensor, packed: PackedWeight, bias: Tensor | None = None, threads: int = 1) -> Tensor | int:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from random_weights import packed
 from torch import Generator, Tensor
 
-import whit
 from whit.errors import KernelError
 from whit.kernels import KERNELS, choice_key, explain, packed_linear, select
 from whit.kernels import reference as reference_module
@@ -28,10 +28,6 @@ SPECS = [
     "binary",
 ]
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
-
-
-def packed(spec: str, rows: int, columns: int, random: Generator) -> PackedWeight:
-    return BITS.pack(whit.quantize_tensor(torch.randn(rows, columns, generator=random), spec))
 
 
 def exact(weight: PackedWeight) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from enum import Enum
 from typing import Annotated, Any
 
@@ -9,7 +10,7 @@ import typer
 
 from whit.checkpoint.hub import at_revision
 from whit.cli.console import on_screen, print_json, say
-from whit.cli.options import MODEL_HELP, Revision
+from whit.cli.options import MODEL_HELP, AsJson, Revision
 from whit.cli.quiet import quiet_transformers
 from whit.cli.shown import counted
 
@@ -22,20 +23,22 @@ class Subject(str, Enum):
 def bench(
     what: Annotated[
         Subject,
-        typer.Argument(metavar="WHAT", help="kernels: packed products; model: a whole MODEL."),
+        typer.Argument(metavar="WHAT", help="kernels: packed products; model: a whole MODEL; both on the CPU."),
     ],
     model: Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)] = "",
-    formats: Annotated[str, typer.Option("--format", help="Formats, separated by commas.")] = "int4-g128,nf4",
+    formats: Annotated[
+        str, typer.Option("--format", help="Formats or schemes such as w8a8, separated by commas.")
+    ] = "int4-g128,nf4",
     shapes: Annotated[str, typer.Option("--shape", help="out x in, separated by commas.")] = "4096x4096",
     rows: Annotated[str, typer.Option(help="Rows of activations, separated by commas.")] = "1,16,512",
-    rounds: Annotated[int, typer.Option(min=1, help="Turns that every kernel takes.")] = 5,
+    rounds: Annotated[int, typer.Option(min=1, help="How often each kernel is measured, in turns.")] = 5,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
-    prompt: Annotated[
-        int, typer.Option("--prompt-tokens", "--prompt", min=1, help="Of the prompt before those that are written.")
-    ] = 32,
+    prompt: Annotated[int, typer.Option("--prompt-tokens", "--prompt", min=1, help="Tokens of the prompt.")] = 32,
     new: Annotated[int, typer.Option("--new-tokens", "--new", min=1, help="Tokens that a model writes.")] = 128,
-    peers: Annotated[bool, typer.Option("--peers", help="The model in bfloat16 and in llama.cpp (GGUF) too.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="Only JSON on standard output.")] = False,
+    peers: Annotated[
+        bool, typer.Option("--peers", help="Also measure the model in bfloat16 and in llama.cpp (GGUF).")
+    ] = False,
+    as_json: AsJson = False,
     revision: Revision = None,
 ) -> None:
     import torch
@@ -48,14 +51,14 @@ def bench(
                 "bench model: no MODEL is given; name a folder, a .gguf file, a hub id or whit:model"
             )
         model = at_revision(model, revision)
-        _bench_model(model, (prompt, new), rounds, peers, json)
+        _bench_model(model, (prompt, new), rounds, peers, as_json)
     else:
         if model:
-            raise typer.BadParameter(f"bench kernels: is of shapes, not of {model}; use --shape, or whit bench model")
-        _bench_kernels(formats, shapes, rows, rounds, json)
+            raise typer.BadParameter(f"bench kernels: measures shapes, not {model}; use --shape, or whit bench model")
+        _bench_kernels(formats, shapes, rows, rounds, as_json)
 
 
-def _bench_model(model: str, lengths: tuple[int, int], rounds: int, peers: bool, json: bool) -> None:
+def _bench_model(model: str, lengths: tuple[int, int], rounds: int, peers: bool, as_json: bool) -> None:
     import torch
 
     from whit.checkpoint.hub import resolve_model
@@ -93,37 +96,41 @@ def _bench_model(model: str, lengths: tuple[int, int], rounds: int, peers: bool,
             why = "xllamacpp is not installed" if file.suffix == ".gguf" else "MODEL is no .gguf file"
             say(f"llama.cpp is left out: {why}")
     speeds = measure_model(contenders, count_parameters(network)[1], limits, *lengths, rounds)
-    _show(json, limits, [speed.as_json() for speed in speeds], HEADER, table(speeds))
+    _show(as_json, limits, [speed.as_json() for speed in speeds], HEADER, table(speeds))
 
 
-def _bench_kernels(formats: str, shapes: str, rows: str, rounds: int, json: bool) -> None:
+def _bench_kernels(formats: str, shapes: str, rows: str, rounds: int, as_json: bool) -> None:
     from whit.evaluation.kernel_speed import HEADER, measure, measure_limits, table
-    from whit.formats import parse_format
     from whit.recipe import split_list
+    from whit.recipe.shorthands import parse_spec
 
     quiet_transformers()  # the peers say things when they are imported
     sizes = [parse_shape(text) for text in split_list(shapes)]
     counts = [parse_rows(text) for text in split_list(rows)]
     specs = split_list(formats)
     for spec in specs:
-        parse_format(spec)  # a wrong one is said before anything is measured
+        parse_spec(spec)  # a wrong one is said before anything is measured
     limits = measure_limits()
     speeds = []
-    for shape in sizes:
-        for format in specs:
-            for count in counts:
-                speeds += measure(format, shape, count, limits, rounds)
-    _show(json, limits, [speed.as_json() for speed in speeds], HEADER, table(speeds))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("default")
+        for shape in sizes:
+            for format in specs:
+                for count in counts:
+                    speeds += measure(format, shape, count, limits, rounds)
+    for text in dict.fromkeys(str(entry.message) for entry in said if "is left out" in str(entry.message)):
+        say(text)
+    _show(as_json, limits, [speed.as_json() for speed in speeds], HEADER, table(speeds))
 
 
 def _show(
-    json: bool, limits: Any, rows: list[dict[str, Any]], header: tuple[str, ...], lines: list[tuple[str, ...]]
+    as_json: bool, limits: Any, rows: list[dict[str, Any]], header: tuple[str, ...], lines: list[tuple[str, ...]]
 ) -> None:
     import torch
     from rich.table import Table
 
     threads = torch.get_num_threads()
-    if json:
+    if as_json:
         machine = {
             "threads": threads, "read_bytes_per_second": limits.read_bytes_per_second,
             "matmul_flops": limits.matmul_flops,

@@ -3,17 +3,17 @@
 Weights are cold: every call takes the next of enough copies to fill COLD bytes, twice the last cache or more, so that
 none comes from a cache. All candidates of a case take turns within each round, so that they see the same noise. The
 limit of a case is the longer of the time to read the packed bytes once and the time of its products in bfloat16. One
-row is measured beside a plain reading of as many bytes (READING), as memory is not equally fast all the time.
+row is measured beside a plain reading of as many bytes (READING), as memory is not equally fast all the time. After its
+turn every candidate is called again and again with one of its weights: that is hot as far as a cache has room for it.
 """
 
 from __future__ import annotations
 
-import copy
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from importlib.util import find_spec
 from itertools import cycle
 from pathlib import Path
 from types import MappingProxyType
@@ -22,13 +22,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from whit.activations import parse_activations
+from whit.activations import SCHEMES, parse_activations
 from whit.arrays import quantize_tensor
-from whit.formats import parse_format
+from whit.evaluation.kernel_peers import Peer, peers_of
 from whit.kernels.base import Kernel
-from whit.kernels.cpu import Cpu, Cpu8, library
+from whit.kernels.cpu import Cpu8, library
 from whit.kernels.cpu.binding import Library
 from whit.kernels.cpu.memory import in_huge_pages
+from whit.kernels.dispatch import select
 from whit.kernels.reference import Reference
 from whit.layouts import BITS
 from whit.tensor import PackedWeight
@@ -43,6 +44,7 @@ READ = 512 << 20
 AHEAD = (0, 8192, 16384)  # bytes asked for in advance; the fastest way of reading is the limit
 READING = "as many bytes read"  # by as many threads, and nothing done with them: what memory gives in the same turns
 TURN = 0.2  # seconds after which the next kernel has its turn
+AGAIN = 20  # calls in a row with one weight, of which the first one is not counted
 
 Call = Callable[[Tensor], object]
 Turn = Callable[[float], list[float]]  # calls for about so many seconds: what each took
@@ -58,7 +60,10 @@ class Limits:
 
 @dataclass(frozen=True)
 class Speed:
-    """One measured case; `share_of_limit` is 1 where a kernel is as fast as the machine allows."""
+    """One measured case; `share_of_limit` is 1 where a kernel is as fast as the machine allows.
+
+    `hot_seconds`: the same with one weight again and again; None where that was not measured.
+    """
 
     kernel: str
     format: str
@@ -69,6 +74,7 @@ class Speed:
     bytes: int
     ratio_to_bf16: float
     share_of_limit: float
+    hot_seconds: float | None = None
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -97,31 +103,24 @@ def measure(
 ) -> list[Speed]:  # fmt: skip
     """whit's kernels, torch's bfloat16 product and the peers that have a weight of about this format.
 
-    `others` are further candidates, which run somewhere else: their turns, and the bytes of a weight.
+    `format` may be a scheme (w8a8). A peer that does not take the shape is left out with a warning. `others` are
+    further candidates, which run somewhere else: their turns, and the bytes of a weight.
     """
     random = torch.Generator().manual_seed(0)
     weight = torch.randn(shape, generator=random) / shape[1] ** 0.5
     x = torch.randn(rows, shape[1], generator=random).to(torch.bfloat16)
-    candidates = {"torch bf16": _plain(weight.bfloat16())}
-    packed = BITS.pack(quantize_tensor(weight, format))
-    for kernel in (Cpu(), Reference()):
-        if kernel.supports(packed, x) is None and (rows > 1 or kernel.name != "reference"):
-            candidates[kernel.name] = _ours(kernel, packed)
-    for inputs in INPUTS:
-        how = parse_activations(inputs)
-        rounded = replace(packed, activations=how)
-        if how.fits(packed.format) and Cpu8().supports(rounded, x) is None:
-            candidates[f"cpu, {inputs} inputs"] = _ours(Cpu8(), rounded)
-    if rows == 1 and not isinstance(compiled := library(), str):
-        candidates[READING] = reading(packed.nbytes, compiled)
+    candidates = {"torch bf16": _plain(weight.bfloat16())} | _own(weight, format, x)
     if peers:
-        candidates |= _peers(weight, format)
+        candidates |= _beside(weight, format, x)
     turns = {name: (turn_of(calls, x), size) for name, (calls, size) in candidates.items()} | dict(others)
+    again = {name: turn_of(calls[:1] * AGAIN, x) for name, (calls, _) in candidates.items()}
     seconds: dict[str, list[float]] = {name: [] for name in turns}
+    hot: dict[str, list[float]] = {name: [] for name in turns}
     for turn in range(rounds + 1):
         for name, (run, _) in turns.items():
             took = run(TURN)
             seconds[name] += took if turn else []  # the first one warms up
+            hot[name] += again[name](TURN)[1:] if turn and name in again else []
     plain = statistics.median(seconds["torch bf16"])
     flops = 2 * rows * shape[0] * shape[1]
     found = []
@@ -130,7 +129,50 @@ def measure(
             continue
         median = statistics.median(seconds[name])
         floor = max(size / limits.read_bytes_per_second, flops / limits.matmul_flops)
-        found.append(Speed(name, format, shape, rows, "bfloat16", median, size, plain / median, floor / median))
+        warm = statistics.median(hot[name]) if hot[name] else None
+        found.append(Speed(name, format, shape, rows, "bfloat16", median, size, plain / median, floor / median, warm))
+    return found
+
+
+def _own(weight: Tensor, format: str, x: Tensor) -> dict[str, Peer]:
+    """The kernel that such a weight takes and, of one whose inputs are floats, those for rounded inputs too."""
+    spec, inputs = SCHEMES.get(format.lower(), (format, ""))
+    packed = BITS.pack(quantize_tensor(weight, spec))
+    found = {}
+    if inputs:
+        how = parse_activations(inputs)
+        static = {key: torch.full(s.shape, 4 / 127).to(s.dtype) for key, s in how.specs.items()}
+        packed = replace(packed, activations=how, tensors={**packed.tensors, **static})
+        kernel = select(packed, x)
+        return {f"{kernel.name}, {inputs} inputs": _ours(kernel, packed)} | _read(packed, x)
+    for kernel in {select(packed, x), Reference()} if len(x) > 1 else {select(packed, x)}:
+        if kernel.supports(packed, x) is None:
+            found[kernel.name] = _ours(kernel, packed)
+    for inputs in INPUTS:
+        how = parse_activations(inputs)
+        rounded = replace(packed, activations=how)
+        if how.fits(packed.format) and Cpu8().supports(rounded, x) is None:
+            found[f"cpu, {inputs} inputs"] = _ours(Cpu8(), rounded)
+    return found | _read(packed, x)
+
+
+def _read(packed: PackedWeight, x: Tensor) -> dict[str, Peer]:
+    compiled = library()
+    return {} if len(x) > 1 or isinstance(compiled, str) else {READING: reading(packed.nbytes, compiled)}
+
+
+def _beside(weight: Tensor, format: str, x: Tensor) -> dict[str, Peer]:
+    """The peers that multiply by such a weight; a warning says which one does not take its shape, and why."""
+    found = {}
+    for name, make in peers_of(format).items():
+        try:
+            calls, size = make(weight, copies_of)
+            calls[0](x)
+        except (RuntimeError, ValueError, AssertionError, NotImplementedError) as error:
+            said = (str(error).strip() or type(error).__name__).splitlines()[0]
+            warnings.warn(f"{name} is left out for {format} {weight.shape[0]}x{weight.shape[1]}: {said}", stacklevel=3)
+            continue
+        found[name] = calls, size
     return found
 
 
@@ -186,55 +228,16 @@ def reading(size: int, compiled: Library) -> tuple[list[Call], int]:
     return [reads(part) for part in parts], size
 
 
-def _peers(weight: Tensor, format: str) -> dict[str, tuple[list[Call], int]]:
-    known = parse_format(format)
-    found = {}
-    if known.bits == 4 and format.startswith("int4-g"):
-        found["torch int4pack"] = _int4pack(weight, known.group_size)
-    if format == "nf4" and find_spec("bitsandbytes"):
-        found["bitsandbytes"] = _bitsandbytes(weight)
-    return found
-
-
-def _int4pack(weight: Tensor, group: int) -> tuple[list[Call], int]:
-    rows, columns = weight.shape
-    codes = torch.randint(0, 16, (rows, columns), dtype=torch.int32, generator=torch.Generator().manual_seed(0))
-    scales = torch.full((columns // group, rows, 2), 0.01, dtype=torch.bfloat16)
-    operators = torch.ops.aten
-    one = operators._convert_weight_to_int4pack_for_cpu(codes, 1)
-    size = one.numel() * one.element_size() + scales.numel() * 2
-    copies = [(in_huge_pages(one.clone()), scales.clone()) for _ in range(copies_of(size))]
-    return [
-        lambda x, w=w, s=s: operators._weight_int4pack_mm_for_cpu(x, w, group, s)  # type: ignore[misc]
-        for w, s in copies
-    ], size
-
-
-def _bitsandbytes(weight: Tensor) -> tuple[list[Call], int]:
-    import bitsandbytes
-
-    layer = bitsandbytes.nn.Linear4bit(
-        weight.shape[1], weight.shape[0], bias=False, compute_dtype=torch.bfloat16, quant_type="nf4",
-        compress_statistics=False,
-    )  # fmt: skip
-    layer.weight = bitsandbytes.nn.Params4bit(
-        weight.bfloat16(), requires_grad=False, quant_type="nf4", compress_statistics=False
-    )
-    layer = layer.to("cpu").eval()
-    size = weight.numel() // 2 + weight.numel() // 64 * 4
-    layers = [layer, *(copy.deepcopy(layer) for _ in range(copies_of(size) - 1))]
-    return [torch.no_grad()(layer) for layer in layers], size
-
-
 def table(speeds: Sequence[Speed]) -> list[tuple[str, ...]]:
-    """Lines for a table: case, kernel, milliseconds, ratio to bfloat16, share of the limit."""
+    """Lines for a table: case, kernel, milliseconds, ratio to bfloat16, share of the limit, milliseconds hot."""
     return [
         (
             f"{s.format} {s.shape[0]}x{s.shape[1]}", str(s.rows), s.kernel, f"{1e3 * s.seconds:.3f}",
             f"{s.ratio_to_bf16:.2f}", f"{100 * s.share_of_limit:.0f} %",
+            "" if s.hot_seconds is None else f"{1e3 * s.hot_seconds:.3f}",
         )
         for s in speeds
     ]  # fmt: skip
 
 
-HEADER = ("weight", "rows", "kernel", "ms", "x bf16", "of the limit")
+HEADER = ("weight", "rows", "kernel", "ms", "x bf16", "of the limit", "ms, hot")

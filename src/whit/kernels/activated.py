@@ -13,10 +13,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from whit.capabilities import in_bytes, product_dtype, rotation
 from whit.kernels import float8, int8
 from whit.kernels.reference import dequantize
 from whit.layouts import HELD, layout_named
-from whit.tensor import Activated, Format, PackedWeight, in_bytes, product_dtype, rotation
+from whit.tensor import Activated, Format, PackedWeight
 
 
 @dataclass(frozen=True)

@@ -23,9 +23,9 @@ def check_columns(x: Tensor, columns: int) -> None:
 
 @runtime_checkable
 class Kernel(Protocol):
-    """A stateless value; `supports` may look at the format, the layout, devices, dtypes and the number of rows.
+    """A stateless value. `supports` may depend on the format, the layout, devices, dtypes and the number of rows.
 
-    Dispatch asks once per power of two of rows: a threshold on rows must be a power of two.
+    Dispatch asks once for each power of two of rows, so a threshold on rows must be a power of two.
     """
 
     @property
@@ -36,20 +36,20 @@ class Kernel(Protocol):
         ...
 
     def prepare(self, packed: PackedWeight) -> PackedWeight:
-        """The weight as `linear` reads it best; most kernels give back `packed` itself.
+        """The weight in the form that `linear` reads fastest; most kernels return `packed` itself.
 
         A module asks once, at its first use, and holds the answer in place of its own tensors. So the answer is still
-        a weight in its layout: under the layout's keys it has equal values, shapes and dtypes, though they may lie in
-        other memory or in another order of strides; or it is one in layout `whole-bits`, from which the module takes
-        back what it had. Tensors under further keys are derived ones, small, and never saved; a subclass of
-        PackedWeight may carry more. What is prepared already comes back as it is.
+        a weight in its layout: under the layout's keys it has equal values, shapes and dtypes, though perhaps in other
+        memory or with other strides. Or it is in layout `whole-bits`, which the module can turn back into its own.
+        Tensors under further keys are derived, small, and never saved; a subclass of PackedWeight may carry more.
+        Preparing twice changes nothing.
         """
         ...
 
     def linear(self, x: Tensor, packed: PackedWeight, bias: Tensor | None) -> Tensor:
         """x (..., in_features) @ weight (out_features, in_features)^T + bias (out_features,), in x.dtype.
 
-        `packed` is what `prepare` gave, or a weight as it is stored. Where `packed.activations` is not None, x is
+        `packed` is what `prepare` returned, or a weight as it is stored. Where `packed.activations` is not None, x is
         quantized as it says before it is multiplied: `int8` and `float8` in this package define the result.
         """
         ...

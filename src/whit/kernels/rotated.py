@@ -10,10 +10,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from whit.capabilities import rotation
 from whit.formats.rotated import in_its_basis
 from whit.kernels.base import Kernel
 from whit.rotation import rotate
-from whit.tensor import PackedWeight, rotation
+from whit.tensor import PackedWeight
 
 
 @dataclass(frozen=True)

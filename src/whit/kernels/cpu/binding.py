@@ -73,6 +73,12 @@ class Library:
     team_member: int
 
 
+def check_ran(status: int) -> None:
+    """MemoryError where one of the functions says that it did nothing, as when there is no room."""
+    if status:
+        raise MemoryError(f"the CPU kernel could not run ({status})")
+
+
 @cache
 def library() -> Library | str:
     """The compiled kernels, or the reason why there are none."""

@@ -32,7 +32,8 @@ SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined",
 AVX2 = ("-mavx2", "-mfma", "-mf16c")
 AVX512 = (*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")
 BASE = (
-    "amx", "decoder", "decoder_scalar", "encoder", "entry", "gram", "int8", "int8_scalar", "many", "planes", "tiles",
+    "amx", "decoder", "decoder_scalar", "encoder", "entry", "gram", "int8", "int8_scalar", "isa", "many", "planes",
+    "tiles",
 )  # fmt: skip
 # An instruction set: its compiler flags, and its files beside the one that has its name.
 X86: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {

@@ -120,7 +120,7 @@ def refusal(weight: CpuWeight) -> str | None:
         return f"its activations are quantized per {how.granularity}"
     runs = run_size(weight.format) // 32
     if how.granularity == "group" and runs & (runs - 1):
-        return f"its groups of {run_size(weight.format)} columns are no power of two"
+        return f"its groups of {run_size(weight.format)} columns are not a power of two"
     return None
 
 

@@ -129,7 +129,7 @@ def unfit(packed: PackedWeight) -> str | None:
     if {*packed.format.param_specs(*packed.shape)} not in ({"scale"}, {"absmax"}, {"d"}):
         return f"{packed.format}: it has more than a scale for each group"
     if packed.shape[1] % GROUP:
-        return f"{packed.shape[1]} columns are no multiple of {GROUP}"
+        return f"{packed.shape[1]} columns are not a multiple of {GROUP}"
     return None
 
 

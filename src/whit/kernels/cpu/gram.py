@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from whit.kernels.cpu.binding import ISAS, library
+from whit.kernels.cpu.binding import ISAS, check_ran, library
 
 NEEDS = "avx512_bf16"
 
@@ -24,9 +24,6 @@ def add_gram(x: Tensor, sums: Tensor) -> bool:
     if x.device.type != "cpu" or x.dtype != torch.bfloat16 or isinstance(compiled, str) or NEEDS not in compiled.isas:
         return False
     x = x.contiguous()
-    status = compiled.gram(
-        x.data_ptr(), *x.shape, sums.data_ptr(), compiled.parallel, ISAS.index(NEEDS), torch.get_num_threads()
-    )
-    if status:
-        raise MemoryError(f"the CPU kernel could not run ({status})")
+    isa, threads = ISAS.index(NEEDS), torch.get_num_threads()
+    check_ran(compiled.gram(x.data_ptr(), *x.shape, sums.data_ptr(), compiled.parallel, isa, threads))
     return True

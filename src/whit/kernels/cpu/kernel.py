@@ -15,10 +15,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from whit.capabilities import radix
 from whit.kernels.base import QUANTIZED_INPUTS
-from whit.kernels.cpu.binding import ISAS, TYPES, Library, library
+from whit.kernels.cpu.binding import ISAS, TYPES, Library, check_ran, library
 from whit.kernels.cpu.weight import CpuWeight, exact_in, plan_weight, unsupported
-from whit.tensor import PackedWeight, radix
+from whit.tensor import PackedWeight
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 STREAMED_ROWS = {True: 16, False: 8}  # for 1 to 4 bits, and more: up to here streaming beats dequantizing
@@ -83,9 +84,7 @@ class Cpu:
                 weight.address, x.data_ptr(), bias_pointer, y.data_ptr(), rows, TYPES[x.dtype],
                 self._isa(compiled), torch.get_num_threads(),
             )  # fmt: skip
-            status = compiled.many(*arguments, folds) if strips else compiled.linear(*arguments)
-            if status:
-                raise MemoryError(f"the CPU kernel could not run ({status})")
+            check_ran(compiled.many(*arguments, folds) if strips else compiled.linear(*arguments))
         return y
 
     def dequantize(self, packed: PackedWeight, dtype: torch.dtype, first: int = 0, last: int | None = None) -> Tensor:
@@ -98,11 +97,8 @@ class Cpu:
 
     def _decode(self, weight: CpuWeight, out: Tensor, first: int, last: int) -> None:
         compiled = compiled_library()
-        status = compiled.dequantize(
-            weight.address, out.data_ptr(), first, last, TYPES[out.dtype], self._isa(compiled), torch.get_num_threads()
-        )
-        if status:
-            raise MemoryError(f"the CPU kernel could not run ({status})")
+        rest = TYPES[out.dtype], self._isa(compiled), torch.get_num_threads()
+        check_ran(compiled.dequantize(weight.address, out.data_ptr(), first, last, *rest))
 
     def _panels(self, x: Tensor, weight: CpuWeight, bias: Tensor | None) -> Tensor:
         out_features, columns = weight.shape

@@ -1,10 +1,14 @@
 """Products of 8-bit activations on the processor: int8 per token with int8 weights, and per 32 columns with any codes.
 
-Levels of codebooks are rounded to bytes first (`activated.product_format`). Formats that are no bytes then either (more
-than 16 levels that are no integers, groups that are no multiples of 32 columns) multiply the rounded activations as
-`Cpu` does, and so do all formats from TILES_FROM rows of bfloat16 on where there is AMX, whose tiles have one scale for
-a row: where they came in bfloat16 they are rounded to it once more, otherwise products are exact in float32. So
-do all formats with exact columns, by their own levels.
+Levels of codebooks are rounded to bytes first (`activated.product_format`). In three cases the rounded activations are
+multiplied as in `Cpu`:
+
+- formats that are not bytes even then: more than 16 levels that are not integers, or groups of columns that are not
+  multiples of 32;
+- with AMX, whose tiles have one scale for a row, all formats from TILES_FROM rows of bfloat16 on;
+- formats with exact columns, by their own levels.
+
+Activations that came in bfloat16 are then rounded to it once more; otherwise products are exact in float32.
 """
 
 from __future__ import annotations
@@ -16,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from whit.capabilities import product_dtype, radix
 from whit.kernels import int8
 from whit.kernels.activated import product_format, rounded_floats
 from whit.kernels.cpu.binding import library
@@ -23,7 +28,7 @@ from whit.kernels.cpu.kernel import FLOATS, Cpu, compiled_library
 from whit.kernels.cpu.rows8 import ROW_SUMS, Rows8, levels_of, linear, multiply, padded, quantize_rows, round_groups
 from whit.kernels.cpu.weight import CpuWeight, plan_weight, unsupported
 from whit.layouts import BITS
-from whit.tensor import PackedWeight, product_dtype, radix
+from whit.tensor import PackedWeight
 
 TILES_FROM = 64  # rows of bfloat16
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from whit.formats.codebook import EXACT, byte_levels
 from whit.kernels.activated import product_format
-from whit.kernels.cpu.binding import ISAS, ISAS8, TYPES, Library, RowsPlan
+from whit.kernels.cpu.binding import ISAS, ISAS8, TYPES, Library, RowsPlan, check_ran
 from whit.kernels.cpu.weight import CpuWeight, is_consecutive, level_table, run_size
 from whit.tensor import Format
 
@@ -67,7 +67,7 @@ def quantize_rows(x: Tensor, grouped: bool, library: Library, isa: str | None = 
         x.data_ptr(), count, columns, TYPES[x.dtype], rows.codes.data_ptr(), rows.scale.data_ptr(),
         rows.sums.data_ptr(), stride, groups, library.parallel, _number(isa, library), torch.get_num_threads(),
     )  # fmt: skip
-    _check(status)
+    check_ran(status)
     return rows
 
 
@@ -89,7 +89,7 @@ def linear(
         weight.address, x.data_ptr(), len(x), grouped, None if bias is None else bias.data_ptr(), y.data_ptr(),
         TYPES[x.dtype], levels.table, levels.shift, levels.unit, FEW, _number(isa, library), torch.get_num_threads(),
     )  # fmt: skip
-    _check(status)
+    check_ran(status)
     return y
 
 
@@ -101,7 +101,7 @@ def round_groups(x: Tensor, dtype: torch.dtype, library: Library) -> Tensor:
         x.data_ptr(), count, columns, TYPES[x.dtype], GROUP, y.data_ptr(), TYPES[dtype], library.parallel,
         ISAS.index(library.isas[-1]), torch.get_num_threads(),
     )  # fmt: skip
-    _check(status)
+    check_ran(status)
     return y
 
 
@@ -123,7 +123,7 @@ def multiply(
         weight.address, ctypes.addressof(plan), row_sums, None if bias is None else bias.data_ptr(), y.data_ptr(),
         TYPES[dtype], levels.table, levels.shift, levels.unit, FEW, _number(isa, library), torch.get_num_threads(),
     )  # fmt: skip
-    _check(status)
+    check_ran(status)
     return y
 
 
@@ -133,7 +133,7 @@ def levels_of(format: Format) -> Levels | str:
     if format.bits not in WIDTHS:
         return f"codes of {format.bits} bits are not multiplied as bytes"
     if run_size(format) % GROUP:
-        return f"groups of {run_size(format)} columns are no multiple of {GROUP}"
+        return f"groups of {run_size(format)} columns are not a multiple of {GROUP}"
     levels = level_table(format)
     largest = levels.abs().max()
     step = 1.0 if is_consecutive(format) else ((levels[-1] - levels[0]) / (len(levels) - 1)).item()
@@ -142,18 +142,13 @@ def levels_of(format: Format) -> Levels | str:
     if bool(((line - levels).abs() <= EXACT * largest).all()):
         return Levels(None, shift, step)
     if format.bits > 4:
-        return f"the levels of {format} are no integers"
+        return f"the levels of {format} are not integers"
     integers, unit = byte_levels(levels.tolist())
     if bool(((torch.tensor(integers) * unit - levels).abs() > EXACT * largest).any()):
-        return f"the levels of {format} are no multiples of one number"
+        return f"the levels of {format} are not multiples of one number"
     shift = -min(integers)
     return Levels(bytes([i + shift for i in integers] * (16 >> format.bits)), shift, unit)
 
 
 def _number(isa: str | None, library: Library) -> int:
     return ISAS8.index(isa or library.isas8[-1])
-
-
-def _check(status: int) -> None:
-    if status:
-        raise MemoryError(f"the CPU kernel could not run ({status})")

@@ -9,11 +9,12 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from whit.capabilities import product_dtype, radix, rotation
 from whit.formats.ggml.fit import exponent_scale
 from whit.kernels.cpu.binding import CODES, NESTED, NONE, TYPES, Library, WeightPlan
 from whit.kernels.cpu.memory import in_huge_pages
 from whit.layouts.digits import check_digits
-from whit.tensor import Format, PackedWeight, Params, matrix_shape, product_dtype, radix, rotation, tensor_param
+from whit.tensor import Format, PackedWeight, Params, matrix_shape, tensor_param
 
 LAYOUT = 1  # of what `prepare` makes; another number is another file of prepared weights (compiled/prepared)
 LANE = 16  # the kernels' runs of columns that share params
@@ -41,13 +42,13 @@ def unsupported(packed: PackedWeight) -> str | None:
     if rotation(format):
         return f"{format} wants its inputs rotated first"
     if format.vector_size != 1 or format.bits > 8:
-        return f"{format} is no format of up to 8 bits a weight"
+        return f"{format} is not a format of up to 8 bits a weight"
     if (base := radix(format)) not in (None, 3):
         return f"codes of {format} lie in bytes of base {base}, not in bits or of base 3"
     if len(packed.shape) != 2 or 0 in packed.shape:
         return f"the weight's shape is {packed.shape}; it must be a matrix"
     if run_size(format) % LANE and run_size(format) < packed.shape[1]:
-        return f"groups of {format.group_size} columns are no multiple of {LANE}"
+        return f"groups of {format.group_size} columns are not a multiple of {LANE}"
     specs = format.param_specs(*packed.shape)
     if {*specs} not in PARAMS:
         return f"params {', '.join(specs) or 'none'} are not known to it"

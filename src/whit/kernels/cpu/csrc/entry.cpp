@@ -1,75 +1,13 @@
-// The C ABI: what this processor runs, and the calls themselves. Rows of the weight are the tasks that threads take: a
-// row is computed by one thread in one order.
+// The C ABI: the calls themselves. Rows of the weight are the tasks that threads take: a row is computed by one thread in
+// one order.
 #include <chrono>
 
 #include "digits.h"
 #include "isa.h"
 #include "planes.h"
 #include "team.h"
-#include "tiles.h"
-
-#if defined(__x86_64__) || defined(__i386__)
-#include <cpuid.h>
-#define WHIT_X86 1
-#endif
 
 namespace {
-
-#if defined(WHIT_X86)
-uint64_t enabled_state() {  // XCR0: which registers the operating system saves
-  uint32_t low, high;
-  __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
-  return (uint64_t)high << 32 | low;
-}
-
-int processor_has(int isa) {
-  unsigned a, b, c, d, a7, b7, c7, d7, a71 = 0, b71, c71, d71;
-  if (!__get_cpuid(1, &a, &b, &c, &d) || !__get_cpuid_count(7, 0, &a7, &b7, &c7, &d7)) return 0;
-  const unsigned osxsave = 1u << 27, avx = 1u << 28, fma = 1u << 12, f16c = 1u << 29;
-  if ((c & (osxsave | avx | fma | f16c)) != (osxsave | avx | fma | f16c)) return 0;
-  uint64_t state = enabled_state();
-  bool avx2 = (state & 6) == 6 && (b7 >> 5 & 1);
-  const unsigned needed = 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31;  // F, DQ, BW, VL
-  bool avx512 = avx2 && (state & 0xe6) == 0xe6 && (b7 & needed) == needed;
-  if (isa == WHIT_AVX2) return avx2;
-  if (isa == WHIT_AVX512) return avx512;
-  if (a7 >= 1) __get_cpuid_count(7, 1, &a71, &b71, &c71, &d71);
-  if (!avx512 || !(a71 >> 5 & 1)) return 0;
-  return isa == WHIT_AVX512_BF16 || (isa == WHIT_AMX && (c7 >> 1 & 1) && (whit_amx() & AMX_BF16));  // VBMI
-}
-#else
-int processor_has(int) { return 0; }
-#endif
-
-// Whether 32 products of bfloat16 take longer than twice 16 of float32: 2.1 cycles, whatever their width, and .55 each on
-// an Emerald Rapids (benchmarks/results/cpu_ways_amx.md).
-bool slow_pairs() {
-#if defined(WHIT_X86)
-  unsigned a, b, c, d;
-  return __get_cpuid(0, &a, &b, &c, &d) && b == 0x756e6547 && d == 0x49656e69 && c == 0x6c65746e;  // GenuineIntel
-#else
-  return false;
-#endif
-}
-
-const Kernels* kernels_for(int isa) {
-  switch (isa) {
-    case WHIT_SCALAR: return &whit_kernels_scalar;
-#if defined(WHIT_HAVE_AVX2)
-    case WHIT_AVX2: return &whit_kernels_avx2;
-#endif
-#if defined(WHIT_HAVE_AVX512)
-    case WHIT_AVX512: return &whit_kernels_avx512;
-#endif
-#if defined(WHIT_HAVE_AVX512_BF16)
-    case WHIT_AVX512_BF16: return &whit_kernels_avx512_bf16;
-#if defined(WHIT_HAVE_TILES_BF16) && defined(WHIT_HAVE_MANY_BF16)
-    case WHIT_AMX: return &whit_kernels_avx512_bf16;  // and tiles
-#endif
-#endif
-    default: return nullptr;
-  }
-}
 
 thread_local Scratch arranged, per_row, of_digits;
 
@@ -142,21 +80,6 @@ size_t whit_row_scratch(const whit_weight& w) {
   return sizeof(float) * (size_t)(2 * 8 * (w.groups + 48 + lanes) + 8 * (w.groups + 48));
 }
 
-const Kernels* whit_kernels(const whit_weight& w, int type, int isa) {
-  if (isa < WHIT_AVX512_BF16) return kernels_for(isa);
-  if (type != WHIT_BF16) return kernels_for(WHIT_AVX512);
-  static const bool slow = slow_pairs();
-  if (slow && !w.digit_bytes) return kernels_for(WHIT_AVX512);
-#if defined(WHIT_HAVE_AVX512_BF16)
-  if (w.bits == 8 && w.consecutive) return &whit_kernels_bf16_bytes;
-  if (w.bits > 6) return kernels_for(WHIT_AVX512);
-  for (int i = 0; i < 1 << w.bits; i++)
-    if (w.levels[i] != bf16_to_float(float_to_bf16(w.levels[i])))
-      return w.bits > 4 ? kernels_for(WHIT_AVX512) : &whit_kernels_bf16_tables;
-#endif
-  return kernels_for(isa);
-}
-
 int whit_run(Team& team, whit_parallel parallel, int threads) {
   int64_t tasks = (team.rows + team.task - 1) / team.task;
   if (threads > tasks) threads = (int)tasks;
@@ -178,8 +101,6 @@ int whit_run(Team& team, whit_parallel parallel, int threads) {
 int whit_abi(void) { return WHIT_ABI; }
 
 const char* whit_sources(void) { return WHIT_SOURCES; }
-
-int whit_has(int isa) { return kernels_for(isa) != nullptr && (isa == WHIT_SCALAR || processor_has(isa)); }
 
 int whit_linear(const whit_weight* w, const void* x, const void* bias, void* y, int64_t rows_of_x, int type, int isa,
                 int threads) {
@@ -221,7 +142,7 @@ int whit_linear(const whit_weight* w, const void* x, const void* bias, void* y, 
 }
 
 int whit_dequantize(const whit_weight* w, void* out, int64_t first, int64_t last, int type, int isa, int threads) {
-  const Kernels* kernels = kernels_for(isa);
+  const Kernels* kernels = whit_kernels_for(isa);
   if (!kernels) return -1;
   Team team;
   Decode decode = {kernels, w, (char*)out, first, w->columns * (type == WHIT_F32 ? 4 : 2), type, &team};
@@ -247,7 +168,7 @@ void round_task(void* context, int64_t first, int64_t last, float*) {
 
 int whit_round(const void* x, int64_t rows, int64_t columns, int type, int64_t group, void* out, int out_type,
                whit_parallel parallel, int isa, int threads) {
-  const Kernels* kernels = kernels_for(isa);
+  const Kernels* kernels = whit_kernels_for(isa);
   if (!kernels) return -1;
   if (group < 1 || group > 256) return -2;
   Rounding call = {kernels, (const char*)x, (char*)out, columns, group, columns * (type == WHIT_F32 ? 4 : 2),

@@ -1,11 +1,13 @@
 // The kernels of each instruction set. A file that the compiler or the target cannot build is left out of the build,
-// and entry.cpp's WHIT_HAVE_ macro for it is not defined.
+// and isa.cpp's WHIT_HAVE_ macro for it is not defined.
 #pragma once
 #include "common.h"
 
 extern const Kernels whit_kernels_scalar, whit_kernels_avx2, whit_kernels_avx512, whit_kernels_avx512_bf16;
 extern const Kernels whit_kernels_bf16_bytes;   // of AVX512_BF16, for consecutive levels of 8 bits
 extern const Kernels whit_kernels_bf16_tables;  // of AVX512_BF16, for levels that are no numbers of bfloat16
+
+const Kernels* whit_kernels_for(int isa);  // null where the build has none; the processor is not asked
 
 // A product x^T x in panels of WIDTH columns; pairs of rows of x lie beside each other, as bfloat16 products take them.
 enum { GRAM_WIDTH = 48 };
