@@ -1,6 +1,6 @@
 """Peak memory of calibrated quantization on a CPU: python benchmarks/calibrated_peak.py [--blocks 28] [--samples 8]
 
-A Llama of 3.2 B parameters (Llama-3.2-3B's shape) of random weights is written to a scratch folder, a shard per block,
+A Llama of 3.2 B parameters (Llama-3.2-3B's shape) of random weights is written to a scratch folder, a shard a block,
 and `whit quantize --method gptq` runs on it in a process of its own, whose peak (VmHWM) is what is reported. Few blocks
 with many samples show what calibration holds; all blocks with few samples show that nothing grows with the depth.
 Rows are kept in results/calibrated_peak.json.
@@ -19,9 +19,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
-from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import LlamaConfig
+
+from random_model import write_random
 
 from harness import RESULTS
 
@@ -29,37 +29,17 @@ GB = 1e9
 CASE = ("blocks", "samples", "context")
 
 
-def write_model(folder: Path, blocks: int, tokenizer: Path) -> float:
+def write_model(folder: Path, blocks: int, tokenizer: Path) -> int:
     """A random bfloat16 model of `blocks` decoder blocks beside `tokenizer`'s files; returns its parameters."""
     config = LlamaConfig(
         hidden_size=3072, intermediate_size=8192, num_hidden_layers=blocks, num_attention_heads=24,
         num_key_value_heads=8, head_dim=128, vocab_size=128256, max_position_embeddings=8192, tie_word_embeddings=True,
         rope_parameters={"rope_type": "default", "rope_theta": 500000.0}, dtype="bfloat16",
     )  # fmt: skip
-    config.architectures = ["LlamaForCausalLM"]
-    config.save_pretrained(folder)
+    parameters = write_random(folder, config, 250_000_000)
     for file in ("tokenizer.json", "tokenizer_config.json"):
         (folder / file).write_bytes((tokenizer / file).read_bytes())
-    with torch.device("meta"):
-        shapes = {name: value.shape for name, value in AutoModelForCausalLM.from_config(config).state_dict().items()}
-    del shapes["lm_head.weight"]  # tied
-    shards: dict[str, dict[str, torch.Size]] = {}
-    for name, shape in shapes.items():
-        shard = f"block-{name.split('.')[2]}" if ".layers." in name else "rest"
-        shards.setdefault(f"{shard}.safetensors", {})[name] = shape
-    generator = torch.Generator().manual_seed(0)
-    for file, names in shards.items():
-        weights = {n: _random(s, generator) for n, s in names.items()}
-        save_file(weights, folder / file, metadata={"format": "pt"})
-    index = {"metadata": {}, "weight_map": {name: file for file, names in shards.items() for name in names}}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    return float(sum(shape.numel() for shape in shapes.values()))
-
-
-def _random(shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
-    if len(shape) == 1:
-        return torch.ones(shape, dtype=torch.bfloat16)
-    return (torch.randn(shape, generator=generator) * 0.02).bfloat16()
+    return parameters
 
 
 def _status(child: subprocess.Popen[str], key: str) -> int:

@@ -25,14 +25,12 @@ from pathlib import Path
 import torch
 import transformers as hf
 
+from random_model import write_random
 from whit import Recipe
-from whit.checkpoint.header import file_order
 from whit.checkpoint.reader import Checkpoint
-from whit.checkpoint.writer import Writer, index_json, plan_shards
 from whit.layouts import BITS
 from whit.pipeline.job import Options, prepare
 from whit.pipeline.parameter import relative_error
-from whit.tensor import TensorSpec
 
 RESULTS = Path(__file__).parent / "results"
 SHAPE = {"hidden_size": 3072, "intermediate_size": 8192, "num_attention_heads": 24, "num_key_value_heads": 8}
@@ -41,20 +39,7 @@ SHAPE = {"hidden_size": 3072, "intermediate_size": 8192, "num_attention_heads": 
 def make_checkpoint(folder: Path, layers: int) -> None:
     """A random Llama with untied head, shards of 1 GB, one tensor in memory at a time."""
     config = hf.LlamaConfig(**SHAPE, num_hidden_layers=layers, vocab_size=32_000, max_position_embeddings=4096)
-    config.architectures, config.dtype = ["LlamaForCausalLM"], torch.bfloat16
-    config.save_pretrained(folder)
-    with torch.device("meta"):
-        state = hf.LlamaForCausalLM(config).state_dict()
-    specs = {name: TensorSpec(tuple(tensor.shape), torch.bfloat16) for name, tensor in state.items()}
-    shards = plan_shards(specs.items(), 1_000_000_000)
-    writer = Writer(folder, shards)
-    generator = torch.Generator().manual_seed(0)
-    for name in (name for shard in shards for name in file_order(shard.specs)):
-        writer.write(name, (0.02 * torch.randn(specs[name].shape, generator=generator)).to(torch.bfloat16))
-    writer.sync()
-    writer.close()
-    for name, content in index_json(shards).items():
-        (folder / name).write_bytes(content)
+    write_random(folder, config, 1_000_000_000)
 
 
 def drop_caches(folder: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ import torch
 from hypothesis import settings
 
 from tiny_text import random_words, word_tokenizer, write_words
+from whit.cli import main
 
 settings.register_profile("whit", deadline=None, derandomize=True, max_examples=40)
 settings.load_profile("whit")
@@ -44,6 +47,20 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_tokenizers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every model that is quantized has the tokenizer of tiny_text.py, which is saved beside none of the tiny ones."""
     monkeypatch.setattr("whit.pipeline.job.load_tokenizer", lambda *_, **__: word_tokenizer())
+
+
+@pytest.fixture
+def whit(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Runs the command line in this process: exit status, standard output, standard error."""
+
+    def run(*words: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["whit", *map(str, words)])
+        with pytest.raises(SystemExit) as stopped:  # typer leaves by SystemExit even when all went well
+            main()
+        captured = capsys.readouterr()
+        return int(stopped.value.code or 0), captured.out, captured.err
+
+    return run
 
 
 @pytest.fixture

@@ -12,8 +12,8 @@ import whit
 ROOT = Path(whit.__file__).parent
 # Each stage may import those to its left; the values of the first entry belong to all.
 STAGES = (
-    ("errors", "extras", "named", "rotation", "tensor", "activations", "data", "devices", "process", "randomness",
-     "spoken"),
+    ("errors", "extras", "named", "rotation", "tensor", "capabilities", "activations", "data", "devices", "process",
+     "randomness", "spoken"),
     ("checkpoint",), ("model",), ("calibration",), ("transforms",), ("formats",), ("methods",), ("arrays", "recipe"),
     ("layouts",), ("kernels",), ("modules",), ("export",), ("integrations",), ("compiled",), ("training",),
     ("evaluation",), ("pipeline",), ("allocation",), ("tuning", "merging"), ("report", "memory"), ("qat",),
@@ -48,6 +48,14 @@ def test_data_flows_one_way():
             if other in RANK and RANK[other] > RANK[stage]:
                 wrong.append(f"{path.relative_to(ROOT)} imports whit.{other}")
     assert not wrong
+
+
+def test_the_design_shows_the_stages_in_this_order():
+    text = (ROOT.parents[1] / "docs/design.md").read_text()
+    rows = re.findall(r"^\| ((?:`\w+/?`(?:, )?)+) \|", text[text.index("| stage |") :], re.MULTILINE)
+    shown = [name for row in rows for name in re.findall(r"`(\w+)/?`", row)]
+    assert sorted(shown) == sorted(RANK.keys() - {"__main__"})
+    assert [RANK[name] for name in shown] == sorted(RANK[name] for name in shown)
 
 
 def test_files_stay_short():

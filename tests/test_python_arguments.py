@@ -64,7 +64,7 @@ REFUSED = {
     "shapes differ": (lambda out: whit.error(torch.ones(3, 3), Q), r"shape \[3, 3\] and .* \[4, 64\]"),
     "no quantized tensor": (lambda out: whit.error(torch.ones(3), torch.ones(3)), "error: is of type Tensor"),
     "nothing is packed": (lambda out: whit.bits_per_weight(Q), "is of type QuantizedTensor; pack it"),
-    "compile is for transformers": (lambda out: whit.compile(NET, strict=True), "Sequential is no transformers model"),
+    "compile is for transformers": (lambda out: whit.compile(NET, strict=True), "is not a transformers model"),
     "a tuning is a dict": (lambda out: whit.finetune(MODEL, "x.jsonl", out, {"rank": 4}), "tuning: is of type dict"),
 }  # fmt: skip
 

@@ -7,6 +7,8 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
 
+from whit.pipeline.job import open_source
+
 
 def result(folder: Path) -> dict[str, bytes]:
     """Everything but whit.json, which holds times."""
@@ -16,6 +18,12 @@ def result(folder: Path) -> dict[str, bytes]:
 def weight_bytes(folder: Path) -> dict[str, bytes]:
     """The files of weights alone."""
     return {path.name: path.read_bytes() for path in sorted(folder.glob("*.safetensors"))}
+
+
+def floats(folder: Path) -> dict[str, torch.Tensor]:
+    """Every parameter as a reader finds it, dequantized."""
+    source = open_source(folder)
+    return {name: source.read(name) for name in source.origins}
 
 
 def logits(folder: Path) -> torch.Tensor:

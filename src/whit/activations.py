@@ -30,8 +30,9 @@ from typing import Any
 
 import torch
 
+from whit.capabilities import product_dtype, rotation
 from whit.errors import RecipeError
-from whit.tensor import Activated, Format, TensorSpec, product_dtype, rotation
+from whit.tensor import Activated, Format, TensorSpec
 
 KINDS = ("dynamic", "static")
 GRANULARITIES = ("token", "tensor", "group")
@@ -62,16 +63,20 @@ EXAMPLES = ("int8", "int8-g32", "int8-g32-exact4", "int8-asym", "int8-outliers",
 
 @dataclass(frozen=True)
 class Activations:
-    """How inputs are quantized. `parse_activations(str(a)) == a`.
+    """How the inputs of linears are quantized. `parse_activations(str(a)) == a`.
 
-    `kind` dynamic (scales from the input itself) or static (from calibration, one per linear). `type` int8 or fp8.
-    `granularity` token, tensor or group (of 32 columns of a token); static is always tensor. `threshold`, where it is
-    above 0: columns of an input that hold an |x| of at least this are multiplied in the input's own type (dynamic
-    int8 per token only). `range` says how calibration chooses a static range, `percentile` (of |x| or of either end,
-    in percent) and `momentum` are options of two of them. `exact`: how many columns, those with the largest |x| on
-    calibration data, stay floats and count in no scale; where what is left has a low end much nearer to 0 than its
-    high one (a GELU's output), codes of dynamic int8 count from that low end on. RecipeError for what does not go
-    together.
+    - `kind`: dynamic (scales from the input itself) or static (from calibration, one per linear).
+    - `type`: int8 or fp8. `symmetric`: without a zero point.
+    - `granularity`: what shares a scale: token, tensor, or group (32 columns of a token); static is always tensor.
+    - `threshold`: above 0, columns of an input that hold an |x| of at least this are multiplied in the input's own type
+      (dynamic int8 per token only).
+    - `range`: how calibration chooses a static range. `percentile` (of |x| or of either end, in per cent) and
+      `momentum` are options of two of the ways.
+    - `exact`: so many columns, those with the largest |x| on calibration data, stay floats and count in no scale. Where
+      the low end of the rest is much nearer to 0 than the high end (a GELU's output), codes of dynamic int8 begin
+      there.
+
+    RecipeError for what does not go together.
     """
 
     kind: str = "dynamic"
@@ -92,9 +97,9 @@ class Activations:
                 raise RecipeError(f"activations: {name} {value!r} is not known; it must be one of {', '.join(known)}")
         is_plain = (self.kind, self.type, self.symmetric) == ("dynamic", "int8", True)
         if self.granularity == "group" and not is_plain:
-            raise RecipeError("activations: groups of columns; they are dynamic, symmetric int8; use int8-g32")
+            raise RecipeError("activations: in groups of columns they must be dynamic, symmetric int8; use int8-g32")
         if self.kind == "static" and self.granularity != "tensor":
-            raise RecipeError("activations: static scales per token; they are one per linear; use granularity tensor")
+            raise RecipeError("activations: static scales per token; a linear has only one; use granularity tensor")
         if self.type == "fp8" and not self.symmetric:
             raise RecipeError("activations: fp8 with a zero point; floats have none; use int8, or leave asym out")
         if self.threshold and not (is_plain and self.granularity == "token"):
@@ -212,4 +217,4 @@ def _number(text: str, digits: str | None, default: float) -> float:
     try:
         return float(digits) if digits else default
     except ValueError:
-        raise RecipeError(f"{text!r}: {digits} is no number; write one such as 99.9") from None
+        raise RecipeError(f"{text!r}: {digits} is not a number; write one such as 99.9") from None

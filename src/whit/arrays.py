@@ -44,7 +44,7 @@ def quantize_tensor(x: Any, format: str | Format, method: str | Method | None = 
 
 
 def error(x: Any, quantized: QuantizedTensor) -> Error:
-    """What `quantized` differs from `x` by, computed in float64; FormatError where their shapes differ.
+    """How far `quantized` is from `x`, computed in float64; FormatError if their shapes differ.
 
     `x` is a tensor or array of `quantized.shape`. Errors are in the units of x, `mse` in their square.
     """

@@ -71,7 +71,7 @@ class QualityGateError(WhitError):
 
 
 class TrainingError(WhitError):
-    """Training data that cannot be used, settings that contradict each other, or a loss that is no number."""
+    """Training data that cannot be used, settings that contradict each other, or a loss that is not a number."""
 
 
 LONGEST = 300  # characters of what another library says

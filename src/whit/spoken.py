@@ -6,6 +6,11 @@ import re
 from collections.abc import Iterable
 
 
+def of_all_blocks(text: str) -> str:
+    """A module's name, or a sentence with one, with the numbers of blocks as stars."""
+    return re.sub(r"\.\d+(?=\.|$)", ".*", text)
+
+
 def by_reason(found: Iterable[tuple[str, str]]) -> list[str]:
     """A sentence for each reason in (module, reason): the modules that it holds for, and it."""
     modules: dict[str, list[str]] = {}
@@ -16,7 +21,7 @@ def by_reason(found: Iterable[tuple[str, str]]) -> list[str]:
 
 def _named(names: list[str]) -> str:
     """A module; of several the first, its block a star, how many others a block has, and how many there are in all."""
-    patterns = list(dict.fromkeys(re.sub(r"\.\d+(?=\.|$)", ".*", name) for name in names))
+    patterns = list(dict.fromkeys(map(of_all_blocks, names)))
     if len(names) == 1:
         return names[0]
     others = len(patterns) - 1

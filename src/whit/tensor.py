@@ -41,9 +41,9 @@ class Format(Protocol):
     """Which numbers exist. A frozen, hashable value; `parse_format(str(format)) == format`.
 
     `group_size` counts the input columns that share parameters, 0 stands for the whole row. `vector_size` counts
-    columns coded jointly (1: scalar). Codes lie in [code_min, code_max] and take `bits` bits each when packed. A
-    format may also have a `radix` (see `radix`): it has that many codes, packed as digits, as many as a byte holds;
-    and `rounded` integer params (see `rounded`), and codes of another shape than the matrix (see `codes_shape`).
+    columns coded jointly (1: scalar). Codes lie in [code_min, code_max] and take `bits` bits each when packed. What
+    else a format may have (codes that are digits, integer params that training moves, codes of another shape than the
+    matrix, ...) is asked for by the functions of `capabilities`.
     """
 
     def __hash__(self) -> int: ...
@@ -147,12 +147,12 @@ class Activated(Protocol):
 
 @dataclass(frozen=True)
 class PackedWeight:
-    """The physical value: named tensors as a module holds and a file stores them, in a named layout.
+    """The physical value: named tensors in a named layout, as a module holds them and a file stores them.
 
-    `activations` says how its inputs are quantized, None that they are not. Where these have static scales, `tensors`
-    holds beside the layout's own `input_scale` float32 (1,) and, asymmetric, `input_zero_point` int8 (1,); where
-    columns stay exact, `input_columns` int32 (exact,) and `input_low` float32 (1,), the low end of codes or -infinity.
-    `deterministic`: a row of a product must be the same bits whatever rows are beside it.
+    - `activations`: how its inputs are quantized; None: they are not. With static scales, `tensors` also has
+      `input_scale` float32 (1,) and, where these are asymmetric, `input_zero_point` int8 (1,). With columns that stay
+      exact it has `input_columns` int32 (exact,) and `input_low` float32 (1,), the low end of the codes or -infinity.
+    - `deterministic`: a row of a product must have the same bits whatever rows are beside it.
     """
 
     layout: str
@@ -173,11 +173,13 @@ class PackedWeight:
 
 @dataclass(frozen=True)
 class LayerStats:
-    """What calibration saw at the input x of a linear: `hessian` (in, in) float32 is the sum of x x^T over tokens.
+    """What calibration saw at the input x of a linear. All but the first two are None where they were not asked for.
 
-    `drift` (in, in) is the sum of (x~ - x) x^T, where x~ is what the linear would see had nothing before it been
-    quantized, `magnitude` (in,) the sum of |x| and `peak` (in,) the largest, `sample` (tokens, in) float32 some of the
-    x themselves; None where that was not watched.
+    - `hessian` (in, in) float32: the sum of x x^T over `token_count` tokens.
+    - `drift` (in, in): the sum of (x~ - x) x^T, where x~ is what the linear would see if nothing before it were
+      quantized.
+    - `magnitude` (in,): the sum of |x|. `peak` (in,): the largest |x|.
+    - `sample` (tokens, in) float32: some of the x themselves.
     """
 
     hessian: Tensor
@@ -218,60 +220,10 @@ class TensorSpec:
         return prod(self.shape) * self.dtype.itemsize
 
 
-def radix(format: Format) -> int | None:
-    """How many codes there are where these are stored as digits of a byte (3: five to a byte); None: in whole bits."""
-    found: int | None = getattr(format, "radix", None)
-    return found
-
-
-def product_dtype(format: Format) -> torch.dtype | None:
-    """int8 or float8_e4m3fn where a weight is codes of that type times one scale per row (or per tensor), else None.
-
-    Such a format has `row_scale(params)`: float32 (rows, 1) or (1, 1), with w = code row_scale.
-    """
-    found: torch.dtype | None = getattr(format, "product_dtype", None)
-    return found
-
-
-def in_bytes(format: Format) -> Format:
-    """The format of the same codes and params whose levels products of bytes take; those of tables are rounded."""
-    found: Format | None = getattr(format, "in_bytes", None)
-    return found or format
-
-
-def rotation(format: Format) -> int:
-    """How many neighbouring columns of the matrix are turned together before they are encoded; 0 for none."""
-    found: int = getattr(format, "rotation", 0)
-    return found
-
-
-def rounded(format: Format) -> tuple[str, ...]:
-    """Integer params in which `decode` is linear, given as floats: those that training can move and round again."""
-    found: tuple[str, ...] = getattr(format, "rounded", ())
-    return found
-
-
-def learned(format: Format) -> tuple[str, ...]:
-    """The params that training moves: `continuous` ones, or those that the format calls `learned`, and `rounded`."""
-    found: tuple[str, ...] = getattr(format, "learned", format.continuous)
-    return (*found, *rounded(format))
-
-
-def code_count(format: Format) -> int:
-    """How many codes there are, from `code_min` upwards."""
-    return radix(format) or 1 << format.bits
-
-
-def codes_shape(format: Format, rows: int, columns: int) -> tuple[int, int]:
-    """The shape of the codes of a (rows, columns) matrix: its own, unless the format has a `codes_shape`."""
-    found: tuple[int, int] = getattr(format, "codes_shape", lambda *own: own)(rows, columns)
-    return found
-
-
 def bits_per_weight(packed: PackedWeight) -> float:
     """Every stored bit, scales and zero points included, divided by the number of weights.
 
-    FormatError for what is no PackedWeight, such as a QuantizedTensor, which says nothing of how it is stored.
+    FormatError for anything but a PackedWeight: a QuantizedTensor, for one, does not say how it is stored.
     """
     require(packed, PackedWeight, "bits_per_weight", "pack it first: whit.layouts.BITS.pack(quantized)", FormatError)
     return 8 * packed.nbytes / max(prod(packed.shape), 1)

@@ -17,29 +17,29 @@ from whit_command.completion import ASKED, app, table
 
 SUMMARY = "Quantize any Hugging Face transformer, run it, and measure what was given up."
 COMMANDS = {  # in the order in which they are shown
-    "quantize": "Quantize a model, block by block from disk to disk; run it again after a kill and it goes on."
+    "quantize": "Quantize a model block by block, from disk to disk. A killed run resumes when it is run again."
     "\n\nFor example: whit quantize org/name small --format int4-g64 --method gptq",
     "evaluate": "Measure a model: perplexity, divergence from a baseline, zero-shot tasks, bits per weight."
     "\n\nFor example: whit evaluate small --baseline org/name",
-    "compare": "Measure what each precision costs on this model and machine; run again after a kill, and it goes on."
+    "compare": "Measure what each format costs on this model and machine. A killed run resumes when it is run again."
     "\n\nFor example: whit compare org/name report --candidates int8,nf4,gptq:int4-g64",
     "generate": "Continue a text with a model.",
-    "finetune": "Train an adapter (LoRA, QLoRA) on instructions; run it again after a kill and it goes on."
+    "finetune": "Train an adapter (LoRA, QLoRA) on instructions. A killed run resumes when it is run again."
     "\n\nUnder torchrun or accelerate launch the processes share each step's batches.",
-    "convert": "Write a model in another form, without loss where it can be; what is lost is said, and done only if "
-    "asked for.\n\nFor example: whit convert small model.gguf --format q8_0 --requantize",
-    "train": "Train a model for the format it is stored in; run it again after a kill and it goes on, to the same "
-    "bytes.",
+    "convert": "Write a model as another kind of file, without loss where possible; else it says what would be lost, "
+    "and --requantize accepts that.\n\nFor example: whit convert small model.gguf --format q8_0 --requantize",
+    "train": "Train a model for the format it is stored in. A killed run resumes when it is run again, and gives the "
+    "same bytes.",
     "imatrix": "Write llama.cpp's importance matrix: the mean square of every input of every matrix, over a "
     "calibration text.",
-    "merge": "Merge an adapter into a model, and say what that costs: the KL divergence from the two side by side.",
+    "merge": "Merge an adapter into a model, and measure the cost: the KL divergence from the two kept apart.",
     "inspect": "Show formats, bits per weight, size, coverage and provenance, and what is wrong with a quantized "
     "checkpoint.",
     "memory": "Say how much memory a model takes in each format, from its config.json alone, and what fits."
     "\n\nFor example: whit memory Llama-3-8B --fit 24GB",
     "bench": "Measure kernels or a model: seconds, ratio to bfloat16, and share of what this machine can do.",
     "doctor": "Say what this machine has: libraries, devices, instruction sets, and which kernels run and why.",
-    "demo": "Quantize the model that ships with whit in several ways, measure each one, and let one speak.",
+    "demo": "Quantize the model that ships with whit in several ways, measure each, and let one write a text.",
 }  # fmt: skip
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from random import Random
 
 import pytest
 import torch
+from small_budgets import TINY, TOKENS, undecided
 
 import whit
 from whit import Options, Recipe
@@ -22,7 +23,6 @@ from whit.allocation import (
 )
 from whit.allocation.space import LADDER, bytes_of, methods_of
 from whit.calibration import CalibrationTokens
-from whit.cli import main
 from whit.cli.budget import Request, show_outlook
 from whit.errors import RecipeError
 from whit.evaluation import EvaluationOptions, evaluate
@@ -31,7 +31,7 @@ from whit.formats.bands import bands_of
 from whit.memory.needs import OVERHEAD
 from whit.methods import RTN
 from whit.pipeline.coverage import load_account
-from whit.pipeline.job import Job, prepare
+from whit.pipeline.job import prepare
 
 from tiny_models import save_tiny
 
@@ -39,26 +39,12 @@ pytest.importorskip("scipy")
 UNIFORM = "int3-g64-asym"
 LADDER3 = f"int2-g32-asym,{UNIFORM},int4-g64-asym"
 SAMPLES = ("--samples", "1", "--context", "128")
-TOKENS = torch.randint(3, 120, (3, 24), generator=torch.Generator().manual_seed(0))
-TINY = ("int2-g32-asym", "int4-g32", "int8")
-
-
-def undecided(model: Path | str, out: Path, *rules: tuple[str, str], export: str = "whit") -> Job:
-    return prepare(model, out, Recipe(None, [("*", "bf16"), *rules]), Options(), export=export)
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    def run(*arguments: object) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["whit", "quantize", *map(str, arguments)])
-        status = 0
-        try:
-            main()
-        except SystemExit as leave:
-            status = int(leave.code or 0)
-        return status, capsys.readouterr().err
-
-    return run
+def run(whit: Callable[..., tuple[int, str, str]]) -> Callable[..., tuple[int, str]]:
+    """`whit quantize`: exit status and what was said."""
+    return lambda *words: whit("quantize", *words)[::2]
 
 
 def weights(folder: Path) -> bytes:
@@ -92,11 +78,6 @@ def test_a_size_is_met_and_the_result_is_better_than_uniform(run, tmp_path: Path
     assert uniform is not None
     assert chosen is not None
     assert chosen.kl_mean < uniform.kl_mean
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny(tmp_path_factory.mktemp("budget") / "model", "llama")
 
 
 def test_rules_of_the_user_stay(tiny: Path, tmp_path: Path):
@@ -183,7 +164,7 @@ def test_what_fits_leaves_room_for_the_cache_and_the_process(tiny: Path, tmp_pat
     assert 600e6 - OVERHEAD["cpu"] > short > long + cache > 0
     wide = Request(fit="600MB", context=16, ladder="q4_k,int4-g32")  # superblocks are wider than its rows
     assert wide.bytes(job) >= short
-    with pytest.raises(RecipeError, match="must be left for weights"):
+    with pytest.raises(RecipeError, match="leaves nothing for the weights"):
         Request(fit="400MB", context=64).bytes(job)
 
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_budgets import TINY, TOKENS, undecided
 
 import whit
-from whit import Options, Recipe
 from whit.allocation import (
     Group,
     free_formats,
@@ -20,23 +20,6 @@ from whit.allocation.sensitivity import ROUNDING
 from whit.calibration.capture import Watch
 from whit.formats import parse_format
 from whit.integrations.loading import load_causal_lm
-from whit.pipeline.job import Job, prepare
-
-from tiny_models import save_tiny
-
-TINY = ("int2-g32-asym", "int4-g32", "int8")
-
-
-def undecided(model: Path | str, out: Path, *rules: tuple[str, str], export: str = "whit") -> Job:
-    return prepare(model, out, Recipe(None, [("*", "bf16"), *rules]), Options(), export=export)
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny(tmp_path_factory.mktemp("budget") / "model", "llama")
-
-
-TOKENS = torch.randint(3, 120, (3, 24), generator=torch.Generator().manual_seed(0))
 
 
 def groups_of(model: Path, out: Path) -> tuple[Group, ...]:

@@ -12,7 +12,8 @@ import whit
 from whit.calibration.capture import EXPERT_TOKENS, BlockStats, Watch
 from whit.calibration.runner import Runner
 from whit.calibration.storage import INPUT_MEMORY, Storage
-from whit.model.graph import GROUPS, find_foldings
+from whit.model.graph import find_foldings
+from whit.model.groups import GROUPS
 from whit.model.targets import find_targets
 from whit.tensor import LayerStats
 

@@ -113,16 +113,16 @@ def test_the_command_line_states_it(start: tuple[str, ...], model: Path, text: P
     for wrong in ("much", "-1GB", "0"):
         assert command(*words, f"--input-memory={wrong}") == 1
         said = capfd.readouterr().err
-        assert f"size '{wrong}': is no amount of memory" in said
+        assert f"size '{wrong}': is not an amount of memory" in said
         assert "Traceback" not in said
 
 
 def test_a_budget_is_no_negative_number():
-    with pytest.raises(whit.WhitError, match="input memory -1: is no amount of memory"):
+    with pytest.raises(whit.WhitError, match="input memory -1: is not an amount of memory"):
         whit.Options(input_memory=-1)
 
 
 def test_a_disk_without_room_is_said(tmp_path: Path):
-    with pytest.raises(whit.WhitError, match=r"block inputs take .* bytes of the disk .* --input-memory"):
+    with pytest.raises(whit.WhitError, match=r"more than 0 bytes go to the disk, .* are free; .* --input-memory"):
         Storage(tmp_path, 0).empty((1 << 20, 1 << 20, 1 << 10), torch.float32, CPU, 2)
     assert not any(tmp_path.iterdir())

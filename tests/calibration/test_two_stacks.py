@@ -9,41 +9,13 @@ import torch
 import transformers as hf
 from torch import Tensor, nn
 
+from two_texts import MODELS, SMALL, made
 from whit.calibration.capture import Watch
 from whit.calibration.runner import Runner
 from whit.calibration.storage import Storage
 from whit.errors import UnsupportedModelError
 from whit.model.graph import find_blocks
 from whit.model.halves import halves
-
-SMALL = {
-    "vocab_size": 300, "d_model": 64, "encoder_layers": 2, "decoder_layers": 3, "encoder_ffn_dim": 96,
-    "decoder_ffn_dim": 96, "encoder_attention_heads": 4, "decoder_attention_heads": 4, "max_position_embeddings": 64,
-    "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 2,
-}  # fmt: skip
-T5 = {
-    "vocab_size": 300, "d_model": 64, "d_kv": 16, "num_heads": 4, "d_ff": 96, "num_layers": 2, "num_decoder_layers": 3,
-    "decoder_start_token_id": 0,
-}  # fmt: skip
-MODELS = {
-    "t5": (hf.T5ForConditionalGeneration, hf.T5Config, T5),
-    "mt5": (hf.MT5ForConditionalGeneration, hf.MT5Config, T5 | {"feed_forward_proj": "gated-gelu"}),
-    "bart": (hf.BartForConditionalGeneration, hf.BartConfig, SMALL),
-    "mbart": (hf.MBartForConditionalGeneration, hf.MBartConfig, SMALL),
-    "marian": (hf.MarianMTModel, hf.MarianConfig, SMALL),
-    "pegasus": (hf.PegasusForConditionalGeneration, hf.PegasusConfig, SMALL),
-    "m2m_100": (hf.M2M100ForConditionalGeneration, hf.M2M100Config, SMALL),
-}  # fmt: skip
-
-
-def made(name: str) -> hf.PreTrainedModel:
-    torch.manual_seed(0)
-    kind, config, options = MODELS[name]
-    model: hf.PreTrainedModel = kind(config(**options)).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.05)
-    return model
 
 
 def seen_by_hooks(model: hf.PreTrainedModel, tokens: Tensor) -> dict[str, Tensor]:

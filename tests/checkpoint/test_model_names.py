@@ -140,8 +140,8 @@ def test_revision_is_written_into_the_name():
 @pytest.mark.parametrize(
     ("model", "revision", "said"),
     [
-        (".", "v2", r"^\.: lies on this machine; .* drop --revision"),
-        ("whit:model", "v2", "lies on this machine"),
+        (".", "v2", r"^\.: is on this machine; .* drop --revision"),
+        ("whit:model", "v2", "is on this machine"),
         ("org/m@v1", "v2", "org/m@v1 --revision v2: no revision of the hub can be named so"),
         ("org/m", "", "can be named so"),
         ("./no/such/folder", "v2", "can be named so"),

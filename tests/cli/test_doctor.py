@@ -33,7 +33,7 @@ def test_extras_are_those_of_the_package():
 
 def test_every_extra_is_shown_with_what_it_is_for(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     monkeypatch.setattr(doctor, "installed", {"matplotlib": "3.9", "jinja2": "3.1", "peft": None}.get)
-    doctor.doctor(json=True)
+    doctor.doctor(as_json=True)
     said = json.loads(capsys.readouterr().out)
     assert said["extras"].keys() == EXTRAS.keys()
     assert said["extras"]["report"] == "to draw pictures and write pages: matplotlib 3.9, jinja2 3.1"

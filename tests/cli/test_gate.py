@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import re
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from whit.cli import main
 from whit.cli.gate import Gate
 from whit.errors import QualityGateError
 from whit.evaluation import EvaluationOptions, evaluate
@@ -19,18 +17,6 @@ from whit.pipeline.coverage import load_account
 MEASURED = EvaluationResult(
     "out", 11.0, None, 100, 64, 4.0, 1000, BaselineResult("model", 10.0, 0.02, (0.01, 0.03), 0.5, 0.9)
 )
-
-
-@pytest.fixture
-def whit(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["whit", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        captured = capsys.readouterr()
-        return int(stopped.value.code or 0), captured.out, captured.err
-
-    return run
 
 
 def test_a_gate_that_is_not_met_exits_with_three_and_keeps_the_result(whit, tmp_path: Path):

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from whit import __version__ as version
-from whit.cli import main
 from whit.formats import EXAMPLES
 
 from tiny_models import save_tiny
@@ -19,21 +17,6 @@ from tiny_models import save_tiny
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny(tmp_path_factory.mktemp("cli") / "model", "llama", torch.bfloat16)
-
-
-@pytest.fixture
-def whit(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["whit", *map(str, arguments)])
-        status = 0
-        try:
-            main()
-        except SystemExit as leave:
-            status = int(leave.code or 0)
-        captured = capsys.readouterr()
-        return status, captured.out, captured.err
-
-    return run
 
 
 def test_quantize_inspect_and_back(whit, model: Path, tmp_path: Path):
@@ -190,8 +173,8 @@ def test_help_lists_all_formats(whit, monkeypatch: pytest.MonkeyPatch):
     [
         (("--target-bpw", "inf"), 2, "must be a number above 0"),
         (("--target-bpw", "0"), 2, "must be a number above 0"),
-        (("--target-size", "abc"), 1, "size 'abc': is no amount of memory"),
-        (("--fit", "-1GB"), 1, "size '-1GB': is no amount of memory"),
+        (("--target-size", "abc"), 1, "size 'abc': is not an amount of memory"),
+        (("--fit", "-1GB"), 1, "size '-1GB': is not an amount of memory"),
         (("--seed", 1 << 64), 1, "does not fit into 64 bits; a seed must"),
     ],
 )

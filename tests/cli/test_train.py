@@ -92,7 +92,7 @@ def test_what_does_not_go_together(model: Path, tmp_path: Path, monkeypatch: pyt
         ([tmp_path / "q", tmp_path / "out", "--format", "int4-g32"], "drop --format"),
         ([tmp_path / "q", tmp_path / "out", "--qat", "full"], "--qat scales"),
         ([tmp_path / "q", tmp_path / "out", "--text", "self"], "name --teacher"),
-        ([model, tmp_path / "out", "--qat", "scales", "--format", "mxfp4"], "no gradient can move them"),
+        ([model, tmp_path / "out", "--qat", "scales", "--format", "mxfp4"], "no gradient can move the scales of mxfp4"),
         ([model, tmp_path / "out", "--qat", "blocks", "--format", "w8a8"], "rounded in full training only"),
     ):
         with pytest.raises(RecipeError, match=said):
@@ -103,10 +103,10 @@ def test_what_would_change_nothing_is_refused(model: Path, tmp_path: Path):
     whit.quantize(model, tmp_path / "q", whit.Recipe("rtn", [("*", "int4-g32")]))
     out = tmp_path / "out"
     for words, said in (
-        ((model, out, "--format", "int2-g32", "--qat", "blocks", "--hidden", "1"), "--hidden: changes nothing"),
-        ((model, out, "--format", "int2-g32", "--qat", "blocks", "--kept-rate", "0.1"), "--kept-rate: changes nothing"),
-        ((tmp_path / "q", out, "--teacher", model, "--rate", "1"), "--rate: changes nothing of --qat scales of a"),
-        ((tmp_path / "q", out, "--teacher", model, "--start", "rtn"), "--start: changes nothing"),
+        ((model, out, "--format", "int2-g32", "--qat", "blocks", "--hidden", "1"), "--hidden: has no effect"),
+        ((model, out, "--format", "int2-g32", "--qat", "blocks", "--kept-rate", "0.1"), "--kept-rate: has no effect"),
+        ((tmp_path / "q", out, "--teacher", model, "--rate", "1"), "--rate: has no effect with --qat scales of a"),
+        ((tmp_path / "q", out, "--teacher", model, "--start", "rtn"), "--start: has no effect"),
         ((model, out, "--format", "int2-g32-asym", "--qat", "full", "--recipe", "efficientqat"), "use --qat scales"),
     ):
         assert said in refused(*words)

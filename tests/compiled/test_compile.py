@@ -27,7 +27,7 @@ def test_a_model_on_two_devices_is_refused():
 
 
 def test_what_is_no_transformers_model_is_refused():
-    with pytest.raises(UnsupportedModelError, match="Identity is no transformers model"):
+    with pytest.raises(UnsupportedModelError, match="Identity is not a transformers model"):
         whit.compile(torch.nn.Identity(), strict=True)
     empty = torch.nn.Identity()
     empty.config = None

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from decoding_helpers import GREEDY, prompt, same
 from transformers import AutoModelForCausalLM, DynamicCache, MaxLengthCriteria, StoppingCriteriaList, TextStreamer
 from transformers.generation.streamers import BaseStreamer
 
@@ -21,30 +21,6 @@ from tiny_models import save_tiny, tiny_model
 
 pytestmark = pytest.mark.skipif(isinstance(library(), str), reason="the CPU kernels are not built")
 LLAMAS = ("llama", "llama-tied", "mistral", "qwen2", "qwen3")
-GREEDY = {"max_new_tokens": 30, "do_sample": False}
-
-
-def prompt(length: int = 9, seed: int = 0) -> torch.Tensor:
-    return torch.randint(3, 128, (1, length), generator=torch.Generator().manual_seed(seed))
-
-
-@pytest.fixture
-def llama():
-    """A tiny model with its own `generate` beside the compiled one."""
-    model = tiny_model("llama")
-    whit.compile(model, strict=True)
-    model.plain = model.generate.uncompiled
-    return model
-
-
-def same(model, *args, **kwargs):
-    """What both loops generate, compared; no warning may say that the compiled one did not run."""
-    expected = model.plain(*args, **kwargs)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        found = model.generate(*args, **kwargs)
-    assert torch.equal(getattr(expected, "sequences", expected), getattr(found, "sequences", found))
-    return expected, found
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import warnings
-
 import pytest
 import torch
+from decoding_helpers import GREEDY, prompt, same
 
 import whit
 from whit.errors import UnsupportedModelError
@@ -14,31 +13,6 @@ from whit.kernels.cpu import library
 from tiny_models import tiny_model
 
 pytestmark = pytest.mark.skipif(isinstance(library(), str), reason="the CPU kernels are not built")
-
-GREEDY = {"max_new_tokens": 30, "do_sample": False}
-
-
-def prompt(length: int = 9, seed: int = 0) -> torch.Tensor:
-    return torch.randint(3, 128, (1, length), generator=torch.Generator().manual_seed(seed))
-
-
-@pytest.fixture
-def llama():
-    """A tiny model with its own `generate` beside the compiled one."""
-    model = tiny_model("llama")
-    whit.compile(model, strict=True)
-    model.plain = model.generate.uncompiled
-    return model
-
-
-def same(model, *args, **kwargs):
-    """What both loops generate, compared; no warning may say that the compiled one did not run."""
-    expected = model.plain(*args, **kwargs)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        found = model.generate(*args, **kwargs)
-    assert torch.equal(getattr(expected, "sequences", expected), getattr(found, "sequences", found))
-    return expected, found
 
 
 @pytest.mark.parametrize(

@@ -209,7 +209,7 @@ def test_what_is_not_covered_runs_as_before(tmp_path: Path):
 @pytest.mark.parametrize(
     ("spec", "activations", "said"),
     [
-        ("nf4-g32", None, "are no multiples of one number"),
+        ("nf4-g32", None, "are not multiples of one number"),
         ("llm.int8", None, "are dynamic, symmetric int8"),
         ("int4-g32-asym", "int8-g32", "it has more than a scale for each group"),
     ],
@@ -226,7 +226,7 @@ def test_what_cannot_be_compiled_says_why(tmp_path: Path, spec: str, activations
 
 def test_only_encoders_are_found():
     assert find_stack(tiny_model("llama")) is None
-    with pytest.raises(UnsupportedModelError, match="is no encoder"):
+    with pytest.raises(UnsupportedModelError, match="is not an encoder"):
         compile_encoder(tiny_model("llama"), {})
     with pytest.raises(UnsupportedModelError, match="an encoder has none"):
         compile_encoder(tiny_model("bert"), {"cache": 3})

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
+
+from whit.cli import build_app
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "src/whit"
@@ -43,6 +47,30 @@ def test_paragraphs_that_point_to_results_name_the_script():
         for paragraph in page.read_text().split("\n\n"):
             if "benchmarks/results/" in paragraph:
                 assert re.search(r"`(?:python )?[\w/]+\.py", paragraph), f"{page.name}: {paragraph[:200]}"
+
+
+def test_every_benchmark_and_every_page_of_results_is_in_the_list():
+    folder = ROOT / "benchmarks"
+    text = (folder / "README.md").read_text()
+    scripts = [path.relative_to(folder) for path in (*folder.glob("*.py"), *folder.glob("peers/*.py"))]
+    assert [str(path) for path in scripts if f"`{path}`" not in text] == []
+    assert [path.name for path in folder.glob("results/*.md") if f"(results/{path.name})" not in text] == []
+    for script in re.findall(r"`([\w/]+\.py)`", text):
+        assert (folder / script).is_file(), script
+    for link in re.findall(r"\]\(([^)#]+)\)", text):
+        assert (folder / link).exists(), link
+
+
+def test_options_that_are_named_beside_a_command_exist():
+    commands: Any = typer.main.get_command(build_app())
+    known = {
+        name: {"--help", *(o for p in command.params for o in (*p.opts, *p.secondary_opts))}
+        for name, command in commands.commands.items()
+    }
+    for page in (*PAGES, ROOT / "CHANGELOG.md"):
+        for name, words in re.findall(rf"\bwhit ({'|'.join(known)})\b([^`\n]*)", page.read_text()):
+            for option in re.findall(r"(?<![\w-])--[a-z][\w-]*", re.split(r"\bwhit |#|\band\b", words)[0]):
+                assert option in known[name], f"{page.name}: whit {name} {option}"
 
 
 @pytest.mark.parametrize("page", ["design.md", "kernels.md"])

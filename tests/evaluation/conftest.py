@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,8 +10,6 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-from whit import cli
 
 SENTENCE = "the a quantized model reads text and writes numbers while some of its weights are small or large"
 
@@ -77,17 +74,3 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("text") / "text.txt"
     path.write_text(" ".join(rng.choice(SENTENCE.split()) for _ in range(400)), encoding="utf-8")
     return path
-
-
-@pytest.fixture
-def whit(monkeypatch, capsys):
-    """Run the command line in this process; (exit status, stdout, stderr)."""
-
-    def run(*words):
-        monkeypatch.setattr(sys, "argv", ["whit", *map(str, words)])
-        with pytest.raises(SystemExit) as stopped:  # typer leaves by SystemExit even when all went well
-            cli.main()
-        captured = capsys.readouterr()
-        return stopped.value.code or 0, captured.out, captured.err
-
-    return run

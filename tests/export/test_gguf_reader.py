@@ -19,7 +19,7 @@ from whit.data import resolve_model
 from whit.errors import CheckpointError, UnsupportedModelError
 from whit.evaluation import EvaluationOptions, evaluate
 from whit.export.gguf.header import Info, gguf_shard
-from whit.export.readers.gguf import GgufCheckpoint, _decoded
+from whit.export.readers.gguf_weights import GgufCheckpoint, _decoded
 from whit.pipeline import run
 from whit.pipeline.job import Options, open_source, prepare
 from whit.tensor import QuantizedTensor, TensorSpec
@@ -152,5 +152,5 @@ def test_inspect_shows_types_and_verifies(tmp_path: Path, capsys: pytest.Capture
     content = bytearray(path.read_bytes())
     content[-40] ^= 1
     path.write_bytes(content)
-    with pytest.raises(CheckpointError, match="changed since written"):
+    with pytest.raises(CheckpointError, match="changed since it was written"):
         inspect(str(path), verify=True)

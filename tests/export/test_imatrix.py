@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import struct
 from pathlib import Path
 
@@ -12,9 +14,11 @@ from hypothesis import strategies as st
 from test_gguf import save
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from typer.testing import CliRunner
 
 import whit
 from whit.calibration import Calibration
+from whit.cli import build_app
 from whit.data import resolve_model
 from whit.errors import CheckpointError, OutputError, RecipeError
 from whit.export.gguf.architectures import architecture_of
@@ -173,3 +177,35 @@ def test_damaged_files_are_refused_or_read(cut: int, place: int, value: int, tmp
         assert "\n" not in str(error)  # noqa: PT017
     else:
         assert all(torch.isfinite(sums).all() for sums in found.sums.values())
+
+
+CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+class Own(LlamaConfig):
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.model_type = "llama"
+
+class OwnModel(LlamaForCausalLM):
+    config_class = Own
+"""
+
+
+def test_the_command_takes_a_device_and_the_models_own_code(tmp_path: Path, measured: Imatrix):
+    folder = tmp_path / "own"
+    shutil.copytree(resolve_model("whit:model"), folder)
+    config = json.loads((folder / "config.json").read_text())
+    own = {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.OwnModel"}
+    config |= {"model_type": "slime", "auto_map": own, "architectures": ["OwnModel"]}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "own.py").write_text(CODE)
+    words = ["imatrix", str(folder), str(tmp_path / "i.gguf"), "--samples", "3", "--context", "48"]
+    refused = CliRunner().invoke(build_app(), words)
+    assert "pass --trust-remote-code" in str(refused.exception)
+    elsewhere = CliRunner().invoke(build_app(), [*words, "--device", "npu"])
+    assert "device npu: unknown" in str(elsewhere.exception)
+    done = CliRunner().invoke(build_app(), [*words, "--device", "cpu", "--trust-remote-code"])
+    assert done.exit_code == 0, done.exception
+    found = read_imatrix(tmp_path / "i.gguf")
+    assert all(torch.equal(found.sums[name], value) for name, value in measured.sums.items())

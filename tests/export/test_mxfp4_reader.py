@@ -109,7 +109,7 @@ def test_what_does_not_fit_is_said(tmp_path: Path, random: torch.Generator):
         open_source(tmp_path / "model")
     tensors[name][0, 0, 0] = 255
     save_file(tensors, path, {"format": "pt"})
-    with pytest.raises(CheckpointError, match=r"down_proj_scales: holds 255, which is no scale"):
+    with pytest.raises(CheckpointError, match=r"down_proj_scales: holds 255, which is not a scale"):
         whit.quantize(tmp_path / "model", tmp_path / "out", "int4-g32")
 
 

@@ -14,8 +14,9 @@ from whit.errors import RecipeError, UnsupportedModelError
 from whit.integrations.loading import load_causal_lm
 from whit.modules import PackedModule
 from whit.pipeline import run
-from whit.pipeline.job import Options, open_source, prepare
+from whit.pipeline.job import Options, prepare
 from whit.pipeline.transcode import prepare_transcode
+from written import floats
 
 from tiny_models import save_tiny, tiny_inputs
 
@@ -36,11 +37,6 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
         assert account.decoded is not None
         assert account.decoded["largest_error"] == 0
     return folder
-
-
-def floats(folder: Path) -> dict[str, torch.Tensor]:
-    source = open_source(folder)
-    return {name: source.read(name) for name in source.origins}
 
 
 @pytest.mark.parametrize("name", ["llama-tied", "qwen2", "qwen3"])

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from whit.checkpoint.reader import Checkpoint
+from whit.checkpoint.reader import Checkpoint, read_json
 from whit.errors import CheckpointError
+from whit.export.lint import lint
 from whit.export.readers import Packed, read_foreign
+from whit.export.readers.torchao_kinds import KINDS
 from whit.pipeline.job import open_source
 
 from tiny_models import save_tiny
@@ -180,7 +185,7 @@ def model_of(folder: Path, old: bool = False) -> dict[str, Tensor]:
     save_tiny(folder, "llama")
     meant, stored, described = load_file(folder / "model.safetensors"), dict[str, Tensor](), {}
     for name, tensor in list(meant.items()):
-        if not name.endswith("_proj.weight"):
+        if not name.endswith("_proj.weight") or "layers.1.self_attn" in name:
             stored[f"{name}:_data" if old else name] = tensor
             described[name] = json.dumps({"_type": "Tensor"})
             continue
@@ -202,7 +207,8 @@ def test_whole_models(old: bool, tmp_path: Path):
     source = open_source(tmp_path / "model")
     for name, tensor in meant.items():
         assert torch.equal(source.read(name), tensor), name
-        assert (source.format(name) is not None) == name.endswith("_proj.weight")
+        assert (source.format(name) is not None) == (name.endswith("_proj.weight") and "layers.1.self_attn" not in name)
+    assert not lint(tmp_path / "model", read_json(tmp_path / "model" / "config.json"), Checkpoint(tmp_path / "model"))
 
 
 DAMAGE: dict[str, tuple[dict[str, Any], str]] = {
@@ -237,7 +243,7 @@ def test_missing_scales_and_those_that_are_no_numbers(tmp_path: Path):
     with pytest.raises(CheckpointError, match="scale is missing"):
         opened(tmp_path, "Int8Tensor", {"block_size": [1, COLUMNS]}, {"qdata": codes})
     broken = {"qdata": codes, "scale": torch.full((ROWS, 1), torch.nan)}
-    with pytest.raises(CheckpointError, match="no finite floats"):
+    with pytest.raises(CheckpointError, match="not finite floats"):
         opened(tmp_path, "Int8Tensor", {"block_size": [1, COLUMNS]}, broken)
 
 
@@ -250,3 +256,58 @@ def test_pickles_of_older_versions_are_refused(tmp_path: Path):
         CheckpointError, match=r"pickles can run code; .* dequantize\(\) gives, or quantize the original"
     ):
         open_source(tmp_path)
+
+
+def per(kind: str, **said: Any) -> dict[str, Any]:
+    return {"_type": kind, "_data": said}
+
+
+ROUNDED: dict[str, tuple[dict[str, Any], str | None]] = {
+    "none": ({}, None),
+    "token": ({"act_quant_kwargs": per("K", granularity=per("PerRow", dim=-1), mapping_type="SYMMETRIC")}, "int8"),
+    "tensor": (
+        {"act_quant_kwargs": per("K", granularity=per("PerTensor"), mapping_type=per("M") | {"_data": "ASYMMETRIC"})},
+        "int8-tensor-asym",
+    ),
+    "float8": ({"act_quant_kwargs": per("K", granularity=per("PerRow", dim=-1), float8_dtype=dtype("x"))}, "fp8"),
+    "name": ({"activation_quantization": "int8_asym_per_token"}, "int8-asym"),
+    "groups": ({"act_quant_kwargs": per("K", granularity=per("PerGroup", group_size=32), mapping_type="S")}, "refused"),
+    "other": ({"activation_quantization": "int2"}, "refused"),
+    "small": ({"act_quant_kwargs": per("K", elem_dtype=dtype("float4_e2m1fn_x2"))}, "refused"),
+}
+
+
+@pytest.mark.parametrize("kind", ROUNDED)
+def test_how_inputs_are_rounded(kind: str, tmp_path: Path):
+    said, meant = ROUNDED[kind]
+    tensors = {"qdata": torch.ones(ROWS, COLUMNS, dtype=torch.int8), "scale": torch.ones(ROWS, 1)}
+    found = opened(tmp_path, "Int8Tensor", {"block_size": [1, COLUMNS], **said}, tensors)
+    assert found.inputs is not None
+    if meant == "refused":
+        with pytest.raises(CheckpointError, match="inputs are rounded"):
+            found.inputs()
+    else:
+        how = found.inputs()
+        assert (None if how is None else str(how)) == meant
+
+
+WRONG = (None, 0, -1, "x", [], {}, True, [1], [1, 0], [1, 32], [2, 2, 2], [1, 10**18], 10**30, {"_data": 3})
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_whatever_is_described_is_read_or_refused_in_a_sentence(data: st.DataObject, tmp_path: Path):
+    """Attributes and tensors of one class under the name of another, left out, cut, or with other values."""
+    kind = data.draw(st.sampled_from(sorted(KINDS)))
+    said: dict[str, Any] = {"block_size": [1, SIZE], "shape": [ROWS, COLUMNS], "target_dtype": dtype("int4")}
+    said |= {"elem_dtype": dtype("float8_e4m3fn"), "is_swizzled_scales": True}
+    for key in data.draw(st.lists(st.sampled_from(sorted(said)), max_size=2)):
+        said[key] = data.draw(st.sampled_from(WRONG))
+    types = st.sampled_from([torch.int8, torch.uint8, torch.int32, torch.float8_e4m3fn, torch.float32, torch.bfloat16])
+    shapes = st.lists(st.sampled_from([0, 1, 2, 4, 8, SIZE, ROWS, COLUMNS]), max_size=4)
+    names = st.lists(
+        st.sampled_from(["qdata", "scale", "zero_point", "scale_and_zero", "per_tensor_scale"]), min_size=1
+    )
+    tensors = {key: torch.ones(data.draw(shapes)).to(data.draw(types)) for key in data.draw(names)}
+    with contextlib.suppress(CheckpointError):  # and nothing else
+        opened(tmp_path, kind, said, tensors).floats()

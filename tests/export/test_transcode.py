@@ -15,6 +15,7 @@ from whit.pipeline import run
 from whit.pipeline.job import Options, open_source, prepare
 from whit.pipeline.sources import Coded
 from whit.pipeline.transcode import prepare_transcode, recast, variants
+from written import floats
 
 ROUTES = {
     "int4-g32-f16": ("gptq", "mlx", "compressed-tensors", "gptq-v2", "awq", "gptq", "whit"),
@@ -33,11 +34,6 @@ ROUTES = {
     "int2-g32-asym-f16-act": ("gptq-v2", "whit", "gptq-v2"),
     "fp8": ("compressed-tensors", "whit", "compressed-tensors"),
 }
-
-
-def floats(folder: Path) -> dict[str, torch.Tensor]:
-    source = open_source(folder)
-    return {name: source.read(name) for name in source.origins}
 
 
 def check_route(model: Path, format: str, route: tuple[str, ...], tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ def test_gptq_writes_its_index(tmp_path: Path):
     weight = decoders.gptq(**stored, bits=4, version=1)
     assert torch.equal(source.read(f"{module}.weight"), weight)
     assert str(source.format(f"{module}.weight")) == "int4-g32-f16-act"
-    with pytest.raises(RecipeError, match="act-order: its groups are no runs of neighbouring columns"):
+    with pytest.raises(RecipeError, match="act-order: its groups are not runs of neighbouring columns"):
         prepare_transcode(tmp_path / "out", tmp_path / "awq", "awq", Options())
 
 

@@ -101,7 +101,7 @@ def test_use_is_how_often_a_token_occurs():
         ("bands(q5_k,q2_k)", "each but the last"),
         ("bands(bf16:4,q2_k)", "cannot be a band"),
         ("bands(int4-g32+r4:4,q2_k)", "cannot be a band"),
-        ("bands(q5_k:x,q2_k)", "no number of rows"),
+        ("bands(q5_k:x,q2_k)", "not a number of rows"),
     ],
 )
 def test_what_cannot_be_is_said(spec: str, what: str):

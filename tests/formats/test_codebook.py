@@ -9,10 +9,10 @@ import torch
 
 import whit
 from whit import Codebook
+from whit.capabilities import in_bytes
 from whit.errors import FormatError
 from whit.formats import FP4, NF4
 from whit.formats.codebook import byte_levels, dynamic_levels
-from whit.tensor import in_bytes
 
 
 @pytest.mark.parametrize(

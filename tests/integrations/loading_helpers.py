@@ -1,4 +1,4 @@
-"""What the tests of the transformers integration share: an independent model to compare with."""
+"""What the tests of the transformers integration share: loading, and an independent model to compare with."""
 
 from __future__ import annotations
 
@@ -8,11 +8,24 @@ import torch
 from torch import Tensor
 from transformers import AutoModel, PreTrainedModel
 
-from whit import quantize_tensor
+from whit import QuantizationConfig, quantize_tensor
 from whit.model.targets import find_targets, tied_weights
 from whit.recipe import Recipe
 
-from tiny_models import tiny_inputs, tiny_model
+from tiny_models import ARCHITECTURES, tiny_inputs, tiny_model
+
+INT4 = QuantizationConfig("int4-g32")
+
+
+def load(folder: Path, architecture: str = "llama", **options) -> PreTrainedModel:
+    return ARCHITECTURES[architecture][0].from_pretrained(folder, **options)
+
+
+def packed_copy(folder: Path, config: QuantizationConfig = INT4, architecture: str = "llama") -> Path:
+    """A checkpoint of whit's beside a plain one."""
+    out = folder.with_name(f"{folder.name}-packed")
+    load(folder, architecture, quantization_config=config).save_pretrained(out)
+    return out
 
 
 def logits(model: PreTrainedModel, architecture: str) -> Tensor:

@@ -105,7 +105,7 @@ def test_torch_compiles_it():
     ("make", "config", "options", "said"),
     [
         (lambda: nn.Linear(64, 64), "int8", {}, "Linear: is one layer, which has no place"),
-        (lambda: torch.zeros(4, 4), "int8", {}, "Tensor: is no module.*whit.quantize_tensor"),
+        (lambda: torch.zeros(4, 4), "int8", {}, "Tensor: is not a module.*whit.quantize_tensor"),
         (lambda: whit.quantize_model(net(), "int8"), "int8", {}, "Net: is quantized already"),
         (lambda: net().to("meta"), "int8", {}, "Net: embed.weight is not in memory"),
         (lambda: nn.Sequential(nn.ReLU()), "int8", {}, "no module that can be quantized"),

@@ -6,32 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from loading_helpers import fake_quantized, logits
-from transformers import (
-    PreTrainedModel,
-)
+from loading_helpers import INT4, fake_quantized, load, logits, packed_copy
 
 import whit
 
-from tiny_models import ARCHITECTURES, save_tiny
-
-INT4 = whit.QuantizationConfig("int4-g32")
-
-
-def load(folder: Path, architecture: str = "llama", **options) -> PreTrainedModel:
-    return ARCHITECTURES[architecture][0].from_pretrained(folder, **options)
-
-
-@pytest.fixture
-def llama(tmp_path: Path) -> Path:
-    return save_tiny(tmp_path / "llama", "llama")
-
-
-def packed_copy(folder: Path, config: whit.QuantizationConfig = INT4, architecture: str = "llama") -> Path:
-    """A checkpoint of whit's beside a plain one."""
-    out = folder.with_name(f"{folder.name}-packed")
-    load(folder, architecture, quantization_config=config).save_pretrained(out)
-    return out
+from tiny_models import save_tiny
 
 
 def placed(**where: str) -> dict[str, str]:

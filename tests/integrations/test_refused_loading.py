@@ -6,33 +6,13 @@ import json
 from pathlib import Path
 
 import pytest
+from loading_helpers import INT4, load, packed_copy
 from safetensors.torch import load_file, save_file
-from transformers import (
-    PreTrainedModel,
-)
 
 import whit
 from whit.errors import CheckpointError, FormatError, NonFiniteError, RecipeError
 
-from tiny_models import ARCHITECTURES, save_tiny
-
-INT4 = whit.QuantizationConfig("int4-g32")
-
-
-def load(folder: Path, architecture: str = "llama", **options) -> PreTrainedModel:
-    return ARCHITECTURES[architecture][0].from_pretrained(folder, **options)
-
-
-@pytest.fixture
-def llama(tmp_path: Path) -> Path:
-    return save_tiny(tmp_path / "llama", "llama")
-
-
-def packed_copy(folder: Path, config: whit.QuantizationConfig = INT4, architecture: str = "llama") -> Path:
-    """A checkpoint of whit's beside a plain one."""
-    out = folder.with_name(f"{folder.name}-packed")
-    load(folder, architecture, quantization_config=config).save_pretrained(out)
-    return out
+from tiny_models import save_tiny
 
 
 def test_everything_that_does_not_fit_is_said_at_once(llama: Path):

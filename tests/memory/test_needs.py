@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,7 +12,6 @@ import torch
 import transformers as hf
 
 import whit
-from whit.cli import main
 from whit.errors import CheckpointError, RecipeError
 from whit.memory import SHAPES, Planner, Situation, find_subject
 from whit.memory.activations import Widths, saved_bytes
@@ -184,13 +183,11 @@ def test_what_fits_is_the_best_and_the_longest():
     assert not ask.fits(10**9, ())
 
 
-def test_the_command_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+def test_the_command_line(whit: Callable[..., tuple[int, str, str]]):
     def run(*arguments: str) -> str:
-        monkeypatch.setattr(sys, "argv", ["whit", "memory", *arguments])
-        with pytest.raises(SystemExit) as leave:
-            main()
-        assert not leave.value.code
-        return capsys.readouterr().out
+        status, out, _ = whit("memory", *arguments)
+        assert not status
+        return out
 
     result = json.loads(
         run("7B", "--fit", "8GB", "--device", "cuda", "--json", "--format", "int4-g128", "--format", "bf16")

@@ -39,8 +39,8 @@ BROKEN = {
     "says rank 4": lambda t, c: t.update({KEY: torch.zeros(3, 64)}),
     "both must agree": lambda t, c: t.update({KEY: torch.zeros(4, 32)}),
     "a IA3 adapter": lambda t, c: c.update(peft_type="IA3"),
-    "no part of LoRA": lambda t, c: t.update({"base_model.model.strange": torch.zeros(1)}),
-    "no sum of matrices": lambda t, c: c.update(alora_invocation_tokens=[1]),
+    "not a part of LoRA": lambda t, c: t.update({"base_model.model.strange": torch.zeros(1)}),
+    "not a sum of matrices": lambda t, c: c.update(alora_invocation_tokens=[1]),
     "lacks DoRA": lambda t, c: c.update(use_dora=True),
     "no such linear": lambda t, c: t.update({KEY.replace("layers.0", "layers.7"): t.pop(KEY), KEY.replace(
         "layers.0", "layers.7").replace("lora_A", "lora_B"): t.pop(KEY.replace("lora_A", "lora_B"))}),

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 import transformers as hf
 from torch import nn
 
 import whit
+from families import family, save_family
 from whit.layouts import BITS
 from whit.model.targets import find_targets, tied_weights
 from whit.modules.embedding import pack_embedding
@@ -28,6 +31,35 @@ def test_heads_are_kept_with_all_that_is_inside_them():
 
 def test_the_gates_of_experts_are_kept():
     assert "model.layers.0.mlp.shared_expert_gate" in kept(tiny_model("qwen2_moe"))
+
+
+def test_a_gate_inside_a_gate_is_kept_too():
+    found = kept(family("hunyuan_moe"))
+    assert "model.layers.0.mlp.gate.wg" in found
+    assert not [name for name in found if "shared_mlp" in name]
+    assert "model.layers.0.mlp.router.layer" in kept(family("jetmoe"))
+
+
+def test_linears_of_a_few_rows_or_columns_are_kept():
+    found = {name.rpartition(".")[2] for name in kept(family("gemma3n")) if ".altup." in name}
+    assert found == {"prediction_coefs", "correction_coefs", "modality_router"}
+
+
+@pytest.mark.parametrize(
+    ("name", "linear"), [("mamba", "backbone.layers.0.mixer.dt_proj"), ("mobilebert", "cls.predictions.dense")]
+)
+def test_a_linear_whose_holder_multiplies_by_its_weight_is_kept_and_said(name: str, linear: str, tmp_path: Path):
+    """The models once did not run: a packed weight cannot be multiplied."""
+    kind, tokens = type(family(name)), torch.arange(5, 15)[None]
+    save_family(tmp_path / name, name)
+    account = whit.quantize(tmp_path / name, tmp_path / "out", whit.Recipe(rules=[("*", "int8-g8")]))
+    reasons = {entry.name: entry.reason for entry in account.parameters if entry.status == "kept"}
+    assert reasons[f"{linear}.weight"] == "a linear whose weight the module around it multiplies by itself"
+    config = whit.QuantizationConfig("int8-g8")
+    with torch.no_grad():
+        stored = kind.from_pretrained(tmp_path / "out")(input_ids=tokens).logits
+        flying = kind.from_pretrained(tmp_path / name, quantization_config=config)(input_ids=tokens).logits
+    torch.testing.assert_close(stored, flying)
 
 
 def test_shapes_are_as_quantized():

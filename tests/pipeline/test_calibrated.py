@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from calibrated_runs import RULES, checkpoint, run
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
@@ -24,7 +25,6 @@ from whit.errors import NonFiniteError
 from whit.methods import Method
 from whit.methods.stack import energy
 from whit.pipeline import quantize
-from whit.pipeline.coverage import Account
 from whit.pipeline.estimate import AROUND, Estimate, estimate
 from whit.pipeline.job import open_source, prepare
 from whit.tensor import QuantizedTensor
@@ -32,18 +32,6 @@ from whit.tensor import QuantizedTensor
 from tiny_models import ARCHITECTURES, DECODER, save_tiny, tiny_config, tiny_model
 
 pytestmark = pytest.mark.usefixtures("tiny_tokenizers")
-
-RULES = [("*", "int4-g32")]
-
-
-def checkpoint(folder: Path, architecture: str, dtype: torch.dtype = torch.float32) -> Path:
-    return save_tiny(folder, architecture, dtype, "50KB")
-
-
-def run(model: Path, out: Path, text: Path, recipe: Recipe | None = None, **options) -> Account:
-    calibration = Calibration(text, samples=24, context=48)
-    recipe = recipe or Recipe(GPTQ(), RULES)
-    return quantize(model, out, recipe, calibration=calibration, options=Options(shard_size=40_000, **options))
 
 
 @pytest.mark.parametrize("recipe", [Recipe(GPTQ(), RULES), Recipe("awq", RULES), Recipe("refine", RULES)])

@@ -9,31 +9,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from calibrated_runs import RULES, checkpoint, run
 
 import whit
 from stopping import stop_and_go_on
-from whit import GPTQ, Calibration, Options, Recipe, Refine
+from whit import GPTQ, Calibration, Recipe, Refine
 from whit.model.source import ModelSource
 from whit.pipeline import quantize
-from whit.pipeline.coverage import Account
 from whit.pipeline.feed import BlockReader
 from written import result
 
-from tiny_models import save_tiny
-
 pytestmark = pytest.mark.usefixtures("tiny_tokenizers")
-
-RULES = [("*", "int4-g32")]
-
-
-def checkpoint(folder: Path, architecture: str, dtype: torch.dtype = torch.float32) -> Path:
-    return save_tiny(folder, architecture, dtype, "50KB")
-
-
-def run(model: Path, out: Path, text: Path, recipe: Recipe | None = None, **options) -> Account:
-    calibration = Calibration(text, samples=24, context=48)
-    recipe = recipe or Recipe(GPTQ(), RULES)
-    return quantize(model, out, recipe, calibration=calibration, options=Options(shard_size=40_000, **options))
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen3_moe"])

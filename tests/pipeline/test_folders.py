@@ -114,5 +114,5 @@ def test_verify_names_the_file_that_changed(llama: Path, tmp_path: Path):
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
-    with pytest.raises(CheckpointError, match=f"{name} changed since written"):
+    with pytest.raises(CheckpointError, match=f"{name} changed since it was written"):
         verify_files(tmp_path / "out", account)

@@ -150,6 +150,6 @@ def test_a_place_that_is_mounted_is_refused_before_the_work(
     """A container's volume: nothing can be renamed to it."""
     (tmp_path / "out").mkdir()
     monkeypatch.setattr(Path, "is_mount", lambda path: path.name == "out")
-    with pytest.raises(OutputError, match="name one inside it"):
+    with pytest.raises(OutputError, match="name a folder inside it"):
         quantize(llama, tmp_path / "out", RECIPE, options=OPTIONS)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import whit
+from families import save_family
 from whit import Recipe
 from whit.errors import CheckpointError, DeviceError, NonFiniteError, RecipeError, UnsupportedModelError
 from whit.export.dense import Dense, Float16, Float32
@@ -148,6 +149,19 @@ def test_what_the_model_does_not_have_is_listed_as_dropped(tmp_path: Path):
     assert dropped == {
         "model.layers.0.self_attn.rotary_emb.inv_freq": "transformers computes it itself",
         "model.extra": "LlamaForCausalLM has no such parameter",
+    }
+
+
+def test_blocks_that_predict_further_ahead_are_called_so(tmp_path: Path):
+    """Published models' own numbers of blocks (61, 92) were known alone, and others had "no such parameter"."""
+    save_family(tmp_path / "model", "glm4_moe")
+    path = tmp_path / "model/model.safetensors"
+    extra = {"model.layers.2.eh_proj.weight": torch.ones(64, 128), "model.layers.3.eh_proj.weight": torch.ones(2)}
+    save_file({**load_file(path), **extra}, path, metadata={"format": "pt"})
+    account = quantize(tmp_path / "model", tmp_path / "out", Recipe(rules=[("*", "int8-g8")]))
+    assert {entry.name: entry.reason for entry in account.parameters if entry.status == "dropped"} == {
+        "model.layers.2.eh_proj.weight": "an auxiliary head (multi-token prediction), which transformers does not run",
+        "model.layers.3.eh_proj.weight": "Glm4MoeForCausalLM has no such parameter",
     }
 
 

@@ -34,7 +34,7 @@ def test_every_kind_of_file_has_a_usual_format(kind: str, model: Path, tmp_path:
     job = prepare(model, tmp_path / "out", Recipe(), Options(), export=kind)
     taken = TAKEN.get(kind, "int4-g64")
     assert job.notes[0].startswith(f"no format is named: {taken} is taken")
-    assert ("since 64 columns are no multiple of 128" in job.notes[0]) == (taken == "int4-g64")
+    assert ("since 64 columns are not a multiple of 128" in job.notes[0]) == (taken == "int4-g64")
     assert job.plan.formats
     assert not job.recipe.usual
 

@@ -49,7 +49,7 @@ def test_a_step_takes_about_what_it_says(training: Training, monkeypatch: pytest
 def test_it_grows_with_what_is_done(training: Training, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(expected, "timed", lambda *_: 1e-3)
     monkeypatch.setattr(expected, "_moved", lambda _: 1e-4)  # a trial, which other work on the machine disturbs
-    each, moved = expected.step_seconds(training), 1e-4
+    each, moved = expected.step_seconds(training), 1e-4 / torch.get_num_threads()
 
     def changed(**options: object) -> float:
         return expected.step_seconds(replace(training, course=replace(COURSE, **options)))  # type: ignore[arg-type]

@@ -197,7 +197,7 @@ def test_peft_counts_packed_weights_of_mistral(capsys):
 
 
 def test_what_cannot_be_prepared_is_said():
-    with pytest.raises(whit.WhitError, match="no transformers model"):
+    with pytest.raises(whit.WhitError, match="not a transformers model"):
         whit.prepare_for_training(torch.nn.Linear(2, 2))
 
 

@@ -9,15 +9,30 @@ import torch
 from torch import Tensor
 from transformers import OPTConfig, OPTForCausalLM
 
+from families import FAMILIES, family
+from two_texts import MODELS, made
 from whit.errors import UnsupportedModelError
-from whit.model.graph import GROUPS, find_foldings
+from whit.model.graph import find_foldings
+from whit.model.groups import GROUPS
 from whit.tensor import LayerStats
 from whit.transforms.base import Consumer
 from whit.transforms.fold import Basis, fold, rescale
 
 from tiny_models import ARCHITECTURES, tiny_inputs, tiny_model
 
-FOLDED = [name for name in ARCHITECTURES if name != "t5"]
+FOLDED = list(ARCHITECTURES)
+GATED, HEADS = {"feed_forward_proj": "gated-gelu"}, {"decoder_attention_heads": 2}
+TWO_TEXTS = [  # with how many foldings a block of the encoder and one of the decoder have
+    *(
+        ("t5", option, *counts)
+        for option, *counts in (({}, 4, 6), (GATED, 4, 6), ({"feed_forward_proj": "gelu"}, 3, 5))
+    ),
+    *((name, {}, 4, 6) for name in ("mt5", "umt5")),
+    *((name, {"activation_function": "relu", **HEADS}, 2, 3) for name in ("bart", "marian")),
+    *((name, {"activation_function": "gelu"}, 1, 2) for name in ("bart", "marian")),
+    *((name, {"activation_function": "relu", **HEADS}, 4, 6) for name in ("mbart", "pegasus", "m2m_100")),
+    *((name, {"activation_function": "gelu"}, 3, 5) for name in ("mbart", "pegasus", "m2m_100")),
+]
 
 
 def random_scale(channels: Tensor, matrices: int, random: torch.Generator) -> Tensor:
@@ -51,6 +66,30 @@ def test_folding_leaves_the_logits(architecture: str, random: torch.Generator):
     assert set(scales) < changed
     exact, now = (out["logits"] for out in (before, model(**inputs)))
     assert float((now - exact).abs().max()) < 1e-5 * float(exact.abs().max())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", [name for name in FAMILIES if family(name).config.model_type in GROUPS])
+def test_folding_leaves_the_logits_of_families_told_by_difference(name: str, random: torch.Generator):
+    model, tokens = family(name), torch.randint(3, 128, (2, 12), generator=random)
+    exact = model(input_ids=tokens).logits
+    weights = copy.deepcopy(model.state_dict())
+    scales = fold_all(model, random)
+    assert all(not torch.equal(model.state_dict()[name], weights[name]) for name in scales)
+    assert float((model(input_ids=tokens).logits - exact).abs().max()) < 1e-4 * float(exact.abs().max())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("architecture", "options", "read", "written"), TWO_TEXTS)
+def test_folding_leaves_what_is_written(architecture, options, read, written, random: torch.Generator):
+    model, tokens = made(architecture, **options), torch.randint(3, 300, (2, 12), generator=random)
+    inputs = {"input_ids": tokens, "decoder_input_ids": tokens.flip(1)[:, :7]}
+    assert [len(found) for found in find_foldings(model).values()] == 2 * [read] + 3 * [written]
+    exact = model(**inputs).logits
+    weights = copy.deepcopy(model.state_dict())
+    scales = fold_all(model, random)
+    assert all(not torch.equal(model.state_dict()[name], weights[name]) for name in scales)
+    assert float((model(**inputs).logits - exact).abs().max()) < 1e-5 * float(exact.abs().max())
 
 
 @torch.no_grad()
@@ -101,10 +140,13 @@ def test_values_that_query_heads_share_have_one_scale():
 def test_architectures_without_a_table_are_refused_in_one_sentence():
     model = tiny_model("llama")
     model.config.model_type = "unheard-of"
-    with pytest.raises(UnsupportedModelError, match=r"'unheard-of' is not known.* needs one of bert, .*qwen3_moe") as e:
+    with pytest.raises(
+        UnsupportedModelError, match=r"'unheard-of' is not known.* needs one of bamba, bart, .*qwen3_moe"
+    ) as e:
         find_foldings(model)
     assert "\n" not in str(e.value)
-    assert {tiny_model(name).config.model_type for name in FOLDED} == set(GROUPS)
+    tested = {tiny_model(name).config.model_type for name in FOLDED} | {family(n).config.model_type for n in FAMILIES}
+    assert set(GROUPS) <= tested | set(MODELS)
 
 
 @pytest.mark.parametrize(

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
+
+import torch
 
 import whit
+from whit.training.data import Example
 
 TUNING = whit.Tuning(
     "nf4-dq", rank=4, dropout=0.1, steps=6, batch=2, accumulate=2, context=64, holdout=0.2, learning_rate=5e-3,
@@ -33,6 +37,17 @@ class Watcher:
 
     def scored(self, entry: Mapping[str, float]) -> None:
         self.entries.append(entry)
+
+
+def mean_loss(model: Any, examples: Iterable[Example]) -> float:
+    """Over the tokens of the responses, each example run alone: what a run's held-out loss has to be."""
+    total = count = 0.0
+    for example in examples:
+        with torch.no_grad():
+            logits = model(input_ids=example.tokens[None], use_cache=False).logits[0, :-1]
+        losses = torch.nn.functional.cross_entropy(logits, example.tokens[1:], reduction="none")
+        total, count = total + losses[example.trained[1:]].sum().item(), count + example.targets
+    return total / count
 
 
 def adapter(out: Path) -> dict[str, bytes]:

@@ -12,7 +12,7 @@ import peft
 import pytest
 import torch
 import transformers as hf
-from small_tuning import TUNING, Watcher, adapter
+from small_tuning import TUNING, Watcher, adapter, mean_loss
 
 import whit
 from forking import in_child
@@ -43,13 +43,8 @@ def test_the_base_lies_beside_the_adapter_and_both_are_what_was_scored(trained, 
     record = json.loads((trained / "whit.json").read_text())
     assert record["base"]["bits_per_weight"] == json.loads((trained / "base/whit.json").read_text())["bits_per_weight"]
     loaded = peft.PeftModel.from_pretrained(hf.AutoModelForCausalLM.from_pretrained(trained / "base"), trained).eval()
-    total = count = 0.0
-    for example in prepare_tuning(model, data, trained.parent / "new", CALIBRATED, None, whit.Options()).work.held_out:
-        with torch.no_grad():
-            logits = loaded(input_ids=example.tokens[None], use_cache=False).logits[0, :-1]
-        losses = torch.nn.functional.cross_entropy(logits, example.tokens[1:], reduction="none")
-        total, count = total + losses[example.trained[1:]].sum().item(), count + example.targets
-    assert total / count == pytest.approx(record["held_out_loss"]["last"], rel=1e-4)
+    job = prepare_tuning(model, data, trained.parent / "new", CALIBRATED, None, whit.Options())
+    assert mean_loss(loaded, job.work.held_out) == pytest.approx(record["held_out_loss"]["last"], rel=1e-4)
 
 
 def test_codes_and_factors_are_those_of_a_side_car(model, data, tmp_path):

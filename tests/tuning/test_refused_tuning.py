@@ -27,7 +27,7 @@ def test_experts_are_refused_as_targets_and_trained_around(data, tmp_path):
 
 def test_a_gguf_file_is_no_base(data, tmp_path):
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
-    with pytest.raises(TrainingError, match=r"model.gguf: is one file; .* whit convert"):
+    with pytest.raises(TrainingError, match=r"model.gguf: is one file; .* whit convert \S+ FOLDER --export whit$"):
         whit.finetune(tmp_path / "model.gguf", data, tmp_path / "out", TUNING)
 
 

@@ -48,10 +48,11 @@ PROBE_BITS = 4  # or the next more: an error that is small, and yet far above th
 
 @dataclass(frozen=True)
 class Group:
-    """Parameters that share a format, by name, and the error that each format would add: nats, or shares of outputs.
+    """Parameters, by name, that share a format, and the error that each format would add: nats per token, or shares of
+    outputs.
 
-    `methods`: the one of least error, for formats where another than the recipe's own was tried too. `band`: of a table
-    only the rows of these ranks [first, last) by use.
+    `methods`: for formats that were tried with several methods, the one of least error. `band`: of a table, only the
+    rows with these ranks [first, last) by use.
     """
 
     parameters: tuple[str, ...]

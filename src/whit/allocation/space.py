@@ -66,8 +66,8 @@ def free_formats(job: Job, ladder: Sequence[str | Format]) -> dict[str, tuple[Fo
     """The formats that may be chosen for each parameter that no rule names, embeddings and heads included.
 
     `job` is prepared with a rule that keeps everything. Embeddings and heads that the file cannot hold quantized are
-    left out, and so are the gates of experts and embeddings inside blocks (T5's biases of positions, which multiply
-    nothing). RecipeError where no format fits the matrix of another linear.
+    left out, and so are the gates of experts, the narrowest linears, and embeddings inside blocks (T5's biases of
+    positions, which multiply nothing). RecipeError where no format fits the matrix of another linear.
     """
     assert job.recipe is not None
     fixed, partners = Recipe(None, job.recipe.rules[1:]), _partners(job)
@@ -75,7 +75,7 @@ def free_formats(job: Job, ladder: Sequence[str | Format]) -> dict[str, tuple[Fo
     found = {}
     for item in job.plan.items:
         target = item.target
-        if target is None or target.is_gate or item.format is not None:
+        if target is None or target.is_gate or target.is_narrow or item.format is not None:
             continue
         if target.kind == "embedding" and inside_blocks(job, item.name):
             continue

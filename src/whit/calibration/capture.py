@@ -100,7 +100,10 @@ class Products(TorchFunctionMode):
 
     def _matmul(self, x: Tensor, right: Tensor) -> None:
         """x @ right, where it does what a linear does: by a parameter's transpose (Falcon's linears), by an expert that
-        lies (in, out) (gpt-oss), or by a whole stack of such, each with the tokens that are not zero (Llama 4)."""
+        lies (in, out) (gpt-oss), or by a whole stack of such, each with the tokens that are not zero (Llama 4); or
+        where the parameter itself is multiplied by tokens in columns (Falcon Mamba's and Jamba's `dt_proj`)."""
+        if x.dim() == 2 and x.stride() == self._strides.get(self._names.get(x.untyped_storage().data_ptr(), "")):
+            return self._product(right.mT, x)
         strides = self._strides.get(self._names.get(right.untyped_storage().data_ptr(), ""), ())
         if (len(strides), right.stride()) in ((2, strides[::-1]), (3, strides[1:])):
             self._product(x, right)
@@ -193,6 +196,8 @@ class Watch(Products):
         if self._leader(x, place) != place:
             return
         rows = x.reshape(-1, x.shape[-1])
+        if not len(rows):  # an expert that no token chose, and that is multiplied all the same (JetMoE's)
+            return
         self._add_gram(place, rows)
         absolute = rows.abs()
         size, peak = absolute.sum(0, dtype=torch.float32), absolute.amax(0).to(torch.float32)

@@ -33,28 +33,26 @@ class Stack:
     def note(self, row: Tensor, memory: Tensor | None, first: AbstractContextManager[Any]) -> None:
         """The arguments of every block beside the hidden states, for one sample; all of `base` but the blocks must be
         loaded, and `first` loads the first block."""
-        calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         with first:
             self._beside = self._given_beside(row, memory)
-
-        def note(*args: Any, **kwargs: Any) -> Any:
-            hidden, args, kwargs = split(args, kwargs)
-            calls.append(pytree.tree_map(lambda part: MEMORY if part is memory is not None else part, (args, kwargs)))
-            if len(calls) == len(self.blocks):
-                raise Stop
-            return self.handed_on(hidden)
-
-        with replaced(self.blocks, note):
-            self._run_noted(row, memory, calls)
+        calls = self._noted(row, memory)
         if len(calls) != len(self.blocks):
             raise UnsupportedModelError(
-                f"{self._model}: {len(calls)} of {len(self.blocks)} blocks run on a text; "
+                f"{self._model}: only {len(calls)} of {len(self.blocks)} blocks run on a text; "
                 "calibration needs all in turn; choose a method that needs no data, such as hqq"
             )
         if memory is not None and not all(MEMORY in pytree.tree_leaves(call) for call in calls):
             raise UnsupportedModelError(
-                f"{self._model}: blocks of the decoder are not given what the encoder gives; calibration hands on only "
-                "that; choose a method that needs no data, such as hqq"
+                f"{self._model}: blocks of the decoder read something else than the encoder's output; calibration "
+                "hands on only that; choose a method that needs no data, such as hqq"
+            )
+        other = self._noted(row.flip(1), memory)
+        same = map(_same, pytree.tree_leaves(calls), pytree.tree_leaves(other))
+        if getattr(getattr(self.base, "config", None), "num_kv_shared_layers", 0) or not all(same):
+            raise UnsupportedModelError(
+                f"{type(self.blocks[0]).__name__}: is given more of a text than hidden states (its embeddings again, "
+                "or an earlier block's keys and values); calibration hands on only those; choose a method that needs "
+                "no data, such as hqq"
             )
         self._calls = calls
 
@@ -104,6 +102,21 @@ class Stack:
             return None
         return tuple(one if _equal(one, other) else UNKNOWN for one, other in zip(first[1:], second[1:], strict=True))
 
+    def _noted(self, row: Tensor, memory: Tensor | None) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+        """What the blocks are given beside hidden states, for one sample."""
+        calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+        def note(*args: Any, **kwargs: Any) -> Any:
+            hidden, args, kwargs = split(args, kwargs)
+            calls.append(pytree.tree_map(lambda part: MEMORY if part is memory is not None else part, (args, kwargs)))
+            if len(calls) == len(self.blocks):
+                raise Stop
+            return self.handed_on(hidden)
+
+        with replaced(self.blocks, note):
+            self._run_noted(row, memory, calls)
+        return calls
+
     def _run_noted(self, row: Tensor, memory: Tensor | None, calls: list[Any]) -> None:
         """Run the module over blocks that note their calls; UnsupportedModelError where one needs what another gave
         beside hidden states."""
@@ -119,6 +132,11 @@ class Stack:
                 f"{type(self.blocks[0]).__name__}: hands more than hidden states to the next block; "
                 "calibration carries only those; choose a method that needs no data, such as hqq"
             )
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two runs were given the same, as far as can be told: what is no tensor does not hang on the tokens."""
+    return not isinstance(one, Tensor) or not isinstance(other, Tensor) or torch.equal(one, other)
 
 
 def _equal(one: Any, other: Any) -> bool:

@@ -47,8 +47,8 @@ class Storage:
         free = shutil.disk_usage(self.folder).free
         if needed > free:
             raise OutputError(
-                f"{self.folder}: block inputs take {needed:,} bytes of the disk and {free:,} are free; those that take "
-                f"more than {self.memory:,} lie there; make room, or give them more memory by --input-memory"
+                f"{self.folder}: block inputs of more than {self.memory:,} bytes go to the disk, here {needed:,}, and "
+                f"{free:,} are free; make room, or give them more memory with --input-memory"
             )
 
 

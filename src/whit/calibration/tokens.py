@@ -62,10 +62,11 @@ class CalibrationTokens:
 
 @dataclass(frozen=True)
 class Calibration:
-    """`samples` windows of `context` tokens from a text file, a .jsonl file, or `whit:text`, which ships with whit.
+    """The text of a calibration: `samples` windows of `context` tokens, drawn by `seed`.
 
-    `text` may be the texts themselves too: a list of strings, which are joined by empty lines. Without `context` it is
-    2048, or what the model was built for where that is less. CalibrationError for what cannot be a calibration.
+    `text` is a text file, a .jsonl file, `whit:text`, which ships with whit, or the texts themselves: a list of
+    strings, which are joined by empty lines. Without `context` it is 2048, or what the model was built for if that is
+    less. CalibrationError for what cannot be a calibration.
     """
 
     text: str | Path | Sequence[str] = "whit:text"
@@ -112,7 +113,7 @@ class Calibration:
             return read_text(resolve_text(str(self.text)), tokenizer, CalibrationError, "--calibration")
         whole = "\n\n".join(self.text)
         if not whole.strip():
-            raise CalibrationError(f"{self.name}: are empty; there must be words in them; give others")
+            raise CalibrationError(f"{self.name}: are empty; they must hold words; give others")
         return whole
 
     def _context(self, most: int | None) -> int:

@@ -85,7 +85,7 @@ def _parse(path: Path, raw: bytes) -> dict[str, Any]:
         return found
 
     def constant(text: str) -> None:
-        raise ValueError(f"{text} is no number of JSON")
+        raise ValueError(f"{text} is not a number of JSON")
 
     def integer(text: str) -> int | float:
         return -0.0 if text == "-0" else int(text)  # -0 is no count to any other reader

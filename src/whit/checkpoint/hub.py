@@ -38,7 +38,7 @@ class HubName:
 
     @classmethod
     def parse(cls, name: str) -> HubName | None:
-        """None for what is no name on the hub."""
+        """None for what is not a name on the hub."""
         found = HUB_ID.fullmatch(name)
         if found is None or name.startswith(".") or Path(found["repo"]).suffix in FILES:
             return None
@@ -70,13 +70,11 @@ def resolve_model(model: str | Path, trust_remote_code: bool = False, weights: b
 
 
 def at_revision(model: str, revision: str | None) -> str:
-    """MODEL's name with a branch, tag or commit of the hub's in it; CheckpointError where it is no name on the hub."""
+    """MODEL's name with a branch, tag or commit of the hub's in it; CheckpointError if the hub has no such names."""
     if revision is None:
         return model
     if _local(shipped_model(model)) is not None:
-        raise CheckpointError(
-            f"{model}: lies on this machine; a revision is chosen of a model on the hub; drop --revision"
-        )
+        raise CheckpointError(f"{model}: is on this machine; only models on the hub have revisions; drop --revision")
     named = HubName.parse(model)
     if named is None or named.revision is not None or HubName.parse(f"{named.repo}@{revision}") is None:
         raise CheckpointError(

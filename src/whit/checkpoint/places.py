@@ -70,7 +70,7 @@ def check_out(out: Path, model: Path, suffix: str = "", what: str = "MODEL") -> 
     """OutputError where OUT has no name, is MODEL (or `what` is read beside it), lies inside it, or holds it, is a file
     that does not end with `suffix`, or lies where nothing can be written."""
     if out.name in ("", ".."):
-        raise OutputError(f"OUT {str(out)!r}: is no name; it must be a new folder's, or a new file's; give it one")
+        raise OutputError(f"OUT {str(out)!r}: is not a name; OUT must name a new folder or file; give one")
     ours, theirs = out.resolve(), model.resolve()
     if ours == theirs or theirs in ours.parents:
         raise OutputError(
@@ -83,7 +83,7 @@ def check_out(out: Path, model: Path, suffix: str = "", what: str = "MODEL") -> 
     if out.exists() and not out.is_dir() and not (suffix and out.name.endswith(suffix)):
         raise OutputError(f"{out}: is a file; it must be a new folder; choose another name")
     if out.is_mount():  # a container's volume, say
-        raise OutputError(f"{out}: is mounted there, and no new folder can take its place; name one inside it")
+        raise OutputError(f"{out}: is a mount point, which a new folder cannot replace; name a folder inside it")
     check_place(followed(out))
 
 

@@ -72,7 +72,7 @@ class WorkFolder:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno in HELD:
-                raise OutputError(f"{self.out}: another run is writing it; one at a time must; wait for it") from None
+                raise OutputError(f"{self.out}: another run is writing it; only one can; wait until it ends") from None
             return False
         return True
 

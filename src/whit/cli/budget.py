@@ -34,7 +34,7 @@ DEFAULT: Measure = "probe"
 UNITS = {"kl": "nats per token", "probe": "nats per token", "hessian": "shares of blocks' outputs"}
 
 TargetBpw: TypeAlias = Annotated[
-    float | None, typer.Option(metavar="BITS", min=0.0, help="Choose formats: at most so many bits per weight in all.")
+    float | None, typer.Option(metavar="BITS", min=0.0, help="Choose formats: at most so many bits per weight overall.")
 ]
 TargetSize: TypeAlias = Annotated[
     str | None, typer.Option(metavar="SIZE", help="Choose formats: weight files of at most 4GB, 700MiB ...")
@@ -42,14 +42,16 @@ TargetSize: TypeAlias = Annotated[
 FitInto: TypeAlias = Annotated[
     str | None,
     typer.Option(
-        "--fit", metavar="SIZE", help="Choose formats: the model runs in 8GB at --context tokens, their cache included."
+        "--fit",
+        metavar="SIZE",
+        help="Choose formats: the model runs within this memory, such as 8GB, at --context tokens with their cache.",
     ),
 ]
 Ladder: TypeAlias = Annotated[
     str | None,
     typer.Option(
         metavar="SPEC,METHOD:SPEC...",
-        help="Formats to choose from, each with --method or, once or more, with another; bf16 keeps. "
+        help="Formats to choose from, each with --method or with a method of its own; bf16 keeps a matrix as it is. "
         f"\\[default: what the kind of file holds, such as {','.join(LADDER)}]",
     ),
 ]
@@ -57,7 +59,7 @@ Ladder: TypeAlias = Annotated[
 Sensitivity = Enum("Sensitivity", {name: name for name in get_args(Measure)}, type=str)  # type: ignore[misc]
 SensitivityOption: TypeAlias = Annotated[
     Sensitivity | None,
-    typer.Option("--sensitivity", help="How a format's harm is measured; kl is slowest. \\[default: probe]"),
+    typer.Option("--sensitivity", help="How the harm of a format is measured; kl is the slowest. \\[default: probe]"),
 ]
 SaveRecipe: TypeAlias = Annotated[
     Path | None,
@@ -125,7 +127,7 @@ class Request:
         )
         if left <= 0:
             raise RecipeError(
-                f"--fit {self.fit}: {parts}; some of it must be left for weights; ask for a smaller context"
+                f"--fit {self.fit}: {parts}; that leaves nothing for the weights; ask for a smaller context"
             )
         say(f"{size(total)}: {parts}; weights {size(left)}")
         return left

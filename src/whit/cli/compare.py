@@ -11,17 +11,30 @@ from rich.table import Table
 
 from whit.checkpoint.hub import at_revision
 from whit.cli.console import on_screen, print_json, say
-from whit.cli.options import MODEL_HELP, Device, Revision, TrustRemoteCode, parse_names
+from whit.cli.options import (
+    MODEL_HELP,
+    AsJson,
+    Device,
+    Dtype,
+    Limit,
+    MaxTokens,
+    Revision,
+    ScoredText,
+    TaskData,
+    Tasks,
+    TrustRemoteCode,
+    parse_names,
+)
 from whit.cli.quiet import quiet_transformers
 from whit.report.peers import PEERS
 
 DEFAULT = "int8,nf4-dq,int4-g64,gptq:int4-g64,gptq:int3-g64-asym"
 CANDIDATES_HELP = (
-    "With commas: FORMAT or METHOD:FORMAT, a recipe.toml, a checkpoint's folder or .gguf file, or an installed peer: "
+    "Separated by commas: FORMAT, METHOD:FORMAT, a recipe.toml, a checkpoint's folder or .gguf file, or a library: "
     + ", ".join(peer.name for peer in PEERS)
-    + ". bf16, the original, is always the first."
+    + ". bf16, the original, always comes first."
 )
-SWEEP_HELP = "Also budgeted recipes for all sizes from LOW to HIGH bits per weight; each layer is measured once."
+SWEEP_HELP = "Also choose formats for sizes from LOW to HIGH bits per weight; each layer is measured once."
 
 
 def compare(
@@ -29,27 +42,29 @@ def compare(
     out: Annotated[Path, typer.Argument(metavar="OUT_DIR", help="For the report, the rows and the models.")],
     candidates: Annotated[str, typer.Option(help=CANDIDATES_HELP)] = DEFAULT,
     sweep: Annotated[str | None, typer.Option(metavar="LOW:HIGH[:STEP]", help=SWEEP_HELP)] = None,
-    sweep_method: Annotated[str, typer.Option(help="Method of the budgeted recipes.")] = "gptq",
-    text: Annotated[str, typer.Option(help="UTF-8 file, whit:heldout or whit:text.")] = "whit:heldout",
+    sweep_method: Annotated[str, typer.Option(help="Method of the recipes of --sweep.")] = "gptq",
+    text: ScoredText = "whit:heldout",
     context: Annotated[int | None, typer.Option(help="Tokens in a window. \\[default: 2048, or the model's]")] = None,
-    max_tokens: Annotated[int | None, typer.Option(help="Score only the first N tokens of the text.")] = None,
-    tasks: Annotated[str, typer.Option(help="Zero-shot tasks, with commas: piqa,arc_easy,hellaswag,...")] = "",
-    task_data: Annotated[Path | None, typer.Option(help="Folder with the tasks' local files.")] = None,
-    limit: Annotated[int | None, typer.Option(help="Only the first N items of each task.")] = None,
+    max_tokens: MaxTokens = None,
+    tasks: Tasks = "",
+    task_data: TaskData = None,
+    limit: Limit = None,
     calibration: Annotated[str, typer.Option(help="Text for methods that need data.")] = "whit:text",
     samples: Annotated[int, typer.Option(min=1, help="Calibration windows.")] = 128,
-    calibration_context: Annotated[int | None, typer.Option(min=2, help="Tokens in each.")] = None,
-    prompt_tokens: Annotated[int, typer.Option(min=1, help="Of the prompt whose speed is measured.")] = 256,
+    calibration_context: Annotated[
+        int | None, typer.Option(min=2, help="Tokens in each window of calibration.")
+    ] = None,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the prompt whose speed is measured.")] = 256,
     new_tokens: Annotated[int, typer.Option(min=1, help="Tokens written after it.")] = 32,
     repeats: Annotated[int, typer.Option(min=1, help="How often speed is measured.")] = 3,
-    speed_again: Annotated[bool, typer.Option("--speed-again", help="Measure speeds though they are known.")] = False,
-    no_speed: Annotated[bool, typer.Option("--no-speed", help="Measure quality and size alone.")] = False,
+    speed_again: Annotated[bool, typer.Option("--speed-again", help="Measure speeds again.")] = False,
+    no_speed: Annotated[bool, typer.Option("--no-speed", help="Measure only quality and size.")] = False,
     no_pictures: Annotated[bool, typer.Option("--no-pictures", help="Write no PNG files.")] = False,
     device: Device = "auto",
-    dtype: Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16 or float16.")] = "auto",
+    dtype: Dtype = "auto",
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
-    seed: Annotated[int, typer.Option(help="Of quantization, calibration and bootstrap.")] = 0,
-    json: Annotated[bool, typer.Option("--json", help="Only JSON on standard output.")] = False,
+    seed: Annotated[int, typer.Option(help="Seed of quantization, calibration and bootstrap.")] = 0,
+    as_json: AsJson = False,
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
@@ -85,7 +100,7 @@ def compare(
         entrants = (*entrants, *parse_entrants(",".join(map(str, files)))[1:])
     found = measure(model, out, entrants, settings, say, speed_again)
     written = write_report(found, out, pictures=not no_pictures)
-    if json:
+    if as_json:
         print_json(found.to_json())
     else:
         _show(found.rows)

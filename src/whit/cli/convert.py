@@ -32,12 +32,12 @@ def convert(
     model: Annotated[str, typer.Argument(metavar="MODEL", help=f"{MODEL_HELP} Quantized or not.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help=OUT_HELP)],
     export: Annotated[
-        str | None, typer.Option(metavar="NAME", help=f"{EXPORT_HELP} Needed, but where OUT ends in .gguf.")
+        str | None, typer.Option(metavar="NAME", help=f"{EXPORT_HELP} Needed unless OUT ends in .gguf.")
     ] = None,
     format: Annotated[str | None, typer.Option(metavar="SPEC", help=FORMAT_HELP)] = None,
     rule: Annotated[list[str] | None, typer.Option(metavar="GLOB=SPEC", help=RULE_HELP)] = None,
     requantize: Annotated[
-        bool, typer.Option("--requantize", help="Round again what cannot be carried over exactly; says the error.")
+        bool, typer.Option("--requantize", help="Round again what cannot be copied exactly, and say the error.")
     ] = False,
     restart: Restart = False,
     as_json: AsJson = False,
@@ -55,7 +55,7 @@ def convert(
         job = prepare(model, out, None, options, export=export)
     else:
         if rule and format is None:
-            raise typer.BadParameter("needs --format beside it: the format of all others", param_hint="--rule")
+            raise typer.BadParameter("needs --format too, for all other modules", param_hint="--rule")
         recipe = None if format is None else build_recipe(None, format, rule, None)
         job = prepare_transcode(model, out, export, options, recipe, requantize)
     account = run_and_show(job, as_json)

@@ -11,6 +11,7 @@ import typer
 from rich.table import Table
 
 from whit.cli.console import console, on_screen, print_json
+from whit.cli.options import AsJson
 from whit.cli.quiet import quiet_transformers
 from whit.cli.watching import Watching
 from whit.data import resolve_model
@@ -22,7 +23,7 @@ PROMPT = "It was late in the evening when"
 def demo(
     out: Annotated[Path | None, typer.Option(help="Keep the quantized models here.")] = None,
     max_tokens: Annotated[int, typer.Option(help="Score the first N tokens of the held-out text.")] = 16384,
-    json: Annotated[bool, typer.Option("--json", help="Only JSON on standard output.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     from whit.evaluation import EvaluationOptions
     from whit.report.comparison import Candidate, measure
@@ -34,7 +35,7 @@ def demo(
         for spec in CANDIDATES:
             with Watching(console()) as watching:
                 rows.append(measure(model, Candidate.parse(spec), folder, options, watching))
-        if json:
+        if as_json:
             print_json([row.to_json() for row in rows])
             return
         _show(rows)
@@ -60,6 +61,6 @@ def _speak(folder: str) -> None:
     from whit.integrations.generation import Sampling, generate
     from whit.integrations.loading import load_causal_lm, load_tokenizer
 
-    print(f"\nThe int4-g64 model (hqq) goes on from “{PROMPT}”:\n")
+    print(f"\nThe int4-g64 model (hqq) continues “{PROMPT}”:\n")
     result = generate(load_causal_lm(folder), load_tokenizer(folder), PROMPT, Sampling(max_new_tokens=60))
     print(PROMPT + result.text)

@@ -5,11 +5,10 @@ from __future__ import annotations
 import os
 import platform
 from pathlib import Path
-from typing import Annotated, Any
-
-import typer
+from typing import Any
 
 from whit.cli.console import print_json
+from whit.cli.options import AsJson
 from whit.extras import EXTRAS, install
 from whit.report.machine import PEERS, installed
 
@@ -17,9 +16,9 @@ LIBRARIES = ("whit", "torch", "transformers", "accelerate", "safetensors", "hugg
 FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16", "asimd", "sve")
 
 
-def doctor(json: Annotated[bool, typer.Option("--json", help="Only JSON on standard output.")] = False) -> None:
+def doctor(as_json: AsJson = False) -> None:
     found = examine()
-    if json:
+    if as_json:
         print_json(found)
         return
     for title, facts in found.items():

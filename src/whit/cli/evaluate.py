@@ -12,7 +12,20 @@ from rich.table import Table
 from whit.checkpoint.hub import at_revision
 from whit.cli.console import console, on_screen, print_json
 from whit.cli.gate import Gate, MaxIncrease, MaxKL
-from whit.cli.options import MODEL_HELP, Device, Revision, TrustRemoteCode, parse_names
+from whit.cli.options import (
+    MODEL_HELP,
+    AsJson,
+    Device,
+    Dtype,
+    Limit,
+    MaxTokens,
+    Revision,
+    ScoredText,
+    TaskData,
+    Tasks,
+    TrustRemoteCode,
+    parse_names,
+)
 from whit.cli.quiet import quiet_transformers
 from whit.cli.watching import Watching
 from whit.evaluation.result import EvaluationResult
@@ -20,23 +33,25 @@ from whit.evaluation.result import EvaluationResult
 
 def evaluate(
     model: Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)],
-    baseline: Annotated[str | None, typer.Option(help="Compare with this model: KL divergence, agreement.")] = None,
-    text: Annotated[str, typer.Option(help="UTF-8 file, .jsonl of texts, whit:heldout or whit:text.")] = "whit:heldout",
+    baseline: Annotated[
+        str | None, typer.Option(help="Compare with this model: KL divergence, agreement of the likeliest tokens.")
+    ] = None,
+    text: ScoredText = "whit:heldout",
     context: Annotated[
         int | None, typer.Option(help="Tokens in a window. \\[default: 2048, or the model's maximum if that is less]")
     ] = None,
-    max_tokens: Annotated[int | None, typer.Option(help="Score only the first N tokens of the text.")] = None,
-    tasks: Annotated[str, typer.Option(help="Zero-shot tasks, with commas: piqa,arc_easy,hellaswag,...")] = "",
-    task_data: Annotated[Path | None, typer.Option(help="Folder with the tasks' local files.")] = None,
-    limit: Annotated[int | None, typer.Option(help="Only the first N items of each task.")] = None,
+    max_tokens: MaxTokens = None,
+    tasks: Tasks = "",
+    task_data: TaskData = None,
+    limit: Limit = None,
     device: Device = "auto",
-    dtype: Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16 or float16.")] = "auto",
+    dtype: Dtype = "auto",
     max_kl: MaxKL = None,
     max_ppl_increase: MaxIncrease = None,
     two_pass: Annotated[bool, typer.Option("--two-pass", help="Never hold both models in memory.")] = False,
     baseline_cache: Annotated[Path | None, typer.Option(help="Keep the baseline's logits here.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the bootstrap behind the confidence interval.")] = 0,
-    json: Annotated[bool, typer.Option("--json", help="Only JSON on standard output.")] = False,
+    seed: Annotated[int, typer.Option(help="Seed of the bootstrap behind the confidence interval.")] = 0,
+    as_json: AsJson = False,
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
@@ -61,7 +76,7 @@ def evaluate(
     )  # fmt: skip
     with Watching(console()) as watching:
         result = measure(model, options, watching)
-    if json:
+    if as_json:
         print_json(result.to_json())
     else:
         _show(result)

@@ -16,8 +16,9 @@ from whit.checkpoint.hub import at_revision, hub_name
 from whit.cli.console import console, print_json, say
 from whit.cli.options import AsJson, Device, DryRun, Restart, Revision, Seed, TrustRemoteCode
 from whit.cli.quiet import quiet_transformers
-from whit.cli.training import Progress, estimate, show_plan
+from whit.cli.training import Progress, sentence, show_plan
 from whit.devices import find_device
+from whit.memory.tuning import estimate_tuning
 from whit.pipeline.job import Options
 from whit.spoken import size
 from whit.training.init import METHODS as INITS
@@ -29,17 +30,17 @@ DATA_HELP = "JSON lines: `prompt` and `response`, or `messages`."
 TARGET_HELP = "Linears to adapt, by name: q_proj,k_proj,...; or all-linear (the head left out)."
 HELD_OUT_HELP = "Score the examples of this file, instead of a share of DATA."
 INIT_HELP = (
-    "Begin at nothing, or at what makes up for what quantization lost, by weights (loftq) or outputs on DATA (data)."
+    "Start the adapter from zero, or from what quantization lost: in the weights (loftq) or in outputs on DATA (data)."
 )
 METHOD_HELP = (
-    "How it is quantized: rtn, clip, hqq; or gptq, refine, ..., which look at DATA and write OUT/base, the model that "
+    "How MODEL is quantized: rtn, clip, hqq; or gptq, refine, ..., which use DATA and write OUT/base, the model that "
     "the adapter belongs to. \\[default: rtn]"
 )
 OPTIMIZER_HELP = (
     f"adamw is torch's; {', '.join(BITSANDBYTES)} are bitsandbytes', {', '.join(TORCHAO)} torchao's. Where "
     "bitsandbytes' do not run, torchao's or torch's take their place, and the run says so."
 )
-STEPS_HELP = "This many steps, each of --batch x --accumulate rows, in place of --epochs; data is read again."
+STEPS_HELP = "This many steps of --batch x --accumulate rows each, instead of --epochs; DATA is repeated as needed."
 TOO_LONG_HELP = "Examples longer than --context: cut their ends, drop them, or refuse the file."
 
 PATIENCE = timedelta(days=1)  # the others wait while the first process quantizes by a method that takes its time
@@ -52,27 +53,31 @@ def finetune(
     format: Annotated[str | None, typer.Option(metavar="SPEC", help="Quantize a full-precision MODEL first.")] = None,
     method: Annotated[str | None, typer.Option(help=METHOD_HELP)] = None,
     init: Annotated[str, typer.Option(metavar="|".join((DEFAULT_INIT, *INITS)), help=INIT_HELP)] = DEFAULT_INIT,
-    rank: Annotated[int, typer.Option(help="Of the adapters.")] = 16,
-    alpha: Annotated[float, typer.Option(help="The adapters' product counts alpha / rank times.")] = 8.0,
+    rank: Annotated[int, typer.Option(help="Rank of the adapter's factors.")] = 16,
+    alpha: Annotated[float, typer.Option(help="The adapter's product is multiplied by alpha / rank.")] = 8.0,
     target: Annotated[str, typer.Option(metavar="NAMES", help=TARGET_HELP)] = "all-linear",
-    dropout: Annotated[float, typer.Option(help="Of the adapters' inputs.")] = 0.0,
-    dora: Annotated[bool, typer.Option("--dora", help="Weight-decomposed adapters (DoRA).")] = False,
+    dropout: Annotated[float, typer.Option(help="Dropout of the adapter's inputs.")] = 0.0,
+    dora: Annotated[bool, typer.Option("--dora", help="Weight-decomposed adapter (DoRA).")] = False,
     rslora: Annotated[bool, typer.Option("--rslora", help="Scale by alpha / sqrt(rank).")] = False,
-    epochs: Annotated[float, typer.Option(help="Times over the data.")] = 1.0,
+    epochs: Annotated[float, typer.Option(help="How often DATA is gone through.")] = 1.0,
     steps: Annotated[int | None, typer.Option(help=STEPS_HELP)] = None,
     batch: Annotated[int, typer.Option(help="Rows at a time.")] = 4,
     accumulate: Annotated[int, typer.Option(help="Batches per step, over all processes.")] = 4,
     context: Annotated[int | None, typer.Option(help="Tokens in a row. \\[default: 1024, or the model's]")] = None,
-    packing: Annotated[bool, typer.Option(help="Fill rows with several examples, apart from each other.")] = True,
+    packing: Annotated[bool, typer.Option(help="Fill rows with several examples, which do not see each other.")] = True,
     too_long: Annotated[str, typer.Option(metavar="cut|drop|refuse", help=TOO_LONG_HELP)] = "cut",
-    learning_rate: Annotated[float, typer.Option(help="The highest; a cosine follows the warm-up.")] = 2e-4,
-    warmup: Annotated[float, typer.Option(help="Share of the steps over which it rises.")] = 0.03,
-    weight_decay: Annotated[float, typer.Option(help="Of the adapters.")] = 0.0,
-    clip: Annotated[float, typer.Option(help="Most that the gradient's norm may be; 0: any.")] = 1.0,
+    learning_rate: Annotated[
+        float, typer.Option(help="The highest learning rate; a cosine follows the warm-up.")
+    ] = 2e-4,
+    warmup: Annotated[float, typer.Option(help="Share of the steps over which the learning rate rises.")] = 0.03,
+    weight_decay: Annotated[float, typer.Option(help="Weight decay of the adapter.")] = 0.0,
+    clip: Annotated[float, typer.Option(help="Largest norm of the gradient; 0: no limit.")] = 1.0,
     optimizer: Annotated[str, typer.Option(help=OPTIMIZER_HELP)] = "adamw",
-    checkpointing: Annotated[bool, typer.Option(help="Compute blocks again on the way back; saves memory.")] = True,
+    checkpointing: Annotated[
+        bool, typer.Option(help="Compute blocks again in the backward pass; saves memory.")
+    ] = True,
     dtype: Annotated[str, typer.Option(help=", ".join(DTYPES) + ".")] = "auto",
-    holdout: Annotated[float, typer.Option(help="Share of the examples that is scored, not trained on.")] = 0.05,
+    holdout: Annotated[float, typer.Option(help="Share of the examples that are scored, not trained on.")] = 0.05,
     held_out: Annotated[Path | None, typer.Option(metavar="FILE", help=HELD_OUT_HELP)] = None,
     evaluate_every: Annotated[int | None, typer.Option(help="Steps between scores. \\[default: ten in a run]")] = None,
     shard: Annotated[bool, typer.Option("--shard", help="Spread packed weights over the processes.")] = False,
@@ -102,14 +107,14 @@ def finetune(
     with _processes(device):
         job = prepare_tuning(model, data, out, tuning, held_out, options)
         speaks = Ranks.here().first
-        expected = estimate(job) if speaks else None
+        expected = estimate_tuning(job) if speaks else None
         if dry_run:
             if speaks:
                 show_plan(job, expected, as_json)
             return
         screen = console()
         if expected is not None:
-            say(expected.sentence, screen)
+            say(sentence(expected), screen)
         with Progress(screen) as progress:
             record = run_tuning(job, progress if speaks else None)
         if speaks:
@@ -135,8 +140,8 @@ def _show(record: dict[str, Any], model: str, out: Path, as_json: bool) -> None:
     named = hub_name(model)
     name = f"whit.resolve_model({model!r})" if model.startswith("whit:") else repr(named.repo if named else model)
     name += f", revision={named.revision!r}" if named and named.revision else ""
-    print(f"{out}: the adapter; its model is AutoModelForCausalLM.from_pretrained({name}{codes});")
-    print(f"peft.PeftModel.from_pretrained(model, {str(out)!r}) puts it on")
+    print(f"{out}: the adapter; load model = AutoModelForCausalLM.from_pretrained({name}{codes}),")
+    print(f"then peft.PeftModel.from_pretrained(model, {str(out)!r})")
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import typer
 
 from whit.checkpoint.hub import at_revision
 from whit.cli.console import print_json, say
-from whit.cli.options import MODEL_HELP, Device, Revision, TrustRemoteCode
+from whit.cli.options import MODEL_HELP, AsJson, Device, Dtype, Revision, TrustRemoteCode
 from whit.cli.quiet import quiet_transformers
 
 
@@ -19,23 +19,27 @@ def generate(
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="The text to continue; - reads standard input.")],
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", help="Stop after this many tokens.")] = 50,
     temperature: Annotated[float, typer.Option(help="Above 0; lower is more predictable.")] = 0.7,
-    top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens that hold this share, (0, 1].")] = 0.9,
+    top_p: Annotated[
+        float, typer.Option(help="Draw from the likeliest tokens that together have this probability, (0, 1].")
+    ] = 0.9,
     seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
     greedy: Annotated[bool, typer.Option("--greedy", help="Always the likeliest token.")] = False,
     kv_cache: Annotated[str, typer.Option(metavar="SPEC", help="Keep keys and values in int8, int4-g32 ...")] = "",
-    kv_recent: Annotated[int, typer.Option(min=0, help="With --kv-cache: this many last tokens stay in 16 bits.")] = 0,
+    kv_recent: Annotated[int, typer.Option(min=0, help="With --kv-cache: the last N tokens stay in 16 bits.")] = 0,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
     device: Device = "auto",
     compiled: Annotated[
-        bool, typer.Option("--compile/--no-compile", help="Decode in compiled code, where the model is covered.")
+        bool, typer.Option("--compile/--no-compile", help="Decode in compiled code, where the model is supported.")
     ] = True,
     prepared: Annotated[
         str,
-        typer.Option(metavar="DIR", help="Keep what the CPU kernels make of the weights there; later starts map it."),
+        typer.Option(
+            metavar="DIR", help="Keep the weights there as the CPU kernels use them; later starts only map the file."
+        ),
     ] = "",
-    rebuild: Annotated[bool, typer.Option("--rebuild", help="Write what lies in --prepared again.")] = False,
-    dtype: Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16 or float16.")] = "auto",
-    json: Annotated[bool, typer.Option("--json", help="Only JSON on standard output.")] = False,
+    rebuild: Annotated[bool, typer.Option("--rebuild", help="Write what is in --prepared again.")] = False,
+    dtype: Dtype = "auto",
+    as_json: AsJson = False,
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
@@ -53,7 +57,7 @@ def generate(
     alone = chat or writes_another(network)  # whether the answer is said without the prompt
     asked = chat_prompt(tokenizer, words) if chat else words
     streamer = None
-    if not json and sys.stdout.isatty():
+    if not as_json and sys.stdout.isatty():
         from transformers import TextStreamer
 
         streamer = TextStreamer(tokenizer, skip_prompt=alone, skip_special_tokens=True)
@@ -63,7 +67,7 @@ def generate(
             compile(network, **options)
         result = continue_text(network, tokenizer, asked, sampling, streamer)
     _pass_on(said)
-    if json:
+    if as_json:
         print_json(
             {
                 "model": model, "prompt": words, "text": result.text, "prompt_tokens": result.prompt_tokens,

@@ -10,7 +10,7 @@ import typer
 from whit.calibration import Calibration
 from whit.checkpoint.hub import at_revision
 from whit.cli.console import say
-from whit.cli.options import MODEL_HELP, Revision, Seed
+from whit.cli.options import MODEL_HELP, Device, Revision, Seed, TrustRemoteCode
 from whit.pipeline.importance import check_new, measure_importance, write_imatrix
 
 
@@ -23,10 +23,12 @@ def imatrix(
         int | None, typer.Option(min=2, help="Tokens in each. \\[default: 2048, or the model's]")
     ] = None,
     seed: Seed = 0,
+    device: Device = "auto",
     revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     model = at_revision(model, revision)
     check_new(out)
-    found = measure_importance(model, Calibration(calibration, samples, context, seed))
+    found = measure_importance(model, Calibration(calibration, samples, context, seed), device, trust_remote_code)
     write_imatrix(found, out)
     say(f"{out}: {len(found.sums)} matrices, {found.chunks} x {found.chunk_size} tokens")

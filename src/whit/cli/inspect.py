@@ -55,7 +55,7 @@ def inspect_gguf(file: Path, verify: bool, as_json: bool) -> None:
     """What a .gguf file holds."""
     account = file if record_of(file).is_file() else file.parent  # where OUT was a folder, it lies beside the file
     if verify and file_sha256(file) not in load_account(account).files.values():
-        raise CheckpointError(f"{file}: changed since written; SHA-256 must be as in its account; copy it again")
+        raise CheckpointError(f"{file}: changed since it was written; SHA-256 must be as in its account; copy it again")
     facts = gguf_facts(file)
     print_json(facts) if as_json else show_plain(facts)
 
@@ -114,7 +114,7 @@ def verify_files(folder: Path, account: Account) -> None:
     ]
     if wrong:
         raise CheckpointError(
-            f"{folder}: {', '.join(wrong)} changed since written; SHA-256 must be as in {RECORD}; "
+            f"{folder}: {', '.join(wrong)} changed since it was written; SHA-256 must be as in {RECORD}; "
             "copy or quantize again"
         )
 

@@ -49,14 +49,18 @@ def memory(
     context: Annotated[int | None, typer.Option(min=1, help="Tokens of prompt and answer. \\[default: 2048]")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Prompts at a time.")] = 1,
     cache_format: Annotated[
-        str, typer.Option(metavar="SPEC", help="Of keys and values: auto, fp16, int8 ...")
+        str, typer.Option(metavar="SPEC", help="Format of keys and values: auto, fp16, int8 ...")
     ] = "auto",
     train: Annotated[Train | None, typer.Option(help="Plan training instead of generation.")] = None,
-    rank: Annotated[int, typer.Option(min=1, help="Of the adapters.")] = 16,
+    rank: Annotated[int, typer.Option(min=1, help="Rank of the adapter's factors.")] = 16,
     target: Annotated[str, typer.Option(help="Linears with adapters. \\[default: q_proj,k_proj,v_proj,o_proj]")] = "",
     rule: Annotated[list[str] | None, typer.Option(metavar="GLOB=SPEC", help="As in whit quantize.")] = None,
-    fit: Annotated[str | None, typer.Option(metavar="SIZE", help="Say what fits into it: 24GB, 16GiB ...")] = None,
-    device: Annotated[Device, typer.Option(help="Where it is to run; auto: a GPU where there is one.")] = Device.auto,
+    fit: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Say what fits into this memory: 24GB, 16GiB ...")
+    ] = None,
+    device: Annotated[
+        Device, typer.Option(help="Where the model will run; auto: a GPU if there is one.")
+    ] = Device.auto,
     as_json: AsJson = False,
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,

@@ -21,6 +21,7 @@ from whit.cli.options import (
     Export,
     Restart,
     Revision,
+    Samples,
     Seed,
     TrustRemoteCode,
     build_calibration,
@@ -36,11 +37,11 @@ from whit.pipeline.coverage import Account
 from whit.pipeline.job import Options
 
 ROUTE_HELP = (
-    "requantize: new codes in the model's own formats, chosen by what the linears see, on their scales or on better "
-    "ones, or in --format; sidecar: the codes stay, the adapter lies beside them in bfloat16; bf16: no codes. "
+    "requantize: new codes in the model's own formats or in --format, chosen by the inputs that the linears see, with "
+    "the old scales or better ones; sidecar: the codes stay, with the adapter beside them in bfloat16; bf16: no codes. "
     "\\[default: requantize, or bf16 where MODEL is not quantized]"
 )
-SOURCE_HELP = "The model in full precision, to merge into its weights in place of the quantized ones."
+SOURCE_HELP = "The model in full precision, to merge into its weights instead of the quantized ones."
 
 
 def merge(
@@ -48,18 +49,20 @@ def merge(
     adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="A LoRA adapter's folder, as PEFT saves it.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help=OUT_HELP)],
     route: Annotated[str | None, typer.Option(metavar="|".join(ROUTES), help=ROUTE_HELP)] = None,
-    format: Annotated[str | None, typer.Option(metavar="SPEC", help="Quantize anew. " + FORMAT_HELP)] = None,
+    format: Annotated[str | None, typer.Option(metavar="SPEC", help="Quantize again. " + FORMAT_HELP)] = None,
     source: Annotated[str | None, typer.Option(metavar="MODEL", help=SOURCE_HELP)] = None,
     calibration: Annotated[str | None, typer.Option(metavar="FILE|whit:text", help=CALIBRATION_HELP + SHIPPED)] = None,
-    samples: Annotated[int | None, typer.Option(min=1, help="Calibration windows. \\[default: 128]")] = None,
+    samples: Samples = None,
     context: Annotated[
         int | None, typer.Option(min=2, help="Tokens in each. \\[default: 2048, or the model's]")
     ] = None,
     seed: Seed = 0,
     export: Export = None,
     text: Annotated[str, typer.Option(metavar="FILE", help="Text that the merge is measured on.")] = "whit:heldout",
-    max_tokens: Annotated[int, typer.Option(min=2, help="Measure on its first N tokens.")] = 16384,
-    measured: Annotated[bool, typer.Option("--measure/--no-measure", help="Run base, adapter and result.")] = True,
+    max_tokens: Annotated[int, typer.Option(min=2, help="Measure on the first N tokens of that text.")] = 16384,
+    measured: Annotated[
+        bool, typer.Option("--measure/--no-measure", help="Measure the result against base and adapter.")
+    ] = True,
     device: Device = "auto",
     restart: Restart = False,
     as_json: AsJson = False,

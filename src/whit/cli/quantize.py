@@ -41,6 +41,7 @@ from whit.cli.options import (
     InputMemory,
     Restart,
     Revision,
+    Samples,
     Seed,
     Threads,
     TrustRemoteCode,
@@ -56,21 +57,19 @@ from whit.pipeline.job import Options, prepare
 from whit.recipe import Recipe
 from whit.transforms import TRANSFORMS
 
-CONTEXT_HELP = "Tokens in each; with --fit, those that the model is to run with. \\[default: 2048, or the model's]"
-ACTIVATIONS_HELP = (
-    "Quantize what linears are given as well, while the model runs: " + ", ".join(ACTIVATION_EXAMPLES) + "."
-)
+CONTEXT_HELP = "Tokens in each; with --fit, tokens that the model will run with. \\[default: 2048, or the model's]"
+ACTIVATIONS_HELP = "Also quantize the inputs of linears, while the model runs: " + ", ".join(ACTIVATION_EXAMPLES) + "."
 GATE_HELP = "Text on which --max-kl and --max-ppl-increase are measured. \\[default: whit:heldout]"
 METHOD_HELP = (
-    "How codes are chosen. Without data: rtn, to the nearest; clip, in the range that fits best; hqq, by the zero "
-    "points that fit best. With a calibration text: gptq, column by column, each making up for those before; refine "
-    "and blocks, by training block by block; awq, clip with the transform awq; smoothquant, rtn with that transform, "
-    "int8 and int8 activations; awq+gptq names both. Options of a method are fields in a "
-    "--recipe: of gptq " + ", ".join(field.name for field in fields(GPTQ)) + ". "
+    "How codes are chosen. Without data: rtn rounds to nearest; clip, in the range that fits best; hqq, with the zero "
+    "points that fit best. With a calibration text: gptq goes column by column, each making up for the error of those "
+    "before; refine and blocks train block by block; awq is clip after the transform awq; smoothquant is rtn after the "
+    "transform smoothquant, with int8 weights and activations; awq+gptq names both. Options of a method are fields in "
+    "a --recipe, for example of gptq: " + ", ".join(field.name for field in fields(GPTQ)) + ". "
     "\\[default: rtn]"
 )
-LOW_RANK_HELP = "Repair every linear by two bfloat16 factors of this rank beside its codes; the same as SPEC+rR."
-TRANSFORM_HELP = "What the weights are rescaled by first: " + ", ".join(t.name for t in TRANSFORMS) + "."
+LOW_RANK_HELP = "Repair every linear by two bfloat16 factors of rank R beside its codes; the same as SPEC+rR."
+TRANSFORM_HELP = "Rescale the weights first: " + ", ".join(t.name for t in TRANSFORMS) + "."
 
 
 def quantize(
@@ -84,7 +83,7 @@ def quantize(
     activations: Annotated[str | None, typer.Option(metavar="SPEC", help=ACTIVATIONS_HELP)] = None,
     rule: Annotated[list[str] | None, typer.Option(metavar="GLOB=SPEC", help=RULE_HELP)] = None,
     low_rank: Annotated[int | None, typer.Option(min=1, metavar="R", help=LOW_RANK_HELP)] = None,
-    recipe: Annotated[Path | None, typer.Option(help="A TOML file, such as --save-recipe writes.")] = None,
+    recipe: Annotated[Path | None, typer.Option(help="A TOML file, as --save-recipe writes it.")] = None,
     target_bpw: TargetBpw = None,
     target_size: TargetSize = None,
     fit: FitInto = None,
@@ -92,9 +91,9 @@ def quantize(
     sensitivity: SensitivityOption = None,
     save_recipe_to: SaveRecipe = None,
     calibration: Annotated[str | None, typer.Option(metavar="FILE|whit:text", help=CALIBRATION_HELP + SHIPPED)] = None,
-    samples: Annotated[int | None, typer.Option(min=1, help="Calibration windows. \\[default: 128]")] = None,
+    samples: Samples = None,
     context: Annotated[int | None, typer.Option(min=2, help=CONTEXT_HELP)] = None,
-    imatrix: Annotated[Path | None, typer.Option(help="Weigh columns by llama.cpp's importance matrix.")] = None,
+    imatrix: Annotated[Path | None, typer.Option(help="Weight the columns by llama.cpp's importance matrix.")] = None,
     input_memory: InputMemory = None,
     seed: Seed = 0,
     export: Export = None,
@@ -103,7 +102,7 @@ def quantize(
     max_kl: MaxKL = None,
     max_ppl_increase: MaxIncrease = None,
     gate_text: Annotated[str | None, typer.Option(metavar="FILE", help=GATE_HELP)] = None,
-    gate_tokens: Annotated[int | None, typer.Option(min=2, help="Measure on its first N tokens.")] = None,
+    gate_tokens: Annotated[int | None, typer.Option(min=2, help="Measure on the first N tokens of that text.")] = None,
     dry_run: DryRun = False,
     restart: Restart = False,
     as_json: AsJson = False,

@@ -10,13 +10,13 @@ from rich.table import Table
 
 from whit.checkpoint.work import is_done
 from whit.cli.console import console, on_screen, print_json, say
-from whit.cli.shown import pattern, progress, reasons, show_totals
+from whit.cli.shown import progress, reasons, show_totals
 from whit.pipeline import run
 from whit.pipeline.coverage import Account
 from whit.pipeline.estimate import Estimate, estimate
 from whit.pipeline.job import Job
 from whit.pipeline.parameter import entry_of
-from whit.spoken import duration, size, took
+from whit.spoken import duration, of_all_blocks, size, took
 
 
 def run_account(job: Job) -> Account:
@@ -78,7 +78,7 @@ def show_plan(job: Job, as_json: bool, expected: Estimate | None = None) -> None
         if item.target is not None:
             shape = " x ".join(map(str, item.target.shape))
             form = "kept" if item.format is None else str(item.format)
-            rows.setdefault((pattern(item.target.holder), shape, form), []).append(item.bits_per_weight)
+            rows.setdefault((of_all_blocks(item.target.holder), shape, form), []).append(item.bits_per_weight)
     for (name, shape, form), bits in rows.items():
         table.add_row(name, str(len(bits)), shape, form, f"{bits[0]:.3f}")
     screen = on_screen()

@@ -14,6 +14,7 @@ from rich.table import Table
 from whit.cli.console import say
 from whit.errors import RecipeError
 from whit.pipeline.coverage import Account, Entry
+from whit.spoken import of_all_blocks
 
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 Step = Callable[[str, int, int], None]
@@ -29,11 +30,6 @@ def progress(console: Console) -> Iterator[Step]:
     with Progress(*columns, TimeRemainingColumn(), console=console) as bar:
         task = bar.add_task("")
         yield lambda name, done, total: bar.update(task, description=name, completed=done, total=total)
-
-
-def pattern(name: str) -> str:
-    """A name with the numbers of blocks as stars."""
-    return re.sub(r"\.\d+(?=\.|$)", ".*", name)
 
 
 def show_totals(screen: Console, account: Account) -> None:
@@ -59,7 +55,7 @@ def reasons(entries: Iterable[Entry]) -> Iterator[str]:
     groups: dict[tuple[str, str, str], int] = {}
     for entry in entries:
         if entry.status != "quantized" or entry.reason:
-            key = (entry.status, pattern(entry.name), entry.reason or "")
+            key = (entry.status, of_all_blocks(entry.name), entry.reason or "")
             groups[key] = groups.get(key, 0) + 1
     for (status, name, reason), count in groups.items():
         yield f"{status}: {name}" + (f" ({count})" if count > 1 else "") + f": {reason}"
@@ -81,5 +77,7 @@ def parse_size(text: str) -> int:
     """`24GB` (decimal), `16GiB` (binary) or bytes, as a number of bytes."""
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?\s*", text, re.IGNORECASE)
     if not found or not float(found[1]):
-        raise RecipeError(f"size {text!r}: is no amount of memory; write a number and a unit, such as 24GB or 16GiB")
+        raise RecipeError(
+            f"size {text!r}: is not an amount of memory; write a number and a unit, such as 24GB or 16GiB"
+        )
     return int(float(found[1]) * UNITS[(found[2] or "").lower()])

@@ -41,19 +41,19 @@ T = TypeVar("T", Blocks, Course)
 
 TEXT_HELP = "What to train on: a text or .jsonl file, whit:text, or self: text that the model itself writes."
 QAT_HELP = (
-    "full: all of the model, end to end, following the unquantized one; blocks: one block after the other; scales: the "
-    "params of a quantized MODEL alone (an unquantized one is trained by blocks first). \\[default: full; scales where "
-    "MODEL is quantized]"
+    "full: the whole model, end to end, following the unquantized one; blocks: one block after the other; scales: only "
+    "the scales and zero points of a quantized MODEL (an unquantized one is trained by blocks first). "
+    "\\[default: full; scales if MODEL is quantized]"
 )
 ACTIVATIONS_HELP = (
-    "Round the inputs of linears too, in training as in the model (full only): int8, int8-g32, fp8, or, with ranges "
-    "that are learned, int8-static and int8-static-asym. --format w4a8-static names both."
+    "Also quantize the inputs of linears, in training and in the result (full only): int8, int8-g32, fp8, or, with "
+    "ranges that are learned, int8-static and int8-static-asym. --format w4a8-static names both."
 )
 RECIPE_HELP = f"Hyper-parameters by name, or BitNet's linears: {', '.join(NAMES)}."
-KEPT_HELP = "Of norms, biases and embeddings; 0: they stay. \\[default: 0]"
-DISTILL_HELP = "Weight of KL from the teacher's logits. \\[default: 1; efficientqat: 0]"
-NEXT_HELP = "Weight of the text's own next tokens. \\[default: 0; efficientqat: 1]"
-HIDDEN_HELP = "Weight of the distance from its hidden states. \\[default: 0]"
+KEPT_HELP = "Learning rate of norms, biases and embeddings; 0: they stay as they are. \\[default: 0]"
+DISTILL_HELP = "Weight of the KL divergence from the teacher in the loss. \\[default: 1; efficientqat: 0]"
+NEXT_HELP = "Weight of the text's own next tokens in the loss. \\[default: 0; efficientqat: 1]"
+HIDDEN_HELP = "Weight of the distance from the teacher's hidden states in the loss. \\[default: 0]"
 AT_ONCE_HELP = "Windows that run together on a GPU. \\[default: 4; efficientqat: 2]"
 
 
@@ -68,20 +68,24 @@ def train(
     recipe: Annotated[Literal["whit", "efficientqat", "bitnet"], typer.Option(help=RECIPE_HELP)] = "whit",
     text: Annotated[str, typer.Option(metavar="FILE|whit:text|self", help=TEXT_HELP)] = "whit:text",
     steps: Annotated[int | None, typer.Option(min=1, help="Steps (of each block). \\[default: 400]")] = None,
-    batch: Annotated[int | None, typer.Option(min=1, help="Windows a step. \\[default: 16; blocks: 8]")] = None,
-    context: Annotated[int | None, typer.Option(min=2, help="Tokens a window. \\[default: 512; blocks: 2048]")] = None,
-    samples: Annotated[int | None, typer.Option(min=1, help="Windows of blocks. \\[default: 128]")] = None,
-    windows: Annotated[int | None, typer.Option(min=1, help="Windows end to end. \\[default: steps x batch]")] = None,
-    rate: Annotated[float | None, typer.Option(min=0, help="Of weights, in steps of the format.")] = None,
-    scale_rate: Annotated[float | None, typer.Option(min=0, help="Of scales and zero points.")] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Windows per step. \\[default: 16; blocks: 8]")] = None,
+    context: Annotated[
+        int | None, typer.Option(min=2, help="Tokens per window. \\[default: 512; blocks: 2048]")
+    ] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="Windows for --qat blocks. \\[default: 128]")] = None,
+    windows: Annotated[
+        int | None, typer.Option(min=1, help="Windows for training end to end. \\[default: steps x batch]")
+    ] = None,
+    rate: Annotated[float | None, typer.Option(min=0, help="Learning rate of weights, in steps of the format.")] = None,
+    scale_rate: Annotated[float | None, typer.Option(min=0, help="Learning rate of scales and zero points.")] = None,
     kept_rate: Annotated[float | None, typer.Option(min=0, help=KEPT_HELP)] = None,
-    start: Annotated[str, typer.Option(metavar="METHOD|FOLDER", help="Whose codes training begins with.")] = "gptq",
-    teacher: Annotated[str | None, typer.Option(help="The unquantized model that scales follow.")] = None,
+    start: Annotated[str, typer.Option(metavar="METHOD|FOLDER", help="Where the first codes come from.")] = "gptq",
+    teacher: Annotated[str | None, typer.Option(help="The unquantized model that --qat scales follows.")] = None,
     distill: Annotated[float | None, typer.Option(min=0, help=DISTILL_HELP)] = None,
     next_token: Annotated[float | None, typer.Option(min=0, help=NEXT_HELP)] = None,
     hidden: Annotated[float | None, typer.Option(min=0, help=HIDDEN_HELP)] = None,
     minutes: Annotated[
-        float | None, typer.Option(min=0, help="End sooner; no second run gives the same bytes.")
+        float | None, typer.Option(min=0, help="Stop after this time; a second run will not give the same bytes.")
     ] = None,
     at_once: Annotated[int | None, typer.Option(min=1, help=AT_ONCE_HELP)] = None,
     input_memory: InputMemory = None,

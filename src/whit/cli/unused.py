@@ -22,4 +22,4 @@ def refuse_unused(context: Context, mode: str, quantized: bool) -> None:
         given.discard("samples")  # they are its steps too
     for name in UNUSED[way]:
         if name in given:
-            raise BadParameter(f"changes nothing of --qat {way}; drop it", param_hint=f"--{name.replace('_', '-')}")
+            raise BadParameter(f"has no effect with --qat {way}; drop it", param_hint=f"--{name.replace('_', '-')}")

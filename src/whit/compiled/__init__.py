@@ -28,9 +28,9 @@ ENCODERS = {"cpu": ("whit.compiled.encoder", "compile_encoder")}  # of models th
 def compile(model: nn.Module, *, strict: bool = False, **options: Any) -> nn.Module:
     """Make `model.generate` fast for one sequence at a time, or the layers of an encoder; returns the same model.
 
-    `options` are the backend's: on a CPU `prepared`, a folder in which what the kernels make of the weights is kept for
-    later processes to map, and `rebuild`, which writes it again. Where the model is not covered it stays as it is and a
-    warning says why in one sentence; with `strict` that is an UnsupportedModelError.
+    `options` belong to the device. On a CPU: `prepared`, a folder where the weights are kept as the kernels use them,
+    so that later processes only map the file, and `rebuild`, which writes it again. A model that is not supported stays
+    as it is, and a warning says why in one sentence; with `strict` that is an UnsupportedModelError.
     """
     try:
         return backend_for(model)(model, options)
@@ -45,7 +45,7 @@ def backend_for(model: nn.Module) -> Backend:
     """The backend of the device that all parameters and buffers lie on. Raises UnsupportedModelError."""
     if not isinstance(model, nn.Module) or not hasattr(model, "config"):
         raise UnsupportedModelError(
-            f"compile: {type(model).__name__} is no transformers model; it must be; torch.compile takes any module"
+            f"compile: {type(model).__name__} is not a transformers model; it must be; torch.compile takes any module"
         )
     devices = {tensor.device.type for tensor in (*model.parameters(), *model.buffers())}
     if len(devices) != 1:

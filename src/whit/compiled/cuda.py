@@ -37,7 +37,7 @@ def compile_cuda(model: Any, options: Mapping[str, Any], capture: Capture = capt
     """
     unknown = set(options) - {"batch", "length"}
     if unknown:
-        raise UnsupportedModelError(f"compile: {sorted(unknown)[0]} is no option on a GPU; use batch or length")
+        raise UnsupportedModelError(f"compile: {sorted(unknown)[0]} is not an option on a GPU; use batch or length")
     refuse(model)
     generator = Generator(model, capture)
     if options:

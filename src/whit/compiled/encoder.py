@@ -52,7 +52,7 @@ def compile_encoder(model: nn.Module, options: Mapping[str, Any]) -> nn.Module:
     compiled, stack = library(), find_stack(model)
     heads: int = getattr(model.config, "num_attention_heads", 1)
     if stack is None or getattr(model.config, "is_decoder", False):
-        raise UnsupportedModelError(f"compile: {type(model).__name__} is no encoder with layers like BERT's")
+        raise UnsupportedModelError(f"compile: {type(model).__name__} is not an encoder with layers like BERT's")
     if isinstance(compiled, str):
         raise UnsupportedModelError(f"compile: the CPU kernels are {compiled}")
     names, output = STACKS[type(stack).__name__]

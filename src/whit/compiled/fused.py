@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from whit.compiled.llama import CLASSES, ROTARY
 from whit.compiled.static import PlainStep, State, Step
 from whit.kernels.gpu import Gpu, decoding, few
 from whit.kernels.gpu.attention import Workspace, attend
@@ -23,8 +24,6 @@ from whit.kernels.gpu.kernel import why_not as no_kernels
 from whit.modules import QuantizedLinear
 from whit.tensor import PackedWeight
 
-MODELS = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
-ROTARY = ("default", "linear", "llama3", "yarn")  # whose angles depend on nothing but the position
 MOST_ERROR = 0.1  # of the logits in the trial: rounding gives a tenth of it, another model's structure ten times
 
 
@@ -162,8 +161,8 @@ def has_hooks(module: nn.Module) -> bool:
 def why_not(model: Any) -> str | None:
     """Why a model has no fused step, or None."""
     name, config = type(model).__name__, model.config
-    if name not in MODELS:
-        return f"{name} is none of {', '.join(MODELS)}"
+    if name not in CLASSES:
+        return f"{name} is none of {', '.join(CLASSES)}"
     if model.dtype not in (torch.bfloat16, torch.float16):
         return f"the model computes in {model.dtype}"
     rotary = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")

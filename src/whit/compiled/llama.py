@@ -18,7 +18,7 @@ from whit.kernels.invariant import RowByRow
 from whit.modules import PackedModule, QuantizedEmbedding, QuantizedLinear, TiedEmbedding, TiedHead
 
 CLASSES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
-ROTARY = ("default", "linear", "llama3", "yarn")  # whose tables do not depend on how long the text has become
+ROTARY = ("default", "linear", "llama3", "yarn")  # whose angles depend on nothing but the position
 RECORDERS = "transformers.utils.output_capturing"
 
 

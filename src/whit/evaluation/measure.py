@@ -46,11 +46,16 @@ from whit.integrations.loading import load_causal_lm, load_config, load_tokenize
 
 @dataclass(frozen=True)
 class EvaluationOptions:
-    """What to measure.
+    """What to measure, and how.
 
-    `text` is a file, "whit:heldout" or "whit:text"; `context` None means 2048, or the model's maximum if that is less.
-    `two_pass` stores the baseline's logits in temporary files even where both models fit in memory;
-    `baseline_cache` keeps them in that folder for later runs.
+    - `baseline`: a model to compare with, by KL divergence and agreement of the likeliest tokens.
+    - `text`: a file, "whit:heldout" or "whit:text"; its first `max_tokens` tokens (None: all), in windows of `context`
+      tokens (None: 2048, or the model's maximum if that is less).
+    - `tasks`: names of zero-shot tasks, the first `limit` items of each; `task_data` is a folder with their files.
+    - `device`: auto, cpu or cuda. `dtype`: auto (the checkpoint's), float32, bfloat16 or float16.
+    - `two_pass`: keep the baseline's logits in temporary files even if both models fit into memory. `baseline_cache`:
+      keep them in this folder for later runs.
+    - `seed`: of the bootstrap behind the confidence interval.
     """
 
     baseline: str | None = None
@@ -71,9 +76,10 @@ class EvaluationOptions:
 def evaluate(
     model: str, options: EvaluationOptions | None = None, listener: Listener | None = None, network: Any = None
 ) -> EvaluationResult:
-    """Measure the model (local folder, .gguf file or hub id). Every refusal is a WhitError of one sentence.
+    """Measure a model (local folder, .gguf file or hub id). Everything it refuses is a WhitError with one sentence.
 
-    `network` is the model where it is loaded already, by whatever library; `model` then names its files.
+    `listener` hears of progress. `network` is the model if it is loaded already, by whatever library; `model` then
+    names its files.
     """
     options = options or EvaluationOptions()
     notes = _Notes(listener or Silent())

@@ -1,8 +1,8 @@
-"""What an exporter is: it says how a file names, types and frames what a model has become.
+"""What an exporter is: it knows how one kind of file stores a quantized model: names, types, layout, small files.
 
 A run asks it in this order: `fitted` (which variant of a format it can hold), `problems` (before a weight is read),
 `specs` and `shards` (every byte planned), `tensors` (the bytes), `decode` (read back), `files` (config.json, model card
-and the like). `restore` is for runs that go on after a kill and for whoever reads the result.
+and the like). `restore` is for resumed runs and for everything that reads the result.
 """
 
 from __future__ import annotations
@@ -86,11 +86,11 @@ class Exporter(Protocol):
     summary: ClassVar[str]
     """One line for `--help`."""
     example: ClassVar[str]
-    """A format that it holds, for a sentence that wants one."""
+    """A format that it holds: the default of a run, and the example in messages."""
     suffix: ClassVar[str]
-    """Where not empty, an OUT that ends so is one file, and its account lies beside it, OUT.whit.json."""
+    """If not empty, an OUT with this ending is one file, with its account beside it, OUT.whit.json."""
     fuses: ClassVar[bool]
-    """Whether engines join linears of one input (q, k, v; gate, up), which then must have one format."""
+    """Whether engines fuse linears with the same input (q, k, v; gate, up), which must then have the same format."""
 
     def __init__(self, model: PreTrainedModel, folder: Path) -> None: ...
 
@@ -101,31 +101,31 @@ class Exporter(Protocol):
 
     @classmethod
     def fitted(cls, format: Format) -> Format:
-        """The variant of a format that the file can hold (float16 scales, say); the same one where there is none."""
+        """The variant of a format that the file can hold, for example with float16 scales; else the format itself."""
         ...
 
     @classmethod
     def whole(cls, recipe: Recipe) -> Recipe:
-        """The recipe as this kind of file means it: a type for everything may stand for a mix."""
+        """The recipe as this kind of file means it: in GGUF, a type for everything stands for a mix."""
         ...
 
     def adapted(self, target: Target, format: Format) -> tuple[Format | None, str | None]:
-        """The format in which the file holds a target that is to have `format` (None: kept), and why another one."""
+        """The format in which the file can hold a target meant for `format` (None: kept), and why if it differs."""
         ...
 
     def refuses(self, activations: Activations) -> str | None:
-        """Why the file cannot say that inputs are quantized so, in a clause that also says what to do; or None."""
+        """None if the file can express such activations, else why not and what to do, in a clause."""
         ...
 
     def problems(self, formats: Mapping[Target, Format]) -> list[str]:
         """One sentence for each thing that the file cannot hold: *where: what is; what must be; what to do.*
 
-        Without `formats`: whether the file cannot be where nothing is quantized.
+        With empty `formats`: whether such a file must have something quantized.
         """
         ...
 
     def weighed(self, by: Importance) -> None:
-        """Told before `shards` that columns are weighed by an importance matrix, for files that can say so."""
+        """Called before `shards` if columns are weighed by an importance matrix, for files that record it."""
         ...
 
     def specs(self, parameter: Parameter) -> Mapping[str, TensorSpec]:
@@ -133,7 +133,7 @@ class Exporter(Protocol):
         ...
 
     def verbatim(self, parameter: Parameter) -> bool:
-        """Whether a kept parameter's own bytes go into the file as they are, in one tensor."""
+        """Whether a kept parameter is copied byte for byte, as one tensor."""
         ...
 
     def tensors(self, parameter: Parameter, value: Value) -> Mapping[str, Tensor]:
@@ -149,18 +149,18 @@ class Exporter(Protocol):
         ...
 
     def decode(self, parameter: Parameter, tensors: Mapping[str, Tensor]) -> Tensor | None:
-        """The float32 weight (as quantized: target.shape) that a reader of the file makes of the tensors.
+        """The float32 weight (of target.shape, as it was quantized) that a reader of the file gets from the tensors.
 
-        Written from the format's description and from nothing that `tensors` uses; None where there is no such decoder.
+        It follows the format's description and shares no code with `tensors`; None where there is no such decoder.
         """
         ...
 
     def shards(self, parameters: Sequence[Parameter], limit: int) -> tuple[Shard, ...]:
-        """The files that hold the tensors of `parameters`, in their order; at most `limit` bytes each where it can."""
+        """The files that hold the tensors of `parameters`, in their order; if possible at most `limit` bytes each."""
         ...
 
     def files(self, outcome: Outcome) -> Mapping[str, bytes]:
-        """config.json, README.md and whatever else the file's readers want, by name; they replace MODEL's own."""
+        """config.json, README.md and whatever else readers of the file need, by name; they replace MODEL's own."""
         ...
 
     def takes(self, name: str) -> bool:

@@ -74,7 +74,7 @@ class ForeignSource(ModelSource):
         checkpoint, scales = self.foreign.checkpoint, {}
         for key, spec in how.specs.items():
             if (stored := f"{module}.{key}") not in checkpoint or checkpoint[stored].numel() != 1:
-                raise CheckpointError(f"inputs are rounded to {how}, and {stored} is no single number")
+                raise CheckpointError(f"inputs are rounded to {how}, and {stored} is not a single number")
             scales[key] = checkpoint[stored].reshape(spec.shape).to(spec.dtype)
         return how, scales
 

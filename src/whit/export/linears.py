@@ -160,7 +160,7 @@ class LinearsExport(FolderExport):
         for target in find_targets(self.model):
             if target.kind in ("linear", "conv1d") and target.holder not in quantized:
                 names |= dict.fromkeys([target.holder, *(module for module, _ in self.pieces(target))])
-        for p in outcome.parameters:  # routers of experts are no nn.Linear here, and are one for others
+        for p in outcome.parameters:  # routers of experts are not nn.Linear here, and are one for others
             if p.format is None and p.target is None and len(p.spec.shape) == 2 and p.name.endswith(".weight"):
                 stored = [p.name, *stored_rows(self.model, p.name, p.spec.shape)]
                 names |= dict.fromkeys(name.removesuffix(".weight") for name in stored)

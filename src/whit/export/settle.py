@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedModel
 
+from whit.capabilities import rotation
 from whit.export.base import Exporter
 from whit.formats import parse_format
 from whit.formats.ggml.mixes import MIXES, Place, Role, mixed_type
@@ -15,7 +16,7 @@ from whit.formats.lowrank import side_car, without_side_car
 from whit.formats.rotated import without_rotation
 from whit.model.targets import Target, input_table
 from whit.recipe import Recipe
-from whit.tensor import Format, rotation
+from whit.tensor import Format
 
 ROLES: tuple[tuple[str, Role], ...] = (
     (r"(attn|attention)\.(c_proj|out_proj|dense)$|o_proj$", "attention_output"),
@@ -67,7 +68,7 @@ def _input_embedding(model: PreTrainedModel) -> str:
 
 
 def _place(targets: tuple[Target, ...], model: PreTrainedModel, embedding: str) -> Place | None:
-    """Where a matrix stands; None for those that no mix touches: tables of positions, the gates of experts."""
+    """Where a matrix stands; None for what no mix touches: tables of positions, gates of experts, narrow linears."""
     config, target = model.config, targets[0]
     heads = getattr(config, "num_attention_heads", 1)
     shared = heads // (getattr(config, "num_key_value_heads", None) or heads)
@@ -80,6 +81,6 @@ def _place(targets: tuple[Target, ...], model: PreTrainedModel, embedding: str) 
         if target.holder != embedding:
             return None
         role = "embedding"
-    elif target.is_gate:
+    elif target.is_gate or target.is_narrow:
         return None
     return Place(role, int(block[1]) if block else 0, config.num_hidden_layers, shared, target.shape[-1])

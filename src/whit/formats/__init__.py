@@ -94,7 +94,7 @@ def _band(text: str) -> tuple[Format, int]:
     """`q5_k:1024`, or `q2_k` for all that is left."""
     format, colon, count = text.partition(":")
     if colon and not count.strip().isdecimal():
-        raise FormatError(f"band {text!r}: {count!r} is no number of rows; it must be one; write q5_k:1024")
+        raise FormatError(f"band {text!r}: {count!r} is not a number of rows; it must be one; write q5_k:1024")
     return parse_format(format), int(count or 0)
 
 

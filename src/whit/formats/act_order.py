@@ -13,9 +13,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from whit.capabilities import rounded
 from whit.errors import FormatError
 from whit.formats.affine import Affine
-from whit.tensor import Params, ParamSpec, rounded, tensor_param
+from whit.tensor import Params, ParamSpec, tensor_param
 
 SUFFIX = "-act"
 SHRINKS = 19  # ranges that a fit tries, from the whole one down to SMALLEST of it

@@ -32,7 +32,14 @@ MAX_GROUP = 1 << 20
 
 @dataclass(frozen=True)
 class Affine(Scaled):
-    """Integers of 1 to 8 bits, per group of columns, per row (`group_size` 0) or per tensor."""
+    """Integers of 1 to 8 bits: w = code scale, or, where not `symmetric`, w = (code - zero_point) scale.
+
+    - `group_size`: columns that share params; 0: one scale per row, or, with `per_tensor`, one for the matrix.
+    - `float_zero`: zero points are float16 and not integers (`-fz`); asymmetric formats only.
+    - `scale_type`: bf16, f16 or f32; empty: what is usual, bf16 in groups and f32 otherwise.
+
+    FormatError for what does not go together.
+    """
 
     bits: int
     group_size: int = ROW

@@ -74,10 +74,11 @@ def byte_levels(levels: Sequence[float]) -> tuple[tuple[int, ...], float]:
 
 @dataclass(frozen=True)
 class Codebook:
-    """Any table of 2 to 256 levels, largest magnitude 1, in groups of columns.
+    """Any table of 2 to 256 `levels`, the largest magnitude 1: w = level absmax, one absmax for a group of columns.
 
-    `double_quant` stores absmax itself in 8 bits. `centered` is for those: the mean of the whole tensor is subtracted,
-    and values are rounded to 65,536 points of [-1, 1] before the nearest level is sought, as bitsandbytes does on CPU.
+    `double_quant` stores absmax itself in 8 bits. `centered` belongs to those nested formats: the mean of the whole
+    tensor is subtracted, and values are rounded to 65,536 points of [-1, 1] before the nearest level is sought, as
+    bitsandbytes does on a CPU. FormatError for a table or group size that cannot be.
     """
 
     levels: tuple[float, ...]
@@ -129,7 +130,7 @@ class Codebook:
     def in_bytes(self) -> Codebook:
         """The same codes and params with `byte_levels`, for products of bytes; itself where that changes no level.
 
-        Tables of more than 16 levels are no such products, and stay as they are.
+        Tables of more than 16 levels are not such products, and stay as they are.
         """
         if self.bits > 4:
             return self

@@ -14,10 +14,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from whit.capabilities import rotation
 from whit.errors import FormatError
 from whit.formats.around import Around
 from whit.formats.factors import best_factors
-from whit.tensor import Format, PackedWeight, Params, ParamSpec, QuantizedTensor, rotation, tensor_param
+from whit.tensor import Format, PackedWeight, Params, ParamSpec, QuantizedTensor, tensor_param
 
 A, B = "low_rank_a", "low_rank_b"
 DTYPE = torch.bfloat16

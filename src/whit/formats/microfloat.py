@@ -62,7 +62,7 @@ class BFloat16:
 
 @dataclass(frozen=True)
 class Float8:
-    """FP8 E4M3 (no infinities, largest 448), scaled per row or per tensor."""
+    """FP8 E4M3 (no infinities, largest 448) times one scale per row or, with `per_tensor`, one for the matrix."""
 
     per_tensor: bool = False
 

@@ -15,11 +15,12 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from whit.capabilities import rotation
 from whit.errors import FormatError
 from whit.formats.around import Around
 from whit.formats.bands import bands_of
 from whit.rotation import SIZES, rotate_exactly
-from whit.tensor import Format, PackedWeight, Params, ParamSpec, rotation
+from whit.tensor import Format, PackedWeight, Params, ParamSpec
 
 PATTERN = re.compile(r"(?P<base>.+)\+h(?P<size>[1-9]\d{0,4})")
 

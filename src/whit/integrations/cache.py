@@ -21,16 +21,21 @@ from whit.named import require
 from whit.tensor import Format, PackedWeight, QuantizedTensor
 
 
+def check_heads(format: Format, columns: int) -> None:
+    """RecipeError where a head's columns cannot be cut into the format's groups."""
+    if format.group_size and columns % format.group_size:
+        raise RecipeError(
+            f"cache format {format}: a head has {columns} columns, not divisible by group_size {format.group_size}; "
+            "choose a group size that divides it"
+        )
+
+
 class PackedStates:
     """States (batch, heads, tokens, dim) in a format: every packed tensor as (batch, heads, tokens, its columns)."""
 
     def __init__(self, format: Format, like: Tensor) -> None:
         self.format, self.columns, self.dtype = format, like.shape[-1], like.dtype
-        if format.group_size and self.columns % format.group_size:
-            raise RecipeError(
-                f"cache format {format}: a head has {self.columns} columns, not divisible by group_size "
-                f"{format.group_size}; choose a group size that divides it"
-            )
+        check_heads(format, self.columns)
         specs = BITS.specs(format, (3, self.columns))
         if any(spec.shape[0] != 3 for spec in specs.values()):
             raise RecipeError(
@@ -202,12 +207,14 @@ class QuantizedSlidingLayer(QuantizedLayer, DynamicSlidingWindowLayer):  # type:
 
 
 class QuantizedCache(Cache):  # type: ignore[misc]
-    """A cache for `generate(past_key_values=...)` and every forward of a decoder.
+    """A cache of keys and values in few bits, for `generate(past_key_values=...)` and every forward of a decoder.
 
-    `config` is the model's, from which sliding windows are known; without it all layers keep all tokens. `format` is a
-    SPEC with params per token: int8 (one scale for each head of a token), int4-g32 (one per 32 columns of a head),
-    int4-g32-asym and the like. The last `recent` tokens stay in 16 bits. RecipeError for a format or a `recent` that
-    cannot be, when the first states come at the latest; UnsupportedModelError for layers that cache something else.
+    `config` is the model's and tells its sliding windows; without it all layers keep all tokens. `format` is a SPEC
+    whose params belong to single tokens: int8 (one scale for each head of a token), int4-g32 (one per 32 columns of a
+    head), int4-g32-asym and the like. The last `recent` tokens stay in 16 bits.
+
+    RecipeError for a format or a `recent` that cannot be used, at the latest when the first states come;
+    UnsupportedModelError for layers that cache something else.
     """
 
     def __init__(self, config: Any = None, format: str | Format = "int8", recent: int = 0) -> None:

@@ -36,20 +36,24 @@ class FurtherOptions(BitsandbytesOptions, total=False):
 
 
 class QuantizationConfig(QuantizationConfigMixin):  # type: ignore[misc]
-    """Quantize while loading.
+    """How a model is quantized while it is loaded: `from_pretrained(MODEL,
+    quantization_config=QuantizationConfig("nf4"))`.
 
-    `format` is a shorthand ("nf4", "int8", "int4-g128-asym", or a mix: "q4_k_m"), a scheme ("w8a8", "llm.int8"), a
-    Format, or a whole Recipe; `rules` are pairs (glob over module names, format) that come after it; `method` a name
-    ("rtn", "clip", "hqq") or a Method that needs no data. `activations` ("int8", "fp8") quantizes the inputs of linears
-    as they come; with `outlier_threshold` (llm.int8's is 6.0; 0: none) columns that reach it stay in 16 bits, as
-    bitsandbytes has it, and `enable_fp32_cpu_offload` keeps what a device map puts on the CPU beside a GPU (then in
-    float32), or on disk, unquantized.
-    With `deterministic` a row of a product is the same bits whatever batch it is in (`whit.set_deterministic`).
-    The options of bitsandbytes' configuration mean what they mean there: `load_in_4bit=True` with
-    `bnb_4bit_quant_type="nf4"`, `bnb_4bit_use_double_quant` and `bnb_4bit_compute_dtype`, or `load_in_8bit=True`.
-    `double_quant` stores a codebook format's absmax in 8 bits. Linears multiply in `compute_dtype` (as their input
-    comes unless given). Modules named in `modules_to_not_convert` (or `skip_modules`) are kept, with all inside them.
-    Raises FormatError and RecipeError.
+    - `format`: a shorthand ("nf4", "int8", "int4-g128-asym", or a mix: "q4_k_m"), a scheme ("w8a8", "llm.int8"), a
+      Format, or a whole Recipe. `rules`: pairs (glob over module names, format) that follow it.
+    - `method`: a name ("rtn", "clip", "hqq") or a Method that needs no data. `double_quant` stores a codebook format's
+      absmax in 8 bits.
+    - `activations` ("int8", "fp8") quantizes the inputs of linears as well. `outlier_threshold`: columns that reach it
+      stay in 16 bits, as in bitsandbytes (llm.int8's is 6.0; 0: none do).
+    - `compute_dtype`: the type in which linears multiply; their input's unless given.
+    - `modules_to_not_convert` (or `skip_modules`): names of modules that are kept, with everything inside them.
+      `enable_fp32_cpu_offload` keeps what a device map puts on disk, or on the CPU beside a GPU (then in float32),
+      unquantized.
+    - `deterministic`: a row of a product has the same bits whatever batch it is in (`whit.set_deterministic`).
+
+    The options of BitsAndBytesConfig mean what they mean there: `load_in_4bit=True` with `bnb_4bit_quant_type="nf4"`,
+    `bnb_4bit_use_double_quant` and `bnb_4bit_compute_dtype`, or `load_in_8bit=True`. Raises FormatError and
+    RecipeError.
     """
 
     def __init__(

@@ -55,7 +55,8 @@ def check_own(config: Any) -> None:
     kind = "a dict of options" if options is not None else type(config).__name__
     typed = "load_in_4bit=True, bnb_4bit_quant_type='nf4'" if _method(config) == "bitsandbytes" else "'int4-g128'"
     raise RecipeError(
-        f"QuantizationConfig: {kind} is no format; give the options themselves: whit.QuantizationConfig({typed}, ...)"
+        f"QuantizationConfig: {kind} is not a format; give the options themselves: "
+        f"whit.QuantizationConfig({typed}, ...)"
     )
 
 

@@ -63,7 +63,7 @@ class Generated:
 def generate(model: Any, tokenizer: Any, prompt: str, sampling: Sampling, streamer: Any = None) -> Generated:
     """Continue the prompt; a model that reads one text and writes another (T5, BART) answers it.
 
-    Raises EvaluationError for an empty prompt, one that leaves the model no position, and logits that are no numbers.
+    Raises EvaluationError for an empty prompt, one that leaves the model no position, and logits that are not numbers.
     """
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
     length = int(inputs["input_ids"].shape[1])

@@ -31,19 +31,21 @@ M = TypeVar("M", bound=nn.Module)
 def quantize_model(model: M, config: QuantizationConfig | str | Format | Recipe | None = None, **options: Any) -> M:
     """Quantize the linears of a model in memory, in place, and return it.
 
-    `model` is any module with linears inside, on any device, each matrix quantized where it lies and let go before the
-    next. `config` is a `QuantizationConfig`, or what one is made of, with its `options`:
+    `model` is any module with linears inside, on any device. Each matrix is quantized where it is, and freed before the
+    next. `config` is a `QuantizationConfig`, or the format that one begins with, with its `options`:
 
         whit.quantize_model(model, "int4-g64", method="hqq", modules_to_not_convert=["head"])
 
-    Rules and names are those of the model's own modules (`model.named_modules()`); embeddings and output heads are
-    quantized where a rule names them; matrices that modules share stay shared. A model of transformers can be saved
-    then (`save_pretrained`) and loaded again, trained on (`whit.prepare_for_training`) and dequantized, as one that was
-    loaded so. Of another module take `state_dict()`, and load it into one that was quantized in the same way.
-    `torch.compile(model)` takes it too.
+    Rules match the names of `model.named_modules()`. Embeddings and output heads are quantized only where a rule names
+    them; matrices that modules share stay shared.
 
-    Nothing is changed where it raises: RecipeError and FormatError for what does not fit, NonFiniteError for weights
-    that are no numbers, UnsupportedModelError where there is no module inside `model` to replace, or it is quantized.
+    A transformers model can then be saved (`save_pretrained`) and loaded again, trained on
+    (`whit.prepare_for_training`) and dequantized, like one that was quantized while loading. For another module save
+    its `state_dict()` and load that into a module that was quantized in the same way. `torch.compile(model)` works too.
+
+    If it raises, nothing was changed: RecipeError and FormatError for what does not fit, NonFiniteError for weights
+    with NaN or infinity, UnsupportedModelError if `model` has no module inside that can be replaced, or is quantized
+    already.
     """
     if isinstance(config, QuantizationConfig) and options:
         raise RecipeError(f"option {min(options)!r}: a QuantizationConfig has its own; give it there")
@@ -103,7 +105,7 @@ def _check(model: nn.Module) -> None:
     """UnsupportedModelError for what cannot be quantized where it stands."""
     if not isinstance(model, nn.Module):
         raise UnsupportedModelError(
-            f"{type(model).__name__}: is no module; it must be an nn.Module; for one array use whit.quantize_tensor"
+            f"{type(model).__name__}: is not a module; it must be an nn.Module; for one array use whit.quantize_tensor"
         )
     name = type(model).__name__
     if isinstance(model, nn.Linear | nn.Embedding):

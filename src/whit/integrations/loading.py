@@ -7,6 +7,7 @@ Whatever transformers or the hub answers is said again as one sentence.
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -48,7 +49,7 @@ def load_causal_lm(
     model may read one text and write another (T5, BART).
 
     Raises CheckpointError for a folder or id that cannot be read or lacks tensors, UnsupportedModelError for a model
-    that is no causal language model, EvaluationError for a device or dtype that is not there.
+    that is not a causal language model, EvaluationError for a device or dtype that is not there.
     """
     placement = _placement(device)
     if dtype not in DTYPES:
@@ -155,6 +156,15 @@ def _placement(device: str) -> dict[str, Any]:
     return {"device_map": "auto" if device == "auto" else {"": device}}
 
 
+def _needs_images(architecture: str) -> bool:
+    """Whether it cannot be given text alone (BLIP)."""
+    import transformers
+
+    kind = getattr(transformers, architecture, None)
+    images = inspect.signature(kind.forward).parameters.get("pixel_values") if kind else None
+    return images is not None and images.default is images.empty
+
+
 def causal_class(name: str, config: Any, two_texts: bool = False) -> Any:
     """The auto class that loads the model of that name; UnsupportedModelError where it predicts no next token.
 
@@ -173,7 +183,7 @@ def causal_class(name: str, config: Any, two_texts: bool = False) -> Any:
     if two_texts and auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES.get(config.model_type) in architectures:
         return AutoModelForSeq2SeqLM
     if not getattr(config, "is_encoder_decoder", False):
-        if sees in architectures and mapped not in architectures:
+        if sees in architectures and mapped not in architectures and not _needs_images(sees):
             return AutoModelForImageTextToText
         if mapped is not None and any(a in known or a.endswith("ForConditionalGeneration") for a in architectures):
             return AutoModelForCausalLM

@@ -38,7 +38,7 @@ def plan_formats(model: nn.Module, recipe: Recipe, ties: Mapping[str, str]) -> d
     if recipe.mix:
         recipe = settle(recipe, Whit(model, Path()), model, groups).recipe
     slips = set(recipe.unmatched(holders))
-    # Rules that keep something which is not there are no slips: skip lists are shared between models.
+    # Rules that keep a module which is not there are no errors: skip lists are shared between models.
     rules = [rule for rule in recipe.rules if rule[0] not in slips or rule[1].bits != 16]
     formats = check_recipe(recipe.with_rules(rules), groups, holders)
     return {targets[parameter]: format for parameter, format in formats.items() if format is not None}

@@ -33,6 +33,7 @@ from whit.integrations.plan import (
     shared_weights,
 )
 from whit.integrations.slow import warn_of_slow_products
+from whit.kernels.cpu.memory import release
 from whit.layouts import BITS
 from whit.model.targets import Target
 from whit.modules import (
@@ -48,6 +49,7 @@ from whit.modules import (
     set_deterministic,
     withdraw,
 )
+from whit.process import give_back_freed
 from whit.tensor import Format, PackedWeight
 
 
@@ -146,6 +148,8 @@ class WhitQuantizer(HfQuantizer):  # type: ignore[misc]
         recipe = self.quantization_config.recipe
         quantized = quantize_tensor(matrix, format, recipe.method_for(target.holder) or recipe.method)
         packed = BITS.pack(quantized)
+        if weight.is_contiguous() and weight.device.type == "cpu":
+            release(weight)  # read for the last time: a mapped file's pages would count as this process's to the end
         withdraw(model, target, format)
         install(model, target, self._empty(target, format), self.dtypes(model, target.holder))
         return {f"{target.holder}.{key}": tensor for key, tensor in packed.tensors.items()}
@@ -171,6 +175,8 @@ class WhitQuantizer(HfQuantizer):  # type: ignore[misc]
         if self.quantization_config.deterministic:
             set_deterministic(model)
         warn_of_slow_products(model)
+        if not self.pre_quantized:
+            give_back_freed()
         # Saving must not undo conversions (split experts, rename) on packed tensors.
         self.conversions, model._weight_conversions = conversions, []
 

@@ -23,7 +23,7 @@ def as_affine(format: Format) -> Affine | None:
 
 
 def integers_of(format: Format) -> Affine | None:
-    """As `as_affine`, and the integers of an act-order format, whose groups are no neighbours."""
+    """As `as_affine`, and the integers of an act-order format, whose groups are not neighbours."""
     return format.integers if isinstance(format, ActOrder) else as_affine(format)
 
 
@@ -46,7 +46,9 @@ def refuse_affine(format: Format, bits: tuple[int, ...], scale_types: tuple[str,
 def refuse_ragged(format: Format, shape: tuple[int, ...]) -> str | None:
     """Why a matrix whose last group is shorter than the others does not fit; None where all are whole."""
     size, columns = getattr(integers_of(format), "group_size", 0), shape[-1]
-    return f"holds whole groups, and {columns} columns are no multiple of {size}" if size and columns % size else None
+    return (
+        f"holds whole groups, and {columns} columns are not a multiple of {size}" if size and columns % size else None
+    )
 
 
 def with_scales(format: Affine, scale_type: str) -> Affine:

@@ -18,7 +18,7 @@ class Layout(Protocol):
     def name(self) -> str: ...
 
     def refuses(self, format: Format, shape: tuple[int, ...]) -> str | None:
-        """None where a tensor of that shape in that format can lie so, else what is and what must be, in a clause."""
+        """None if the layout can hold a tensor of that shape in that format, else why not, in a clause."""
         ...
 
     def specs(self, format: Format, shape: tuple[int, ...]) -> Mapping[str, TensorSpec]:
@@ -39,7 +39,7 @@ class Layout(Protocol):
 
 
 class WholeRows:
-    """`rows` for layouts whose rows do not lie apart: everything is unpacked."""
+    """`rows` for layouts in which rows share bytes: everything is unpacked."""
 
     def rows(self: Layout, packed: PackedWeight, index: Tensor) -> Tensor:
         """Dequantized float32 rows (len(index), columns)."""

@@ -15,20 +15,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from whit.capabilities import codes_shape, radix
 from whit.formats.bands import banded, places
 from whit.layouts.digits import digits_per_byte, pack_digits, unpack_digits
 from whit.layouts.stream import pack_stream, unpack_stream
-from whit.tensor import (
-    Format,
-    PackedWeight,
-    Params,
-    ParamSpec,
-    QuantizedTensor,
-    TensorSpec,
-    codes_shape,
-    matrix_shape,
-    radix,
-)
+from whit.tensor import Format, PackedWeight, Params, ParamSpec, QuantizedTensor, TensorSpec, matrix_shape
 
 
 @dataclass(frozen=True)
@@ -145,7 +136,7 @@ class WholeBits(Bits):
 
     def refuses(self, format: Format, shape: tuple[int, ...]) -> str | None:
         """Formats whose codes lie in whole bits anyway."""
-        return None if radix(format) else f"{format}: codes are no digits"
+        return None if radix(format) else f"{format}: codes are not digits"
 
     def pack_codes(self, codes: Tensor, format: Format) -> Tensor:
         return pack_stream(codes.to(torch.int8), format.bits, -(1 << format.bits - 1))

@@ -43,7 +43,7 @@ def check_digits(packed: Tensor, base: int) -> None:
 def unpack_digits(packed: Tensor, columns: int, base: int, code_min: int) -> Tensor:
     """The inverse of `pack_digits`: uint8 (rows, columns), int8 where code_min < 0.
 
-    CheckpointError for bytes of base^n and more, which are no digits; on a GPU, which asking would hold up, they are
+    CheckpointError for bytes of base^n and more, which are not digits; on a GPU, which asking would hold up, they are
     read modulo base^n.
     """
     if packed.device.type == "cpu":

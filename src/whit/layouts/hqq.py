@@ -40,7 +40,7 @@ class HQQLayout(WholeRows):
         if not fits or not isinstance(format, Affine) or format.scale_type != "f16":
             return "hqq holds affine integers of 1, 2, 3, 4, 8 bits with float16 scales; use int4-g64-asym-fz-f16"
         if format.group_size and shape[-1] % format.group_size:
-            return f"hqq holds whole groups, and {shape[-1]} columns are no multiple of {format.group_size}"
+            return f"hqq holds whole groups, and {shape[-1]} columns are not a multiple of {format.group_size}"
         rows = shape[0] * group_count(shape[1], format.group_size)
         if len(shape) != 2 or (format.bits != 3 and rows % SLICES[format.bits]):
             return f"hqq packs {SLICES[format.bits]} groups together, of which {list(shape)} has {rows}"

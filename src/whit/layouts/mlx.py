@@ -43,7 +43,7 @@ class MLXLayout(WholeRows):
                 "use int4-g64 or int4-g64-offset"
             )
         if shape[-1] % format.group_size:
-            return f"mlx holds whole groups, and {shape[-1]} columns are no multiple of {format.group_size}"
+            return f"mlx holds whole groups, and {shape[-1]} columns are not a multiple of {format.group_size}"
         return None if len(shape) == 2 else f"mlx holds matrices, and this is {list(shape)}"
 
     def specs(self, format: Format, shape: tuple[int, ...]) -> Mapping[str, TensorSpec]:

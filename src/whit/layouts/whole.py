@@ -48,7 +48,7 @@ def integers_of(format: Format) -> Format:
     """The format of the integers that ternary codes are; FormatError for another one."""
     if not is_ternary(format):
         raise FormatError(
-            f"{format}: codes are no digits of base 3; only those of ternary formats are integers of 2 bits"
+            f"{format}: codes are not digits of base 3; only those of ternary formats are integers of 2 bits"
         )
     return Affine(format.bits, format.group_size, scale_type=format.scale_type)
 

@@ -24,6 +24,7 @@ from whit.kernels import select
 from whit.kernels.reference import CHUNK, Reference
 from whit.layouts import BITS, WHOLE_BITS
 from whit.layouts.whole import is_ternary
+from whit.memory.cache import check_even, head_dim
 from whit.methods import RTN
 from whit.model.targets import Target
 from whit.tensor import Format, matrix_shape
@@ -58,9 +59,10 @@ class Widths:
 
 
 def widths(config: Any, model: nn.Module) -> Widths:
-    """The widths that a configuration and its skeleton have."""
-    heads = config.num_attention_heads
-    dim = getattr(config, "head_dim", None) or getattr(config, "d_kv", None) or config.hidden_size // heads
+    """The widths that a configuration and its skeleton have; UnsupportedModelError where stages differ."""
+    check_even(config)
+    heads = getattr(config, "num_attention_heads", 0)
+    dim = head_dim(config)
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     names = {name.rpartition(".")[2] for name, _ in model.named_modules()} | {
         name.rpartition(".")[2] for name, _ in model.named_parameters()
@@ -83,8 +85,9 @@ def _intermediate(config: Any) -> int:
         own = getattr(config, "moe_intermediate_size", None) or config.intermediate_size
         return int(visited * own + (getattr(config, "shared_expert_intermediate_size", None) or 0))
     for name in ("intermediate_size", "n_inner", "ffn_dim", "d_ff", "hidden_dim"):
-        if getattr(config, name, None):
-            return int(getattr(config, name))
+        found = getattr(config, name, None)
+        if found:
+            return max(found) if isinstance(found, list) else int(found)  # Gemma 3n: one for each block
     return 4 * int(config.hidden_size)
 
 
@@ -104,15 +107,20 @@ def saved_bytes(w: Widths, dtype: torch.dtype) -> int:
     return w.saved * dtype.itemsize + 2 * w.hidden * (4 + dtype.itemsize)
 
 
-def training_bytes(w: Widths, tokens: int, batch: int, dtype: torch.dtype, checkpointing: bool) -> int:
-    """Bytes kept for the backward pass at its beginning.
+def kept_bytes(w: Widths, dtype: torch.dtype, checkpointing: bool) -> int:
+    """Bytes per token that the blocks keep for the backward pass, at its beginning.
 
-    With checkpointing a layer keeps its input only, and one layer is computed again; without, all of it. The loss
-    adds logits and their gradient in the dtype, and in float32 the log-softmax and its gradient.
+    With checkpointing a layer keeps its input only, and one layer is computed again; without, all of it.
     """
-    size = dtype.itemsize
-    kept = w.layers * w.hidden * size + saved_bytes(w, dtype) if checkpointing else w.layers * saved_bytes(w, dtype)
-    return batch * tokens * (kept + w.vocabulary * (2 * size + 8))
+    inputs = w.layers * w.hidden * dtype.itemsize
+    return inputs + saved_bytes(w, dtype) if checkpointing else w.layers * saved_bytes(w, dtype)
+
+
+def training_bytes(w: Widths, tokens: int, batch: int, dtype: torch.dtype, checkpointing: bool) -> int:
+    """Bytes kept for the backward pass at its beginning, the loss of every token with it: logits and their gradient in
+    the dtype, and in float32 the log-softmax and its gradient."""
+    logits = w.vocabulary * (2 * dtype.itemsize + 8)
+    return batch * tokens * (kept_bytes(w, dtype, checkpointing) + logits)
 
 
 def workspace_bytes(formats: Mapping[Target, Format], tokens: int, dtype: torch.dtype, device: str) -> int:

@@ -13,14 +13,16 @@ from typing import Any
 
 import torch
 
-from whit.errors import RecipeError
+from whit.errors import UnsupportedModelError
 from whit.formats import parse_format
+from whit.integrations.cache import check_heads
 from whit.layouts import BITS
 
 DENSE = {
     "fp32": torch.float32, "float32": torch.float32, "fp16": torch.float16, "float16": torch.float16,
     "bf16": torch.bfloat16, "bfloat16": torch.bfloat16,
 }  # fmt: skip
+STATELESS = ("moe", "mlp")  # blocks that look at one token at a time (Nemotron-H)
 
 
 @dataclass(frozen=True)
@@ -35,28 +37,49 @@ class CacheLayer:
 
 def cache_layers(config: Any) -> tuple[tuple[CacheLayer, ...], tuple[str, ...]]:
     """The layers of a decoder's configuration that cache keys and values, and notes on those that do not."""
-    heads = config.num_attention_heads
+    check_even(config)
+    heads = getattr(config, "num_attention_heads", 0)
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    dim = getattr(config, "head_dim", None) or getattr(config, "d_kv", None) or config.hidden_size // heads
+    dim = head_dim(config)
     key_dim, value_dim = dim, dim
-    if getattr(config, "kv_lora_rank", None):  # multi-head latent attention: transformers caches the decompressed heads
-        kv_heads, key_dim, value_dim = heads, config.qk_nope_head_dim + config.qk_rope_head_dim, config.v_head_dim
-    window = getattr(config, "sliding_window", None)
+    if getattr(config, "kv_lora_rank", None):  # multi-head latent attention: transformers caches what all heads share
+        kv_heads, key_dim, value_dim = 1, config.kv_lora_rank, config.qk_rope_head_dim
+    window = getattr(config, "sliding_window", None) or getattr(config, "attention_window_size", None)
     if not getattr(config, "use_sliding_window", True):
         window = None
     count = getattr(config, "num_decoder_layers", None) or config.num_hidden_layers
-    kinds = getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"] * count
+    usual = "recurrent blocks" if not heads else "sliding_attention" if window else "full_attention"
+    kinds = getattr(config, "layer_types", None) or [usual] * count
     layers, strange = [], []
-    for kind in kinds[:count]:
+    for kind in kinds[: count - (getattr(config, "num_kv_shared_layers", None) or 0)]:  # the last read others' keys
         if kind == "full_attention":
             layers.append(CacheLayer(kv_heads, key_dim, value_dim))
         elif kind in ("sliding_attention", "chunked_attention"):
             limit = getattr(config, "attention_chunk_size", None) if kind == "chunked_attention" else window
             layers.append(CacheLayer(kv_heads, key_dim, value_dim, limit))
-        else:
+        elif kind not in STATELESS:
             strange.append(kind)
-    notes = tuple(f"{kinds.count(k)} layers of {k} keep a state of fixed size, not counted" for k in set(strange))
-    return tuple(layers), notes
+            if kind == "hybrid":  # attention beside a state
+                layers.append(CacheLayer(kv_heads, key_dim, value_dim))
+    counts = {kind: strange.count(kind) for kind in dict.fromkeys(strange)}
+    return tuple(layers), tuple(f"{n} layers of {k} keep a state of fixed size, not counted" for k, n in counts.items())
+
+
+def check_even(config: Any) -> None:
+    """UnsupportedModelError where a configuration has widths of stages instead of one (Segformer, ConvNeXt)."""
+    kinds = (getattr(config, name, None) for name in ("hidden_size", "num_hidden_layers"))
+    if not all(isinstance(kind, int) for kind in kinds):
+        raise UnsupportedModelError(
+            f"{type(config).__name__}: has no single hidden_size and num_hidden_layers; whit memory counts models "
+            "whose blocks are equally wide; see what the weights take by whit quantize --dry-run"
+        )
+
+
+def head_dim(config: Any) -> int:
+    """Columns of a head; 0 where a model has no attention (Mamba, RWKV)."""
+    heads = getattr(config, "num_attention_heads", 0)
+    own = getattr(config, "head_dim", None) or getattr(config, "d_kv", None)
+    return int(own or config.hidden_size // heads) if heads else 0
 
 
 def cache_bytes(layers: tuple[CacheLayer, ...], tokens: int, batch: int, precision: str, default: torch.dtype) -> int:
@@ -75,11 +98,7 @@ def check_precision(precision: str, layers: tuple[CacheLayer, ...]) -> None:
         return
     format = parse_format(precision)
     for dim in {dim for layer in layers for dim in (layer.key_dim, layer.value_dim)}:
-        if format.group_size and dim % format.group_size:
-            raise RecipeError(
-                f"cache format {format}: a head has {dim} columns, not divisible by group_size {format.group_size}; "
-                "choose a group size that divides it"
-            )
+        check_heads(format, dim)
 
 
 def _matrix_bytes(rows: int, columns: int, precision: str, default: torch.dtype) -> int:

@@ -39,8 +39,8 @@ Training = Literal["full", "lora", "qlora"]
 # Bytes of a process that has imported torch, transformers and whit and built a model's code; on a GPU, those of the
 # driver's context and the libraries' handles. Measured by benchmarks/memory_peak.py.
 OVERHEAD = {"cpu": 430_000_000, "cuda": 600_000_000}
-# What training adds to it: PEFT (57 MB), and what the first steps forward and back leave in the heaps of two threads.
-TRAINER = {"cpu": 160_000_000, "cuda": 0}
+# What training adds to it: a tokenizer and the data, PEFT, and what a first pass leaves in the heap.
+TRAINER = {"cpu": 180_000_000, "cuda": 0}
 RUN = ("fp32", "bf16", "int8", "int6-g64", "nf4-dq", "int4-g128", "int3-g64", "int2-g32")
 LADDER = ("bf16", "int8", "int6-g64", "int5-g64", "nf4-dq", "int4-g64", "int3-g64", "int2-g32")  # best first
 TRAINED = {"full": ("fp32", "bf16"), "lora": ("bf16", "int8", "nf4-dq"), "qlora": ("nf4-dq", "int4-g64")}
@@ -52,7 +52,12 @@ PROMPT = 64  # rows that every kernel takes for a prompt
 
 @dataclass(frozen=True)
 class Situation:
-    """What is done with the model: a prompt of `context` tokens and its continuation, `batch` of them, or training."""
+    """What is done with the model: `batch` texts of `context` tokens each (prompt and answer), or training.
+
+    - `cache_format`: the SPEC of keys and values; auto: the model's own type. `device`: cpu or cuda.
+    - `train`: full, lora or qlora, with adapters of `rank` on the linears `targets`; None: generation.
+    - `rules`: pairs (glob, format), as in a recipe.
+    """
 
     context: int
     batch: int = 1
@@ -66,7 +71,9 @@ class Situation:
 
 @dataclass(frozen=True)
 class Need:
-    """Bytes by part. `checkpointing` says, for training, whether blocks are computed again on the way back."""
+    """The bytes that a format takes, by part. `checkpointing`: for training, whether the backward pass computes blocks
+    again.
+    """
 
     format: str
     weights_bytes: int
@@ -89,7 +96,7 @@ class Need:
 
 @dataclass(frozen=True)
 class Fit:
-    """A format that fits: the need at the asked context, and the longest context (None: no limit of the model's)."""
+    """A format that fits: its need at the asked context, and the longest context that fits, in tokens."""
 
     need: Need
     longest_context: int

@@ -38,8 +38,13 @@ ROUTES = ("requantize", "sidecar", "bf16")
 
 @dataclass(frozen=True)
 class Merge:
-    """What is wanted. `route` None: requantize where the model is quantized or `format` says how, else bf16. `source`
-    is the model in full precision: its weights are merged into, in place of the quantized ones."""
+    """How an adapter is merged.
+
+    - `route`: requantize, sidecar or bf16; None: requantize if the model is quantized or `format` is given, else bf16.
+    - `format`: the SPEC of new codes; None: the model's own formats.
+    - `source`: the model in full precision, whose weights the adapter is merged into instead of the quantized ones.
+    - `calibration`: the text by which codes are chosen. `export`: the kind of file.
+    """
 
     route: str | None = None
     format: str | None = None
@@ -53,8 +58,8 @@ def merge(
 ) -> Account:
     """Merge an adapter's folder into a model and write it to `out`; returns the account, as in its whit.json.
 
-    Raises CheckpointError where the adapter is not whole or not of this model, RecipeError where a route cannot be
-    gone, and what `whit.quantize` raises.
+    Raises CheckpointError if the adapter is incomplete or not one of this model, RecipeError if a route does not fit
+    the model, and what `whit.quantize` raises.
     """
     return run(prepare_merge(model, adapter, out, wanted or Merge(), options or Options()))
 

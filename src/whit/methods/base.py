@@ -20,25 +20,28 @@ class Method(Protocol):
     @property
     def name(self) -> str: ...
     @property
-    def needs_stats(self) -> bool: ...
+    def needs_stats(self) -> bool:
+        """Whether it needs `stats`, and so a calibration text."""
+        ...
+
     @property
     def needs_exact(self) -> bool:
-        """Whether it also wants to know what the unquantized model computes: `LayerStats.drift`, `Block.targets`."""
+        """Whether it also needs what the unquantized model computes: `LayerStats.drift`, `Block.targets`."""
         ...
 
     def __call__(self, weight: Tensor, stats: LayerStats | None, format: Format) -> QuantizedTensor:
-        """Quantize a finite float matrix (out_features, in_features)."""
+        """Quantize a finite float matrix (out_features, in_features); `stats` are None for a method without data."""
         ...
 
 
 @dataclass(frozen=True)
 class Block:
-    """A block of the model at work, for methods that choose the codes of all its matrices together.
+    """A block of the model that can be run, for methods that choose the codes of all its matrices together.
 
-    `forward` runs the block, with the parameters that it has at that moment, (n, context, hidden) to the same shape.
-    `inputs` (samples, context, hidden) are those of the quantized model so far, `targets` what the unquantized model
-    has behind this block. `parameters` are those to be quantized, by name; `shaped` gives their matrices (out, in)
-    the shapes that they have in the module.
+    `forward` runs the block with the parameters that it has at that moment, (n, context, hidden) to the same shape.
+    `inputs` (samples, context, hidden) come from the quantized blocks before this one; `targets`, of the same shape,
+    are this block's outputs in the unquantized model. `parameters` are those to be quantized, by name; `shaped` brings
+    their matrices (out, in) into the shapes that they have in the module.
     """
 
     module: nn.Module
@@ -51,17 +54,17 @@ class Block:
 
 @runtime_checkable
 class BlockMethod(Method, Protocol):
-    """A method whose call gives a start, and which then refines a block's matrices together."""
+    """A method whose call gives each matrix a start, and whose `refine` then improves a block's matrices together."""
 
-    weight_bytes: ClassVar[int]  # per weight of the block that it keeps, beside the block itself
+    weight_bytes: ClassVar[int]  # that it keeps for each weight of the block, in addition to the block itself
 
     @property
     def at_once(self) -> int:
-        """Samples that are run at once, on a CPU at most one for each thread."""
+        """How many samples are run together; on a CPU at most one for each thread."""
         ...
 
     def passes(self, samples: int) -> float:
-        """How often it runs that many samples through a block; a run backwards counts two more."""
+        """How often `refine` runs that many samples through a block; a backward pass counts two more."""
         ...
 
     def refine(

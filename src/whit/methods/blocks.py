@@ -31,11 +31,15 @@ UNITS = ("steps", "plain")
 
 @dataclass(frozen=True)
 class Blocks(BlockDescent):
-    """Training from the codes that `start` chooses; options as in `BlockDescent`.
+    """Training of all weights and params of a block, from the codes that `start` chooses.
 
-    `units`: rates are counted in steps of the format, or (`plain`) in what the weights and params themselves are
-    counted in, as in the paper. Rates fall as a cosine to `floor` of themselves. `slow`: the decay of Adam's second
-    average. With `inside` 1 it begins with the unquantized weights themselves.
+    - `units`: `steps` counts rates in steps of the format; `plain`, as in the paper, in the units of weights and
+      params.
+    - `floor`: rates fall along a cosine to this share of themselves.
+    - `slow`: the decay of Adam's second average.
+    - `inside`: 1 begins with the unquantized weights themselves.
+
+    Other options as in `BlockDescent`.
     """
 
     steps: int = 400

@@ -25,7 +25,11 @@ WIDEST = 128  # columns of a hessian's block
 
 @dataclass(frozen=True)
 class Clip:
-    """Clipped round to nearest; `steps` shrinking factors down to `smallest` are tried."""
+    """Round to nearest in a narrower range: of `steps` ranges, from the whole one down to `smallest` of it, each group
+    of columns keeps the one with the least squared error. Needs no data; given statistics it weighs errors by them.
+
+    RecipeError for options that are out of their bounds.
+    """
 
     steps: int = 37
     smallest: float = 0.1
@@ -41,7 +45,7 @@ class Clip:
         return self.weighted(weight, None if stats is None else _blocks(stats.hessian, format.group_size), format)
 
     def weighted(self, weight: Tensor, importance: Tensor | None, format: Format) -> QuantizedTensor:
-        """Quantize with `importance` as in `search`."""
+        """Quantize (rows, columns) with `importance` as in `search`."""
 
         def solve(rows: Tensor, format: Format) -> tuple[Tensor, Params]:
             params = self.search(rows, format, importance)
@@ -50,8 +54,11 @@ class Clip:
         return solve_by_rows(solve, weight, format)
 
     def search(self, weight: Tensor, format: Format, importance: Tensor | None) -> Params:
-        """The unsealed params with the least error: squares weighed by `importance` (columns,), or the error of outputs
-        by blocks (blocks, size, size) of a hessian, which cover the columns."""
+        """The unsealed params with the least error for a matrix (rows, columns).
+
+        `importance` (columns,) weighs squared errors; (blocks, size, size), blocks of a hessian that cover the columns,
+        gives the error of outputs; None weighs all columns alike.
+        """
         weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
         if format.searches:
             return format.fit(weight, _diagonal(importance))

@@ -46,14 +46,20 @@ ROWS = 8192  # solved at a time; fixed, so that results do not depend on the mac
 
 @dataclass(frozen=True)
 class GPTQ:
-    """Second-order error feedback, for any format.
+    """GPTQ (Frantar et al. 2023): column by column, the error of each made up for by the columns after it; for any
+    format.
 
-    `damp`: share of the hessian's mean diagonal that is added to it. `act_order`: columns by decreasing activation
-    (groups stay those of the original order, so that nothing is permuted in a file). `clip`: search each group's
-    range, squared errors weighted by the hessian's diagonal. `refit`: refine the scales after the codes; params that
-    are quantized themselves stay. `sweeps`: passes of coordinate descent over the codes. `asymmetric`: the share a of
-    what inputs drifted that is made up for, 0 for the symmetric loss; 0.25 is a good one, 1 can ruin a model. What each
-    gains: benchmarks/results/gptq_options.md and gptq_options_smollm2.md.
+    - `damp`: the share of the hessian's mean diagonal that is added to it.
+    - `act_order`: columns by decreasing activation. Groups stay those of the original order, so files need no
+      permutation.
+    - `clip`: search each group's range, with squared errors weighted by the hessian's diagonal.
+    - `refit`: refine the scales after the codes; params that are quantized themselves stay.
+    - `sweeps`: passes of coordinate descent over the codes.
+    - `asymmetric`: GPTAQ, how much of the drift of the inputs is made up for: 0 for none; 0.25 is good, 1 can ruin a
+      model.
+
+    What each gains: benchmarks/results/gptq_options.md and gptq_options_smollm2.md. RecipeError for options that are
+    out of their bounds.
     """
 
     damp: float = 0.01

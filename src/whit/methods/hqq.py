@@ -27,8 +27,14 @@ from whit.tensor import Format, LayerStats, Params, QuantizedTensor
 
 @dataclass(frozen=True)
 class HQQ:
-    """Half-quadratic quantization with the paper's norm p (0 to 1), growth kappa (1 or more) and at most so many
-    iterations; penalty `beta` (above 0)."""
+    """Half-quadratic quantization (Badri and Shaji 2023); needs no data.
+
+    - `p`: the norm of the error, from 0 to 1.
+    - `beta`: the penalty, above 0, in units of a row's root mean square error; `kappa`: its growth, 1 or more.
+    - `iterations`: at most so many.
+
+    RecipeError for options that are out of these bounds.
+    """
 
     p: float = 0.7
     beta: float = 1.0

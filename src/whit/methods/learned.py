@@ -1,6 +1,6 @@
 """The params of a quantized matrix in training: float32 masters, and what they are rounded to in storage.
 
-Continuous params are rounded to the type they are stored in. Integer ones (`tensor.rounded`: zero points, the
+Continuous params are rounded to the type they are stored in. Integer ones (`capabilities.rounded`: zero points, the
 sub-scales of k-quants) are rounded and clamped to their bits. Those that are quantized themselves are re-encoded with
 their own params, which stay. Other integers (MXFP4's exponents) stay.
 
@@ -13,8 +13,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from whit.capabilities import learned, rounded
 from whit.methods.units import TINY, unit_of
-from whit.tensor import Params, QuantizedTensor, learned, rounded, tensor_param
+from whit.tensor import Params, QuantizedTensor, tensor_param
 
 BEYOND = 1e30  # further than any number of any group
 LEAST = 0.125  # of itself: how small training may make a scale, which may also grow by 1 - LEAST

@@ -42,11 +42,17 @@ DECAY = (0.9, 0.95)  # of Adam's two averages
 class BlockDescent:
     """What refinement and block-wise training share: gradient descent from the codes that `start` chooses.
 
-    `steps` on `batch` samples each; `rate` and `scale_rate` are the first steps' lengths, in steps of the format, for
-    the rounding and for its params (0: they stay); both fall to 0 in a line. `optimizer`: adam or sign. `loss`:
-    relative or mse. `asymmetric`: the share of the unquantized model's own output in what should be met, the rest is
-    what the unquantized block makes of the quantized model's inputs. `inside`: where in its cell each weight begins,
-    see `Latent`.
+    - `steps` of `batch` samples each.
+    - `rate`, `scale_rate`: the lengths of the first step, in steps of the format, for the rounding and for the params
+      (0: they stay); both fall linearly to 0.
+    - `optimizer`: adam or sign. `loss`: relative or mse.
+    - `asymmetric`: the share of the unquantized model's own output in the target; the rest is what the unquantized
+      block makes of the quantized model's inputs.
+    - `inside`: where in its cell each weight begins, see `Latent`.
+    - `checks`: how often the whole calibration set is measured on the way; the best result is kept.
+    - `seed`: of the order of samples.
+
+    RecipeError for options that are out of their bounds.
     """
 
     start: Method = field(default_factory=lambda: GPTQ(refit=True, sweeps=1))
@@ -138,9 +144,9 @@ class BlockDescent:
 
 @dataclass(frozen=True)
 class Refine(BlockDescent):
-    """Descent within the cells of the codes that `start` chooses; options as in `BlockDescent`.
+    """Gradient descent on the rounding within the cells of the codes that `start` chooses, and on the scales.
 
-    `reach`: how many steps of the format a weight may move.
+    `reach`: how many steps of the format a weight may move. Other options as in `BlockDescent`.
     """
 
     reach: float = 1.0

@@ -13,11 +13,7 @@ from whit.tensor import Format, LayerStats, Params, QuantizedTensor, tensor_para
 
 def quantize_stack(method: Quantizer, weight: Tensor, stats: Sequence[LayerStats], format: Format) -> QuantizedTensor:
     """Matrices that lie below each other, (matrices x rows, columns), one LayerStats each."""
-    if len(stats) == 1:
-        return method(weight, stats[0], format)
-    parts = (method(rows, s, format) for rows, s in zip(weight.chunk(len(stats)), stats, strict=True))
-    codes, params = joined(((part.codes, part.params) for part in parts), len(weight))
-    return QuantizedTensor(format, tuple(weight.shape), codes, params)
+    return method(weight, stats[0], format) if len(stats) == 1 else _each(method, weight, stats, format)
 
 
 def weighted_stack(
@@ -29,7 +25,14 @@ def weighted_stack(
     """
     if importance.dim() == 1 or not can_stack(format):
         return method(weight, importance if importance.dim() == 1 else importance.mean(dim=0), format)
-    parts = (method(rows, by, format) for rows, by in zip(weight.chunk(len(importance)), importance, strict=True))
+    return _each(method, weight, importance, format)
+
+
+def _each(
+    method: Callable[..., QuantizedTensor], weight: Tensor, given: Sequence[LayerStats] | Tensor, format: Format
+) -> QuantizedTensor:
+    """Each matrix of a stack by the method, with the one of those `given` that belongs to it."""
+    parts = (method(rows, own, format) for rows, own in zip(weight.chunk(len(given)), given, strict=True))
     codes, params = joined(((part.codes, part.params) for part in parts), len(weight))
     return QuantizedTensor(format, tuple(weight.shape), codes, params)
 

@@ -1,17 +1,8 @@
-"""Which linears of a block share one input, and where a scale of that input folds.
-
-Architectures are told by difference, one line per activation: `source -> consumers`. A scale of the activation's
-channels divides the source (a norm's weight, or the output rows of a linear) and multiplies the input columns of
-every consumer, so all consumers are listed, routers too. Activations into which nothing folds are left out: what
-passes a GELU, and norms whose output is the residual too (BERT's). `|` parts the consumers of blocks that differ.
-
-A linear gives its last outputs to the activation: all of `up_proj`, the second half of `gate_up_proj`. `:heads` says
-that the outputs are values, which several query heads may share; `:packed`, that each head's query, key and value
-lie beside each other.
-"""
+"""Which linears of a block share one input, and where a scale of that input folds. The tables are in groups.py."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -21,76 +12,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from whit.errors import UnsupportedModelError
+from whit.model.groups import ADD_ONE, GROUPS, NEEDS_RELU, OPT_POST_NORM, PARALLEL
 from whit.model.targets import experts_transposed, find_targets, is_experts
-
-QKV = "self_attn.q_proj self_attn.k_proj self_attn.v_proj"
-LLAMA = {
-    "input_layernorm": QKV,
-    "self_attn.v_proj:heads": "self_attn.o_proj",
-    "post_attention_layernorm": "mlp.gate_proj mlp.up_proj",
-    "mlp.up_proj": "mlp.down_proj",
-}
-GEMMA = {
-    "input_layernorm": QKV,
-    "self_attn.v_proj:heads": "self_attn.o_proj",
-    "pre_feedforward_layernorm": LLAMA["post_attention_layernorm"],
-    "mlp.up_proj": "mlp.down_proj",
-}
-PHI3 = {
-    "input_layernorm": "self_attn.qkv_proj",
-    "self_attn.qkv_proj:heads": "self_attn.o_proj",
-    "post_attention_layernorm": "mlp.gate_up_proj",
-    "mlp.gate_up_proj": "mlp.down_proj",
-}
-OPT = {
-    "self_attn_layer_norm": QKV,
-    "self_attn.v_proj:heads": "self_attn.out_proj",
-    "final_layer_norm": "fc1",
-    "fc1": "fc2",  # the ReLU between them lets positive factors through
-}
-OPT_POST_NORM = {"self_attn.v_proj:heads": "self_attn.out_proj", "fc1": "fc2"}
-GPT2 = {"ln_1": "attn.c_attn", "attn.c_attn:heads": "attn.c_proj", "ln_2": "mlp.c_fc"}
-GPT_NEOX = {
-    "input_layernorm": "attention.query_key_value",
-    "attention.query_key_value:packed": "attention.dense",
-    "post_attention_layernorm": "mlp.dense_h_to_4h",
-}
-EXPERTS = "mlp.gate mlp.experts.gate_up_proj"
-MIXTRAL = {
-    **LLAMA,
-    "post_attention_layernorm": f"{EXPERTS} | {LLAMA['post_attention_layernorm']}",
-    "mlp.experts.gate_up_proj": "mlp.experts.down_proj",
-}
-QWEN2_MOE = {
-    **MIXTRAL,
-    "post_attention_layernorm": f"{EXPERTS} mlp.shared_expert.gate_proj mlp.shared_expert.up_proj "
-    f"mlp.shared_expert_gate | {LLAMA['post_attention_layernorm']}",
-    "mlp.shared_expert.up_proj": "mlp.shared_expert.down_proj",
-}
-GPT_OSS = {
-    "input_layernorm": QKV,
-    "self_attn.v_proj:heads": "self_attn.o_proj",
-    "post_attention_layernorm": "mlp.router mlp.experts.gate_up_proj",  # what is clamped lets no factor through
-}
-SHARED = "feed_forward.shared_expert"
-LLAMA4 = {
-    "input_layernorm": QKV,
-    "self_attn.v_proj:heads": "self_attn.o_proj",
-    "post_attention_layernorm": "feed_forward.router feed_forward.experts.gate_up_proj "
-    f"{SHARED}.gate_proj {SHARED}.up_proj | feed_forward.gate_proj feed_forward.up_proj",
-    "feed_forward.experts.gate_up_proj": "feed_forward.experts.down_proj",
-    f"{SHARED}.up_proj": f"{SHARED}.down_proj",
-    "feed_forward.up_proj": "feed_forward.down_proj",
-}
-BERT = {"attention.self.value:heads": "attention.output.dense"}
-DISTILBERT = {"attention.v_lin:heads": "attention.out_lin"}
-GROUPS = {
-    "llama": LLAMA, "mistral": LLAMA, "qwen2": LLAMA, "qwen3": LLAMA, "gemma2": GEMMA, "gemma3_text": GEMMA,
-    "phi3": PHI3, "opt": OPT, "gpt2": GPT2, "gpt_neox": GPT_NEOX, "bert": BERT, "roberta": BERT,
-    "distilbert": DISTILBERT, "mixtral": MIXTRAL, "qwen2_moe": QWEN2_MOE, "qwen3_moe": MIXTRAL,
-    "gpt_oss": GPT_OSS, "llama4_text": LLAMA4,
-}  # fmt: skip
-ADD_ONE = ("gemma2", "gemma3_text")  # their norms multiply by 1 + weight
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,11 +37,7 @@ class Folding:
 def find_foldings(model: PreTrainedModel) -> dict[str, tuple[Folding, ...]]:
     """The foldings of every block; UnsupportedModelError where the architecture has no table."""
     config, blocks = model.config.get_text_config(), find_blocks(model)
-    table = GROUPS.get(config.model_type, {})
-    if config.model_type == "opt" and not config.do_layer_norm_before:
-        table = OPT_POST_NORM
-    if config.model_type == "opt" and config.activation_function != "relu":
-        table = {source: consumers for source, consumers in table.items() if source != "fc1"}
+    table = _table(config)
     found = {
         name: tuple(_foldings(model, name, block, table))
         for name, block in zip(blocks.names, blocks.modules, strict=True)
@@ -130,6 +49,22 @@ def find_foldings(model: PreTrainedModel) -> dict[str, tuple[Folding, ...]]:
             f"such as awq needs one of {known}; choose a method without a transform, such as gptq"
         )
     return found
+
+
+def _table(config: PretrainedConfig) -> dict[str, str]:
+    """Where scales fold in this configuration; empty where nobody knows."""
+    table = GROUPS.get(config.model_type, {})
+    if config.model_type == "opt" and not config.do_layer_norm_before:
+        table = OPT_POST_NORM
+    if config.model_type == "stablelm" and config.use_parallel_residual:
+        table = PARALLEL
+    if getattr(config, "apply_residual_connection_post_layernorm", False):  # what leaves the norms is the residual too
+        table = {source: consumers for source, consumers in table.items() if not source.endswith("norm")}
+    if getattr(config, "clip_qkv", None):  # what is clamped lets no factor through
+        table = {source: consumers for source, consumers in table.items() if not source.endswith("heads")}
+    if "relu" not in (getattr(config, "activation_function", None), getattr(config, "dense_act_fn", None)):
+        table = {source: consumers for source, consumers in table.items() if source not in NEEDS_RELU}
+    return table
 
 
 def _foldings(model: PreTrainedModel, prefix: str, block: nn.Module, table: dict[str, str]) -> Iterator[Folding]:
@@ -215,7 +150,8 @@ def find_blocks(model: PreTrainedModel) -> Blocks:
     """
     parts, lists = text_parts(model), _lists_of_blocks(model)
     takes = getattr(parts[0], "main_input_name", "input_ids")
-    if takes != "input_ids" and len(lists) == len(parts):
+    takes_tokens = "input_ids" in inspect.signature(parts[0].forward).parameters
+    if takes != "input_ids" and (len(lists) == len(parts) or not takes_tokens):
         raise UnsupportedModelError(
             f"{type(model).__name__}: runs on {takes}; calibration runs a model on text; choose a method that needs no "
             "data, such as hqq"

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
@@ -96,3 +98,19 @@ def _remote_reference(raw: dict[str, Any], name: str) -> str | None:
     """The `module.Class` of the folder's own code for an architecture."""
     references = raw.get("auto_map", {}).values()
     return next((r for r in references if isinstance(r, str) and r.rpartition(".")[2] == name), None)
+
+
+def computed(model: PreTrainedModel, name: str) -> Tensor:
+    """A parameter that no checkpoint holds, as the model's class computes it: on the CPU, in the model's type."""
+    path, _, key = name.rpartition(".")
+    module = copy.deepcopy(model.get_submodule(path)).to_empty(device="cpu")
+    with torch.no_grad():
+        module.get_parameter(key).fill_(torch.nan)
+        model._init_weights(module)
+    found: Tensor = module.get_parameter(key).detach()
+    if found.isnan().any():
+        raise UnsupportedModelError(
+            f"{name}: is not in the checkpoint, and {type(model).__name__} does not say how it is computed; it must be "
+            "there to run the model; choose a method that needs no data, such as hqq"
+        )
+    return found.to(dtype=model.config.dtype or torch.float32)

@@ -97,11 +97,22 @@ class ModelSource:
     def _why_dropped(self, key: str) -> str:
         if any(re.search(pattern, key) for pattern in (r"rotary_emb\.inv_freq", r"position_ids$")):
             return COMPUTED
-        if any(re.search(pattern, key) for pattern in self.model._keys_to_ignore_on_load_unexpected or ()):
-            block = re.search(r"(?:^|\.)layers\.(\d+)\.", key)
-            beyond = block is not None and int(block[1]) >= getattr(self.model.config, "num_hidden_layers", 1 << 30)
-            return AUXILIARY if beyond or re.search(r"(^|\.)(mtp|nextn)", key) else COMPUTED
-        return f"{type(self.model).__name__} has no such parameter"
+        ignored = any(re.search(pattern, key) for pattern in self.model._keys_to_ignore_on_load_unexpected or ())
+        if self._is_auxiliary(key, ignored):
+            return AUXILIARY
+        return COMPUTED if ignored else f"{type(self.model).__name__} has no such parameter"
+
+    def _is_auxiliary(self, key: str, ignored: bool) -> bool:
+        """Whether a key belongs to a head that predicts tokens further ahead: one that the class ignores and that is
+        called so, or a block behind the last that the class ignores (for the published model's number of blocks) or
+        the configuration counts."""
+        config = self.model.config.get_text_config()
+        depth = getattr(config, "num_hidden_layers", 1 << 30)
+        ahead = max(getattr(config, name, None) or 0 for name in ("num_mtp_layers", "num_nextn_predict_layers"))
+        found = re.search(r"(?:^|\.)layers\.(\d+)\.", key)
+        block = int(found[1]) if found else -1
+        called = re.search(r"(^|\.)(mtp|nextn)", key) is not None
+        return (ignored and (called or block >= depth)) or depth <= block < depth + ahead
 
     def _find_origins(self) -> dict[str, Origin]:
         found = {}

@@ -21,6 +21,11 @@ from transformers.pytorch_utils import Conv1D
 Kind = Literal["linear", "conv1d", "embedding", "experts"]
 HEADS = ("lm_head", "classifier", "score", "qa_outputs", "embed_out")
 SAME = ("FalconLinear",)  # whose own forward is nn.Linear's, in other words
+DIRECT = {  # linears whose holder multiplies by their weight without calling them
+    ("MambaMixer", "dt_proj"),
+    ("MobileBertLMPredictionHead", "dense"),
+}
+NARROW = 8  # rows or columns: in fewer, params take the room that codes save (Gemma 3n mixes 4 streams by such)
 
 
 @dataclass(frozen=True)
@@ -40,14 +45,21 @@ class Target:
 
     @property
     def kept_by_default(self) -> bool:
-        """Embeddings, output heads and the gates of experts are quantized only where a rule names them."""
-        return self.is_head or self.is_gate or self.kind == "embedding"
+        """Embeddings, output heads, the gates of experts and the narrowest linears are quantized only where a rule
+        names them."""
+        return self.is_head or self.is_gate or self.is_narrow or self.kind == "embedding"
+
+    @property
+    def is_narrow(self) -> bool:
+        """Whether quantization saves next to nothing."""
+        return min(self.shape[-2:]) < NARROW
 
 
 def find_targets(model: nn.Module) -> tuple[Target, ...]:
     """Every quantizable parameter of a transformers model, in module order."""
-    heads, gates = _heads(model), _gates(model)
-    return tuple(t for name, module in model.named_modules() for t in _targets_of(name, module, heads, gates))
+    heads, gates, direct = _heads(model), _gates(model), {id(module) for module in used_directly(model).values()}
+    modules = [(name, module) for name, module in model.named_modules() if id(module) not in direct]
+    return tuple(t for name, module in modules for t in _targets_of(name, module, heads, gates))
 
 
 def _targets_of(name: str, module: nn.Module, heads: set[int], gates: set[int]) -> Iterator[Target]:
@@ -64,6 +76,16 @@ def _targets_of(name: str, module: nn.Module, heads: set[int], gates: set[int]) 
             if parameter.dim() == 3:
                 shape = tuple(parameter.mT.shape if turned else parameter.shape)
                 yield Target(f"{name}.{key}", f"{name}.{key}", "experts", shape, transposed=turned)
+
+
+def used_directly(model: nn.Module) -> dict[str, nn.Module]:
+    """Linears that are no targets, since the module around them computes with their weight itself."""
+    return {
+        f"{name}.{key}".removeprefix("."): child
+        for name, parent in model.named_modules()
+        for key, child in parent.named_children()
+        if (type(parent).__name__, key) in DIRECT or isinstance(child, NonDynamicallyQuantizableLinear)
+    }
 
 
 def is_experts(module: nn.Module) -> bool:
@@ -87,17 +109,23 @@ def experts_transposed(module: nn.Module) -> bool:
 
 
 def _gates(model: nn.Module) -> set[int]:
-    """Linears beside experts: they weigh or choose among them, and are as small as they are sensitive."""
+    """Linears beside experts, or inside a gate beside them: they weigh or choose among them, and are as small as they
+    are sensitive."""
     blocks = [module for module in model.modules() if any(is_experts(child) for child in module.children())]
-    return {id(child) for block in blocks for child in block.children() if isinstance(child, nn.Linear)}
+    beside = [child for block in blocks for child in block.children()]
+    beside = [m for child in beside for m in (child.modules() if _chooses(child) else (child,))]
+    return {id(module) for module in beside if isinstance(module, nn.Linear)}
+
+
+def _chooses(module: nn.Module) -> bool:
+    """Whether a module that holds a linear gives each token its experts (HunYuan's, DBRX's and JetMoE's)."""
+    return type(module).__name__.endswith(("Gate", "Gating", "Router"))
 
 
 def _is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
-    """A linear that is only ever called: one with a forward of its own, or torch's attention, uses its weight."""
+    """A linear whose forward is torch's: another may do anything with its weight."""
     forward_is_plain = type(module).forward is nn.Linear.forward or type(module).__name__ in SAME
-    return (
-        isinstance(module, nn.Linear) and forward_is_plain and not isinstance(module, NonDynamicallyQuantizableLinear)
-    )
+    return isinstance(module, nn.Linear) and forward_is_plain
 
 
 def _heads(model: nn.Module) -> set[int]:

@@ -16,12 +16,13 @@ M = TypeVar("M", bound=nn.Module)
 def set_deterministic(model: M, on: bool = True) -> M:
     """Let every packed linear of a model give each row the same bits whatever batch it is in; returns the model.
 
-    What lies between the linears (attention, norms, a head that is not quantized) stays torch's. It costs speed where
-    there are several rows: a GPU keeps to its invariant kernels, formats without one and CPUs take few rows at a time.
-    Without it results are the same from run to run, but rows may be summed otherwise in other batches.
+    Only packed linears: attention, norms, and a head that is not quantized are torch's. With several rows it costs
+    speed: a GPU keeps to its invariant kernels, and CPUs and formats without such a kernel take a few rows at a time.
+    Without it, results are the same from run to run, but the sums of a row may be taken in another order in another
+    batch.
 
-    UnsupportedModelError, before anything is changed, where a row cannot be alone: activations whose outlier columns
-    or scale all rows choose together (llm.int8, int8-tensor), and stacked experts.
+    UnsupportedModelError, before anything is changed, where a row cannot be independent: activations whose outlier
+    columns or scale depend on all rows together (llm.int8, int8-tensor), and stacked experts.
     """
     packed = {name: module for name, module in model.named_modules() if isinstance(module, PackedModule)}
     for name, module in packed.items() if on else ():

@@ -17,7 +17,7 @@ from whit.tensor import PackedWeight
 
 
 class QuantizedEmbedding(PackedModule, nn.Embedding):
-    """Made from an existing embedding by `pack_embedding`."""
+    """Stands for nn.Embedding; rows are dequantized as they are looked up. Made by `pack_embedding`."""
 
     def _has_all(self) -> bool:
         return original_class(self) is nn.Embedding  # others compute a scale of their own: Gemma's
@@ -63,7 +63,7 @@ def tie_embedding(module: nn.Embedding, source: nn.Module, dtype: torch.dtype) -
     empty = torch.empty(module.num_embeddings, 0, dtype=dtype, device=module.weight.device)
     module._parameters.pop("weight", None)
     module.register_buffer("weight", refusing(empty), persistent=False)
-    module._source = (source,)  # type: ignore[assignment]  # in a tuple, lest it become a submodule
+    module._source = (source,)  # type: ignore[assignment]  # in a tuple: it must not become a submodule
 
 
 def original_class(module: nn.Embedding) -> type[nn.Embedding]:

@@ -24,7 +24,11 @@ BATCHED = (*MATMULS, torch.bmm, torch.Tensor.bmm)
 
 
 class QuantizedExperts(PackedModule):
-    """Indexing gives floats in the module's dtype, or what stands for them. `transposed`: each matrix as (in, out)."""
+    """The packed matrices of a mixture's experts, for code that indexes a parameter (experts, out, in).
+
+    Indexing gives floats in the module's dtype, or a value that stands for them. `transposed`: each matrix as (in,
+    out).
+    """
 
     def __init__(self, packed: PackedWeight, dtype: torch.dtype = torch.float32, transposed: bool = False) -> None:
         super().__init__()

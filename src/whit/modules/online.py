@@ -19,19 +19,19 @@ import torch
 from torch import Tensor, nn
 
 from whit.activations import LARGEST, MOMENTUM
+from whit.capabilities import rotation
 from whit.errors import KernelError
 from whit.modules.linear import QuantizedLinear
 from whit.rotation import rotate
-from whit.tensor import rotation
 
 
 @contextmanager
 def track_ranges(model: nn.Module, momentum: float = MOMENTUM, restart: bool = False) -> Iterator[None]:
     """While entered, the static scales of all packed linears of `model` follow their inputs (int8 and FP8).
 
-    They begin with the calibrated ranges or, with `restart`, with those of the first call. A call whose inputs are not
-    all finite moves nothing. Nothing waits for the device. KernelError where `momentum` is not in (0, 1], or no linear
-    has a static range (activations such as `int8-static`).
+    They start from the calibrated ranges or, with `restart`, from those of the first call; each later call counts with
+    weight `momentum`. A call whose inputs are not all finite changes nothing. Nothing waits for the device. KernelError
+    if `momentum` is not in (0, 1], or if no linear has a static range (activations such as `int8-static`).
     """
     linears = [m for m in model.modules() if isinstance(m, QuantizedLinear) and _is_static(m)]
     if not 0 < momentum <= 1 or not linears:

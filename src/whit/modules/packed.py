@@ -157,7 +157,7 @@ class PackedModule(nn.Module):
         return all(prepared.tensors[key] is self._held(key) for key in self._keys)
 
     def _adopt(self, prepared: PackedWeight) -> None:
-        """Hold the prepared tensors in place of the stored ones, lest there be two copies."""
+        """Hold the prepared tensors in place of the stored ones, so that there are not two copies."""
         self.layout = prepared.layout
         for key in self._keys:
             self._buffers[key] = prepared.tensors[key]
@@ -208,9 +208,9 @@ class PackedModule(nn.Module):
 
 
 def prepare(model: nn.Module, dtype: torch.dtype, rows: int = 1) -> None:
-    """Do now what the first call with `rows` rows of `dtype` activations would do to every packed linear of a model.
+    """Do now what the first call with `rows` rows of `dtype` activations would do in every packed linear of a model.
 
-    One module at a time, each in place of the stored tensors: the peak is one weight above what the model holds.
+    One module at a time, each in place of its stored tensors: the peak is one weight above what the model holds.
     """
     for module in model.modules():
         if isinstance(module, PackedModule) and isinstance(module, nn.Linear):

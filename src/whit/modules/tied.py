@@ -18,7 +18,7 @@ class TiedHead(nn.Module):
     def __init__(self, head: nn.Linear, source: nn.Module, dtype: torch.dtype) -> None:
         """`source` is packed, or will be before the first call."""
         super().__init__()
-        self._source = (source,)  # in a tuple, lest it become a submodule and be saved twice
+        self._source = (source,)  # in a tuple: as a submodule it would be saved twice
         self.in_features, self.out_features = head.in_features, head.out_features
         empty = torch.empty(self.out_features, 0, dtype=dtype, device=head.weight.device)
         self.register_buffer("weight", refusing(empty), persistent=False)

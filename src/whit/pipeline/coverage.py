@@ -19,11 +19,11 @@ Status = Literal["quantized", "kept", "tied", "dropped"]
 
 @dataclass(frozen=True)
 class Entry:
-    """One parameter. `relative_error` is ||W - W^|| / ||W||.
+    """What became of one parameter.
 
-    `activations` says how the inputs of its linear are quantized, where they are. With calibration, `proxy_loss` is
-    tr(dW H dW^T) / tr(W H W^T), and `tokens` counts what each expert saw. The `reason` of a quantized one says where
-    it was not done as the recipe's method does it.
+    - `reason`: why it was kept, or, of a quantized one, in what it differs from the recipe's method.
+    - `relative_error`: ||W - W^|| / ||W||. With calibration, `proxy_loss`: tr(dW H dW^T) / tr(W H W^T).
+    - `tokens`: how many each expert saw. `activations`: how the inputs of its linear are quantized, where they are.
     """
 
     name: str
@@ -44,13 +44,14 @@ CARRIED = "its codes as they were"
 class Account:
     """What was done to a model: the content of whit.json.
 
-    `bits_per_weight` counts every parameter and every byte of the weight files. `files` maps each of them to its
-    SHA-256. `source` names the model and holds the fingerprint by which a run knows its own result again, and, where
-    whit wrote that model, under `made` how: its version, recipe, seed, calibration, training and `source`. `export` is
-    the kind of file; `decoded` says how many parameters a decoder that shares nothing with the writer read back, and
-    by how much (relative error) they differ at most from what was meant. `training` has the options of a model that was
-    trained end to end. `budget` says how the recipe was found and what it was expected to lose, where a size was asked
-    for; `measured` what the written model lost, where that was measured.
+    - `bits_per_weight`: every byte of the weight files over every parameter. `files`: their SHA-256, by name.
+    - `source`: the model's name, and the fingerprint by which a run knows its own result again. If whit wrote that
+      model too, `made` says how: version, recipe, seed, calibration, training and its own `source`.
+    - `export`: the kind of file. `decoded`: how many parameters a decoder that shares no code with the writer read
+      back, and the largest relative error from what was meant.
+    - `training`: the options of a model that was trained end to end.
+    - `budget`: if a size was asked for, how the recipe was found and what it was expected to lose. `measured`: what the
+      written model lost, where that was measured.
     """
 
     version: str

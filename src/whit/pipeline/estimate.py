@@ -58,9 +58,8 @@ def estimate(job: Job) -> Estimate:
     memory, inputs = peak_memory() + WORKING_BYTES * largest, 0
     if job.recipe is not None:
         for method in job.recipe.all_methods:
-            seconds += _solving(
-                job, method, [item for item in quantized if (item.method or job.recipe.method) == method]
-            )
+            own = [item for item in quantized if (item.method or job.recipe.method) == method]
+            seconds += _solving(job, method, own)
         if job.recipe.transform is not None:  # it rounds by a stand-in with every scale that it tries
             seconds += job.recipe.transform.trials * _solving(job, stand_in(job.recipe.method), quantized)
         blocks = _blocks(job) if job.calibration is not None and job.recipe.needs_stats else []
@@ -110,9 +109,8 @@ def _running(job: Job, method: Method, blocks: list[list[Item]]) -> float:
     """Seconds for running the blocks over all tokens, forwards and for a refinement backwards, and for the sums."""
     assert job.calibration is not None
     context, tokens, hidden = job.calibration.context, job.calibration.count, _hidden(job)
-    forward = sum(2 * active_weights(job, item) for block in blocks for item in block) + 4 * context * hidden * len(
-        blocks
-    )
+    products = sum(2 * active_weights(job, item) for block in blocks for item in block)
+    forward = products + 4 * context * hidden * len(blocks)
     seconds = AROUND * passes(job, method) * tokens * forward / _rate(_dtype(job), job.device)
     # Of linears that share an input one is summed: about half of all. The account wants two products with the sum.
     squares = sum(_shape(item)[-1] ** 2 * tokens for block in blocks for item in block)

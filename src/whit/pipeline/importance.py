@@ -16,6 +16,7 @@ from whit.calibration.storage import Storage
 from whit.checkpoint.files import write_whole
 from whit.checkpoint.hub import resolve_model
 from whit.checkpoint.places import check_place
+from whit.devices import find_device
 from whit.errors import OutputError, RecipeError
 from whit.export.base import Importance
 from whit.export.gguf.architectures import architecture_of
@@ -27,21 +28,26 @@ from whit.pipeline.job import Job, open_source
 from whit.pipeline.sources import read_to_run
 
 
-def measure_importance(model: str | Path, calibration: Calibration, device: str = "cpu") -> Imatrix:
+def measure_importance(
+    model: str | Path, calibration: Calibration, device: str = "auto", trust_remote_code: bool = False
+) -> Imatrix:
     """The sums that llama.cpp's own tool collects, over whit's calibration windows.
 
-    The model runs block by block, unquantized. UnsupportedModelError where llama.cpp has no such architecture.
+    The model runs block by block, unquantized. UnsupportedModelError where llama.cpp has no such architecture,
+    DeviceError for a device that is not there.
     """
-    source = open_source(resolve_model(model))
+    place = find_device(device)
+    source = open_source(resolve_model(model, trust_remote_code), trust_remote_code)
     folder = source.checkpoint.folder
     architecture = architecture_of(source.model.config, str(folder))
-    text = calibration.tokens(load_tokenizer(str(folder)), maximum_context(source.model.config))
+    tokenizer = load_tokenizer(str(folder), trust_remote_code=trust_remote_code)
+    text = calibration.tokens(tokenizer, maximum_context(source.model.config))
     wanted = {target.parameter for target in find_targets(source.model)}
     sums, counts = dict[str, Tensor](), dict[str, float | Tensor]()
     with torch.no_grad(), TemporaryDirectory(prefix="whit-") as scratch:
         runner = Runner(
             source.model, lambda name: read_to_run(source, source.tied.get(name, name)), text.tokens,
-            torch.device(device), Storage(Path(scratch)), False,
+            place, Storage(Path(scratch)), False,
         )  # fmt: skip
         for index in range(len(runner.names)):
             with runner.loaded(index) as parameters:

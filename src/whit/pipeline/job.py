@@ -44,9 +44,10 @@ from whit.recipe import Recipe
 class Options:
     """How a run is done; of these only the seed and the shard size change a byte of the result.
 
-    `device` is auto, cpu or cuda. `progress` is called with a unit's name, the number of units done and their total.
-    `input_memory`: bytes of memory for the inputs of blocks, which calibration keeps, and what the unquantized model
-    has in their place, together; where they are more, they lie in files beside OUT. RecipeError where it is negative.
+    `device` is auto, cpu or cuda. `shard_size` is the most bytes of a weight file. `progress` is called with a unit's
+    name, the number of units done and their total. `input_memory`: bytes of memory for the inputs of blocks that
+    calibration keeps, those of the unquantized model included; what needs more goes to files beside OUT. RecipeError
+    where it is negative.
     """
 
     seed: int = 0
@@ -61,20 +62,20 @@ class Options:
         check_seed(self.seed)
         require(self.input_memory, int, "input memory", "it must be a number of bytes")
         if self.input_memory < 0:
-            raise RecipeError(f"input memory {self.input_memory}: is no amount of memory; give 0 or more bytes")
+            raise RecipeError(f"input memory {self.input_memory}: is not an amount of memory; give 0 or more bytes")
 
 
 @dataclass(frozen=True)
 class Job:
-    """One run: from where, by which plan, to where. `recipe` is None where nothing is quantized.
+    """One run: from where, by which plan, to where. Empty or None is what does not apply to it.
 
-    `calibration` is there where the recipe needs it. `notes` are sentences that a user should read.
-    `importance` weighs the columns (columns,) of parameters by name, where an importance matrix was given.
-    `budget` says how the recipe was found, where a size was asked for.
-    `exact` are parameters whose codes are carried over as they are in MODEL; with `requantize`, where they can be.
-    `training` says how the values that are written were trained, where they were.
-    `regridded` are those that get new codes and keep the params that they have there. `origin` is a hash of what the
-    bytes depend on beside MODEL.
+    - `model`: as the user named it; `recipe`: None where nothing is quantized; `notes`: sentences for the user.
+    - `calibration`: the tokens, where the recipe needs them; `importance`: weights (columns,) of a parameter's columns,
+      by its name, from an importance matrix.
+    - `exact`: parameters whose codes are copied from MODEL as they are; with `requantize`, only where they can be.
+      `regridded`: parameters that get new codes and keep the params that they have in MODEL.
+    - `training`, `budget`: for the account, how the values were trained and how the recipe was found for a size.
+    - `origin`: a hash of what the bytes depend on in addition to MODEL.
     """
 
     model: str

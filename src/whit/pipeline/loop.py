@@ -50,14 +50,16 @@ def quantize(
 ) -> Account:
     """Quantize a model folder or hub id to the folder `out`; returns the coverage account, as in its whit.json.
 
-    `recipe` is a Recipe, the shorthand of a format for everything ("int4-g128"), or a recipe's .toml file; without one
-    the format is what the kind of file usually holds. `export` names the kind of file, one of `whit.export.EXPORTERS`;
-    without one it is GGUF where `out` ends in .gguf, else whit's own. `imatrix` is an importance matrix of llama.cpp by
-    which the method `clip` weighs columns.
-    `calibration` is for methods that need it, such as GPTQ: a Calibration, or what its text is (a file, a list of
-    texts); without one they use 128 samples of `whit:text`. A model in memory is for `whit.quantize_model`. Raises
-    CalibrationError, CheckpointError, RecipeError, UnsupportedModelError, OutputError or NonFiniteError, each one
-    sentence.
+    - `recipe`: a Recipe, the shorthand of a format for everything ("int4-g128"), or a recipe's .toml file; without one
+      the format is what the kind of file usually holds.
+    - `calibration`: for methods that need it, such as GPTQ: a Calibration, or just its text (a file, a list of texts);
+      without one they use 128 samples of `whit:text`.
+    - `export`: the kind of file, a name of `whit.export.EXPORTERS`; without one GGUF if `out` ends in .gguf, else
+      whit's own.
+    - `imatrix`: an importance matrix of llama.cpp, by which the method `clip` weighs columns.
+
+    A model in memory is for `whit.quantize_model`. Raises CalibrationError, CheckpointError, RecipeError,
+    UnsupportedModelError, OutputError or NonFiniteError, each with one sentence.
     """
     advice = "it must be a folder or a hub id; give one, or quantize a model in memory by whit.quantize_model"
     require(model, str | Path, "MODEL", advice, CheckpointError)
@@ -85,9 +87,9 @@ def dequantize(model: str | Path, out: str | Path, *, options: Options | None = 
 
 
 def run(job: Job, feed: Feed | None = None) -> Account:
-    """Do a prepared job, or what a killed run left of it. `feed` gives values that are there already.
+    """Do a prepared job, or the rest of one that was killed. `feed` gives values that exist already.
 
-    RecipeError where nothing is quantized and the kind of file cannot be without.
+    RecipeError if nothing is quantized and the kind of file requires that something is.
     """
     if not any(item.format for item in job.plan.items) and (problems := job.exporter.problems({})):
         raise RecipeError("\n".join(problems))

@@ -21,7 +21,7 @@ from whit.export.settle import settle
 from whit.formats.bands import bands_of, refuse_table
 from whit.methods import Method
 from whit.model.graph import find_blocks
-from whit.model.targets import Target, find_targets, vocabulary_tables
+from whit.model.targets import Target, find_targets, used_directly, vocabulary_tables
 from whit.pipeline.sources import Source, floats_dtype
 from whit.recipe import Recipe
 from whit.recipe.preflight import check_recipe
@@ -29,6 +29,7 @@ from whit.spoken import by_reason
 from whit.tensor import Format, QuantizedTensor, TensorSpec
 
 SHARD_SIZE = 5_000_000_000  # bytes, as on the hub
+USED_DIRECTLY = "a linear whose weight the module around it multiplies by itself"
 
 
 @dataclass(frozen=True)
@@ -119,13 +120,14 @@ def plan_quantization(source: Source, recipe: Recipe, exporter: Exporter, shard_
     # static scales are known where calibration runs the model: in its blocks
     static = any(how.needs_stats for how in recipe.all_activations)
     reached = tuple(f"{name}." for name in find_blocks(source.model).names) if static else ()
-    buffers = {name for name, _ in source.model.named_buffers()}
+    others = {name: "a buffer" for name, _ in source.model.named_buffers()}
+    others |= {f"{name}.weight": USED_DIRECTLY for name in used_directly(source.model)}
     items = []
     for name, origin in source.origins.items():
         target, format = targets.get(name), formats.get(name)
         reason = settled.reasons.get(name)
         if format is None and reason is None:
-            reason = _reason(recipe, name, target, buffers)
+            reason = _reason(recipe, name, target, others)
         taken = None if target is None else recipe.activations_for(target.holder, target.kind, format)
         if taken is not None and taken.needs_stats and not name.startswith(reached):
             taken = None
@@ -183,14 +185,24 @@ def _tied_group(targets: Mapping[str, Target], tied: Mapping[str, str], paramete
     return tuple(targets[name] for name in (parameter, *partners))
 
 
-def _reason(recipe: Recipe, name: str, target: Target | None, buffers: set[str]) -> str:
-    """Why a parameter is kept."""
+def _of_shape(target: Target) -> str:
+    rows, columns = target.shape[-2:]
+    return f"{rows} x {columns}"
+
+
+def _reason(recipe: Recipe, name: str, target: Target | None, others: Mapping[str, str]) -> str:
+    """Why a parameter is kept; `others`: why some are no targets."""
     if target is None:
-        return "a buffer" if name in buffers else "not the matrix of a linear or an embedding"
+        return others.get(name, "not the matrix of a linear or an embedding")
     if any(fnmatchcase(target.holder, pattern) and format.bits == 16 for pattern, format in recipe.rules):
         return "a rule keeps it"
     if target.kept_by_default:
-        kind = "the gate of experts" if target.is_gate else "an output head" if target.is_head else "an embedding"
+        kinds = {
+            "the gate of experts": target.is_gate,
+            "an output head": target.is_head,
+            "an embedding": target.kind == "embedding",
+        }
+        kind = next((kind for kind, holds in kinds.items() if holds), f"a linear of only {_of_shape(target)}")
         return f"{kind}; only a rule that names it quantizes it"
     return "no rule matches"
 

@@ -13,7 +13,8 @@ from whit.activations import Activations
 from whit.checkpoint.header import Entry
 from whit.checkpoint.reader import Tensors
 from whit.formats.numeric import check_finite, is_finite
-from whit.model.source import Origin
+from whit.model.skeleton import computed
+from whit.model.source import NOT_STORED, Origin
 from whit.tensor import Format, QuantizedTensor
 
 
@@ -86,7 +87,12 @@ def run_dtype(source: Source, name: str) -> torch.dtype:
 
 
 def read_to_run(source: Source, name: str) -> Tensor:
-    """A parameter as a block computes with it: `read_finite`, in the type of the floats around it."""
+    """A parameter as a block computes with it: `read_finite`, in the type of the floats around it.
+
+    One that no checkpoint holds (Marian's sinusoids of positions) is computed as transformers does on loading.
+    """
+    if source.dropped.get(name) == NOT_STORED and name in dict(source.model.named_parameters()):
+        return computed(source.model, name)
     values = read_finite(source, name)
     is_coded = isinstance(source, Coded) and source.coded(name)  # what codes stand for comes in float32
     return values.to(run_dtype(source, name)) if is_coded else values

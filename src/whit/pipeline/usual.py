@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import replace
 
 from torch import nn
@@ -14,6 +13,7 @@ from whit.formats.lowrank import LowRank, side_car
 from whit.model.targets import find_targets
 from whit.recipe import Recipe
 from whit.recipe.recipe import DEFAULT_RULES
+from whit.spoken import of_all_blocks
 from whit.tensor import Format
 
 GROUPS = (128, 64, 32)
@@ -50,7 +50,7 @@ def _fitting(format: Format, recipe: Recipe, model: nn.Module) -> tuple[Format, 
     own, size = recipe.rules[0][1], format.group_size
     targets = [t for t in find_targets(model) if recipe.format_for(t.holder, t.kept_by_default) == own]
     odd = {t.holder: t.shape[-1] for t in targets if t.shape[-1] % GROUPS[-1]} if size in GROUPS else {}
-    kept = {re.sub(r"\.\d+(?=\.|$)", ".*", holder): columns for holder, columns in odd.items()}
+    kept = {of_all_blocks(holder): columns for holder, columns in odd.items()}
     kept = kept if len(odd) < len(targets) else {}
     rows = {target.shape[-1] for target in targets if not kept or target.holder not in odd}
     fitting = [group for group in GROUPS if group <= size and not any(columns % group for columns in rows)]
@@ -58,4 +58,4 @@ def _fitting(format: Format, recipe: Recipe, model: nn.Module) -> tuple[Format, 
         return format, "", kept
     other = min(columns for columns in rows if columns % size)
     changed: Format = replace(format, group_size=fitting[0])  # type: ignore[type-var]
-    return changed, f", since {other} columns are no multiple of {size}", kept
+    return changed, f", since {other} columns are not a multiple of {size}", kept

@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
 from whit.errors import RecipeError
+from whit.methods.blocks import UNITS
 from whit.named import INF, check_options
 
-UNITS = ("steps", "plain")
 BOUNDS = {
     **dict.fromkeys(("steps", "batch", "at_once"), (1, INF)),
     **dict.fromkeys(("rate", "scale_rate", "kept_rate", "distill", "text", "hidden", "clip", "seconds"), (0, INF)),
@@ -19,14 +19,19 @@ BOUNDS = {
 
 @dataclass(frozen=True)
 class Course:
-    """`steps` of AdamW on `batch` windows each.
+    """The hyper-parameters of end-to-end training: `steps` of AdamW on `batch` windows each.
 
-    `rate` moves weights, `scale_rate` params, `kept_rate` what is not quantized (0: it stays), all counted in steps of
-    the format and in the size of a row, or, with `units` "plain", as they are. They rise over a share `warmup` of the
-    steps and fall as a cosine to `floor`. `distill`, `text`, `hidden` weigh the losses (`losses.py`). `clip` bounds the
-    norm of the gradient (0: not). With `fitted`, params are not learned: the format fits them to the weights in every
-    step. `at_once` windows are run together; on a CPU each alone. `seconds`, where given, ends the run early: the rates
-    then follow the clock, and no second run gives the same bytes.
+    - `rate` is for weights, `scale_rate` for params, `kept_rate` for what is not quantized (0: it stays). Rates are
+      counted in steps of the format and in the size of a row or, with `units` "plain", in the values' own units. They
+      rise over the share `warmup` of the steps and fall along a cosine to `floor` of themselves.
+    - `slow`: the decay of AdamW's second average. `clip`: the largest norm of the gradient (0: no limit).
+    - `distill`, `text`, `hidden`: the weights of the losses (`losses.py`).
+    - `inside`: where in its cell each weight begins (`methods.latent`); 1: at the unquantized weight.
+    - `fitted`: params are not learned; the format fits them to the weights in every step.
+    - `at_once`: so many windows are run together; on a CPU each alone.
+    - `seconds`: ends the run early. The rates then follow the clock, and no second run gives the same bytes.
+
+    RecipeError for options that are out of their bounds, and where all losses have weight 0.
     """
 
     steps: int = 400

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from whit.calibration import Calibration
+from whit.capabilities import learned
 from whit.checkpoint.hub import resolve_model
 from whit.checkpoint.reader import read_json
 from whit.checkpoint.work import recorded_fingerprint
@@ -24,7 +25,7 @@ from whit.pipeline.sources import Coded, Source
 from whit.pipeline.transcode import prepare_transcode, rules_for
 from whit.qat.course import Course
 from whit.recipe import Recipe
-from whit.tensor import Format, learned
+from whit.tensor import Format
 
 OWN_TEXT = "self"  # in the place of a text: what the model itself writes
 CONTEXT = 512  # tokens a window, unless the model was built for fewer
@@ -45,10 +46,10 @@ class Words:
 
 @dataclass(frozen=True)
 class Setting:
-    """What surrounds a run: how it is done, the kind of file, and whom it follows.
+    """What a training run needs besides its hyper-parameters: options, kind of file, start and teacher.
 
-    Full training starts from what the recipe's method makes of `calibration`, or from the folder `start` that whit has
-    quantized in the same formats. Training scales follows `teacher`, an unquantized model, where there is one.
+    Full training starts from what the recipe's method makes of `calibration`, or from the folder `start`, which whit
+    has quantized to the same formats. Training of scales follows `teacher`, an unquantized model, if there is one.
     """
 
     options: Options = field(default_factory=Options)
@@ -199,8 +200,8 @@ def require_params(items: Sequence[Item], course: Course) -> None:
     formats = {str(item.format): item.format for item in items if item.format is not None}
     if not course.kept_rate and not any(learned(part) for f in formats.values() for part in _around(f)):
         raise RecipeError(
-            f"train: scales of {', '.join(formats)}; no gradient can move them; one of the formats must have some "
-            "that it can; use --qat full, or another format"
+            f"train: no gradient can move the scales of {', '.join(formats)}; some format must have scales that can be "
+            "trained; use --qat full, or another format"
         )
 
 

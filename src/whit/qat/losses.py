@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from whit.methods.units import TINY
+
 CHUNK = 1 << 24  # logits that are in float32 at a time
-TINY = torch.finfo(torch.float32).tiny
 
 
 class _Known(torch.autograd.Function):

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from whit.capabilities import rotation
 from whit.checkpoint.hub import resolve_model
 from whit.checkpoint.work import disk_errors, is_done
 from whit.pipeline import run as write
@@ -28,7 +29,6 @@ from whit.qat.sampled import sample_windows
 from whit.qat.start import prepare_kept, prepare_trained, starting_codes, starting_ranges
 from whit.qat.state import StateFile
 from whit.qat.trained import Value
-from whit.tensor import rotation
 
 
 def train(
@@ -43,7 +43,9 @@ def train(
 
 
 def finish(training: Training, values: Mapping[str, Value]) -> Account:
-    """Write what `learn` gave. Until that is done the state lies on the disk: a failure here costs no training."""
+    """Write what `learn` returned. Until that is done the state stays on disk, so that a failure here costs no
+    training.
+    """
     job = training.job
     account = write(job, Ready(job.source, values, job.device, training.exact))
     shutil.rmtree(training.place, ignore_errors=True)

@@ -25,15 +25,20 @@ SMOOTHED_RULES = (("*", "int8"),)  # with a transform that is made for quantized
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a model is quantized: one method, rules (glob, format or its shorthand), and a transform where wanted.
+    """How a model is quantized: a method, rules (glob, format or its shorthand), and optionally a transform.
 
-    The method may name both: "awq+gptq"; "awq" alone is the paper's, with clipping. `mix` names one of llama.cpp's
-    mixes, over which the rules go; it is empty where there is none. `activations` (a shorthand, options by name, or
-    Activations) say how the inputs of linears are quantized while the model runs, None that they are not; a transform
-    that is made for them has them be int8, and the weights int8, unless others are named. `methods` are other methods
-    for some of the modules (glob, method); a rule's shorthand may name one too: ("*.down_proj", "gptq:int4-g64").
-    `activation_rules` are those of some modules, by glob: of those that match the last one counts, before what
-    `activations` says. `usual`: no rules were given, and the first stands for what the kind of file usually holds.
+    - `method`: may name a transform too: "awq+gptq"; "awq" alone is the paper's, with clipping.
+    - `mix`: one of llama.cpp's mixes, such as "q4_k_m", to which rules are exceptions; empty for none.
+    - `activations`: how the inputs of linears are quantized while the model runs (a shorthand, options by name, or
+      Activations); None: they are not. A transform made for quantized activations makes them int8, and the weights
+      int8, unless others are named.
+    - `methods`: pairs (glob, method) for some of the modules; a rule's shorthand may name one too: ("*.down_proj",
+      "gptq:int4-g64").
+    - `activation_rules`: pairs (glob, activations) for some of the modules; the last that matches counts, before
+      `activations`.
+    - `usual`: set where no rules were given; the first rule then stands for what the kind of file usually holds.
+
+    RecipeError and FormatError for what does not exist or go together.
     """
 
     method: Method
@@ -188,7 +193,7 @@ class Recipe:
         return how if takes else None
 
     def unmatched(self, names: Sequence[str]) -> tuple[str, ...]:
-        """Globs that match none of the modules: most likely a slip of the pen."""
+        """Globs that match none of the modules: most likely typing errors."""
         globs = dict.fromkeys(pattern for pattern, _ in (*self.rules, *self.methods))
         return tuple(glob for glob in globs if not any(fnmatchcase(name, glob) for name in names))
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import whit
 from whit.calibration import Calibration
+from whit.capabilities import code_count
 from whit.checkpoint.files import write_whole
 from whit.checkpoint.places import check_place, make_folder
 from whit.checkpoint.reader import read_config
@@ -29,7 +30,7 @@ from whit.report import figures
 from whit.report.front import measured
 from whit.report.layers import Grid, grid
 from whit.report.runs import Comparison
-from whit.tensor import QuantizedTensor, code_count, matrix_shape
+from whit.tensor import QuantizedTensor, matrix_shape
 
 SHOWN = ("int8", "int4-g64", "nf4")  # of the histogram
 BITS = (2, 3, 4, 6, 8)

@@ -62,21 +62,24 @@ def initialize_adapter(
     adapter: str = "default",
     progress: Progress | None = None,
 ) -> tuple[Start, ...]:
-    """Set the LoRA factors of a quantized PEFT model so that it begins as near to the model in `source` as they reach.
+    """Set the LoRA factors of a quantized PEFT model so that it begins as close to the model in `source` as they allow.
 
-    `model` is what `peft.get_peft_model` gave over packed linears of any format; `source` a folder or hub id of the
-    model that was quantized, in full precision. `calibration` is for `data` (128 samples of `whit:text` unless given;
-    best is what will be trained on).
-    rsLoRA's and other scalings are honoured; DoRA's magnitudes become the row norms of Q + s B A, so that they change
-    nothing at the start. Adapters around linears that are not packed, and all other parameters, stay as they are.
+    - `model`: what `peft.get_peft_model` returned for packed linears of any format.
+    - `source`: folder or hub id of the model that was quantized, in full precision.
+    - `method`: `data` (errors of outputs) or `loftq` (errors of weights). `calibration` is for `data`: 128 samples of
+      `whit:text` unless given; best is the text that will be trained on.
+    - `iterations`: with 1 the packed weights stay as they are, and the adapter can be saved without them. With more
+      they are quantized again around the adapter (LoftQ's alternation; by GPTQ for `data`, else to nearest). Then the
+      model has to be saved too, and adapters that were trained on it before no longer fit it.
+    - `adapter`: its name in the PEFT model. `progress` is called with a block's name, the number of blocks done and
+      their total.
 
-    With one of `iterations` the packed weights stay as they are, and the adapter can be saved without them. With more
-    they are quantized again around the adapter (LoftQ's alternation; by GPTQ for `data`, else to nearest): then the
-    model itself has to be saved too, and an adapter that is already trained on it must not be loaded onto it.
+    Scalings such as rsLoRA's are taken into account; DoRA's magnitudes become the row norms of Q + s B A, so that they
+    change nothing at the start. Adapters around linears that are not packed, and all other parameters, stay as they
+    are. The same inputs give the same bits, whatever the thread count.
 
-    `progress` is called with a block's name, the number of blocks done and their total. The same inputs give the same
-    bits, whatever the thread count. Raises RecipeError for an unknown method, UnsupportedModelError where `model` has
-    no such adapter on a packed linear or `source` is another model, CheckpointError and CalibrationError.
+    Raises RecipeError for an unknown method, UnsupportedModelError where `model` has no such adapter on a packed linear
+    or `source` is another model, CheckpointError and CalibrationError.
     """
     if method not in METHODS:
         raise RecipeError(f"init {method!r}: not known; it must be one of {', '.join(METHODS)}; choose one")

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from whit.errors import TrainingError
+from whit.process import give_back_freed
 from whit.randomness import seeded
 from whit.training.data import Example
 from whit.training.loss import ResponseLoss
@@ -135,6 +136,7 @@ class Loop:
             for index, counts in self.ranks.turns(len(self.work.scored)):
                 total += self.loss(self.model, self._batch(self.work.scored[index], self.work.held_out)) * counts
         self.model.train()
+        give_back_freed()  # shapes of its own: what the next steps ask for would lie beside it
         return float(self.ranks.sum(total)) / sum(e.targets for e in self.work.held_out)
 
     def trial(self) -> float:
@@ -151,10 +153,12 @@ class Loop:
                 loss.item()
                 if self.device.type == "cuda":
                     torch.cuda.synchronize(self.device)
+        seconds = time.perf_counter() - began
         for p in self.parameters:
             p.grad = None
+        give_back_freed()
         share = sum(map(self.work.tokens, every)) / self.work.tokens(fullest)
-        return (time.perf_counter() - began) * share / self.ranks.size
+        return seconds * share / self.ranks.size
 
     def _batch(self, rows: MicroBatch, examples: tuple[Example, ...]) -> Any:
         return collate(rows, examples, self.work.pad).to(self.device)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from whit.process import give_back_freed
 from whit.training.packing import Batch
 
 CHUNK = 1 << 26  # logits held at a time: 256 MB of float32
@@ -72,6 +73,8 @@ class ResponseLoss:
             return _sum(logits.flatten(0, 1)[batch.kept], batch.targets)
         hidden = model.base_model(**inputs)[0].flatten(0, 1)[batch.kept]
         head, rows = model.get_output_embeddings(), max(CHUNK // self.vocabulary, 1)
+        if hidden.device.type == "cpu":
+            give_back_freed()  # the blocks'; the logits would lie beside it
         if not torch.is_grad_enabled():
             pairs = zip(torch.split(hidden, rows), torch.split(batch.targets, rows), strict=True)
             return torch.stack([_sum(head(h), t) for h, t in pairs]).sum()

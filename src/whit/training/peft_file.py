@@ -85,7 +85,7 @@ def read_adapter(folder: str | Path) -> Adapter:
         elif _is_whole(name, config):
             whole[name.replace(".base_layer.", ".")] = tensor
         else:
-            raise CheckpointError(f"{folder}: {key} is no part of LoRA that whit knows; merge it with PEFT itself")
+            raise CheckpointError(f"{folder}: {key} is not a part of LoRA that whit knows; merge it with PEFT itself")
     if not parts and not whole:
         raise CheckpointError(f"{folder}: its {WEIGHTS} is empty; an adapter must hold factors; save it again")
     return Adapter(folder, {name: _delta(name, found, config, folder) for name, found in parts.items()}, whole)
@@ -99,7 +99,7 @@ def _check_kind(config: Mapping[str, Any], folder: Path) -> None:
         raise CheckpointError(f"{folder}: {CONFIG} says rank {config.get('r')}; it must be an integer; save it again")
     strange = [key for key in REFUSED if config.get(key)]
     if strange:
-        raise CheckpointError(f"{folder}: {strange[0]} is set; such an adapter is no sum of matrices; keep it apart")
+        raise CheckpointError(f"{folder}: {strange[0]} is set; such an adapter is not a sum of matrices; keep it apart")
 
 
 def _tensors(folder: Path) -> dict[str, Tensor]:

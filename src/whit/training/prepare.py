@@ -16,19 +16,19 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def prepare_for_training(model: Model, *, gradient_checkpointing: bool = True) -> Model:
-    """The same model, in place, frozen and ready for adapters beside its weights, packed in any format or floating.
+    """Freeze a model, in place, so that adapters can be put on its weights, packed or not; returns the same model.
 
-    Nothing of it is trainable any more: adapters that are put on afterwards are. Norms, embeddings and head keep the
-    dtype that they were loaded in. They are frozen, so no small update is lost in it, norms sum in float32 inside, and
-    a float32 norm would turn the activations of a bfloat16 model, and all its products, into float32. PEFT itself
-    keeps its adapters in float32 (`autocast_adapter_dtype`).
+    All its parameters are frozen; adapters that are added afterwards are trainable. Norms, embeddings and head keep the
+    dtype that they were loaded in, unlike in PEFT's own function: they are frozen, so no small update can be lost,
+    norms sum in float32 anyway, and a float32 norm would turn the activations of a bfloat16 model, and all its
+    products, into float32. PEFT itself keeps adapters in float32 (`autocast_adapter_dtype`).
 
-    The output of the input embedding requires a gradient, lest checkpointed blocks be cut off from the loss.
-    `gradient_checkpointing` keeps only the inputs of blocks for the backward pass (non-reentrant; it works in
-    `model.train()` mode only). PEFT counts packed weights as weights from now on.
+    The output of the input embedding requires a gradient, because checkpointed blocks would otherwise be cut off from
+    the loss. `gradient_checkpointing` keeps only the inputs of blocks for the backward pass (non-reentrant; active in
+    `model.train()` mode). PEFT counts packed weights as the weights that they stand for from now on.
 
-    Raises UnsupportedModelError for packed weights that accelerate has offloaded, and for gradient checkpointing where
-    the architecture has none.
+    Raises UnsupportedModelError for packed weights that accelerate has offloaded, and for gradient checkpointing if the
+    architecture has none.
     """
     _check_resident(model)
     _check_checkpointing(model, gradient_checkpointing)
@@ -59,7 +59,7 @@ def _check_resident(model: nn.Module) -> None:
 def _check_checkpointing(model: nn.Module, wanted: bool) -> None:
     if not hasattr(model, "enable_input_require_grads"):
         raise UnsupportedModelError(
-            f"{type(model).__name__}: is no transformers model; its input embedding must be known; "
+            f"{type(model).__name__}: is not a transformers model; its input embedding must be known; "
             "pass the model that from_pretrained gave"
         )
     if wanted and not getattr(model, "supports_gradient_checkpointing", False):

@@ -22,20 +22,21 @@ DTYPES = ("auto", "float32", "bfloat16")
 
 @dataclass(frozen=True)
 class Tuning:
-    """What changes a byte of the adapter, but for the seed.
+    """The settings of a run that trains an adapter. With the data and the seed they decide every byte of it.
 
-    `format` quantizes a full-precision MODEL on the way in (None: as it is), by `method` (None: to nearest). The
-    adapters begin at nothing (`init` default), or at what makes up for what quantization lost, by the weights
-    (`loftq`) or by outputs on the examples that are trained on (`data`; see `initialize_adapter`). A method that needs
-    data, such as gptq or refine, sees these too, and its codes are written beside the adapter; with `data` it chooses
-    codes and the adapter's start for each other. `targets` are names of linears, or ("all-linear",), the head left out.
-
-    A step is `batch` rows of at most `context` tokens (None: 1024, or what the model was built for where that is
-    less), `accumulate` times, on however many processes; `steps` counts instead of `epochs` where it is given. The
-    learning rate rises over the first `warmup` of the steps and falls to nothing along a cosine. `clip` bounds the
-    gradient's norm (0: not). `holdout` is the share of examples that is not trained on but scored every
-    `evaluate_every` steps (None: ten times a run), as another file's examples are where one is given. `shard` spreads
-    the packed weights over the processes of a run and changes nothing that is learned.
+    - `format` quantizes a full-precision MODEL first (None: as it is), by `method` (None: to nearest). A method that
+      needs data, such as gptq or refine, uses the examples, and its codes are written beside the adapter.
+    - `init`: where the adapter starts: from zero (default), or from what quantization lost, in the weights (`loftq`) or
+      in outputs on the examples (`data`; see `initialize_adapter`). With a method that needs data, `data` fits codes
+      and start to each other.
+    - `targets`: names of linears, or ("all-linear",) for all but the head.
+    - A step is `accumulate` times `batch` rows of at most `context` tokens (None: 1024, or what the model was built for
+      if that is less), whatever the number of processes. `steps`, if given, counts instead of `epochs`.
+    - `learning_rate` is reached after the share `warmup` of the steps and falls to 0 along a cosine. `clip`: the
+      largest norm of the gradient (0: no limit).
+    - `holdout`: the share of examples that are not trained on but scored every `evaluate_every` steps (None: ten times
+      a run); another file's examples take their place where one is given.
+    - `shard` spreads the packed weights over the processes of a run and changes nothing that is learned.
 
     Raises TrainingError and FormatError.
     """

@@ -32,7 +32,10 @@ RANGE = 1e6  # of mean|x|; channels that are smaller or dead are scaled like the
 
 @dataclass(frozen=True)
 class AWQ:
-    """Activation-aware scaling; alpha takes `steps` + 1 values from 0 to 1."""
+    """Activation-aware scaling (Lin et al. 2023): of scales mean|x|^alpha the one whose rounded outputs err least.
+
+    `steps` + 1 values of alpha from 0 to 1 are tried for each activation.
+    """
 
     steps: int = 20
 

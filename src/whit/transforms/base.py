@@ -40,7 +40,10 @@ class Transform(Protocol):
     @property
     def name(self) -> str: ...
     @property
-    def needs_stats(self) -> bool: ...
+    def needs_stats(self) -> bool:
+        """Whether it needs statistics of the activation, and so a calibration text."""
+        ...
+
     @property
     def for_activations(self) -> bool:
         """Whether it is made for quantized activations: a recipe that names it alone quantizes them too."""
@@ -48,12 +51,12 @@ class Transform(Protocol):
 
     @property
     def trials(self) -> int:
-        """How often every weight is rounded."""
+        """How often `search` rounds every weight, for estimates of time."""
         ...
 
     def search(self, consumers: Sequence[Consumer], channels: Tensor) -> Tensor:
-        """The scale (in,) float32, positive, that multiplies the columns of all consumers and divides what they see.
+        """The scale (in,) float32, positive, that multiplies the columns of all consumers and divides their input.
 
-        It is equal for columns whose `channels` (in,) int64, the channels of the activation's source, are.
+        Columns with the same number in `channels` (in,) int64, which channel of the source they come from, share one.
         """
         ...

@@ -34,7 +34,10 @@ LEVELS = 127
 
 @dataclass(frozen=True)
 class SmoothQuant:
-    """Smoothing with a given alpha, or, where it is None, with the best of `steps` + 1 for each activation."""
+    """SmoothQuant (Xiao et al. 2022) with a given `alpha` from 0 to 1.
+
+    Without one, alpha is searched for each activation: the best of `steps` + 1 values and of no scale at all.
+    """
 
     alpha: float | None = None
     steps: int = 20

@@ -69,7 +69,8 @@ def prepare_tuning(
     folder = resolve_model(model, options.trust_remote_code)
     if folder.is_file():
         raise TrainingError(
-            f"{model}: is one file; PEFT must find the base again, in a folder; whit convert {model} FOLDER makes one"
+            f"{model}: is one file; PEFT can find the base again only in a folder; make one with whit convert {model} "
+            "FOLDER --export whit"
         )
     check_out(Path(out), folder)
     Ranks.here().check(tuning.accumulate)

@@ -17,7 +17,7 @@ from whit.checkpoint.work import JOURNAL, WorkFolder, disk_errors, is_done
 from whit.errors import OutputError, WhitError
 from whit.integrations.config import QuantizationConfig
 from whit.integrations.loading import load_causal_lm
-from whit.process import peak_memory
+from whit.process import give_back_freed, peak_memory
 from whit.spoken import duration
 from whit.training.adapters import adapters, add_adapters, check_packing
 from whit.training.count import count_parameters
@@ -42,7 +42,7 @@ CHECKPOINTS = 20  # in a run, where it is not said how often
 
 
 def run_tuning(job: TuningJob, watcher: Watcher | None = None) -> dict[str, Any]:
-    """Do a planned run, or go on with it; returns the content of whit.json."""
+    """Do a planned run, or resume it; returns the content of whit.json."""
     if is_done(job.out, job.fingerprint, job.options.restart):
         return read_json(job.out / RECORD)
     ranks = Ranks.here()
@@ -150,6 +150,7 @@ def build_loop(job: TuningJob, ranks: Ranks) -> tuple[Loop, Any]:
     if tuning.shard:
         ranks = shard_packed(model, ranks)
     on_gpu = job.device.startswith("cuda")
+    give_back_freed()
 
     def memory() -> int:
         return int(torch.cuda.max_memory_allocated(job.device)) if on_gpu else peak_memory()

@@ -83,7 +83,7 @@ class Architecture:
 
     def stack_names(self, parameter: str) -> tuple[str, ...]:
         """llama.cpp's names of what a stack of experts holds, or of its biases, its rows in equal parts; none where it
-        is no stack."""
+        is not a stack."""
         found = STACK.fullmatch(parameter)
         if found is None or not self.experts:
             return ()
@@ -107,7 +107,7 @@ class Architecture:
         return numbers.reshape(experts, parts, -1).transpose(0, 1).reshape(-1)
 
     def expert_names(self, tensor: str, count: int) -> list[str]:
-        """The hub's names of the matrices of a stack; none where a tensor is no stack."""
+        """The hub's names of the matrices of a stack; none where a tensor is not a stack."""
         found = STACKED.fullmatch(tensor)
         if found is None or not self.experts or self.woven:
             return []

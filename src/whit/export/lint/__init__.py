@@ -30,6 +30,8 @@ MARKS = (
     "trellis", "_weight_qdata", "weight:qdata", "weight._data", "weight._data._data", "weight_scales",
 )  # fmt: skip
 
+TOLD_BY_TENSORS = ("torchao", "quanto", "hqq")  # which say of each linear whether it is quantized; no list does
+
 
 def lint(
     folder: Path, config: Mapping[str, Any], checkpoint: Checkpoint, trust_remote_code: bool = False
@@ -143,6 +145,8 @@ def _accounted(
         elif name in checkpoint and reason != COMPUTED:
             yield Finding("problem", name, f"is in the file and {reason}; nothing accounts for it; drop it")
     said = config.get("quantization_config") or config.get("quantization") or {}
+    if said.get("quant_method") in TOLD_BY_TENSORS and "quant_config" not in said:
+        return
     excepted = _excepted(said)
     for target in find_targets(skeleton):
         keys = source.origins[target.parameter].keys if target.parameter in source.origins else ()

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
+
+from whit.spoken import of_all_blocks
 
 
 @dataclass(frozen=True)
@@ -24,9 +25,8 @@ def collapsed(findings: Iterable[Finding]) -> list[Finding]:
     """One for modules that differ only in a block's number."""
     alike: dict[tuple[str, str, str], list[Finding]] = {}
     for finding in findings:
-        where = re.sub(r"\.\d+(?=\.|$)", ".*", finding.where)
-        message = re.sub(r"\.\d+(?=\.|$)", ".*", finding.message)
-        alike.setdefault((finding.kind, where, message), []).append(finding)
+        key = (finding.kind, of_all_blocks(finding.where), of_all_blocks(finding.message))
+        alike.setdefault(key, []).append(finding)
     result = []
     for (_, where, _), group in alike.items():
         first = group[0]

@@ -35,7 +35,7 @@ def lint_onnx(path: Path, trust_remote_code: bool = False) -> list[Finding]:
             continue
         packed |= found
         item = next(iter(found.values()))
-        # negative ones are no news to these kernels: ONNX Runtime's own quantizer writes them
+        # negative ones are not news to these kernels: ONNX Runtime's own quantizer writes them
         findings += [finding for finding in scale_findings(file, item.keys[1]) if finding.kind == "problem"]
         if item.note is not None:
             findings.append(Finding("note", node.name, item.note))

@@ -2,7 +2,7 @@
 
 `weight` uint8 (out / 4, in): bits [2 i, 2 i + 2) of row r hold code + 1 of row r + i out / 4. `weight_scale` (1,):
 `bitlinear` divides by it, w = code / weight_scale; `autobitlinear` multiplies, w = code weight_scale. Both also round
-activations to 8 bits per token, which is no part of the weights.
+activations to 8 bits per token, which is not part of the weights.
 """
 
 from __future__ import annotations

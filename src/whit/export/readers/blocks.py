@@ -21,7 +21,7 @@ from whit.formats.offset import Offset
 from whit.layouts.affine import middle
 from whit.tensor import QuantizedTensor
 
-NOTE = "blocks that are no groups of a row's columns, or zero points that are no codes"
+NOTE = "blocks that are not groups of a row's columns, or zero points that are not codes"
 OFFSET_NOTE = "offsets that float32 does not hold as whit counts them"
 
 
@@ -85,7 +85,7 @@ def affine_blocks(said: Blocks, scale: Tensor, zero: Tensor | None, read: Callab
     kind = SCALE_TYPES.get(scale.dtype)
     scale, zero = said.of_rows(scale), said.of_rows(zero) if zero is not None and bool(zero.any()) else None
     if kind is None or not bool(torch.isfinite(scale).all()):
-        raise CheckpointError(f"{said.where}: scales that are no finite floats; all must be; get the file again")
+        raise CheckpointError(f"{said.where}: scales that are not finite floats; all must be; get the file again")
     codes: Callable[[], Tensor] = lambda: said.checked(read())  # noqa: E731
     most = said.low + (1 << said.bits)
     whole = zero is None or bool(((zero == zero.round()) & (zero >= said.low) & (zero < most)).all())
@@ -118,7 +118,7 @@ def offset_groups(said: Blocks, scale: Tensor, offset: Tensor, read: Callable[[]
     """
     half, size, rows = middle(said.bits), said.block[-1], prod(said.shape[:-1])
     if not bool((torch.isfinite(scale) & torch.isfinite(offset)).all()):
-        raise CheckpointError(f"{said.where}: scales that are no finite floats; all must be; get the file again")
+        raise CheckpointError(f"{said.where}: scales that are not finite floats; all must be; get the file again")
     size = 0 if size == said.shape[-1] else size
     codes: Callable[[], Tensor] = lambda: said.checked(read()).reshape(rows, -1)  # noqa: E731
     if not bool(offset.any()):

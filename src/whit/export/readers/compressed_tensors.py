@@ -111,7 +111,7 @@ def _read(
 
 
 def beyond(zero: Tensor, bits: int) -> int:
-    """How many signed zero points are no codes of that many bits."""
+    """How many signed zero points are not codes of that many bits."""
     half = 1 << (bits - 1)
     return int(((zero < -half) | (zero >= half)).sum())
 

@@ -2,7 +2,7 @@
 
 `weight` float8 (out, in); `weight_scale_inv` (out / m, in / n), rounded up: W = weight * scale, tiles of (m, n) as
 `weight_block_size` says, 128 x 128 mostly. No format of whit has such tiles, so that the weights are read as floats.
-Inputs are rounded to FP8 as they come by those who serve such files, which is no part of the weights.
+Inputs are rounded to FP8 as they come by those who serve such files, which is not part of the weights.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from whit.layouts.gptq import BITS, GPTQLayout, plain_groups
 from whit.layouts.words import unpack_words, word_count
 from whit.tensor import Format, PackedWeight, QuantizedTensor
 
-ACT_ORDER = "act-order: its groups are no runs of neighbouring columns"
+ACT_ORDER = "act-order: its groups are not runs of neighbouring columns"
 NO_FORMAT = f"{ACT_ORDER}, and group_size does not say how large they are"
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -112,7 +112,7 @@ def _group_size(index: Tensor | None, columns: int, groups: int, where: str, cla
 
 
 def size_of_scattered(columns: int, groups: int, claimed: object) -> int | None:
-    """Columns per group where groups are no runs of neighbours; None where there is no such number."""
+    """Columns per group where groups are not runs of neighbours; None where there is no such number."""
     if not 0 < groups <= MOST_GROUPS:
         return None
     if columns % groups == 0:

@@ -1,4 +1,4 @@
-"""How the linears of another quantizer's checkpoint round their inputs, which is no part of the weights."""
+"""How the linears of another quantizer's checkpoint round their inputs, which is not part of the weights."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ def mxfp4_linear(checkpoint: Checkpoint, weight: str, scale: str, others: tuple[
 def finite(exponent: Tensor, key: str) -> Tensor:
     """Bytes of E8M0, or CheckpointError where one stands for no number."""
     if bool((exponent == 255).any()):
-        raise CheckpointError(f"{key}: holds 255, which is no scale; all must be; get the file again")
+        raise CheckpointError(f"{key}: holds 255, which is not a scale; all must be; get the file again")
     return exponent
 
 

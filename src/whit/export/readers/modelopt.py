@@ -2,7 +2,7 @@
 
 NVFP4: `weight` uint8 (N, K / 2), `weight_scale` E4M3 (N, K / 16), `weight_scale_2` float32. A linear's
 `pre_quant_scale` (K,) multiplies its inputs, so that W has it for its columns. `input_scale` and `k_scale`, `v_scale`
-say how inputs and the cache are rounded by those who serve such files, which is no part of the weights.
+say how inputs and the cache are rounded by those who serve such files, which is not part of the weights.
 """
 
 from __future__ import annotations

@@ -120,7 +120,7 @@ def _groups(checkpoint: Checkpoint, module: str, kind: str, inputs: Any) -> Pack
         found = affine_blocks(Blocks(where, keys, shape, (1, size), bits, 0), scale, shift, codes)
         return Packed(found.keys, found.shape, found.format, found.load, found.note, inputs=inputs)
     if not bool((torch.isfinite(scale) & torch.isfinite(shift)).all()):
-        raise CheckpointError(f"{where}: scales or shifts that are no finite floats; all must be; get the file again")
+        raise CheckpointError(f"{where}: scales or shifts that are not finite floats; all must be; get the file again")
     same = scale.dtype == shift.dtype
     format = Offset(bits, 0 if size == shape[1] else size, SCALE_TYPES[scale.dtype] if same else "f32")
     params = {"scale": scale, "offset": -shift} if same else {"scale": scale.float(), "offset": -shift.float()}

@@ -113,7 +113,7 @@ def _inputs(stored: Stored) -> Activations | None:
     how = said.get("act_quant_kwargs")
     if said.get("activation_quantization"):
         if said["activation_quantization"] != "int8_asym_per_token":
-            raise CheckpointError(f"inputs are rounded with {said['activation_quantization']}, which whit has not")
+            raise CheckpointError(f"inputs are rounded with {said['activation_quantization']}, unknown to whit")
         return Activations(symmetric=False)
     if said.get("activation_dtype") == "float8_e4m3fn":
         return Activations(type="fp8")
@@ -121,6 +121,10 @@ def _inputs(stored: Stored) -> Activations | None:
         return None
     if "act_quant_scale" in keys or not {"float8_dtype", "mapping_type"} & how.keys():
         raise CheckpointError("inputs are rounded by static scales or to small floats in blocks, which is not read")
-    granularity = "token" if isinstance(how.get("granularity"), dict) and "dim" in how["granularity"] else "tensor"
+    if not isinstance(rows := how.get("granularity"), dict) or rows.keys() - {"dim"}:
+        raise CheckpointError(
+            "inputs are rounded with scales for something else than a token or all, which is not read"
+        )
+    granularity = "token" if rows else "tensor"
     kind = "fp8" if "float8_dtype" in how else "int8"
     return Activations(type=kind, symmetric=how.get("mapping_type") != "ASYMMETRIC", granularity=granularity)

@@ -19,6 +19,7 @@ from whit.calibration.capture import BlockStats, Watch
 from whit.calibration.ranges import RangeWatch, input_tensors
 from whit.calibration.runner import Runner
 from whit.calibration.storage import Storage
+from whit.capabilities import rotation
 from whit.checkpoint.writer import Written
 from whit.formats.lowrank import without_side_car
 from whit.formats.numeric import check_finite
@@ -36,7 +37,7 @@ from whit.pipeline.job import Job
 from whit.pipeline.near import Near
 from whit.pipeline.plan import Item, Unit, floats
 from whit.pipeline.sources import run_dtype
-from whit.tensor import Format, LayerStats, rotation
+from whit.tensor import Format, LayerStats
 from whit.transforms.base import Inputs, Rounding
 from whit.transforms.fold import Basis, rescale
 
