@@ -240,7 +240,8 @@ def test_two_processes_learn_what_one_does(model, data, tmp_path):
         [*both, *words[:2], str(tmp_path / "sharded"), *words[2:], "--shard"],
     )
     for command in commands:
-        subprocess.run(command, check=True, capture_output=True, timeout=300)
+        run = subprocess.run(command, capture_output=True, timeout=300, text=True)
+        assert run.returncode == 0, run.stderr
     records = [json.loads((tmp_path / name / "whit.json").read_text()) for name in ("alone", "both")]
     assert [r["processes"] for r in records] == [1, 2]
     assert losses(tmp_path / "both") == pytest.approx(losses(tmp_path / "alone"), rel=1e-5)

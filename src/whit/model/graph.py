@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -148,7 +148,8 @@ def find_blocks(model: PreTrainedModel) -> Blocks:
 
     UnsupportedModelError where there is none or more than one.
     """
-    parts, lists = text_parts(model), _lists_of_blocks(model)
+    holders = [target.holder for target in find_targets(model) if not target.kept_by_default]
+    parts, lists = text_parts(model), lists_of_blocks(model, holders)
     takes = getattr(parts[0], "main_input_name", "input_ids")
     takes_tokens = "input_ids" in inspect.signature(parts[0].forward).parameters
     if takes != "input_ids" and (len(lists) == len(parts) or not takes_tokens):
@@ -174,9 +175,8 @@ def find_blocks(model: PreTrainedModel) -> Blocks:
     return Blocks(names, modules, first[1] if len(parts) > 1 else None)
 
 
-def _lists_of_blocks(model: PreTrainedModel) -> dict[str, nn.ModuleList]:
-    """The outermost lists that hold linears."""
-    holders = [target.holder for target in find_targets(model) if not target.kept_by_default]
+def lists_of_blocks(model: nn.Module, holders: Collection[str]) -> dict[str, nn.ModuleList]:
+    """The outermost lists that hold any of the named linears, packed ones too."""
     lists: dict[str, nn.ModuleList] = {}
     for name, module in model.named_modules():
         outermost = not any(name.startswith(f"{other}.") for other in lists)

@@ -8,6 +8,7 @@ adapters' gradients are summed as ever (`ranks`), so that a sharded run learns w
 from __future__ import annotations
 
 import inspect
+import itertools
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from torch import nn
 
 from whit.errors import TrainingError
-from whit.model.graph import find_blocks
+from whit.model.graph import lists_of_blocks
 from whit.modules import QuantizedLinear
 from whit.training.ranks import Ranks
 
@@ -35,12 +36,12 @@ def shard_packed(model: Any, ranks: Ranks) -> Ranks:
             f"shard: torch {torch.__version__} cannot leave adapters whole; 2.7 is needed; update torch"
         )
     mesh = init_device_mesh(model.device.type, (ranks.size,))
-    packed = {m: m.make_shardable() for m in model.modules() if isinstance(m, QuantizedLinear)}
+    packed = {name: m.make_shardable() for name, m in model.named_modules() if isinstance(m, QuantizedLinear)}
     if not packed:
         raise TrainingError("shard: no packed linears; what is shared must be quantized; pass --format nf4-dq")
     shared = {p for parameters in packed.values() for p in parameters}
     whole: set[nn.Parameter] = {p for p in model.parameters() if p not in shared}
-    for name in find_blocks(model).names:
-        fully_shard(model.get_submodule(name), mesh=mesh, reshard_after_forward=True, ignored_params=whole)
+    for block in itertools.chain.from_iterable(lists_of_blocks(model, packed).values()):
+        fully_shard(block, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
     fully_shard(model.base_model, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
     return replace(ranks, together=True)
