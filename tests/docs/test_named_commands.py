@@ -88,6 +88,15 @@ def test_modules_and_names_that_the_design_points_to_exist(page: str):
         assert not name or any(file.is_file() and name in names_in(file) for file in files), f"{module}.{name}"
 
 
+@pytest.mark.parametrize("page", ["kernels.md", "kernels-gpu.md"])
+def test_sources_that_a_page_of_kernels_names_exist(page: str):
+    found = re.findall(r"`?\b([a-z_0-9*]+\.(?:cu|cuh|cpp|inl|py|json))\b", (ROOT / "docs" / page).read_text())
+    assert len(found) > 10
+    places = (PACKAGE, ROOT / "benchmarks", ROOT / "build_kernels.py", ROOT / "docs")
+    for name in {*found}:
+        assert any(place.name == name or any(place.rglob(name)) for place in places), name
+
+
 def test_the_design_names_every_package():
     text = (ROOT / "docs/design.md").read_text()
     assert [p.parent.name for p in PACKAGE.glob("*/__init__.py") if f"`{p.parent.name}" not in text] == []
