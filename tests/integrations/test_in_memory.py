@@ -46,6 +46,16 @@ def test_a_module_of_ones_own_is_quantized_in_place():
     assert (model(TOKENS) - plain(TOKENS)).norm() < 0.02 * plain(TOKENS).norm()
 
 
+def test_a_deterministic_one_is_so_or_stays_as_it_was():
+    model = whit.quantize_model(net(), "int8", deterministic=True)
+    assert all(module.deterministic for module in model.modules() if isinstance(module, PackedModule))
+    for model in (net(), tiny_model("llama")):
+        before = {name: type(module) for name, module in model.named_modules()}
+        with pytest.raises(UnsupportedModelError, match="rounded by what all rows hold together"):
+            whit.quantize_model(model, "llm.int8", deterministic=True)
+        assert {name: type(module) for name, module in model.named_modules()} == before
+
+
 def test_what_is_shared_stays_shared():
     model, plain = net(), net()
     whit.quantize_model(model, "int8", rules=[("embed", "int8")])

@@ -21,7 +21,7 @@ from whit.integrations.quantizer import WhitQuantizer
 from whit.integrations.slow import warn_of_slow_products
 from whit.layouts import BITS
 from whit.model.targets import Target, tied_weights
-from whit.modules import Dtypes, PackedModule, install, install_tied
+from whit.modules import Dtypes, PackedModule, check_rows_apart, install, install_tied, set_deterministic
 from whit.recipe import Recipe
 from whit.tensor import Format
 
@@ -77,14 +77,18 @@ def _known(model: PreTrainedModel, wanted: QuantizationConfig) -> None:
 
 def _any(model: nn.Module, wanted: QuantizationConfig, formats: Mapping[Target, Format], ties: dict[str, str]) -> None:
     how = {t.holder: wanted.recipe.activations_for(t.holder, t.kind, format) for t, format in formats.items()}
+    inputs = {holder: activations for holder, activations in how.items() if activations is not None}
+    for target in formats if wanted.deterministic else ():
+        check_rows_apart(target.holder, target.kind == "experts", inputs.get(target.holder))
     types = {t.holder: Dtypes(model.get_parameter(t.parameter).dtype, wanted.compute_dtype) for t in formats}
     packed = {target.parameter for target in formats}
     for name, owner in ties.items():
         if owner in packed:
             holder, source = name.removesuffix(".weight"), owner.removesuffix(".weight")
             install_tied(model, holder, model.get_submodule(source), types[source])
-    inputs = {holder: activations for holder, activations in how.items() if activations is not None}
     _pack(model, formats, inputs, wanted.recipe, types.__getitem__)
+    if wanted.deterministic:
+        set_deterministic(model)
     warn_of_slow_products(model)
 
 

@@ -40,6 +40,7 @@ from whit.modules import (
     Dtypes,
     PackedModule,
     announce,
+    check_rows_apart,
     empty_packed,
     install,
     install_tied,
@@ -99,6 +100,8 @@ class WhitQuantizer(HfQuantizer):  # type: ignore[misc]
             how = {t.holder: recipe.activations_for(t.holder, t.kind, f) for t, f in formats.items()}
             self.inputs = {holder: activations for holder, activations in how.items() if activations is not None}
             self.quantization_config.inputs = {holder: str(how) for holder, how in self.inputs.items()}
+            for target in formats if self.quantization_config.deterministic else ():
+                check_rows_apart(target.holder, target.kind == "experts", self.inputs.get(target.holder))
             for target, format in formats.items():
                 if device_map is not None:
                     announce(model, target, format)

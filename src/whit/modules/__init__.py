@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from whit.modules.alone import set_deterministic
+from whit.modules.alone import check_rows_apart, set_deterministic
 from whit.modules.counted import make_countable
 from whit.modules.embedding import QuantizedEmbedding, TiedEmbedding
 from whit.modules.experts import QuantizedExperts
@@ -21,6 +21,7 @@ __all__ = [
     "TiedEmbedding",
     "TiedHead",
     "announce",
+    "check_rows_apart",
     "empty_packed",
     "install",
     "install_tied",

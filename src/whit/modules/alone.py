@@ -9,6 +9,7 @@ from torch import nn
 from whit.errors import UnsupportedModelError
 from whit.modules.experts import QuantizedExperts
 from whit.modules.packed import PackedModule
+from whit.tensor import Activated
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -26,16 +27,21 @@ def set_deterministic(model: M, on: bool = True) -> M:
     """
     packed = {name: module for name, module in model.named_modules() if isinstance(module, PackedModule)}
     for name, module in packed.items() if on else ():
-        how = module.activations
-        if isinstance(module, QuantizedExperts):
-            raise UnsupportedModelError(
-                f"{name}: stacked experts; torch multiplies them for all tokens together; leave deterministic out"
-            )
-        if how is not None and (how.threshold > 0 or (how.kind == "dynamic" and how.granularity == "tensor")):
-            raise UnsupportedModelError(
-                f"{name}: activations {how} are rounded by what all rows hold together; for a deterministic model "
-                "they must be rounded row by row; use int8 or int8-g32, or leave deterministic out"
-            )
+        check_rows_apart(name, isinstance(module, QuantizedExperts), module.activations)
     for module in packed.values():
         module.set_deterministic(on)
     return model
+
+
+def check_rows_apart(name: str, are_experts: bool, activations: Activated | None) -> None:
+    """UnsupportedModelError for a module of that name whose rows depend on each other."""
+    if are_experts:
+        raise UnsupportedModelError(
+            f"{name}: stacked experts; torch multiplies them for all tokens together; leave deterministic out"
+        )
+    how = activations
+    if how is not None and (how.threshold > 0 or (how.kind == "dynamic" and how.granularity == "tensor")):
+        raise UnsupportedModelError(
+            f"{name}: activations {how} are rounded by what all rows hold together; for a deterministic model "
+            "they must be rounded row by row; use int8 or int8-g32, or leave deterministic out"
+        )
