@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from decimal import Decimal
 from typing import Any
@@ -57,6 +57,12 @@ SCHEMES = {  # names of a format and activations together
     "w8a8+h64": ("int8+h64", "int8"),
     "w8a8-static+h64": ("int8+h64", "int8-static"),
     "w4a8+h64": ("int4-channel+h64", "int8"),
+}
+NUMBERS: dict[str, tuple[Callable[[float], bool], str]] = {  # what the numbers of Activations must be
+    "threshold": (lambda value: 0 <= value < math.inf, "at least 0 (0: no column is an outlier; 6 is usual)"),
+    "percentile": (lambda value: 50 < value <= 100, "above 50 and at most 100"),
+    "momentum": (lambda value: 0 < value <= 1, "above 0 and at most 1"),
+    "exact": (lambda value: value >= 0 and float(value).is_integer(), "whole and at least 0"),
 }
 EXAMPLES = ("int8", "int8-g32", "int8-g32-exact4", "int8-asym", "int8-outliers", "int8-static-mse", "fp8")
 
@@ -95,6 +101,9 @@ class Activations:
         for name, known in (("kind", KINDS), ("type", tuple(TYPES)), ("granularity", GRANULARITIES), ("range", RANGES)):
             if (value := getattr(self, name)) not in known:
                 raise RecipeError(f"activations: {name} {value!r} is not known; it must be one of {', '.join(known)}")
+        for name, (fits, must) in NUMBERS.items():
+            if isinstance(value := getattr(self, name), bool) or not isinstance(value, int | float) or not fits(value):
+                raise RecipeError(f"activations: {name} {value!r}; it must be a number, {must}; correct it")
         is_plain = (self.kind, self.type, self.symmetric) == ("dynamic", "int8", True)
         if self.granularity == "group" and not is_plain:
             raise RecipeError("activations: in groups of columns they must be dynamic, symmetric int8; use int8-g32")
@@ -111,18 +120,6 @@ class Activations:
             raise RecipeError(
                 "activations: exact columns are for dynamic, symmetric int8 per token or per 32 columns; use "
                 "int8-exact8 or int8-g32-exact4"
-            )
-        if (
-            not isinstance(self.threshold, int | float)
-            or self.exact < 0
-            or not 0 <= self.threshold < math.inf
-            or not 50 < self.percentile <= 100
-            or not 0 < self.momentum <= 1
-        ):
-            raise RecipeError(
-                f"activations: exact {self.exact}, threshold {self.threshold!r}, percentile {self.percentile}, "
-                f"momentum {self.momentum}; they must be numbers, at least 0, at least 0, in (50, 100] and in (0, 1]; "
-                "correct them"
             )
 
     def __str__(self) -> str:

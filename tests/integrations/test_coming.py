@@ -41,6 +41,8 @@ def test_anothers_configuration_is_no_format():
         with pytest.raises(whit.WhitError, match=r"load_in_4bit=True") as error:
             whit.QuantizationConfig(given)
         assert "\n" not in str(error.value)
+    with pytest.raises(whit.WhitError, match="load_in_8bit=True"):
+        whit.QuantizationConfig(hf.BitsAndBytesConfig(load_in_8bit=True))
     for given in (hf.AwqConfig(bits=4), {"bits": 4}):
         with pytest.raises(whit.WhitError, match="'int4-g128'"):
             whit.QuantizationConfig(given)

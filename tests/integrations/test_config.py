@@ -50,6 +50,12 @@ def test_round_trips_through_json(config: whit.QuantizationConfig):
     assert (again.recipe, again.compute_dtype) == (config.recipe, config.compute_dtype)
 
 
+FOUR = {
+    "load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True,
+    "bnb_4bit_compute_dtype": torch.bfloat16, "bnb_4bit_quant_storage": torch.bfloat16,
+}  # fmt: skip
+
+
 def test_options_typed_for_bitsandbytes_mean_what_they_meant_there():
     four = whit.QuantizationConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
@@ -65,6 +71,9 @@ def test_options_typed_for_bitsandbytes_mean_what_they_meant_there():
     assert eight == whit.QuantizationConfig("llm.int8", outlier_threshold=5.0).recipe
     assert whit.QuantizationConfig(load_in_8bit=True).recipe == whit.QuantizationConfig("llm.int8").recipe
     assert str(whit.QuantizationConfig(load_in_8bit=False).recipe.rules[0][1]) == "int4-g128"
+    both = {**FOUR, "load_in_4bit": False, "load_in_8bit": True}  # what a script passes on, whichever was asked for
+    assert whit.QuantizationConfig(**both).recipe == whit.QuantizationConfig("llm.int8").recipe
+    assert whit.QuantizationConfig(**both).compute_dtype is None
 
 
 @pytest.mark.parametrize(
@@ -76,6 +85,10 @@ def test_options_typed_for_bitsandbytes_mean_what_they_meant_there():
         ({"load_in_4bit": True, "bnb_4bit_quant_type": "int4"}, "must be nf4 or fp4"),
         ({"load_in_4bit": True, "bnb_4bit_quant_storage": torch.bfloat16}, "whit stores codes as bytes"),
         ({"format": whit.Recipe(), "method": "hqq"}, "a Recipe has its own method"),
+        ({"load_in_8bit": True, "llm_int8_threshold": -1.0}, r"threshold -1\.0; it must be a number, at least 0"),
+        ({"load_in_8bit": True, "llm_int8_threshold": "6"}, "threshold '6'; it must be a number, at least 0"),
+        ({"load_in_8bit": True, "llm_int8_threshold": True}, "threshold True; it must be a number, at least 0"),
+        ({"format": "int8", "activations": "int8-static-percentile40"}, r"percentile 40\.0; .* above 50"),
     ],
 )
 def test_options_of_bitsandbytes_that_contradict_each_other(options: dict, sentence: str):
@@ -104,7 +117,7 @@ def test_refuses_what_contradicts_itself():
         whit.QuantizationConfig("nf44")
     with pytest.raises(FormatError, match="it has no double quantization"):
         whit.QuantizationConfig("int8", double_quant=True)
-    with pytest.raises(RecipeError, match="llm_int8_has_fp16_weight keeps 16-bit weights"):
+    with pytest.raises(RecipeError, match=r"llm_int8_has_fp16_weight keeps weights in 16 bits.*--qat full"):
         whit.QuantizationConfig("llm.int8", llm_int8_has_fp16_weight=True)
     assert not whit.QuantizationConfig("llm.int8", llm_int8_has_fp16_weight=False).fp32_cpu_offload
     with pytest.raises(RecipeError, match="they are one option"):

@@ -1,7 +1,7 @@
 """Options of `whit.QuantizationConfig` by the names that bitsandbytes' configuration has for them.
 
 What was typed for `BitsAndBytesConfig` means the same here: `load_in_4bit` is fp4 unless `bnb_4bit_quant_type` says
-nf4, `load_in_8bit` is llm.int8 with the threshold 6.
+nf4, `load_in_8bit` is llm.int8 with the threshold 6, and with it whatever is said of 4 bits has no effect.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from whit.named import require
 
 FOUR_BIT = ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "bnb_4bit_quant_storage")
 ADVICE = {
-    "llm_int8_has_fp16_weight": "keeps 16-bit weights, and whit only codes; "
-    "leave it out, and train adapters beside the codes (whit.prepare_for_training)",
+    "llm_int8_has_fp16_weight": "keeps weights in 16 bits, to train them, and whit only codes; "
+    "leave it out, and train adapters beside the codes (whit.prepare_for_training), "
+    "or all weights (whit train --qat full --format w8a8)",
     "bnb_4bit_quant_storage": "whit stores codes as bytes; "
     "leave it out: for FSDP, whit finetune --shard packs them itself",
 }
@@ -66,20 +67,20 @@ def understand(options: Mapping[str, Any]) -> Named:
     if four and eight:
         raise RecipeError("QuantizationConfig: load_in_4bit and load_in_8bit; weights have one format; drop one")
     for name in FOUR_BIT:
-        if not four and options.get(name):
+        if not (four or eight) and options.get(name):
             raise RecipeError(f"QuantizationConfig: {name} belongs to load_in_4bit=True; add that, or name a format")
     kind = options.get("bnb_4bit_quant_type", "fp4")
     if kind not in ("nf4", "fp4"):
         raise RecipeError(f"QuantizationConfig: bnb_4bit_quant_type {kind!r}; it must be nf4 or fp4; choose one")
     if options.get("llm_int8_has_fp16_weight"):
         raise RecipeError(f"QuantizationConfig: llm_int8_has_fp16_weight {ADVICE['llm_int8_has_fp16_weight']}")
-    if options.get("bnb_4bit_quant_storage") not in (None, torch.uint8, "uint8"):
+    if not eight and options.get("bnb_4bit_quant_storage") not in (None, torch.uint8, "uint8"):
         raise RecipeError(f"QuantizationConfig: bnb_4bit_quant_storage: {ADVICE['bnb_4bit_quant_storage']}")
     skips = (options.get("skip_modules"), options.get("llm_int8_skip_modules"))
     return Named(
         format=kind if four else "llm.int8" if eight else None,
         double_quant=four and bool(options.get("bnb_4bit_use_double_quant")),
-        compute_dtype=options.get("bnb_4bit_compute_dtype"),
+        compute_dtype=None if eight else options.get("bnb_4bit_compute_dtype"),
         threshold=_threshold(options, four),
         skipped=tuple(name for names in skips for name in listed(names)),
         fp32_cpu_offload=any(options.get(f"{by}enable_fp32_cpu_offload") for by in ("", "llm_int8_")),

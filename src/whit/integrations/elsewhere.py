@@ -53,7 +53,10 @@ def check_own(config: Any) -> None:
     if options is None and not hasattr(config, "quant_method"):
         return
     kind = "a dict of options" if options is not None else type(config).__name__
-    typed = "load_in_4bit=True, bnb_4bit_quant_type='nf4'" if _method(config) == "bitsandbytes" else "'int4-g128'"
+    typed = "'int4-g128'"
+    if _method(config) == "bitsandbytes":
+        eight = options.get("load_in_8bit") if options is not None else config.load_in_8bit
+        typed = "load_in_8bit=True" if eight else "load_in_4bit=True, bnb_4bit_quant_type='nf4'"
     raise RecipeError(
         f"QuantizationConfig: {kind} is not a format; give the options themselves: "
         f"whit.QuantizationConfig({typed}, ...)"

@@ -31,8 +31,9 @@ def check_recipe(
     """
     problems = [_unmatched(pattern, holders) for pattern in recipe.unmatched(holders)]
     if recipe.needs_stats and not calibrated:
+        use = "rtn, clip or hqq" if recipe.method.needs_stats else "dynamic ones, such as int8"
         problems.append(
-            f"{recipe.title}: needs calibration data, and there is none while a model is loaded; use rtn, clip or hqq, "
+            f"{recipe.title}: needs calibration data, and there is none while a model is loaded; use {use}, "
             "or write the model by whit.quantize"
         )
     formats: dict[str, Format | None] = {}
