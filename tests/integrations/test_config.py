@@ -13,7 +13,7 @@ import transformers as hf
 from transformers.quantizers.auto import AutoHfQuantizer, AutoQuantizationConfig
 
 import whit
-from whit.errors import FormatError, RecipeError
+from whit.errors import FormatError, RecipeError, WhitWarning
 from whit.integrations.plan import plan_formats
 from whit.integrations.transformers import WhitQuantizer, register
 
@@ -110,6 +110,36 @@ def test_skipped_modules_are_kept_with_all_inside_them():
     assert recipe.format_for("model.layers.0.self_attn.q_proj") is not None
     assert recipe.format_for("model.layers.0.mlp_extra.fc") is not None
     assert whit.QuantizationConfig("int8", skip_modules="mlp").recipe.format_for("model.mlp.fc") is None
+
+
+class Block(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_proj, self.out_proj, self.fc = (torch.nn.Linear(32, 32) for _ in range(3))
+
+
+@pytest.mark.parametrize(
+    "names", [["proj"], ["fc"], [r"0\.(q|out)_proj"], ["1"], [r"[01]\..*_proj"], ["*.q_proj"], ["0.fc"]]
+)
+def test_what_is_skipped_is_what_transformers_skips(names: list[str]):
+    """Ends of names and regular expressions too; a glob is no such expression, and whit's own."""
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    model = torch.nn.Sequential(Block(), Block())
+    linears = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    try:
+        wanted = [name for name in linears if not should_convert_module(name, names)]
+    except re.error:
+        wanted = ["0.q_proj", "1.q_proj"]
+    config = whit.QuantizationConfig("int8", modules_to_not_convert=names)
+    whit.quantize_model(model, whit.QuantizationConfig.from_dict(config.to_dict()))
+    kept = [name for name, module in model.named_modules() if type(module) is torch.nn.Linear]
+    assert kept == wanted
+
+
+def test_a_name_that_keeps_nothing_is_said():
+    with pytest.warns(WhitWarning, match=r"'q_prj' is the name of no module; did you mean q_proj\?"):
+        whit.quantize_model(torch.nn.Sequential(Block()), "int8", skip_modules=["q_prj"])
 
 
 def test_refuses_what_contradicts_itself():

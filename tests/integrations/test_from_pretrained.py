@@ -19,6 +19,7 @@ from transformers import (
 )
 
 import whit
+from whit.errors import WhitWarning
 from whit.modules import PackedModule, QuantizedEmbedding, QuantizedLinear, TiedHead
 
 from tiny_models import save_tiny, tiny_inputs
@@ -26,7 +27,8 @@ from tiny_models import save_tiny, tiny_inputs
 
 def test_what_is_not_to_be_converted_is_kept(llama: Path):
     config = whit.QuantizationConfig("int8", modules_to_not_convert=["mlp", "not_in_this_model"])
-    model = load(llama, quantization_config=config)
+    with pytest.warns(WhitWarning, match="'not_in_this_model' is the name of no module"):
+        model = load(llama, quantization_config=config)
     kinds = {name.split(".")[3] for name, m in model.named_modules() if isinstance(m, QuantizedLinear)}
     assert kinds == {"self_attn"}
     assert type(model.lm_head) is torch.nn.Linear

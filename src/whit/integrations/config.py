@@ -9,6 +9,7 @@ from dataclasses import fields, replace
 from typing import Any
 
 import torch
+from torch import nn
 from transformers.utils.quantization_config import QuantizationConfigMixin
 from typing_extensions import Unpack
 
@@ -19,6 +20,7 @@ from whit.formats import parse_format
 from whit.formats.numeric import dtype_name
 from whit.integrations.bitsandbytes_names import BitsandbytesOptions, listed, understand
 from whit.integrations.elsewhere import ANSWERS, check_own
+from whit.integrations.skipped import kept_rules, with_kept
 from whit.layouts import layout_named
 from whit.methods import Method
 from whit.recipe import Recipe
@@ -26,7 +28,9 @@ from whit.recipe.stored import KEYS as RECIPE_KEYS
 from whit.tensor import Format
 
 DEFAULT = "int4-g128"
-KEYS = RECIPE_KEYS | {"quant_method", "layout", "formats", "inputs", "compute_dtype", "deterministic"}
+KEYS = RECIPE_KEYS | {
+    "quant_method", "layout", "formats", "inputs", "compute_dtype", "deterministic", "modules_to_not_convert",
+}  # fmt: skip
 
 
 class FurtherOptions(BitsandbytesOptions, total=False):
@@ -46,7 +50,8 @@ class QuantizationConfig(QuantizationConfigMixin):  # type: ignore[misc]
     - `activations` ("int8", "fp8") quantizes the inputs of linears as well. `outlier_threshold`: columns that reach it
       stay in 16 bits, as in bitsandbytes (llm.int8's is 6.0; 0: none do).
     - `compute_dtype`: the type in which linears multiply; their input's unless given.
-    - `modules_to_not_convert` (or `skip_modules`): names of modules that are kept, with everything inside them.
+    - `modules_to_not_convert` (or `skip_modules`): names of modules that are kept, with everything inside them; as in
+      transformers also how a name ends, or a regular expression for how it begins.
       `enable_fp32_cpu_offload` keeps what a device map puts on disk, or on the CPU beside a GPU (then in float32),
       unquantized.
     - `deterministic`: a row of a product has the same bits whatever batch it is in (`whit.set_deterministic`).
@@ -85,16 +90,20 @@ class QuantizationConfig(QuantizationConfigMixin):  # type: ignore[misc]
             given = format
         if other.threshold is not None:
             given = _with_threshold(given, other.threshold)
-        skipped = (*listed(modules_to_not_convert), *other.skipped)
-        kept = [(pattern, "bf16") for name in skipped for pattern in _patterns(name)]
+        self.skipped = (*listed(modules_to_not_convert), *other.skipped)
         self.quant_method = QUANT_METHOD
         self.layout = "bits"
-        self.recipe = given.with_rules([*given.rules, *rules, *kept], given.mix)
+        self.recipe = given.with_rules([*given.rules, *rules, *kept_rules(self.skipped)], given.mix)
         self.compute_dtype = _dtype(other.compute_dtype if compute_dtype is None else compute_dtype)
         self.deterministic = bool(named.get("deterministic"))
         self.formats: dict[str, str] = {}
         self.inputs: dict[str, str] = {}
         self.fp32_cpu_offload = other.fp32_cpu_offload
+
+    def settle(self, model: nn.Module) -> None:
+        """Complete the recipe by what names of modules to keep mean in a model (`skipped`)."""
+        if self.skipped:
+            self.recipe, self.skipped = with_kept(self.recipe, self.skipped, model), ()
 
     def to_dict(self) -> dict[str, Any]:
         """What config.json holds; `from_dict` gives the same configuration back."""
@@ -105,6 +114,8 @@ class QuantizationConfig(QuantizationConfigMixin):  # type: ignore[misc]
             values["compute_dtype"] = dtype_name(self.compute_dtype)
         if self.deterministic:
             values["deterministic"] = True
+        if self.skipped:  # until a model is loaded
+            values["modules_to_not_convert"] = list(self.skipped)
         return values
 
     @classmethod
@@ -124,6 +135,7 @@ class QuantizationConfig(QuantizationConfigMixin):  # type: ignore[misc]
             compute_dtype=config_dict.get("compute_dtype"),
             deterministic=config_dict.get("deterministic", False),
         )
+        config.skipped = tuple(listed(config_dict.get("modules_to_not_convert")))
         config.layout = layout_named(str(config_dict.get("layout", "bits"))).name
         config.formats = {str(name): str(spec) for name, spec in dict(config_dict.get("formats", {})).items()}
         config.inputs = {str(name): str(spec) for name, spec in dict(config_dict.get("inputs", {})).items()}
@@ -168,8 +180,3 @@ def _dtype(value: torch.dtype | str | None) -> torch.dtype | None:
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
         raise RecipeError(f"compute_dtype {value!r}: not a floating-point type; use float32, bfloat16 or float16")
     return found
-
-
-def _patterns(name: str) -> tuple[str, ...]:
-    """Globs for a module of that name anywhere in the model, and for all inside it."""
-    return name, f"*.{name}", f"{name}.*", f"*.{name}.*"

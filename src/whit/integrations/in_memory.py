@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -49,8 +50,9 @@ def quantize_model(model: M, config: QuantizationConfig | str | Format | Recipe 
     """
     if isinstance(config, QuantizationConfig) and options:
         raise RecipeError(f"option {min(options)!r}: a QuantizationConfig has its own; give it there")
-    wanted = config if isinstance(config, QuantizationConfig) else QuantizationConfig(config, **options)
+    wanted = copy.deepcopy(config) if isinstance(config, QuantizationConfig) else QuantizationConfig(config, **options)
     _check(model)
+    wanted.settle(model)
     is_known = isinstance(model, PreTrainedModel)
     ties = tied_weights(model) if is_known else _shared(model)
     formats = plan_formats(model, wanted.recipe, ties)

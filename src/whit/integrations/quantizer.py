@@ -90,6 +90,7 @@ class WhitQuantizer(HfQuantizer):  # type: ignore[misc]
                 check_complete(model, _packed_names(model), stored)
         else:
             ties = shared_weights(model, stored)
+            self.quantization_config.settle(model)
             formats = plan_formats(model, self.quantization_config.recipe, ties)
             if self.quantization_config.fp32_cpu_offload:
                 self.aside = put_aside(device_map)
