@@ -136,6 +136,8 @@ def family(name: str, **options: object) -> hf.PreTrainedModel:
     for parameter in model.parameters():  # norms and biases would all be ones and zeros
         if parameter.dim() == 1:
             parameter.data += 0.02 * torch.randn_like(parameter)
+        elif not parameter.any():  # a gate of experts (ERNIE 4.5's with transformers 5.17), an adapter's second half
+            parameter.data.normal_(std=0.02)
     return model
 
 

@@ -49,9 +49,10 @@ def cache_layers(config: Any) -> tuple[tuple[CacheLayer, ...], tuple[str, ...]]:
         window = None
     count = getattr(config, "num_decoder_layers", None) or config.num_hidden_layers
     usual = "recurrent blocks" if not heads else "sliding_attention" if window else "full_attention"
-    kinds = getattr(config, "layer_types", None) or [usual] * count
+    kinds = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or [usual] * count
     layers, strange = [], []
-    for kind in kinds[: count - (getattr(config, "num_kv_shared_layers", None) or 0)]:  # the last read others' keys
+    own = count - (getattr(config, "num_kv_shared_layers", None) or 0)  # the last read others' keys
+    for kind in (usual if kind == "attention" else kind for kind in kinds[:own]):
         if kind == "full_attention":
             layers.append(CacheLayer(kv_heads, key_dim, value_dim))
         elif kind in ("sliding_attention", "chunked_attention"):
