@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 import whit
 from whit.cli.merge import merge as command
 from whit.errors import EvaluationError, OutputError
-from whit.merging import Merge, merge
+from whit.merging import Merge, merge, prepare_merge
 
 from tiny_models import save_tiny
 
@@ -54,6 +54,14 @@ def test_an_adapter_that_does_not_fit_is_refused_in_a_sentence(said: str, packed
         merge(packed, broken, tmp_path / "out", Merge("sidecar"))
     assert "\n" not in str(refusal.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_small_file_that_lies_outside_is_said_before_the_work(packed: Path, trained: Path, tmp_path: Path):
+    folder = shutil.copytree(packed, tmp_path / "packed")
+    (folder / "vocab.json").symlink_to(tmp_path / "elsewhere.json")
+    (tmp_path / "elsewhere.json").write_text("{}")
+    with pytest.raises(whit.WhitError, match="outside of the model"):
+        prepare_merge(folder, trained, tmp_path / "out", Merge("sidecar"), whit.Options())
 
 
 def test_routes_that_cannot_be_gone_are_refused(plain: Path, packed: Path, trained: Path, tmp_path: Path):

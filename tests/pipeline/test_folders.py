@@ -13,7 +13,8 @@ from whit import Recipe
 from whit.cli.inspect import verify_files
 from whit.errors import CheckpointError, OutputError
 from whit.pipeline import quantize
-from whit.pipeline.job import Options
+from whit.pipeline.job import Options, prepare
+from whit.pipeline.transcode import prepare_transcode
 
 from tiny_models import save_tiny
 
@@ -66,10 +67,10 @@ def test_side_files_travel_and_code_and_pickles_do_not(tmp_path: Path):
     assert "import whit" in (tmp_path / "out/README.md").read_text().split("```")[0]
     (tmp_path / "secret").write_text("password")
     (snapshot / "stolen.txt").symlink_to(tmp_path / "secret")
-    begun: list[str] = []
+    with pytest.raises(CheckpointError, match="outside of the model"):  # it was found out when all was done
+        prepare(snapshot, tmp_path / "out2", INT4, Options())
     with pytest.raises(CheckpointError, match="outside of the model"):
-        quantize(snapshot, tmp_path / "out2", INT4, options=Options(progress=lambda name, *_: begun.append(name)))
-    assert not begun  # it was found out when all was done
+        prepare_transcode(snapshot, tmp_path / "out2", "gguf", Options())
 
 
 def test_names_that_are_no_text(tmp_path: Path):

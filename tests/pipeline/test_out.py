@@ -34,6 +34,14 @@ def test_a_place_where_nothing_can_be_written_is_said(place: str, llama: Path, t
         quantize(llama, tmp_path / place, RECIPE, options=OPTIONS)
 
 
+def test_links_that_lead_to_each_other_are_said(llama: Path, tmp_path: Path):
+    (tmp_path / "out").symlink_to("other")
+    (tmp_path / "other").symlink_to("out")
+    for out in (tmp_path / "out", tmp_path / "out/deeper"):
+        with pytest.raises(OutputError, match=r"cannot be made \(its links lead to each other\)"):
+            quantize(llama, out, RECIPE, options=OPTIONS)
+
+
 def test_two_runs_do_not_write_the_same_folder(llama: Path, tmp_path: Path):
     out, errors = tmp_path / "out", []
 

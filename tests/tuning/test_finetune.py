@@ -224,6 +224,7 @@ def test_the_command_plans_trains_and_reports_as_json(model, data, tmp_path, cap
     assert "step 2/2: loss" in done.stderr
     assert "tokens/s" in done.stderr
     again = runner.invoke(build_app(), words, catch_exceptions=False)  # what is done is only said again
+    assert "of memory" not in again.stderr
     assert f"from_pretrained({str(model)!r}, quantization_config=whit.QuantizationConfig('int4-g32'))" in again.stdout
 
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import pytest
 from small_tuning import TUNING
+from typer.testing import CliRunner
 
 import whit
+from whit.cli import build_app
 from whit.errors import TrainingError
+from whit.tuning import prepare_tuning
 
 from tiny_models import save_speaking
 
@@ -29,6 +33,23 @@ def test_a_gguf_file_is_no_base(data, tmp_path):
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
     with pytest.raises(TrainingError, match=r"model.gguf: is one file; .* whit convert \S+ FOLDER --export whit$"):
         whit.finetune(tmp_path / "model.gguf", data, tmp_path / "out", TUNING)
+
+
+def test_what_a_base_of_its_own_cannot_take_along_is_said_before_the_work(model, data, tmp_path):
+    folder = shutil.copytree(model, tmp_path / "model")
+    (folder / "vocab.json").symlink_to(data)
+    with pytest.raises(whit.WhitError, match="outside of the model"):
+        prepare_tuning(folder, data, tmp_path / "out", replace(TUNING, method="gptq"), None, whit.Options())
+
+
+def test_an_out_that_holds_something_else_is_said_before_the_estimate(model, data, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/mine.txt").write_text("keep me")
+    words = ["finetune", str(model), str(data), str(tmp_path / "out"), "--context", "64", "--device", "cpu"]
+    result = CliRunner().invoke(build_app(), words)
+    assert "was not written by whit" in str(result.exception)
+    assert "of memory" not in result.output
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "mine.txt"]
 
 
 WRONG: tuple[tuple[Callable[[], Any], str], ...] = (

@@ -42,6 +42,11 @@ def side_files(folder: Path, code: bool = False) -> Iterator[tuple[str, Path]]:
                 yield _checked(folder, path)
 
 
+def check_side_files(folder: Path, code: bool = False) -> None:
+    """What `side_files` raises, before any work."""
+    tuple(side_files(folder, code))
+
+
 def _files(place: Path) -> list[Path]:
     return sorted(path for path in place.iterdir() if path.is_file()) if place.is_dir() else []
 

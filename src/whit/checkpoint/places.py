@@ -5,6 +5,7 @@ A link at OUT is followed: what it leads to is made, and the work folder lies be
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from pathlib import Path
@@ -71,6 +72,7 @@ def check_out(out: Path, model: Path, suffix: str = "", what: str = "MODEL") -> 
     that does not end with `suffix`, or lies where nothing can be written."""
     if out.name in ("", ".."):
         raise OutputError(f"OUT {str(out)!r}: is not a name; OUT must name a new folder or file; give one")
+    _check_links(out)
     ours, theirs = out.resolve(), model.resolve()
     if ours == theirs or theirs in ours.parents:
         raise OutputError(
@@ -85,6 +87,14 @@ def check_out(out: Path, model: Path, suffix: str = "", what: str = "MODEL") -> 
     if out.is_mount():  # a container's volume, say
         raise OutputError(f"{out}: is a mount point, which a new folder cannot replace; name a folder inside it")
     check_place(followed(out))
+
+
+def _check_links(out: Path) -> None:
+    try:
+        out.stat()
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise _no_place(out, "its links lead to each other") from None
 
 
 def check_space(folder: Path, needed: int) -> None:

@@ -13,6 +13,7 @@ import torch
 import typer
 
 from whit.checkpoint.hub import at_revision, hub_name
+from whit.checkpoint.work import is_done
 from whit.cli.console import console, print_json, say
 from whit.cli.options import AsJson, Device, DryRun, Restart, Revision, Seed, TrustRemoteCode
 from whit.cli.quiet import quiet_transformers
@@ -107,7 +108,8 @@ def finetune(
     with _processes(device):
         job = prepare_tuning(model, data, out, tuning, held_out, options)
         speaks = Ranks.here().first
-        expected = estimate_tuning(job) if speaks else None
+        done = not dry_run and speaks and is_done(job.out, job.fingerprint, restart)
+        expected = estimate_tuning(job) if speaks and not done else None
         if dry_run:
             if speaks:
                 show_plan(job, expected, as_json)

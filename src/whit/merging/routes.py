@@ -13,6 +13,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from whit.calibration import Calibration
+from whit.checkpoint.files import check_side_files
 from whit.checkpoint.hub import resolve_model
 from whit.checkpoint.places import RECORD, check_out
 from whit.checkpoint.reader import read_json
@@ -70,6 +71,7 @@ def prepare_merge(model: str | Path, adapter: str | Path, out: str | Path, wante
         wanted = replace(wanted, route="bf16", format=None)
     folder, loaded = resolve_model(model, options.trust_remote_code), read_adapter(adapter)
     base = open_source(folder, options.trust_remote_code)
+    check_side_files(base.checkpoint.folder, options.trust_remote_code)
     packed = isinstance(base, Coded) and any(base.format(name) is not None for name in base.origins)
     route = wanted.route or ("requantize" if packed or wanted.format else "bf16")
     _check_route(route, wanted, packed, str(model))

@@ -16,6 +16,7 @@ from torch import Tensor
 import whit
 from whit.calibration import Calibration, CalibrationTokens
 from whit.calibration.storage import INPUT_MEMORY
+from whit.checkpoint.files import check_side_files
 from whit.checkpoint.hub import resolve_model
 from whit.checkpoint.onnx import onnx_graph
 from whit.checkpoint.places import check_out
@@ -158,6 +159,7 @@ def prepare(
     check_out(Path(out), folder, kind.suffix)
     source = open_source(folder, options.trust_remote_code)
     folder = source.checkpoint.folder
+    check_side_files(folder, options.trust_remote_code)
     exporter = kind(source.model, folder)
     notes: tuple[str, ...] = ()
     if recipe is None:

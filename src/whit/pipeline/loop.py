@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from whit.calibration import Calibration
-from whit.checkpoint.files import side_files
+from whit.checkpoint.files import check_side_files
 from whit.checkpoint.places import check_space
 from whit.checkpoint.work import WorkFolder, disk_errors, is_done
 from whit.checkpoint.writer import Writer, index_json
@@ -109,7 +109,7 @@ def run(job: Job, feed: Feed | None = None) -> Account:
 def _fill(job: Job, work: WorkFolder, ready: Feed | None) -> None:
     present = sum(path.stat().st_blocks * 512 for path in work.path.glob("*.safetensors"))
     check_space(work.path, job.plan.size_bytes - present)
-    tuple(side_files(job.source.checkpoint.folder, job.options.trust_remote_code))  # what is wrong is said now
+    check_side_files(job.source.checkpoint.folder, job.options.trust_remote_code)  # they may have changed
     for name, content in index_json(job.plan.shards).items():
         work.write_file(name, content)
     writer = Writer(work.path, job.plan.shards)

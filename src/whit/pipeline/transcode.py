@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from whit.activations import Activations
+from whit.checkpoint.files import check_side_files
 from whit.checkpoint.hub import resolve_model
 from whit.checkpoint.places import check_out
 from whit.errors import CheckpointError, FormatError, RecipeError
@@ -56,6 +57,7 @@ def prepare_transcode(
         if recipe is None and not kind.suffix:
             raise RecipeError(f"{model}: not quantized; {wanted}")
         return prepare(model, out, recipe or Recipe(rules=[("*", "bf16")]), options, export=export)
+    check_side_files(source.checkpoint.folder, options.trust_remote_code)
     exporter = kind(source.model, source.checkpoint.folder)
     targets = [target for target in find_targets(source.model) if target.parameter in source.origins]
     chosen, exact, lost = _routes(source, exporter, targets, recipe, requantize)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 import whit
+from whit.checkpoint.files import check_side_files
 from whit.checkpoint.hub import HubName, hub_name, resolve_model
 from whit.checkpoint.places import check_out
 from whit.devices import find_device
@@ -73,6 +74,8 @@ def prepare_tuning(
             "FOLDER --export whit"
         )
     check_out(Path(out), folder)
+    if tuning.calibrated:  # they go to OUT/base
+        check_side_files(folder, options.trust_remote_code)
     Ranks.here().check(tuning.accumulate)
     config = load_config(str(model), trust_remote_code=options.trust_remote_code)
     tuning, notes = _settled(str(model), config, tuning)
